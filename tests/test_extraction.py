@@ -1,0 +1,606 @@
+"""Extraction: parity with the published code, images in memory, both stages and their resume."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import test_parity
+import torch
+import torch.nn.functional as F
+
+from vitgal import extraction, images, revisited, runs, search
+from vitgal.features import LocalFeatures
+from vitgal.model import build_model
+from vitgal.store import FeatureStore, RowFile
+from vitgal.weights import load_model, save_model
+
+NANO = "xcit_nano_12_p16_224"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(NANO, code_dim=8, seed=0)
+
+
+def noise(height: int, width: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), np.uint8)
+    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
+
+
+SHAPES = [(96, 128), (128, 96), (96, 128), (80, 160), (128, 128)]
+
+
+# Parity
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    path = tmp_path_factory.mktemp("parity") / "s12_ae.pth"
+    return load_model(test_parity.parity_weights().write_checkpoint("s12_ae", path))
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    with np.load(test_parity.PARITY / "expected_s12_ae.npz") as file:
+        return dict(file)
+
+
+# Image 2 tells how sides are rounded, 3 has fewer than 1000 survivors; 0 and 1 show nothing more.
+@pytest.mark.parametrize(
+    "index", [2, 3, *(pytest.param(i, marks=pytest.mark.slow) for i in (0, 1))]
+)
+def test_multi_scale_local_features_are_the_published(published, recorded, index):
+    """Every location and descriptor, in the published order.
+
+    Two neighbours in that order may change places where their scores agree to 1e-4.
+    """
+    found = extraction.extract_local(published, np.ascontiguousarray(test_parity.photograph(index)))
+    assert found.input_size == tuple(recorded[f"input_shape_{index}"][2:])
+    locations, wanted = found.keypoints[:, ::-1].astype(int), recorded[f"locations_{index}"]
+    assert sorted(map(tuple, locations)) == sorted(map(tuple, wanted))
+    order = np.arange(len(found))  # the published position of each of ours
+    for at in np.flatnonzero((locations != wanted).any(axis=1)):
+        order[at] = next(j for j in (at - 1, at + 1) if (locations[at] == wanted[j]).all())
+        assert abs(found.scores[at] - found.scores[order[at]]) < 1e-4 * found.scores[at]
+    # float32 through 14 blocks in another order of summation: 2e-7 was measured
+    descriptors = recorded[f"descriptors_{index}"][order]
+    np.testing.assert_allclose(found.descriptors, descriptors, atol=2e-5)
+
+
+def test_global_descriptor_is_the_published(published, recorded):
+    wanted = recorded["global_1"] / np.linalg.norm(recorded["global_1"])
+    photo = np.ascontiguousarray(test_parity.photograph(1))
+    row = extraction.extract_global(published, [photo])[0]
+    np.testing.assert_allclose(row, wanted, atol=1e-5)  # 1e-6 of the largest was measured
+
+
+# Images in memory
+
+
+class TestGlobal:
+    def test_network_input_is_normalise(self):
+        image = noise(40, 56, 0)
+        batch = extraction.network_input(np.stack([image, image[::-1]]), "cpu")
+        np.testing.assert_array_equal(batch[0], images.normalise(image))
+        assert batch.shape == (2, 3, 40, 56)
+
+    @pytest.mark.parametrize("resize", images.RESIZE_MODES)
+    def test_mixed_sizes_keep_their_order(self, model, resize):
+        photographs = [noise(*shape, seed) for seed, shape in enumerate(SHAPES)]
+        together = extraction.extract_global(
+            model, photographs, size=64, resize=resize, batch_size=2
+        )
+        assert together.shape == (5, 128)
+        assert together.dtype == np.float32
+        for photo, row in zip(photographs, together, strict=True):
+            with torch.inference_mode():
+                inputs = torch.from_numpy(images.normalise(images.resize(photo, 64, resize)))
+                alone = F.normalize(model.global_features(inputs[None]))[0]
+            np.testing.assert_allclose(row, alone, atol=1e-5)  # sums of batches of another size
+        apart = np.linalg.norm(together[:, None] - together[None], axis=2)
+        assert apart[np.triu_indices(5, 1)].min() > 1e-3  # so that a wrong order would show
+
+    def test_boxes_are_cropped(self, model):
+        photo = noise(96, 128, 0)
+        boxes = [(10.9, 20, 90, 80), None]
+        cropped, whole = extraction.extract_global(model, [photo, photo], boxes=boxes, size=64)
+        expected = extraction.extract_global(model, [photo[20:80, 10:90], photo], size=64)
+        np.testing.assert_allclose([cropped, whole], expected, atol=1e-6)
+        assert np.abs(cropped - whole).max() > 1e-3
+
+    def test_several_scales(self, model):
+        """The mean of the scales' normalised descriptors; 96 * 0.7071 = 67.9 is rounded down."""
+        photo = noise(96, 96, 0)
+        row = extraction.extract_global(model, [photo], size=96, scales=(1.0, 0.7071))[0]
+        inputs = torch.from_numpy(images.normalise(photo))[None]
+        smaller = F.interpolate(inputs, scale_factor=0.7071, mode="bilinear", align_corners=False)
+        assert smaller.shape == (1, 3, 67, 67)
+        with torch.inference_mode():
+            parts = [F.normalize(model.global_features(each))[0] for each in (inputs, smaller)]
+        mean = (parts[0] + parts[1]).numpy() / 2
+        np.testing.assert_allclose(row, mean / np.linalg.norm(mean), atol=1e-6)
+        only = extraction.extract_global(model, [photo], size=96)[0]
+        assert np.abs(row - only).max() > 1e-4
+
+    def test_none_and_one(self, model):
+        assert extraction.extract_global(model, []).shape == (0, 128)
+        row = extraction.extract_global(model, [noise(20, 30, 0)], size=32)
+        np.testing.assert_allclose(np.linalg.norm(row, axis=1), 1, rtol=1e-6)
+
+    def test_training_mode_is_put_back(self, model):
+        other = build_model(NANO, seed=0)
+        expected = extraction.extract_global(other, [noise(40, 40, 0)], size=32)
+        other.train()
+        found = extraction.extract_global(other, [noise(40, 40, 0)], size=32)
+        np.testing.assert_array_equal(found, expected)
+        assert other.training
+
+    def test_bf16_is_close_to_fp32(self, model):
+        photographs = [noise(64, 64, seed) for seed in range(2)]
+        exact, rough = (
+            extraction.extract_global(model, photographs, size=64, precision=precision)
+            for precision in ("fp32", "bf16")
+        )
+        assert (exact * rough).sum(axis=1).min() > 0.99  # 8 bits a number through 14 blocks
+        assert np.abs(exact - rough).max() > 0
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"boxes": [(0, 0, 99, 9)]}, "outside"),
+            ({"boxes": []}, "zip"),
+            ({"scales": ()}, "scales"),
+            ({"precision": "fp16"}, "fp32, bf16, auto"),
+            ({"resize": "crop"}, "squash, longest, area"),
+            ({"batch_size": 0}, "batch_size"),
+        ],
+    )
+    def test_errors(self, model, options, message):
+        with pytest.raises(ValueError, match=message):
+            extraction.extract_global(model, [noise(32, 32, 0)], **options)
+
+    def test_a_descriptor_that_is_not_finite(self):
+        broken = build_model(NANO, seed=0)
+        with torch.no_grad():
+            broken.backbone.cls_token[:] = float("nan")
+        with pytest.raises(ValueError, match="not finite"):
+            extraction.extract_global(broken, [noise(32, 32, 0)], size=32)
+
+
+class TestLocal:
+    def test_one_image(self, model):
+        found = extraction.extract_local(model, noise(96, 128, 0), size=64, max_keypoints=20)
+        assert found.box == (0, 0, 128, 96)
+        assert found.image_size == (96, 128)
+        assert found.input_size == (48, 64)  # 55.4 and 73.9 down to multiples of 16
+        assert 0 < len(found) <= 20
+        assert (np.diff(found.scores) <= 0).all()
+        np.testing.assert_allclose(np.linalg.norm(found.descriptors, axis=1), 1, rtol=1e-6)
+        assert (found.keypoints >= 0).all() and (found.keypoints < (64, 48)).all()
+
+    def test_a_box_is_the_crop(self, model):
+        photo = noise(96, 128, 0)
+        found = extraction.extract_local(model, photo, (16.7, 8, 112, 72), size=64)
+        alone = extraction.extract_local(model, photo[8:72, 16:112], size=64)
+        np.testing.assert_array_equal(found.keypoints, alone.keypoints)
+        np.testing.assert_array_equal(found.descriptors, alone.descriptors)
+        assert found.box == (16, 8, 112, 72)
+        assert found.image_size == (96, 128)
+        difference = found.original_keypoints() - alone.original_keypoints()
+        np.testing.assert_allclose(difference, np.tile([16, 8], (len(found), 1)), atol=1e-4)
+
+    def test_no_autoencoder(self):
+        with pytest.raises(ValueError, match="03_train_autoencoder"):
+            extraction.extract_local(build_model(NANO, seed=0), noise(32, 32, 0), size=32)
+
+
+class TestStream:
+    def test_batches(self):
+        """Sizes a, b: a full batch leaves at once, the rest at the end in order of appearance."""
+        a, b = np.zeros((1, 2, 3)), np.zeros((2, 1, 3))
+        stream = enumerate([a, b, a, a, b, b, a])
+        found = [labels for labels, _ in extraction.batches(stream, 2)]
+        assert found == [[0, 2], [1, 4], [3, 6], [5]]
+        assert list(extraction.batches([], 2)) == []
+
+    @pytest.mark.parametrize("workers", [0, 1, 3])
+    def test_prefetch_keeps_order_and_errors(self, workers):
+        def work(job):
+            if job.key == "5":
+                raise images.ImageError(job.path, "cut")
+            return job.key * 2
+
+        jobs = [extraction.Job(str(i), Path("x")) for i in range(40)]
+        found = list(extraction.prefetch(work, jobs, workers=workers))
+        assert [job for job, _ in found] == jobs
+        assert isinstance(found[5][1], images.ImageError)
+        assert [result for job, result in found if job.key != "5"] == [
+            job.key * 2 for job in jobs if job.key != "5"
+        ]
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_prefetch_stays_a_little_ahead(self, workers):
+        """Jobs are taken as they are needed, not all at once: a million would not fit."""
+        taken = []
+
+        def jobs():
+            for i in range(1000):
+                taken.append(i)
+                yield extraction.Job(str(i), Path("x"))
+
+        stream = extraction.prefetch(lambda job: job.key, jobs(), workers=workers)
+        next(stream)
+        assert len(taken) <= extraction.AHEAD * workers + 1
+        stream.close()
+
+    def test_the_bar_counts_every_image(self, model, benchmark, capsys):
+        runner = extraction.Runner(model, "fp32", 32, "squash", batch_size=4, workers=1)
+        jobs = [extraction.Job(f"{i}", benchmark / f"jpg/image{i}.jpg") for i in range(6)]
+        with runner.stream(jobs, total=6) as results:
+            rows, failures = runner.global_rows(results, 6, scales=(1.0,))
+        assert rows.any(axis=1).all() and failures == []
+        assert "6/6" in capsys.readouterr().err
+
+    def test_other_errors_stop(self):
+        def work(job):
+            raise FileNotFoundError("gone")
+
+        with pytest.raises(FileNotFoundError, match="gone"):
+            list(extraction.prefetch(work, [extraction.Job("a", Path("x"))], workers=2))
+
+    def test_precision(self):
+        assert extraction.resolve_precision("fp32") == "fp32"
+        assert extraction.resolve_precision("auto") in ("fp32", "bf16")
+        with pytest.raises(ValueError, match="fp32, bf16, auto"):
+            extraction.resolve_precision("half")
+
+    def test_threads_are_put_back(self):
+        before = torch.get_num_threads()
+        with extraction.limited_threads(1):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == before
+
+
+# Stages
+
+
+@pytest.fixture
+def benchmark(tmp_path) -> Path:
+    """Six database images and two queries, in the real layout; query 1 is a crop of image 3."""
+    folder = tmp_path / "benchmark"
+    (folder / "jpg").mkdir(parents=True)
+    database = [f"image{i}" for i in range(6)]
+    for i, name in enumerate(database):
+        photo = noise(*SHAPES[i % len(SHAPES)], seed=i)
+        assert cv2.imwrite(str(folder / f"jpg/{name}.jpg"), photo)
+    for i, name in enumerate(("query0", "query1")):
+        photo = cv2.imread(str(folder / f"jpg/image{3 * i}.jpg"))
+        assert cv2.imwrite(str(folder / f"jpg/{name}.jpg"), photo)
+    truth = revisited.GroundTruth(
+        name="mini",
+        database=database,
+        queries=["query0", "query1"],
+        boxes=np.array([[0, 0, 128, 96], [8.5, 4, 150, 76]]),
+        easy=[np.array([0]), np.array([3])],
+        hard=[np.array([2]), np.array([], np.int64)],
+        junk=[np.array([5]), np.array([1])],
+    )
+    revisited.write_ground_truth(folder / "gnd_mini.pkl", truth)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weight_file(tmp_path_factory, model) -> Path:
+    return save_model(model, tmp_path_factory.mktemp("weights") / "model.safetensors")
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return tmp_path / "runs" / "one"
+
+
+def evaluate(run, benchmark, weight_file, **changed) -> Path:
+    options = dict(dataset="mini", data_folder=benchmark, model=weight_file, size=64, top=2)
+    options |= dict(batch_size=2, threads=1, workers=1, progress=False, max_failed_share=0)
+    return extraction.evaluate_global(run, **(options | changed))
+
+
+def extract(run, benchmark, weight_file, **changed) -> Path:
+    options = dict(dataset="mini", data_folder=benchmark, model=weight_file, size=64, shard_size=3)
+    options |= dict(batch_size=2, threads=1, workers=1, progress=False, max_failed_share=0)
+    options |= dict(max_keypoints=9, scales=(0.7071, 1.0))
+    return extraction.extract_shortlist(run, **(options | changed))
+
+
+def interrupt(folder: Path) -> None:
+    """Leaves a stage as a kill before its end does: settings, but no manifest."""
+    manifest = runs.read_json(folder / runs.MANIFEST)
+    settings = {key: manifest[key] for key in ("format", "stage", "parameters", "inputs")}
+    runs.write_json(folder / runs.STARTED, settings)
+    (folder / runs.MANIFEST).unlink()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every result file of a stage; the manifest holds times."""
+    skipped = (runs.MANIFEST, runs.LOCK)
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in skipped)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def read_all(benchmark, names) -> list[np.ndarray]:
+    return [images.read_image(benchmark / f"jpg/{name}.jpg") for name in names]
+
+
+class TestEvaluateGlobal:
+    def test_files(self, run, benchmark, weight_file, model):
+        folder = evaluate(run, benchmark, weight_file)
+        assert folder == run / "mini" / "global"
+        assert set(contents(folder)) == set(extraction.GLOBAL_OUTPUTS)
+        names = json.loads((folder / "names.json").read_text())
+        photographs = read_all(benchmark, names["database"])
+        database = np.load(folder / "database.npy")
+        expected = extraction.extract_global(model, photographs, size=64)
+        np.testing.assert_allclose(database, expected, atol=1e-5)  # batches of another size
+        queries = np.load(folder / "queries.npy")
+        boxes = [(0, 0, 128, 96), (8, 4, 150, 76)]
+        expected = extraction.extract_global(
+            model, read_all(benchmark, names["queries"]), boxes=boxes, size=64
+        )
+        np.testing.assert_allclose(queries, expected, atol=1e-5)
+        similarities = queries.astype(np.float64) @ database.T.astype(np.float64)
+        ranks = np.load(folder / "ranks.npy")
+        np.testing.assert_array_equal(ranks, np.argsort(-similarities, axis=1, kind="stable").T)
+        assert ranks.dtype == np.int32
+        positions = search.Positions.load(folder / "positions.npz")
+        for q, (indices, places) in enumerate(
+            zip(positions.indices, positions.positions, strict=True)
+        ):
+            np.testing.assert_array_equal(ranks[places, q], indices)
+        assert [index.tolist() for index in positions.indices] == [[0, 2, 5], [1, 3]]
+        listed = search.read_shortlist(folder / "shortlist.txt")
+        assert set(listed) == {"query0", "query1"}
+        assert json.loads((folder / "failures.json").read_text()) == []
+        assert ranks[0, 0] == 0  # query 0 is image 0 compressed once more
+
+    def test_scores_hold_nothing_of_time_and_place(self, run, benchmark, weight_file, tmp_path):
+        text = (evaluate(run, benchmark, weight_file) / "scores.json").read_text()
+        scores = json.loads(text)
+        assert set(scores["medium"]) >= {"map", "mp_at", "ap"}
+        assert scores["protocol"]["crop_queries"] is True
+        assert scores["failed_images"] == 0
+        assert str(tmp_path) not in text
+        for word in ("seconds", "commit", "host", "device"):
+            assert f'"{word}"' not in text
+
+    def test_twice_the_same_bytes(self, run, benchmark, weight_file, tmp_path):
+        first = contents(evaluate(run, benchmark, weight_file))
+        again = contents(evaluate(tmp_path / "other", benchmark, weight_file, workers=3))
+        assert first == again
+
+    def test_finished_is_reused_and_other_settings_refused(self, run, benchmark, weight_file):
+        folder = evaluate(run, benchmark, weight_file)
+        before = (folder / "stage.json").stat().st_mtime_ns
+        evaluate(run, benchmark, weight_file, workers=0, batch_size=5, threads=2)
+        assert (folder / "stage.json").stat().st_mtime_ns == before
+        with pytest.raises(runs.StageError, match="parameters.size: 64 there, 48 now"):
+            evaluate(run, benchmark, weight_file, size=48)
+        with pytest.raises(runs.StageError, match="inputs.weights"):
+            evaluate(run, benchmark, f"untrained:{NANO}")
+        evaluate(run, benchmark, weight_file, size=48, overwrite=True)
+        assert (folder / "stage.json").stat().st_mtime_ns != before
+
+    def test_another_model_beside_it(self, run, benchmark, weight_file):
+        ours = np.load(evaluate(run, benchmark, weight_file) / "database.npy")
+        folder = evaluate(run, benchmark, f"untrained:{NANO}", folder="untrained", seed=1)
+        assert folder == run / "mini" / "untrained"
+        assert np.abs(np.load(folder / "database.npy") - ours).max() > 1e-3
+        with pytest.raises(runs.StageError, match="seed 1.* there.*seed 2"):
+            evaluate(run, benchmark, f"untrained:{NANO}", folder="untrained", seed=2)
+
+    def test_uncropped_queries(self, run, benchmark, weight_file, model):
+        folder = evaluate(run, benchmark, weight_file, crop_queries=False)
+        expected = extraction.extract_global(
+            model, read_all(benchmark, ["query0", "query1"]), size=64
+        )
+        np.testing.assert_allclose(np.load(folder / "queries.npy"), expected, atol=1e-5)
+        assert json.loads((folder / "scores.json").read_text())["protocol"]["crop_queries"] is False
+
+    def test_distractors_follow_the_database(self, run, benchmark, weight_file, tmp_path):
+        more = tmp_path / "more"
+        (more / "jpg" / "0").mkdir(parents=True)
+        for name in ("b.jpg", "a.jpg"):
+            assert cv2.imwrite(str(more / "jpg/0" / name), noise(64, 64, len(name)))
+        (more / "revisitop1m.txt").write_text("0/b.jpg\n0/a.jpg\n")
+        folder = evaluate(run, benchmark, weight_file, distractors=more)
+        names = json.loads((folder / "names.json").read_text())["database"]
+        assert names[6:] == ["0/b.jpg", "0/a.jpg"]
+        assert np.load(folder / "ranks.npy").shape == (8, 2)
+        scores = json.loads((folder / "scores.json").read_text())
+        assert scores["protocol"]["distractors"] == 2
+
+    def test_continues_where_it_stopped(self, run, benchmark, weight_file, tmp_path, monkeypatch):
+        """Stopped after the second block of two images, it keeps both and ends the same."""
+        monkeypatch.setattr(extraction, "BLOCK", 2)
+        (benchmark / "jpg/image3.jpg").write_bytes(b"")
+        wanted = evaluate(tmp_path / "whole", benchmark, weight_file, max_failed_share=1)
+        with pytest.raises(runs.StageError, match="what is done so far is kept"):
+            evaluate(run, benchmark, weight_file)
+        path = run / "mini/global/database.npy"
+        assert not path.exists()
+        settings = {"precision": "fp32"}
+        assert RowFile.open(path, (6, 128), settings=settings).rows == 4
+        assert contents(evaluate(run, benchmark, weight_file, max_failed_share=1)) == contents(
+            wanted
+        )
+
+    def test_whole_rows_are_not_made_again(self, run, benchmark, weight_file):
+        """Rows that no image gives are put where a killed run's would be, and found at the end."""
+        wanted = np.load(evaluate(run, benchmark, weight_file) / "database.npy")
+        folder = run / "mini/global"
+        interrupt(folder)
+        rows = RowFile.open(folder / "database.npy", (6, 128), settings={"precision": "fp32"})
+        assert rows.rows == 0
+        marks = np.eye(2, 128, dtype=np.float32)
+        rows.append(marks)
+        database = np.load(evaluate(run, benchmark, weight_file) / "database.npy")
+        np.testing.assert_array_equal(database[:2], marks)
+        np.testing.assert_allclose(database[2:], wanted[2:], atol=1e-5)  # in other batches
+        interrupt(folder)
+        rows = RowFile.open(folder / "database.npy", (6, 128), settings={"precision": "bf16"})
+        rows.append(marks)
+        database = np.load(evaluate(run, benchmark, weight_file) / "database.npy")
+        # The processor's other precision: nothing of it is kept.
+        np.testing.assert_array_equal(database, wanted)
+
+    def test_a_failed_image_is_recorded_and_ranks_last(self, run, benchmark, weight_file, capsys):
+        path = benchmark / "jpg/image1.jpg"
+        path.write_bytes(path.read_bytes()[:500])
+        with pytest.raises(runs.StageError, match=r"1 of 6 images.*image1: the file is cut short"):
+            evaluate(run, benchmark, weight_file)
+        # A greater share is no other setting: the same stage goes on.
+        folder = evaluate(run, benchmark, weight_file, max_failed_share=0.2)
+        failures = json.loads((folder / "failures.json").read_text())
+        assert failures == [{"name": "image1", "reason": "the file is cut short"}]
+        assert not np.load(folder / "database.npy")[1].any()
+        assert np.load(folder / "ranks.npy")[-1].tolist() == [1, 1]
+        assert json.loads((folder / "scores.json").read_text())["failed_images"] == 1
+        evaluate(run, benchmark, weight_file, max_failed_share=0.2)
+        assert capsys.readouterr().out.count("1 of 6 images could not be read") == 2  # reused too
+
+    def test_a_failed_query_stops(self, run, benchmark, weight_file):
+        (benchmark / "jpg/query1.jpg").write_bytes(b"")
+        with pytest.raises(runs.StageError, match="query1 cannot be read: the file is empty"):
+            evaluate(run, benchmark, weight_file, max_failed_share=1)
+        assert not (run / "mini/global/stage.json").exists()
+
+    def test_a_box_outside_its_query(self, run, benchmark, weight_file):
+        assert cv2.imwrite(str(benchmark / "jpg/query1.jpg"), noise(60, 60, 0))
+        with pytest.raises(ValueError, match=r"query1\.jpg: box .* of a 60 x 60 image"):
+            evaluate(run, benchmark, weight_file)
+
+    def test_missing_weights(self, run, benchmark, tmp_path):
+        with pytest.raises(FileNotFoundError, match="there are no weights.*02_train"):
+            evaluate(run, benchmark, tmp_path / "none.safetensors")
+        with pytest.raises(ValueError, match="unknown architecture"):
+            evaluate(run, benchmark, "untrained:resnet")
+
+
+class TestExtractShortlist:
+    def test_store(self, run, benchmark, weight_file, model, capsys):
+        chosen = evaluate(run, benchmark, weight_file)
+        folder = extract(run, benchmark, weight_file)
+        assert folder == run / "mini" / "local"
+        listed = search.read_shortlist(chosen / "shortlist.txt")
+        names = {name for found in listed.values() for name in found}
+        opened = FeatureStore.open(folder, verify=True)
+        assert opened.names == sorted(names | {"query0", "query1"})
+        photo = read_all(benchmark, ["query1"])[0]
+        expected = extraction.extract_local(
+            model, photo, (8.5, 4, 150, 76), size=64, max_keypoints=9, scales=(0.7071, 1.0)
+        )
+        found = opened.query("query1")
+        assert isinstance(found, LocalFeatures)
+        assert found.box == (8, 4, 150, 76)
+        np.testing.assert_array_equal(found.keypoints, expected.keypoints)
+        # half precision, and a batch of another size
+        np.testing.assert_allclose(found.descriptors, expected.descriptors, atol=1e-3)
+        whole = opened[sorted(names)[0]]
+        assert whole.box == (0, 0, *whole.image_size[::-1])
+        announced = capsys.readouterr().out
+        assert f"local features of {len(opened)} images: at most 0 MB (9 features" in announced
+        extract(run, benchmark, weight_file)
+        assert capsys.readouterr().out == announced
+
+    def test_twice_the_same_bytes(self, run, benchmark, weight_file, tmp_path):
+        evaluate(run, benchmark, weight_file)
+        first = contents(extract(run, benchmark, weight_file))
+        evaluate(tmp_path / "other", benchmark, weight_file)
+        again = contents(extract(tmp_path / "other", benchmark, weight_file, workers=3))
+        assert first == again
+
+    def test_only_missing_and_damaged_shards_are_made(self, run, benchmark, weight_file):
+        evaluate(run, benchmark, weight_file)
+        folder = extract(run, benchmark, weight_file)
+        wanted = contents(folder)
+        shards = sorted(path for path in folder.glob("shard-*"))
+        assert len(shards) >= 2
+        interrupt(folder)  # and one shard damaged, one half-written
+        damaged = shards[1] / "descriptors.npy"
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"\xff")
+        (folder / ".partial-shard-07").mkdir()
+        before = (shards[0] / "descriptors.npy").stat().st_ino
+        assert contents(extract(run, benchmark, weight_file)) == wanted
+        assert (shards[0] / "descriptors.npy").stat().st_ino == before
+        assert not (folder / ".partial-shard-07").exists()
+
+    def test_failed_images_are_left_out(self, run, benchmark, weight_file):
+        chosen = evaluate(run, benchmark, weight_file)
+        listed = search.read_shortlist(chosen / "shortlist.txt")
+        bad = listed["query0"][0]
+        path = benchmark / f"jpg/{bad}.jpg"
+        path.write_bytes(path.read_bytes()[:400])
+        with pytest.raises(runs.StageError, match=f"{bad}: the file is cut short"):
+            extract(run, benchmark, weight_file)
+        opened = FeatureStore.open(extract(run, benchmark, weight_file, max_failed_share=0.5))
+        assert bad not in opened
+        assert opened.failures == {bad: "the file is cut short"}
+
+    def test_the_global_stage_must_be_there(self, run, benchmark, weight_file):
+        with pytest.raises(runs.StageError, match="04_global_evaluation"):
+            extract(run, benchmark, weight_file)
+
+    def test_a_model_without_autoencoder(self, run, benchmark, tmp_path):
+        plain = save_model(build_model(NANO, seed=0), tmp_path / "plain.safetensors")
+        evaluate(run, benchmark, plain)
+        with pytest.raises(ValueError, match="03_train_autoencoder"):
+            extract(run, benchmark, plain)
+        assert not (run / "mini/local/stage.json").exists()
+
+    def test_other_settings_are_refused(self, run, benchmark, weight_file):
+        evaluate(run, benchmark, weight_file)
+        extract(run, benchmark, weight_file)
+        with pytest.raises(runs.StageError, match="max_keypoints: 9 there, 8 now"):
+            extract(run, benchmark, weight_file, max_keypoints=8)
+
+
+def test_a_query_named_like_a_database_image(benchmark):
+    """`open_dataset` refuses such a set; the jobs keep the two apart all the same."""
+    data = revisited.open_dataset("mini", benchmark)
+    renamed = revisited.GroundTruth(**(vars(data.ground_truth) | {"queries": ["image0", "query1"]}))
+    data = revisited.RetrievalDataset(**(vars(data) | {"ground_truth": renamed}))
+    listed = benchmark / "shortlist.txt"
+    listed.write_text("image0\timage0\nimage0\timage2\nquery1\timage0\n")
+    jobs = extraction.shortlist_jobs(data, listed, crop=True)
+    assert [(job.key, job.path.name, job.query) for job in jobs] == [
+        ("image0", "image0.jpg", False),
+        ("image2", "image2.jpg", False),
+        ("query/image0", "query0.jpg", True),
+        ("query1", "query1.jpg", True),
+    ]
+    listed.write_text("query1\tnowhere\n")
+    with pytest.raises(runs.StageError, match="nowhere"):
+        extraction.shortlist_jobs(data, listed, crop=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk(run, benchmark, weight_file):
+    """Files of 2 KiB at most: the stage stops with the system's error, the next run finishes."""
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from test_extraction import evaluate
+resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+evaluate(Path({str(run)!r}), Path({str(benchmark)!r}), Path({str(weight_file)!r}))
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert child.returncode == 1
+    assert "File too large" in child.stderr
+    assert not (run / "mini/global/database.npy").exists()
+    folder = evaluate(run, benchmark, weight_file)
+    assert np.load(folder / "database.npy").any(axis=1).all()

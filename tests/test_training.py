@@ -1,0 +1,365 @@
+"""Training: the schedule, the order, what is random, resuming, and what stops a run."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from vitgal import landmarks, runs, training, weights
+from vitgal.model import ArcFace, build_model
+
+CLASSES, IMAGES = 3, 5  # images of each class
+NANO = "xcit_nano_12_p16_224"
+RECIPE = training.Recipe(
+    image_size=32,
+    epochs=2,
+    batch_size=4,
+    lr=1e-3,
+    augment="fast",
+    precision="fp32",
+    threads=1,
+    data_workers=0,
+)
+
+
+def write_images(folder: Path) -> Path:
+    """A table and its photographs: noise around one colour a class."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for label in range(CLASSES):
+        for index in range(IMAGES):
+            name = f"{label:x}{index:x}{'0' * 14}"
+            path = folder / landmarks.image_path(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = rng.integers(0, 80, (40, 56, 3)) + 60 * label
+            cv2.imwrite(str(path), image.astype(np.uint8))
+            rows.append((name, 10 * label))
+    pd.DataFrame(rows, columns=["id", "landmark_id"]).to_csv(folder / "train.csv", index=False)
+    return folder
+
+
+def split(run: Path, images: Path) -> Path:
+    return landmarks.make_split(
+        run,
+        train_table=images / "train.csv",
+        image_folder=images,
+        val_share=0.2,
+        val_queries=0,
+        expected=None,
+    )
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    return write_images(tmp_path / "images")
+
+
+@pytest.fixture
+def run(tmp_path: Path, images: Path) -> Path:
+    split(tmp_path / "run", images)
+    return tmp_path / "run"
+
+
+def fit(run: Path, images: Path, recipe: training.Recipe = RECIPE, **options) -> Path:
+    options = {"drop_path": 0.1} | options
+    return training.fit_retrieval(
+        run, image_folder=images, architecture=NANO, recipe=recipe, progress=False, **options
+    )
+
+
+def rows(folder: Path) -> list[dict]:
+    """The log without what depends on the clock."""
+    log = training.read_log(folder).drop(columns="images_per_second")
+    return log.to_dict("records")
+
+
+# The schedule
+
+
+def test_learning_rates_are_the_published_ones():
+    rates = training.learning_rates(training.Recipe())
+    assert len(rates) == 40
+    # The published run's values, to the digits in which they are known
+    assert rates[0] == rates[1] == 3e-5
+    assert [f"{rate:.3e}" for rate in rates[2:5]] == ["4.992e-05", "4.969e-05", "4.931e-05"]
+    assert f"{rates[-1]:.2e}" == "4.07e-07"
+
+
+def test_one_epoch_trains_at_the_warm_up_rate():
+    assert training.learning_rates(training.Recipe(epochs=1)) == [3e-5]
+
+
+def test_no_warm_up_starts_at_the_full_rate():
+    rates = training.learning_rates(training.Recipe(epochs=3, warmup_epochs=0))
+    assert rates[:2] == [5e-5, 5e-5]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"augment": "strong"}, {"precision": "int4"}, {"image_size": 100}]
+)
+def test_a_recipe_names_its_wrong_value(wrong):
+    (value,) = wrong.values()
+    with pytest.raises(ValueError, match=str(value)):
+        training.Recipe(**wrong)
+
+
+def test_auto_precision_is_resolved_and_recorded():
+    resolved = training.resolve_precision("auto")
+    assert resolved in ("bf16", "fp32")
+    assert training.Recipe().affecting()["precision"] == resolved
+    assert "data_workers" not in training.Recipe().affecting()
+
+
+# Order and randomness
+
+
+def test_ranks_share_an_epoch_without_overlap():
+    def batches(rank: int, epoch: int = 0, first: int = 0) -> list[list[int]]:
+        shares = training.Batches(11, 2, 2, rank, seed=3, epoch=epoch, first=first)
+        assert len(shares) == len(list(shares))
+        return [[index for _, index in batch] for batch in shares]
+
+    zero, one = batches(0), batches(1)
+    assert [len(batch) for batch in zero + one] == [2, 2, 2, 2]  # 11 // (2 * 2) steps, rest dropped
+    assert len(set(sum(zero + one, []))) == 8
+    assert batches(0, first=1) == zero[1:]
+    assert batches(0, epoch=1) != zero
+    assert batches(0) == zero
+
+
+def test_no_whole_batch_is_no_batch():
+    assert list(training.Batches(3, 4, 1, 0, seed=0, epoch=0)) == []
+
+
+@pytest.mark.parametrize("augment", ["published", "fast"])
+def test_a_sample_depends_on_seed_epoch_and_index_alone(augment, images, run):
+    recipe = replace(RECIPE, augment=augment)
+    first, again = (training.read_data(run / "split", images, recipe).train for _ in range(2))
+    other = training.read_data(run / "split", images, replace(recipe, seed=1)).train
+    np.random.seed(1)  # the global generators must not matter
+    torch.manual_seed(1)
+    picture, label, index, unreadable = first[2, 3]
+    assert picture.shape == (3, 32, 32) and picture.dtype == torch.float32
+    assert (label, index, unreadable) == (first.labels[3], 3, -1)
+    again[0, 0]
+    assert torch.equal(picture, again[2, 3][0])
+    assert not torch.equal(picture, first[3, 3][0])
+    assert not torch.equal(picture, other[2, 3][0])
+
+
+class NoDraw:
+    """Draws that leave an image as it is: no step is taken, no change is made."""
+
+    def random(self) -> float:
+        return 0.99
+
+
+@pytest.mark.parametrize("transform", [training.augment_published, training.augment_fast])
+def test_without_any_draw_an_image_is_only_squashed(transform):
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[16:48, 16:48] = (255, 128, 0)
+    picture = training.displayable(transform(image, 32, NoDraw()))
+    assert picture.shape == (32, 32, 3)
+    # the square's inside and the ground, away from their borders, whatever the interpolation
+    assert np.array_equal(picture[10:22, 10:22], np.broadcast_to([255, 128, 0], (12, 12, 3)))
+    assert not picture[:7].any()
+
+
+def test_the_hole_is_a_quarter_of_the_side():
+    picture = training._cut_hole(torch.ones(3, 64, 64), np.random.default_rng(0))
+    while (picture == 1).all():
+        picture = training._cut_hole(torch.ones(3, 64, 64), np.random.default_rng(1))
+    assert (picture == 0).sum() == 3 * 16 * 16
+
+
+# One run
+
+
+def test_a_fit_writes_a_model_without_classifier_and_is_reused(images, run):
+    folder = fit(run, images)
+    model = weights.load_model(folder / "model.safetensors")
+    assert model.code_dim is None and model.embed_dim == 128
+    log = training.read_log(folder)
+    assert log["epoch"].tolist() == [0, 1]
+    # 15 images, 1 of 5 in each class drawn for validation at 0.2 of four: 12 or 13 train, 3 steps
+    assert log["step"].tolist() == [3, 6]
+    assert log["val_accuracy"].between(0, 1).all()
+    before = (folder / "model.safetensors").stat().st_mtime_ns
+    assert fit(run, images) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(runs.StageError, match=r"lr: 0\.001 there, 0\.002 now"):
+        fit(run, images, replace(RECIPE, lr=0.002))
+
+
+def test_two_runs_give_the_same_bytes(tmp_path, images):
+    written = []
+    for name in ("a", "b"):
+        split(tmp_path / name, images)
+        folder = fit(tmp_path / name, images)
+        written.append((folder / "model.safetensors").read_bytes())
+    assert written[0] == written[1]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[3])
+from test_training import fit
+def stop(log):
+    os.kill(os.getpid(), signal.SIGKILL)
+fit(Path(sys.argv[1]), Path(sys.argv[2]), watch=stop)
+"""
+
+
+def test_a_killed_run_continues_to_the_same_bytes(tmp_path, images):
+    split(tmp_path / "whole", images)
+    whole = fit(tmp_path / "whole", images)
+    split(tmp_path / "killed", images)
+    here = str(Path(__file__).parent)
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(images), here]
+    child = subprocess.run(command, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    folder = tmp_path / "killed" / "retrieval"
+    assert not (folder / "stage.json").exists()
+    with pytest.raises(runs.StageError, match="was interrupted"):
+        training.read_log(folder)
+    with pytest.raises(runs.StageError, match="seed: 0 there, 1 now"):
+        fit(tmp_path / "killed", images, replace(RECIPE, seed=1))
+    assert fit(tmp_path / "killed", images) == folder
+    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert rows(folder) == rows(whole)
+
+
+def trainer(run: Path, images: Path, recipe: training.Recipe) -> training.Trainer:
+    data = training.read_data(run / "split", images, recipe)
+    network = training.RetrievalNetwork(build_model(NANO, seed=0), ArcFace(128, data.classes))
+    return training.Trainer(network, recipe, run / "retrieval", data)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    yield
+    training.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_state_within_an_epoch_resumes_there(images, run, fresh_accelerate):
+    one = trainer(run, images, RECIPE)
+    batches = list(one.loader(one.batches(0)))
+    one.network.train()
+    one.run_step(batches[0])
+    one.progress.step = 1
+    one.save_state()
+    other = trainer(run, images, RECIPE)
+    other.load_state()
+    assert other.progress.step == 1
+    other.network.train()
+    results = [each.run_step(batches[1])["loss"] for each in (one, other)]
+    assert torch.equal(*results)
+    # the state before the last one stands beside it
+    one.save_state()
+    assert (run / "retrieval" / "state" / "previous.pt").exists()
+
+
+def test_a_loss_that_is_not_finite_names_its_images(images, run, fresh_accelerate):
+    broken = trainer(run, images, RECIPE)
+    with torch.no_grad():
+        broken.network.head.weight.fill_(float("nan"))
+    with pytest.raises(training.TrainingError, match=r"step 0 of epoch 0, images \w+\.jpg"):
+        broken.run(None, False)
+    assert not broken.state_file.exists()
+
+
+def test_an_unreadable_image_is_replaced_and_counted(images, run):
+    data = training.read_data(run / "split", images, RECIPE)
+    data.train.paths[2].write_bytes(b"not an image")
+    _, label, index, unreadable = data.train[0, 2]
+    assert (index, unreadable) == (3, 2)
+    assert label == data.train.labels[3]
+    with pytest.raises(training.TrainingError, match=f"1 training images.*{data.train.paths[2]}"):
+        fit(run, images)
+
+
+def test_no_readable_image_at_all_is_said(images, run):
+    data = training.read_data(run / "split", images, RECIPE)
+    for path in data.train.paths:
+        path.write_bytes(b"")
+    with pytest.raises(training.TrainingError, match="none of the"):
+        data.train[0, 0]
+
+
+def test_a_batch_larger_than_the_data_is_said(images, run):
+    with pytest.raises(training.TrainingError, match="make batch_size smaller"):
+        fit(run, images, replace(RECIPE, batch_size=100))
+    assert not (run / "retrieval" / "stage.json").exists()
+
+
+def test_a_missing_image_folder_is_said(images, run):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        fit(run, images / "nowhere")
+
+
+def test_labels_with_a_gap_are_refused(images, run):
+    table = landmarks.read_split(run / "split", "train")
+    table["label"] = table["label"].replace(1, 7)
+    landmarks.write_csv(run / "split" / "train.csv", table)
+    with pytest.raises(ValueError, match="not 0 to 7 without gaps"):
+        training.read_data(run / "split", images, RECIPE)
+
+
+def test_training_without_a_split_says_which_notebook(tmp_path, images):
+    with pytest.raises(runs.StageError, match="01_data_split"):
+        fit(tmp_path / "other", images)
+
+
+# The autoencoder
+
+
+def test_the_autoencoder_leaves_the_backbone_alone(images, run):
+    retrieval = fit(run, images)
+    folder = training.fit_autoencoder(
+        run, image_folder=images, code_dim=8, recipe=RECIPE, progress=False
+    )
+    model = weights.load_model(folder / "model.safetensors")
+    assert model.code_dim == 8
+    assert training.same_backbone(model, retrieval / "model.safetensors")
+    with torch.no_grad():
+        model.backbone.cls_token += 1e-6
+    assert not training.same_backbone(model, retrieval / "model.safetensors")
+    log = training.read_log(folder)
+    assert (log["reconstruction"] > 0).all() and (log["val_reconstruction"] > 0).all()
+
+
+def test_the_autoencoder_without_a_model_says_which_notebook(images, run):
+    with pytest.raises(runs.StageError, match="02_train"):
+        training.fit_autoencoder(run, image_folder=images, recipe=RECIPE, progress=False)
+
+
+def test_lost_variance_is_one_for_the_mean_token_and_zero_for_a_copy():
+    model = build_model(NANO, code_dim=128, seed=0)
+    photographs = [np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)] * 2
+    with torch.no_grad():
+        for layer in (model.autoencoder.encoder, model.autoencoder.decoder):
+            layer.weight.copy_(torch.eye(128))
+            layer.bias.zero_()
+    # an identity matrix copies to float32's rounding
+    assert training.lost_variance(model, photographs, size=48) < 1e-10
+    tokens = model.token_features(training.squashed(photographs[0], 48)[None]).tokens[0]
+    with torch.no_grad():
+        model.autoencoder.decoder.weight.zero_()
+        model.autoencoder.decoder.bias.copy_(tokens.mean(0))
+    assert training.lost_variance(model, photographs, size=48) == pytest.approx(1, abs=1e-5)
+    maps = training.token_maps(model, photographs, size=48)
+    assert {key: [one.shape for one in value] for key, value in maps.items()} == {
+        "error": [(3, 3)] * 2,
+        "backbone_attention": [(3, 3)] * 2,
+        "attention": [(3, 3)] * 2,
+    }

@@ -1,0 +1,110 @@
+"""The command line: `vitgal run | download | weights`, also `python -m vitgal`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from vitgal import runs
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns 0, 1 where the work failed, 2 where it was asked wrongly."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except KeyboardInterrupt:
+        print("\nvitgal: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"vitgal: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vitgal", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _run_parser(commands.add_parser("run", help="execute the notebooks 01 to 07 in order"))
+    _download_parser(commands.add_parser("download", help="fetch data sets and weights"))
+    weights = commands.add_parser("weights", help="convert a published .pth to .safetensors")
+    weights.add_argument("source", type=Path, metavar="SOURCE.pth")
+    weights.add_argument("target", type=Path, metavar="TARGET.safetensors")
+    weights.set_defaults(command=_weights)
+    return parser
+
+
+def _run_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("params", type=Path, metavar="PARAMS.yaml", help="see params/")
+    parser.add_argument("--only", metavar="04,05", help="just these notebooks")
+    parser.add_argument("--from", dest="first", metavar="02", help="begin with this notebook")
+    parser.add_argument("--to", dest="last", metavar="06", help="end with this notebook")
+    parser.add_argument(
+        "-p",
+        dest="overrides",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="a parameter that beats the file; relative paths are relative to this folder",
+    )
+    parser.add_argument("--output", type=Path, metavar="runs/NAME", help="the run folder")
+    parser.set_defaults(command=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from vitgal import pipeline
+
+    try:
+        folder = pipeline.run(
+            options.params,
+            only=options.only.split(",") if options.only else None,
+            first=options.first,
+            last=options.last,
+            overrides=dict(options.overrides),
+            output=options.output,
+        )
+    except (pipeline.ParameterError, FileNotFoundError) as error:
+        print(f"vitgal: {error}", file=sys.stderr)
+        return 2
+    except pipeline.Interrupted as error:
+        print(f"\nvitgal: {error}", file=sys.stderr)
+        return 130
+    print(pipeline.summary(folder))
+    return 0
+
+
+def _download_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("names", nargs="*", metavar="NAME", help="from third_party/sources.toml")
+    parser.add_argument("--to", type=Path, metavar="data/", help="default: data/ of the checkout")
+    parser.add_argument("--list", action="store_true", help="what there is")
+    parser.add_argument("--check", metavar="NAME", help="verify an existing folder")
+    parser.set_defaults(command=_download)
+
+
+def _download(options: argparse.Namespace) -> int:
+    from vitgal import download
+
+    if options.list:
+        for source in download.list_sources().itertuples():
+            print(f"{source.Index:<24}{source.GB:>8.2f} GB  {source.about}")
+        return 0
+    if options.check:
+        report = download.check(options.check, folder=options.to or runs.resolve("data"))
+        print(report)
+        return 0 if report.ok else 1
+    if not options.names:
+        print("vitgal: name what to download; --list shows what there is", file=sys.stderr)
+        return 2
+    for name, folder in download.download(options.names, target=options.to).items():
+        print(f"{name}: {folder}")
+    return 0
+
+
+def _weights(options: argparse.Namespace) -> int:
+    from vitgal import weights
+
+    print(weights.convert(options.source, options.target))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

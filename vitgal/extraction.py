@@ -1,0 +1,749 @@
+"""Descriptors of image lists: global and local, of a few images in memory or a million on disk.
+
+Images stream through: threads decode, crop and resize ahead of the network, which is given batches
+of images of one size. The two stage functions continue where a killed run stopped, the global one
+row block by row block, the local one shard by shard.
+"""
+
+import contextlib
+import itertools
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from vitgal import evaluation, revisited, runs, search, store
+from vitgal.features import LocalFeatures
+from vitgal.images import MEAN, STD, ImageError, crop_box, read_image
+from vitgal.images import resize as resize_image
+from vitgal.local_features import LADDER, SCALES, Frame, local_features, require_codes
+from vitgal.model import ViTGaL, build_model
+from vitgal.revisited import RetrievalDataset
+from vitgal.weights import load_model
+
+PRECISIONS = ("fp32", "bf16", "auto")
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # Linux's names for native bf16 products
+UNTRAINED = "untrained:"
+BLOCK = 256  # images between two checkpoints of the global stage
+AHEAD = 4  # images that each decoding thread may be ahead of the network
+GLOBAL_NOTEBOOK = "04_global_evaluation"
+GLOBAL_OUTPUTS = (
+    "database.npy",
+    "queries.npy",
+    "names.json",
+    "ranks.npy",
+    "similarities.npy",
+    "positions.npz",
+    "shortlist.txt",
+    "scores.json",
+    "failures.json",
+)
+# Hashed when the stage ends and again when it is reused. The large arrays of a shard are not: they
+# are checked by length on opening, and byte for byte by the checksums that stand here.
+SHARD_OUTPUTS = ("items.json", "failures.json", "offsets.npy", "checksums.npy")
+
+
+# The network as it is run here
+
+
+def resolve_precision(precision: str, device: torch.device | str = "cpu") -> str:
+    """ "fp32" or "bf16"; "auto" is bf16 where the device computes it natively, else fp32.
+
+    Raises ValueError for any other precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    if precision != "auto":
+        return precision
+    if torch.device(device).type == "cuda":
+        native = torch.cuda.get_device_capability(device)[0] >= 8
+    else:
+        info = Path("/proc/cpuinfo")
+        native = info.exists() and bool(BF16_FLAGS & set(info.read_text().split()))
+    return "bf16" if native else "fp32"
+
+
+def pick_device(device: torch.device | str | None = None) -> torch.device:
+    """The device named, else the GPU if there is one, else the CPU."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def open_model(model: str | Path, device: torch.device | str = "cpu", *, seed: int = 0) -> ViTGaL:
+    """The model of a weight file, or for "untrained:<architecture>" one with seeded random weights.
+
+    Raises as `load_model` and `build_model` do.
+    """
+    if str(model).startswith(UNTRAINED):
+        return build_model(str(model).removeprefix(UNTRAINED), seed=seed).to(device)
+    return load_model(model, device)
+
+
+def weights_fingerprint(model: str | Path, *, seed: int = 0) -> str:
+    """What says which weights `open_model` takes: the file's sha256, or architecture and seed."""
+    if str(model).startswith(UNTRAINED):
+        return f"{model}, seed {seed}"
+    if not Path(model).is_file():
+        raise FileNotFoundError(
+            f"there are no weights {model}: train them with 02_train or 03_train_autoencoder, or "
+            "name a checkpoint"
+        )
+    return runs.fingerprint_file(Path(model))
+
+
+@contextlib.contextmanager
+def inference(model: ViTGaL, precision: str = "fp32") -> Iterator[None]:
+    """The model in eval mode, without gradients, in the precision; afterwards as it was."""
+    device, training = _device(model), model.training
+    bf16 = resolve_precision(precision, device) == "bf16"
+    # fp32 means fp32: cuDNN would round convolutions' inputs to 10 bits (TF32) by default.
+    exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    model.eval()
+    try:
+        with torch.inference_mode(), exact:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+                yield
+    finally:
+        model.train(training)
+
+
+@contextlib.contextmanager
+def limited_threads(threads: int | None) -> Iterator[None]:
+    """torch on so many CPU threads (None: as it is); float sums differ with their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _device(model: ViTGaL) -> torch.device:
+    return next(model.parameters()).device
+
+
+def network_input(batch: np.ndarray, device: torch.device | str) -> Tensor:
+    """A batch (B, H, W, 3) uint8 RGB as the network's (B, 3, H, W) float32, normalised.
+
+    The same operations as `images.normalise`, on the device: a quarter of the bytes are moved.
+    """
+    # The colours stay last in memory, which convolutions like better (up to 18 % on a CPU).
+    pixels = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).float() / 255
+    mean, std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (MEAN, STD))
+    return (pixels - mean) / std
+
+
+# Images in memory
+
+
+def extract_global(
+    model: ViTGaL,
+    images: Sequence[np.ndarray],
+    *,
+    boxes: Sequence[Sequence[float] | None] | None = None,
+    size: int = 512,
+    resize: str = "squash",
+    scales: Sequence[float] = (1.0,),
+    batch_size: int = 16,
+    precision: str = "fp32",
+) -> np.ndarray:
+    """Global descriptors of images in memory.
+
+    Args:
+        images: (H, W, 3) uint8 RGB each, of any sizes.
+        boxes: per image (x0, y0, x1, y1) in pixels to cut out first (`images.crop_box`), or None.
+        size, resize: pixels and mode, see `images.resize`; "squash" is the published way.
+        scales: of the network input. Several: the mean of the normalised descriptors, renormalised.
+        precision: "fp32", "bf16" or "auto".
+    Returns:
+        (len(images), D) float32 of length 1, in the order of `images`; no images give (0, D).
+    Raises:
+        ValueError: a box that does not fit its image, an unknown mode or precision, a descriptor
+            that is not finite.
+    """
+    _check_scales(scales)
+    boxes = [None] * len(images) if boxes is None else boxes
+    inputs = (
+        (position, resize_image(crop_box(image, box)[0], size, resize))
+        for position, (image, box) in enumerate(zip(images, boxes, strict=True))
+    )
+    rows = np.zeros((len(images), model.embed_dim), np.float32)
+    with inference(model, precision):
+        for positions, batch in batches(inputs, batch_size):
+            rows[positions] = describe(model, np.stack(batch), scales)
+    return rows
+
+
+def describe(model: ViTGaL, batch: np.ndarray, scales: Sequence[float] = (1.0,)) -> np.ndarray:
+    """Global descriptors (B, D) float32 of length 1 of a batch (B, H, W, 3) uint8 RGB.
+
+    To be called within `inference`. Raises ValueError where a descriptor is not finite.
+    """
+    images = network_input(batch, _device(model))
+    total = torch.zeros(len(batch), model.embed_dim, device=images.device)
+    for scale in scales:
+        scaled = images
+        if scale != 1:
+            # As published: sides rounded down, no smoothing.
+            scaled = F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
+        total += F.normalize(model.global_features(scaled).float(), dim=1)
+    rows = F.normalize(total, dim=1).cpu().numpy()
+    if not np.isfinite(rows).all():
+        raise ValueError("a global descriptor is not finite: use precision fp32, or other weights")
+    return rows
+
+
+def extract_local(
+    model: ViTGaL,
+    image: np.ndarray,
+    box: Sequence[float] | None = None,
+    *,
+    size: int = 512,
+    precision: str = "fp32",
+    **options: Any,
+) -> LocalFeatures:
+    """Local features of one image (H, W, 3) uint8 RGB, or of the box (x0, y0, x1, y1) in it.
+
+    Args:
+        size: the network input has about size x size pixels in the image's shape, sides multiples
+            of 16.
+        options: scales, max_keypoints, nms_candidates, nms_overlap, target_per_scale, ladder,
+            interpolation: see `local_features.local_features`; the defaults are the published ones.
+    Raises:
+        ValueError: a box that does not fit, a model without autoencoder, an option out of range.
+    """
+    crop, taken = crop_box(image, box)
+    batch = resize_image(crop, size, "area")[None]
+    with inference(model, precision):
+        inputs = network_input(batch, _device(model))
+        return local_features(model, inputs, [(taken, image.shape[:2])], **options)[0]
+
+
+def batches(
+    inputs: Iterable[tuple[Any, np.ndarray]], batch_size: int
+) -> Iterator[tuple[list, list[np.ndarray]]]:
+    """Gathers (label, image) into batches of one image size: yields (labels, images).
+
+    A batch goes out when it is full, the incomplete ones at the end; at most `batch_size` - 1
+    images of every size wait.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    waiting: dict[tuple, tuple[list, list[np.ndarray]]] = {}
+    for label, image in inputs:
+        labels, images = waiting.setdefault(image.shape, ([], []))
+        labels.append(label)
+        images.append(image)
+        if len(labels) == batch_size:
+            yield waiting.pop(image.shape)
+    yield from waiting.values()
+
+
+# Images on disk
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to describe: its key, its file, the box to cut out (None: the whole image)."""
+
+    key: str
+    path: Path
+    box: tuple[float, ...] | None = None
+    query: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A job's network input (h, w, 3) uint8, and where on the photograph it lies."""
+
+    image: np.ndarray
+    frame: Frame
+
+
+def load(job: Job, *, size: int, resize: str) -> Loaded:
+    """Decodes, crops and resizes; ImageError for a bad file, ValueError for a box that is off."""
+    image = read_image(job.path)
+    try:
+        crop, box = crop_box(image, job.box)
+    except ValueError as error:
+        raise ValueError(f"{job.path}: {error}") from error
+    return Loaded(resize_image(crop, size, resize), (box, image.shape[:2]))
+
+
+def prefetch(
+    work: Callable[[Job], Loaded], jobs: Iterable[Job], *, workers: int
+) -> Iterator[tuple[Job, Loaded | ImageError]]:
+    """Yields every job with its result or its ImageError, in order; threads work a little ahead.
+
+    Threads are enough: OpenCV lets Python go on while it decodes. 0 workers: no threads.
+    """
+
+    def attempt(job: Job) -> Loaded | ImageError:
+        try:
+            return work(job)
+        except ImageError as error:
+            return error
+
+    if workers < 1:
+        yield from ((job, attempt(job)) for job in jobs)
+        return
+    pending: deque[tuple[Job, Future]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for job in jobs:
+                pending.append((job, pool.submit(attempt, job)))
+                if len(pending) > AHEAD * workers:
+                    job, future = pending.popleft()
+                    yield job, future.result()
+            while pending:
+                job, future = pending.popleft()
+                yield job, future.result()
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+Results = Iterable[tuple[Job, Loaded | ImageError]]
+
+
+@dataclass(frozen=True, eq=False)
+class Runner:
+    """A model and how images on disk are brought to it.
+
+    precision is "fp32" or "bf16"; size and resize are those of `images.resize`; workers are
+    decoding threads.
+    """
+
+    model: ViTGaL
+    precision: str
+    size: int
+    resize: str
+    batch_size: int
+    workers: int
+
+    @contextlib.contextmanager
+    def stream(self, jobs: Iterable[Job], **bar: Any) -> Iterator[Iterator]:
+        """Yields an iterator over the prefetched jobs, with a progress bar, within `inference`."""
+        work = partial(load, size=self.size, resize=self.resize)
+        loaded = prefetch(work, jobs, workers=self.workers)
+        with contextlib.closing(loaded), inference(self.model, self.precision):
+            with tqdm(unit="image", **bar) as shown:
+                yield _counted(loaded, shown)
+
+    def recorded(self) -> dict[str, Any]:
+        """What a stage's manifest keeps of it."""
+        return {
+            "device": str(_device(self.model)),
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+            "workers": self.workers,
+            "threads": torch.get_num_threads(),
+        }
+
+    def global_rows(
+        self, results: Results, number: int, *, scales: Sequence[float]
+    ) -> tuple[np.ndarray, list[dict]]:
+        """Global descriptors (number, D) of streamed images; failures, whose rows are zero."""
+        failures: list[dict] = []
+        rows = np.zeros((number, self.model.embed_dim), np.float32)
+        inputs = ((position, loaded.image) for position, loaded in _usable(results, failures))
+        for positions, batch in batches(inputs, self.batch_size):
+            rows[positions] = describe(self.model, np.stack(batch), scales)
+        return rows, failures
+
+    def local_items(
+        self, results: Results, keys: Sequence[str], **options: Any
+    ) -> tuple[list[tuple[str, LocalFeatures]], list[dict]]:
+        """Local features of streamed images as (key, features), in order; the failures."""
+        failures: list[dict] = []
+        found: dict[int, LocalFeatures] = {}
+        inputs = (
+            ((position, loaded.frame), loaded.image)
+            for position, loaded in _usable(results, failures)
+        )
+        for labels, batch in batches(inputs, self.batch_size):
+            positions, frames = zip(*labels, strict=True)
+            images = network_input(np.stack(batch), _device(self.model))
+            features = local_features(self.model, images, frames, **options)
+            found.update(zip(positions, features, strict=True))
+        return [(keys[position], found[position]) for position in sorted(found)], failures
+
+
+def _counted(results: Results, bar: tqdm) -> Results:
+    for result in results:
+        bar.update()
+        yield result
+
+
+def _usable(results: Results, failures: list[dict]) -> Iterator[tuple[int, Loaded]]:
+    """Numbers the results and passes the good ones on; the others are added to `failures`."""
+    for position, (job, result) in enumerate(results):
+        if isinstance(result, ImageError):
+            failures.append({"name": job.key, "reason": result.reason})
+        else:
+            yield position, result
+
+
+@contextlib.contextmanager
+def _runner(
+    model: Path | str,
+    *,
+    seed: int,
+    threads: int | None,
+    device: str | None,
+    precision: str,
+    **how: Any,
+) -> Iterator[Runner]:
+    """A stage's model on its device and threads."""
+    place = pick_device(device)
+    with limited_threads(threads):
+        network = open_model(model, place, seed=seed)
+        yield Runner(network, resolve_precision(precision, place), **how)
+
+
+def _refuse_failures(failures: Sequence[dict], number: int, share: float) -> None:
+    """StageError where more than the allowed share of images could not be read."""
+    if len(failures) > share * number:
+        shown = "; ".join(f"{failure['name']}: {failure['reason']}" for failure in failures[:3])
+        more = f" and {len(failures) - 3} more" if len(failures) > 3 else ""
+        raise runs.StageError(
+            f"{len(failures)} of {number} images cannot be read, more than max_failed_share={share}"
+            f" allows ({shown}{more}); replace them, or raise max_failed_share to go on without "
+            "them: what is done so far is kept"
+        )
+
+
+def _report(failures: Collection, number: int) -> None:
+    """Prints how many images failed, if any; the same when the stage is reused."""
+    if failures:
+        print(f"{len(failures)} of {number} images could not be read: see failures.json")
+
+
+def _refuse_failed_query(failures: Sequence[dict]) -> None:
+    if failures:
+        failure = failures[0]
+        raise runs.StageError(
+            f"the query image {failure['name']} cannot be read: {failure['reason']}; replace it "
+            "(a query cannot be left out)"
+        )
+
+
+def _check_scales(scales: Sequence[float]) -> None:
+    if not len(scales) or not all(0 < scale <= 16 for scale in scales):
+        raise ValueError(f"scales must be above 0 and at most 16, one at least; got {scales}")
+
+
+# The global stage
+
+
+def evaluate_global(
+    run: Path,
+    *,
+    dataset: str,
+    data_folder: Path,
+    model: Path | str,
+    folder: str = "global",
+    size: int = 512,
+    resize: str = "squash",
+    scales: Sequence[float] = (1.0,),
+    crop_queries: bool = True,
+    batch_size: int = 16,
+    precision: str = "fp32",
+    top: int = 100,
+    display: int = 1000,
+    distractors: Path | None = None,
+    distractor_list: Path | None = None,
+    max_failed_share: float = 0.001,
+    seed: int = 0,
+    threads: int | None = None,
+    workers: int = 4,
+    device: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Ranks a benchmark's database for its queries and scores that: `<run>/<dataset>/global`.
+
+    Args:
+        run: the run folder (`runs.run_folder`).
+        dataset, data_folder: the benchmark's name, and the folder of `jpg/` and `gnd_<name>.pkl`.
+        model: a weight file, or "untrained:<architecture>" for random weights drawn with `seed`.
+        folder: the stage's name below `<run>/<dataset>/`; another one keeps another model's result.
+        crop_queries: describe the query's box alone, as the protocol demands; False describes the
+            whole photograph (marked ^ in the paper).
+        top: length of the short lists.  display: ranks kept for display, more if short lists need.
+        distractors, distractor_list: see `revisited.open_dataset`.
+        max_failed_share: share of database images that may fail to decode; they rank last.
+        threads: torch's CPU threads.  workers: decoding threads.
+        size, resize, scales, batch_size, precision: see `extract_global`.
+    Returns:
+        The stage's folder, with database.npy (N, D) and queries.npy (Q, D) float32, names.json,
+        ranks.npy (K, Q) int32, similarities.npy (K, Q) float32, positions.npz, shortlist.txt,
+        scores.json and failures.json. Killed and run again it continues after the last 256 images.
+    Raises:
+        StageError: the folder holds other settings, a query or too many images cannot be read.
+        FileNotFoundError, ValueError: data set or weights are missing or not what they should be.
+    """
+    _check_scales(scales)
+    data = revisited.open_dataset(
+        dataset, data_folder, distractors=distractors, distractor_list=distractor_list
+    )
+    parameters = dict(size=size, resize=resize, scales=scales, crop_queries=crop_queries)
+    parameters |= dict(precision=precision, top=top, display=display)
+    inputs = {"dataset": data.fingerprint, "weights": weights_fingerprint(model, seed=seed)}
+    how = dict(seed=seed, threads=threads, device=device, precision=precision)
+    how |= dict(size=size, resize=resize, batch_size=batch_size, workers=workers)
+    with runs.stage(
+        run / dataset / folder, "global", parameters=parameters, inputs=inputs, overwrite=overwrite
+    ) as stage:
+        if stage.finished:
+            _report(runs.read_json(stage.folder / "failures.json"), len(data.database))
+            return stage.folder
+        with _runner(model, **how) as runner:
+            queries = _query_rows(runner, query_jobs(data, crop_queries), scales)
+            limits = dict(share=max_failed_share, disable=not progress)
+            rows = _database_rows(runner, data, stage.folder / "database.npy", scales, **limits)
+            recorded = runner.recorded()
+        _write_rankings(stage, data, queries, rows, precision=recorded["precision"])
+        recorded |= dict(images=len(data.database), failed=len(rows.failures))
+        stage.finish(GLOBAL_OUTPUTS, **recorded)
+        rows.forget()
+        _report(rows.failures, len(data.database))
+        return stage.folder
+
+
+def query_jobs(data: RetrievalDataset, crop: bool) -> list[Job]:
+    """The queries of a data set, each with its box where they are to be cropped."""
+    truth = data.ground_truth
+    boxes = [tuple(map(float, box)) if crop else None for box in truth.boxes]
+    return [Job(*job, True) for job in zip(truth.queries, data.query_paths, boxes, strict=True)]
+
+
+def _query_rows(runner: Runner, jobs: Sequence[Job], scales: Sequence[float]) -> np.ndarray:
+    with runner.stream(jobs, disable=True) as results:
+        rows, failures = runner.global_rows(results, len(jobs), scales=scales)
+    _refuse_failed_query(failures)
+    return rows
+
+
+def _database_rows(
+    runner: Runner,
+    data: RetrievalDataset,
+    path: Path,
+    scales: Sequence[float],
+    *,
+    share: float,
+    disable: bool,
+) -> store.RowFile:
+    """Describes the database block by block into `path`, from where it stands on disk."""
+    number = len(data.database)
+    settings = {"precision": runner.precision}
+    rows = store.RowFile.open(path, (number, runner.model.embed_dim), settings=settings)
+    todo = zip(data.database[rows.rows :], data.database_paths[rows.rows :], strict=True)
+    jobs = (Job(name, image) for name, image in todo)
+    bar = dict(total=number, initial=rows.rows, desc="describing", disable=disable)
+    with runner.stream(jobs, **bar) as results:
+        while rows.rows < number:
+            count = min(BLOCK, number - rows.rows)
+            block = itertools.islice(results, count)
+            rows.append(*runner.global_rows(block, count, scales=scales))
+            _refuse_failures(rows.failures, number, share)
+    rows.finish()
+    return rows
+
+
+def _write_rankings(
+    stage: runs.Stage,
+    data: RetrievalDataset,
+    queries: np.ndarray,
+    rows: store.RowFile,
+    *,
+    precision: str,
+) -> None:
+    """Everything that follows from the descriptors: rankings, short lists, scores."""
+    folder, truth, settings = stage.folder, data.ground_truth, stage.settings["parameters"]
+    top, names = settings["top"], {"queries": truth.queries, "database": data.database}
+    database = np.load(rows.path, mmap_mode="r", allow_pickle=False)
+    depth = max(settings["display"], search.shortlist_depth(truth, len(database), top=top))
+    similarities, ranks = search.search(queries, database, k=depth)
+    positions = search.labelled_positions(queries, database, revisited.labelled(truth))
+    runs.write_array(folder / "queries.npy", queries)
+    runs.write_json(folder / "names.json", names)
+    runs.write_array(folder / "ranks.npy", ranks)
+    runs.write_array(folder / "similarities.npy", similarities)
+    positions.save(folder / "positions.npz")
+    search.write_shortlist(
+        folder / "shortlist.txt", search.shortlist(ranks, truth, top=top), **names
+    )
+    runs.write_json(folder / "failures.json", rows.failures)
+    protocol = {key: settings[key] for key in ("crop_queries", "resize", "scales")}
+    protocol |= {"dataset": data.name, "precision": precision, "reranked": False}
+    protocol |= {"distractors": len(database) - len(truth.database)}
+    document = evaluation.scores_document(
+        evaluation.evaluate(positions, truth),
+        protocol=protocol,
+        parameters=settings,
+        inputs=stage.settings["inputs"],
+        failed=len(rows.failures),
+    )
+    runs.write_json(folder / "scores.json", document)
+
+
+# The local stage
+
+
+def extract_shortlist(
+    run: Path,
+    *,
+    dataset: str,
+    data_folder: Path,
+    model: Path | str,
+    size: int = 512,
+    scales: Sequence[float] = SCALES,
+    max_keypoints: int = 1000,
+    nms_candidates: int = 1200,
+    nms_overlap: float = 0.5,
+    target_per_scale: float = 400,
+    ladder: Sequence[float] = LADDER,
+    interpolation: str = "size",
+    crop_queries: bool = True,
+    batch_size: int = 8,
+    precision: str = "fp32",
+    dtype: str = "float16",
+    shard_size: int = 256,
+    distractors: Path | None = None,
+    distractor_list: Path | None = None,
+    max_failed_share: float = 0.001,
+    seed: int = 0,
+    threads: int | None = None,
+    workers: int = 4,
+    device: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Extracts the local features that reranking needs: `<run>/<dataset>/local`, a FeatureStore.
+
+    Exactly the queries (their crops) and the database images (whole) that the global stage's
+    shortlist.txt names. Prints how much space they will take at most.
+
+    Args:
+        dtype: how descriptors are stored, see `store.encode`.
+        shard_size: images a shard. A killed stage continues with the first shard that is missing.
+        max_failed_share: share of images that may fail to decode; they are left out of the store.
+        size … interpolation: see `extract_local`.  All others: see `evaluate_global`.
+    Returns:
+        The stage's folder; `FeatureStore.open` reads it.
+    Raises:
+        StageError: the global stage is missing, the folder holds other settings, a query or too
+            many images cannot be read.
+        FileNotFoundError, ValueError: as `evaluate_global`; a model without autoencoder.
+    """
+    data = revisited.open_dataset(
+        dataset, data_folder, distractors=distractors, distractor_list=distractor_list
+    )
+    chosen = run / dataset / "global"
+    listed = runs.output_fingerprint(chosen, "shortlist.txt", GLOBAL_NOTEBOOK)
+    jobs = shortlist_jobs(data, chosen / "shortlist.txt", crop_queries)
+    options = dict(scales=scales, max_keypoints=max_keypoints, nms_candidates=nms_candidates)
+    options |= dict(nms_overlap=nms_overlap, target_per_scale=target_per_scale, ladder=ladder)
+    options |= dict(interpolation=interpolation)
+    parameters = options | dict(size=size, crop_queries=crop_queries, precision=precision)
+    parameters |= dict(dtype=dtype, shard_size=shard_size)
+    inputs = {"shortlist": listed, "images": _jobs_fingerprint(jobs)}
+    inputs |= {"weights": weights_fingerprint(model, seed=seed)}
+    how = dict(seed=seed, threads=threads, device=device, precision=precision)
+    how |= dict(size=size, resize="area", batch_size=batch_size, workers=workers)
+    shards = dict(dtype=dtype, shard_size=shard_size, options=options)
+    shards |= dict(share=max_failed_share, disable=not progress)
+    with runs.stage(
+        run / dataset / "local", "local", parameters=parameters, inputs=inputs, overwrite=overwrite
+    ) as stage:
+        if stage.finished:
+            opened = store.FeatureStore.open(stage.folder)
+            _announce(opened.code_dim, len(jobs), parameters)
+            _report(opened.failures, len(jobs))
+            return stage.folder
+        with _runner(model, **how) as runner:
+            _announce(require_codes(runner.model), len(jobs), parameters)
+            failures = _write_shards(runner, jobs, stage.folder, **shards)
+            recorded = runner.recorded() | dict(images=len(jobs), failed=len(failures))
+        stage.finish(_shard_outputs(stage.folder), **recorded)
+        _report(failures, len(jobs))
+        return stage.folder
+
+
+def shortlist_jobs(data: RetrievalDataset, path: Path, crop: bool) -> list[Job]:
+    """All queries of a data set and the database images that a shortlist.txt names, by key."""
+    paths = dict(zip(data.database, data.database_paths, strict=True))
+    names = {name for found in search.read_shortlist(path).values() for name in found}
+    unknown = sorted(names - set(paths))
+    if unknown:
+        raise runs.StageError(
+            f"{path} names {unknown[0]}, which {data.name} lacks: run {GLOBAL_NOTEBOOK} again"
+        )
+    queries = [replace(job, key=store.query_key(job.key, paths)) for job in query_jobs(data, crop)]
+    return sorted(queries + [Job(name, paths[name]) for name in names], key=lambda job: job.key)
+
+
+def _jobs_fingerprint(jobs: Sequence[Job]) -> str:
+    images = runs.fingerprint_images([job.key for job in jobs], [job.path for job in jobs])
+    return runs.fingerprint([images, [job.box for job in jobs]])
+
+
+def _announce(code_dim: int, images: int, parameters: dict) -> None:
+    """Prints the greatest size that the store can have; the same when the stage is reused."""
+    most = parameters["max_keypoints"]
+    size = store.forecast(images, most, code_dim, parameters["dtype"])
+    print(
+        f"local features of {images} images: at most {size / 1e6:.0f} MB ({most} features an image,"
+        f" descriptors of {code_dim} values as {parameters['dtype']})"
+    )
+
+
+def _write_shards(
+    runner: Runner,
+    jobs: Sequence[Job],
+    folder: Path,
+    *,
+    dtype: str,
+    shard_size: int,
+    options: dict,
+    share: float,
+    disable: bool,
+) -> list[dict]:
+    """Writes the shards that are missing or damaged; returns all failures of all shards."""
+    by_key = {job.key: job for job in jobs}
+    parts = store.partition([job.key for job in jobs], shard_size)
+    made = dict(dtype=dtype, settings={"precision": runner.precision})
+    store.clear_partial(folder)
+    failures, missing = [], {}
+    for index, keys in enumerate(parts):
+        where = store.shard_folder(folder, index, len(parts))
+        if shard := store.whole_shard(where, keys, **made):
+            failures += shard.failures
+        else:
+            missing[where] = keys
+    todo = [by_key[key] for keys in missing.values() for key in keys]
+    bar = dict(total=len(jobs), initial=len(jobs) - len(todo), desc="extracting", disable=disable)
+    with runner.stream(todo, **bar) as results:
+        for where, keys in missing.items():
+            block = itertools.islice(results, len(keys))
+            items, failed = runner.local_items(block, keys, **options)
+            _refuse_failed_query([each for each in failed if by_key[each["name"]].query])
+            code_dim = runner.model.code_dim
+            store.write_shard(where, items, failures=failed, code_dim=code_dim, **made)
+            failures += failed
+            _refuse_failures(failures, len(jobs), share)
+    return failures
+
+
+def _shard_outputs(folder: Path) -> list[str]:
+    shards = store.FeatureStore.open(folder).shards
+    return [f"{shard.folder.name}/{name}" for shard in shards for name in SHARD_OUTPUTS]

@@ -1,0 +1,102 @@
+"""LocalFeatures: what extraction writes, the store keeps, and reranking and figures read."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class LocalFeatures:
+    """The local features of one image, best first.
+
+    Attributes:
+        keypoints: (N, 2) float32, (x, y) in the network input's frame: the image's top-left corner
+            is (0, 0), the first patch's centre (8, 8). Matching and verification use these.
+        descriptors: (N, C) float32, each of length 1.
+        scores: (N,) float32, falling; nan where unknown.
+        scales: (N,) float32, the nominal scale each was found at; nan where unknown.
+        input_size: (h, w) of the network input in pixels.
+        box: (x0, y0, x1, y1) in pixels of the photograph, the crop really taken.
+        image_size: (h, w) of the photograph in pixels.
+
+    Raises ValueError where the arrays' shapes do not fit together.
+    """
+
+    keypoints: np.ndarray
+    descriptors: np.ndarray
+    scores: np.ndarray
+    scales: np.ndarray
+    input_size: tuple[int, int]
+    box: tuple[int, int, int, int]
+    image_size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        count = len(self.keypoints)
+        fits = (
+            self.keypoints.shape == (count, 2)
+            and self.descriptors.ndim == 2
+            and len(self.descriptors) == count
+            and self.scores.shape == self.scales.shape == (count,)
+        )
+        if not fits:
+            raise ValueError(
+                "local features do not fit together: keypoints "
+                f"{self.keypoints.shape}, descriptors {self.descriptors.shape}, scores "
+                f"{self.scores.shape}, scales {self.scales.shape}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.keypoints)
+
+    @property
+    def code_dim(self) -> int:
+        """The descriptors' width."""
+        return self.descriptors.shape[1]
+
+    @classmethod
+    def empty(
+        cls,
+        code_dim: int,
+        input_size: Sequence[int],
+        box: Sequence[int],
+        image_size: Sequence[int],
+    ) -> "LocalFeatures":
+        """Features of an image in which nothing was found."""
+        none = np.zeros(0, np.float32)
+        return cls(
+            keypoints=none.reshape(0, 2),
+            descriptors=none.reshape(0, code_dim),
+            scores=none,
+            scales=none,
+            input_size=tuple(input_size),
+            box=tuple(box),
+            image_size=tuple(image_size),
+        )
+
+    def subset(self, index: np.ndarray) -> "LocalFeatures":
+        """The features that `index` (positions, a mask or a slice) picks, in its order."""
+        return replace(
+            self,
+            keypoints=self.keypoints[index],
+            descriptors=self.descriptors[index],
+            scores=self.scores[index],
+            scales=self.scales[index],
+        )
+
+    def original_keypoints(self) -> np.ndarray:
+        """Keypoints (N, 2) float32 on the photograph, for drawing.
+
+        (x, y) in pixels of the stored photograph; (0, 0) is the centre of its top-left pixel, as
+        matplotlib draws. Raises ValueError where the sizes are unknown (all zero), as they are
+        after a plain import of published files.
+        """
+        x0, y0, x1, y1 = self.box
+        if not (x1 > x0 and y1 > y0 and min(self.input_size) > 0):
+            raise ValueError(
+                "the features do not say where on the photograph they are: their box and sizes "
+                "were not stored; extract them again"
+            )
+        crop_size = np.array([x1 - x0, y1 - y0], np.float64)
+        factor = crop_size / np.array(self.input_size[::-1])
+        return (self.keypoints * factor + (x0, y0) - 0.5).astype(np.float32)

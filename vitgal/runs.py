@@ -1,0 +1,408 @@
+"""Run folders: where a run's files live, how a stage begins, ends, is reused or refused.
+
+A stage is one folder. While it is worked on it holds `started.json`; when all its files are whole,
+`stage.json` is written last. Both carry what the result depends on (stage format, parameters,
+fingerprints of the inputs), so that neither a finished nor an interrupted stage is ever continued
+under other settings.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+STAGE_FORMAT = 1
+MANIFEST = "stage.json"
+STARTED = "started.json"
+LOCK = ".lock"
+CHUNK = 1 << 20  # bytes read at once when hashing
+TEMPORARY = ".tmp-"
+# Above this size a reused file is checked by its length alone: hashing 200 GB of features would
+# take longer than the stages that read them, and the feature store checks its own items.
+HASH_LIMIT = 1 << 30
+VERSIONED = ("numpy", "torch", "timm", "opencv-python-headless", "faiss-cpu", "pydegensac")
+
+
+class StageError(RuntimeError):
+    """A stage cannot begin, continue or be read; the message says what differs and what to do."""
+
+
+def checkout() -> Path:
+    """The checkout's top folder, the one that holds `notebooks/` and `params/`."""
+    top = Path(__file__).resolve().parent.parent
+    if not (top / "notebooks").is_dir():
+        raise StageError(
+            f"{top} holds no notebooks/: vitgal's notebooks and params live in its checkout; "
+            "install it there with `pip install -e .`"
+        )
+    return top
+
+
+def resolve(path: str | os.PathLike) -> Path:
+    """An absolute path as it is, a relative one below the checkout; `~` is expanded."""
+    return checkout() / Path(path).expanduser()
+
+
+def run_folder(run_dir: str | os.PathLike) -> Path:
+    """A run's folder: absolute, else relative to $VITGAL_RUNS if that is set, else to `runs/`."""
+    base = os.environ.get("VITGAL_RUNS")
+    return (Path(base).expanduser().absolute() if base else checkout() / "runs") / Path(
+        run_dir
+    ).expanduser()
+
+
+# Writing: a temporary name in the same folder, flushed to disk, then renamed
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; renames it on success, removes it on any failure.
+
+    A reader of `path` sees the old content or the new, never a part; a full disk leaves the old.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes `text` (UTF-8) atomically and returns the path."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Writes `value` as JSON atomically; arrays become lists, nan and infinities null."""
+    return write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_array(path: Path, array: np.ndarray) -> Path:
+    """Writes one `.npy` atomically and returns the path."""
+    with atomic(path) as temporary, open(temporary, "wb") as handle:
+        np.save(handle, array, allow_pickle=False)
+    return Path(path)
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> Path:
+    """Writes one `.npz` atomically (same arrays, same bytes) and returns the path."""
+    with atomic(path) as temporary, open(temporary, "wb") as handle:
+        np.savez(handle, **arrays)
+    return Path(path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; raises StageError naming it where it is missing or torn."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StageError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StageError(f"{path} is not whole JSON ({error}); delete it and run again") from None
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types: arrays and tuples as lists, nan and infinities as None."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+# Fingerprints: content, never paths
+
+
+def fingerprint_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while block := handle.read(CHUNK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """The sha256 of plain values (names, numbers, nested lists and dicts), in hex."""
+    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint_images(names: Iterable[str], paths: Iterable[Path]) -> str:
+    """A fingerprint of an image list: each name with its file's size, first and last 4 KiB.
+
+    Reading a million photographs whole would take an hour; a replaced or truncated one changes its
+    size or its ends. Raises FileNotFoundError naming the first missing file.
+    """
+    digest = hashlib.sha256()
+    for name, path in zip(names, paths, strict=True):
+        with open(path, "rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            head = handle.read(4096)
+            handle.seek(max(0, size - 4096))
+            digest.update(f"{name}\0{size}\0".encode() + head + handle.read(4096))
+    return digest.hexdigest()
+
+
+# Stages
+
+
+@dataclass
+class Stage:
+    """One stage's folder while it is open; `finished` says that there is nothing left to do."""
+
+    folder: Path
+    name: str
+    finished: bool
+    settings: dict
+    began: float = field(default_factory=time.monotonic)
+
+    def finish(self, outputs: Iterable[str | Path], **recorded: Any) -> Path:
+        """Writes `stage.json` last: from here on the stage is whole.
+
+        `outputs` are files relative to the folder; each is hashed. `recorded` (counts, device,
+        workers, ...) is kept beside and never compared. Returns the folder.
+        """
+        sums = {}
+        for output in sorted(str(name) for name in outputs):
+            path = self.folder / output
+            size = path.stat().st_size
+            sums[output] = {"bytes": size}
+            if size <= HASH_LIMIT:
+                sums[output]["sha256"] = fingerprint_file(path)
+        manifest = self.settings | {
+            "outputs": sums,
+            "recorded": {
+                "seconds": round(time.monotonic() - self.began, 1),
+                "versions": versions(),
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+                "commit": commit(),
+                **recorded,
+            },
+        }
+        write_json(self.folder / MANIFEST, manifest)
+        (self.folder / STARTED).unlink(missing_ok=True)
+        self.finished = True
+        return self.folder
+
+
+@contextlib.contextmanager
+def stage(
+    folder: Path,
+    name: str,
+    *,
+    parameters: dict,
+    inputs: dict[str, str],
+    overwrite: bool = False,
+) -> Iterator[Stage]:
+    """Opens a stage folder for one process and says whether its work is already done.
+
+    Args:
+        parameters: everything that affects the result, in plain values.
+        inputs: what each input is called -> its fingerprint (content, never a path).
+        overwrite: throw away what the folder holds and start anew.
+    Raises:
+        StageError: the folder cannot be written, another process works in it, or it holds a
+            finished or interrupted stage with other settings; the message names the difference.
+    """
+    folder = Path(folder)
+    settings = plain(
+        {"format": STAGE_FORMAT, "stage": name, "parameters": parameters, "inputs": inputs}
+    )
+    with locked(folder):
+        if overwrite:
+            _clear(folder)
+        found = _settings_on_disk(folder)
+        if found is not None:
+            _refuse_other(folder, found, settings)
+        finished = (folder / MANIFEST).exists()
+        if finished:
+            _check_outputs(folder)
+        else:
+            _sweep(folder)
+            write_json(folder / STARTED, settings)
+        yield Stage(folder, name, finished, settings)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock; the kernel releases it whatever happens to the process."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / LOCK, "w")
+    except OSError as error:
+        raise StageError(
+            f"cannot write to the run folder {folder} ({error.strerror}); give it write "
+            "permission, or set run_dir or the environment variable VITGAL_RUNS to another folder"
+        ) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StageError(
+                f"another process is working in {folder}; wait for it, or use another run_dir"
+            ) from None
+        yield
+
+
+def read_stage(folder: Path, made_by: str) -> dict:
+    """A finished stage's manifest; StageError names the notebook to run where there is none."""
+    if not (Path(folder) / MANIFEST).exists():
+        state = "was interrupted" if (Path(folder) / STARTED).exists() else "has not been run"
+        raise StageError(f"the stage in {folder} {state}: run {made_by} first")
+    return read_json(Path(folder) / MANIFEST)
+
+
+def output_fingerprint(folder: Path, output: str, made_by: str) -> str:
+    """The sha256 of one output of a finished stage, as its manifest records it."""
+    outputs = read_stage(folder, made_by)["outputs"]
+    if output not in outputs:
+        raise StageError(f"the stage in {folder} has no {output}: run {made_by} again")
+    return outputs[output].get("sha256") or f"{outputs[output]['bytes']} bytes"
+
+
+def differences(found: dict, wanted: dict) -> list[str]:
+    """What differs between two stages' settings, a line each, leaf by leaf."""
+    lines = []
+    for key in sorted(set(found) | set(wanted)):
+        was, now = found.get(key), wanted.get(key)
+        if was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):
+            lines += [f"{key}.{line}" for line in differences(was, now)]
+        else:
+            lines.append(f"{key}: {_shown(was)} there, {_shown(now)} now")
+    return lines
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _settings_on_disk(folder: Path) -> dict | None:
+    for name in (MANIFEST, STARTED):
+        if (folder / name).exists():
+            found = read_json(folder / name)
+            return {key: found.get(key) for key in ("format", "stage", "parameters", "inputs")}
+    return None
+
+
+def _refuse_other(folder: Path, found: dict, wanted: dict) -> None:
+    lines = differences(found, wanted)
+    if lines:
+        raise StageError(
+            f"{folder} holds a {wanted['stage']} stage with other settings:\n  "
+            + "\n  ".join(lines)
+            + "\nuse another run_dir, or set overwrite: true to throw the old result away"
+        )
+
+
+def _check_outputs(folder: Path) -> None:
+    manifest = read_json(folder / MANIFEST)
+    for output, recorded in manifest["outputs"].items():
+        path = folder / output
+        whole = path.is_file() and path.stat().st_size == recorded["bytes"]
+        if whole and "sha256" in recorded:
+            whole = fingerprint_file(path) == recorded["sha256"]
+        if not whole:
+            raise StageError(
+                f"{path} is missing or not as the stage left it; set overwrite: true to make the "
+                "stage again"
+            )
+    now = versions()
+    changed = [
+        f"{name} {version} then, {now[name]} now"
+        for name, version in manifest["recorded"]["versions"].items()
+        if name in now and now[name] != version
+    ]
+    if changed:
+        warnings.warn(f"{folder.name} was made with {'; '.join(changed)}", stacklevel=4)
+
+
+def _clear(folder: Path) -> None:
+    """Empties a stage folder; a folder with files that no stage wrote is left alone."""
+    ours = (folder / MANIFEST).exists() or (folder / STARTED).exists()
+    if not ours and any(path.name != LOCK for path in folder.iterdir()):
+        raise StageError(
+            f"{folder} holds files but no stage: overwrite will not delete them; use another "
+            "run_dir or move them away"
+        )
+    # Unfinished first: a kill half-way must leave neither a manifest above missing files nor files
+    # that no stage owns.
+    if (folder / MANIFEST).exists():
+        os.replace(folder / MANIFEST, folder / STARTED)
+    contents = [path for path in folder.iterdir() if path.name not in (LOCK, STARTED)]
+    for path in contents:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    (folder / STARTED).unlink(missing_ok=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes temporary files that a killed process left behind."""
+    for path in folder.rglob(f"{TEMPORARY}*"):
+        path.unlink()
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of the libraries that results depend on."""
+    found = {}
+    for name in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def commit() -> str | None:
+    """The checkout's commit, with `+` where tracked files are changed; None outside git."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return head.stdout.strip() + ("+" if dirty.stdout else "") if head.returncode == 0 else None
+
+
+# What notebooks find where their parameter is None: what the run itself made
+
+
+def data_folder(run: Path, given: str | None, part: str = "") -> Path:
+    """The folder that a parameter names, or for None that part of the run's own demo data."""
+    return resolve(given) if given is not None else run / "data" / part
+
+
+def model_file(run: Path, given: str | None) -> Path:
+    """The weights that a parameter names, or for None the run's complete model."""
+    if given is not None:
+        return resolve(given)
+    read_stage(run / "autoencoder", "notebook 03_train_autoencoder (or set weights)")
+    return run / "autoencoder" / "model.safetensors"

@@ -1,0 +1,661 @@
+"""FeatureStore: local features on disk, ragged, memory-mapped and checked item by item.
+
+A store is a folder of shards. A shard is a folder `shard-NN` with flat arrays over all features of
+its images (keypoints, descriptors, scores, scales), `offsets` that say where each image's features
+begin, one checksum an image, and `items.json` with the names and sizes. A shard appears whole or
+not at all, so a store can be read while later shards are still being made.
+
+An item's key is its image's name. The one exception: a query (its features are those of its crop)
+that has the name of a database image is kept under `query/<name>`. `FeatureStore.query` knows.
+"""
+
+import bisect
+import functools
+import io
+import os
+import shutil
+import zlib
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vitgal import runs
+from vitgal.features import LocalFeatures
+
+FORMAT = 1
+DTYPES = ("float16", "float32", "int8", "bit")
+ARRAYS = ("keypoints", "descriptors", "scores", "scales", "offsets", "checksums")
+SHARD = "shard-"
+PARTIAL = ".partial-"  # a shard being written; nothing else in a store begins so
+QUERY = "query/"
+ITEM_BYTES = 150  # of one image beside its features: name and sizes in items.json, offset, checksum
+FEATURE_BYTES = 16  # of one feature beside its descriptor: keypoint, score, scale
+
+
+class StoreError(RuntimeError):
+    """A store on disk that is damaged or incomplete; the message names the folder or the item."""
+
+
+def query_key(name: str, database: Container[str]) -> str:
+    """The key under which a query's features are stored beside those of `database`'s images."""
+    # The second case is none that can be stored; it becomes a repeated key, which is refused.
+    return QUERY + name if name in database or QUERY + name in database else name
+
+
+# Descriptors as stored
+
+
+def encode(descriptors: np.ndarray, dtype: str) -> np.ndarray:
+    """Descriptors (N, C) float32 as stored: (N, C) of that type, for "bit" (N, ceil(C / 8)) uint8.
+
+    int8 is scaled to each descriptor's largest value and "bit" keeps signs alone: the length is not
+    stored, since `decode` brings every descriptor back to length 1. Raises ValueError for an
+    unknown dtype or values that are not finite.
+    """
+    _check_dtype(dtype)
+    if not np.isfinite(descriptors).all():
+        raise ValueError("descriptors hold nan or infinity")
+    if dtype == "bit":
+        return np.packbits(descriptors > 0, axis=1)
+    if dtype == "int8":
+        largest = np.abs(descriptors).max(axis=1, keepdims=True, initial=0)
+        return np.round(descriptors * (127 / np.where(largest > 0, largest, 1))).astype(np.int8)
+    return descriptors.astype(dtype)
+
+
+def decode(stored: np.ndarray, dtype: str, code_dim: int) -> np.ndarray:
+    """Stored descriptors back as (N, code_dim) float32 of length 1 (all-zero ones stay zero)."""
+    if dtype == "bit":
+        signs = np.unpackbits(stored, axis=1, count=code_dim)
+        decoded = np.where(signs, np.float32(1), np.float32(-1))
+    else:
+        decoded = stored.astype(np.float32)
+    length = np.linalg.norm(decoded, axis=1, keepdims=True)
+    return decoded / np.where(length > 0, length, 1)
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown descriptor dtype {dtype!r}; known: {', '.join(DTYPES)}")
+
+
+def stored_width(code_dim: int, dtype: str) -> int:
+    """Columns of a stored descriptor array."""
+    return -(-code_dim // 8) if dtype == "bit" else code_dim
+
+
+def stored_type(dtype: str) -> np.dtype:
+    """numpy's type of a stored descriptor array."""
+    return np.dtype("uint8" if dtype == "bit" else dtype)
+
+
+def forecast(images: int, mean_features: float, code_dim: int, dtype: str = "float16") -> int:
+    """Bytes that a store of so many images will take, to within a few per cent.
+
+    Args:
+        mean_features: features an image (published: at most 1000, 877 on average at five scales
+            and 251 at one).
+    """
+    _check_dtype(dtype)
+    code = stored_width(code_dim, dtype) * stored_type(dtype).itemsize
+    return round(images * (mean_features * (code + FEATURE_BYTES) + ITEM_BYTES))
+
+
+# Writing
+
+
+def partition(names: Iterable[str], shard_size: int) -> list[list[str]]:
+    """The names sorted and cut into shards of `shard_size`, the last perhaps smaller.
+
+    It depends on nothing but the names, so that a later run finds the same shards. No names give
+    no shards. Raises ValueError where a name occurs twice or `shard_size` is below 1.
+    """
+    if shard_size < 1:
+        raise ValueError(f"shard_size must be at least 1, got {shard_size}")
+    ordered = sorted(names)
+    for one, other in zip(ordered, ordered[1:], strict=False):
+        if one == other:
+            raise ValueError(f"{one!r} is listed twice: every name in a store must differ")
+    return [ordered[at : at + shard_size] for at in range(0, len(ordered), shard_size)]
+
+
+def shard_folder(folder: Path, index: int, count: int) -> Path:
+    """The folder of shard `index` of `count`: two digits, more where there are over 100."""
+    digits = max(2, len(str(count - 1)))
+    return Path(folder) / f"{SHARD}{index:0{digits}d}"
+
+
+def write_shard(
+    folder: Path,
+    items: Iterable[tuple[str, LocalFeatures]],
+    *,
+    dtype: str = "float16",
+    failures: Iterable[Mapping[str, str]] = (),
+    code_dim: int | None = None,
+    settings: Mapping | None = None,
+) -> Path:
+    """Writes one shard whole or not at all, and returns its folder.
+
+    Args:
+        folder: the shard's own folder (`shard-NN` in the store's); one that is there is replaced.
+        items: (key, features); each is encoded as it comes, so a generator keeps memory small.
+        dtype: how descriptors are stored, one of DTYPES.
+        failures: images that belong here but could not be read, each {"name": …, "reason": …};
+            read after the items, so that the generator may fill it.
+        code_dim: descriptor width; needed only where `items` may be empty.
+        settings: plain values kept in `items.json`, such as the precision features were made in.
+    Raises:
+        ValueError: a key twice, descriptors of different widths, an unknown dtype.
+    """
+    _check_dtype(dtype)
+    listed, checksums, blocks = [], [], []
+    for key, features in items:
+        code_dim = features.code_dim if code_dim is None else code_dim
+        if features.code_dim != code_dim:
+            raise ValueError(
+                f"{key!r} has descriptors of width {features.code_dim}, not {code_dim}"
+            )
+        blocks.append(_stored_arrays(features, dtype))
+        listed.append(_item(key, features))
+        checksums.append(_checksum(listed[-1], blocks[-1]))
+    if len({item["name"] for item in listed}) < len(listed):
+        raise ValueError(f"{folder}: two items have the same key")
+    header = {"format": FORMAT, "dtype": dtype, "code_dim": code_dim or 0}
+    header |= {"settings": runs.plain(dict(settings or {})), "items": listed}
+    arrays = _joined(blocks, dtype, code_dim or 0)
+    arrays["checksums"] = np.array(checksums, np.uint32)
+    _place(Path(folder), arrays, header, list(failures))
+    return Path(folder)
+
+
+def _item(key: str, features: LocalFeatures) -> dict:
+    sizes = {"input_size": features.input_size, "box": features.box}
+    sizes["image_size"] = features.image_size
+    return {"name": key} | {name: [int(side) for side in size] for name, size in sizes.items()}
+
+
+def _joined(blocks: Sequence[dict], dtype: str, code_dim: int) -> dict[str, np.ndarray]:
+    """Each image's arrays one after another, and where each image's begin."""
+    none = _stored_arrays(LocalFeatures.empty(code_dim, (0, 0), (0, 0, 0, 0), (0, 0)), dtype)
+    arrays = {name: np.concatenate([none[name], *(b[name] for b in blocks)]) for name in none}
+    arrays["offsets"] = np.cumsum([0, *(len(b["scores"]) for b in blocks)], dtype=np.int64)
+    return arrays
+
+
+def _stored_arrays(features: LocalFeatures, dtype: str) -> dict[str, np.ndarray]:
+    return {
+        "keypoints": np.asarray(features.keypoints, np.float32),
+        "descriptors": encode(np.asarray(features.descriptors, np.float32), dtype),
+        "scores": np.asarray(features.scores, np.float32),
+        "scales": np.asarray(features.scales, np.float32),
+    }
+
+
+def _checksum(item: Mapping, arrays: Mapping[str, np.ndarray]) -> int:
+    """CRC-32 of one image's name, sizes and stored arrays."""
+    total = zlib.crc32(runs.fingerprint(item).encode())
+    for name in ARRAYS[:4]:
+        total = zlib.crc32(np.ascontiguousarray(arrays[name]), total)
+    return total
+
+
+def _place(folder: Path, arrays: dict, header: dict, failures: list) -> None:
+    """Writes a shard's files beside its place, then moves them there in one step."""
+    partial = folder.with_name(f"{PARTIAL}{folder.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        for name, array in arrays.items():
+            runs.write_array(partial / f"{name}.npy", array)
+        runs.write_json(partial / "failures.json", failures)
+        runs.write_json(partial / "items.json", header)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def clear_partial(folder: Path) -> None:
+    """Removes shards of a store that a killed process left half-written."""
+    for path in Path(folder).glob(f"{PARTIAL}*"):
+        shutil.rmtree(path)
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One open shard: its header and its memory-mapped arrays."""
+
+    folder: Path
+    header: dict
+    arrays: dict[str, np.ndarray]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Shard":
+        """Opens a shard without reading its features; StoreError where files do not fit."""
+        folder = Path(folder)
+        try:
+            header = runs.read_json(folder / "items.json")
+            arrays = {name: _mapped(folder / f"{name}.npy") for name in ARRAYS}
+        except (runs.StageError, OSError, ValueError) as error:
+            raise StoreError(f"the shard {folder} is damaged ({error}); {_REMEDY}") from error
+        shard = cls(folder, header, arrays)
+        if header.get("format") != FORMAT:
+            raise StoreError(f"{folder} has store format {header.get('format')}, not {FORMAT}")
+        if not shard._fits():
+            raise StoreError(f"the arrays of the shard {folder} do not fit together; {_REMEDY}")
+        return shard
+
+    def _fits(self) -> bool:
+        count, offsets = len(self.header["items"]), self.arrays["offsets"]
+        rows = int(offsets[-1]) if len(offsets) else -1
+        width = stored_width(self.header["code_dim"], self.header["dtype"])
+        shapes = {
+            "keypoints": (rows, 2),
+            "descriptors": (rows, width),
+            "scores": (rows,),
+            "scales": (rows,),
+            "offsets": (count + 1,),
+            "checksums": (count,),
+        }
+        types = self.arrays["descriptors"].dtype == stored_type(self.header["dtype"])
+        return types and all(self.arrays[name].shape == shape for name, shape in shapes.items())
+
+    @property
+    def names(self) -> list[str]:
+        """Keys of the items, as written."""
+        return [item["name"] for item in self.header["items"]]
+
+    @functools.cached_property
+    def failures(self) -> list[dict[str, str]]:
+        """Images that belong here but could not be read."""
+        return runs.read_json(self.folder / "failures.json")
+
+    def stored(self, index: int) -> dict[str, np.ndarray]:
+        """The stored arrays of one item, as views of the mapped files."""
+        start, stop = self.arrays["offsets"][index : index + 2]
+        return {name: self.arrays[name][start:stop] for name in ARRAYS[:4]}
+
+    def features(self, index: int) -> LocalFeatures:
+        """One item, decoded."""
+        item, stored = self.header["items"][index], self.stored(index)
+        return LocalFeatures(
+            keypoints=np.array(stored["keypoints"]),
+            descriptors=decode(
+                stored["descriptors"], self.header["dtype"], self.header["code_dim"]
+            ),
+            scores=np.array(stored["scores"]),
+            scales=np.array(stored["scales"]),
+            input_size=tuple(item["input_size"]),
+            box=tuple(item["box"]),
+            image_size=tuple(item["image_size"]),
+        )
+
+    def damaged(self) -> list[str]:
+        """Keys of the items whose bytes do not match their checksum; reads the whole shard."""
+        return [
+            item["name"]
+            for index, item in enumerate(self.header["items"])
+            if _checksum(item, self.stored(index)) != self.arrays["checksums"][index]
+        ]
+
+
+_REMEDY = "delete it and extract again (05_local_extraction makes only the missing shards)"
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """A memory-mapped array as a plain view; no pickles."""
+    return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+
+
+def whole_shard(
+    folder: Path, names: Sequence[str], *, dtype: str, settings: Mapping | None = None
+) -> Shard | None:
+    """The shard in `folder` if it holds just these names and every checksum is right, else None.
+
+    `names` are those of the partition: items and failures together must be the same.
+    """
+    if not Path(folder).exists():
+        return None
+    try:
+        shard = Shard.open(folder)
+        listed = shard.names + [failure["name"] for failure in shard.failures]
+    except (StoreError, runs.StageError):
+        return None
+    made_so = (shard.header["dtype"], shard.header["settings"]) == (
+        dtype,
+        runs.plain(dict(settings or {})),
+    )
+    return shard if made_so and sorted(listed) == sorted(names) and not shard.damaged() else None
+
+
+class FeatureStore(Mapping[str, LocalFeatures]):
+    """All shards of a folder as one mapping, key -> LocalFeatures (float32, length 1).
+
+    Nothing but names and sizes is read before an item is asked for. It pickles as its folder, so a
+    worker process opens the files itself.
+    """
+
+    def __init__(self, folder: Path, shards: Sequence[Shard]):
+        self.folder = Path(folder)
+        self.shards = tuple(shards)
+        self._first = []  # position of each shard's first item
+        self._index: dict[str, int] = {}
+        for shard in self.shards:
+            self._first.append(len(self._index))
+            before = len(self._index)
+            self._index.update((name, before + at) for at, name in enumerate(shard.names))
+            if len(self._index) < before + len(shard.names):
+                raise StoreError(f"{shard.folder} holds a key of an earlier shard; {_REMEDY}")
+
+    @classmethod
+    def open(cls, folder: Path, *, verify: bool = False) -> "FeatureStore":
+        """Opens the store in `folder`; with `verify` reads everything and checks every item.
+
+        Raises FileNotFoundError where there is no shard, StoreError where one is damaged.
+        """
+        shards = sorted(
+            (path for path in Path(folder).glob(f"{SHARD}*") if path.name[len(SHARD) :].isdigit()),
+            key=lambda path: int(path.name[len(SHARD) :]),
+        )
+        if not shards:
+            raise FileNotFoundError(
+                f"{folder} holds no feature store: run 05_local_extraction first"
+            )
+        store = cls(folder, [Shard.open(path) for path in shards])
+        if verify:
+            store.verify()
+        return store
+
+    def __getitem__(self, key: str) -> LocalFeatures:
+        shard, index = self._locate(key)
+        return shard.features(index)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._index
+
+    def __reduce__(self):
+        return FeatureStore.open, (self.folder,)
+
+    @property
+    def names(self) -> list[str]:
+        """All keys in the order of the shards."""
+        return list(self._index)
+
+    @property
+    def failures(self) -> dict[str, str]:
+        """Key -> reason of the images that could not be read when the store was made."""
+        return {
+            failure["name"]: failure["reason"]
+            for shard in self.shards
+            for failure in shard.failures
+        }
+
+    @property
+    def code_dim(self) -> int:
+        """The descriptors' width; 0 for a store without any feature."""
+        return max(shard.header["code_dim"] for shard in self.shards)
+
+    def query(self, name: str) -> LocalFeatures:
+        """A query's features by its name, also where a database image has the same name."""
+        return self[QUERY + name if QUERY + name in self else name]
+
+    def raw(self, key: str) -> dict[str, np.ndarray]:
+        """One item's keypoints, descriptors, scores and scales as stored, mapped from the files."""
+        shard, index = self._locate(key)
+        return shard.stored(index)
+
+    def verify(self) -> None:
+        """Reads everything; raises StoreError naming the items whose bytes have changed."""
+        damaged = [name for shard in self.shards for name in shard.damaged()]
+        if damaged:
+            more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+            raise StoreError(
+                f"{self.folder}: the features of {', '.join(damaged[:3])}{more} do not match their "
+                "checksums; delete their shards and extract again"
+            )
+
+    def _locate(self, key: str) -> tuple[Shard, int]:
+        try:
+            position = self._index[key]
+        except KeyError:
+            raise KeyError(self._why_missing(key)) from None
+        at = bisect.bisect_right(self._first, position) - 1
+        return self.shards[at], position - self._first[at]
+
+    def _why_missing(self, key: str) -> str:
+        if key in self.failures:
+            return f"{key} could not be read when {self.folder} was made: {self.failures[key]}"
+        return f"{key} is not in {self.folder}: the short list that it was made from lacks it"
+
+
+# Other systems' formats
+
+
+def export_hloc(store: FeatureStore, path: Path, *, suffix: str = ".jpg") -> Path:
+    """Writes an HDF5 file of features as hloc reads them, and returns its path.
+
+    One group an image, named by its key and `suffix` (hloc names images with their extension), with
+    `keypoints` (N, 2) float32 in pixels of the photograph, (0, 0) the centre of the top-left pixel,
+    `descriptors` (C, N) float16, `scores` (N,) float32 and `image_size` (2,) as width, height.
+    Source: hloc, extract_features.
+    """
+    import h5py
+
+    with runs.atomic(path) as temporary, h5py.File(temporary, "w", libver="latest") as file:
+        for key, features in store.items():
+            group = file.create_group(key + suffix)
+            group["keypoints"] = features.original_keypoints()
+            # As hloc has it: one pixel of the network input, in pixels of the photograph.
+            crop = np.subtract(features.box[2:], features.box[:2])
+            noise = float(np.mean(crop / features.input_size[::-1]))
+            group["keypoints"].attrs["uncertainty"] = noise
+            group["descriptors"] = features.descriptors.T.astype(np.float16)
+            group["scores"] = features.scores
+            group["image_size"] = np.array(features.image_size[::-1], np.int64)
+    return Path(path)
+
+
+def published_name(path: str) -> str:
+    """The file name under which the published code stores an image's features."""
+    return path.replace("../", "").replace("/", "__") + ".npy"
+
+
+def published_path(name: str) -> str:
+    """The image path that the published code makes of such a file name.
+
+    Right for paths of the form ../folder/image.jpg alone: absolute paths, ./image.jpg and names
+    with __ come out wrong, which is why `export_published` writes an index too.
+    """
+    return "../" + name.removesuffix(".npy").replace("__", "/")
+
+
+def export_published(store: FeatureStore, folder: Path, paths: Mapping[str, str]) -> Path:
+    """Writes features as the published code stores them, and returns the folder.
+
+    `Descriptions/` holds (N, C) float32, `Locations/` (N, 2) integers (y, x) in the network input's
+    frame, one `.npy` an image. `index.json` beside them keeps the paths and what the published
+    files lose: sizes, boxes.
+
+    Args:
+        paths: key -> the image's path as the published image list has it; every key of the store.
+    Raises:
+        ValueError: a key has no path, or two paths get one published file name.
+    """
+    index = {}
+    for key in store:
+        if key not in paths:
+            raise ValueError(f"no path is given for {key!r}")
+        path = str(paths[key])
+        name = published_name(path)
+        if name in index:
+            raise ValueError(f"{path} and {index[name]['path']} would both be stored as {name}")
+        index[name] = {"path": path}
+    folder = Path(folder)
+    for name, (key, features) in zip(index, store.items(), strict=True):
+        whole = np.rint(features.keypoints)
+        points = (
+            whole.astype(np.int64) if (whole == features.keypoints).all() else features.keypoints
+        )
+        runs.write_array(folder / "Locations" / name, points[:, ::-1])
+        runs.write_array(folder / "Descriptions" / name, features.descriptors)
+        index[name] |= _item(key, features)
+    runs.write_json(folder / "index.json", index)
+    return folder
+
+
+def import_published(folder: Path) -> Iterator[tuple[str, LocalFeatures]]:
+    """Yields (image path, features) from a folder of published files, ready for `write_shard`.
+
+    Scores and scales are nan, since the published files lack them; the order is kept, best first.
+    Without our `index.json` the paths are those that the published code would read, and boxes and
+    sizes are zero. Raises FileNotFoundError where a folder or one of a pair of files is missing.
+    """
+    folder = Path(folder)
+    names = sorted(path.name for path in (folder / "Locations").glob("*.npy"))
+    if not names:
+        raise FileNotFoundError(f"{folder / 'Locations'} holds no .npy files")
+    index = runs.read_json(folder / "index.json") if (folder / "index.json").exists() else {}
+    for name in names:
+        item = index.get(name, {"path": published_path(name)})
+        points = np.load(folder / "Locations" / name, allow_pickle=False)
+        codes = np.load(folder / "Descriptions" / name, allow_pickle=False)
+        unknown = np.full(len(points), np.nan, np.float32)
+        yield (
+            item["path"],
+            LocalFeatures(
+                keypoints=points[:, ::-1].astype(np.float32),
+                descriptors=codes.astype(np.float32),
+                scores=unknown,
+                scales=unknown,
+                input_size=tuple(item.get("input_size", (0, 0))),
+                box=tuple(item.get("box", (0, 0, 0, 0))),
+                image_size=tuple(item.get("image_size", (0, 0))),
+            ),
+        )
+
+
+# Rows of one large array, block by block
+
+
+@dataclass
+class RowFile:
+    """A (rows, width) float32 `.npy` that grows block by block and survives a kill.
+
+    Blocks are appended to `<name>.partial`; after each a small journal says how many rows are whole
+    and what their checksum is. Opened again, the file is cut back to what the journal vouches for.
+    Plain appends, not a mapped file: on a full disk they raise an error, a mapped file kills the
+    process. `finish` gives the file its name.
+    """
+
+    path: Path
+    shape: tuple[int, int]
+    journal: dict
+
+    @classmethod
+    def open(cls, path: Path, shape: tuple[int, int], *, settings: Mapping) -> "RowFile":
+        """Continues the file where it stands; begins anew where there is none to continue.
+
+        Args:
+            settings: plain values that must be equal for rows to be continued.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = {"settings": runs.plain(dict(settings)), "shape": list(shape)}
+        fresh |= {"rows": 0, "checksum": 0, "failures": []}
+        file = cls(path, shape, fresh)
+        if file._journal_path.exists():
+            found = runs.read_json(file._journal_path)
+            same = all(found.get(key) == fresh[key] for key in ("settings", "shape"))
+            if same and file._whole(found):
+                file.journal = found
+                return file
+        file._begin()
+        return file
+
+    @property
+    def rows(self) -> int:
+        """Rows that are whole on disk."""
+        return self.journal["rows"]
+
+    @property
+    def failures(self) -> list[dict[str, str]]:
+        """Images that could not be read, each {"name": …, "reason": …}; their rows are zero."""
+        return self.journal["failures"]
+
+    def append(self, block: np.ndarray, failures: Sequence[Mapping[str, str]] = ()) -> None:
+        """Adds rows (n, width) after those that are there; they are on disk when this returns."""
+        block = np.ascontiguousarray(block, np.float32)
+        if block.shape[1:] != self.shape[1:] or self.rows + len(block) > self.shape[0]:
+            raise ValueError(f"a block of {block.shape} after row {self.rows} of {self.shape}")
+        with open(self._partial, "rb+") as handle:
+            handle.truncate(self._bytes(self.rows))  # what an append that failed has left
+            handle.seek(0, os.SEEK_END)
+            handle.write(block)
+            handle.flush()
+            os.fsync(handle.fileno())
+        self.journal = self.journal | {
+            "rows": self.rows + len(block),
+            "checksum": zlib.crc32(block, self.journal["checksum"]),
+            "failures": self.failures + [dict(failure) for failure in failures],
+        }
+        runs.write_json(self._journal_path, self.journal)
+
+    def finish(self) -> Path:
+        """Gives the complete file its name and returns it; the journal stays until `forget`."""
+        if self.rows != self.shape[0]:
+            raise ValueError(f"{self.path} has {self.rows} of {self.shape[0]} rows")
+        if self._partial.exists():
+            os.replace(self._partial, self.path)
+        return self.path
+
+    def forget(self) -> None:
+        """Removes the journal, once something else vouches for the file."""
+        self._journal_path.unlink(missing_ok=True)
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_name(self.path.name + ".partial")
+
+    @property
+    def _journal_path(self) -> Path:
+        return self.path.with_name(self.path.name + ".journal.json")
+
+    def _header(self) -> bytes:
+        buffer = io.BytesIO()
+        layout = {"descr": "<f4", "fortran_order": False, "shape": tuple(self.shape)}
+        np.lib.format.write_array_header_1_0(buffer, layout)
+        return buffer.getvalue()
+
+    def _bytes(self, rows: int) -> int:
+        return len(self._header()) + 4 * rows * self.shape[1]
+
+    def _begin(self) -> None:
+        self.forget()
+        self.path.unlink(missing_ok=True)
+        self._partial.write_bytes(self._header())
+        runs.write_json(self._journal_path, self.journal)
+
+    def _whole(self, found: dict) -> bool:
+        """True where the rows that the journal counts are on disk, byte for byte."""
+        file = self._partial if self._partial.exists() else self.path
+        end = self._bytes(found["rows"])
+        if not file.exists() or file.stat().st_size < end:
+            return False
+        checksum = 0
+        with open(file, "rb") as handle:
+            if handle.read(len(self._header())) != self._header():
+                return False
+            while handle.tell() < end:
+                checksum = zlib.crc32(handle.read(min(runs.CHUNK, end - handle.tell())), checksum)
+        return checksum == found["checksum"]
