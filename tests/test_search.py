@@ -11,6 +11,7 @@ from vitgal.revisited import GroundTruth, RetrievalDataset, labelled
 from vitgal.search import (
     Positions,
     _count_ahead,
+    _steps,
     candidates,
     labelled_positions,
     read_global_rank,
@@ -215,9 +216,9 @@ def test_memory_does_not_grow_with_the_database(tmp_path, kind):
         tracemalloc.stop()
         return top
 
-    # The documented bound and 0.3 MB for the rest; all similarities in float32 would be 12.8 MB.
-    bound = (60 * 8 + 8 * 16) * 4096 + 40 * 8 * 4096 + 300_000
-    assert peak(400_000) < bound < 4 * 8 * 400_000 / 3
+    # The documented bound and 0.3 MB for the rest; all similarities in float32 would be 25.6 MB.
+    bound = 4 * (90 * 8 + 8 * 16) * 4096 + 300_000
+    assert peak(800_000) < bound < 4 * 8 * 800_000 / 1.5
 
 
 def test_count_holds_where_a_product_comes_out_otherwise_the_second_time():
@@ -225,9 +226,10 @@ def test_count_holds_where_a_product_comes_out_otherwise_the_second_time():
     larger = np.nextafter(np.float32(0.69), np.float32(1))
     database = np.array([[0.5], [larger], [0.3], [0.8]], np.float32)
     values = [np.array([0.69], np.float32)]
-    for block in (1, 4):  # it loses to image 3, not to itself
-        counts = _count_ahead(np.ones((1, 1)), database, [np.array([1])], values, block)
-        assert counts[0].tolist() == [1]
+    for parts in ([slice(0, 4)], [slice(0, 1), slice(1, 2), slice(2, 4)]):
+        steps = _steps(database.T, values)
+        counts = _count_ahead(np.ones((1, 1)), database, parts, [np.array([1])], values, steps)
+        assert counts[0].tolist() == [1]  # it loses to image 3, not to itself
 
 
 @pytest.mark.parametrize("shape", ["far outliers", "all equal", "tiny", "huge"])

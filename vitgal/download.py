@@ -11,6 +11,7 @@ import errno
 import fcntl
 import gzip
 import os
+import platform
 import re
 import shutil
 import tarfile
@@ -720,6 +721,11 @@ def _vet(member: tarfile.TarInfo, staging: Path) -> None:
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
         raise ValueError(f"{member.name} in it leads out of the folder")
+    if not hasattr(tarfile, "data_filter"):  # Python 3.11.0 to 3.11.3
+        raise RuntimeError(
+            f"Python {platform.python_version()} cannot check archives (tarfile.data_filter is "
+            "missing): download with Python 3.11.4 or newer, or unpack the archive by hand"
+        )
     try:
         tarfile.data_filter(member, str(staging))
     except tarfile.FilterError as error:

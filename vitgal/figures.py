@@ -32,7 +32,10 @@ def rankings(
         [benchmark.query_paths[query] for query in queries],
         [truth.boxes[query] if crop else None for query in queries],
         [[benchmark.database_paths[image] for image in images] for images in shown],
-        [plots.relevance(truth, query, images) for query, images in zip(queries, shown, strict=True)],
+        [
+            plots.relevance(truth, query, images)
+            for query, images in zip(queries, shown, strict=True)
+        ],
         query_titles=[truth.queries[query] for query in queries],
         columns=columns,
     )

@@ -13,6 +13,7 @@ ranks behind every other image.
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,8 @@ from vitgal.revisited import PROTOCOLS, GroundTruth, RetrievalDataset, ignored
 # Rows taken at once: the float64 copy of 4096 x 384 descriptors takes 12.6 MB, and what is done to
 # 70 x 4096 similarities stays in the processor's cache.
 BLOCK = 4096
+ONE_THREAD = 1 << 18  # multiplications up to which OpenBLAS starts no threads
+THREADS = 4  # at most; each takes the memory of a block
 BUCKETS = 4096  # steps of similarity; more of them leave less to sort and take longer to count
 KEYS = ("indices", "positions")
 PUBLISHED = "published"  # the short list of the published code: the plain top
@@ -121,7 +124,7 @@ def _products(
     for part in parts:
         right = np.asarray(database[part], np.float64)
         with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the row's number
-            products = (left @ right.T).astype(np.float32)
+            products = _inner(left, right).astype(np.float32, order="C")
         if not np.isfinite(products).all():
             place = np.flatnonzero(~np.isfinite(products).all(axis=0))[0]
             row = part.start + place if isinstance(part, slice) else part[place]
@@ -129,6 +132,23 @@ def _products(
         suspects = np.flatnonzero((products == 0).all(axis=0))
         products[:, suspects[~right[suspects].any(axis=1)]] = -np.inf
         yield products
+
+
+def _inner(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """left @ right.T, in so many small products that the BLAS library leaves each to one thread.
+
+    The threads of one product wait for each other in busy loops: on a shared machine that takes
+    four times as long. Where speed matters, the callers have threads of their own.
+    """
+    group = ONE_THREAD // max(1, left.size)
+    if group < 2:
+        return left @ right.T
+    whole = len(right) // group * group
+    out = np.empty((len(right), len(left)))
+    stacked = right[:whole].reshape(-1, group, right.shape[1])
+    np.matmul(stacked, left.T, out=out[:whole].reshape(-1, group, len(left)))
+    np.matmul(right[whole:], left.T, out=out[whole:])
+    return out.T
 
 
 # Exact ranks of labelled images
@@ -273,8 +293,17 @@ def labelled_positions(
     if not any(index.size for index in indices):
         return Positions(indices, [index.copy() for index in indices], len(database))
     values = _labelled_similarities(queries, database, indices, block)
-    counts = _count_ahead(queries, database, indices, values, block)
-    return Positions(indices, counts, len(database))
+    parts = _slices(0, len(database), block)
+    steps = _steps(next(_products(queries, database, parts)), values)
+    workers = min(THREADS, os.cpu_count() or 1, len(parts))
+
+    def count(worker: int) -> list[np.ndarray]:
+        return _count_ahead(queries, database, parts[worker::workers], indices, values, steps)
+
+    # Sums of whole numbers: who counts what does not matter.
+    with ThreadPoolExecutor(workers) as pool:
+        counts = list(pool.map(count, range(workers)))
+    return Positions(indices, [sum(each) for each in zip(*counts, strict=True)], len(database))
 
 
 def _labelled_similarities(
@@ -302,32 +331,30 @@ class _Steps(NamedTuple):
 def _count_ahead(
     queries: np.ndarray,
     database: np.ndarray,
+    parts: list[slice],
     indices: list[np.ndarray],
     values: list[np.ndarray],
-    block: int,
+    steps: _Steps,
 ) -> list[np.ndarray]:
-    """Per query how many images rank before each labelled one.
+    """Per query how many images of these parts rank before each labelled one.
 
     Sorting every similarity would take longer than computing it. So each falls into one of BUCKETS
     steps; a bucket without a labelled image is only counted, and what shares a bucket with one is
     compared with it exactly.
     """
     counts = [np.zeros(index.size, np.int64) for index in indices]
+    tally = np.zeros(steps.near.shape, np.int64)
     waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    held = settled = 0
-    parts = _slices(0, len(database), block)
+    held = 0
     for part, products in zip(parts, _products(queries, database, parts), strict=True):
         _put(products, indices, values, part)
-        if part.start == 0:
-            steps = _steps(products, values)
-            tally = np.zeros(steps.near.shape, np.int64)
         close = _tally(products, steps, tally)
         owner, column = np.nonzero(close)
         waiting.append((owner, products[close], column + part.start))
         held += owner.size
-        if held > products.size or part is parts[-1]:
-            _settle(counts, waiting, indices, values, slice(settled, part.stop))
-            waiting, held, settled = [], 0, part.stop
+        if 2 * held > products.size or part is parts[-1]:
+            _settle(counts, waiting, indices, values)
+            waiting, held = [], 0
     for q, value in enumerate(values):
         before = np.where(steps.near[q], 0, tally[q])[::-1].cumsum()[::-1]
         counts[q] += before[_buckets(value, steps.low[q], steps.scale[q])]
@@ -377,9 +404,8 @@ def _settle(
     waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
     indices: list[np.ndarray],
     values: list[np.ndarray],
-    part: slice,
 ) -> None:
-    """Adds to `counts` the waiting images of a part that rank before a labelled one.
+    """Adds to `counts` the waiting images that rank before a labelled one.
 
     waiting: arrays of the same length: query, similarity and database index of each image.
     """
@@ -391,8 +417,7 @@ def _settle(
         ordered = np.sort(similarities)
         at, above = (np.searchsorted(ordered, values[q], side) for side in ("left", "right"))
         counts[q] += mine.size - above
-        itself = (indices[q] >= part.start) & (indices[q] < part.stop)
-        for j in np.flatnonzero(above - at > itself):
+        for j in np.flatnonzero(at < above):
             tied = images[similarities == values[q][j]]
             counts[q][j] += np.count_nonzero(tied < indices[q][j])
 

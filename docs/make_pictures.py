@@ -1,0 +1,69 @@
+"""Makes the README's two pictures from a finished demo run: `python docs/make_pictures.py [RUN]`.
+
+Only public domain and CC0 photographs may appear in them: of the queries whose pictures show no
+other, the gallery draws the first few with both right and wrong images, the matches the pair of
+different strength with most inliers.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from vitgal import figures, plots, reranking, revisited, runs, store
+
+FREE = {"Public Domain", "CC0-1.0"}
+COLUMNS = 8
+ROWS = 3
+
+
+def main(run_dir: str = "demo") -> None:
+    run = runs.run_folder(run_dir)
+    benchmark = revisited.open_dataset("demo", run / "data" / "benchmark")
+    views = pd.read_csv(run / "data" / "benchmark" / "views.csv", index_col="name")
+    free = views["licence"].isin(FREE)
+    folder = Path(__file__).parent
+    draw_gallery(run, benchmark, free, folder / "gallery.jpg")
+    draw_matches(run, benchmark, free, folder / "matches.jpg")
+
+
+def draw_gallery(
+    run: Path, benchmark: revisited.RetrievalDataset, free: pd.Series, target: Path
+) -> None:
+    """Rankings of queries of which query and first images are free, most varied labels first."""
+    truth = benchmark.ground_truth
+    ranks = np.load(run / "demo" / "rerank" / "top_medium.npy")
+    shown = []
+    for query, name in enumerate(truth.queries):
+        names = [name] + [benchmark.database[image] for image in ranks[:COLUMNS, query]]
+        if free[names].all():
+            labels = plots.relevance(truth, query, ranks[:COLUMNS, query])
+            shown.append((-len(set(labels)), query))
+    queries = [query for _, query in sorted(shown)[:ROWS]]
+    plots.save(figures.rankings(benchmark, ranks, queries), target, dpi=110, close=True)
+
+
+def draw_matches(
+    run: Path, benchmark: revisited.RetrievalDataset, free: pd.Series, target: Path
+) -> None:
+    """The hard image that has most inliers among those whose photographs are free."""
+    truth = benchmark.ground_truth
+    options = runs.read_stage(run / "demo" / "rerank", "notebook 06_rerank")["parameters"]
+    kept = ("max_distance", "estimator", "threshold", "iterations", "confidence", "seed")
+    best = []
+    for query, name in enumerate(truth.queries):
+        counts = reranking.inlier_counts(run / "demo" / "rerank", query)
+        for image in reranking.hard_candidates(run / "demo" / "rerank", truth, query):
+            if free[[name, benchmark.database[image]]].all():
+                best.append((counts[image], query, image))
+    _, query, image = max(best)
+    features = store.FeatureStore.open(run / "demo" / "local")
+    axes = figures.pair(
+        benchmark, features, query, image, max_lines=40, **{key: options[key] for key in kept}
+    )
+    plots.save(axes, target, dpi=110, close=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
