@@ -157,11 +157,20 @@ def in_child(*arguments: str) -> str:
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+def measured(folder: str, side: str, repeats: int) -> dict:
+    """The quickest of several runs: the one that other work on the machine disturbed least."""
+    runs = [
+        json.loads(in_child("--folder", folder, "--side", side))
+        for _ in range(1 if side == "check" else repeats)
+    ]
+    return min(runs, key=lambda run: run["seconds"])
+
+
 def compare(arguments: argparse.Namespace) -> None:
     sizes = [f"--{key}={getattr(arguments, key)}" for key in ("images", "queries", "width")]
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
         in_child("--folder", folder, "--side", "data", *sizes)
-        results = {side: json.loads(in_child("--folder", folder, "--side", side)) for side in SIDES}
+        results = {side: measured(folder, side, arguments.repeats) for side in SIDES}
     base = results["published"]
     print(f"{arguments.images:,} x {arguments.width} descriptors x {arguments.queries} queries;")
     print(f"{os.cpu_count()} {platform.machine()} cores, numpy {np.__version__}")
@@ -192,6 +201,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--queries", type=int, default=70)
     parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each side; the best counts")
     parser.add_argument("--scratch", help="folder for the descriptors (1.5 GB at full size)")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--side", help=argparse.SUPPRESS)

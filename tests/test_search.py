@@ -232,7 +232,7 @@ def test_count_holds_where_a_product_comes_out_otherwise_the_second_time():
         assert counts[0].tolist() == [1]  # it loses to image 3, not to itself
 
 
-@pytest.mark.parametrize("shape", ["far outliers", "all equal", "tiny", "huge"])
+@pytest.mark.parametrize("shape", ["far outliers", "all equal", "tiny", "huge", "no query"])
 def test_positions_of_unusual_similarities(shape):
     generator = np.random.default_rng(3)
     database = generator.standard_normal((500, 1)).astype(np.float32)
@@ -241,7 +241,7 @@ def test_positions_of_unusual_similarities(shape):
         database[450:] *= 1e6
     scale = {"all equal": 0, "tiny": 1e-30, "huge": 1e30}.get(shape, 1)
     database = (database * np.float32(scale) + np.float32(shape == "all equal")).astype(np.float32)
-    query = np.ones((2, 1), np.float32)
+    query = np.full((2, 1), shape != "no query", np.float32)
     order = full_sort(database @ query.T)[:, 0].tolist()
     places = labelled_positions(query, database, [np.arange(500), np.array([0, 499])], block=50)
     assert places.positions[0].tolist() == [order.index(i) for i in range(500)]

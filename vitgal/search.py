@@ -12,9 +12,10 @@ ranks behind every other image.
 
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,8 +48,8 @@ def search(
         k: matches wanted; at most N are returned.
     Returns:
         similarities (K, Q) float32 and ranks (K, Q) int32, best first, one column a query: the
-        first K rows of the full stable sort. Memory beyond them: about 20 bytes x Q x max(K,
-        block) + 8 bytes x D x block. An empty database gives (0, Q), no query (K, 0).
+        first K rows of the full stable sort. An empty database gives (0, Q), no query (K, 0). Each
+        of up to four threads takes about 20 bytes x Q x max(K, block) + 8 bytes x D x block more.
     Raises:
         ValueError: widths differ, k < 1, or a descriptor is not finite (its row is named).
     """
@@ -56,41 +57,52 @@ def search(
     if k < 1:
         raise ValueError(f"k is {k}; at least one match must be wanted")
     k = min(k, len(database))
-    best = [_Best(k) for _ in queries]
     parts = _slices(0, len(database), block)
-    for part, products in zip(parts, _products(queries, database, parts), strict=True):
-        for keeper, row in zip(best, products, strict=True):
-            keeper.add(row, part.start)
-    found = [keeper.merged() for keeper in best]
+    spans = _in_threads(lambda span: _best_of(queries, database, span, k), parts)
+    found = [_merged(pairs, k) for pairs in zip(*spans, strict=True)]
     similarities = np.array([pair[0] for pair in found], np.float32).reshape(len(queries), k)
     ranks = np.array([pair[1] for pair in found], np.int32).reshape(len(queries), k)
     return np.ascontiguousarray(similarities.T), np.ascontiguousarray(ranks.T)
 
 
-class _Best:
-    """The best `k` of similarities that arrive in the order of their indices."""
+Matches = tuple[np.ndarray, np.ndarray]  # similarities and database indices of one query
 
-    def __init__(self, k: int) -> None:
-        self.k = k
-        self.bar: float | None = None  # the k-th best so far; None until k are there
-        self.parts = [(np.empty(0, np.float32), np.empty(0, np.int32))]
-        self.waiting = 0
 
-    def add(self, row: np.ndarray, start: int) -> None:
-        # An equal similarity with a higher index loses to what is kept, hence strictly more.
-        places = np.arange(row.size) if self.bar is None else np.flatnonzero(row > self.bar)
-        self.parts.append((row[places], (places + start).astype(np.int32)))
-        self.waiting += places.size
-        if self.waiting >= self.k:  # merged this rarely, a long list costs little more than one
-            self.parts = [self.merged()]
-            self.waiting = 0
-            self.bar = self.parts[0][0][-1]
+def _best_of(
+    queries: np.ndarray, database: np.ndarray, parts: list[slice], k: int
+) -> list[Matches]:
+    """Per query the best `k` (or all there are) of these rising parts of the database."""
+    kept: list[list[Matches]] = [
+        [(np.empty(0, np.float32), np.empty(0, np.int32))] for _ in queries
+    ]
+    waiting = np.zeros(len(queries), np.int64)
+    bars: list[float | None] = [None] * len(queries)  # the k-th best; None until k are there
+    for part, products in zip(parts, _products(queries, database, parts), strict=True):
+        for q, row in enumerate(products):
+            # An equal similarity with a higher index loses to what is kept, hence strictly more.
+            places = np.arange(row.size) if bars[q] is None else np.flatnonzero(row > bars[q])
+            kept[q].append((row[places], (places + part.start).astype(np.int32)))
+            waiting[q] += places.size
+            if waiting[q] >= k:  # merged this rarely, a long list costs little more than one sort
+                kept[q], waiting[q] = [_merged(kept[q], k)], 0
+                bars[q] = kept[q][0][0][-1]
+    return [_merged(pairs, k) for pairs in kept]
 
-    def merged(self) -> tuple[np.ndarray, np.ndarray]:
-        similarities, indices = (np.concatenate(parts) for parts in zip(*self.parts, strict=True))
-        # What was kept stands first and every part rises in index: stable means lower index first.
-        order = np.argsort(-similarities, kind="stable")[: self.k]
-        return similarities[order], indices[order]
+
+def _merged(pairs: Iterable[Matches], k: int) -> Matches:
+    """The best `k` of matches whose indices rise from pair to pair wherever similarities tie."""
+    similarities, indices = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+    order = np.argsort(-similarities, kind="stable")[:k]
+    return similarities[order], indices[order]
+
+
+def _in_threads(work: Callable[[list[slice]], list], parts: list[slice]) -> list[list]:
+    """Calls `work` on consecutive shares of the parts, in as many threads; results in order."""
+    workers = max(1, min(THREADS, os.cpu_count() or 1, len(parts)))
+    cuts = [len(parts) * worker // workers for worker in range(workers + 1)]
+    shares = [parts[first:last] for first, last in pairwise(cuts)]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(work, shares))
 
 
 def _checked(queries: np.ndarray, database: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +153,7 @@ def _inner(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     four times as long. Where speed matters, the callers have threads of their own.
     """
     group = ONE_THREAD // max(1, left.size)
-    if group < 2:
+    if group < 2 or not left.size:
         return left @ right.T
     whole = len(right) // group * group
     out = np.empty((len(right), len(left)))
@@ -271,8 +283,8 @@ def labelled_positions(
     """Finds the exact rank of every labelled image without ranking the rest.
 
     A rank is the number of images that are more similar, or as similar with a lower index: counted
-    block by block it equals the full stable sort to the last place. Beyond the descriptors it
-    takes about (20 bytes x Q + 8 bytes x D) x block for each of up to four threads, whatever N.
+    block by block it equals the full stable sort to the last place. Beyond the descriptors each of
+    up to four threads takes about (90 bytes x Q + 8 bytes x D) x max(block, 4096), whatever N.
 
     Args:
         queries: (Q, D) floats.  database: (N, D) floats, memory-mapped or not.
@@ -295,14 +307,9 @@ def labelled_positions(
     values = _labelled_similarities(queries, database, indices, block)
     parts = _slices(0, len(database), block)
     steps = _steps(next(_products(queries, database, parts)), values)
-    workers = min(THREADS, os.cpu_count() or 1, len(parts))
-
-    def count(worker: int) -> list[np.ndarray]:
-        return _count_ahead(queries, database, parts[worker::workers], indices, values, steps)
-
-    # Sums of whole numbers: who counts what does not matter.
-    with ThreadPoolExecutor(workers) as pool:
-        counts = list(pool.map(count, range(workers)))
+    counts = _in_threads(
+        lambda share: _count_ahead(queries, database, share, indices, values, steps), parts
+    )
     return Positions(indices, [sum(each) for each in zip(*counts, strict=True)], len(database))
 
 

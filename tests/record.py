@@ -1,0 +1,38 @@
+"""Puts the outputs of a finished demo run into notebooks/: `python -m tests.record [RUN]`.
+
+Sources and ids stay those of notebooks/; only outputs and execution counts are taken, without
+papermill's metadata and widget state. Run `make test` afterwards: it compares them.
+"""
+
+import sys
+
+import nbformat
+
+from vitgal import runs
+
+
+def main(run_dir: str = "demo") -> None:
+    for path in sorted((runs.checkout() / "notebooks").glob("0[1-7]_*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        executed = nbformat.read(runs.run_folder(run_dir) / "notebooks" / path.name, as_version=4)
+        done = [cell for cell in executed.cells if cell.cell_type == "code"]
+        ours = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        if [cell.source for cell in done] != [cell.source for cell in ours]:
+            raise ValueError(f"{path.name} is not what {run_dir} executed: run it again")
+        for cell, other in zip(ours, done, strict=True):
+            cell.outputs = [without_widget(output) for output in other.outputs]
+            cell.execution_count = other.execution_count
+        nbformat.write(notebook, path)
+        print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+def without_widget(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A widget's view means nothing without its state, which is not kept; its text stays."""
+    if "data" in output:
+        output.data.pop("application/vnd.jupyter.widget-view+json", None)
+    output.get("metadata", {}).clear()
+    return output
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
