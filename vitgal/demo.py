@@ -69,7 +69,7 @@ SAME_PLACE = (("giza_pyramids", "great_pyramid"),)
 CENTRAL_REGION = (12, 10, 88, 92)  # x0 y0 x1 y1 in per cent, for a photograph not in REGIONS.csv
 EASY_VISIBLE, EASY_STRENGTH = 0.6, 0.45
 JUNK_VISIBLE = 0.15
-OTHER_VISIBLE = 0.3
+OTHER_VISIBLE, OTHER_STRENGTH = 0.5, 0.6  # beyond, two photographs share too little to tell
 QUERY_LEVEL = 0.2  # up to this level a view has no night, occluder, blur or loss of colour
 ASIDE_LEVEL = 0.5
 GRID = 32  # the landmark's region is sampled at GRID x GRID points to tell its visible share
@@ -576,7 +576,8 @@ def make_demo(
 
         easy    same photograph, at least 60 % of the landmark visible, change at most 0.45
         hard    same photograph, at least 15 % visible, not easy;
-                or another photograph of the landmark, at least 30 % visible
+                or another photograph of the landmark, at least 50 % visible and at
+                most 0.6 strong
         junk    less than that visible; or a landmark at the same place (SAME_PLACE)
 
     where the visible part is the share of the landmark's box that lies inside the view and is not
@@ -701,24 +702,25 @@ def training_recipes(
 def benchmark_recipes(
     photographs: Sequence[Photograph], views: int, *, seed: int, view_size: int
 ) -> tuple[list[View], list[View]]:
-    """One query recipe of each photograph, and `views` database recipes of each."""
+    """The query recipes and `views` database recipes of each photograph.
+
+    A photograph gives one query, the only one of its landmark two: two or three queries a landmark,
+    so that those with several photographs do not decide the score alone.
+    """
+    size = {"view_size": view_size}
+    landmarks = [photograph.landmark for photograph in photographs]
     queries, database = [], []
     for photograph in photographs:
-        words = _words(seed, "query", photograph.name, 0)
-        name = f"{photograph.name}_q"
-        queries.append(draw_view(photograph, name, QUERY_LEVEL, seed=words, view_size=view_size))
+        for index in range(2 if landmarks.count(photograph.landmark) == 1 else 1):
+            words = _words(seed, "query", photograph.name, index)
+            name = f"{photograph.name}_q{index}"
+            queries.append(draw_view(photograph, name, QUERY_LEVEL, seed=words, **size))
         for index in range(views):
             aside = index > 0 and index == views - 1
-            database.append(
-                draw_view(
-                    photograph,
-                    f"{photograph.name}_v{index:02d}",
-                    ASIDE_LEVEL if aside else _level(index, views - 1),
-                    seed=_words(seed, "database", photograph.name, index),
-                    view_size=view_size,
-                    aside=aside,
-                )
-            )
+            level = ASIDE_LEVEL if aside else _level(index, views - 1)
+            words = _words(seed, "database", photograph.name, index)
+            name = f"{photograph.name}_v{index:02d}"
+            database.append(draw_view(photograph, name, level, seed=words, aside=aside, **size))
     return queries, database
 
 
@@ -781,7 +783,8 @@ def label(query: View, view: View) -> str:
     if len(landmarks) == 2:
         return "junk" if any(landmarks <= set(places) for places in SAME_PLACE) else "wrong"
     if query.photograph.name != view.photograph.name:
-        return "hard" if view.visible >= OTHER_VISIBLE else "junk"
+        kept = view.visible >= OTHER_VISIBLE and view.strength <= OTHER_STRENGTH
+        return "hard" if kept else "junk"
     if view.visible < JUNK_VISIBLE:
         return "junk"
     easy = view.visible >= EASY_VISIBLE and view.strength <= EASY_STRENGTH

@@ -24,9 +24,9 @@ import numpy as np
 from vitgal import runs
 from vitgal.revisited import PROTOCOLS, GroundTruth, RetrievalDataset, ignored
 
-# Rows taken at once: the float64 copy of 4096 x 384 descriptors takes 12.6 MB, and what is done to
-# 70 x 4096 similarities stays in the processor's cache.
-BLOCK = 4096
+# Rows taken at once: the float64 copy of 2048 x 384 descriptors takes 6 MB, and what is done to
+# 70 x 2048 similarities stays in the processor's cache.
+BLOCK = 2048
 ONE_THREAD = 1 << 18  # multiplications up to which OpenBLAS starts no threads
 THREADS = 4  # at most; each takes the memory of a block
 BUCKETS = 4096  # steps of similarity; more of them leave less to sort and take longer to count
@@ -351,15 +351,18 @@ def _count_ahead(
     """
     counts = [np.zeros(index.size, np.int64) for index in indices]
     tally = np.zeros(steps.near.shape, np.int64)
+    rows = np.unique(_flat(indices))
     waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     held = 0
     for part, products in zip(parts, _products(queries, database, parts), strict=True):
-        _put(products, indices, values, part)
+        if np.diff(np.searchsorted(rows, (part.start, part.stop))):
+            _put(products, indices, values, part)
         close = _tally(products, steps, tally)
-        owner, column = np.nonzero(close)
-        waiting.append((owner, products[close], column + part.start))
-        held += owner.size
-        if 2 * held > products.size or part is parts[-1]:
+        places = np.flatnonzero(close)  # row by row: the queries' shares stand one after another
+        cuts = np.searchsorted(places, np.arange(len(products) + 1) * products.shape[1])
+        waiting.append((cuts, products.ravel()[places], places % products.shape[1] + part.start))
+        held += places.size
+        if held > products.size or part is parts[-1]:
             _settle(counts, waiting, indices, values)
             waiting, held = [], 0
     for q, value in enumerate(values):
@@ -414,19 +417,18 @@ def _settle(
 ) -> None:
     """Adds to `counts` the waiting images that rank before a labelled one.
 
-    waiting: arrays of the same length: query, similarity and database index of each image.
+    waiting: similarities and database indices; query q has those from cuts[q] to cuts[q + 1].
     """
-    owner, similarity, image = (np.concatenate(parts) for parts in zip(*waiting, strict=True))
-    order = np.argsort(owner, kind="stable")
-    cuts = np.searchsorted(owner[order], np.arange(1, len(counts)))
-    for q, mine in enumerate(np.split(order, cuts)):
-        similarities, images = similarity[mine], image[mine]
+    for q, (index, value) in enumerate(zip(indices, values, strict=True)):
+        similarities = np.concatenate([s[cuts[q] : cuts[q + 1]] for cuts, s, _ in waiting])
         ordered = np.sort(similarities)
-        at, above = (np.searchsorted(ordered, values[q], side) for side in ("left", "right"))
-        counts[q] += mine.size - above
-        for j in np.flatnonzero(at < above):
-            tied = images[similarities == values[q][j]]
-            counts[q][j] += np.count_nonzero(tied < indices[q][j])
+        at, above = (np.searchsorted(ordered, value, side) for side in ("left", "right"))
+        counts[q] += ordered.size - above
+        ties = np.flatnonzero(at < above)
+        if ties.size:
+            images = np.concatenate([i[cuts[q] : cuts[q + 1]] for cuts, _, i in waiting])
+        for j in ties:
+            counts[q][j] += np.count_nonzero(images[similarities == value[j]] < index[j])
 
 
 # Short lists
