@@ -22,6 +22,7 @@ from typing import Any
 import nbformat
 import papermill
 import yaml
+import zmq
 from jupyter_client.kernelspec import NoSuchKernel
 from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
@@ -541,7 +542,13 @@ class Client(PapermillNotebookClient):
         if text is not None and self.nb_man.pbar is not None and due:
             self.shown = time.monotonic()
             self.nb_man.pbar.set_postfix_str(text[:60])
-        return super().process_message(message, *args, **kwargs)
+        try:
+            return super().process_message(message, *args, **kwargs)
+        finally:
+            # What a widget shows is answered on the socket where the cell's end is awaited, and
+            # sending there can swallow the sign that something has come in (zmq tells only once):
+            # about one cell in a hundred with a widget then waited for ever. Asking looks again.
+            self.kc.shell_channel.socket.get(zmq.EVENTS)
 
     def activity(self, message: dict) -> str | None:
         """What a message says of the cell's progress: text, "" for a new cell, None for nothing.
