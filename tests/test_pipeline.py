@@ -433,6 +433,24 @@ def test_activity_tells_the_running_bar():
     assert client.activity(message("status", execution_state="busy")) is None
 
 
+@pytest.mark.slow
+def test_cells_with_widgets_do_not_wait_for_ever(scratch, tmp_path):
+    # About one such cell in a hundred lost its end before `process_message` asked the socket again.
+    cell = "out = widgets.Output()\nwith out:\n    print(1)\n    display(2)"
+    notebook = scratch("01_a.ipynb", "run_dir: str = 'a'", "import ipywidgets as widgets")
+    content = nbformat.read(notebook, as_version=4)
+    content.cells += [nbformat.v4.new_code_cell(cell) for _ in range(200)]
+    nbformat.write(content, notebook)
+    code = (
+        "from pathlib import Path; from vitgal import pipeline\n"
+        f"pipeline.run(notebooks=Path({str(notebook.parent)!r}), progress=False)"
+    )
+    # Ten seconds on two quiet cores; the limit only ends a run that would never end.
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    executed = tmp_path / "runs" / "a" / "notebooks" / "01_a.ipynb"
+    assert [cell.execution_count for cell in codes(executed)] == list(range(1, 203))
+
+
 # The command line
 
 
