@@ -50,7 +50,6 @@ def test_run_folder(tmp_path, monkeypatch):
     assert runs.run_folder("~/a") == tmp_path / "home" / "a"
 
 
-@pytest.mark.xfail(strict=True, reason="VITGAL_RUNS is taken from the current folder")
 def test_run_folder_does_not_depend_on_the_current_folder(tmp_path, monkeypatch):
     # The command line runs where the user is, a notebook in notebooks/: one variable, one folder.
     monkeypatch.setenv("VITGAL_RUNS", "elsewhere")
@@ -326,7 +325,6 @@ def test_a_stage_that_never_ran(tmp_path):
         runs.read_stage(tmp_path / "global", "04_global_evaluation")
 
 
-@pytest.mark.xfail(strict=True, reason="a folder without settings is continued")
 def test_files_without_settings_are_not_continued(tmp_path):
     # Deleting a torn stage.json by hand, as the message says, leaves files of unknown settings:
     # they must not become part of a stage with others.
@@ -336,20 +334,17 @@ def test_files_without_settings_are_not_continued(tmp_path):
         work(tmp_path, size=4)
 
 
-@pytest.mark.xfail(strict=True, reason="a temporary file counts as foreign")
 def test_a_kill_before_the_first_file_does_not_block_overwrite(tmp_path):
     (tmp_path / f"{runs.TEMPORARY}1-started.json").write_text("{")
     assert not work(tmp_path, overwrite=True)
 
 
-@pytest.mark.xfail(strict=True, reason="a temporary folder is unlinked")
 def test_a_temporary_folder_is_swept(tmp_path):
     interrupt(tmp_path)
     (tmp_path / f"{runs.TEMPORARY}1-shard" / f"{runs.TEMPORARY}1-a.npy").mkdir(parents=True)
     assert not work(tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason="the length alone is compared")
 def test_outputs_too_large_to_hash_still_differ(tmp_path, monkeypatch):
     # database.npy of a million images is larger than the limit and equally long for every model.
     monkeypatch.setattr(runs, "HASH_LIMIT", 1)
@@ -359,7 +354,6 @@ def test_outputs_too_large_to_hash_still_differ(tmp_path, monkeypatch):
     assert len(found) == 2
 
 
-@pytest.mark.xfail(strict=True, reason="1 == True")
 def test_differences_tell_true_from_one():
     assert runs.differences({"a": 1}, {"a": 1.0}) == []  # as JSON may give it back
     assert runs.differences({"a": 1}, {"a": True}) == ["a: 1 there, true now"]

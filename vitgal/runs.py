@@ -28,13 +28,23 @@ import numpy as np
 STAGE_FORMAT = 1
 MANIFEST = "stage.json"
 STARTED = "started.json"
+SETTINGS = ("format", "stage", "parameters", "inputs")  # what a result depends on
 LOCK = ".lock"
 CHUNK = 1 << 20  # bytes read at once when hashing
 TEMPORARY = ".tmp-"
 # Above this size a reused file is checked by its length alone: hashing 200 GB of features would
 # take longer than the stages that read them, and the feature store checks its own items.
 HASH_LIMIT = 1 << 30
-VERSIONED = ("numpy", "torch", "timm", "opencv-python-headless", "faiss-cpu", "pydegensac")
+VERSIONED = (
+    "numpy",
+    "torch",
+    "torchvision",
+    "timm",
+    "opencv-python-headless",
+    "faiss-cpu",
+    "pydegensac",
+    "poselib",
+)
 
 
 class StageError(RuntimeError):
@@ -58,11 +68,12 @@ def resolve(path: str | os.PathLike) -> Path:
 
 
 def run_folder(run_dir: str | os.PathLike) -> Path:
-    """A run's folder: absolute, else relative to $VITGAL_RUNS if that is set, else to `runs/`."""
-    base = os.environ.get("VITGAL_RUNS")
-    return (Path(base).expanduser().absolute() if base else checkout() / "runs") / Path(
-        run_dir
-    ).expanduser()
+    """A run's folder: absolute, else relative to $VITGAL_RUNS if that is set, else to `runs/`.
+
+    A relative $VITGAL_RUNS counts from the checkout: a notebook's kernel starts in another folder
+    than the command line that ran it.
+    """
+    return resolve(os.environ.get("VITGAL_RUNS") or "runs") / Path(run_dir).expanduser()
 
 
 # Writing: a temporary name in the same folder, flushed to disk, then renamed
@@ -119,7 +130,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise StageError(f"{path} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise StageError(f"{path} is not whole JSON ({error}); delete it and run again") from None
+        raise StageError(
+            f"{path} is not whole JSON ({error}); set overwrite: true to make it again"
+        ) from None
 
 
 def plain(value: Any) -> Any:
@@ -240,9 +253,8 @@ def stage(
     with locked(folder):
         if overwrite:
             _clear(folder)
-        found = _settings_on_disk(folder)
-        if found is not None:
-            _refuse_other(folder, found, settings)
+        else:
+            _refuse_other(folder, settings)
         finished = (folder / MANIFEST).exists()
         if finished:
             _check_outputs(folder)
@@ -282,11 +294,18 @@ def read_stage(folder: Path, made_by: str) -> dict:
 
 
 def output_fingerprint(folder: Path, output: str, made_by: str) -> str:
-    """The sha256 of one output of a finished stage, as its manifest records it."""
-    outputs = read_stage(folder, made_by)["outputs"]
-    if output not in outputs:
+    """The sha256 of one output of a finished stage, as its manifest records it.
+
+    An output above HASH_LIMIT is known by what it was made from: its length and the stage's own
+    settings, which carry the fingerprints of the inputs.
+    """
+    manifest = read_stage(folder, made_by)
+    if output not in manifest["outputs"]:
         raise StageError(f"the stage in {folder} has no {output}: run {made_by} again")
-    return outputs[output].get("sha256") or f"{outputs[output]['bytes']} bytes"
+    recorded = manifest["outputs"][output]
+    if "sha256" in recorded:
+        return recorded["sha256"]
+    return fingerprint([output, recorded["bytes"], *(manifest[key] for key in SETTINGS)])
 
 
 def differences(found: dict, wanted: dict) -> list[str]:
@@ -294,13 +313,20 @@ def differences(found: dict, wanted: dict) -> list[str]:
     lines = []
     for key in sorted(set(found) | set(wanted)):
         was, now = found.get(key), wanted.get(key)
-        if was == now:
-            continue
         if isinstance(was, dict) and isinstance(now, dict):
             lines += [f"{key}.{line}" for line in differences(was, now)]
-        else:
+        elif not _same(was, now):
             lines.append(f"{key}: {_shown(was)} there, {_shown(now)} now")
     return lines
+
+
+def _same(was: Any, now: Any) -> bool:
+    """Whether two plain values are equal, where 1 and 1.0 are the same and 1 and True are not."""
+    if isinstance(was, list) and isinstance(now, list):
+        return len(was) == len(now) and all(map(_same, was, now))
+    if isinstance(was, dict) and isinstance(now, dict):
+        return was.keys() == now.keys() and all(_same(was[key], now[key]) for key in was)
+    return was == now and isinstance(was, bool) == isinstance(now, bool)
 
 
 def _shown(value: Any) -> str:
@@ -312,11 +338,21 @@ def _settings_on_disk(folder: Path) -> dict | None:
     for name in (MANIFEST, STARTED):
         if (folder / name).exists():
             found = read_json(folder / name)
-            return {key: found.get(key) for key in ("format", "stage", "parameters", "inputs")}
+            return {key: found.get(key) for key in SETTINGS}
     return None
 
 
-def _refuse_other(folder: Path, found: dict, wanted: dict) -> None:
+def _refuse_other(folder: Path, wanted: dict) -> None:
+    """Raises StageError unless the folder is empty or holds a stage with the same settings."""
+    found = _settings_on_disk(folder)
+    if found is None:
+        if files := _foreign(folder):
+            raise StageError(
+                f"{folder} holds files ({files[0].name}, ...) but neither {MANIFEST} nor "
+                f"{STARTED}, so nobody knows with which settings they were made; move them away "
+                "or use another run_dir"
+            )
+        return
     lines = differences(found, wanted)
     if lines:
         raise StageError(
@@ -351,7 +387,7 @@ def _check_outputs(folder: Path) -> None:
 def _clear(folder: Path) -> None:
     """Empties a stage folder; a folder with files that no stage wrote is left alone."""
     ours = (folder / MANIFEST).exists() or (folder / STARTED).exists()
-    if not ours and any(path.name != LOCK for path in folder.iterdir()):
+    if not ours and _foreign(folder):
         raise StageError(
             f"{folder} holds files but no stage: overwrite will not delete them; use another "
             "run_dir or move them away"
@@ -362,14 +398,28 @@ def _clear(folder: Path) -> None:
         os.replace(folder / MANIFEST, folder / STARTED)
     contents = [path for path in folder.iterdir() if path.name not in (LOCK, STARTED)]
     for path in contents:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        _remove(path)
     (folder / STARTED).unlink(missing_ok=True)
 
 
 def _sweep(folder: Path) -> None:
-    """Removes temporary files that a killed process left behind."""
-    for path in folder.rglob(f"{TEMPORARY}*"):
-        path.unlink()
+    """Removes temporary files and folders that a killed process left behind."""
+    for path in sorted(folder.rglob(f"{TEMPORARY}*")):
+        if path.exists() or path.is_symlink():  # not gone with the folder that held it
+            _remove(path)
+
+
+def _foreign(folder: Path) -> list[Path]:
+    """What a folder holds besides the lock and what a killed process left half-written."""
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name != LOCK and not path.name.startswith(TEMPORARY)
+    )
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def versions() -> dict[str, str]:
