@@ -22,7 +22,7 @@ DEMO = {"demo_views", "demo_view_size"}
 
 
 def read(name: str) -> dict:
-    return pipeline.read_params(FILES[name])
+    return pipeline.own_range(pipeline.read_params(FILES[name]))[0]
 
 
 def differing(one: str, other: str) -> set[str]:
@@ -39,6 +39,14 @@ def test_the_files_are_those_that_are_documented():
 def test_every_parameter_is_declared_and_of_its_type(name):
     folder, _ = pipeline.plan(read(name), NOTEBOOKS, NOTEBOOKS, overrides={}, source=name)
     assert folder.name == name.removesuffix("_train")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_real_file_names_the_notebooks_it_is_made_for(name):
+    # Without it, an evaluation would first train the demo, and a week's training end in an error.
+    _, first, last = pipeline.own_range(pipeline.read_params(FILES[name]))
+    wanted = ("01", "03") if name in TRAIN else ("04", "07") if name in TEST else (None, None)
+    assert (first, last) == wanted
 
 
 def test_the_demo_changes_no_notebook():

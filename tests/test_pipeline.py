@@ -223,6 +223,25 @@ def test_select_refuses(choice, complaint):
         pipeline.select([Path("01_a.ipynb"), Path("02_b.ipynb")], **choice)
 
 
+def test_a_file_names_its_own_notebooks_and_the_command_line_beats_it(two, tmp_path):
+    file = tmp_path / "p.yaml"
+    file.write_text("notebooks: 02-02\nrun_dir: mine\n")
+    for choice, executed in ((dict(), {"02"}), (dict(first="01"), {"01", "02"})):
+        folder = pipeline.run(file, notebooks=two, output=tmp_path / f"n{len(executed)}", **choice)
+        assert {path.name[:2] for path in (folder / "notebooks").glob("*.ipynb")} == executed
+
+
+@pytest.mark.parametrize("value", [4, "04", "04:07", "four-five", ["04"], "04-"])
+def test_own_range_refuses_what_is_none(value):
+    with pytest.raises(pipeline.ParameterError, match="04-07"):
+        pipeline.own_range({"notebooks": value})
+
+
+def test_own_range_leaves_the_parameters_alone():
+    assert pipeline.own_range({"seed": 1}) == ({"seed": 1}, None, None)
+    assert pipeline.own_range({"notebooks": "4-07", "seed": 1}) == ({"seed": 1}, "4", "07")
+
+
 def test_notebooks_outside_the_chain_are_left_out(scratch):
     for name in ("01_a.ipynb", "08_own.ipynb", "Untitled.ipynb"):
         folder = scratch(name, "a: int = 1").parent

@@ -216,6 +216,22 @@ def chain(folder: Path) -> list[Path]:
     return found
 
 
+def own_range(given: dict[str, Any]) -> tuple[dict[str, Any], str | None, str | None]:
+    """Takes a file's line `notebooks: 04-07`, the chapters it is made for, from its parameters.
+
+    Returns the parameters without that line, the first and the last notebook (None where there is
+    no such line). Raises ParameterError where it is no range of numbers.
+    """
+    given = dict(given)
+    text = given.pop("notebooks", None)
+    if text is None:
+        return given, None, None
+    found = re.fullmatch(r"(\d\d?)-(\d\d?)", text) if isinstance(text, str) else None
+    if not found:
+        raise ParameterError(f"notebooks: {text!r} is no range such as 04-07")
+    return given, found[1], found[2]
+
+
 def select(
     notebooks: list[Path],
     *,
@@ -315,7 +331,8 @@ def run(
 
     Args:
         params: a flat YAML file; None leaves every notebook's own defaults.
-        only, first, last: see `select`.
+        only, first, last: see `select`; without any, the file's own line `notebooks: 04-07` counts,
+            else all are executed.
         overrides: beat the file; text is parsed by the declared type.
         output: the run folder, relative to the current folder; None takes `run_dir`.
         notebooks: the folder of the numbered notebooks; None is the checkout's.
@@ -326,8 +343,10 @@ def run(
         NotebookError: a cell failed, the kernel died or did not start, or Ctrl-C was pressed.
         StageError: another process executes notebooks in this run folder, or it is not writable.
     """
-    given = read_params(params) if params else {}
+    given, begin, end = own_range(read_params(params) if params else {})
     every = chain(notebooks or runs.checkout() / "notebooks")
+    if only is None and first is None and last is None:
+        first, last = begin, end
     chosen = select(every, only=only, first=first, last=last)
     folder, taken = plan(
         given, every, chosen, overrides=overrides or {}, output=output, source=str(params)
