@@ -441,7 +441,7 @@ def test_before_after_tells_what_moved():
     assert axes.shape == (2, 4)
     assert [cell.get_title() for cell in axes[0, 1:]] == ["1   ▼ to 5", "2", "3"]
     below = [cell.get_xlabel() for cell in axes[1, 1:]]
-    assert below == ["1 ▲ from 3   31 inliers", "2 =", "3 ▲ from 4"]
+    assert below == ["1 ▲ from 3\n31 inliers", "2 =", "3 ▲ from 4"]
     assert [texts(cell) for cell in axes[:, 1:].flat] == [[letter] for letter in "EHJJHN"]
     arrows = [one for one in axes[0, 0].figure.artists if isinstance(one, ConnectionPatch)]
     ends = [(arrow.axesA, arrow.axesB) for arrow in arrows]

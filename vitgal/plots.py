@@ -562,7 +562,8 @@ def _gallery_grid(rows: int, columns: int, *, width: float, span: bool) -> tuple
     """The query axes (one for all rows, or one a row), axes [row][column], a cell's inches."""
     ratios = [1.25, 0.08] + [1.0] * columns
     cell = width / sum(ratios)
-    figure = plt.figure(figsize=(width, rows * (0.75 * cell + 0.3) + 0.35), layout="constrained")
+    height = rows * (0.75 * cell + 0.3) + (0.45 if span else 0.35)  # span: captions of two lines
+    figure = plt.figure(figsize=(width, height), layout="constrained")
     _tighten(figure)
     grid = figure.add_gridspec(rows, len(ratios), width_ratios=ratios)
     places = [grid[:, 0]] if span else [grid[row, 0] for row in range(rows)]
@@ -696,7 +697,7 @@ def before_after(
     after: Sequence[Hashable],
     *,
     notes: Mapping[Hashable, object] | None = None,
-    names: tuple[str, str] = ("before reranking", "after reranking"),
+    names: tuple[str, str] = ("before", "after"),
     query_title: str = "query",
     columns: int = 8,
     width: float = 11.0,
@@ -705,9 +706,10 @@ def before_after(
 
     before, after: keys of the database images, best first, as far as they are known; the first
     `columns` are drawn, the rest tells where an image came from or went to. images, labels: by
-    key, at least of those drawn. notes: by key, a word for the second row, for example a number of
-    inliers. Returns the axes (2, 1 + columns), the query's twice. Empty rankings say so. Raises
-    KeyError for a missing photograph or label, ValueError for unknown labels and a repeated key.
+    key, at least of those drawn. notes: by key, a word below the caption in the second row, for
+    example a number of inliers. Returns the axes (2, 1 + columns), the query's twice. Empty
+    rankings say so. Raises KeyError for a missing photograph or label, ValueError for unknown
+    labels and a repeated key.
     """
     tops = (list(before[:columns]), list(after[:columns]))
     captions = _moves(list(before), list(after), columns, notes or {})
@@ -741,7 +743,7 @@ def _moves(
     for rank, key in enumerate(after[:columns], 1):
         old = before.index(key) + 1 if key in before else None
         came = f"{'▲' if old > rank else '▼'} from {old}" if old and old != rank else "="
-        second.append(f"{rank} {came if old else 'new'}   {notes.get(key, '')}".strip())
+        second.append(f"{rank} {came if old else 'new'}\n{notes.get(key, '')}".strip())
     return first, second
 
 
