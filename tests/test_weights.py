@@ -8,6 +8,7 @@ import resource
 import struct
 from pathlib import Path
 
+import layouts
 import pytest
 import timm
 import torch
@@ -42,25 +43,7 @@ def nano():
 @pytest.fixture(scope="module")
 def published(nano):
     """`nano` as the published code would have saved it: a dict of names and tensors."""
-    rest = {key: value.clone() for key, value in nano.state_dict().items()}
-    for key in [key for key in rest if key.endswith((".attn.q.weight", ".attn.q.bias"))]:
-        parts = [rest.pop(key.replace(".q.", f".{letter}.")) for letter in "qkv"]
-        rest[key.replace(".q.", ".qkv.")] = torch.cat(parts)
-    renamed = {}
-    for key, value in rest.items():
-        for ours, theirs in [
-            ("autoencoder.encoder.", "whitening_layer."),
-            ("autoencoder.decoder.", "ae_decoder_layer."),
-            ("autoencoder.", ""),
-            ("backbone.pos_embed.", "retrieval_back_bone.pos_embeder."),
-            ("backbone.", "retrieval_back_bone."),
-            ("local_atrous.", "retrieval_back_bone.local_atrous."),
-        ]:
-            if key.startswith(ours):
-                renamed[theirs + key[len(ours) :]] = value
-                break
-    assert len(renamed) == len(rest)
-    return renamed
+    return layouts.published(nano.state_dict())
 
 
 @pytest.fixture(scope="module")
@@ -394,22 +377,13 @@ def test_convert_keeps_what_the_checkpoint_computes(published, nano, tmp_path):
 # ImageNet
 
 
-def official(tensors):
-    """timm's XCiT in the layout of XCiT's own files."""
-    renamed = {key.replace("pos_embed.", "pos_embeder."): v for key, v in tensors.items()}
-    for key in [key for key in renamed if re.search(r"\.attn\.q\.", key)]:
-        parts = [renamed.pop(key.replace(".q.", f".{letter}.")) for letter in "qkv"]
-        renamed[key.replace(".q.", ".qkv.")] = torch.cat(parts)
-    return renamed
-
-
 @pytest.mark.parametrize("form", ["official.pth", "timm.pth", "timm.safetensors", "state dict"])
 def test_initial_weights_fill_all_but_the_multi_atrous_block(imagenet, tmp_path, form):
     network = build_model(NANO, code_dim=48, seed=0)
     before = {key: value.clone() for key, value in network.state_dict().items()}
     source = tmp_path / form
     if form == "official.pth":
-        torch.save({"model": official(imagenet)}, source)
+        torch.save({"model": layouts.official(imagenet)}, source)
     elif form == "timm.pth":
         torch.save(imagenet, source)
     elif form == "timm.safetensors":
@@ -439,7 +413,7 @@ def test_initial_weights_fill_all_but_the_multi_atrous_block(imagenet, tmp_path,
         (lambda t: t.update({"norm.bias": torch.ones(3)}), r"norm\.bias \(\(3,\) instead of \(128"),
     ],
 )
-@pytest.mark.parametrize("layout", [dict, official])
+@pytest.mark.parametrize("layout", [dict, layouts.official])
 def test_other_initial_weights_are_named_and_change_nothing(imagenet, change, message, layout):
     network, tensors = build_model(NANO, seed=0), layout(imagenet)
     change(tensors)
@@ -449,6 +423,6 @@ def test_other_initial_weights_are_named_and_change_nothing(imagenet, change, me
 
 
 def test_initial_weights_of_another_architecture_are_named(imagenet, tmp_path):
-    path = checkpoint(tmp_path / "nano.pth", official(imagenet))
+    path = checkpoint(tmp_path / "nano.pth", layouts.official(imagenet))
     with pytest.raises(ValueError, match=r"nano\.pth does not fit xcit_small_12.*misshapen"):
         initial_weights(build_model("xcit_small_12_p16_224", seed=0), path)
