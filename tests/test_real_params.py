@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 
-from vitgal import pipeline, revisited, runs, search
+from vitgal import pipeline, revisited, runs
 from vitgal.model import build_model
 
 TOP = Path(__file__).resolve().parents[1]
@@ -134,11 +134,15 @@ def test_evaluation_goes_through(name, data, tmp_path):
     )
     folder = run / dataset
     count = 4 if distractors else 3
-    assert np.load(folder / "global" / "database.npy").shape == (count, 384)
-    # An image is its own nearest neighbour, whatever the weights: query 1 is database image 2.
-    assert np.load(folder / "global" / "ranks.npy")[0, 1] == 2
-    reranked = search.Positions.load(folder / "rerank" / "positions_easy.npz")
-    assert dict(zip(reranked.indices[1], reranked.positions[1], strict=True))[2] == 0
+    database, queries = (np.load(folder / "global" / f"{n}.npy") for n in ("database", "queries"))
+    assert database.shape == (count, 384) and queries.shape == (2, 384)
+    # Query 1 is database image 2. With random weights S24 tells no two images apart (its layer
+    # scales begin at 1e-5), so that ranks would mean nothing; batches may differ in the last bits.
+    np.testing.assert_allclose(queries[1], database[2], atol=1e-6)
+    candidates, inliers = (
+        np.load(folder / "rerank" / f"{n}.npy") for n in ("candidates", "inliers")
+    )
+    assert (candidates >= 0).any() and ((inliers >= 0) == (candidates >= 0)).all()
     executed = sorted(path.name[:2] for path in (run / "notebooks").glob("*.ipynb"))
     assert executed == ["04", "05", "06", "07"]
     assert list((folder / "matches").rglob("*.png"))
