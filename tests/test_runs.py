@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,9 +96,51 @@ def test_a_full_disk_leaves_the_old_array(tmp_path):
     )
     child = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert child.returncode == 1
-    assert "OSError" in child.stderr
+    assert "no space left to write a.npy; make room and run the same command again" in child.stderr
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["a.npy"]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 256 KiB, and a function that gives it room; skipped where mounting is refused."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> subprocess.CompletedProcess:
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    if shutil.which("mount") is None or mount("size=256k").returncode:
+        pytest.skip("mounting a small disk is not allowed here")
+    try:
+        yield folder, lambda: mount("remount,size=8m")
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_stage_on_a_full_disk_keeps_what_is_whole_and_goes_on(small_disk):
+    folder, make_room = small_disk
+    parts = {f"{i}.npy": np.full(8000, i) for i in range(6)}  # 64 kB each: three or four fit
+
+    def work() -> list[str]:
+        """Writes the parts that are not there; their names."""
+        with runs.stage(folder / "s", "s", parameters={}, inputs={}) as stage:
+            made = [name for name in parts if not (stage.folder / name).exists()]
+            for name in made:
+                runs.write_array(stage.folder / name, parts[name])
+            stage.finish(list(parts))
+        return made
+
+    with pytest.raises(OSError, match=r"no space left to write \d\.npy; make room"):
+        work()
+    whole = sorted(path.name for path in (folder / "s").glob("*.npy"))
+    assert whole == list(parts)[: len(whole)] and 0 < len(whole) < 6
+    assert not list((folder / "s").glob(".tmp-*")) and not (folder / "s" / runs.MANIFEST).exists()
+    assert make_room().returncode == 0
+    assert work() == list(parts)[len(whole) :]
+    for name, array in parts.items():
+        assert (np.load(folder / "s" / name) == array).all()
 
 
 def test_arrays_are_the_same_bytes_every_time(tmp_path):

@@ -7,7 +7,6 @@ cut line or a full disk at any moment leaves these as they are; the same command
 
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import gzip
 import os
@@ -40,7 +39,6 @@ TIMEOUT = (20, 120)  # seconds without an answer: to connect, between two pieces
 WAITS = (1, 5, 20, 60)
 # Photographs hardly compress: an archive that unpacks to far more than its size is no set of them.
 UNPACKED_RATIO, UNPACKED_SPARE, MAX_MEMBERS = 10, 16 << 20, 2_000_000
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 STAGING = ".unpacking"  # inside the image folder: on the same disk, even where that is a link
 BATCH = 4096  # images handed to the reading threads at once
@@ -441,7 +439,7 @@ def _disk_errors(name: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if not runs.disk_full(error):
             raise
         raise OSError(
             f"no space left for {name} in {folder} ({error.strerror}); make room and run the same "

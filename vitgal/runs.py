@@ -7,6 +7,7 @@ under other settings.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -83,7 +84,8 @@ def run_folder(run_dir: str | os.PathLike) -> Path:
 def atomic(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; renames it on success, removes it on any failure.
 
-    A reader of `path` sees the old content or the new, never a part; a full disk leaves the old.
+    A reader of `path` sees the old content or the new, never a part; a full disk leaves the old and
+    raises OSError with a message that says what to do.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,8 +95,25 @@ def atomic(path: Path) -> Iterator[Path]:
         with open(temporary, "rb+") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        raise OSError(
+            error.errno or errno.ENOSPC,
+            f"no space left to write {path.name}; make room and run the same command again, what "
+            "is whole there is kept",
+            str(path.parent),
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def disk_full(error: OSError) -> bool:
+    """Whether a write failed for want of space: on the disk, in a quota, or a limit on files."""
+    # NumPy gives no error number, only "4096 requested and 1024 written".
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or " requested and " in str(
+        error
+    )
 
 
 def write_text(path: Path, text: str) -> Path:
