@@ -592,6 +592,7 @@ def _write_rankings(
         parameters=settings,
         inputs=stage.settings["inputs"],
         failed=len(rows.failures),
+        ground_truth=truth,
     )
     runs.write_json(folder / "scores.json", document)
 

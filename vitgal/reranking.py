@@ -805,20 +805,26 @@ def _write_scores(
     folder: Path, listed: _Shortlist, source: Path, parameters: dict, inputs: dict[str, str]
 ) -> None:
     earlier = runs.read_json(source / "scores.json")
+    local = runs.read_stage(source.parent / "local", LOCAL_NOTEBOOK)
+    passed_on = {key: earlier.get("fingerprints", {}).get(key) for key in ("dataset", "weights")}
+    passed_on["weights of the local features"] = local["inputs"].get("weights")
     places = {v: Positions.load(folder / f"positions_{v}.npz") for v in VARIANTS}
     ground_truth = listed.ground_truth
     document = scores_document(
         evaluate({protocol: places[protocol] for protocol in PROTOCOLS}, ground_truth),
         protocol=earlier.get("protocol", {})
         | {
+            "reranked": True,
             "short_list": "a protocol's first candidates, without the images it ignores",
             "short_list_published": "the plain first candidates, junk counted 0",
             "ties": "global rank",
             "ties_published": parameters["ties"],
         },
         parameters=parameters,
-        inputs=inputs,
+        inputs=inputs | {name: value for name, value in passed_on.items() if value is not None},
         failed=earlier.get("failed_images", 0),
+        ground_truth=ground_truth,
+        earlier={"global": earlier.get("parameters", {}), "local": local["parameters"]},
         published=evaluate(places[PUBLISHED], ground_truth),
         **{"global": evaluate(listed.positions, ground_truth)},
     )
