@@ -11,7 +11,7 @@ import vitgal
 
 PACKAGE = Path(vitgal.__file__).parent
 TORCH_FREE = """runs images features store landmarks revisited search evaluation comparison
-    reranking plots figures""".split()
+    external reranking plots figures""".split()
 ORDER = [
     *TORCH_FREE,
     *"download demo model weights local_features extraction training explore".split(),

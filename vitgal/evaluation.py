@@ -7,17 +7,36 @@ published with the benchmark computes them; every number equals its to 1e-12.
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from vitgal import runs
-from vitgal.revisited import PROTOCOLS, GroundTruth, ignored, labelled, positives
+from vitgal import runs, search
+from vitgal.revisited import (
+    PROTOCOLS,
+    GroundTruth,
+    RetrievalDataset,
+    ignored,
+    labelled,
+    positives,
+)
 from vitgal.search import Positions
 
 Ranking = np.ndarray | Positions
 
+GLOBAL_OUTPUTS = (  # the files of a global stage
+    "database.npy",
+    "queries.npy",
+    "names.json",
+    "ranks.npy",
+    "similarities.npy",
+    "positions.npz",
+    "shortlist.txt",
+    "scores.json",
+    "failures.json",
+)
 # How uncertainty is computed wherever nothing else is said; recorded in every scores.json
 BOOTSTRAP = {"level": 0.95, "samples": 10_000, "seed": 0}
 EXACT = 16  # up to this many queries that differ, all sign flips are tried
@@ -410,3 +429,53 @@ def _refuse_paths(value: Any, where: str) -> None:
             _refuse_paths(item, where)
     elif isinstance(value, os.PathLike) or (isinstance(value, str) and os.path.isabs(value)):
         raise ValueError(f"{where} is the path {value}: record a name or a fingerprint instead")
+
+
+# A global stage's files
+
+
+def write_rankings(
+    stage: runs.Stage,
+    data: RetrievalDataset,
+    queries: np.ndarray,
+    database_file: Path,
+    *,
+    failures: Sequence[Mapping[str, str]],
+    protocol: Mapping[str, Any],
+) -> None:
+    """Writes everything that follows from global descriptors: rankings, short lists, scores.
+
+    Args:
+        stage: its parameters name `top`, the short list's length, and `display`, the ranks kept.
+        queries: (Q, D) floats.  database_file: `.npy` (N, D), in the order of `data`.
+        failures: database images that could not be read, {"name": ..., "reason": ...}.
+        protocol: how the descriptors came about; data set and distractors are added.
+    Raises:
+        ValueError: see `search.search`.
+    """
+    folder, truth, settings = stage.folder, data.ground_truth, stage.settings["parameters"]
+    top, names = settings["top"], {"queries": truth.queries, "database": data.database}
+    database = np.load(database_file, mmap_mode="r", allow_pickle=False)
+    depth = max(settings["display"], search.shortlist_depth(truth, len(database), top=top))
+    similarities, ranks = search.search(queries, database, k=depth)
+    positions = search.labelled_positions(queries, database, labelled(truth))
+    runs.write_array(folder / "queries.npy", queries)
+    runs.write_json(folder / "names.json", names)
+    runs.write_array(folder / "ranks.npy", ranks)
+    runs.write_array(folder / "similarities.npy", similarities)
+    positions.save(folder / "positions.npz")
+    search.write_shortlist(
+        folder / "shortlist.txt", search.shortlist(ranks, truth, top=top), **names
+    )
+    runs.write_json(folder / "failures.json", failures)
+    further = {"dataset": data.name, "reranked": False}
+    further |= {"distractors": len(database) - len(truth.database)}
+    document = scores_document(
+        evaluate(positions, truth),
+        protocol=dict(protocol) | further,
+        parameters=settings,
+        inputs=stage.settings["inputs"],
+        failed=len(failures),
+        ground_truth=truth,
+    )
+    runs.write_json(folder / "scores.json", document)

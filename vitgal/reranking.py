@@ -806,7 +806,8 @@ def _write_scores(
 ) -> None:
     earlier = runs.read_json(source / "scores.json")
     local = runs.read_stage(source.parent / "local", LOCAL_NOTEBOOK)
-    passed_on = {key: earlier.get("fingerprints", {}).get(key) for key in ("dataset", "weights")}
+    known = earlier.get("fingerprints", {})
+    passed_on = {key: known.get(key) for key in ("dataset", "weights", "descriptors")}
     passed_on["weights of the local features"] = local["inputs"].get("weights")
     places = {v: Positions.load(folder / f"positions_{v}.npz") for v in VARIANTS}
     ground_truth = listed.ground_truth
