@@ -1,5 +1,6 @@
 """Descriptors made elsewhere: both layouts, what is refused, and the stage that follows."""
 
+import runpy
 from pathlib import Path
 
 import cv2
@@ -160,3 +161,14 @@ def test_the_stage_ranks_and_scores(benchmark, tmp_path):
     save_npy(path, ROWS[:, ::-1])
     with pytest.raises(runs.StageError, match="inputs.descriptors"):
         evaluate_descriptors(run, descriptors=path, **options)
+
+
+@pytest.mark.slow
+def test_the_worked_example_writes_what_is_read(benchmark, tmp_path):
+    script = Path(__file__).resolve().parents[1] / "docs" / "timm_descriptors.py"
+    arguments = ["resnet10t", benchmark, "small", tmp_path / "x.npy", "--size", "32", "--untrained"]
+    rows = runpy.run_path(str(script))["main"]([*map(str, arguments), "--batch", "3"])
+    # All four images are black: one direction, wherever they stood in their batches.
+    found = read_descriptors(rows, NAMES)
+    assert found.shape == (4, 512)
+    np.testing.assert_allclose(found @ found.T, 1, atol=1e-5)  # float32 sums in other batches
