@@ -7,7 +7,7 @@ all coordinates: (0, 0) is the centre of the top-left pixel, so that an image sp
 """
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -1280,3 +1280,69 @@ def _cell(value: object) -> str:
     if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
         return "–"
     return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+# Choosing thresholds
+
+
+def tuning_curves(
+    curves: Mapping[str, tuple[Sequence[float], np.ndarray]],
+    chosen: Mapping[str, float],
+    current: Mapping[str, float],
+    *,
+    before: np.ndarray,
+    interval: Callable[[np.ndarray], tuple[float, float]],
+    width: float = 10.0,
+) -> np.ndarray:
+    """mAP over one parameter after the other, each with its interval over queries.
+
+    curves: name -> values (V,) and AP (V, Q) in [0, 1], nan where a query does not count. chosen,
+    current: the value of each parameter, marked by a line. before: (Q,) AP without reranking, a
+    level line. interval: AP (Q,) -> (low, high), the band (`evaluation.bootstrap_interval`).
+    Returns the axes, one a parameter. No parameter: one axes that says so.
+    """
+    with plt.rc_context(STYLE):
+        if not curves:
+            return np.array([_only_says("nothing was tuned", width=width / 2)])
+        figure, axes = plt.subplots(
+            1, len(curves), figsize=(width, 2.9), sharey=True, squeeze=False, layout="constrained"
+        )
+        for panel, (name, (values, ap)) in zip(axes[0], curves.items(), strict=True):
+            places = np.arange(len(values))  # evenly spaced, whatever the values
+            low, high = 100 * np.array([interval(row) for row in ap]).T
+            mean = 100 * np.array([_mean(row) for row in ap])
+            panel.fill_between(places, low, high, color=SERIES[0], alpha=0.15, linewidth=0)
+            panel.plot(places, mean, "o-", color=SERIES[0], markersize=4, label="reranked")
+            level = {"color": INK, "linewidth": 1.0, "linestyle": ":"}
+            panel.axhline(100 * _mean(before), **level, label="not reranked")
+            for marked, style, label in (
+                (current, {"color": SERIES[3], "linestyle": "--"}, "current"),
+                (chosen, {"color": SERIES[1], "linestyle": "-"}, "chosen"),
+            ):
+                panel.axvline(list(values).index(marked[name]), linewidth=1.4, **style, label=label)
+            panel.set_xticks(places, [f"{value:g}" for value in values])
+            panel.set_xlabel(name)
+            panel.grid(axis="y", **GRID)
+        axes[0, 0].set_ylabel("mAP (%)")
+        handles = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper left", ncols=4)
+    return axes[0]
+
+
+def _mean(ap: np.ndarray) -> float:
+    known = ap[~np.isnan(ap)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+# Figures for a paper
+
+
+def keep(axes: Axes | np.ndarray | Figure, folder: Path | None, name: str, kind: str) -> None:
+    """Writes a figure as `<folder>/<name>.<kind>` where a folder is given, else nothing.
+
+    kind: "pdf", "svg", "png" or "jpg", see `save`. To be called before the figure is shown.
+    """
+    if folder is None:
+        return
+    axes = axes.axes[0] if isinstance(axes, Figure) else axes
+    save(axes, Path(folder) / f"{name}.{kind}")

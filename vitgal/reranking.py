@@ -81,6 +81,18 @@ def match_shortlist(
     ]
 
 
+def match_squares(
+    query_descriptors: np.ndarray, gallery_descriptors: np.ndarray, matches: np.ndarray
+) -> np.ndarray:
+    """Squared distances (K,) float64 of the matches (K, 2), as `match` compares them.
+
+    A match (i, j) lies within `max_distance` exactly where its value is below its square.
+    """
+    query = _Descriptors.read(query_descriptors, "query").values
+    gallery = _Descriptors.read(gallery_descriptors, "gallery").values
+    return _squared_distances(query, gallery, matches[:, 0], matches[:, 1])
+
+
 @dataclass(frozen=True, eq=False)
 class _Descriptors:
     """Descriptors as given, and half their squared lengths."""
