@@ -381,6 +381,15 @@ def test_table_of_several_rankings_and_of_records():
         score_table({})
 
 
+def test_hardest_protocol_under_which_a_query_counts():
+    scores = evaluate(np.tile(RANKS, 2), truth(([0], [2], [4]), ([], [], [1])))
+    assert evaluation.hardest(scores) == "hard"
+    scores = evaluate(RANKS, truth(([0], [], [4])))
+    assert evaluation.hardest(json.loads(json.dumps(runs.plain(scores)))) == "medium"
+    with pytest.raises(ValueError, match="no query has a positive"):
+        evaluation.hardest(evaluate(RANKS, truth(([], [], [4]))))
+
+
 def test_record_is_plain_and_complete(tmp_path):
     gt = truth(([0], [2], [4]), ([], [], [1]))
     scores = evaluate(np.tile(RANKS, 2), gt)

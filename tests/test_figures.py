@@ -274,3 +274,32 @@ def test_failure_figure_opens_a_run_of_its_own_benchmark_by_name(failing, tmp_pa
     shutil.copytree(run / "data", run / "data" / "benchmark")
     shutil.move(tmp_path / "gnd_tiny.pkl", run / "data" / "benchmark")
     assert figures.failure_table(run, "tiny").loc[0, "query"] == "q"
+
+
+def test_failures_of_the_global_ranking_alone(failing):
+    run, benchmark = failing
+    table = figures.failure_table(run, benchmark, reranked=False)
+    assert table.loc[0, "after"] == table.loc[0, "before"] == pytest.approx(5 / 12, abs=1e-12)
+    figure = figures.failure_figure(run, benchmark, 0, columns=4, reranked=False)
+    assert "why" not in [text.get_text() for text in figure.findobj(plt.Text)]
+
+
+def test_queries_that_are_not_there_are_named(capsys):
+    assert figures.known_queries(truth_of(2), [1, 2, 0, -1]) == [1, 0]
+    assert capsys.readouterr().out.splitlines() == [
+        "query 2 is not drawn: tiny has the queries 0 to 1",
+        "query -1 is not drawn: tiny has the queries 0 to 1",
+    ]
+
+
+def test_paths_show_the_run_s_own_shapes(failing):
+    run, benchmark = failing
+    runs.write_array(run / "tiny" / "global" / "database.npy", np.zeros((4, 8), np.float32))
+    text = [one.get_text() for one in figures.global_path(run / "tiny" / "global", size=224).texts]
+    assert {"196 × 8", "197 × 8", "1 × 8"} <= set(text)
+    # The first candidate with features is d, which has 3 of the query's 12: all match.
+    axes = figures.rerank_path(benchmark, run / "tiny", 0, max_distance=0.1)
+    text = [one.get_text() for one in axes.texts]
+    assert {"12 × 8", "3 × 8", "12 × 3", "3 × 2", "3 × 4", "0 of 3"} <= set(text)
+    with pytest.raises(ValueError, match="query_index 2"):
+        figures.rerank_path(benchmark, run / "tiny", 2)

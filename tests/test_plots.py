@@ -745,3 +745,25 @@ def test_keep_writes_vectors_on_request_only(tmp_path):
     assert "<svg" in (tmp_path / "figures" / "bars.svg").read_text()
     with pytest.raises(ValueError, match="no format is known"):
         plots.keep(axes, tmp_path, "bars", "bmpx")
+
+
+def test_tensor_path_keeps_every_word_in_its_box_and_its_box_in_the_figure():
+    steps = [("name " * (1 + i % 3), f"{i} × 128", "a note of some words") for i in range(11)]
+    axes = plots.tensor_path(steps, width=8)
+    axes.figure.draw_without_rendering()
+    boxes = [patch.get_window_extent() for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert len(boxes) == 11
+    words = [text for text in axes.texts if text.get_text()]
+    assert len(words) == 33
+    for number, text in enumerate(words):
+        extent, box = text.get_window_extent(), boxes[number // 3]
+        assert box.x0 <= extent.x0 and extent.x1 <= box.x1, text
+        assert box.y0 <= extent.y0 and extent.y1 <= box.y1, text
+    assert all(box.x1 <= axes.figure.bbox.x1 for box in boxes)
+    # Rows of boxes do not overlap, and arrows stay within a row.
+    assert len({round(box.y0) for box in boxes}) > 1
+    assert len(axes.texts) - len(words) == 11 - len({round(box.y0) for box in boxes})
+
+
+def test_tensor_path_of_nothing_says_so():
+    assert "no steps" in plots.tensor_path([]).texts[0].get_text()

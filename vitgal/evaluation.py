@@ -326,6 +326,18 @@ def _interval(scores: Mapping[str, Any], seed: int = 0) -> tuple[float, float]:
     return bootstrap_interval(ap, **(BOOTSTRAP | {"seed": seed}))
 
 
+def hardest(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """The hardest protocol under which any query counts: "hard", "medium" or "easy".
+
+    scores: `evaluate`'s dict or the content of a scores.json. Raises ValueError where none counts.
+    """
+    for protocol in reversed(PROTOCOLS):
+        value = scores.get(protocol, {}).get("map")
+        if value is not None and not np.isnan(value):
+            return protocol
+    raise ValueError("no query has a positive image under any protocol")
+
+
 def score_table(scores: Mapping[str, Mapping[str, Any]], *, digits: int = 1) -> pd.DataFrame:
     """Sets scores out in percent: a row a protocol, and the queries that count.
 

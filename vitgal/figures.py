@@ -49,6 +49,16 @@ def rankings(
     )
 
 
+def known_queries(truth: GroundTruth, queries: Sequence[int]) -> list[int]:
+    """Those of these queries that the ground truth has; says which it has not, and the range."""
+    known = [query for query in queries if 0 <= query < len(truth.queries)]
+    for query in queries:
+        if query not in known:
+            last = len(truth.queries) - 1
+            print(f"query {query} is not drawn: {truth.name} has the queries 0 to {last}")
+    return known
+
+
 def reranked(
     benchmark: RetrievalDataset,
     folder: Path,
@@ -149,7 +159,12 @@ def safe_name(name: str) -> str:
 
 
 def failure_table(
-    run: Path, dataset: RetrievalDataset | str, by: str = "ap", *, protocol: str = "medium"
+    run: Path,
+    dataset: RetrievalDataset | str,
+    by: str = "ap",
+    *,
+    protocol: str = "medium",
+    reranked: bool = True,
 ) -> pd.DataFrame:
     """A run's queries under one protocol, the greatest failure first.
 
@@ -157,6 +172,7 @@ def failure_table(
         run: the run's folder. dataset: an opened benchmark, or the name of one of the run's own.
         by: "ap", the lowest AP after reranking; "change", the most AP lost by reranking; "miss",
             the positive image that ranks farthest behind. Equal ones stand in the queries' order.
+        reranked: False looks at the global ranking alone, also where a reranked one is there.
     Returns:
         A row a query, indexed by the query's index: its name `query`; `before`, `after`, `change`:
         AP in [0, 1] (where nothing was reranked, `after` is `before`); `positives`, how many there
@@ -168,7 +184,8 @@ def failure_table(
     if by not in SORTS:
         raise ValueError(f"by is {by!r}; a failure table is sorted by {', '.join(SORTS)}")
     benchmark = _opened(run, dataset)
-    truth, ranking = benchmark.ground_truth, _Ranking.read(run / benchmark.name, protocol)
+    truth = benchmark.ground_truth
+    ranking = _Ranking.read(run / benchmark.name, protocol, reranked)
     scores = [
         evaluation.evaluate({protocol: one}, truth)[protocol]["ap"] for one in ranking.positions
     ]
@@ -191,6 +208,7 @@ def failure_figure(
     protocol: str = "medium",
     columns: int = 8,
     crop: bool = True,
+    reranked: bool = True,
 ) -> Figure:
     """One query's ranking before and after reranking, what moved, and why.
 
@@ -200,6 +218,7 @@ def failure_figure(
     left out, but for junk, which is shown without a rank. Without a reranked result: one row.
 
     Args as `failure_table`; columns: images in a row. crop: draw the query's box, as searched with.
+    The figure is pyplot's, as all of `plots`.
     Raises:
         ValueError: there is no such query; the message states the range.
         StageError: notebook 04 has not been run.
@@ -207,12 +226,13 @@ def failure_figure(
     benchmark = _opened(run, dataset)
     truth, folder = benchmark.ground_truth, run / benchmark.name
     query = revisited.check_query(truth, query_index)
-    ranking = _Ranking.read(folder, protocol)
+    ranking = _Ranking.read(folder, protocol, reranked)
     lists = [ranking.images(truth, place, query) for place in range(len(ranking.positions))]
     places = [_ranks(images, truth, query) for images in lists]
     told = _telling(lists, places, columns, _worst(ranking.positions[-1], truth, protocol, query))
     drawn = {image for images in lists for image in images[:columns]}
-    evidence = _Evidence.gather(folder, truth, benchmark.database, query, drawn | set(told))
+    shown = drawn | set(told)
+    evidence = _Evidence.gather(folder, truth, benchmark.database, query, shown, len(lists) == 2)
     captions = [[(image, _first_caption(image, places, evidence)) for image in lists[0][:columns]]]
     if len(lists) == 2:
         lower = [(image, _second_caption(image, places, evidence)) for image in lists[1][:columns]]
@@ -245,13 +265,13 @@ class _Ranking:
     ranks: list[np.ndarray]  # (K, Q) each
 
     @classmethod
-    def read(cls, folder: Path, protocol: str) -> "_Ranking":
+    def read(cls, folder: Path, protocol: str, reranked: bool) -> "_Ranking":
         runs.read_stage(folder / "global", "notebook 04_global_evaluation")
         places, ranks = [folder / "global" / "positions.npz"], [folder / "global" / "ranks.npy"]
         if protocol not in revisited.PROTOCOLS:
             known = ", ".join(revisited.PROTOCOLS)
             raise ValueError(f"unknown protocol {protocol!r}; use one of {known}")
-        if (folder / "rerank" / runs.MANIFEST).exists():
+        if reranked and (folder / "rerank" / runs.MANIFEST).exists():
             places.append(folder / "rerank" / f"positions_{protocol}.npz")
             ranks.append(folder / "rerank" / f"top_{protocol}.npy")
         positions = [Positions.load(path) for path in places]
@@ -311,7 +331,13 @@ class _Evidence:
 
     @classmethod
     def gather(
-        cls, folder: Path, truth: GroundTruth, database: Sequence[str], query: int, images: set[int]
+        cls,
+        folder: Path,
+        truth: GroundTruth,
+        database: Sequence[str],
+        query: int,
+        images: set[int],
+        reranked: bool,
     ) -> "_Evidence":
         ranks, values = (
             np.load(folder / "global" / name, mmap_mode="r")[:, query]
@@ -319,7 +345,7 @@ class _Evidence:
         )
         known = np.isin(ranks, sorted(images))
         similarities = dict(zip(ranks[known].tolist(), values[known].tolist(), strict=True))
-        if not (folder / "rerank" / runs.MANIFEST).exists():
+        if not reranked:
             return cls(similarities, {}, {}, set())
         inliers = reranking.inlier_counts(folder / "rerank", query)
         store = FeatureStore.open(folder / "local")
@@ -393,3 +419,59 @@ def _why(image: int, places: Sequence[dict[int, int]], evidence: _Evidence) -> s
     if after < before:
         return f"{few}up past {before - after} with fewer inliers"
     return f"{few}down, {after - before} with more inliers pass"
+
+
+# The way of a photograph through the network, as shapes
+
+
+def global_path(folder: Path, *, size: int, scales: Sequence[float] = (1.0,)) -> Axes:
+    """How a photograph becomes a global descriptor and a place in a ranking, step by step.
+
+    folder: a finished global stage, whose shapes are shown. size: pixels of the network's square
+    input at scale 1. Returns the axes of `plots.tensor_path`.
+    """
+    images, width = np.load(folder / "database.npy", mmap_mode="r").shape
+    side = size // 16
+    return plots.tensor_path(
+        [
+            ("photograph", "H × W × 3", "cut to the query's box"),
+            ("network input", f"{size} × {size} × 3", "about; resized, normalised"),
+            ("patches", f"{side * side} × {width}", "16 × 16 pixels each"),
+            ("XCiT, 12 or 24 blocks", f"{side * side} × {width}", "cross-covariance attention"),
+            ("multi-atrous", f"{side * side} × {width}", "five dilations and the mean"),
+            ("class token joins", f"{side * side + 1} × {width}", "learnt"),
+            ("class attention, twice", f"1 × {width}", "the token looks at the patches"),
+            (f"mean of {len(scales)} scale(s)", f"{width}", "each of length 1, and so the mean"),
+            ("similarities", f"{images:,}", "inner products with the database"),
+            ("ranking", f"{images:,}", "sorted; ties by index"),
+        ]
+    )
+
+
+def rerank_path(benchmark: RetrievalDataset, folder: Path, query: int, **options: Any) -> Axes:
+    """How a query and its first candidate become a number of inliers, with their own numbers.
+
+    folder: `<run>/<dataset>` with global and local finished. options: `reranking.inspect_pair`'s.
+    Returns the axes of `plots.tensor_path`. Raises ValueError for an unknown query.
+    """
+    truth = benchmark.ground_truth
+    query = revisited.check_query(truth, query)
+    store = FeatureStore.open(folder / "local")
+    ours = store.query(truth.queries[query])
+    ranks = np.load(folder / "global" / "ranks.npy", mmap_mode="r")[:, query].tolist()
+    image = next((image for image in ranks if benchmark.database[image] in store), None)
+    theirs = ours if image is None else store[benchmark.database[image]]
+    found = reranking.inspect_pair(ours, theirs, **options)
+    pairs = len(found.matches)
+    return plots.tensor_path(
+        [
+            ("query's features", f"{len(ours)} × {ours.code_dim}", "codes; places (x, y) beside"),
+            ("candidate's features", f"{len(theirs)} × {theirs.code_dim}", "the first candidate's"),
+            ("distances", f"{len(ours)} × {len(theirs)}", "Euclidean, between codes"),
+            ("matches", f"{pairs} × 2", "nearest, within max_distance"),
+            ("places of matches", f"{pairs} × 4", "x y in both network inputs"),
+            ("homography", "3 × 3", "the best of `iterations` draws"),
+            ("inliers", f"{found.verification.count} of {pairs}", "mapped within the threshold"),
+            ("short list", f"{len(ranks):,} ranks", "the first `top` sorted by inliers"),
+        ]
+    )
