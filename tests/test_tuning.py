@@ -235,6 +235,12 @@ def test_tuning_refuses_what_makes_no_sense(described):
         tune(described, current={"top": 3})
     with pytest.raises(TuningError, match="must be above 0"):
         tune(described, tops=[0])
+    path = described / "val_retrieval" / "local" / "shard-00" / "items.json"
+    shutil.rmtree(path.parent)
+    keys = [("val_retrieval/a1", features(0.5))]
+    store.write_shard(path.parent, keys, dtype="float32")
+    with pytest.raises(TuningError, match=r"top=3 needs val_retrieval/a2, .*try fewer candidates"):
+        tune(described)
     shutil.rmtree(described / "val_retrieval" / "local")
     with pytest.raises(runs.StageError, match="05_local_extraction with dataset val_retrieval"):
         tune(described)

@@ -107,14 +107,21 @@ def _differs(path: Path, truth: GroundTruth) -> bool:
 
 
 def prepare(
-    run: Path, *, like: str, image_folder: Path, model: Path, threads: int | None = None
+    run: Path,
+    *,
+    like: str,
+    image_folder: Path,
+    model: Path,
+    threads: int | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Describes the validation set exactly as another data set of the run was described.
 
     like: that data set; sizes, scales and all else are read off its finished global and local
     stages. image_folder: see `validation_benchmark`. model: the weights. threads: torch's. Returns
-    `<run>/val_retrieval`. Finished stages return at once. Raises TuningError where that data set
-    was ranked by another system's descriptors or by other weights.
+    `<run>/val_retrieval`. Finished stages return at once; one that was described otherwise is made
+    anew with `overwrite`, else refused (StageError). Raises TuningError where that data set was
+    ranked by another system's descriptors or by other weights.
     """
     stages = {
         "global": runs.read_stage(run / like / "global", reranking.GLOBAL_NOTEBOOK),
@@ -128,14 +135,20 @@ def prepare(
     data_folder = validation_benchmark(run, image_folder)
     from vitgal import extraction  # brings torch along
 
-    options = dict(dataset=DATASET, data_folder=data_folder, model=model, threads=threads)
+    shared = dict(dataset=DATASET, data_folder=data_folder, model=model, threads=threads)
     for name, make in (
         ("global", extraction.evaluate_global),
         ("local", extraction.extract_shortlist),
     ):
         if stages[name]["inputs"]["weights"] != extraction.weights_fingerprint(model):
             raise TuningError(f"{run / like / name} was made with other weights than {model}")
-        make(run, **options, **stages[name]["parameters"])
+        options = shared | stages[name]["parameters"]
+        try:
+            make(run, **options)
+        except runs.StageError:
+            if not overwrite:
+                raise
+            make(run, **options, overwrite=True)
     return run / DATASET
 
 
@@ -256,6 +269,7 @@ def tune(
             return stage.folder
         listed = _Listed.read(folder, truth, max(grid["top"]), max_queries, seed)
         store = FeatureStore.open(folder / "local")
+        _check_store(store, listed, max(grid["top"]))
         options |= {"max_keypoints": max_keypoints}
         counts = _counted(stage.folder, listed, store, grid, options, workers, progress)
         _choose(stage.folder, listed, counts, grid, current)
@@ -317,6 +331,17 @@ class _Listed:
             places.number,
         )
         return cls(truth, ranks, positions, search.candidates(ranks, truth, PROTOCOL, top=top))
+
+
+def _check_store(store: FeatureStore, listed: _Listed, top: int) -> None:
+    """Raises TuningError where a candidate was never extracted."""
+    names = {listed.truth.database[image] for images in listed.images for image in images}
+    missing = sorted(names - set(store.names) - store.failures.keys())
+    if missing:
+        raise TuningError(
+            f"top={top} needs {missing[0]}, of which {store.folder} has no local features: its "
+            "short list was shorter; try fewer candidates (tune_tops)"
+        )
 
 
 def _counted(
