@@ -250,8 +250,8 @@ def test_failure_figure_without_reranking_has_one_row(failing):
     shutil.rmtree(run / "tiny" / "rerank")
     figure = figures.failure_figure(run, benchmark, 0, columns=4)
     lines = [text.get_text() for text in figure.findobj(plt.Text)]
-    assert "1   0.90" in lines and "before" in lines
-    assert not {"after", "why", "inliers"} & set(lines)
+    assert {"1   0.90", "ranking", "rank"} <= set(lines)
+    assert not {"before", "after", "rank before", "why", "inliers"} & set(lines)
 
 
 def test_failure_figure_of_a_query_without_positives(failing):

@@ -150,8 +150,27 @@ def test_tuning_by_hand(described):
     assert found.values(found.chosen) == {"max_distance": 0.7, "threshold": 16.0, "top": 3}
     assert found.values(found.current) == CURRENT
     np.testing.assert_allclose(found.curve("max_distance")[:, 0], [1, 5 / 12], atol=1e-12)
+    # Either landmark's query would choose the same for the other.
+    assert found.groups.tolist() == [0, 1]
+    np.testing.assert_allclose(found.held_out, [1, 1], atol=1e-12)
     assert (found.test.won, found.test.p_value) == (2, 0.5)
-    assert "do not differ by more than chance explains (+58.3 points" in found.advice()
+    assert (
+        "setting and choosing do not differ by more than chance explains (+58.3" in found.advice()
+    )
+
+
+def test_a_choice_is_judged_by_landmarks_that_did_not_make_it():
+    # Two points of the grid, three queries of two landmarks. All together choose the second point
+    # (1.7 against 1.3). Landmark 0 alone would choose the second, landmark 1 the first.
+    ap = np.array([[0.2, 0.2, 0.9], [0.8, 0.8, 0.1]]).reshape(2, 1, 1, 3)
+    grid = {"max_distance": [0.7, 0.9], "threshold": [16.0], "top": [5]}
+    groups, before = np.array([0, 0, 1]), np.zeros(3)
+    found = tuning.Tuning(grid, ap, (1, 0, 0), (0, 0, 0), before, groups)
+    assert found.held_out.tolist() == [0.2, 0.2, 0.1]
+    assert found.test.difference == pytest.approx(-0.8 / 3)
+    alone = tuning.Tuning(grid, ap, (1, 0, 0), (0, 0, 0), before, np.zeros(3, int))
+    assert np.isnan(alone.held_out).all()
+    assert "no query counts" in alone.advice()
 
 
 def test_curves_show_what_was_found(described):

@@ -18,6 +18,7 @@ from vitgal.store import FeatureStore, query_key
 
 # What a failure table is sorted by: its column, and whether the least comes first
 SORTS = {"ap": ("after", True), "change": ("change", True), "miss": ("worst_rank", False)}
+NAMES = {1: ("ranking",), 2: ("before", "after")}  # of the rows of a failure's figure
 REASONS = 6  # images that a failure's table explains
 
 
@@ -243,7 +244,7 @@ def failure_figure(
         truth.boxes[query] if crop else None,
         {image: benchmark.database_paths[image] for image in drawn},
         labels,
-        dict(zip(("before", "after"), captions, strict=False)),
+        dict(zip(NAMES[len(lists)], captions, strict=True)),
         _reasons(told, places, evidence, benchmark, query),
         query_title=truth.queries[query],
     )
@@ -396,6 +397,7 @@ def _reasons(
         {"image": [benchmark.database[image] for image in images], "label": labels}
     )
     for name, ranks in zip(("rank before", "rank after"), places, strict=False):
+        name = name if len(places) == 2 else "rank"
         table[name] = pd.array([ranks.get(image, pd.NA) for image in images], dtype="Int64")
     table["similarity"] = [evidence.similarities.get(image, np.nan) for image in images]
     if len(places) == 2:
