@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitgal import runs
+from vitgal import evaluation, runs
 from vitgal.evaluation import (
     average_precision,
     bootstrap_interval,
     evaluate,
+    paired_test,
     precision_at,
     score_table,
     scores_document,
@@ -268,6 +269,93 @@ def test_interval_has_the_normal_width_and_follows_its_seed():
         bootstrap_interval(ap, level=95)
 
 
+# Two systems
+
+
+def paired(change, **options):
+    """The test of systems whose APs differ by `change`."""
+    change = np.array(change, np.float64)
+    return paired_test(np.zeros(change.shape), change, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "p_value"),
+    [
+        ([1.0, 1.0, 1.0], 2 / 8),  # of the 8 sums only +3 and -3 are as far from 0
+        ([0.3, 0.2, -0.1], 4 / 8),  # observed 0.4: +-0.6 and +-0.4 are, +-0.2 and 0 are not
+        ([0.5, -0.5], 1.0),  # observed 0
+        ([1.0, 0.0, 1.0], 2 / 4),  # a query that does not change says nothing
+        ([0.0, 0.0], 1.0),
+        ([0.1] * 16, 2 / 2**16),  # sums of 0.1 in any order: what equals the observed one counts
+    ],
+)
+def test_sign_flips_of_few_queries_by_hand(change, p_value):
+    found = paired(change)
+    assert (found.p_value, found.exact) == (p_value, True)
+
+
+def test_sign_flips_of_many_queries_are_a_seeded_sample(monkeypatch):
+    # One of 2^20 sums is as extreme on either side: 10,000 draws find none but the observed one.
+    far = paired([0.1] * 20)
+    assert (far.p_value, far.exact) == (1 / 10_001, False)
+    change = np.random.default_rng(0).normal(0.05, 0.2, 15)
+    exact = paired(change)
+    monkeypatch.setattr(evaluation, "EXACT", 4)
+    drawn = paired(change)
+    assert exact.exact and not drawn.exact
+    # Four standard deviations of a share of 10,000 draws.
+    bound = 4 * np.sqrt(exact.p_value * (1 - exact.p_value) / 10_000)
+    assert drawn.p_value == pytest.approx(exact.p_value, abs=bound)
+    assert paired(change) == drawn
+    assert paired(change, seed=1) != drawn
+    monkeypatch.setattr(evaluation, "FLIPS", 30)  # two draws at once instead of all
+    assert paired(change, samples=1001).p_value == pytest.approx(exact.p_value, abs=4 * bound)
+
+
+def test_paired_test_by_hand():
+    first, second = np.array([0.5, np.nan, 0.0, 0.25]), np.array([0.5, np.nan, 1.0, 0.0])
+    found = paired_test(first, second)
+    # Changes 0, 1, -1/4: mean 1/4. Flips of 1 and 1/4: observed 3/4 is below 5/4, so all 4 count.
+    assert found.difference == 0.25
+    assert (found.queries, found.won, found.lost, found.p_value) == (3, 1, 1, 1.0)
+    # Means of three draws: all three the -1/4, or all three the 1, with probability 1/27 = 3.7 %.
+    assert (found.low, found.high) == (-0.25, 1.0)
+    other = paired_test(second, first)
+    assert (other.difference, other.won, other.lost) == (-0.25, 1, 1)
+
+
+def test_paired_test_of_no_query_and_of_other_queries():
+    nothing = paired_test(np.array([np.nan]), np.array([np.nan]))
+    assert nothing.queries == 0 and np.isnan([nothing.difference, nothing.p_value]).all()
+    assert not nothing.differ
+    with pytest.raises(ValueError, match=r"\(2,\) and \(1,\): not the same queries"):
+        paired_test(np.zeros(2), np.zeros(1))
+    with pytest.raises(ValueError, match="query 1 counts in one of the systems alone"):
+        paired_test(np.zeros(2), np.array([0.0, np.nan]))
+
+
+def test_paired_test_sees_a_small_difference_that_all_queries_share():
+    # Single intervals overlap widely; paired, the difference is plain.
+    ap = np.random.default_rng(0).uniform(size=50)
+    found = paired_test(ap, ap + 0.02)
+    assert found.differ and found.low == pytest.approx(0.02, abs=1e-9)
+    assert bootstrap_interval(ap)[1] > bootstrap_interval(ap + 0.02)[0]
+
+
+def test_verdict_in_one_sentence():
+    flat = paired([0.1] * 6)  # p = 2 / 64
+    assert evaluation.verdict(flat, "A", "B") == (
+        "B is better than A (+10.0 points, 95 % interval +10.0 to +10.0, p = 0.031, 6 queries)."
+    )
+    worse = evaluation.verdict(paired([-0.1] * 6), "A", "B")
+    assert worse.startswith("A is better than B (-10.0 points")
+    unsure = evaluation.verdict(paired([0.1] * 5), "A", "B")  # p = 2 / 32
+    assert unsure.startswith("A and B do not differ by more than chance explains (+10.0 points")
+    same = evaluation.verdict(paired([0.0]), "A", "B")
+    assert same == "A and B do not differ (every query has the same AP, 1 query)."
+    assert "no query counts" in evaluation.verdict(paired([]), "A", "B")
+
+
 # Tables and records
 
 
@@ -275,8 +363,9 @@ def test_table_in_percent():
     gt = truth(([0], [2], [4]), ([], [], [1]))
     table = score_table(evaluate(np.tile(RANKS, 2), gt))
     assert table.index.tolist() == ["Easy", "Medium", "Hard"]
-    assert table.columns.tolist() == ["mAP", "mP@1", "mP@5", "mP@10", "queries"]
-    assert table.loc["Medium"].tolist() == [33.3, 0, 50, 50, 1]
+    assert table.columns.tolist() == ["mAP", "low", "high", "mP@1", "mP@5", "mP@10", "queries"]
+    # One query counts: drawn with replacement it is always the same.
+    assert table.loc["Medium"].tolist() == [33.3, 33.3, 33.3, 0, 50, 50, 1]
     assert score_table(evaluate(RANKS, ONE), digits=2).loc["Hard", "mAP"] == 16.67
 
 
@@ -292,6 +381,15 @@ def test_table_of_several_rankings_and_of_records():
         score_table({})
 
 
+def test_hardest_protocol_under_which_a_query_counts():
+    scores = evaluate(np.tile(RANKS, 2), truth(([0], [2], [4]), ([], [], [1])))
+    assert evaluation.hardest(scores) == "hard"
+    scores = evaluate(RANKS, truth(([0], [], [4])))
+    assert evaluation.hardest(json.loads(json.dumps(runs.plain(scores)))) == "medium"
+    with pytest.raises(ValueError, match="no query has a positive"):
+        evaluation.hardest(evaluate(RANKS, truth(([], [], [4]))))
+
+
 def test_record_is_plain_and_complete(tmp_path):
     gt = truth(([0], [2], [4]), ([], [], [1]))
     scores = evaluate(np.tile(RANKS, 2), gt)
@@ -301,22 +399,28 @@ def test_record_is_plain_and_complete(tmp_path):
         parameters={"size": 512, "scales": (1.0,)},
         inputs={"data": "ab12"},
         failed=1,
+        ground_truth=gt,
         published=scores,
     )
     again = runs.read_json(runs.write_json(tmp_path / "scores.json", record))
     assert again == record
     assert again["easy"] == {
         "map": 0.25,
+        "interval": [0.25, 0.25],
         "mp_at": {"1": 0, "5": 0.5, "10": 0.5},
         "ap": [0.25, None],
     }
     assert again["published"]["easy"] == again["easy"]
     assert again["parameters"] == {"size": 512, "scales": [1.0]}
-    assert again["fingerprints"] == {"data": "ab12"}
+    assert again["fingerprints"] == {"data": "ab12", "ground truth": gt.fingerprint}
+    assert again["queries"] == gt.queries
+    assert again["bootstrap"] == {"level": 0.95, "samples": 10_000, "seed": 0}
     assert again["failed_images"] == 1
     assert set(again) == {"easy", "medium", "hard", "protocol", "parameters", "fingerprints"} | {
         "failed_images",
         "versions",
+        "bootstrap",
+        "queries",
         "published",
     }
 

@@ -10,11 +10,11 @@ import pytest
 import vitgal
 
 PACKAGE = Path(vitgal.__file__).parent
-TORCH_FREE = """runs images features store landmarks revisited search evaluation reranking plots
-    figures""".split()
+TORCH_FREE = """runs images features store landmarks revisited search evaluation comparison
+    external reranking plots figures""".split()
 ORDER = [
     *TORCH_FREE,
-    *"download demo model weights local_features extraction training explore".split(),
+    *"download demo model weights local_features extraction tuning training explore".split(),
     *"pipeline __main__ __init__".split(),
 ]
 

@@ -663,3 +663,107 @@ def test_saving_an_array_of_axes_keeps_the_figure_open(tmp_path):
     with pytest.raises(ValueError, match=r"sheet\.nope: no format"):
         plots.save(axes, tmp_path / "sheet.nope")
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
+
+
+# Failures, tuning, figures for a paper
+
+
+def failing(rows, reasons=None, **options):
+    reasons = pd.DataFrame(columns=["image"]) if reasons is None else reasons
+    photographs = {key: np.full((30, 40, 3), 90, np.uint8) for key in "abc"}
+    labels = {"a": "easy", "b": "negative", "c": "junk"}
+    picture = np.zeros((40, 60, 3), np.uint8)
+    return plots.failure(picture, (5, 5, 50, 30), photographs, labels, rows, reasons, **options)
+
+
+def test_failure_draws_both_rows_arrows_and_words():
+    rows = {"before": [("a", "1"), ("b", "2")], "after": [("b", "1 ▲2"), ("c", "–"), ("a", "2")]}
+    reasons = pd.DataFrame({"image": ["a", "b" * 300], "inliers": [3, 40], "mean": [0.5, np.nan]})
+    axes = failing(rows, reasons)
+    assert axes.shape == (2, 4)
+    figure = axes[0, 0].figure
+    arrows = [artist for artist in figure.artists if isinstance(artist, ConnectionPatch)]
+    assert len(arrows) == 2  # a and b stand in both rows
+    text = [one.get_text() for one in figure.findobj(plt.Text)]
+    for wanted in ("before", "after", "1 ▲2", "image", "inliers", "40", "0.50", "–"):
+        assert wanted in text
+    assert any(one.startswith("bbb") and "…" in one and len(one) < 300 for one in text)
+
+
+def test_failure_keeps_its_text_inside_the_figure():
+    names = {"image": ["a_very_long_name_of_a_photograph_" * 4], "why": ["no local features " * 6]}
+    axes = failing({"before": [("a", "1   0.71")]}, pd.DataFrame(names))
+    figure = axes[0, 0].figure
+    figure.draw_without_rendering()
+    canvas = figure.bbox
+    for text in figure.findobj(plt.Text):
+        if text.get_text() and text.get_visible():
+            extent = text.get_window_extent()
+            # One pixel: glyphs are wider than their advances by their antialiasing.
+            assert extent.x0 >= canvas.x0 - 1 and extent.x1 <= canvas.x1 + 1, text
+
+
+def test_failure_without_images_or_with_a_wrong_label():
+    axes = failing({"before": []})
+    assert "no image" in "".join(one.get_text() for one in axes[0, 1].texts)
+    with pytest.raises(KeyError):
+        failing({"before": [("d", "1")]})
+
+
+def mean_only(ap):
+    return float(np.nanmean(ap)), float(np.nanmean(ap))
+
+
+def test_tuning_curves_show_means_over_queries_that_count():
+    ap = np.array([[0.2, np.nan, 0.4], [0.5, np.nan, 0.7]])
+    axes = plots.tuning_curves(
+        {"max_distance": ([0.7, 0.9], ap)},
+        {"max_distance": 0.9},
+        {"max_distance": 0.7},
+        before=np.array([0.1, np.nan, 0.3]),
+        interval=mean_only,
+    )
+    lines = {line.get_label(): line for line in axes[0].lines}
+    assert lines["reranked"].get_ydata().tolist() == pytest.approx([30, 60])
+    assert lines["not reranked"].get_ydata()[0] == pytest.approx(20)
+    assert (lines["chosen"].get_xdata()[0], lines["current"].get_xdata()[0]) == (1, 0)
+    assert [label.get_text() for label in axes[0].get_xticklabels()] == ["0.7", "0.9"]
+
+
+def test_tuning_curves_of_nothing_say_so():
+    axes = plots.tuning_curves({}, {}, {}, before=np.zeros(0), interval=mean_only)
+    assert "nothing was tuned" in axes[0].texts[0].get_text()
+
+
+def test_keep_writes_vectors_on_request_only(tmp_path):
+    axes = plots.score_bars({"a": {"easy": 0.5}})
+    plots.keep(axes, None, "bars", "pdf")
+    assert list(tmp_path.iterdir()) == []
+    plots.keep(axes, tmp_path / "figures", "bars", "pdf")
+    plots.keep(axes.figure, tmp_path / "figures", "bars", "svg")
+    assert (tmp_path / "figures" / "bars.pdf").read_bytes().startswith(b"%PDF")
+    assert "<svg" in (tmp_path / "figures" / "bars.svg").read_text()
+    with pytest.raises(ValueError, match="no format is known"):
+        plots.keep(axes, tmp_path, "bars", "bmpx")
+
+
+def test_tensor_path_keeps_every_word_in_its_box_and_its_box_in_the_figure():
+    steps = [("name " * (1 + i % 3), f"{i} × 128", "a note of some words") for i in range(11)]
+    axes = plots.tensor_path(steps, width=8)
+    axes.figure.draw_without_rendering()
+    boxes = [patch.get_window_extent() for patch in axes.patches if isinstance(patch, Rectangle)]
+    assert len(boxes) == 11
+    words = [text for text in axes.texts if text.get_text()]
+    assert len(words) == 33
+    for number, text in enumerate(words):
+        extent, box = text.get_window_extent(), boxes[number // 3]
+        assert box.x0 <= extent.x0 and extent.x1 <= box.x1, text
+        assert box.y0 <= extent.y0 and extent.y1 <= box.y1, text
+    assert all(box.x1 <= axes.figure.bbox.x1 for box in boxes)
+    # Rows of boxes do not overlap, and arrows stay within a row.
+    assert len({round(box.y0) for box in boxes}) > 1
+    assert len(axes.texts) - len(words) == 11 - len({round(box.y0) for box in boxes})
+
+
+def test_tensor_path_of_nothing_says_so():
+    assert "no steps" in plots.tensor_path([]).texts[0].get_text()

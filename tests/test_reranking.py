@@ -12,7 +12,7 @@ import pytest
 from scipy.spatial import cKDTree
 
 from vitgal import runs, search, store
-from vitgal.evaluation import evaluate
+from vitgal.evaluation import bootstrap_interval, evaluate
 from vitgal.features import LocalFeatures
 from vitgal.reranking import (
     inspect_pair,
@@ -563,6 +563,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+def recorded(scores: dict) -> dict:
+    """`evaluate`'s dict as a scores.json holds it: with the interval of each mAP."""
+    intervals = {p: bootstrap_interval(one["ap"]) for p, one in scores.items()}
+    return runs.plain({p: one | {"interval": intervals[p]} for p, one in scores.items()})
+
+
 def test_stage_files_hold_what_they_say(finished):
     folder = finished / "random" / "rerank"
     truth, _ = random_benchmark(NUMBER, QUERIES, seed=5)
@@ -589,10 +595,13 @@ def test_stage_files_hold_what_they_say(finished):
         top = np.load(folder / f"top_{variant}.npy")
         np.testing.assert_array_equal(top, rerank(ranks, inliers, **options))
         if variant == "published":
-            assert scores["published"] == runs.plain(evaluate(after, truth))
+            assert scores["published"] == recorded(evaluate(after, truth))
         else:
-            assert scores[variant] == runs.plain(evaluate(after, truth)[variant])
-    assert scores["global"] == runs.plain(evaluate(before, truth))
+            assert scores[variant] == recorded(evaluate(after, truth))[variant]
+    assert scores["global"] == recorded(evaluate(before, truth))
+    assert scores["queries"] == truth.queries and scores["protocol"]["reranked"] is True
+    assert scores["fingerprints"]["ground truth"] == truth.fingerprint
+    assert set(scores["earlier"]) == {"global", "local"}
     assert scores["parameters"]["estimator"] == "degensac" and scores["parameters"]["top"] == TOP
     assert scores["protocol"]["queries"] == "cropped" and scores["failed_images"] == 2
     assert str(finished) not in (folder / "scores.json").read_text()

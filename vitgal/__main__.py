@@ -1,4 +1,4 @@
-"""The command line: `vitgal run | download | weights`, also `python -m vitgal`."""
+"""The command line: `vitgal run | download | weights | compare`, also `python -m vitgal`."""
 
 import argparse
 import os
@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("source", type=Path, metavar="SOURCE.pth")
     weights.add_argument("target", type=Path, metavar="TARGET.safetensors")
     weights.set_defaults(command=_weights)
+    _compare_parser(commands.add_parser("compare", help="test two runs against each other"))
     return parser
 
 
@@ -107,6 +108,26 @@ def _weights(options: argparse.Namespace) -> int:
     from vitgal import weights
 
     print(weights.convert(options.source, options.target))
+    return 0
+
+
+def _compare_parser(parser: argparse.ArgumentParser) -> None:
+    about = "a run, a data set's folder in it, or a stage's, as runs/demo/demo/global"
+    parser.add_argument("first", metavar="runs/A", help=about)
+    parser.add_argument("second", metavar="runs/B", help="the same, compared with the first")
+    parser.add_argument("--queries", type=int, default=5, metavar="5", help="how many are listed")
+    parser.add_argument("--seed", type=int, default=0, metavar="0", help="of the resampling")
+    parser.set_defaults(command=_compare)
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from vitgal import comparison
+
+    found = comparison.compare(options.first, options.second, seed=options.seed)
+    shown = max(0, options.queries)
+    reports = [comparison.report(each, label, shown=shown) for label, each in found.items()]
+    print("\n\n\n".join(reports))
+    print("\np: sign-flip permutation test over queries; ~ marks a sample of all flips")
     return 0
 
 

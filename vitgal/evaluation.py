@@ -6,16 +6,42 @@ published with the benchmark computes them; every number equals its to 1e-12.
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from vitgal import runs
-from vitgal.revisited import PROTOCOLS, GroundTruth, ignored, labelled, positives
+from vitgal import runs, search
+from vitgal.revisited import (
+    PROTOCOLS,
+    GroundTruth,
+    RetrievalDataset,
+    ignored,
+    labelled,
+    positives,
+)
 from vitgal.search import Positions
 
 Ranking = np.ndarray | Positions
+
+GLOBAL_OUTPUTS = (  # the files of a global stage
+    "database.npy",
+    "queries.npy",
+    "names.json",
+    "ranks.npy",
+    "similarities.npy",
+    "positions.npz",
+    "shortlist.txt",
+    "scores.json",
+    "failures.json",
+)
+# How uncertainty is computed wherever nothing else is said; recorded in every scores.json
+BOOTSTRAP = {"level": 0.95, "samples": 10_000, "seed": 0}
+EXACT = 16  # up to this many queries that differ, all sign flips are tried
+SIGNIFICANT = 0.05  # p-values below it are called a difference
+FLIPS = 1 << 22  # signs drawn at once
 
 
 def evaluate(
@@ -146,8 +172,11 @@ def bootstrap_interval(
     """A percentile bootstrap interval of the mean AP over queries drawn with replacement.
 
     ap: (Q,) with nan for queries that do not count. For two systems give the difference of their
-    APs: an interval without 0 says that the queries agree on which is better. Without a query
-    (nan, nan), with one that value twice.
+    APs (`paired_test` does): queries are then drawn in pairs. Without a query (nan, nan), with one
+    that value twice. Raises ValueError for a level or a number of samples out of range.
+
+    Queries of one landmark resemble each other, which no interval over queries knows: with few
+    landmarks the truth is wider.
     """
     values = np.asarray(ap, np.float64)
     values = values[~np.isnan(values)]
@@ -162,6 +191,119 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
+@dataclass(frozen=True)
+class PairedTest:
+    """What the queries that two systems share say about the difference of their mAP.
+
+    difference: mean of second - first, in [-1, 1]; low, high: its paired bootstrap interval.
+    p_value: how often a difference as large arises where each query's sign is tossed; exact: all
+    tosses were tried, not a sample. queries: those that count; won, lost: for the second system.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    exact: bool
+    queries: int
+    won: int
+    lost: int
+
+    @property
+    def differ(self) -> bool:
+        """Whether the p-value is below SIGNIFICANT."""
+        return self.p_value < SIGNIFICANT
+
+
+def paired_test(
+    first: np.ndarray,
+    second: np.ndarray,
+    *,
+    samples: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> PairedTest:
+    """Compares two systems query by query: paired bootstrap interval and sign-flip permutation.
+
+    Args:
+        first, second: (Q,) AP of the same queries in the same order, nan where a query does not
+            count; it must not count in either.
+        samples: bootstrap samples, and sign flips where more than EXACT queries differ.
+    Returns:
+        PairedTest; without a query all numbers are nan, without any difference the p-value is 1.
+    Raises:
+        ValueError: lengths differ, or a query counts in one system alone.
+
+    Source: Smucker, Allan, Carterette, "A comparison of statistical significance tests for
+    information retrieval evaluation", CIKM 2007.
+    """
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    if first.shape != second.shape or first.ndim != 1:
+        raise ValueError(f"APs of shapes {first.shape} and {second.shape}: not the same queries")
+    odd = np.flatnonzero(np.isnan(first) != np.isnan(second))
+    if odd.size:
+        raise ValueError(f"query {odd[0]} counts in one of the systems alone: other ground truths")
+    change = (second - first)[~np.isnan(first)]
+    low, high = bootstrap_interval(change, samples=samples, seed=seed, level=level)
+    p_value, exact = _sign_flips(change, samples, seed)
+    return PairedTest(
+        difference=float(change.mean()) if change.size else float("nan"),
+        low=low,
+        high=high,
+        p_value=p_value,
+        exact=exact,
+        queries=change.size,
+        won=int((change > 0).sum()),
+        lost=int((change < 0).sum()),
+    )
+
+
+def _sign_flips(change: np.ndarray, samples: int, seed: int) -> tuple[float, bool]:
+    """The two-sided p-value of a mean of 0, and whether every flip was tried."""
+    if not change.size:
+        return float("nan"), True
+    change = change[change != 0]  # flipped or not they are the same
+    # Sums in another order differ in their last bits; what equals the observed one must count.
+    bar = abs(change.sum()) - 1e-9 * np.abs(change).sum()
+    if change.size <= EXACT:
+        sums = np.zeros(1)
+        for value in change:
+            sums = np.concatenate([sums + value, sums - value])
+        return float(np.mean(np.abs(sums) >= bar)), True
+    generator = np.random.default_rng([seed, 1])
+    extreme, left, step = 0, samples, max(1, FLIPS // change.size)
+    while left > 0:
+        signs = generator.integers(0, 2, (min(step, left), change.size), np.int8)
+        sums = 2 * (signs @ change) - change.sum()
+        extreme += int((np.abs(sums) >= bar).sum())
+        left -= step
+    # The observed signs are one of the flips: no p-value is 0.
+    return (extreme + 1) / (samples + 1), False
+
+
+def verdict(test: PairedTest, first: str, second: str) -> str:
+    """One sentence that says whether two systems differ; names as a reader knows them."""
+    if not test.queries:
+        return f"{first} and {second} cannot be compared: no query counts."
+    if not test.won and not test.lost:
+        same = f"every query has the same AP, {_queries(test.queries)}"
+        return f"{first} and {second} do not differ ({same})."
+    points = f"{100 * test.difference:+.1f} points, 95 % interval {100 * test.low:+.1f} to "
+    points += f"{100 * test.high:+.1f}, p {_p_value(test.p_value)}, {_queries(test.queries)}"
+    if not test.differ:
+        return f"{first} and {second} do not differ by more than chance explains ({points})."
+    better = (second, first) if test.difference > 0 else (first, second)
+    return f"{better[0]} is better than {better[1]} ({points})."
+
+
+def _p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
+
+
+def _queries(number: int) -> str:
+    return f"{number} {'query' if number == 1 else 'queries'}"
+
+
 # Tables and records
 
 
@@ -173,18 +315,33 @@ def intervals(
     scores: label -> `evaluate`'s dict or the content of a scores.json.
     """
     return {
-        label: {
-            protocol: bootstrap_interval(np.array(one[protocol]["ap"], np.float64), seed=seed)
-            for protocol in PROTOCOLS
-            if protocol in one
-        }
+        label: {p: _interval(one[p], seed) for p in PROTOCOLS if p in one}
         for label, one in scores.items()
     }
 
 
-def score_table(scores: Mapping[str, Mapping[str, Any]], *, digits: int = 1) -> pd.DataFrame:
-    """Sets scores out in percent: a row a protocol, columns mAP, mP@k and the queries that count.
+def _interval(scores: Mapping[str, Any], seed: int = 0) -> tuple[float, float]:
+    """The interval of one protocol's mAP; null, from a file, is nan."""
+    ap = np.array(scores["ap"], np.float64)
+    return bootstrap_interval(ap, **(BOOTSTRAP | {"seed": seed}))
 
+
+def hardest(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """The hardest protocol under which any query counts: "hard", "medium" or "easy".
+
+    scores: `evaluate`'s dict or the content of a scores.json. Raises ValueError where none counts.
+    """
+    for protocol in reversed(PROTOCOLS):
+        value = scores.get(protocol, {}).get("map")
+        if value is not None and not np.isnan(value):
+            return protocol
+    raise ValueError("no query has a positive image under any protocol")
+
+
+def score_table(scores: Mapping[str, Mapping[str, Any]], *, digits: int = 1) -> pd.DataFrame:
+    """Sets scores out in percent: a row a protocol, and the queries that count.
+
+    Columns: mAP, the ends `low` and `high` of its 95 % bootstrap interval over queries, mP@k.
     scores: `evaluate`'s dict or the content of a scores.json; or a dict label -> such a dict, which
     gives rows (label, protocol). Undefined scores are nan.
     """
@@ -213,7 +370,9 @@ def _row(scores: Mapping[str, Any]) -> dict[str, float]:
 
     precisions = {f"mP@{k}": percent(value) for k, value in scores["mp_at"].items()}
     counted = sum(value is not None and not np.isnan(value) for value in scores["ap"])
-    return {"mAP": percent(scores["map"])} | precisions | {"queries": counted}
+    low, high = (100 * bound for bound in _interval(scores))
+    scored = {"mAP": percent(scores["map"]), "low": low, "high": high}
+    return scored | precisions | {"queries": counted}
 
 
 def scores_document(
@@ -223,36 +382,54 @@ def scores_document(
     parameters: Mapping[str, Any],
     inputs: Mapping[str, str],
     failed: int = 0,
+    ground_truth: GroundTruth | None = None,
     **further: Any,
 ) -> dict[str, Any]:
     """The content of a `scores.json`: the scores and everything they depend on, in plain values.
 
     Args:
-        result: `evaluate`'s dict; its protocols are the document's first keys.
+        result: `evaluate`'s dict; its protocols are the document's first keys, each with the 95 %
+            `interval` of its mAP beside it.
         protocol: how the scores came about (queries cropped, ties, short list, ...).
-        parameters: the stage's parameters.
+        parameters: the stage's parameters, its seeds among them.
         inputs: what each input is called -> its fingerprint; the key `fingerprints`.
         failed: database images that could not be read and rank last.
-        further: more keys, such as published=another result.
+        ground_truth: what was scored against: its fingerprint, and the queries' names, in whose
+            order every `ap` stands.
+        further: more keys, such as published=another result, which gets its intervals as well.
     Raises:
         ValueError: a further key repeats one of these, or a value is a path, which would make equal
             runs differ between machines.
     """
     document = {
-        **result,
+        **_with_intervals(result),
         "protocol": protocol,
         "parameters": parameters,
-        "fingerprints": inputs,
+        "fingerprints": dict(inputs),
         "failed_images": failed,
         "versions": runs.versions(),
+        "bootstrap": BOOTSTRAP,
     }
+    if ground_truth is not None:
+        document["fingerprints"]["ground truth"] = ground_truth.fingerprint
+        document["queries"] = ground_truth.queries
     repeated = sorted(set(document) & set(further))
     if repeated:
         raise ValueError(f"a scores document has {repeated[0]!r} already")
-    document |= further
-    for key in ("protocol", "parameters", "fingerprints"):
+    document |= {key: _with_intervals(value) for key, value in further.items()}
+    for key in ("protocol", "parameters", "fingerprints", *further):
         _refuse_paths(document[key], key)
     return runs.plain(document)
+
+
+def _with_intervals(value: Any) -> Any:
+    """`evaluate`'s dict with each mAP's interval; anything else as it is."""
+    if not isinstance(value, Mapping) or not set(value) & set(PROTOCOLS):
+        return value
+    return {
+        key: {"map": one["map"], "interval": _interval(one, BOOTSTRAP["seed"])} | dict(one)
+        for key, one in value.items()
+    }
 
 
 def _refuse_paths(value: Any, where: str) -> None:
@@ -264,3 +441,53 @@ def _refuse_paths(value: Any, where: str) -> None:
             _refuse_paths(item, where)
     elif isinstance(value, os.PathLike) or (isinstance(value, str) and os.path.isabs(value)):
         raise ValueError(f"{where} is the path {value}: record a name or a fingerprint instead")
+
+
+# A global stage's files
+
+
+def write_rankings(
+    stage: runs.Stage,
+    data: RetrievalDataset,
+    queries: np.ndarray,
+    database_file: Path,
+    *,
+    failures: Sequence[Mapping[str, str]],
+    protocol: Mapping[str, Any],
+) -> None:
+    """Writes everything that follows from global descriptors: rankings, short lists, scores.
+
+    Args:
+        stage: its parameters name `top`, the short list's length, and `display`, the ranks kept.
+        queries: (Q, D) floats.  database_file: `.npy` (N, D), in the order of `data`.
+        failures: database images that could not be read, {"name": ..., "reason": ...}.
+        protocol: how the descriptors came about; data set and distractors are added.
+    Raises:
+        ValueError: see `search.search`.
+    """
+    folder, truth, settings = stage.folder, data.ground_truth, stage.settings["parameters"]
+    top, names = settings["top"], {"queries": truth.queries, "database": data.database}
+    database = np.load(database_file, mmap_mode="r", allow_pickle=False)
+    depth = max(settings["display"], search.shortlist_depth(truth, len(database), top=top))
+    similarities, ranks = search.search(queries, database, k=depth)
+    positions = search.labelled_positions(queries, database, labelled(truth))
+    runs.write_array(folder / "queries.npy", queries)
+    runs.write_json(folder / "names.json", names)
+    runs.write_array(folder / "ranks.npy", ranks)
+    runs.write_array(folder / "similarities.npy", similarities)
+    positions.save(folder / "positions.npz")
+    search.write_shortlist(
+        folder / "shortlist.txt", search.shortlist(ranks, truth, top=top), **names
+    )
+    runs.write_json(folder / "failures.json", failures)
+    further = {"dataset": data.name, "reranked": False}
+    further |= {"distractors": len(database) - len(truth.database)}
+    document = scores_document(
+        evaluate(positions, truth),
+        protocol=dict(protocol) | further,
+        parameters=settings,
+        inputs=stage.settings["inputs"],
+        failed=len(failures),
+        ground_truth=truth,
+    )
+    runs.write_json(folder / "scores.json", document)

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from vitgal import evaluation, revisited, runs, search, store
+from vitgal.evaluation import GLOBAL_OUTPUTS
 from vitgal.features import LocalFeatures
 from vitgal.images import MEAN, STD, ImageError, crop_box, read_image
 from vitgal.images import resize as resize_image
@@ -36,17 +37,6 @@ UNTRAINED = "untrained:"
 BLOCK = 256  # images between two checkpoints of the global stage
 AHEAD = 4  # images that each decoding thread may be ahead of the network
 GLOBAL_NOTEBOOK = "04_global_evaluation"
-GLOBAL_OUTPUTS = (
-    "database.npy",
-    "queries.npy",
-    "names.json",
-    "ranks.npy",
-    "similarities.npy",
-    "positions.npz",
-    "shortlist.txt",
-    "scores.json",
-    "failures.json",
-)
 # Hashed when the stage ends and again when it is reused. The large arrays of a shard are not: they
 # are checked by length on opening, and byte for byte by the checksums that stand here.
 SHARD_OUTPUTS = ("items.json", "failures.json", "offsets.npy", "checksums.npy")
@@ -511,7 +501,11 @@ def evaluate_global(
             limits = dict(share=max_failed_share, disable=not progress)
             rows = _database_rows(runner, data, stage.folder / "database.npy", scales, **limits)
             recorded = runner.recorded()
-        _write_rankings(stage, data, queries, rows, precision=recorded["precision"])
+        protocol = {key: parameters[key] for key in ("crop_queries", "resize", "scales")}
+        protocol |= {"precision": recorded["precision"]}
+        evaluation.write_rankings(
+            stage, data, queries, rows.path, failures=rows.failures, protocol=protocol
+        )
         recorded |= dict(images=len(data.database), failed=len(rows.failures))
         stage.finish(GLOBAL_OUTPUTS, **recorded)
         rows.forget()
@@ -557,43 +551,6 @@ def _database_rows(
             _refuse_failures(rows.failures, number, share)
     rows.finish()
     return rows
-
-
-def _write_rankings(
-    stage: runs.Stage,
-    data: RetrievalDataset,
-    queries: np.ndarray,
-    rows: store.RowFile,
-    *,
-    precision: str,
-) -> None:
-    """Everything that follows from the descriptors: rankings, short lists, scores."""
-    folder, truth, settings = stage.folder, data.ground_truth, stage.settings["parameters"]
-    top, names = settings["top"], {"queries": truth.queries, "database": data.database}
-    database = np.load(rows.path, mmap_mode="r", allow_pickle=False)
-    depth = max(settings["display"], search.shortlist_depth(truth, len(database), top=top))
-    similarities, ranks = search.search(queries, database, k=depth)
-    positions = search.labelled_positions(queries, database, revisited.labelled(truth))
-    runs.write_array(folder / "queries.npy", queries)
-    runs.write_json(folder / "names.json", names)
-    runs.write_array(folder / "ranks.npy", ranks)
-    runs.write_array(folder / "similarities.npy", similarities)
-    positions.save(folder / "positions.npz")
-    search.write_shortlist(
-        folder / "shortlist.txt", search.shortlist(ranks, truth, top=top), **names
-    )
-    runs.write_json(folder / "failures.json", rows.failures)
-    protocol = {key: settings[key] for key in ("crop_queries", "resize", "scales")}
-    protocol |= {"dataset": data.name, "precision": precision, "reranked": False}
-    protocol |= {"distractors": len(database) - len(truth.database)}
-    document = evaluation.scores_document(
-        evaluation.evaluate(positions, truth),
-        protocol=protocol,
-        parameters=settings,
-        inputs=stage.settings["inputs"],
-        failed=len(rows.failures),
-    )
-    runs.write_json(folder / "scores.json", document)
 
 
 # The local stage

@@ -37,7 +37,7 @@ AUTOSAVE = 300  # seconds; a save rewrites the whole notebook, figures and all
 KINDS = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
 # A parameter is a path by its name alone, so that every notebook and every file agree on it.
 PATH_ENDINGS = ("_dir", "_folder", "_table", "_list", "_file", "_weights")
-PATH_NAMES = ("weights", "distractors", "exclude", "photographs")
+PATH_NAMES = ("weights", "distractors", "exclude", "photographs", "descriptors")
 PROTOCOLS = ("easy", "medium", "hard")
 KAPPAS = ("1", "5", "10")
 

@@ -7,7 +7,7 @@ all coordinates: (0, 0) is the centre of the top-left pixel, so that an image sp
 """
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import cv2
@@ -1180,3 +1180,232 @@ def save(
     if close:
         plt.close(figure)
     return path
+
+
+# Failures: one query's ranking, what moved, and why
+
+
+def failure(
+    query_image: Image,
+    box: Sequence[float] | None,
+    images: Mapping[Hashable, Image],
+    labels: Mapping[Hashable, str],
+    rows: Mapping[str, Sequence[tuple[Hashable, str]]],
+    reasons: pd.DataFrame,
+    *,
+    query_title: str = "query",
+    width: float = 11.0,
+) -> np.ndarray:
+    """A query with its box, its ranking once or before and after, and a table of reasons below.
+
+    rows: one or two of name -> [(key, caption), ...], best first; all are drawn, and arrows lead
+    from an image's place in the first row to its place in the second. images, labels: by key, at
+    least of those drawn. reasons: a row a line under the photographs, its columns named there; no
+    row: no table. Returns the axes of the photographs (rows, 1 + columns), the query's in each row.
+    A row without images says so. Raises KeyError for a missing photograph or label, ValueError for
+    an unknown label.
+    """
+    drawn = [list(row) for row in rows.values()]
+    ranked = [
+        _ranked(
+            [images[key] for key, _ in row],
+            [labels[key] for key, _ in row],
+            [caption for _, caption in row],
+            None,
+        )
+        for row in drawn
+    ]
+    picture = _pixels(query_image)
+    columns = max([1, *map(len, drawn)])
+    with plt.rc_context(STYLE):
+        query, cells, panel, inches = _failure_grid(len(drawn), columns, len(reasons), width)
+        _query(query, picture, box, query_title, 1.25 * inches)
+        for line, row, name in zip(cells, ranked, rows, strict=True):
+            _fill(line, row, inches, below=line is not cells[0])
+            line[0].set_ylabel(name)
+        if len(cells) == 2:
+            _arrows(cells, [[key for key, _ in row] for row in drawn], labels)
+        _words(panel, reasons, width)
+        _legend(query.figure, {label for row in ranked for _, label, _ in row})
+    return np.array([[query, *line] for line in cells])
+
+
+def _failure_grid(
+    rows: int, columns: int, lines: int, width: float
+) -> tuple[Axes, list[list[Axes]], Axes, float]:
+    """The query's axes, axes [row][column], the axes of the table, and a cell's inches."""
+    ratios = [1.25, 0.08] + [1.0] * columns
+    inches = width / sum(ratios)
+    heights = [0.75 * inches + 0.3] * rows + [0.175 * (lines + 1) if lines else 0.01]
+    size = (width, sum(heights) + 0.4)
+    figure = plt.figure(figsize=size, layout="constrained")
+    _tighten(figure)
+    grid = figure.add_gridspec(rows + 1, len(ratios), width_ratios=ratios, height_ratios=heights)
+    query = figure.add_subplot(grid[:rows, 0])
+    cells = [
+        [figure.add_subplot(grid[row, 2 + column]) for column in range(columns)]
+        for row in range(rows)
+    ]
+    panel = figure.add_subplot(grid[rows, :])
+    for axes in figure.axes:
+        _bare(axes)
+    return query, cells, panel, inches
+
+
+def _words(axes: Axes, table: pd.DataFrame, width: float) -> None:
+    """A table as text: numbers to the right of their column, words to the left, nothing cut off."""
+    axes.set(xlim=(0, 72 * width), ylim=(len(table) + 0.5, -0.5))
+    if not len(table):
+        return
+    shown = {str(name): [_cell(value) for value in table[name]] for name in table}
+    gap, left = 14.0, 4.0
+    widths = {
+        name: max(_wide(text, CAPTION) for text in (name, *texts)) for name, texts in shown.items()
+    }
+    # The first column, the names, gives way where all together are too wide.
+    first = next(iter(widths))
+    rest = sum(widths.values()) - widths[first] + gap * len(widths)
+    widths[first] = min(widths[first], max(60.0, 72 * width - rest - left))
+    for name, texts in shown.items():
+        number = pd.api.types.is_numeric_dtype(table[name])
+        place = left + (widths[name] if number else 0)
+        for line, text in enumerate((name, *texts)):
+            text = _elide(text, widths[name] / 72 + 0.02)
+            style = {"ha": "right" if number else "left", "va": "center", "fontsize": CAPTION}
+            weight = "bold" if line == 0 else "normal"
+            axes.text(place, line, text, fontweight=weight, **style)
+        left += widths[name] + gap
+
+
+def _cell(value: object) -> str:
+    """A value as a person writes it; – for one that is missing."""
+    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
+        return "–"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+# Choosing thresholds
+
+
+def tuning_curves(
+    curves: Mapping[str, tuple[Sequence[float], np.ndarray]],
+    chosen: Mapping[str, float],
+    current: Mapping[str, float],
+    *,
+    before: np.ndarray,
+    interval: Callable[[np.ndarray], tuple[float, float]],
+    width: float = 10.0,
+) -> np.ndarray:
+    """mAP over one parameter after the other, each with its interval over queries.
+
+    curves: name -> values (V,) and AP (V, Q) in [0, 1], nan where a query does not count. chosen,
+    current: the value of each parameter, marked by a line. before: (Q,) AP without reranking, a
+    level line. interval: AP (Q,) -> (low, high), the band (`evaluation.bootstrap_interval`).
+    Returns the axes, one a parameter. No parameter: one axes that says so.
+    """
+    with plt.rc_context(STYLE):
+        if not curves:
+            return np.array([_only_says("nothing was tuned", width=width / 2)])
+        figure, axes = plt.subplots(
+            1, len(curves), figsize=(width, 2.9), sharey=True, squeeze=False, layout="constrained"
+        )
+        for panel, (name, (values, ap)) in zip(axes[0], curves.items(), strict=True):
+            places = np.arange(len(values))  # evenly spaced, whatever the values
+            low, high = 100 * np.array([interval(row) for row in ap]).T
+            mean = 100 * np.array([_mean(row) for row in ap])
+            panel.fill_between(places, low, high, color=SERIES[0], alpha=0.15, linewidth=0)
+            panel.plot(places, mean, "o-", color=SERIES[0], markersize=4, label="reranked")
+            level = {"color": INK, "linewidth": 1.0, "linestyle": ":"}
+            panel.axhline(100 * _mean(before), **level, label="not reranked")
+            for marked, style, label in (
+                (current, {"color": SERIES[3], "linestyle": "--"}, "current"),
+                (chosen, {"color": SERIES[1], "linestyle": "-"}, "chosen"),
+            ):
+                panel.axvline(list(values).index(marked[name]), linewidth=1.4, **style, label=label)
+            panel.set_xticks(places, [f"{value:g}" for value in values])
+            panel.set_xlabel(name)
+            panel.grid(axis="y", **GRID)
+        axes[0, 0].set_ylabel("mAP (%)")
+        handles = axes[0, 0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside upper left", ncols=4)
+    return axes[0]
+
+
+def _mean(ap: np.ndarray) -> float:
+    known = ap[~np.isnan(ap)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+# Figures for a paper
+
+
+def keep(axes: Axes | np.ndarray | Figure, folder: Path | None, name: str, kind: str) -> None:
+    """Writes a figure as `<folder>/<name>.<kind>` where a folder is given, else nothing.
+
+    kind: "pdf", "svg", "png" or "jpg", see `save`. To be called before the figure is shown.
+    """
+    if folder is None:
+        return
+    axes = axes.axes[0] if isinstance(axes, Figure) else axes
+    save(axes, Path(folder) / f"{name}.{kind}")
+
+
+# The way of a tensor
+
+
+def tensor_path(steps: Sequence[tuple[str, str, str]], *, width: float = 10.0) -> Axes:
+    """Steps as boxes with arrows between them: what it is, its shape, a word on it.
+
+    steps: (name, shape, note) each, drawn from left to right, on further lines where one is not
+    wide enough. Returns the axes, in inches. No steps: it says so.
+    """
+    with plt.rc_context(STYLE):
+        if not steps:
+            return _only_says("no steps", width=width / 2)
+        boxes = _box_lines([_box_width(step) for step in steps], width)
+        rows = 1 + max(row for row, _, _ in boxes)
+        figure, axes = plt.subplots(figsize=(width, 0.95 * rows), layout="constrained")
+        _bare(axes)
+        axes.set(xlim=(0, width), ylim=(0.95 * rows, 0))
+        middle = None
+        for (name, shape, note), (row, left, wide) in zip(steps, boxes, strict=True):
+            top = 0.95 * row + 0.12
+            style = {"facecolor": "#EAF3FA", "edgecolor": SERIES[0], "linewidth": 1.0}
+            axes.add_patch(Rectangle((left, top), wide, 0.7, **style))
+            centre = left + wide / 2
+            for offset, text, weight in ((0.16, name, "bold"), (0.54, note, "normal")):
+                place = {"ha": "center", "va": "center", "fontsize": CAPTION}
+                axes.text(centre, top + offset, _literal(text), fontweight=weight, **place)
+            place = {"ha": "center", "va": "center", "fontsize": 9, "color": SERIES[0]}
+            axes.text(centre, top + 0.35, _literal(shape), **place)
+            if middle is not None and middle[0] == row:
+                arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.0}
+                ends = (left, top + 0.35), (middle[1], top + 0.35)
+                axes.annotate("", *ends, arrowprops=arrow)
+            middle = row, left + wide
+    return axes
+
+
+def _box_width(step: tuple[str, str, str]) -> float:
+    """Inches that a step's longest line needs; bold letters are a sixth wider."""
+    name, shape, note = step
+    points = max(1.17 * _wide(name, CAPTION), _wide(shape, 9), _wide(note, CAPTION))
+    return points / 72 + 0.16
+
+
+def _box_lines(widths: Sequence[float], width: float) -> list[tuple[int, float, float]]:
+    """Row, left edge and width of each box, as many in a row as fit."""
+    gap, rows, used = 0.28, [[]], 0.0
+    for box in widths:
+        if rows[-1] and used + gap + box > width - 0.1:
+            rows.append([])
+            used = 0.0
+        used += box + (gap if rows[-1] else 0.0)
+        rows[-1].append(box)
+    places = []
+    for row, boxes in enumerate(rows):
+        left = 0.05
+        for box in boxes:
+            places.append((row, left, box))
+            left += box + gap
+    return places

@@ -81,6 +81,18 @@ def match_shortlist(
     ]
 
 
+def match_squares(
+    query_descriptors: np.ndarray, gallery_descriptors: np.ndarray, matches: np.ndarray
+) -> np.ndarray:
+    """Squared distances (K,) float64 of the matches (K, 2), as `match` compares them.
+
+    A match (i, j) lies within `max_distance` exactly where its value is below its square.
+    """
+    query = _Descriptors.read(query_descriptors, "query").values
+    gallery = _Descriptors.read(gallery_descriptors, "gallery").values
+    return _squared_distances(query, gallery, matches[:, 0], matches[:, 1])
+
+
 @dataclass(frozen=True, eq=False)
 class _Descriptors:
     """Descriptors as given, and half their squared lengths."""
@@ -805,20 +817,27 @@ def _write_scores(
     folder: Path, listed: _Shortlist, source: Path, parameters: dict, inputs: dict[str, str]
 ) -> None:
     earlier = runs.read_json(source / "scores.json")
+    local = runs.read_stage(source.parent / "local", LOCAL_NOTEBOOK)
+    known = earlier.get("fingerprints", {})
+    passed_on = {key: known.get(key) for key in ("dataset", "weights", "descriptors")}
+    passed_on["weights of the local features"] = local["inputs"].get("weights")
     places = {v: Positions.load(folder / f"positions_{v}.npz") for v in VARIANTS}
     ground_truth = listed.ground_truth
     document = scores_document(
         evaluate({protocol: places[protocol] for protocol in PROTOCOLS}, ground_truth),
         protocol=earlier.get("protocol", {})
         | {
+            "reranked": True,
             "short_list": "a protocol's first candidates, without the images it ignores",
             "short_list_published": "the plain first candidates, junk counted 0",
             "ties": "global rank",
             "ties_published": parameters["ties"],
         },
         parameters=parameters,
-        inputs=inputs,
+        inputs=inputs | {name: value for name, value in passed_on.items() if value is not None},
         failed=earlier.get("failed_images", 0),
+        ground_truth=ground_truth,
+        earlier={"global": earlier.get("parameters", {}), "local": local["parameters"]},
         published=evaluate(places[PUBLISHED], ground_truth),
         **{"global": evaluate(listed.positions, ground_truth)},
     )

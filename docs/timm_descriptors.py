@@ -1,0 +1,71 @@
+"""Global descriptors of a benchmark by any timm network, for the parameter `descriptors`.
+
+    python docs/timm_descriptors.py MODEL FOLDER DATASET OUTPUT.npy [--size 224]
+
+MODEL is a timm name with its weights, as resnet50.a1_in1k or vit_small_patch14_dinov2.lvd142m;
+FOLDER holds jpg/ and gnd_DATASET.pkl. Writes OUTPUT.npy (images, values) and OUTPUT.txt, the names.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from vitgal import revisited, runs
+from vitgal.images import crop_box, read_image
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    """Describes every query, cropped to its box, and every database image."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("dataset")
+    parser.add_argument("output", type=Path, metavar="OUTPUT.npy")
+    parser.add_argument("--size", type=int, default=224, help="of the square input in pixels")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--weights", help="a local file; default: timm downloads them")
+    parser.add_argument("--untrained", action="store_true", help="random weights: to try it out")
+    options = parser.parse_args(arguments)
+    if options.output.suffix != ".npy":
+        parser.error(f"{options.output}: the output is a .npy")
+    torch.manual_seed(0)
+    model = timm.create_model(
+        options.model,
+        pretrained=not options.untrained and options.weights is None,
+        checkpoint_path=options.weights or "",
+        num_classes=0,  # the pooled features, not the classifier's output
+    ).eval()
+    data = revisited.open_dataset(options.dataset, options.folder)
+    rows = list(describe(model, data, options.size, options.batch))
+    runs.write_array(options.output, np.concatenate(rows).astype(np.float32))
+    names = [*data.ground_truth.queries, *data.database]
+    runs.write_text(options.output.with_suffix(".txt"), "".join(f"{name}\n" for name in names))
+    return options.output
+
+
+def describe(
+    model: torch.nn.Module, data: revisited.RetrievalDataset, size: int, batch: int
+) -> Iterator[np.ndarray]:
+    """Yields (batch, values): first the queries, then the database, in the data set's order."""
+    config = timm.data.resolve_model_data_config(model) | {"input_size": (3, size, size)}
+    # The whole image: a centre crop would cut off what a query's box was drawn around.
+    config |= {"crop_pct": 1.0, "crop_mode": "squash"}
+    transform = timm.data.create_transform(**config, is_training=False)
+    boxes = [tuple(map(float, box)) for box in data.ground_truth.boxes]
+    boxes += [None] * len(data.database)
+    jobs = list(zip([*data.query_paths, *data.database_paths], boxes, strict=True))
+    for start in tqdm(range(0, len(jobs), batch), desc="describing", unit="batch"):
+        crops = [crop_box(read_image(path), box)[0] for path, box in jobs[start : start + batch]]
+        images = torch.stack([transform(Image.fromarray(crop)) for crop in crops])
+        with torch.inference_mode():
+            yield model(images).numpy()
+
+
+if __name__ == "__main__":
+    main()
