@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from vitgal import explore
+from vitgal import explore, runs
 
 matplotlib.use("agg")
 
@@ -41,12 +41,12 @@ def test_a_pair_browser_starts_a_new_query_at_its_first_image_and_draws_once():
     assert len(drawn) == 4
 
 
-def test_nothing_to_choose_from_is_said(capsys):
+def test_nothing_to_choose_from_is_said():
     drawn = []
     browser = explore.browse_pairs(
         lambda *pair: drawn.append(pair), list("abc"), LISTS.get, first=2
     )
-    assert not drawn and "nothing to choose from" in capsys.readouterr().out
+    assert not drawn and "nothing to choose from" in words(browser)
     press(browser, 1, 1)
     browser.children[0].children[0].value = 0
     assert drawn == [(0, 0)]
@@ -60,16 +60,32 @@ def test_a_first_choice_that_does_not_exist_is_refused():
         explore.browse_queries(print, list("abc"), first=3)
 
 
-def test_figures_are_closed_but_those_of_others(capsys):
+def words(browser) -> str:
+    return browser.children[-1].children[0].value
+
+
+def pictures(browser) -> list[bytes]:
+    return [bytes(image.value) for image in browser.children[-1].children[1].children]
+
+
+def test_figures_are_shown_and_closed_but_those_of_others():
     kept = plt.figure().number
-    browser = explore.browse_queries(lambda index: plt.figure(), ["a", "b"])
+
+    def draw(index: int) -> None:
+        print(f"query <{index}>")
+        for _ in range(index + 1):
+            plt.figure(figsize=(1, 1))
+
+    browser = explore.browse_queries(draw, ["a", "b"])
+    (first,) = pictures(browser)
+    assert first.startswith(b"\x89PNG") and "query &lt;0&gt;" in words(browser)
     press(browser, 0, 1)
+    assert len(pictures(browser)) == 2 and "query &lt;1&gt;" in words(browser)
     assert plt.get_fignums() == [kept]
-    assert capsys.readouterr().out.count("Figure(") == 2  # both were shown
     plt.close("all")
 
 
-def test_a_failing_drawing_is_raised_and_leaves_no_figure():
+def test_a_failing_first_drawing_is_raised_and_leaves_no_figure():
     def draw(index: int) -> None:
         plt.figure()
         raise ValueError(f"no features of query {index}")
@@ -77,6 +93,23 @@ def test_a_failing_drawing_is_raised_and_leaves_no_figure():
     with pytest.raises(ValueError, match="no features of query 0"):
         explore.browse_queries(draw, ["a"])
     assert not plt.get_fignums()
+
+
+def test_a_later_failure_is_shown_in_its_own_words():
+    def draw(index: int) -> None:
+        plt.figure(figsize=(1, 1))
+        if index == 1:
+            raise runs.StageError("run 05 first")
+        if index == 2:
+            raise KeyError("x")
+
+    browser = explore.browse_queries(draw, ["a", "b", "c"])
+    press(browser, 0, 1)
+    assert ">run 05 first<" in words(browser) and pictures(browser) == []
+    press(browser, 0, 1)
+    assert "KeyError: &#x27;x&#x27; (test_explore.py, line" in words(browser)
+    press(browser, 0, 1)  # round the end: the picture is there again, the words are not
+    assert len(pictures(browser)) == 1 and "KeyError" not in words(browser)
 
 
 def test_a_notebook_without_a_browser_shows_the_figure_and_fails_with_the_drawing():
@@ -93,15 +126,9 @@ def test_a_notebook_without_a_browser_shows_the_figure_and_fails_with_the_drawin
     client.execute()
     first, second, third = notebook.cells
     assert [output.output_type for output in first.outputs] == ["execute_result"]
-    shown = [
-        output["data"]
-        for state in notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"][
-            "state"
-        ].values()
-        for output in state["state"].get("outputs", [])
-        if output["output_type"] == "display_data"
-    ]
-    assert len(shown) == 1 and "image/png" in shown[0]
+    states = notebook.metadata.widgets["application/vnd.jupyter.widget-state+json"]["state"]
+    names = [state["model_name"] for state in states.values()]
+    assert names.count("ImageModel") == 1 and "OutputModel" not in names
     assert [output.get("ename") for output in second.outputs] == ["ZeroDivisionError"]
     # the growing curves are one output, which two drawings have updated
     assert ["image/png" in output.data for output in third.outputs] == [True]

@@ -14,8 +14,8 @@ TORCH_FREE = """runs images features store landmarks revisited search evaluation
     figures""".split()
 ORDER = [
     *TORCH_FREE,
-    *"download demo model weights local_features extraction training explore".split(),
-    *"pipeline __main__ __init__".split(),
+    *"download demo model weights local_features extraction inspection own".split(),
+    *"training explore pipeline __main__ __init__".split(),
 ]
 
 

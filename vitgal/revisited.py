@@ -372,10 +372,14 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
+class QueryError(runs.Told, ValueError):
+    """There is no such query; the message states the range."""
+
+
 def check_query(ground_truth: GroundTruth, query: int) -> int:
-    """The query's index as it is; ValueError that states the range where there is no such query."""
+    """The query's index as it is; QueryError that states the range where there is no such query."""
     if not 0 <= query < len(ground_truth.queries):
-        raise ValueError(
+        raise QueryError(
             f"query_index {query}: {ground_truth.name} has the queries 0 to "
             f"{len(ground_truth.queries) - 1}"
         )
