@@ -75,6 +75,16 @@ def test_listing(folder):
     )
 
 
+def test_links_are_followed_and_loops_end(folder, tmp_path):
+    write(tmp_path / "elsewhere/c.png", texture(1))
+    (folder / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (folder / "a/loop").symlink_to(folder, target_is_directory=True)
+    assert own.list_photographs(folder).names == [
+        *("a/1.png", "a/2.png", "b/1.JPG"),
+        "linked/c.png",
+    ]
+
+
 def test_a_folder_without_photographs_is_told(tmp_path):
     with pytest.raises(own.PhotographError, match="holds no photograph .*nothing.* end in .bmp"):
         own.list_photographs(tmp_path)

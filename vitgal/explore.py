@@ -28,7 +28,6 @@ from IPython.display import display
 from vitgal import figures, plots, reranking, runs
 from vitgal.inspection import InspectionError, Inspector, Pair
 from vitgal.revisited import PROTOCOLS, RetrievalDataset
-from vitgal.store import FeatureStore
 
 NARROW = widgets.Layout(width="3em")
 WIDE = widgets.Layout(width="26em")
@@ -100,7 +99,7 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"
 
 
-# Queries and pairs
+# Queries
 
 
 def browse_queries(
@@ -119,38 +118,6 @@ def browse_queries(
     chooser.observe(lambda _: screen.redraw(work, chooser.value), "value")
     screen.draw(work, chooser.value)
     return widgets.VBox([row, screen.widget])
-
-
-def browse_pairs(
-    draw: Callable[[int, int], object],
-    names: Sequence[str],
-    candidates: Callable[[int], Sequence[str]],
-    *,
-    first: int = 0,
-) -> widgets.VBox:
-    """A browser over pairs: a query, and one by one the database images it is compared with.
-
-    draw: called with the query's index and the place of the image in its list; otherwise as in
-    `browse_queries`. names: of the queries. candidates: the names of a query's database images,
-    best first; called anew when another query is chosen. A query without any says so.
-    """
-    screen = Screen()
-    query, upper = _chooser("query", _numbered(names), first)
-    image, lower = _chooser("image", _numbered(candidates(first) if names else []), 0)
-    work = _unless_empty(draw)
-
-    def show(_: object = None) -> None:
-        screen.redraw(work, query.value, image.value)
-
-    def refill(_: object) -> None:
-        with _unobserved(image, show):  # else the new list and the new query would each draw
-            _refill(image, _numbered(candidates(query.value)))
-        show()
-
-    query.observe(refill, "value")
-    image.observe(show, "value")
-    screen.draw(work, query.value, image.value)
-    return widgets.VBox([upper, lower, screen.widget])
 
 
 def _unless_empty(draw: Callable[..., object]) -> Callable[..., object]:
@@ -227,33 +194,6 @@ def live_curves() -> Callable[[pd.DataFrame], None]:
     return watch
 
 
-def browse_hard_pairs(
-    benchmark: RetrievalDataset,
-    features: FeatureStore,
-    folder: Path,
-    *,
-    first: int = 0,
-    **options: Any,
-) -> widgets.VBox:
-    """A browser over every query's verified hard images, most inliers first.
-
-    features: the store of all of them. folder: the finished stage `<dataset>/rerank`. options:
-    `figures.pair`'s. Returns the widget, as `browse_pairs` does.
-    """
-    truth = benchmark.ground_truth
-
-    def hard(query: int) -> list[int]:
-        return reranking.hard_candidates(folder, truth, query)
-
-    def draw(query: int, place: int) -> None:
-        figures.pair(benchmark, features, query, hard(query)[place], **options)
-
-    def names(query: int) -> list[str]:
-        return [benchmark.database[image] for image in hard(query)]
-
-    return browse_pairs(draw, truth.queries, names, first=first)
-
-
 # Failures
 
 SORTS = {"lowest AP": "ap", "AP lost by reranking": "change", "worst miss": "miss"}
@@ -323,7 +263,7 @@ class MatchInspector:
         benchmark = inspector.benchmark
         self.query, upper = _chooser("query", _numbered(benchmark.ground_truth.queries), query)
         entries = self._candidates(query)
-        first = image if image is not None else entries[0][1]
+        first = inspector.choose(query, image)
         if first not in [value for _, value in entries]:
             entries = [self._entry(first), *entries]
         self.image, lower = _chooser("image", entries, first)
@@ -340,8 +280,7 @@ class MatchInspector:
 
     def _candidates(self, query: int) -> Options:
         """A query's verified images, most inliers first, then nothing: others are typed in."""
-        folder = self.inspector.run / self.inspector.benchmark.name / "rerank"
-        counts = reranking.inlier_counts(folder, query)
+        counts = self.inspector.counts(query)
         order = sorted(counts, key=lambda image: (-counts[image], image))
         return [self._entry(image, f", {counts[image]} inliers", query) for image in order]
 
@@ -447,9 +386,9 @@ class MatchInspector:
             for name in names
         ]
         if len(self.heat.options) == 1:
+            nearest = min(looks[0].attention, key=lambda scale: abs(scale - 1))
             with _unobserved(self.heat, self._changed):
                 self.heat.options = [("none", "none"), *entries]
-                nearest = min(looks[0].attention, key=lambda scale: abs(scale - 1))
                 self.heat.value = ("all heads", nearest)
             with _unobserved(self.layers, self._changed):
                 self.layers.value = (*self.layers.value, "dropped features")
@@ -531,7 +470,7 @@ class PhotographBrowser:
         for slider in (self.across, self.down):
             slider.observe(self._outline, "value")
         self.button.on_click(lambda _: self.ranking.redraw(self._search))
-        self.result.observe(lambda _: self.pair.redraw(self._pair), "value")
+        self.result.observe(self._other_result, "value")
         self.ranking.draw(self._search)
         controls = widgets.VBox([self.query, self.across, self.down, self.button])
         top = widgets.HBox([controls, self.preview])
@@ -582,12 +521,15 @@ class PhotographBrowser:
             (f"{row.rank}  {row.photograph}", row.photograph)
             for row in self.found.table.head(50).itertuples()
         ]
-        self.result.options = entries  # chooses the first, which draws it
+        with _unobserved(self.result, self._other_result):
+            _refill(self.result, entries)
         self.pair.draw(self._pair)
 
+    def _other_result(self, _: object) -> None:
+        self.pair.redraw(self._pair)
+
     def _pair(self) -> None:
-        if self.result.value is not None:
-            self.own.pair_figure(self.found, self.result.value)
+        self.own.pair_figure(self.found, self.result.value)
 
 
 def browse_photographs(

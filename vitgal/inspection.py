@@ -18,7 +18,7 @@ from vitgal import plots, runs
 from vitgal.features import LocalFeatures
 from vitgal.images import crop_box, read_image
 from vitgal.images import resize as resize_image
-from vitgal.reranking import MIN_MATCHES, PairInspection, inspect_pair
+from vitgal.reranking import MIN_MATCHES, PairInspection, inlier_counts, inspect_pair
 from vitgal.revisited import RetrievalDataset
 from vitgal.store import FeatureStore, query_key
 
@@ -149,6 +149,11 @@ def without_scales(features: LocalFeatures, hidden: Sequence[float]) -> LocalFea
     """
     drop = np.isin(np.round(features.scales, 3), np.round(np.asarray(hidden, np.float32), 3))
     return features.subset(~drop)
+
+
+def map_near(found: Look, scale: float) -> np.ndarray:
+    """The scores (h, w) of a look at its scale nearest to the one that is wanted."""
+    return found.scores[min(found.scores, key=lambda one: abs(one - scale))]
 
 
 # Two photographs
@@ -340,6 +345,28 @@ class Inspector:
     def pair(self, query: int, image: int, **options: Any) -> Pair:
         """A query and a database image, compared (`compare`) from what is stored."""
         return compare(self.stored("query", query), self.stored("database", image), **options)
+
+    def choose(self, query: int, image: int | None = None) -> int:
+        """The database image as it is, or for None the query's verified one of most inliers.
+
+        A hard one where there is any. Raises InspectionError for an index that does not exist, and
+        where None cannot be resolved because nothing was verified.
+        """
+        self.name("query", query)
+        if image is not None:
+            self.name("database", image)
+            return image
+        counts = self.counts(query)
+        if not counts:
+            raise InspectionError(
+                f"query {self.name('query', query)} has no verified image: set image_index"
+            )
+        hard = set(self.benchmark.ground_truth.hard[query].tolist())
+        return min(counts, key=lambda other: (other not in hard, -counts[other], other))
+
+    def counts(self, query: int) -> dict[int, int]:
+        """The inlier counts of a query's verified images, by database index."""
+        return inlier_counts(self.run / self.benchmark.name / "rerank", query)
 
     def relevance(self, query: int, image: int) -> str:
         """What the ground truth says of the pair: easy, hard, junk or negative."""

@@ -11,6 +11,7 @@ keypoints are pixels of the upright photograph. `export_features` gives them bac
 """
 
 import functools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,12 +66,7 @@ def list_photographs(folder: Path) -> Listing:
     folder = Path(folder)
     if not folder.is_dir():
         raise PhotographError(f"{folder} is no folder: give the folder of your photographs")
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    names = sorted(path.relative_to(folder).as_posix() for path in _files(folder))
     kinds = {name: Path(name).suffix.lower() for name in names}
     read = [name for name in names if kinds[name] in READ]
     unread = [name for name in names if kinds[name] in UNREAD]
@@ -81,6 +77,19 @@ def list_photographs(folder: Path) -> Listing:
             f"{' '.join(sorted(READ))}: convert others to one of these"
         )
     return Listing(folder, read, unread, len(names) - len(read) - len(unread))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder that are not hidden; links are followed, each folder once."""
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        place = os.path.realpath(root)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if place in seen:
+            folders.clear()
+        else:
+            yield from (Path(root) / name for name in files if not name.startswith("."))
+        seen.add(place)
 
 
 def read_upright(path: Path) -> np.ndarray:

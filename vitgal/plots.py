@@ -1224,7 +1224,8 @@ def _heated(picture: np.ndarray, heat: np.ndarray, box: Sequence[int]) -> np.nda
 def _crosses(axes: Axes, points: np.ndarray) -> None:
     """Small marks at features that were dropped; points: (N, 2) inches."""
     style = {"color": DROPPED, "markersize": 3.2, "markeredgewidth": 0.8}
-    axes.plot(*points.T, "x", scalex=False, scaley=False, zorder=2, **style)
+    (marks,) = axes.plot(*points.T, "x", scalex=False, scaley=False, zorder=2, **style)
+    marks.set_path_effects(_outlined("black", 1.6))
 
 
 def attention_heads(
@@ -1301,7 +1302,10 @@ def dropped_features(
         points = dropped.original_keypoints()
         for name, marker, colour in zip(sorted(set(reasons)), "x+1", DROPPED_BY, strict=False):
             label = f"{(reasons == name).sum()}: {(titles or {}).get(name, name)}"
-            axes[1].plot(*points[reasons == name].T, marker, color=colour, label=label, **style)
+            (marks,) = axes[1].plot(
+                *points[reasons == name].T, marker, color=colour, label=label, **style
+            )
+            marks.set_path_effects(_outlined("black", 2.2))
         if len(dropped):
             figure.legend(loc="outside lower right")
     return axes
