@@ -209,7 +209,7 @@ def test_every_knob_changes_the_pair_as_it_stands(lens):
     assert len(whole.found.matches) == whole.found.verification.count == 40  # the same photograph
     lens.count.value = 20
     assert len(lens.pair().query) == 20
-    lens.hidden.value = (0.707,)
+    lens.hidden.value = (0.7071,)
     assert set(lens.pair().query.scales) == {1.0}
     assert "not extracted anew" in seen(lens)[1] and "0.707" in seen(lens)[1]
     lens.hidden.value = ()

@@ -32,6 +32,7 @@ from vitgal.revisited import PROTOCOLS, RetrievalDataset
 NARROW = widgets.Layout(width="3em")
 WIDE = widgets.Layout(width="26em")
 LABELLED = {"style": {"description_width": "9em"}, "layout": WIDE}
+NATURAL = widgets.Layout(align_self="flex-start", max_width="100%")  # not stretched
 PREVIEW = 480  # pixels, the longer side of the photograph on which a box is chosen
 
 
@@ -66,7 +67,7 @@ class Screen:
         )
         shown = self.pictures.children
         if len(shown) != len(pictures):  # else the old ones are filled anew, without flicker
-            shown = [widgets.Image(format="png") for _ in pictures]
+            shown = [widgets.Image(format="png", layout=NATURAL) for _ in pictures]
         for image, picture in zip(shown, pictures, strict=True):
             image.value = picture
         self.pictures.children = tuple(shown)
@@ -145,7 +146,7 @@ def _chooser(label: str, options: Options, first: int) -> tuple[widgets.Dropdown
     if options and first not in values:
         raise IndexError(f"there is no {label} {first}: choose 0 to {len(options) - 1}")
     value = first if options else None
-    chooser = widgets.Dropdown(options=options, value=value, description=label)
+    chooser = widgets.Dropdown(options=options, value=value, description=label, layout=WIDE)
     arrows = [_arrow(chooser, sign, step) for sign, step in (("◀", -1), ("▶", 1))]
     return chooser, widgets.HBox([chooser, *arrows])
 
@@ -310,7 +311,7 @@ class MatchInspector:
             knob.style.description_width, knob.layout = "9em", WIDE
 
     def _make_layers(self) -> None:
-        scales = [(f"{scale:g}", round(scale, 3)) for scale in self.inspector.scales]
+        scales = [(f"{scale:g}", scale) for scale in self.inspector.scales]
         self.hidden = widgets.SelectMultiple(
             options=scales, description="hidden scales", rows=len(scales), **LABELLED
         )
@@ -398,7 +399,7 @@ class MatchInspector:
         pair, layers = self.pair(), set(self.layers.value)
         looks = [self.inspector.looks.get(side) for side in self._chosen()]
         found = pair.found.verification
-        print(pair.sentence())
+        print(f"{pair.sentence()}; features: {len(pair.query)} and {len(pair.database)}")
         if self.hidden.value:
             scales = ", ".join(f"{scale:g}" for scale in self.hidden.value)
             print(
@@ -457,13 +458,15 @@ class PhotographBrowser:
         name, _ = own.find_query(photographs, query)
         names = photographs.names if name in photographs.names else [query, *photographs.names]
         value = name if name in photographs.names else query
-        self.query = widgets.Dropdown(options=names, value=value, description="query", layout=WIDE)
+        self.query = widgets.Dropdown(options=names, value=value, description="query", **LABELLED)
         self.shown, self.found = shown, None
         self.across = widgets.IntRangeSlider(description="left, right", **LABELLED)
         self.down = widgets.IntRangeSlider(description="top, bottom", **LABELLED)
         self.preview = widgets.Image(format="jpeg")
-        self.button = widgets.Button(description="search with this box", button_style="primary")
-        self.result = widgets.Dropdown(options=[], description="matches with", layout=WIDE)
+        self.button = widgets.Button(
+            description="search with this box", button_style="primary", layout=WIDE
+        )
+        self.result = widgets.Dropdown(options=[], description="matches with", **LABELLED)
         self.ranking, self.pair = Screen(), Screen()
         self._open(box)
         self.query.observe(lambda _: self._open(None), "value")

@@ -143,12 +143,12 @@ def _chosen(
 
 
 def without_scales(features: LocalFeatures, hidden: Sequence[float]) -> LocalFeatures:
-    """The features that were not found at the hidden scales (to three digits).
+    """The features that were not found at the hidden scales (to a thousandth).
 
     No re-extraction: the others are those that passed suppression beside the hidden ones.
     """
-    drop = np.isin(np.round(features.scales, 3), np.round(np.asarray(hidden, np.float32), 3))
-    return features.subset(~drop)
+    apart = np.abs(features.scales[:, None] - np.asarray(hidden, np.float32)[None])
+    return features.subset((apart > 1e-3).all(axis=1))
 
 
 def map_near(found: Look, scale: float) -> np.ndarray:
