@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
-NOTEBOOKS = sorted(str(path.relative_to(TOP)) for path in TOP.glob("notebooks/0[1-7]_*.ipynb"))
+NOTEBOOKS = sorted(str(path.relative_to(TOP)) for path in TOP.glob("notebooks/0[1-8]_*.ipynb"))
 # What a notebook may carry beside sources and outputs; everything else is noise in a diff.
 STRIP = [
     "--keep-output",

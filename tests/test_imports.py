@@ -14,8 +14,8 @@ TORCH_FREE = """runs images features store landmarks revisited search evaluation
     external reranking plots figures""".split()
 ORDER = [
     *TORCH_FREE,
-    *"download demo model weights local_features extraction tuning training explore".split(),
-    *"pipeline __main__ __init__".split(),
+    *"download demo model weights local_features extraction tuning inspection own".split(),
+    *"training explore pipeline __main__ __init__".split(),
 ]
 
 

@@ -767,3 +767,92 @@ def test_tensor_path_keeps_every_word_in_its_box_and_its_box_in_the_figure():
 
 def test_tensor_path_of_nothing_says_so():
     assert "no steps" in plots.tensor_path([]).texts[0].get_text()
+
+
+# A pair under the lens; photographs without labels
+
+
+def _features(count: int = 3, box: tuple = (10, 5, 50, 35)) -> LocalFeatures:
+    """Features at x = 8, 24, 40 of a 40 x 60 input (h, w), from a box of 40 x 30 pixels."""
+    points = np.array([[8, 8], [24, 24], [40, 8]], np.float32)[:count]
+    codes, falling = np.eye(3, dtype=np.float32)[:count], np.ones(count, np.float32)
+    return LocalFeatures(points, codes, falling, falling, (40, 60), box, (48, 64))
+
+
+def test_inspection_marks_what_it_is_given():
+    photo = np.full((48, 64, 3), 200, np.uint8)
+    one, pairs = _features(), np.array([[0, 0], [1, 1], [2, 2]])
+    inliers = np.array([True, True, False])
+    axes = plots.inspection(photo, photo, one, one, pairs, inliers, homography=np.eye(3))
+    assert axes.get_title() == "2 inliers of 3 matches"
+    assert len(axes.patches) == 2  # the box, and its image under the homography
+    assert len(axes.collections) == 2
+    bare = plots.inspection(
+        photo, photo, one, one, pairs, inliers, homography=np.eye(3), outline=False, rejected=False
+    )
+    assert len(bare.patches) == 0 and len(bare.collections) == 1
+    crossed = plots.inspection(photo, photo, one, one, pairs, inliers, dropped=(one, None))
+    (marks,) = [line for line in crossed.lines if line.get_marker() == "x"]
+    assert len(marks.get_xdata()) == 3
+    with pytest.raises(ValueError, match="3 matches, but inliers of shape"):
+        plots.inspection(photo, photo, one, one, pairs, inliers[:2])
+
+
+def test_heat_lies_over_the_box_alone():
+    photo = np.full((48, 64, 3), 200, np.uint8)
+    heat = np.array([[1.0, 0.0]])
+    mixed = plots._heated(photo, heat, (10, 5, 50, 35))
+    assert (mixed[:5] == 200).all() and (mixed[:, 50:] == 200).all()
+    # 0.4 of the grey photograph and 0.6 of the colour map's ends: bright left, black right
+    assert mixed[20, 15].max() > 200 and (np.abs(mixed[20, 45].astype(int) - 80) <= 3).all()
+    assert (photo == 200).all()
+    with pytest.raises(ValueError, match="finite"):
+        plots._heated(photo, np.array([[np.nan]]), (0, 0, 64, 48))
+
+
+def test_attention_has_a_row_a_scale_and_a_column_a_head():
+    photo = np.zeros((48, 64, 3), np.uint8)
+    attention = {scale: np.random.default_rng(0).random((4, 3, 4)) for scale in (0.5, 1.0)}
+    scores = {scale: maps.mean(axis=0) for scale, maps in attention.items()}
+    axes = plots.attention_heads(photo, attention, scores, box=(0, 0, 32, 48))
+    assert axes.shape == (2, 5)
+    assert [cell.get_title() for cell in axes[0]] == [
+        *("score: all heads", "head 1", "head 2", "head 3", "head 4"),
+    ]
+    assert [row[0].get_ylabel() for row in axes] == ["scale 0.5", "scale 1"]
+    assert plots.attention_heads(photo, attention, scores, scales=[1.0]).shape == (1, 5)
+    assert plots.attention_heads(photo, {}, {}).shape == (1, 1)
+
+
+def test_dropped_features_are_counted_by_reason():
+    photo = np.zeros((48, 64, 3), np.uint8)
+    axes = plots.dropped_features(
+        *(photo, _features(1), _features(3), ["overlap", "keypoints", "overlap"]),
+        titles={"overlap": "too near"},
+    )
+    assert [panel.get_title() for panel in axes] == ["1 kept", "3 dropped"]
+    labels = [line.get_label() for line in axes[1].lines]
+    assert labels == ["1: keypoints", "2: too near"]
+    assert plots.dropped_features(photo, _features(), _features(0), [])[1].get_title() == (
+        "0 dropped"
+    )
+    with pytest.raises(ValueError, match="3 dropped features, but"):
+        plots.dropped_features(photo, _features(), _features(), ["overlap"])
+
+
+def test_knob_curves_have_a_panel_a_knob():
+    rows = [("threshold", 4, 10, 2), ("threshold", 16, 10, 7), ("max_distance", 0.8, 10, 7)]
+    table = pd.DataFrame(rows, columns=["knob", "value", "matches", "inliers"])
+    axes = plots.knob_curves(table, marks={"threshold": 16})
+    assert [panel.get_xlabel() for panel in axes] == ["threshold", "max distance"]
+    assert axes[0].lines[1].get_ydata().tolist() == [2, 7]
+    assert [len(panel.lines) for panel in axes] == [3, 2]  # the mark
+    assert len(plots.knob_curves(table.head(0), marks={})) == 1
+
+
+def test_two_rankings_need_no_labels():
+    photo = np.zeros((48, 64, 3), np.uint8)
+    axes = plots.two_rankings(photo, None, [(photo, "1 a"), (photo, "2 b")], [], columns=2)
+    assert axes.shape == (2, 3)
+    assert axes[0, 2].get_title() == "2 b"
+    assert [text.get_text() for text in axes[1, 1].texts] == ["no photograph\nranked"]

@@ -1,4 +1,4 @@
-"""The command line: `vitgal run | download | weights | compare`, also `python -m vitgal`."""
+"""The command line: `vitgal run | download | weights | compare | own`, also `python -m vitgal`."""
 
 import argparse
 import os
@@ -26,6 +26,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _run_parser(commands.add_parser("run", help="execute the notebooks 01 to 07 in order"))
     _download_parser(commands.add_parser("download", help="fetch data sets and weights"))
+    _own_parser(commands.add_parser("own", help="search a folder of your own photographs"))
     weights = commands.add_parser("weights", help="convert a published .pth to .safetensors")
     weights.add_argument("source", type=Path, metavar="SOURCE.pth")
     weights.add_argument("target", type=Path, metavar="TARGET.safetensors")
@@ -74,6 +75,45 @@ def _run(options: argparse.Namespace) -> int:
         print(f"\nvitgal: {error}", file=sys.stderr)
         return 130
     print(pipeline.summary(folder))
+    return 0
+
+
+def _own_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="photographs, any sub-folders")
+    parser.add_argument("--query", required=True, metavar="IMAGE", help="one of them, or any file")
+    parser.add_argument("--box", metavar="x0,y0,x1,y1", help="what of it, in pixels")
+    parser.add_argument(
+        "-p",
+        dest="overrides",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="another parameter of notebook 08, such as weights",
+    )
+    parser.add_argument("--output", type=Path, metavar="runs/NAME", help="the run with the model")
+    parser.set_defaults(command=_own)
+
+
+def _own(options: argparse.Namespace) -> int:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in _run
+    from vitgal import pipeline
+
+    try:
+        folder = pipeline.run_own(
+            options.folder,
+            options.query,
+            options.box,
+            overrides=dict(options.overrides),
+            output=options.output,
+        )
+    except (pipeline.ParameterError, FileNotFoundError) as error:
+        print(f"vitgal: {error}", file=sys.stderr)
+        return 2
+    except pipeline.Interrupted as error:
+        print(f"\nvitgal: {error}", file=sys.stderr)
+        return 130
+    print(pipeline.own_summary(folder))
     return 0
 
 

@@ -7,6 +7,7 @@ papermill itself only warns of a name that no notebook knows and passes any type
 
 import ast
 import contextlib
+import csv
 import difflib
 import html
 import logging
@@ -32,6 +33,7 @@ from papermill.exceptions import PapermillExecutionError
 from vitgal import runs
 
 CHAIN = "0[1-7]_*.ipynb"
+OWN = "08_own_photos.ipynb"  # outside the chain
 KERNEL = "python3"
 AUTOSAVE = 300  # seconds; a save rewrites the whole notebook, figures and all
 KINDS = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
@@ -358,6 +360,36 @@ def run(
     return folder
 
 
+def run_own(
+    folder: Path,
+    query: str,
+    box: str | None = None,
+    *,
+    overrides: dict[str, Any] | None = None,
+    output: Path | None = None,
+    notebooks: Path | None = None,
+    progress: bool = True,
+) -> Path:
+    """Executes 08_own_photos on a folder of photographs and returns the run folder.
+
+    Args:
+        folder: of the photographs. query: one of them by its name in it, or any file. box:
+            x0,y0,x1,y1 in pixels of the query; None: all of it.
+        overrides, output, notebooks, progress: as in `run`; the run holds the model.
+    Raises as `run` does.
+    """
+    path = (notebooks or runs.checkout() / "notebooks") / OWN
+    given = dict(overrides or {}) | {"photographs_folder": str(folder), "query_image": query}
+    given |= {} if box is None else {"query_box": box}
+    if Path(query).is_file():
+        given["query_image"] = str(Path.cwd() / query)
+    run_folder, taken = plan({}, [path], [path], overrides=given, output=output)
+    _refuse_absent(taken[path])
+    with runs.locked(run_folder / "notebooks"):
+        execute(path, run_folder / "notebooks" / path.name, taken[path], progress=progress)
+    return run_folder
+
+
 def plan(
     given: dict[str, Any],
     every: list[Path],
@@ -622,6 +654,19 @@ def summary(run: Path) -> str:
     rows += ["", f"executed notebooks: {run / 'notebooks'}"]
     rows += [f"figures: {path}" for path in figures]
     return "\n".join(rows[1:])
+
+
+def own_summary(run: Path, lines: int = 10) -> str:
+    """The first photographs that the last search found, and where to look."""
+    with open(Path(run) / "own" / "ranking.csv", encoding="utf-8", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    width = max([len("photograph"), *(len(row["photograph"]) for row in rows[:lines])])
+    found = [f"rank  {'photograph':<{width}}  similarity  inliers"]
+    for row in rows[:lines]:
+        shown = f"{row['rank']:>4}  {row['photograph']:<{width}}  {float(row['similarity']):>10.2f}"
+        found.append(f"{shown}  {row['inliers'] or '-':>7}")
+    found += ["", f"all of it: {Path(run) / 'own' / 'ranking.csv'}"]
+    return "\n".join([*found, f"executed notebook: {Path(run) / 'notebooks' / OWN}"])
 
 
 def score_lines(folder: Path) -> list[str]:

@@ -49,6 +49,7 @@ SYSTEMS = ("#BDBDBD", "#56B4E9", "#0072B2", "#14304D", "#CC79A7", "#7A3B5E")  # 
 INK = "#333333"
 BOX = "#FFE14D"  # the query's box and its outline in other images
 INLIER, INLIER_EDGE, REJECTED = "#00E5A0", "#004D38", "#F0606E"
+DROPPED, DROPPED_BY = "#FFD23F", ("#FFD23F", "#FF6F91", "#7FDBFF")  # crosses on photographs
 HEAT = "inferno"
 GRID = {"color": "#E3E3E3", "linewidth": 0.6}
 
@@ -1147,6 +1148,238 @@ def _name_pictures(
             va="top",
             fontsize=8,
         )
+
+
+# A pair under the lens
+
+
+def inspection(
+    query_image: Image,
+    database_image: Image,
+    query: LocalFeatures,
+    database: LocalFeatures,
+    matches: np.ndarray,
+    inliers: np.ndarray,
+    *,
+    homography: np.ndarray | None = None,
+    outline: bool = True,
+    rejected: bool = True,
+    dropped: tuple[LocalFeatures | None, LocalFeatures | None] = (None, None),
+    heat: tuple[np.ndarray | None, np.ndarray | None] = (None, None),
+    max_lines: int = 100,
+    titles: tuple[str, str] = ("query", "database image"),
+    width: float = 8.5,
+) -> Axes:
+    """Two photographs with their matches over what the network attends to and has dropped.
+
+    query, database: local features; matches: (K, 2) indices into them; inliers: (K,) bool.
+    homography: (3, 3) from the query's input frame to the database image's, as `verify` gives it;
+    outline: draw the query's box and its image under it. rejected: draw matches that are no
+    inliers. dropped: features to mark with crosses. heat: (h, w) >= 0 over the box that the
+    features were extracted from, drawn over it in grey, each map over its own peak. Returns the
+    axes, in inches. Raises ValueError where shapes do not fit.
+    """
+    inliers = np.asarray(inliers, dtype=bool)
+    sides = (query, database)
+    points = _matched(query.original_keypoints(), database.original_keypoints(), matches)
+    if inliers.shape != (len(points[0]),):
+        raise ValueError(f"{len(points[0])} matches, but inliers of shape {inliers.shape}")
+    pictures = [_pixels(query_image), _pixels(database_image)]
+    with plt.rc_context(STYLE):
+        _, axes = plt.subplots(layout="constrained")
+        heated = [
+            picture if one is None else _heated(picture, one, features.box)
+            for picture, one, features in zip(pictures, heat, sides, strict=True)
+        ]
+        frames = _side_by_side(axes, heated, width)
+        _bare(axes)
+        lines = np.stack([_place(*side) for side in zip(points, frames, strict=True)], axis=1)
+        for features, frame in zip(dropped, frames, strict=True):
+            if features is not None:
+                _crosses(axes, _place(features.original_keypoints(), frame))
+        if rejected:
+            _rejected_lines(axes, lines[~inliers][_evenly((~inliers).sum(), max_lines)])
+        _inlier_lines(axes, lines[inliers][_evenly(inliers.sum(), max_lines)])
+        if outline:
+            if homography is not None:
+                homography = homography_to_pixels(homography, query, database)
+            _outlines(axes, pictures, frames, query.box, homography)
+        _name_pictures(axes, pictures, frames, titles)
+        axes.set_title(f"{inliers.sum()} inliers of {len(inliers)} matches")
+    return axes
+
+
+def _heated(picture: np.ndarray, heat: np.ndarray, box: Sequence[int]) -> np.ndarray:
+    """A photograph with a map over one box of it, mixed into a grey copy as `_heat` draws it."""
+    (heat,) = _maps([heat], 1, "attention maps")
+    x0, y0, x1, y1 = box
+    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+    picture = np.repeat(grey[:, :, None], 3, axis=2)
+    shares = cv2.resize(
+        heat / (heat.max() or 1.0), (x1 - x0, y1 - y0), interpolation=cv2.INTER_NEAREST
+    )
+    colours = (plt.get_cmap(HEAT)(shares)[..., :3] * 255).astype(np.uint8)
+    picture[y0:y1, x0:x1] = cv2.addWeighted(picture[y0:y1, x0:x1], 0.4, colours, 0.6, 0)
+    return picture
+
+
+def _crosses(axes: Axes, points: np.ndarray) -> None:
+    """Small marks at features that were dropped; points: (N, 2) inches."""
+    style = {"color": DROPPED, "markersize": 3.2, "markeredgewidth": 0.8}
+    (marks,) = axes.plot(*points.T, "x", scalex=False, scaley=False, zorder=2, **style)
+    marks.set_path_effects(_outlined("black", 1.6))
+
+
+def attention_heads(
+    image: Image,
+    attention: Mapping[float, np.ndarray],
+    scores: Mapping[float, np.ndarray],
+    *,
+    box: Sequence[int] | None = None,
+    scales: Sequence[float] | None = None,
+    width: float = 10.0,
+) -> np.ndarray:
+    """The class attention of every head at every scale, and the score that they make together.
+
+    attention: scale -> (heads, h, w), each head over its peak. scores: scale -> (h, w), of mean 1.
+    box: what of the photograph was given to the network, None: all. scales: the rows; None: all.
+    Every map is drawn over its own peak. Returns the axes (scales, 1 + heads), the scores first. No
+    scale: one axes that says so. Raises ValueError for maps that are not finite.
+    """
+    scales = list(attention) if scales is None else list(scales)
+    picture = _pixels(image)
+    if box is not None:
+        x0, y0, x1, y1 = (int(side) for side in box)
+        picture = picture[y0:y1, x0:x1]
+    with plt.rc_context(STYLE):
+        if not scales:
+            return np.array([[_only_says("no scale", width=width / 2)]])
+        columns = 1 + len(attention[scales[0]])
+        inches = width / columns
+        height = min(1.4, picture.shape[0] / picture.shape[1]) * inches
+        size = (width, len(scales) * (height + 0.08) + 0.3)
+        figure, axes = plt.subplots(
+            len(scales), columns, figsize=size, squeeze=False, layout="constrained"
+        )
+        _tighten(figure)
+        small = _shrink(picture, inches)
+        whole = (0, 0, small.shape[1], small.shape[0])
+        for row, scale in zip(axes, scales, strict=True):
+            for cell, heat in zip(row, (scores[scale], *attention[scale]), strict=True):
+                _photograph(cell, _heated(small, heat, whole), inches)
+            row[0].set_ylabel(f"scale {scale:g}")
+        heads = (f"head {number}" for number in range(1, columns))
+        for cell, title in zip(axes[0], ("score: all heads", *heads), strict=True):
+            cell.set_title(title)
+    return axes
+
+
+def dropped_features(
+    image: Image,
+    kept: LocalFeatures,
+    dropped: LocalFeatures,
+    reasons: Sequence[str],
+    *,
+    titles: Mapping[str, str] | None = None,
+    width: float = 9.0,
+) -> np.ndarray:
+    """The features that were kept, and those that were dropped, by reason.
+
+    reasons: one a dropped feature. titles: reason -> what it means, for the legend. Returns the two
+    axes, kept and dropped. Raises ValueError for another number of reasons than of features.
+    """
+    reasons = np.asarray(reasons, dtype=str)
+    if reasons.shape != (len(dropped),):
+        raise ValueError(f"{len(dropped)} dropped features, but {reasons.shape} reasons")
+    picture = _pixels(image)
+    with plt.rc_context(STYLE):
+        height = width / 2 * min(1.3, picture.shape[0] / picture.shape[1])
+        figure, axes = plt.subplots(1, 2, figsize=(width, height + 0.6), layout="constrained")
+        for panel in axes:
+            _photograph(panel, picture, width / 2)
+        style = {"markersize": 3.5, "scalex": False, "scaley": False}
+        axes[0].plot(*kept.original_keypoints().T, "o", color=INLIER, mec=INLIER_EDGE, **style)
+        axes[0].set_title(f"{len(kept)} kept")
+        axes[1].set_title(f"{len(dropped)} dropped")
+        points = dropped.original_keypoints()
+        for name, marker, colour in zip(sorted(set(reasons)), "x+1", DROPPED_BY, strict=False):
+            label = f"{(reasons == name).sum()}: {(titles or {}).get(name, name)}"
+            (marks,) = axes[1].plot(
+                *points[reasons == name].T, marker, color=colour, label=label, **style
+            )
+            marks.set_path_effects(_outlined("black", 2.2))
+        if len(dropped):
+            figure.legend(loc="outside lower right")
+    return axes
+
+
+def knob_curves(
+    table: pd.DataFrame, *, marks: Mapping[str, float], width: float = 10.0
+) -> np.ndarray:
+    """Matches and inliers of one pair over each knob.
+
+    table: rows of `knob`, `value`, `matches`, `inliers` (`inspection.sweep`). marks: knob -> the
+    value in use, drawn as a line. Returns the axes, one a knob. No rows: one axes that says so.
+    """
+    knobs = list(dict.fromkeys(table["knob"]))
+    with plt.rc_context(STYLE):
+        if not knobs:
+            return np.array([_only_says("nothing was compared", width=width / 2)])
+        figure, axes = plt.subplots(
+            1, len(knobs), figsize=(width, 2.5), squeeze=False, layout="constrained"
+        )
+        for panel, knob in zip(axes[0], knobs, strict=True):
+            rows = table[table["knob"] == knob]
+            for column, colour, line in zip(
+                ("matches", "inliers"), SERIES, LINE_STYLES, strict=False
+            ):
+                style = {"color": colour, "linestyle": line, "marker": "o", "markersize": 3}
+                panel.plot(rows["value"], rows[column], label=column, **style)
+            if knob in marks:
+                panel.axvline(marks[knob], color=INK, linewidth=0.8, linestyle=":")
+            panel.set(xlabel=knob.replace("_", " "), ylim=(0, None))
+            panel.grid(axis="y", **GRID)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+    return axes[0]
+
+
+# Photographs without labels
+
+
+def two_rankings(
+    query_image: Image,
+    box: Sequence[float] | None,
+    before: Sequence[tuple[Image, str]],
+    after: Sequence[tuple[Image, str]],
+    *,
+    names: tuple[str, str] = ("by similarity", "by inliers"),
+    query_title: str = "query",
+    columns: int = 7,
+    width: float = 11.0,
+) -> np.ndarray:
+    """A query and two rankings of unlabelled photographs, one above the other, without frames.
+
+    before, after: (photograph, caption) each, best first; the first `columns` are drawn; a caption
+    may hold a line break. Returns the axes (2, 1 + columns), the query's twice. Empty rankings say
+    so.
+    """
+    pictures = [
+        [(_pixels(image), text) for image, text in row[:columns]] for row in (before, after)
+    ]
+    picture = _pixels(query_image)
+    with plt.rc_context(STYLE):
+        queries, cells, inches = _gallery_grid(2, columns, width=width, span=True)
+        figure = queries[0].figure
+        figure.set_figheight(figure.get_figheight() + 0.3)  # captions of two lines, no legend
+        _query(queries[0], picture, box, query_title, 1.25 * inches)
+        for row, ranked, name in zip(cells, pictures, names, strict=True):
+            if not ranked:
+                _say(row[0], "no photograph\nranked")
+            for axes, (image, caption) in zip(row, ranked, strict=False):
+                _photograph(axes, image, inches)
+                axes.set_title(_elide(caption, 0.94 * inches), fontsize=CAPTION)
+            row[0].set_ylabel(name)
+    return np.array([[queries[0], *row] for row in cells])
 
 
 # Files

@@ -1,0 +1,166 @@
+"""Own photographs: how well a folder is searched, beside SIFT with the ratio test, in one run.
+
+    python benchmarks/own.py FOLDER [DISTRACTORS] [--run demo] [--weights FILE] [--top 100]
+
+FOLDER has one sub-folder a place; DISTRACTORS, if given, holds photographs of none of them. Every
+photograph of a place is searched for among all others, the other photographs of its place being
+right. Recall at 5 is the share of the right photographs, of five at most, that are among the first
+five; average precision is the benchmark's; both are means over a place's queries, then over places.
+
+SIFT is the plain baseline: OpenCV's 1000 best keypoints of the photograph resized to the same area,
+nearest neighbours with Lowe's ratio test at 0.8, and the same verification, against every
+photograph; equal counts by file name.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from vitgal import own, runs
+from vitgal.evaluation import average_precision
+from vitgal.images import resize
+from vitgal.reranking import verify
+
+RATIO = 0.8
+FEATURES = 1000
+VERIFICATION = dict(estimator="degensac", threshold=16.0, iterations=2000, confidence=1.0, seed=0)
+
+
+def gathered(folder: Path, distractors: Path | None, target: Path) -> Path:
+    """A folder of links to both, in a fresh place: `place/<place>/…` and `distractor/…`."""
+    for source, name in ((folder, "place"), (distractors, "distractor")):
+        if source is not None:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            link = target / name
+            link.unlink(missing_ok=True)
+            link.symlink_to(source.resolve(), target_is_directory=True)
+    return target
+
+
+def place(name: str) -> str | None:
+    """The place that a photograph shows; None for a distractor."""
+    parts = Path(name).parts
+    return parts[1] if parts[0] == "place" else None
+
+
+class Sift:
+    """SIFT features of every photograph, and the inliers of a pair."""
+
+    def __init__(self, photographs: own.Photographs, size: int):
+        detector = cv2.SIFT_create(FEATURES)
+        self.features = {}
+        for name in tqdm(photographs.names, desc="SIFT", unit="image"):
+            image = own.read_upright(photographs.path(name))
+            grey = cv2.cvtColor(resize(image, size, "area"), cv2.COLOR_RGB2GRAY)
+            points, codes = detector.detectAndCompute(grey, None)
+            places = np.array([point.pt for point in points], np.float32).reshape(-1, 2)
+            self.features[name] = places, codes
+        self.matcher = cv2.BFMatcher()
+
+    def inliers(self, query: str, other: str) -> int:
+        (left, codes), (right, others) = self.features[query], self.features[other]
+        if codes is None or others is None or len(others) < 2:
+            return 0
+        nearest = self.matcher.knnMatch(codes, others, k=2)
+        kept = [one for one, two in nearest if one.distance < RATIO * two.distance]
+        ends = [(match.queryIdx, match.trainIdx) for match in kept]
+        ends = np.array(ends, np.int64).reshape(-1, 2)
+        return verify(left[ends[:, 0]], right[ends[:, 1]], **VERIFICATION).count
+
+    def ranking(self, query: str) -> list[str]:
+        others = [name for name in self.features if name != query]
+        counts = np.array([self.inliers(query, other) for other in others])
+        return [others[at] for at in np.argsort(-counts, kind="stable")]
+
+
+def score(rankings: dict[str, list[str]]) -> dict[str, tuple[float, float]]:
+    """Place -> mean recall at 5 and mean average precision of its queries."""
+    found: dict[str, list] = {}
+    for query, ranking in rankings.items():
+        right = np.array([place(name) == place(query) for name in ranking])
+        if right.any():
+            recall = right[:5].sum() / min(5, right.sum())
+            precision = average_precision(np.flatnonzero(right), int(right.sum()))
+            found.setdefault(place(query), []).append((recall, precision))
+    return {name: tuple(np.mean(values, axis=0)) for name, values in sorted(found.items())}
+
+
+def timed(queries: list[str], work: Callable[[str], list[str]]) -> tuple[dict, float]:
+    """Each query's ranking, and milliseconds of processor time a query."""
+    began = time.process_time()
+    rankings = {query: work(query) for query in tqdm(queries, unit="query")}
+    return rankings, 1000 * (time.process_time() - began) / max(1, len(queries))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("distractors", type=Path, nargs="?")
+    parser.add_argument("--run", default="demo", help="the run with the model")
+    parser.add_argument("--weights")
+    parser.add_argument("--top", type=int, default=100)
+    parser.add_argument("--global-size", type=int, default=224)
+    parser.add_argument("--local-size", type=int, default=320)
+    parser.add_argument("--max-distance", type=float, default=0.95)
+    options = parser.parse_args()
+    run = runs.run_folder(options.run)
+    folder = gathered(options.folder, options.distractors, run / "own" / "benchmark")
+    describer = own.Describer(
+        run,
+        runs.model_file(run, options.weights),
+        global_size=options.global_size,
+        global_resize="area",
+        global_scales=(0.5, 0.7071, 1.0),
+        local_size=options.local_size,
+        threads=1,
+    )
+    began = time.perf_counter()
+    photographs = own.describe_folder(folder, describer)
+    seconds = time.perf_counter() - began
+    queries = [name for name in photographs.names if place(name)]
+    print(
+        f"{len(photographs.names)} photographs, {len(queries)} queries; described "
+        f"{photographs.extracted} in {seconds:.1f} s"
+    )
+    matching = VERIFICATION | dict(top=options.top, max_distance=options.max_distance)
+    tables = {}
+
+    def ours(query: str) -> list[str]:
+        tables[query] = own.search_folder(photographs, query, **matching).table
+        return tables[query]["photograph"].tolist()
+
+    systems = {f"reranked, top {options.top}": timed(queries, ours)}
+    by_similarity = {
+        query: table.sort_values("global_rank")["photograph"].tolist()
+        for query, table in tables.items()
+    }
+    systems = {"global": (by_similarity, float("nan"))} | systems
+    systems["SIFT"] = timed(queries, Sift(photographs, options.local_size).ranking)
+    report({name: (score(rankings), spent) for name, (rankings, spent) in systems.items()})
+
+
+def report(systems: dict[str, tuple[dict, float]]) -> None:
+    """Prints recall at 5 and AP of every place and their means, in percent."""
+    places = list(next(iter(systems.values()))[0])
+    width = max(len("mean over places"), *map(len, places))
+    print(" " * width + "".join(f"  {name:>18}" for name in systems))
+    print(" " * width + "".join(f"  {'R@5':>9}{'AP':>9}" for _ in systems))
+    for name in places:
+        cells = (scores[name] for scores, _ in systems.values())
+        print(f"{name:<{width}}" + "".join(f"  {100 * r:9.1f}{100 * p:9.1f}" for r, p in cells))
+    means = (np.mean(list(scores.values()), axis=0) for scores, _ in systems.values())
+    print(
+        f"{'mean over places':<{width}}"
+        + "".join(f"  {100 * r:9.1f}{100 * p:9.1f}" for r, p in means)
+    )
+    spent = ("" if value != value else f"{value:.0f} ms a query" for _, value in systems.values())
+    print(" " * width + "".join(f"  {text:>18}" for text in spent))
+
+
+if __name__ == "__main__":
+    main()
