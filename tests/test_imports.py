@@ -14,8 +14,9 @@ TORCH_FREE = """runs images features store landmarks revisited search evaluation
     figures""".split()
 ORDER = [
     *TORCH_FREE,
-    *"download demo model weights local_features extraction training explore".split(),
-    *"pipeline __main__ __init__".split(),
+    *"download demo model weights local_features extraction augmentation recipe".split(),
+    *"training_data trainer pipeline training explore".split(),
+    *"__main__ __init__".split(),
 ]
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from vitgal import landmarks, runs, training, weights
+from vitgal import augmentation, landmarks, runs, training, weights
 from vitgal.model import ArcFace, build_model
 
 CLASSES, IMAGES = 3, 5  # images of each class
@@ -176,7 +176,7 @@ def test_without_any_draw_an_image_is_only_squashed(transform):
 
 def test_the_hole_is_a_quarter_of_the_side():
     cut = {
-        int((training._cut_hole(torch.ones(3, 64, 64), np.random.default_rng(seed)) == 0).sum())
+        int((augmentation._cut_hole(torch.ones(3, 64, 64), np.random.default_rng(seed)) == 0).sum())
         for seed in range(20)
     }
     assert cut == {0, 3 * 16 * 16}  # of twenty draws at p 0.5 some cut it, some do not
