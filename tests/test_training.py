@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from vitgal import augmentation, landmarks, runs, training, weights
+from vitgal import images as photographs
 from vitgal.model import ArcFace, build_model
 
 CLASSES, IMAGES = 3, 5  # images of each class
@@ -78,7 +79,7 @@ def fit(run: Path, images: Path, recipe: training.Recipe = RECIPE, **options) ->
 
 def rows(folder: Path) -> list[dict]:
     """The log without what depends on the clock."""
-    log = training.read_log(folder).drop(columns="images_per_second")
+    log = training.read_log(folder).drop(columns=["images_per_second", "hours_left"])
     return log.to_dict("records")
 
 
@@ -147,8 +148,8 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(augment, images, run):
     other = training.read_data(run / "split", images, replace(recipe, seed=1)).train
     np.random.seed(1)  # the global generators must not matter
     torch.manual_seed(1)
-    picture, label, index, unreadable = first[2, 3]
-    assert picture.shape == (3, 32, 32) and picture.dtype == torch.float32
+    picture, _, label, index, unreadable = first[2, 3]
+    assert picture.shape == (3, 32, 32) and picture.dtype == torch.uint8
     assert (label, index, unreadable) == (first.labels[3], 3, -1)
     again[0, 0]
     assert torch.equal(picture, again[2, 3][0])
@@ -167,7 +168,7 @@ class NoDraw:
 def test_without_any_draw_an_image_is_only_squashed(transform):
     image = np.zeros((64, 64, 3), np.uint8)
     image[16:48, 16:48] = (255, 128, 0)
-    picture = training.displayable(transform(image, 32, NoDraw()))
+    picture = transform(image, 32, NoDraw())
     assert picture.shape == (32, 32, 3)
     # the square's inside and the ground, away from their borders, whatever the interpolation
     assert np.array_equal(picture[10:22, 10:22], np.broadcast_to([255, 128, 0], (12, 12, 3)))
@@ -175,11 +176,29 @@ def test_without_any_draw_an_image_is_only_squashed(transform):
 
 
 def test_the_hole_is_a_quarter_of_the_side():
-    cut = {
-        int((augmentation._cut_hole(torch.ones(3, 64, 64), np.random.default_rng(seed)) == 0).sum())
-        for seed in range(20)
-    }
-    assert cut == {0, 3 * 16 * 16}  # of twenty draws at p 0.5 some cut it, some do not
+    holes = [augmentation.draw_hole(64, np.random.default_rng(seed)) for seed in range(40)]
+    # of forty draws at p 0.5 some cut it, some do not
+    assert {side for _, _, side in holes} == {0, 16}
+    assert all(0 <= place <= 64 - 16 for hole in holes for place in hole[:2])
+
+
+def test_the_network_sees_normalised_pictures_with_holes():
+    pictures = torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)
+    seen = augmentation.network_input(pictures, torch.tensor([[1, 2, 2], [0, 0, 0]]))
+    # white in red: (1 - 0.485) / 0.229 = 2.2489; float32's rounding
+    assert seen[1, 0].numpy() == pytest.approx(np.full((4, 4), 2.2489), abs=1e-4)
+    hole = torch.zeros(4, 4, dtype=torch.bool)
+    hole[1:3, 2:4] = True  # top 1, left 2, side 2
+    assert torch.equal(seen[0, 0] == 0, hole)
+    assert torch.equal(seen[0, 0][~hole], seen[1, 0][~hole])
+    image = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    plain = augmentation.network_input(
+        torch.from_numpy(image).permute(2, 0, 1)[None], torch.zeros(1, 3, dtype=torch.int64)
+    )
+    assert np.array_equal(plain[0].numpy(), photographs.normalise(image))  # as at test time
+    shown = training.displayable(pictures[0], (1, 2, 2))
+    # the hole is ImageNet's mean colour: 0.485 * 255 = 123.7, 0.456 * 255 = 116.3, 103.5
+    assert shown[1, 2].tolist() == [124, 116, 104] and shown[0, 0].tolist() == [255] * 3
 
 
 # One run
@@ -254,16 +273,15 @@ def fresh_accelerate():
 
 def test_a_state_within_an_epoch_resumes_there(images, run, fresh_accelerate):
     one = trainer(run, images, RECIPE)
-    batches = list(one.loader(one.batches(0)))
+    batches = list(one.read(one.batches(0)))
     one.network.train()
-    one.run_step(batches[0])
-    one.progress.step = 1
+    one.run_step(batches[:1])
     one.save_state()
     other = trainer(run, images, RECIPE)
     other.load_state()
     assert other.progress.step == 1
     other.network.train()
-    results = [each.run_step(batches[1])["loss"] for each in (one, other)]
+    results = [each.run_step(batches[1:2])["loss"] for each in (one, other)]
     assert torch.equal(*results)
     # the state before the last one stands beside it
     one.save_state()
@@ -274,25 +292,25 @@ def test_a_loss_that_is_not_finite_names_its_images(images, run, fresh_accelerat
     broken = trainer(run, images, RECIPE)
     with torch.no_grad():
         broken.network.head.weight.fill_(float("nan"))
-    with pytest.raises(training.TrainingError, match=r"step 0 of epoch 0, images \w+\.jpg"):
+    with pytest.raises(training.TrainingError, match=r"step 0 of epoch 0, images [\w/]+\.jpg"):
         broken.run(None, False)
     assert not broken.state_file.exists()
 
 
 def test_an_unreadable_image_is_replaced_and_counted(images, run):
     data = training.read_data(run / "split", images, RECIPE)
-    data.train.paths[2].write_bytes(b"not an image")
-    _, label, index, unreadable = data.train[0, 2]
+    data.train.path(2).write_bytes(b"not an image")
+    _, _, label, index, unreadable = data.train[0, 2]
     assert (index, unreadable) == (3, 2)
     assert label == data.train.labels[3]
-    with pytest.raises(training.TrainingError, match=f"1 training images.*{data.train.paths[2]}"):
+    with pytest.raises(training.TrainingError, match=f"1 training images.*{data.train.path(2)}"):
         fit(run, images)
 
 
 def test_no_readable_image_at_all_is_said(images, run):
     data = training.read_data(run / "split", images, RECIPE)
-    for path in data.train.paths:
-        path.write_bytes(b"")
+    for index in range(len(data.train)):
+        data.train.path(index).write_bytes(b"")
     with pytest.raises(training.TrainingError, match="none of the"):
         data.train[0, 0]
 
@@ -312,7 +330,7 @@ def test_labels_with_a_gap_are_refused(images, run):
     table = landmarks.read_split(run / "split", "train")
     table["label"] = table["label"].replace(1, 7)
     landmarks.write_csv(run / "split" / "train.csv", table)
-    with pytest.raises(ValueError, match="not 0 to 7 without gaps"):
+    with pytest.raises(ValueError, match="has the label 7 in row .*classes 0 to 2"):
         training.read_data(run / "split", images, RECIPE)
 
 
