@@ -1,66 +1,31 @@
 """Training: the schedule, the order, what is random, resuming, and what stops a run."""
 
-import os
+import math
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from training_runs import (
+    NANO,
+    RECIPE,
+    die_after_step,
+    exit_code,
+    fit,
+    make_trainer,
+    split,
+    write_images,
+)
 
 from vitgal import augmentation, landmarks, runs, training, weights
 from vitgal import images as photographs
-from vitgal.model import ArcFace, build_model
-
-CLASSES, IMAGES = 3, 5  # images of each class
-NANO = "xcit_nano_12_p16_224"
-RECIPE = training.Recipe(
-    image_size=32,
-    epochs=2,
-    batch_size=4,
-    lr=1e-3,
-    augment="fast",
-    precision="fp32",
-    threads=1,
-    data_workers=0,
-)
-
-
-def write_images(folder: Path) -> Path:
-    """A table and its photographs: noise around one colour a class."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for label in range(CLASSES):
-        for index in range(IMAGES):
-            name = f"{label:x}{index:x}{'0' * 14}"
-            path = folder / landmarks.image_path(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image = rng.integers(0, 80, (40, 56, 3)) + 60 * label
-            cv2.imwrite(str(path), image.astype(np.uint8))
-            rows.append((name, 10 * label))
-    pd.DataFrame(rows, columns=["id", "landmark_id"]).to_csv(folder / "train.csv", index=False)
-    return folder
-
-
-def split(run: Path, images: Path) -> Path:
-    return landmarks.make_split(
-        run,
-        train_table=images / "train.csv",
-        image_folder=images,
-        val_share=0.2,
-        val_queries=0,
-        expected=None,
-    )
+from vitgal.model import build_model
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    (tmp_path / "images").mkdir()
     return write_images(tmp_path / "images")
 
 
@@ -68,19 +33,6 @@ def images(tmp_path: Path) -> Path:
 def run(tmp_path: Path, images: Path) -> Path:
     split(tmp_path / "run", images)
     return tmp_path / "run"
-
-
-def fit(run: Path, images: Path, recipe: training.Recipe = RECIPE, **options) -> Path:
-    options = {"drop_path": 0.1} | options
-    return training.fit_retrieval(
-        run, image_folder=images, architecture=NANO, recipe=recipe, progress=False, **options
-    )
-
-
-def rows(folder: Path) -> list[dict]:
-    """The log without what depends on the clock."""
-    log = training.read_log(folder).drop(columns=["images_per_second", "hours_left"])
-    return log.to_dict("records")
 
 
 # The schedule
@@ -93,6 +45,10 @@ def test_learning_rates_are_the_published_ones():
     assert rates[0] == rates[1] == 3e-5
     assert [f"{rate:.3e}" for rate in rates[2:5]] == ["4.992e-05", "4.969e-05", "4.931e-05"]
     assert f"{rates[-1]:.2e}" == "4.07e-07"
+    # and every epoch from the cosine itself, stepped one epoch late
+    for epoch in range(2, 40):
+        cosine = 1 + math.cos(math.pi * (epoch - 1) / 40)
+        assert rates[epoch] == pytest.approx(1e-7 + (5e-5 - 1e-7) * cosine / 2, rel=1e-12)
 
 
 def test_one_epoch_trains_at_the_warm_up_rate():
@@ -229,40 +185,14 @@ def test_two_runs_give_the_same_bytes(tmp_path, images):
     assert written[0] == written[1]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-from test_training import fit
-def stop(log):
-    os.kill(os.getpid(), signal.SIGKILL)
-fit(Path(sys.argv[1]), Path(sys.argv[2]), watch=stop)
-"""
-
-
-def test_a_killed_run_continues_to_the_same_bytes(tmp_path, images):
-    split(tmp_path / "whole", images)
-    whole = fit(tmp_path / "whole", images)
-    split(tmp_path / "killed", images)
-    here = str(Path(__file__).parent)
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(images), here]
-    child = subprocess.run(command, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
-    folder = tmp_path / "killed" / "retrieval"
+def test_a_state_of_other_settings_is_refused(images, run):
+    assert exit_code(lambda: (die_after_step(4), fit(run, images))) == -signal.SIGKILL
+    folder = run / "retrieval"
     assert not (folder / "stage.json").exists()
     with pytest.raises(runs.StageError, match="was interrupted"):
         training.read_log(folder)
     with pytest.raises(runs.StageError, match="seed: 0 there, 1 now"):
-        fit(tmp_path / "killed", images, replace(RECIPE, seed=1))
-    assert fit(tmp_path / "killed", images) == folder
-    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert rows(folder) == rows(whole)
-
-
-def trainer(run: Path, images: Path, recipe: training.Recipe) -> training.Trainer:
-    data = training.read_data(run / "split", images, recipe)
-    network = training.RetrievalNetwork(build_model(NANO, seed=0), ArcFace(128, data.classes))
-    return training.Trainer(network, recipe, run / "retrieval", data)
+        fit(run, images, replace(RECIPE, seed=1))
 
 
 @pytest.fixture
@@ -272,12 +202,12 @@ def fresh_accelerate():
 
 
 def test_a_state_within_an_epoch_resumes_there(images, run, fresh_accelerate):
-    one = trainer(run, images, RECIPE)
+    one = make_trainer(run, images, RECIPE)
     batches = list(one.read(one.batches(0)))
     one.network.train()
     one.run_step(batches[:1])
     one.save_state()
-    other = trainer(run, images, RECIPE)
+    other = make_trainer(run, images, RECIPE)
     other.load_state()
     assert other.progress.step == 1
     other.network.train()
@@ -289,7 +219,7 @@ def test_a_state_within_an_epoch_resumes_there(images, run, fresh_accelerate):
 
 
 def test_a_loss_that_is_not_finite_names_its_images(images, run, fresh_accelerate):
-    broken = trainer(run, images, RECIPE)
+    broken = make_trainer(run, images, RECIPE)
     with torch.no_grad():
         broken.network.head.weight.fill_(float("nan"))
     with pytest.raises(training.TrainingError, match=r"step 0 of epoch 0, images [\w/]+\.jpg"):

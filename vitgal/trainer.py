@@ -86,7 +86,7 @@ class RetrievalNetwork(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict:
         """Layers for timm's layer-wise learning rates: stem, blocks, and all that is new on top."""
         return {
-            "stem": r"^model\.backbone\.(patch_embed|pos_embed|cls_token)",
+            "stem": r"^model\.backbone\.(?:patch_embed|pos_embed|cls_token)",
             "blocks": [(r"^model\.backbone\.blocks\.(\d+)", None), (r".", (99999,))],
         }
 
@@ -388,6 +388,7 @@ class Trainer:
         A loss that is not finite on any rank stops all of them before the update.
         """
         accelerator, results = self.accelerator, []
+        before = [buffer.clone() for buffer in self.bare.buffers()]
         for place, batch in enumerate(batches):
             last = place + 1 == len(batches)
             self._seed(place)
@@ -399,6 +400,8 @@ class Trainer:
                 accelerator.backward(result["loss"] / len(batches))
         finite, self.stop = agreed()
         if not finite:
+            for buffer, value in zip(self.bare.buffers(), before, strict=True):
+                buffer.copy_(value)  # BatchNorm's statistics have seen the batch
             self.stop_not_finite(batches, results)
         self._update()
         for batch in batches:
@@ -750,6 +753,7 @@ def _tensors(step: dict[str, float]) -> dict[str, Tensor]:
 def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+    runs.disown_locks()  # or a killed run could not be started again before its workers notice
     # A cluster sends SIGTERM to every process of a job: the worker lets the step that runs finish,
     # and still ends when it alone is told to.
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))

@@ -27,7 +27,7 @@ import pandas as pd
 import torch
 from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, patch_environment
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -364,7 +364,8 @@ def _launch(
             AcceleratorState._reset_state(reset_partial_state=True)
         return
     _refuse_fork(recipe)
-    with _watching(folder, watch), _child_errors():
+    threads = patch_environment(omp_num_threads=os.environ.get("OMP_NUM_THREADS", "1"))
+    with _watching(folder, watch), _child_errors(), threads:
         notebook_launcher(
             _forked,
             (work, arguments, show),
