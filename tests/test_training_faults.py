@@ -86,8 +86,8 @@ def drawn(seed: int, last: int) -> int:
     ("die", "number"),
     [
         (die_after_step, drawn(0, 3 * STEPS - 1)),
-        (die_before_rename, drawn(1, 12)),
-        (die_inside_file, drawn(2, 12)),
+        pytest.param(die_before_rename, drawn(1, 12), marks=pytest.mark.slow),
+        pytest.param(die_inside_file, drawn(2, 12), marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_ends_in_the_same_bytes(die, number, whole, tmp_path, monkeypatch):
@@ -130,7 +130,7 @@ def preempted(run: Path, images: Path, recipe: training.Recipe, step: int) -> No
         os._exit(training.RESTART)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_sigterm_saves_and_asks_for_a_restart(workers, images, run, tmp_path):
     recipe = replace(RECIPE, data_workers=workers)
     uninterrupted = fit(split(tmp_path / "other", images), images, recipe)
@@ -247,6 +247,7 @@ def full_disk(run: Path, images: Path) -> None:
         os._exit(41 if "make room on the disk" in str(error) else 42)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_state_before(images, run, tmp_path):
     assert exit_code(lambda: full_disk(run, images)) == 41
     folder = run / "retrieval"
@@ -266,6 +267,7 @@ def interrupted(run: Path, images: Path) -> Path:
     return run / "retrieval" / "state" / "last.pt"
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_passed_over_for_the_one_before(images, run, tmp_path):
     uninterrupted = fit(split(tmp_path / "other", images), images)
     state = interrupted(run, images)

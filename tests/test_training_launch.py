@@ -119,6 +119,7 @@ def test_a_bad_loss_on_one_process_stops_all(images, run, monkeypatch):
     assert state(run / "retrieval")["progress"]["step"] == 0  # the state before is saved
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_process_saves_all(images, run, tmp_path, monkeypatch):
     uninterrupted = fit(split(tmp_path / "other", images), images, FORKED)
     step = training.Trainer.run_step

@@ -87,7 +87,7 @@ class RetrievalNetwork(nn.Module):
         """Layers for timm's layer-wise learning rates: stem, blocks, and all that is new on top."""
         return {
             "stem": r"^model\.backbone\.(?:patch_embed|pos_embed|cls_token)",
-            "blocks": [(r"^model\.backbone\.blocks\.(\d+)", None), (r".", (99999,))],
+            "blocks": [(r"^model\.backbone\.blocks\.(\d+)", None), (r".", (1000,))],
         }
 
 
