@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
-from training_runs import RECIPE, fit, kill, rows, split, write_images
+from training_runs import RECIPE, exit_code, fit, kill, rows, split, write_images
 
 from vitgal import pipeline, runs, trainer, training, weights
 
@@ -140,6 +140,30 @@ def test_sigterm_to_one_process_saves_all(images, run, tmp_path, monkeypatch):
     name = "model.safetensors"
     assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes()
     assert rows(folder) == rows(uninterrupted)
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_notebook_reaches_its_processes(images, run, monkeypatch):
+    step = training.Trainer.run_step
+
+    def told(self, batches):
+        result = step(self, batches)
+        if self.accelerator.process_index == 0 and self.progress.step == 2:
+            os.kill(os.getppid(), signal.SIGTERM)
+            signal.pause()  # until the launcher passes it on
+        return result
+
+    def work() -> None:
+        try:
+            fit(run, images, FORKED)
+        except training.Preempted:
+            os._exit(training.RESTART)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "run_step", told)
+        assert exit_code(work) == training.RESTART
+    assert [len(rank) for rank in state(run / "retrieval")["progress"]["pending"]] == [3, 3]
+    assert (fit(run, images, FORKED) / "stage.json").exists()
 
 
 # The traps of forking from a notebook
