@@ -182,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architecture", default="xcit_small_12_p16_224")
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--batch", type=int, help="8; with --memory 64")
     parser.add_argument("--classes", type=int, default=81_313)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int)
@@ -190,6 +190,7 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--head", choices=HEADS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.batch = options.batch or (64 if options.memory else 8)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.head:
