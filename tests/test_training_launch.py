@@ -217,15 +217,20 @@ def test_a_failure_is_told(tmp_path, capsys):
     assert "01_data_split" in capsys.readouterr().err
 
 
-def launch(run: Path, images: Path, *options: str, processes: int = 2) -> list[str]:
-    """The command that trains in launched processes; `tiny` on the test's images."""
+def arguments(run: Path, images: Path, **given) -> list[str]:
+    """The command line after `python`: params/tiny.yaml on the test's images."""
+    values = {"num_processes": 2, "image_folder": images, "batch_size": 2, "image_size": 32}
+    values |= {"precision": "fp32", "epochs": 1, "data_workers": 0, "threads": 1} | given
+    pairs = [word for name, value in values.items() for word in ("-p", name, str(value))]
+    start = ["-m", "vitgal.training", "params/tiny.yaml", "--only", "02", "--output", str(run)]
+    return [*start, *pairs]
+
+
+def launch(run: Path, images: Path, *options: str, **given) -> list[str]:
+    """The command that trains in launched processes."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", *options]
-    given = {"num_processes": processes, "image_folder": images, "batch_size": 2, "image_size": 32}
-    given |= {"precision": "fp32", "epochs": 1, "data_workers": 0, "threads": 1}
-    pairs = [word for name, value in given.items() for word in ("-p", name, str(value))]
-    arguments = ["params/tiny.yaml", "--only", "02", "--output", str(run), *pairs]
-    return [*launcher, "-m", "vitgal.training", *arguments]
+    return [*launcher, *arguments(run, images, **given)]
 
 
 def started(command: list[str]) -> subprocess.Popen:
@@ -271,7 +276,26 @@ def test_launched_processes_hear_why_the_first_cannot_begin(images, run):
 
 @pytest.mark.slow
 def test_as_many_processes_as_the_parameters_say(images, run):
-    child = started(launch(run, images, "--num_machines", "1", "--num_processes", "2", processes=3))
+    child = started(
+        launch(run, images, "--num_machines", "1", "--num_processes", "2", num_processes=3)
+    )
     said = child.communicate()[0]
     assert child.returncode != 0
     assert "2 processes were launched, the parameters say num_processes: 3" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="SyncBatchNorm needs two GPUs")
+def test_synchronised_statistics_are_those_of_the_whole_batch(images, run, tmp_path):
+    given = {"drop_path": 0.0, "threads": "null"}
+    options = ["--num_machines", "1", "--num_processes", "2"]
+    two = started(launch(run, images, *options, **given))
+    assert two.communicate() and two.returncode == 0
+    other = split(tmp_path / "other", images)
+    whole = arguments(other, images, num_processes=1, batch_size=4, **given)
+    one = started([sys.executable, *whole])
+    assert one.communicate() and one.returncode == 0
+    found, expected = (state(folder / "retrieval")["network"] for folder in (run, other))
+    for name, value in expected.items():
+        # the running variance's n / (n - 1) counts the whole batch in both
+        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-3)

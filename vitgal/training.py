@@ -126,7 +126,8 @@ def fit_retrieval(
         image_folder: what the paths of the split are relative to.
         initial_weights: ImageNet XCiT weights; None starts from random ones.
         margin: ArcFace's angular margin in radians; published code 0.15, paper 0.1.
-        watch: called with the log so far after each epoch (one process only).
+        watch: called with the log so far after each epoch; while forked processes train, whenever
+            they have written it.
     Raises:
         FileNotFoundError: a listed image is missing (before anything starts).
         Preempted: SIGTERM came; the state is saved.
