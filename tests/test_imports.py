@@ -15,7 +15,8 @@ TORCH_FREE = """runs images features store landmarks revisited search evaluation
 ORDER = [
     *TORCH_FREE,
     *"download demo model weights local_features extraction tuning inspection own".split(),
-    *"training explore pipeline __main__ __init__".split(),
+    *"augmentation recipe training_data trainer pipeline training explore".split(),
+    *"__main__ __init__".split(),
 ]
 
 

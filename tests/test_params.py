@@ -18,6 +18,7 @@ TEST = [
 ]
 # What says how to run and not what comes out, and what only the demo data has.
 MACHINE = {"overwrite", "workers", "threads", "data_workers", "batch_size_inference"}
+MACHINE |= {"checkpoint_minutes", "timeout_minutes", "dry_run"}
 DEMO = {"demo_views", "demo_view_size"}
 
 
@@ -126,6 +127,14 @@ def test_training_is_as_published(model):
         "ae_warmup_lr": 3e-5,
         "ae_min_lr": 1e-7,
         "ae_weight_decay": 0.005,
+        "accumulate": 1,
+        "ema_decay": None,
+        "layer_decay": None,
+        "rand_augment": 0,
+        "balanced": False,
+        "label_smoothing": 0.0,
+        "sub_centres": 1,
+        "sampled_classes": None,
     }
     assert {name: found.get(name) for name in published} == published
     assert found["initial_weights"].endswith(f"/{found['architecture']}.pth")

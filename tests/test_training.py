@@ -1,65 +1,31 @@
 """Training: the schedule, the order, what is random, resuming, and what stops a run."""
 
-import os
+import math
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
 import numpy as np
-import pandas as pd
 import pytest
 import torch
-
-from vitgal import landmarks, runs, training, weights
-from vitgal.model import ArcFace, build_model
-
-CLASSES, IMAGES = 3, 5  # images of each class
-NANO = "xcit_nano_12_p16_224"
-RECIPE = training.Recipe(
-    image_size=32,
-    epochs=2,
-    batch_size=4,
-    lr=1e-3,
-    augment="fast",
-    precision="fp32",
-    threads=1,
-    data_workers=0,
+from training_runs import (
+    NANO,
+    RECIPE,
+    die_after_step,
+    exit_code,
+    fit,
+    make_trainer,
+    split,
+    write_images,
 )
 
-
-def write_images(folder: Path) -> Path:
-    """A table and its photographs: noise around one colour a class."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for label in range(CLASSES):
-        for index in range(IMAGES):
-            name = f"{label:x}{index:x}{'0' * 14}"
-            path = folder / landmarks.image_path(name)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            image = rng.integers(0, 80, (40, 56, 3)) + 60 * label
-            cv2.imwrite(str(path), image.astype(np.uint8))
-            rows.append((name, 10 * label))
-    pd.DataFrame(rows, columns=["id", "landmark_id"]).to_csv(folder / "train.csv", index=False)
-    return folder
-
-
-def split(run: Path, images: Path) -> Path:
-    return landmarks.make_split(
-        run,
-        train_table=images / "train.csv",
-        image_folder=images,
-        val_share=0.2,
-        val_queries=0,
-        expected=None,
-    )
+from vitgal import augmentation, landmarks, runs, training, weights
+from vitgal import images as photographs
+from vitgal.model import build_model
 
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    (tmp_path / "images").mkdir()
     return write_images(tmp_path / "images")
 
 
@@ -67,19 +33,6 @@ def images(tmp_path: Path) -> Path:
 def run(tmp_path: Path, images: Path) -> Path:
     split(tmp_path / "run", images)
     return tmp_path / "run"
-
-
-def fit(run: Path, images: Path, recipe: training.Recipe = RECIPE, **options) -> Path:
-    options = {"drop_path": 0.1} | options
-    return training.fit_retrieval(
-        run, image_folder=images, architecture=NANO, recipe=recipe, progress=False, **options
-    )
-
-
-def rows(folder: Path) -> list[dict]:
-    """The log without what depends on the clock."""
-    log = training.read_log(folder).drop(columns="images_per_second")
-    return log.to_dict("records")
 
 
 # The schedule
@@ -92,6 +45,10 @@ def test_learning_rates_are_the_published_ones():
     assert rates[0] == rates[1] == 3e-5
     assert [f"{rate:.3e}" for rate in rates[2:5]] == ["4.992e-05", "4.969e-05", "4.931e-05"]
     assert f"{rates[-1]:.2e}" == "4.07e-07"
+    # and every epoch from the cosine itself, stepped one epoch late
+    for epoch in range(2, 40):
+        cosine = 1 + math.cos(math.pi * (epoch - 1) / 40)
+        assert rates[epoch] == pytest.approx(1e-7 + (5e-5 - 1e-7) * cosine / 2, rel=1e-12)
 
 
 def test_one_epoch_trains_at_the_warm_up_rate():
@@ -147,8 +104,8 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(augment, images, run):
     other = training.read_data(run / "split", images, replace(recipe, seed=1)).train
     np.random.seed(1)  # the global generators must not matter
     torch.manual_seed(1)
-    picture, label, index, unreadable = first[2, 3]
-    assert picture.shape == (3, 32, 32) and picture.dtype == torch.float32
+    picture, _, label, index, unreadable = first[2, 3]
+    assert picture.shape == (3, 32, 32) and picture.dtype == torch.uint8
     assert (label, index, unreadable) == (first.labels[3], 3, -1)
     again[0, 0]
     assert torch.equal(picture, again[2, 3][0])
@@ -167,7 +124,7 @@ class NoDraw:
 def test_without_any_draw_an_image_is_only_squashed(transform):
     image = np.zeros((64, 64, 3), np.uint8)
     image[16:48, 16:48] = (255, 128, 0)
-    picture = training.displayable(transform(image, 32, NoDraw()))
+    picture = transform(image, 32, NoDraw())
     assert picture.shape == (32, 32, 3)
     # the square's inside and the ground, away from their borders, whatever the interpolation
     assert np.array_equal(picture[10:22, 10:22], np.broadcast_to([255, 128, 0], (12, 12, 3)))
@@ -175,11 +132,29 @@ def test_without_any_draw_an_image_is_only_squashed(transform):
 
 
 def test_the_hole_is_a_quarter_of_the_side():
-    cut = {
-        int((training._cut_hole(torch.ones(3, 64, 64), np.random.default_rng(seed)) == 0).sum())
-        for seed in range(20)
-    }
-    assert cut == {0, 3 * 16 * 16}  # of twenty draws at p 0.5 some cut it, some do not
+    holes = [augmentation.draw_hole(64, np.random.default_rng(seed)) for seed in range(40)]
+    # of forty draws at p 0.5 some cut it, some do not
+    assert {side for _, _, side in holes} == {0, 16}
+    assert all(0 <= place <= 64 - 16 for hole in holes for place in hole[:2])
+
+
+def test_the_network_sees_normalised_pictures_with_holes():
+    pictures = torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)
+    seen = augmentation.network_input(pictures, torch.tensor([[1, 2, 2], [0, 0, 0]]))
+    # white in red: (1 - 0.485) / 0.229 = 2.2489; float32's rounding
+    assert seen[1, 0].numpy() == pytest.approx(np.full((4, 4), 2.2489), abs=1e-4)
+    hole = torch.zeros(4, 4, dtype=torch.bool)
+    hole[1:3, 2:4] = True  # top 1, left 2, side 2
+    assert torch.equal(seen[0, 0] == 0, hole)
+    assert torch.equal(seen[0, 0][~hole], seen[1, 0][~hole])
+    image = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    plain = augmentation.network_input(
+        torch.from_numpy(image).permute(2, 0, 1)[None], torch.zeros(1, 3, dtype=torch.int64)
+    )
+    assert np.array_equal(plain[0].numpy(), photographs.normalise(image))  # as at test time
+    shown = training.displayable(pictures[0], (1, 2, 2))
+    # the hole is ImageNet's mean colour: 0.485 * 255 = 123.7, 0.456 * 255 = 116.3, 103.5
+    assert shown[1, 2].tolist() == [124, 116, 104] and shown[0, 0].tolist() == [255] * 3
 
 
 # One run
@@ -210,40 +185,14 @@ def test_two_runs_give_the_same_bytes(tmp_path, images):
     assert written[0] == written[1]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[3])
-from test_training import fit
-def stop(log):
-    os.kill(os.getpid(), signal.SIGKILL)
-fit(Path(sys.argv[1]), Path(sys.argv[2]), watch=stop)
-"""
-
-
-def test_a_killed_run_continues_to_the_same_bytes(tmp_path, images):
-    split(tmp_path / "whole", images)
-    whole = fit(tmp_path / "whole", images)
-    split(tmp_path / "killed", images)
-    here = str(Path(__file__).parent)
-    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed"), str(images), here]
-    child = subprocess.run(command, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
-    folder = tmp_path / "killed" / "retrieval"
+def test_a_state_of_other_settings_is_refused(images, run):
+    assert exit_code(lambda: (die_after_step(4), fit(run, images))) == -signal.SIGKILL
+    folder = run / "retrieval"
     assert not (folder / "stage.json").exists()
     with pytest.raises(runs.StageError, match="was interrupted"):
         training.read_log(folder)
     with pytest.raises(runs.StageError, match="seed: 0 there, 1 now"):
-        fit(tmp_path / "killed", images, replace(RECIPE, seed=1))
-    assert fit(tmp_path / "killed", images) == folder
-    assert (folder / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
-    assert rows(folder) == rows(whole)
-
-
-def trainer(run: Path, images: Path, recipe: training.Recipe) -> training.Trainer:
-    data = training.read_data(run / "split", images, recipe)
-    network = training.RetrievalNetwork(build_model(NANO, seed=0), ArcFace(128, data.classes))
-    return training.Trainer(network, recipe, run / "retrieval", data)
+        fit(run, images, replace(RECIPE, seed=1))
 
 
 @pytest.fixture
@@ -253,17 +202,16 @@ def fresh_accelerate():
 
 
 def test_a_state_within_an_epoch_resumes_there(images, run, fresh_accelerate):
-    one = trainer(run, images, RECIPE)
-    batches = list(one.loader(one.batches(0)))
+    one = make_trainer(run, images, RECIPE)
+    batches = list(one.read(one.batches(0)))
     one.network.train()
-    one.run_step(batches[0])
-    one.progress.step = 1
+    one.run_step(batches[:1])
     one.save_state()
-    other = trainer(run, images, RECIPE)
+    other = make_trainer(run, images, RECIPE)
     other.load_state()
     assert other.progress.step == 1
     other.network.train()
-    results = [each.run_step(batches[1])["loss"] for each in (one, other)]
+    results = [each.run_step(batches[1:2])["loss"] for each in (one, other)]
     assert torch.equal(*results)
     # the state before the last one stands beside it
     one.save_state()
@@ -271,28 +219,28 @@ def test_a_state_within_an_epoch_resumes_there(images, run, fresh_accelerate):
 
 
 def test_a_loss_that_is_not_finite_names_its_images(images, run, fresh_accelerate):
-    broken = trainer(run, images, RECIPE)
+    broken = make_trainer(run, images, RECIPE)
     with torch.no_grad():
         broken.network.head.weight.fill_(float("nan"))
-    with pytest.raises(training.TrainingError, match=r"step 0 of epoch 0, images \w+\.jpg"):
+    with pytest.raises(training.TrainingError, match=r"step 0 of epoch 0, images [\w/]+\.jpg"):
         broken.run(None, False)
     assert not broken.state_file.exists()
 
 
 def test_an_unreadable_image_is_replaced_and_counted(images, run):
     data = training.read_data(run / "split", images, RECIPE)
-    data.train.paths[2].write_bytes(b"not an image")
-    _, label, index, unreadable = data.train[0, 2]
+    data.train.path(2).write_bytes(b"not an image")
+    _, _, label, index, unreadable = data.train[0, 2]
     assert (index, unreadable) == (3, 2)
     assert label == data.train.labels[3]
-    with pytest.raises(training.TrainingError, match=f"1 training images.*{data.train.paths[2]}"):
+    with pytest.raises(training.TrainingError, match=f"1 training images.*{data.train.path(2)}"):
         fit(run, images)
 
 
 def test_no_readable_image_at_all_is_said(images, run):
     data = training.read_data(run / "split", images, RECIPE)
-    for path in data.train.paths:
-        path.write_bytes(b"")
+    for index in range(len(data.train)):
+        data.train.path(index).write_bytes(b"")
     with pytest.raises(training.TrainingError, match="none of the"):
         data.train[0, 0]
 
@@ -312,7 +260,7 @@ def test_labels_with_a_gap_are_refused(images, run):
     table = landmarks.read_split(run / "split", "train")
     table["label"] = table["label"].replace(1, 7)
     landmarks.write_csv(run / "split" / "train.csv", table)
-    with pytest.raises(ValueError, match="not 0 to 7 without gaps"):
+    with pytest.raises(ValueError, match="has the label 7 in row .*classes 0 to 2"):
         training.read_data(run / "split", images, RECIPE)
 
 

@@ -23,6 +23,13 @@ RESIZE_MODES = ("squash", "longest", "area")
 _SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
 _NO_LENGTH = {0x01, *range(0xD0, 0xD9)}  # markers that stand alone
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of a frame header
+_REDUCED = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
 
 
 class ImageError(ValueError):
@@ -37,12 +44,16 @@ class ImageError(ValueError):
         return f"{self.path}: {self.reason}; replace the file or take it out of the image list"
 
 
-def read_image(path: str | os.PathLike, *, ignore_orientation: bool = True) -> np.ndarray:
+def read_image(
+    path: str | os.PathLike, *, ignore_orientation: bool = True, least_side: int | None = None
+) -> np.ndarray:
     """Decodes a photograph to (H, W, 3) uint8 RGB; grey becomes RGB, transparency is dropped.
 
     Args:
         ignore_orientation: take the pixels as stored, which is what query boxes are given in
             (the published code turns them by the EXIF tag; False does that).
+        least_side: decode a JPEG at 1/2, 1/4 or 1/8 of its size, in the decoder itself, the
+            smallest of them that leaves both sides this many pixels; None: always at full size.
     Raises:
         FileNotFoundError: there is no such file.
         ImageError: the file is empty, cut short, or no image that OpenCV reads. OpenCV itself
@@ -59,7 +70,9 @@ def read_image(path: str | os.PathLike, *, ignore_orientation: bool = True) -> n
         raise ImageError(path, "the file is empty")
     if not is_whole(data):
         raise ImageError(path, "the file is cut short")
-    flags = cv2.IMREAD_COLOR | (cv2.IMREAD_IGNORE_ORIENTATION if ignore_orientation else 0)
+    flags = _REDUCED[1 if least_side is None else _reduction(data, least_side)]
+    if ignore_orientation:
+        flags |= cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:  # among others: more pixels than OpenCV accepts
@@ -67,6 +80,28 @@ def read_image(path: str | os.PathLike, *, ignore_orientation: bool = True) -> n
     if image is None:
         raise ImageError(path, "not an image that OpenCV can decode")
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def _reduction(data: bytes, least_side: int) -> int:
+    """The largest of 8, 4, 2 that leaves both sides of a JPEG `least_side` pixels, else 1."""
+    shorter = min(_jpeg_shape(data) or (0,))
+    return next((factor for factor in (8, 4, 2) if shorter >= factor * least_side), 1)
+
+
+def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
+    """(height, width) from a JPEG's frame header; None where there is no plain one."""
+    at = 2
+    while data[:2] == b"\xff\xd8" and at + 9 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker in _FRAMES:
+            return tuple(int.from_bytes(data[at + k : at + k + 2], "big") for k in (5, 7))
+        if marker == _START_OF_SCAN:
+            return None
+        if marker == 0xFF or marker in _NO_LENGTH:
+            at += 1 if marker == 0xFF else 2
+        else:
+            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return None
 
 
 def is_whole(data: bytes) -> bool:

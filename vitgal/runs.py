@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -31,6 +31,7 @@ MANIFEST = "stage.json"
 STARTED = "started.json"
 SETTINGS = ("format", "stage", "parameters", "inputs")  # what a result depends on
 LOCK = ".lock"
+_HELD: set[IO] = set()  # open lock files of this process, and of the one it was forked from
 CHUNK = 1 << 20  # bytes read at once when hashing
 TEMPORARY = ".tmp-"
 # Above this size a reused file is checked by its length alone: hashing 200 GB of features would
@@ -312,7 +313,17 @@ def locked(folder: Path) -> Iterator[None]:
             raise StageError(
                 f"another process is working in {folder}; wait for it, or use another run_dir"
             ) from None
-        yield
+        _HELD.add(handle)
+        try:
+            yield
+        finally:
+            _HELD.discard(handle)
+
+
+def disown_locks() -> None:
+    """For a forked helper process: a lock must not outlive the process that took it."""
+    for handle in _HELD:
+        handle.close()
 
 
 def read_stage(folder: Path, made_by: str) -> dict:

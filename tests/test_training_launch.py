@@ -1,0 +1,301 @@
+"""Several processes: equal to one that accumulates; forked from a notebook, or launched."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from training_runs import RECIPE, exit_code, fit, kill, rows, split, write_images
+
+from vitgal import pipeline, runs, trainer, training, weights
+
+TOP = Path(__file__).resolve().parents[1]
+# On one thread in both: where a gradient is rounding alone, AdamW makes a step of the learning rate
+# of it, and another number of threads rounds otherwise.
+FOUR = replace(RECIPE, epochs=1, batch_size=2, lr=1e-3, warmup_lr=1e-3)
+FORKED = replace(FOUR, num_processes=2)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """27 photographs, of which 20 train: five steps of four."""
+    return write_images(tmp_path_factory.mktemp("images") / "images", 9)
+
+
+@pytest.fixture
+def run(tmp_path: Path, images: Path) -> Path:
+    return split(tmp_path / "run", images)
+
+
+def state(folder: Path) -> dict:
+    return torch.load(folder / "state" / "last.pt", weights_only=True)
+
+
+def test_two_processes_equal_one_that_accumulates(images, run, tmp_path, monkeypatch):
+    two = fit(run, images, FORKED, drop_path=0.0)
+    # BatchNorm's statistics are those of rank 0, which sees the first half of every step: followed
+    # here by hand, from what goes into the layer.
+    seen, forward = [], trainer.RetrievalNetwork.forward
+
+    def watched(self, pictures, labels):
+        if not seen:
+            self.model.local_atrous.norm.register_forward_pre_hook(
+                lambda _, inputs: seen.append(inputs[0].detach())
+            )
+        return forward(self, pictures, labels)
+
+    monkeypatch.setattr(trainer.RetrievalNetwork, "forward", watched)
+    other = split(tmp_path / "other", images)
+    one = fit(other, images, replace(FOUR, accumulate=2), drop_path=0.0)
+    found, expected = state(two)["network"], state(one)["network"]
+    assert rows(two)[-1]["step"] == 5
+    trained = [name for name in found if "running_" not in name and "batches" not in name]
+    # five steps move a parameter by up to 5e-3
+    for name in trained:
+        assert (found[name] - expected[name]).abs().max() < 1e-5, name
+    mean, variance = torch.zeros(128), torch.ones(128)
+    for values in seen[:10:2]:
+        mean = 0.9 * mean + 0.1 * values.mean((0, 2, 3))
+        variance = 0.9 * variance + 0.1 * values.var((0, 2, 3), unbiased=True)
+    norm = "model.local_atrous.norm.running_"
+    # parameters differ by up to 1e-5 between the two runs, and so do the values seen
+    assert torch.allclose(found[f"{norm}mean"], mean, atol=1e-4)
+    assert torch.allclose(found[f"{norm}var"], variance, atol=1e-4)
+    assert rows(two)[-1]["loss"] == pytest.approx(rows(one)[-1]["loss"], abs=1e-4)
+
+
+def test_forked_processes_write_one_log_and_can_be_watched(images, run, capfd):
+    logs = []
+    folder = fit(run, images, FORKED, watch=lambda log: logs.append(len(log)))
+    assert logs[-1] == len(rows(folder)) == 1  # one epoch, written once
+    assert len(list((folder / "tensorboard").iterdir())) == 1
+    assert not training.PartialState._shared_state  # the notebook's own process stays free
+    # a second launch in one kernel works
+    model = training.fit_autoencoder(
+        run, image_folder=images, code_dim=8, recipe=FORKED, progress=False
+    )
+    assert training.same_backbone(
+        weights.load_model(model / "model.safetensors"), folder / "model.safetensors"
+    )
+
+
+def test_a_dead_process_ends_the_others(images, run, monkeypatch):
+    step = training.Trainer.run_step
+
+    def dying(self, batches):
+        if self.accelerator.process_index == 1 and self.progress.step == 2:
+            kill()
+        return step(self, batches)
+
+    monkeypatch.setattr(training.Trainer, "run_step", dying)
+    with pytest.raises(training.TrainingError, match="process 1 .* was killed .SIGKILL"):
+        fit(run, images, FORKED)
+    monkeypatch.undo()
+    assert (fit(run, images, FORKED) / "stage.json").exists()
+
+
+def test_a_bad_loss_on_one_process_stops_all(images, run, monkeypatch):
+    forward = trainer.RetrievalNetwork.forward
+
+    def broken(self, pictures, labels):
+        result = forward(self, pictures, labels)
+        bad = training.PartialState().process_index == 1
+        return result | {"loss": result["loss"] * (float("nan") if bad else 1)}
+
+    monkeypatch.setattr(trainer.RetrievalNetwork, "forward", broken)
+    with pytest.raises(training.TrainingError) as error:
+        fit(run, images, FORKED)
+    assert "the loss is not finite at step 0 of epoch 0" in str(error.value)
+    data = training.read_data(run / "split", images, FORKED)
+    (_, *_), second = (
+        list(training.Batches(data.train_count, 2, 2, rank, seed=0, epoch=0)) for rank in (0, 1)
+    )
+    assert all(data.train.names[index] in str(error.value) for _, index in second[0])
+    assert state(run / "retrieval")["progress"]["step"] == 0  # the state before is saved
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_saves_all(images, run, tmp_path, monkeypatch):
+    uninterrupted = fit(split(tmp_path / "other", images), images, FORKED)
+    step = training.Trainer.run_step
+
+    def told(self, batches):
+        result = step(self, batches)
+        if self.accelerator.process_index == 1 and self.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "run_step", told)
+        with pytest.raises(training.Preempted):
+            fit(run, images, FORKED)
+    pending = state(run / "retrieval")["progress"]["pending"]
+    assert [len(rank) for rank in pending] == [3, 3]  # both stopped after the third step
+    folder = fit(run, images, FORKED)
+    name = "model.safetensors"
+    assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes()
+    assert rows(folder) == rows(uninterrupted)
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_notebook_reaches_its_processes(images, run, monkeypatch):
+    step = training.Trainer.run_step
+
+    def told(self, batches):
+        result = step(self, batches)
+        if self.accelerator.process_index == 0 and self.progress.step == 2:
+            os.kill(os.getppid(), signal.SIGTERM)
+            signal.pause()  # until the launcher passes it on
+        return result
+
+    def work() -> None:
+        try:
+            fit(run, images, FORKED)
+        except training.Preempted:
+            os._exit(training.RESTART)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "run_step", told)
+        assert exit_code(work) == training.RESTART
+    assert [len(rank) for rank in state(run / "retrieval")["progress"]["pending"]] == [3, 3]
+    assert (fit(run, images, FORKED) / "stage.json").exists()
+
+
+# The traps of forking from a notebook
+
+
+def test_an_accelerator_left_over_is_refused(images, run):
+    training.PartialState(cpu=True)
+    try:
+        with pytest.raises(training.TrainingError, match="accelerate was already started"):
+            fit(run, images, FORKED)
+    finally:
+        training.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_used_gpu_is_refused(images, run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(training.TrainingError, match="GPU was already used in this process"):
+        fit(run, images, FORKED)
+
+
+def test_threads_of_forked_processes_are_refused(images, run):
+    with pytest.raises(training.TrainingError, match="threads: 2 with num_processes: 2"):
+        fit(run, images, replace(FORKED, threads=2))
+
+
+# The command line
+
+
+@pytest.mark.parametrize("name", ["demo", "tiny", "s12_train", "s24_train"])
+def test_the_command_line_reads_what_the_notebooks_do(name):
+    _, found = training.read_parameters(TOP / "params" / f"{name}.yaml")
+    for number, values in found.items():
+        (path,) = (TOP / "notebooks").glob(f"{number}_*.ipynb")
+        cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+        (cell,) = (source for source in cells if source.startswith("recipe = "))
+        scope = dict(values, training=training)
+        exec(cell, scope)
+        assert training.recipe_from(values) == scope["recipe"]
+        assert set(values) == set(pipeline.declared(path))
+
+
+def test_wrong_parameters_are_told(tmp_path, capsys):
+    params = tmp_path / "params.yaml"
+    params.write_text("run_dir: x\nepoch: 3\n")
+    assert training.main([str(params)]) == 2
+    assert "no notebook declares epoch; did you mean epochs" in capsys.readouterr().err
+
+
+def test_a_failure_is_told(tmp_path, capsys):
+    assert training.main([str(TOP / "params" / "tiny.yaml"), "--output", str(tmp_path)]) == 1
+    assert "01_data_split" in capsys.readouterr().err
+
+
+def arguments(run: Path, images: Path, **given) -> list[str]:
+    """The command line after `python`: params/tiny.yaml on the test's images."""
+    values = {"num_processes": 2, "image_folder": images, "batch_size": 2, "image_size": 32}
+    values |= {"precision": "fp32", "epochs": 1, "data_workers": 0, "threads": 1} | given
+    pairs = [word for name, value in values.items() for word in ("-p", name, str(value))]
+    start = ["-m", "vitgal.training", "params/tiny.yaml", "--only", "02", "--output", str(run)]
+    return [*start, *pairs]
+
+
+def launch(run: Path, images: Path, *options: str, **given) -> list[str]:
+    """The command that trains in launched processes."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", *options]
+    return [*launcher, *arguments(run, images, **given)]
+
+
+def started(command: list[str]) -> subprocess.Popen:
+    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOP)}
+    return subprocess.Popen(
+        command, cwd=TOP, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+@pytest.mark.slow
+def test_two_launches_are_two_nodes(images, run, tmp_path):
+    port = str(training._free_port())
+    nodes = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+    nodes += ["--main_process_port", port]
+    children = [
+        started(launch(run, images, *nodes, "--machine_rank", str(rank))) for rank in (0, 1)
+    ]
+    said = [child.communicate()[0] for child in children]
+    assert [child.returncode for child in children] == [0, 0], said
+    # the same files, and the same bytes, as two processes forked on one machine
+    other = split(tmp_path / "other", images)
+    _, values = training.read_parameters(
+        TOP / "params" / "tiny.yaml",
+        only="02",
+        overrides={"num_processes": 2, "image_folder": str(images), "batch_size": 2}
+        | {"image_size": 32, "precision": "fp32", "epochs": 1, "data_workers": 0, "threads": 1},
+    )
+    forked = training.train("02", other, values["02"])
+    for name in ("model.safetensors", "failures.json"):
+        assert (run / "retrieval" / name).read_bytes() == (forked / name).read_bytes()
+    assert rows(run / "retrieval") == rows(forked)
+
+
+@pytest.mark.slow
+def test_launched_processes_hear_why_the_first_cannot_begin(images, run):
+    with runs.locked(run / "retrieval"):
+        child = started(launch(run, images, "--num_machines", "1", "--num_processes", "2"))
+        said = child.communicate()[0]
+    assert child.returncode != 0
+    assert "another process is working in" in said
+    assert "the first process cannot begin: another process is working in" in said
+
+
+@pytest.mark.slow
+def test_as_many_processes_as_the_parameters_say(images, run):
+    child = started(
+        launch(run, images, "--num_machines", "1", "--num_processes", "2", num_processes=3)
+    )
+    said = child.communicate()[0]
+    assert child.returncode != 0
+    assert "2 processes were launched, the parameters say num_processes: 3" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="SyncBatchNorm needs two GPUs")
+def test_synchronised_statistics_are_those_of_the_whole_batch(images, run, tmp_path):
+    given = {"drop_path": 0.0, "threads": "null"}
+    options = ["--num_machines", "1", "--num_processes", "2"]
+    two = started(launch(run, images, *options, **given))
+    assert two.communicate() and two.returncode == 0
+    other = split(tmp_path / "other", images)
+    whole = arguments(other, images, num_processes=1, batch_size=4, **given)
+    one = started([sys.executable, *whole])
+    assert one.communicate() and one.returncode == 0
+    found, expected = (state(folder / "retrieval")["network"] for folder in (run, other))
+    for name, value in expected.items():
+        # the running variance's n / (n - 1) counts the whole batch in both
+        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-3)

@@ -1,0 +1,160 @@
+"""Small trainings for tests: noise images of three classes, runs on them, children that die."""
+
+import io
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import torch
+
+from vitgal import landmarks, trainer, training
+from vitgal.model import ArcFace, build_model
+
+CLASSES, IMAGES = 3, 6  # images of each class
+NANO = "xcit_nano_12_p16_224"
+RECIPE = training.Recipe(
+    image_size=32,
+    epochs=2,
+    batch_size=4,
+    lr=1e-3,
+    augment="fast",
+    precision="fp32",
+    threads=1,
+    data_workers=0,
+)
+CLOCK = ["images_per_second", "hours_left"]  # columns of the log that depend on it
+
+
+def write_images(folder: Path, images: int = IMAGES) -> Path:
+    """A table and its photographs: noise around one colour a class."""
+    folder.mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    rows = []
+    for label in range(CLASSES):
+        for index in range(images):
+            name = f"{label:x}{index:x}{'0' * 14}"
+            path = folder / landmarks.image_path(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = rng.integers(0, 80, (40, 56, 3)) + 60 * label
+            cv2.imwrite(str(path), image.astype(np.uint8))
+            rows.append((name, 10 * label))
+    pd.DataFrame(rows, columns=["id", "landmark_id"]).to_csv(folder / "train.csv", index=False)
+    return folder
+
+
+def split(run: Path, images: Path) -> Path:
+    """Splits the images into `<run>/split`; returns the run."""
+    landmarks.make_split(
+        run,
+        train_table=images / "train.csv",
+        image_folder=images,
+        val_share=0.2,
+        val_queries=0,
+        expected=None,
+    )
+    return run
+
+
+def fit(run: Path, images: Path, recipe: training.Recipe = RECIPE, **options) -> Path:
+    options = {"drop_path": 0.1} | options
+    return training.fit_retrieval(
+        run, image_folder=images, architecture=NANO, recipe=recipe, progress=False, **options
+    )
+
+
+def rows(folder: Path) -> list[dict]:
+    """The log without what depends on the clock."""
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in row if key not in CLOCK} for row in found]
+
+
+def make_trainer(run: Path, images: Path, recipe: training.Recipe) -> training.Trainer:
+    data = training.read_data(run / "split", images, recipe)
+    network = training.RetrievalNetwork(build_model(NANO, seed=0), ArcFace(128, data.classes))
+    torch.set_num_threads(1)
+    return training.Trainer(network, recipe, run / "retrieval", data)
+
+
+def in_child(work: Callable[[], object]) -> multiprocessing.Process:
+    """Runs `work` in a forked child, in a process group of its own; returns it when begun."""
+
+    def alone() -> None:
+        os.setsid()
+        torch.set_num_threads(1)
+        work()
+
+    child = multiprocessing.get_context("fork").Process(target=alone)
+    child.start()
+    return child
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """The exit code of a child that does `work`: minus the signal that ended it."""
+    child = in_child(work)
+    child.join()
+    return child.exitcode
+
+
+# Hooks: each makes the process that calls it do something to itself at a chosen point
+
+
+def after_step(number: int, action: Callable[[], None]) -> None:
+    """`action` after the number-th step of this process."""
+    step = training.Trainer.run_step
+    done = 0
+
+    def counted(self, *arguments):
+        nonlocal done
+        result = step(self, *arguments)
+        done += 1
+        if done == number:
+            action()
+        return result
+
+    training.Trainer.run_step = counted
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_after_step(number: int) -> None:
+    after_step(number, kill)
+
+
+def die_before_rename(number: int) -> None:
+    """SIGKILL when the number-th state is written under its temporary name and not yet renamed."""
+    rename, seen = os.replace, 0
+
+    def counted(source, target):
+        nonlocal seen
+        seen += Path(target).name == "last.pt"
+        if seen == number:
+            kill()
+        rename(source, target)
+
+    os.replace = counted
+
+
+def die_inside_file(number: int) -> None:
+    """SIGKILL when half of the number-th state is on the disk."""
+    save, seen = trainer.torch.save, 0
+
+    def counted(state, handle):
+        nonlocal seen
+        seen += 1
+        if seen == number:
+            whole = io.BytesIO()
+            save(state, whole)
+            handle.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+            handle.flush()
+            kill()
+        save(state, handle)
+
+    trainer.torch.save = counted
