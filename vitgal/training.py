@@ -535,7 +535,7 @@ def read_parameters(
     every = pipeline.chain(runs.checkout() / "notebooks")
     chosen = pipeline.select(every, only=[only] if only else list(STAGES))
     run, taken = pipeline.plan(
-        pipeline.read_params(params),
+        pipeline.own_range(pipeline.read_params(params))[0],
         every,
         chosen,
         overrides=overrides or {},
