@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -319,6 +320,32 @@ def test_tensorboard_shows_the_log_once(images, run, monkeypatch):
         # as float32; no row twice, although the run was killed
         assert [step for step, _ in shown[tag]] == [step for step, _ in expected]
         assert [v for _, v in shown[tag]] == pytest.approx([v for _, v in expected], rel=1e-6)
+
+
+def test_the_table_of_epochs_by_hand():
+    log = pd.DataFrame(
+        {
+            "epoch": [0, 1],
+            "step": [5, 10],
+            "lr": [3e-5, 0.00012],
+            "loss": [2.0, 1.23456],
+            "accuracy": [0.1, 0.25],
+            "images_per_second": [10.0, 99.96],
+            "val_accuracy": [math.nan, 0.5],
+            "val_map": [math.nan, 0.78349],
+        }
+    )
+    assert training.epoch_table(log).to_dict("list") == {
+        "epoch": ["1"],
+        "step": ["10"],
+        "lr": ["1.2e-04"],
+        "loss": ["1.235"],
+        "train %": ["25.0"],
+        "val %": ["50.0"],
+        "mAP %": ["78.3"],
+        "images/s": ["100.0"],
+    }
+    assert len(training.epoch_table(log[:0])) == len(training.epoch_table(pd.DataFrame())) == 0
 
 
 def test_the_time_left_by_hand(images, run, fresh_accelerate):

@@ -70,6 +70,7 @@ __all__ = [
     "augment_published",
     "build_optimizer",
     "displayable",
+    "epoch_table",
     "fit_autoencoder",
     "fit_retrieval",
     "fitting_batch",
@@ -581,6 +582,33 @@ def schedule_table(recipe: Recipe) -> pd.DataFrame:
     """The learning rate of each epoch as a log: columns step (the epoch) and lr."""
     rates = learning_rates(recipe)
     return pd.DataFrame({"step": range(len(rates)), "lr": rates})
+
+
+def epoch_table(log: pd.DataFrame, *, last: int = 5) -> pd.DataFrame:
+    """The last validated epochs of a log as text: shares in percent, rates with an exponent.
+
+    log: see `read_log`. A column that the log lacks is left out; an empty log gives no row.
+    """
+    shown = {
+        "epoch": ("epoch", "{:.0f}"),
+        "step": ("step", "{:.0f}"),
+        "lr": ("lr", "{:.1e}"),
+        "loss": ("loss", "{:.3f}"),
+        "accuracy": ("train %", "{:.1f}"),
+        "val_accuracy": ("val %", "{:.1f}"),
+        "val_accuracy_margin": ("val % (margin)", "{:.1f}"),
+        "val_map": ("mAP %", "{:.1f}"),
+        "val_reconstruction": ("val reconstruction", "{:.4f}"),
+        "images_per_second": ("images/s", "{:.1f}"),
+        "hours_left": ("hours left", "{:.2f}"),
+    }
+    rows = log.dropna(subset="val_accuracy").tail(last) if "val_accuracy" in log else log[:0]
+    columns = {}
+    for name, (title, form) in shown.items():
+        if name in rows:
+            values = 100 * rows[name] if title.startswith(("train", "val %", "mAP")) else rows[name]
+            columns[title] = [form.format(value) for value in values]
+    return pd.DataFrame(columns)
 
 
 def parameter_table(model: ViTGaL) -> pd.DataFrame:
