@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 from training_runs import RECIPE, exit_code, fit, kill, rows, split, write_images
 
 from vitgal import pipeline, runs, trainer, training, weights
@@ -187,6 +188,30 @@ def test_a_used_gpu_is_refused(images, run, monkeypatch):
 def test_threads_of_forked_processes_are_refused(images, run):
     with pytest.raises(training.TrainingError, match="threads: 2 with num_processes: 2"):
         fit(run, images, replace(FORKED, threads=2))
+
+
+@pytest.mark.slow
+def test_a_launch_from_a_notebook(images, run):
+    # The kernel has computed on several threads before, and draws the curves of what its forked
+    # processes write; a text bar arrives in the cell.
+    cells = [
+        f"import sys\nsys.path.insert(0, {str(TOP / 'tests')!r})\n%matplotlib inline\n"
+        "from dataclasses import replace\nfrom pathlib import Path\nimport torch\n"
+        "from training_runs import NANO, RECIPE\nfrom vitgal import explore, training",
+        "torch.set_num_threads(2)\nx = torch.randn(2000, 500)\nprint((x @ x.T).relu().shape)",
+        f"folder = training.fit_retrieval(Path({str(run)!r}), image_folder=Path({str(images)!r}), "
+        "architecture=NANO, recipe=replace(RECIPE, num_processes=2, batch_size=2), "
+        "watch=explore.live_curves())",
+        "print(len(training.read_log(folder)))",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
+    _, _, fitted, log = notebook.cells
+    shown = [output for output in fitted.outputs if output.output_type == "display_data"]
+    assert ["image/png" in output.data for output in shown] == [True]
+    said = "".join(output.get("text", "") for output in fitted.outputs)
+    assert "10/10" in said  # two epochs of five steps
+    assert log.outputs[0]["text"] == "2\n"
 
 
 # The command line

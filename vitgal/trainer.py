@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
+from tqdm.std import tqdm as text_bar
 
 from vitgal import runs, weights
 from vitgal.augmentation import network_input
@@ -327,7 +328,9 @@ class Trainer:
             )
         done = self.steps * self.progress.epoch + self.progress.step
         main = self.accelerator.is_main_process
-        bar = tqdm(
+        # A forked or launched process has no notebook to show a widget in, but it can write text.
+        alone = self.accelerator.num_processes == 1
+        bar = (tqdm if alone else text_bar)(
             total=self.steps * self.recipe.epochs,
             initial=done,
             disable=not (show and main),
