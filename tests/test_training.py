@@ -5,6 +5,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -111,6 +112,20 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(augment, images, run):
     assert torch.equal(picture, again[2, 3][0])
     assert not torch.equal(picture, first[3, 3][0])
     assert not torch.equal(picture, other[2, 3][0])
+
+
+def test_large_photographs_are_decoded_at_a_reduced_scale_for_fast_alone(images, run):
+    recipe = replace(RECIPE, image_size=64)  # never enlarged: 1.6 * 64 = 102.4 pixels a side
+    train = training.read_data(run / "split", images, recipe).train
+    image = np.full((412, 640, 3), (0, 100, 200), np.uint8)
+    cv2.imwrite(str(train.path(0)), image)
+    cv2.imwrite(str(train.path(1)), image[:411])
+    assert train.read(0).shape == (103, 160, 3)  # a quarter
+    assert train.read(1).shape == (206, 320, 3)  # a quarter would be 102.75 pixels high
+    assert train[0, 0].picture.shape == (3, 64, 64)
+    whole = training.read_data(run / "split", images, replace(recipe, augment="published"))
+    assert whole.train.read(0).shape == image.shape
+    assert whole.validation.augment == "none"
 
 
 class NoDraw:

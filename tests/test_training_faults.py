@@ -308,6 +308,21 @@ def test_two_runs_in_one_folder_at_once(images, run):
     assert (fit(run, images) / "stage.json").exists()
 
 
+def test_a_helper_that_lives_on_does_not_hold_the_folder(tmp_path):
+    def stand() -> None:
+        runs.disown_locks()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    with runs.locked(tmp_path):
+        helper = in_child(stand)
+        os.waitpid(helper.pid, os.WUNTRACED)
+        with pytest.raises(runs.StageError, match="another process"), runs.locked(tmp_path):
+            pass  # the helper has given up its copy, not the lock
+    with runs.locked(tmp_path):
+        os.kill(helper.pid, signal.SIGKILL)
+    helper.join()
+
+
 def after_step_stop(run: Path, images: Path) -> multiprocessing.Process:
     """A child that stands still after its first step, holding the folder."""
 
