@@ -1,8 +1,8 @@
-"""Makes the README's two pictures from a finished demo run: `python docs/make_pictures.py [RUN]`.
+"""Makes the README's pictures from a finished demo run: `python docs/make_pictures.py [RUN]`.
 
 Only public domain and CC0 photographs may appear in them: of the queries whose pictures show no
-other, the gallery draws the first few with both right and wrong images, the matches the pair of
-different strength with most inliers.
+other, the gallery draws the first few with both right and wrong images, the failure the one that
+reranking changed most, the matches the pair with most inliers.
 """
 
 import sys
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vitgal import figures, plots, reranking, revisited, runs, store
+from vitgal import figures, plots, reranking, revisited, runs, store, tuning
 
 FREE = {"Public Domain", "CC0-1.0"}
 COLUMNS = 8
@@ -26,6 +26,9 @@ def main(run_dir: str = "demo") -> None:
     folder = Path(__file__).parent
     draw_gallery(run, benchmark, free, folder / "gallery.jpg")
     draw_matches(run, benchmark, free, folder / "matches.jpg")
+    draw_failure(run, benchmark, free, folder / "failure.jpg")
+    found = tuning.Tuning.read(run / tuning.DATASET / "tuning")
+    plots.save(tuning.draw(found), folder / "tuning.jpg", dpi=110, close=True)
 
 
 def draw_gallery(
@@ -63,6 +66,23 @@ def draw_matches(
         benchmark, features, query, image, max_lines=40, **{key: options[key] for key in kept}
     )
     plots.save(axes, target, dpi=110, close=True)
+
+
+def draw_failure(
+    run: Path, benchmark: revisited.RetrievalDataset, free: pd.Series, target: Path
+) -> None:
+    """Before and after reranking, of the query that changed most among those that may be shown."""
+    both = [np.load(run / "demo" / name) for name in ("global/ranks.npy", "rerank/top_medium.npy")]
+    table = figures.failure_table(run, benchmark, "change")
+    order = table["change"].abs().sort_values(ascending=False).index
+    for query in order:
+        images = np.concatenate([ranks[: COLUMNS - 2, query] for ranks in both])
+        names = [benchmark.ground_truth.queries[query], *(benchmark.database[i] for i in images)]
+        if free[names].all():
+            figure = figures.failure_figure(run, benchmark, int(query), columns=COLUMNS - 2)
+            plots.save(figure.axes[0], target, dpi=110, close=True)
+            return
+    raise ValueError("no query whose rankings show public domain and CC0 photographs alone")
 
 
 if __name__ == "__main__":

@@ -94,6 +94,18 @@ def test_a_reranked_result_names_the_parameters_of_the_stages_before_it():
     assert "do not differ (every query has the same AP, 3 queries)" in found.sentence("medium")
 
 
+def test_a_parameter_that_the_protocol_repeats_is_listed_once():
+    one = document([0, 0, 0], parameters={"size": 224, "resize": "area"}, resize="area")
+    other = document([0, 0, 0], parameters={"size": 224, "resize": "squash"}, resize="squash")
+    found = comparison.setting_table(one, other, ("a", "b"))
+    assert found.to_dict("index") == {"global.resize": {"a": "area", "b": "squash"}}
+    # "auto" was asked for, and something else came of it: both are said.
+    one = document([0, 0, 0], parameters={"precision": "auto"}, precision="bf16")
+    other = document([0, 0, 0], parameters={"precision": "fp32"}, precision="fp32")
+    found = comparison.setting_table(one, other, ("a", "b"))
+    assert set(found.index) == {"global.precision", "protocol.precision"}
+
+
 def test_results_are_found_from_a_run_a_data_set_and_a_stage(two, monkeypatch):
     run = two[1]
     assert list(comparison.find_results(run)) == ["small/global", "small/rerank"]

@@ -208,8 +208,15 @@ def _settings(document: Mapping[str, Any]) -> dict[str, Any]:
         stage = "rerank" if "short_list" in document.get("protocol", {}) else "global"
         found = {**document.get("earlier", {}), stage: document["parameters"]}
     found |= {key: document[key] for key in SETTINGS if key in document}
-    flat = _flat(found)
-    return {key: value for key, value in flat.items() if not key.endswith(DERIVED)}
+    flat = {key: value for key, value in _flat(found).items() if not key.endswith(DERIVED)}
+    # The protocol repeats parameters of the global stage; where they are equal, once is enough.
+    repeated = [
+        key
+        for key, value in flat.items()
+        if key.startswith("protocol.")
+        and flat.get(f"global.{key.removeprefix('protocol.')}", _flat) == value
+    ]
+    return {key: value for key, value in flat.items() if key not in repeated}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
