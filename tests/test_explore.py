@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-from vitgal import explore, extraction, inspection, own, revisited, runs, store
+from vitgal import explore, extraction, figures, inspection, own, revisited, runs, store
 from vitgal.model import build_model
 from vitgal.weights import save_model
 
@@ -119,6 +119,29 @@ def test_a_notebook_without_a_browser_shows_the_figure_and_fails_with_the_drawin
     assert [output.get("ename") for output in second.outputs] == ["ZeroDivisionError"]
     # the growing curves are one output, which two drawings have updated
     assert ["image/png" in output.data for output in third.outputs] == [True]
+
+
+# Failures
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(figures, "failure_table"), reason="no figures.failure_table yet")
+def test_failures_are_sorted_anew_and_drawn(finished_run):
+    benchmark = revisited.open_dataset("demo", finished_run / "data" / "benchmark")
+    browser = explore.browse_failures(finished_run, benchmark, columns=4)
+    order, protocols = browser.children[0].children
+    chooser = browser.children[1].children[0]
+    assert [label for label, _ in order.options] == list(explore.SORTS)
+    for by, protocol in (("change", "medium"), ("miss", "hard")):
+        before = pictures(browser)
+        order.value, protocols.value = by, protocol
+        table = figures.failure_table(finished_run, benchmark, by=by, protocol=protocol)
+        assert [value for _, value in chooser.options] == table.index.tolist()
+        assert chooser.value == table.index[0] and pictures(browser) != before
+    press(browser, 1, 1)
+    assert chooser.value == table.index[1] and len(pictures(browser)) == 1
+    with pytest.raises(ValueError, match="by is 'x'; queries are sorted by ap, change, miss"):
+        explore.browse_failures(finished_run, benchmark, by="x")
 
 
 # The match inspector
