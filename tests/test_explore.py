@@ -1,5 +1,7 @@
 """Browsers: what is drawn when, and that they work where nobody can click."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -119,6 +121,20 @@ def test_a_notebook_without_a_browser_shows_the_figure_and_fails_with_the_drawin
     assert [output.get("ename") for output in second.outputs] == ["ZeroDivisionError"]
     # the growing curves are one output, which two drawings have updated
     assert ["image/png" in output.data for output in third.outputs] == [True]
+
+
+@pytest.mark.slow
+def test_plain_papermill_never_waits_for_a_browser(tmp_path):
+    """With an output widget in their place, a run of these cells seldom came to its end."""
+    cells = ["%matplotlib inline\nimport matplotlib.pyplot as plt\nfrom vitgal import explore"]
+    cells += ["explore.browse_queries(lambda q: plt.subplots(figsize=(1, 1)), ['a', 'b'])"] * 60
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbformat.write(notebook, tmp_path / "a.ipynb")
+    command = [sys.executable, "-m", "papermill", "a.ipynb", "b.ipynb", "-k", "python3"]
+    # The limit only ends a run that would never end.
+    subprocess.run([*command, "--no-progress-bar"], cwd=tmp_path, check=True, timeout=300)
+    done = nbformat.read(tmp_path / "b.ipynb", as_version=4).cells
+    assert [cell.execution_count for cell in done] == list(range(1, 62))
 
 
 # Failures
