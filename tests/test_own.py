@@ -200,6 +200,20 @@ def test_a_killed_run_goes_on(folder, weights, tmp_path):
     assert describe(folder, describer_of(weights, tmp_path)).extracted == 2
 
 
+def test_a_damaged_description_is_made_again(folder, weights, tmp_path):
+    describer = describer_of(weights, tmp_path)
+    first = describe(folder, describer)
+    files = sorted(describer.folder.glob("*/*.npz"))
+    wanted = [file.read_bytes() for file in files]
+    files[0].write_bytes(wanted[0][: len(wanted[0]) // 2])
+    at = wanted[1].index(b"descriptor.npy") + 200  # within the array, which its CRC covers
+    files[1].write_bytes(wanted[1][:at] + bytes([wanted[1][at] ^ 1]) + wanted[1][at + 1 :])
+    again = describe(folder, describer_of(weights, tmp_path))
+    assert again.extracted == 2
+    np.testing.assert_array_equal(again.descriptors, first.descriptors)
+    assert [file.read_bytes() for file in files] == wanted
+
+
 def test_a_model_without_autoencoder_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="no autoencoder"):
         describe(folder, own.Describer(tmp_path, "untrained:xcit_nano_12_p16_224"))
