@@ -1,5 +1,7 @@
 """Browsers: what is drawn when, and that they work where nobody can click."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 
-from vitgal import explore, extraction, inspection, own, revisited, runs, store
+from vitgal import explore, extraction, figures, inspection, own, revisited, runs, store
 from vitgal.model import build_model
 from vitgal.weights import save_model
 
@@ -119,6 +121,43 @@ def test_a_notebook_without_a_browser_shows_the_figure_and_fails_with_the_drawin
     assert [output.get("ename") for output in second.outputs] == ["ZeroDivisionError"]
     # the growing curves are one output, which two drawings have updated
     assert ["image/png" in output.data for output in third.outputs] == [True]
+
+
+@pytest.mark.slow
+def test_plain_papermill_never_waits_for_a_browser(tmp_path):
+    """With an output widget in their place, a run of these cells seldom came to its end."""
+    cells = ["%matplotlib inline\nimport matplotlib.pyplot as plt\nfrom vitgal import explore"]
+    cells += ["explore.browse_queries(lambda q: plt.subplots(figsize=(1, 1)), ['a', 'b'])"] * 60
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    nbformat.write(notebook, tmp_path / "a.ipynb")
+    command = [sys.executable, "-m", "papermill", "a.ipynb", "b.ipynb", "-k", "python3"]
+    # The limit only ends a run that would never end.
+    subprocess.run([*command, "--no-progress-bar"], cwd=tmp_path, check=True, timeout=300)
+    done = nbformat.read(tmp_path / "b.ipynb", as_version=4).cells
+    assert [cell.execution_count for cell in done] == list(range(1, 62))
+
+
+# Failures
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(figures, "failure_table"), reason="no figures.failure_table yet")
+def test_failures_are_sorted_anew_and_drawn(finished_run):
+    benchmark = revisited.open_dataset("demo", finished_run / "data" / "benchmark")
+    browser = explore.browse_failures(finished_run, benchmark, columns=4)
+    order, protocols = browser.children[0].children
+    chooser = browser.children[1].children[0]
+    assert [label for label, _ in order.options] == list(explore.SORTS)
+    for by, protocol in (("change", "medium"), ("miss", "hard")):
+        before = pictures(browser)
+        order.value, protocols.value = by, protocol
+        table = figures.failure_table(finished_run, benchmark, by=by, protocol=protocol)
+        assert [value for _, value in chooser.options] == table.index.tolist()
+        assert chooser.value == table.index[0] and pictures(browser) != before
+    press(browser, 1, 1)
+    assert chooser.value == table.index[1] and len(pictures(browser)) == 1
+    with pytest.raises(ValueError, match="by is 'x'; queries are sorted by ap, change, miss"):
+        explore.browse_failures(finished_run, benchmark, by="x")
 
 
 # The match inspector

@@ -1,16 +1,19 @@
 """Own photographs: what is used and what is told, nothing done twice, search, export."""
 
+import shutil
 from pathlib import Path
 
 import cv2
 import h5py
 import matplotlib
 import matplotlib.pyplot as plt
+import nbformat
 import numpy as np
 import PIL.Image
 import pytest
 
-from vitgal import extraction, images, own, reranking, runs
+from vitgal import __main__ as command_line
+from vitgal import extraction, images, own, pipeline, reranking, runs
 from vitgal.features import LocalFeatures
 from vitgal.model import build_model
 from vitgal.weights import save_model
@@ -197,6 +200,20 @@ def test_a_killed_run_goes_on(folder, weights, tmp_path):
     assert describe(folder, describer_of(weights, tmp_path)).extracted == 2
 
 
+def test_a_damaged_description_is_made_again(folder, weights, tmp_path):
+    describer = describer_of(weights, tmp_path)
+    first = describe(folder, describer)
+    files = sorted(describer.folder.glob("*/*.npz"))
+    wanted = [file.read_bytes() for file in files]
+    files[0].write_bytes(wanted[0][: len(wanted[0]) // 2])
+    at = wanted[1].index(b"descriptor.npy") + 200  # within the array, which its CRC covers
+    files[1].write_bytes(wanted[1][:at] + bytes([wanted[1][at] ^ 1]) + wanted[1][at + 1 :])
+    again = describe(folder, describer_of(weights, tmp_path))
+    assert again.extracted == 2
+    np.testing.assert_array_equal(again.descriptors, first.descriptors)
+    assert [file.read_bytes() for file in files] == wanted
+
+
 def test_a_model_without_autoencoder_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="no autoencoder"):
         describe(folder, own.Describer(tmp_path, "untrained:xcit_nano_12_p16_224"))
@@ -336,3 +353,98 @@ def test_features_are_exported_for_hloc(folder, describer, tmp_path):
         features = photographs.features("a/1.png")
         np.testing.assert_array_equal(file["a/1.png/keypoints"], features.original_keypoints())
         assert file["a/1.png/descriptors"].shape == (8, len(features))
+
+
+# The command
+
+
+def own_notebook(scratch) -> Path:
+    """A notebook 08 that prints nothing and writes what it was given as a ranking."""
+    parameters = (
+        "run_dir: str = 'a'\nphotographs_folder: str = 'x'\nquery_image: str = 'y'\n"
+        "query_box: list[int] | None = None\ntop: int = 20"
+    )
+    source = (
+        "from vitgal import runs\nfrom pathlib import Path\n"
+        "box = '-'.join(map(str, query_box))\n"
+        "row = f'{Path(photographs_folder).name} {Path(query_image).name} {box} {top}'\n"
+        "text = f'photograph,rank,similarity,inliers\\n{row},1,0.5,7\\nb.jpg,2,0.25,\\n'\n"
+        "runs.write_text(runs.run_folder(run_dir) / 'own' / 'ranking.csv', text)"
+    )
+    return scratch("08_own_photos.ipynb", parameters, source).parent
+
+
+def test_the_command_fills_in_the_notebook(scratch, tmp_path, folder):
+    run = pipeline.run_own(
+        folder,
+        str(folder / "a/1.png"),
+        "1, 2,30,40",
+        overrides={"top": "3"},
+        output=tmp_path / "b",
+        notebooks=own_notebook(scratch),
+        progress=False,
+    )
+    assert run == tmp_path / "b"
+    lines = pipeline.own_summary(run).splitlines()
+    assert lines[0].split() == ["rank", "photograph", "similarity", "inliers"]
+    assert "photos 1.png 1-2-30-40 3" in lines[1] and lines[1].endswith("7")
+    assert lines[2].split() == ["2", "b.jpg", "0.25", "-"]
+    assert len({len(line) for line in lines[:3]}) == 1
+
+
+@pytest.mark.parametrize("box", ["1,2,x,4", "1.5,2,3,4"])
+def test_a_box_that_is_no_box_stops_before_anything_starts(scratch, tmp_path, folder, box):
+    with pytest.raises(pipeline.ParameterError, match="query_box"):
+        pipeline.run_own(folder, "a/1.png", box, notebooks=own_notebook(scratch), progress=False)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_without_photographs_ends_with_1_and_a_short_message(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/notes.txt").write_text("x")
+    arguments = ["own", str(tmp_path / "empty"), "--query", "a.jpg", "--output"]
+    arguments += [str(tmp_path / "run"), "-p", "weights", str(tmp_path / "none.safetensors")]
+    assert command_line.main(arguments) == 1
+    told = capsys.readouterr().err
+    assert "holds no photograph that can be read (1 files, such as notes.txt)" in told
+    executed = nbformat.read(tmp_path / "run/notebooks/08_own_photos.ipynb", as_version=4)
+    errors = [
+        output
+        for cell in executed.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "error"
+    ]
+    assert len(errors) == 1 and len(errors[0].traceback) == 1  # the message alone
+
+
+@pytest.mark.slow
+def test_the_finished_run_searches_the_bundled_photographs(finished_run, tmp_path, capsys):
+    shutil.copytree(finished_run / "autoencoder", tmp_path / "run/autoencoder")
+    if (finished_run / "own").exists():
+        shutil.copytree(finished_run / "own", tmp_path / "run/own")
+    photographs = runs.checkout() / own_folder()
+    arguments = ["own", str(photographs), "--query", "neuschwanstein/1.jpg"]
+    arguments += ["--box", "200,60,620,400", "--output", str(tmp_path / "run")]
+    assert command_line.main(arguments) == 0
+    first = capsys.readouterr().out.splitlines()[1]
+    assert "neuschwanstein/2.jpg" in first
+    (kept,) = (path for path in (tmp_path / "run/own").iterdir() if path.is_dir())
+    assert len(list(kept.glob("*/*-200-60-620-400.npz"))) == 1
+    assert len([path for path in kept.glob("*/*.npz") if "-" not in path.stem]) == 85
+
+
+def own_folder() -> str:
+    found = pipeline.declared(runs.checkout() / "notebooks" / pipeline.OWN)
+    return found["photographs_folder"].default
+
+
+def test_notebook_08_shares_the_defaults_of_the_chain():
+    top = runs.checkout() / "notebooks"
+    ours = pipeline.declared(top / pipeline.OWN)
+    for path in pipeline.chain(top):
+        for name, declaration in pipeline.declared(path).items():
+            if name in ours and name != "top":  # a folder of one's own is small
+                assert (ours[name].kind, ours[name].default) == (
+                    (declaration.kind, declaration.default)
+                ), name

@@ -12,6 +12,7 @@ keypoints are pixels of the upright photograph. `export_features` gives them bac
 
 import functools
 import os
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -200,10 +201,12 @@ class Describer:
         digest = _digest(path)
         name = digest if box is None else "-".join([digest, *(str(int(side)) for side in box)])
         file = self.folder / digest[:2] / f"{name}.npz"
-        if not file.exists():
+        found = _read_description(file, digest)
+        if found is None:
             self._extract(path, box, file)
             self.extracted += 1
-        return _read_description(file, digest)
+            found = _read_description(file, digest)
+        return found
 
     def _extract(self, path: Path, box: Sequence[int] | None, file: Path) -> None:
         image = read_upright(path)
@@ -262,9 +265,13 @@ def _write_description(
     )
 
 
-def _read_description(file: Path, digest: str) -> Described:
-    with np.load(file, allow_pickle=False) as arrays:
-        found = {name: arrays[name] for name in arrays.files}
+def _read_description(file: Path, digest: str) -> Described | None:
+    """A description that is kept; None where there is none, or one that its checksums refute."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+    except (FileNotFoundError, zipfile.BadZipFile, EOFError, ValueError):
+        return None
     sizes = [int(value) for value in found["sizes"]]
     codes = found["descriptors"]
     features = LocalFeatures(
