@@ -97,7 +97,7 @@ def our_step(
     if settings.compile:
         network.compile()
     half = recipe.resolve_precision(settings.precision) == "bf16"
-    holes = torch.zeros(options.batch, 3, dtype=torch.int64, device=DEVICE)
+    holes = torch.zeros(options.batch, 3, dtype=torch.int64)
 
     def step(pictures: Tensor, labels: Tensor) -> Tensor:
         inputs = augmentation.network_input(pictures.to(DEVICE), holes)

@@ -185,17 +185,15 @@ def draw_hole(size: int, rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def network_input(pictures: Tensor, holes: Tensor) -> Tensor:
-    """Normalises pictures and cuts their holes, on whatever device they are.
+    """Normalises pictures and cuts their holes, on whatever device the pictures are.
 
-    pictures: (B, 3, S, S) uint8. holes: (B, 3) int64: top, left, side. Returns (B, 3, S, S)
-    float32, zero (the mean colour) inside the holes.
+    pictures: (B, 3, S, S) uint8. holes: (B, 3) int64 on the CPU: top, left, side. Returns
+    (B, 3, S, S) float32, zero (the mean colour) inside the holes.
     """
-    along = torch.arange(pictures.shape[-1], device=pictures.device)
-    top, left, side = holes[:, :, None].unbind(1)
-    rows = (along >= top) & (along < top + side)  # (B, S)
-    columns = (along >= left) & (along < left + side)
-    hole = rows[:, None, :, None] & columns[:, None, None, :]
-    return normalised(pictures).masked_fill_(hole, 0)
+    inputs = normalised(pictures)
+    for index, (top, left, side) in enumerate(holes.tolist()):
+        inputs[index, :, top : top + side, left : left + side] = 0
+    return inputs
 
 
 def squash(image: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
@@ -214,7 +212,8 @@ def normalised(pictures: Tensor) -> Tensor:
         torch.tensor(values, dtype=torch.float32, device=pictures.device).view(3, 1, 1)
         for values in (images.MEAN, images.STD)
     )
-    return (pictures.to(torch.float32) / 255 - mean) / std
+    # In place: on a processor the time goes into touching new memory.
+    return pictures.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 def displayable(picture: Tensor, hole: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:

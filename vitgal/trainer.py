@@ -422,11 +422,8 @@ class Trainer:
     def moved(self, batch: Sample) -> tuple[Tensor, Tensor]:
         """A batch on the device as the network takes it: normalised pictures, labels."""
         device = self.accelerator.device
-        pictures, holes, labels = (
-            value.to(device, non_blocking=True)
-            for value in (batch.picture, batch.hole, batch.label)
-        )
-        pictures = network_input(pictures, holes)
+        labels = batch.label.to(device, non_blocking=True)
+        pictures = network_input(batch.picture.to(device, non_blocking=True), batch.hole)
         if self.recipe.channels_last:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
         return pictures, labels
