@@ -1,6 +1,11 @@
 """Extraction: parity with the published code, images in memory, both stages and their resume."""
 
+import itertools
 import json
+import multiprocessing
+import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +23,7 @@ from vitgal.model import build_model
 from vitgal.store import FeatureStore, RowFile
 from vitgal.weights import load_model, save_model
 
+TOP = Path(__file__).resolve().parent.parent
 NANO = "xcit_nano_12_p16_224"
 
 
@@ -328,7 +334,7 @@ def interrupt(folder: Path) -> None:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every result file of a stage; the manifest holds times."""
     skipped = (runs.MANIFEST, runs.LOCK)
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in skipped)
+    files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(skipped))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
@@ -512,7 +518,10 @@ class TestExtractShortlist:
         whole = opened[sorted(names)[0]]
         assert whole.box == (0, 0, *whole.image_size[::-1])
         announced = capsys.readouterr().out
-        assert f"local features of {len(opened)} images: at most 0 MB (9 features" in announced
+        said = (
+            f"local features of {len(opened)} images, 2 scales, float16: at most 0 MB (9 features"
+        )
+        assert said in announced
         extract(run, benchmark, weight_file)
         assert capsys.readouterr().out == announced
 
@@ -568,6 +577,239 @@ class TestExtractShortlist:
             extract(run, benchmark, weight_file, max_keypoints=8)
 
 
+# Killed, torn, shared
+
+
+def killed(run, benchmark, weight_file, call: str, number: int, monkeypatch) -> None:
+    """Extracts in a child that kills itself at the `number`-th of these calls.
+
+    The child is forked by a server that has imported torch and computed nothing, so that it starts
+    at once and no thread is lost.
+    """
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{TOP}")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_extraction"])
+    child = context.Process(target=_kill_at, args=(run, benchmark, weight_file, call, number))
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL, "the kill point was not reached"
+
+
+def _kill_at(run, benchmark, weight_file, call: str, number: int) -> None:
+    owner, name = {
+        "load": (extraction, "load"),
+        "network": (extraction, "local_features"),
+        "describe": (extraction, "describe"),
+        "write": (np, "save"),
+        "replace": (os, "replace"),
+    }[call]
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def dying(*arguments, **options):
+        if next(calls) == number:
+            if call == "write":  # half of the file is there
+                arguments[0].write(b"\x93NUMPY half")
+                arguments[0].flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+
+    setattr(owner, name, dying)
+    stage = evaluate if call == "describe" else extract
+    stage(run, benchmark, weight_file)
+
+
+def kill_points(seed: int) -> list[tuple[str, int]]:
+    """One seeded point of each kind, within the calls that two shards of three images make."""
+    rng = np.random.default_rng(seed)
+    last = {"load": 6, "network": 2, "write": 12, "replace": 17}
+    return [(call, int(rng.integers(1, most + 1))) for call, most in last.items()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("call", "number"), kill_points(0) + [("replace", 9), ("replace", 17)])
+def test_killed_anywhere_it_resumes_to_the_same_store(
+    run, benchmark, weight_file, tmp_path, monkeypatch, call, number
+):
+    evaluate(run, benchmark, weight_file)
+    shutil.copytree(run, tmp_path / "whole")
+    wanted = contents(extract(tmp_path / "whole", benchmark, weight_file))
+    killed(run, benchmark, weight_file, call, number, monkeypatch)
+    assert not (run / "mini/local/stage.json").exists()
+    assert contents(extract(run, benchmark, weight_file)) == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [1, 3])
+def test_killed_while_describing(run, benchmark, weight_file, tmp_path, monkeypatch, number):
+    wanted = contents(evaluate(tmp_path / "whole", benchmark, weight_file))
+    killed(run, benchmark, weight_file, "describe", number, monkeypatch)
+    assert contents(evaluate(run, benchmark, weight_file)) == wanted
+
+
+def test_a_torn_shard_is_mended(run, benchmark, weight_file, monkeypatch, capsys):
+    """A finished stage with one file cut short: whole images are kept, the other made again."""
+    evaluate(run, benchmark, weight_file)
+    folder = extract(run, benchmark, weight_file)
+    wanted = contents(folder)
+    torn = folder / "shard-00" / "descriptors.npy"
+    torn.write_bytes(torn.read_bytes()[:-1])  # the last of three images
+    described, real = [], extraction.local_features
+    monkeypatch.setattr(
+        extraction,
+        "local_features",
+        lambda model, images, frames, **options: (
+            described.append(len(frames)) or real(model, images, frames, **options)
+        ),
+    )
+    capsys.readouterr()
+    assert contents(extract(run, benchmark, weight_file)) == wanted
+    assert sum(described) <= 2  # the batch that the torn image belongs to, and no other
+    assert "2 of 3 images are kept" in capsys.readouterr().out
+    (folder / "shard-01" / "items.json").unlink()
+    assert contents(extract(run, benchmark, weight_file)) == wanted
+    assert "0 of 3 images are kept" in capsys.readouterr().out
+
+
+def _work(run, benchmark, weight_file, worker: int, meeting, done) -> None:
+    """One of two workers: notes every image that it reads, and waits for the other to begin."""
+    real = extraction.load
+
+    def noted(job, **options):
+        done.put((worker, job.key))
+        return real(job, **options)
+
+    extraction.load = noted
+    real_runner = extraction._runner
+
+    def together(*arguments, **options):
+        meeting.wait(60)  # both are in the stage before either extracts
+        return real_runner(*arguments, **options)
+
+    extraction._runner = together
+    try:
+        extract(run, benchmark, weight_file, worker=worker, worker_count=2, workers=0)
+    except runs.StageError as error:
+        assert "are for other workers" in str(error)
+
+
+def test_two_processes_share_the_work(run, benchmark, weight_file, tmp_path, monkeypatch):
+    evaluate(run, benchmark, weight_file)
+    shutil.copytree(run, tmp_path / "alone")
+    wanted = contents(extract(tmp_path / "alone", benchmark, weight_file))
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{TOP}")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_extraction"])
+    meeting, done = context.Barrier(2), context.Queue()
+    options = (run, benchmark, weight_file)
+    workers = [context.Process(target=_work, args=(*options, i, meeting, done)) for i in (0, 1)]
+    for worker in workers:
+        worker.start()
+    seen = [done.get(timeout=60) for _ in range(6)]
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert done.empty()
+    assert len({key for _, key in seen}) == 6  # no image twice
+    assert {worker for worker, _ in seen} == {0, 1}
+    assert (run / "mini/local/stage.json").exists()
+    assert contents(run / "mini/local") == wanted
+
+
+def test_workers_one_after_the_other(run, benchmark, weight_file):
+    evaluate(run, benchmark, weight_file)
+    with pytest.raises(runs.StageError, match="worker 1 has written its shards.*1 of 2 .shard-00"):
+        extract(run, benchmark, weight_file, worker=1, worker_count=2)
+    folder = extract(run, benchmark, weight_file, worker=0, worker_count=2)
+    assert len(FeatureStore.open(folder, verify=True)) == 6
+    with pytest.raises(ValueError, match="2 workers have the numbers from 0 on"):
+        extract(run, benchmark, weight_file, worker=2, worker_count=2)
+    with pytest.raises(ValueError, match="overwrite"):
+        extract(run, benchmark, weight_file, worker=0, worker_count=2, overwrite=True)
+
+
+def test_shards_of_workers_are_a_partition(tmp_path):
+    keys = [f"{i:02d}" for i in range(11)]
+    whole = extraction.shards_of(tmp_path, keys, 2)
+    assert [path.name for path in whole] == [f"shard-{i:02d}" for i in range(6)]
+    for workers in (2, 3, 7):
+        parts = [extraction.shards_of(tmp_path, keys, 2, (r, workers)) for r in range(workers)]
+        assert sum(map(len, parts)) == 6
+        assert {path: keys for part in parts for path, keys in part.items()} == whole
+    assert extraction.shards_of(tmp_path, [], 2) == {tmp_path / "shard-00": []}
+
+
+# Bad input
+
+
+def test_a_store_of_another_model_or_other_options(run, benchmark, weight_file, tmp_path):
+    evaluate(run, benchmark, weight_file)
+    folder = extract(run, benchmark, weight_file)
+    other = save_model(build_model(NANO, code_dim=8, seed=1), tmp_path / "other.safetensors")
+    with pytest.raises(runs.StageError, match="inputs.weights: .* there, .* now"):
+        extract(run, benchmark, other)
+    with pytest.raises(runs.StageError, match='parameters.dtype: "float16" there, "int8" now'):
+        extract(run, benchmark, weight_file, dtype="int8")
+    assert len(FeatureStore.open(folder, verify=True)) == 6  # nothing was touched
+
+
+def test_no_images_at_all(model, tmp_path):
+    runner = extraction.Runner(model, "fp32", 64, "area", batch_size=2, workers=1)
+    how = dict(dtype="float16", shard_size=4, options={}, limit=0)
+    extraction._write_shards(runner, [], tmp_path, **how)
+    opened = FeatureStore.open(tmp_path, verify=True)
+    assert len(opened) == 0
+    assert opened.code_dim == 8
+
+
+class Cramped(torch.nn.Module):
+    """A model that runs out of memory above two images, as a GPU does."""
+
+    def __init__(self, model, most: int):
+        super().__init__()
+        self.model, self.most = model, most
+        self.embed_dim, self.code_dim = model.embed_dim, model.code_dim
+
+    def global_features(self, images):
+        return self._fits(images) or self.model.global_features(images)
+
+    def token_features(self, images):
+        return self._fits(images) or self.model.token_features(images)
+
+    def _fits(self, images) -> None:
+        if len(images) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_out_of_memory_halves_the_batch(model, benchmark, capsys):
+    """Seven images in one batch go through as 7, 3, 1, 1, …: said twice, for 7 and for 3."""
+    jobs = [extraction.Job(f"{i}", benchmark / "jpg/image0.jpg") for i in range(7)] * 2
+    how = dict(precision="fp32", size=64, resize="squash", batch_size=7, workers=0)
+    found = []
+    for network in (Cramped(model, 2), model):
+        runner = extraction.Runner(network, **how)
+        with runner.stream(jobs, disable=True) as results:
+            found.append(runner.global_rows(results, 14, scales=(1.0,))[0])
+    np.testing.assert_allclose(*found, atol=1e-5)  # sums of batches of another size
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "out of memory with 7 images at once: going on with 3",
+        "out of memory with 3 images at once: going on with 1",
+    ]
+    runner = extraction.Runner(Cramped(model, 2), **(how | {"resize": "area", "batch_size": 4}))
+    with runner.stream(jobs[:4], disable=True) as results:
+        items, _ = runner.local_items(results, list("abcd"), max_keypoints=5, scales=(1.0,))
+    assert [key for key, _ in items] == list("abcd")
+    assert all(len(features) > 0 for _, features in items)
+
+
+def test_one_image_that_does_not_fit(model, benchmark):
+    runner = extraction.Runner(Cramped(model, 0), "fp32", 64, "squash", batch_size=2, workers=0)
+    jobs = [extraction.Job("a", benchmark / "jpg/image0.jpg")]
+    with runner.stream(jobs, disable=True) as results:
+        with pytest.raises(RuntimeError, match="one image alone does not fit"):
+            runner.global_rows(results, 1, scales=(1.0,))
+
+
 def test_a_query_named_like_a_database_image(benchmark):
     """`open_dataset` refuses such a set; the jobs keep the two apart all the same."""
     data = revisited.open_dataset("mini", benchmark)
@@ -588,19 +830,47 @@ def test_a_query_named_like_a_database_image(benchmark):
 
 
 @pytest.mark.slow
-def test_a_full_disk(run, benchmark, weight_file):
-    """Files of 2 KiB at most: the stage stops with the system's error, the next run finishes."""
-    code = f"""
-import resource, sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
-from pathlib import Path
-from test_extraction import evaluate
-resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
-evaluate(Path({str(run)!r}), Path({str(benchmark)!r}), Path({str(weight_file)!r}))
-"""
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+@pytest.mark.parametrize("stage", ["evaluate", "extract"])
+def test_a_full_disk(run, benchmark, weight_file, stage):
+    """Files above a limit cannot be written: the stage stops with the system's error, the next run
+    finishes. Extraction meets the limit at its second shard, so that the first is kept."""
+    if stage == "extract":
+        evaluate(run, benchmark, weight_file)
+    child = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *map(str, (TOP / "tests", stage, run)), str(benchmark)]
+        + [str(weight_file)],
+        capture_output=True,
+        text=True,
+    )
     assert child.returncode == 1
     assert "File too large" in child.stderr
-    assert not (run / "mini/global/database.npy").exists()
-    folder = evaluate(run, benchmark, weight_file)
-    assert np.load(folder / "database.npy").any(axis=1).all()
+    folder = run / "mini" / ("global" if stage == "evaluate" else "local")
+    assert not (folder / "database.npy").exists()
+    assert [path.name for path in folder.glob("shard-*")] == ["shard-00"] * (stage == "extract")
+    assert not (folder / "stage.json").exists()
+    if stage == "evaluate":
+        database = np.load(evaluate(run, benchmark, weight_file) / "database.npy")
+        assert database.any(axis=1).all()
+    else:
+        opened = FeatureStore.open(extract(run, benchmark, weight_file), verify=True)
+        assert len(opened) == 6
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_extraction
+from vitgal import store
+real = store.write_shard
+
+def limited(folder, *arguments, **options):
+    if folder.name == "shard-01":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
+    return real(folder, *arguments, **options)
+
+store.write_shard = limited
+if sys.argv[2] == "evaluate":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+getattr(test_extraction, sys.argv[2])(*map(Path, sys.argv[3:]))
+"""

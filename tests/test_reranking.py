@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 
-from vitgal import runs, search, store
+from vitgal import reranking, runs, search, store
 from vitgal.evaluation import bootstrap_interval, evaluate
 from vitgal.features import LocalFeatures
 from vitgal.reranking import (
@@ -125,6 +125,30 @@ def test_match_at_any_scale(scale):
     bound = scale * 4.5
     assert 0 < len(match(query, gallery, bound)) < 80
     np.testing.assert_array_equal(match(query, gallery, bound), tree_matches(query, gallery, bound))
+
+
+@pytest.mark.parametrize("kind", ["strangers", "one long first value", "lengths", "all alike"])
+def test_match_with_the_shorter_product_first(kind):
+    """Where it rules out nearly all pairs, and where it rules out too few."""
+    rng = np.random.default_rng(6)
+    gallery = rng.standard_normal((500, 128)).astype(np.float32)
+    if kind == "one long first value":
+        gallery[:, 0] *= 30
+    if kind == "lengths":
+        gallery *= rng.uniform(0.1, 1, (500, 1)).astype(np.float32)
+    if kind == "all alike":
+        gallery[:, :120] = gallery[0, :120]
+    gallery /= np.linalg.norm(gallery, axis=1, keepdims=True) if kind != "lengths" else 11
+    near = gallery[rng.integers(500, size=300)]
+    query = near + (rng.random((300, 1)) * rng.standard_normal((300, 128))).astype("f4") / 6
+    prepared = [reranking._Descriptors.read(each, "one") for each in (query, gallery)]
+    left = reranking._sieved(*prepared, slice(0, 300), 0.82)
+    assert (left is None) == (kind != "strangers")
+    matches = match(query, gallery)
+    assert 50 < len(matches) <= 300
+    np.testing.assert_array_equal(matches, tree_matches(query, gallery, 0.82))
+    if left is not None:
+        assert set(map(tuple, matches)) <= set(zip(*map(np.ndarray.tolist, left), strict=True))
 
 
 def test_match_in_blocks_equals_match_at_once(monkeypatch):
@@ -531,8 +555,6 @@ def make_run(folder: Path, *, drop: tuple = (), failures: tuple = (), poison: tu
         rest = slice(6 * (number % 5), None) if number % 5 < 4 else []
         items[name] = image_pair(24, 6)[1].subset(rest)
     items = {key: value for key, value in items.items() if key not in drop + failures}
-    for key in poison:
-        items[key].keypoints[:] = np.nan
     local = folder / "random" / "local"
     with runs.stage(local, "local", parameters={}, inputs={}) as stage:
         failed = [{"name": name, "reason": "torn"} for name in failures]
@@ -540,6 +562,12 @@ def make_run(folder: Path, *, drop: tuple = (), failures: tuple = (), poison: tu
             local / "shard-00", sorted(items.items()), dtype="float32", failures=failed
         )
         stage.finish(["shard-00/items.json"])
+    shard = store.Shard.open(local / "shard-00")
+    for key in poison:  # on disk: writing such features is refused
+        keypoints = np.load(shard.folder / "keypoints.npy", mmap_mode="r+")
+        start, stop = shard.arrays["offsets"][shard.names.index(key) :][:2]
+        keypoints[start:stop] = np.nan
+        keypoints.flush()
     return folder
 
 
@@ -678,6 +706,20 @@ def test_stage_names_the_pair_that_cannot_be_matched(tmp_path):
     folder = make_run(tmp_path / "bad", poison=(name,))
     with pytest.raises(ValueError, match=f"database image {name}, .*nan or infinite coordinates"):
         rerank_run(folder)
+
+
+def test_images_with_few_features_and_queries_without_candidates(tmp_path):
+    query, image = image_pair(24, 6)
+    items = [("query", query), ("none", image.subset([])), ("four", image.subset(slice(4)))]
+    store.write_shard(tmp_path / "shard-00", items + [("five", image.subset(slice(5)))])
+    opened = store.FeatureStore.open(tmp_path)
+    q, counts = reranking._verify_query(opened, 3, "query", ["none", "four", "five"], {})
+    assert q == 3
+    assert counts.tolist() == [0, 0, 5]  # four matches are fewer than verification needs
+    _, counts = reranking._verify_query(opened, 3, "query", [], {})
+    assert counts.shape == (0,)
+    _, counts = reranking._verify_query(opened, 3, "none", ["query", "four"], {})
+    assert counts.tolist() == [0, 0]
 
 
 def test_stage_refuses_another_ground_truth(finished, tmp_path):

@@ -266,6 +266,86 @@ class TestWholeShard:
         assert sorted(path.name for path in folder.iterdir()) == ["shard-00", "shard-01"]
 
 
+class TestSalvage:
+    """A shard of which one file is cut short at every byte."""
+
+    MADE = {"dtype": "int8", "code_dim": 5, "settings": {"precision": "fp32"}}
+
+    @pytest.fixture
+    def shard(self, tmp_path) -> Path:
+        items = [(f"a{i}", features(i % 3 + 1, i, code_dim=5)) for i in range(4)]
+        return store.write_shard(tmp_path / "shard-00", items, **self.MADE)
+
+    @pytest.mark.parametrize("name", [*(f"{each}.npy" for each in store.ARRAYS), "items.json"])
+    def test_truncated_at_any_byte(self, shard, name):
+        """What is kept equals what was written, and grows with what is left of the file."""
+        whole = store.salvage(shard, **self.MADE)
+        assert list(whole) == ["a0", "a1", "a2", "a3"]
+        content, names, sizes = (shard / name).read_bytes(), ["a0", "a1", "a2", "a3"], []
+        for length in range(len(content)):
+            (shard / name).write_bytes(content[:length])
+            if name != "items.json" or length < len(content) - 1:  # the last is a line break
+                assert (
+                    store.whole_shard(shard, names, dtype="int8", settings=self.MADE["settings"])
+                    is None
+                )
+            kept = store.salvage(shard, **self.MADE)
+            sizes.append(len(kept))
+            for key, stored in kept.items():
+                assert stored.checksum == whole[key].checksum
+                for part in stored.arrays:
+                    np.testing.assert_array_equal(stored.arrays[part], whole[key].arrays[part])
+        assert sizes == sorted(sizes)
+        assert {0, 3} <= set(sizes)  # nothing at first, all but the last image in the end
+
+    def test_kept_images_are_written_as_they_were(self, shard, tmp_path):
+        kept = store.salvage(shard, **self.MADE)
+        again = store.write_shard(tmp_path / "shard-01", kept.items(), **self.MADE)
+        for path in shard.iterdir():
+            assert (again / path.name).read_bytes() == path.read_bytes()
+
+    def test_nothing_of_another_making_is_kept(self, shard, tmp_path):
+        for other in ({"dtype": "float16"}, {"code_dim": 6}, {"settings": {"precision": "bf16"}}):
+            assert store.salvage(shard, **(self.MADE | other)) == {}
+        assert store.salvage(tmp_path / "shard-09", **self.MADE) == {}
+
+    def test_changed_bytes_and_missing_files(self, shard):
+        path = shard / "scores.npy"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert list(store.salvage(shard, **self.MADE)) == ["a0", "a1", "a2"]
+        path.write_bytes(content[:20] + b"((((" + content[24:])  # the header is no header
+        assert store.salvage(shard, **self.MADE) == {}
+        path.unlink()
+        assert store.salvage(shard, **self.MADE) == {}
+
+
+class TestBadFeatures:
+    def test_not_finite_is_refused_by_name(self, tmp_path):
+        for field in ("keypoints", "descriptors"):
+            bad = features(3)
+            getattr(bad, field)[1, 0] = np.nan
+            with pytest.raises(ValueError, match="'b'.*nan or infinity"):
+                store.write_shard(tmp_path / "shard-00", [("a", features(2)), ("b", bad)])
+        assert list(tmp_path.iterdir()) == []
+
+    def test_another_width_is_refused(self, tmp_path):
+        items = [("a", features(2)), ("b", features(2, code_dim=11))]
+        with pytest.raises(ValueError, match="'b' has descriptors of width 11, not 10"):
+            store.write_shard(tmp_path / "shard-00", items)
+        store.write_shard(tmp_path / "shard-00", items[:1])
+        store.write_shard(tmp_path / "shard-01", items[1:])
+        with pytest.raises(store.StoreError, match="shard-00: 10 .* shard-01: 11 values"):
+            store.FeatureStore.open(tmp_path)
+
+    def test_none_one_and_few_features(self, tmp_path):
+        items = [("none", features(0)), ("one", features(1)), ("four", features(4))]
+        store.write_shard(tmp_path / "shard-00", items)
+        opened = store.FeatureStore.open(tmp_path, verify=True)
+        assert {key: len(opened[key]) for key in opened} == {"none": 0, "one": 1, "four": 4}
+        assert opened["none"].descriptors.shape == (0, 10)
+
+
 class TestOtherFormats:
     def test_hloc(self, folder, tmp_path):
         path = store.export_hloc(store.FeatureStore.open(folder), tmp_path / "features.h5")

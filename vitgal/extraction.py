@@ -8,9 +8,9 @@ row block by row block, the local one shard by shard.
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -304,12 +304,45 @@ def prefetch(
 Results = Iterable[tuple[Job, Loaded | ImageError]]
 
 
+@dataclass(eq=False)
+class Room:
+    """How many images fit on the device at once: learned when a batch does not (0: not yet)."""
+
+    images: int = 0
+
+    def run(self, work: Callable[[slice], Sequence], number: int) -> list:
+        """`work` on slices of a batch of `number`, halved until they fit; results in order.
+
+        Says so once a halving. Raises RuntimeError where one image alone does not fit.
+        """
+        found: list = []
+        while len(found) < number:
+            most = min(number, self.images or number)
+            part = slice(len(found), min(number, len(found) + most))
+            try:
+                found.extend(work(part))
+            except torch.OutOfMemoryError as error:
+                size = part.stop - part.start
+                if size == 1:
+                    raise RuntimeError(
+                        "one image alone does not fit into the device's memory: use a smaller size "
+                        "or fewer scales, or close other programs that use the device"
+                    ) from error
+                self.images = size // 2
+            else:
+                continue
+            # Outside the handler: the exception holds the tensors of the batch that was too large.
+            torch.cuda.empty_cache()  # does nothing where there is no GPU
+            print(f"out of memory with {size} images at once: going on with {self.images}")
+        return found
+
+
 @dataclass(frozen=True, eq=False)
 class Runner:
     """A model and how images on disk are brought to it.
 
     precision is "fp32" or "bf16"; size and resize are those of `images.resize`; workers are
-    decoding threads.
+    decoding threads. A batch that the device has no memory for is halved, as are all after it.
     """
 
     model: ViTGaL
@@ -318,6 +351,7 @@ class Runner:
     resize: str
     batch_size: int
     workers: int
+    room: Room = field(default_factory=Room)
 
     @contextlib.contextmanager
     def stream(self, jobs: Iterable[Job], **bar: Any) -> Iterator[Iterator]:
@@ -346,25 +380,47 @@ class Runner:
         rows = np.zeros((number, self.model.embed_dim), np.float32)
         inputs = ((position, loaded.image) for position, loaded in _usable(results, failures))
         for positions, batch in batches(inputs, self.batch_size):
-            rows[positions] = describe(self.model, np.stack(batch), scales)
+            rows[positions] = self.room.run(
+                lambda part, batch=batch: describe(self.model, np.stack(batch[part]), scales),
+                len(batch),
+            )
         return rows, failures
 
     def local_items(
-        self, results: Results, keys: Sequence[str], **options: Any
-    ) -> tuple[list[tuple[str, LocalFeatures]], list[dict]]:
-        """Local features of streamed images as (key, features), in order; the failures."""
-        failures: list[dict] = []
-        found: dict[int, LocalFeatures] = {}
+        self,
+        results: Results,
+        keys: Sequence[str],
+        kept: Mapping[str, store.Stored] | None = None,
+        **options: Any,
+    ) -> tuple[list[tuple[str, LocalFeatures | store.Stored]], list[dict]]:
+        """Local features of streamed images as (key, features), in order; the failures.
+
+        kept: what a damaged shard still held is taken as it is. Batches are those of all images,
+        so that what is made anew comes out as it did the first time.
+        """
+        kept, failures = kept or {}, []
+        found: dict[int, LocalFeatures | store.Stored] = {}
         inputs = (
             ((position, loaded.frame), loaded.image)
             for position, loaded in _usable(results, failures)
         )
         for labels, batch in batches(inputs, self.batch_size):
             positions, frames = zip(*labels, strict=True)
-            images = network_input(np.stack(batch), _device(self.model))
-            features = local_features(self.model, images, frames, **options)
-            found.update(zip(positions, features, strict=True))
+            known = [kept.get(keys[position]) for position in positions]
+            if not all(known):
+                features = self._local_batch(batch, frames, options)
+                known = [old or new for old, new in zip(known, features, strict=True)]
+            found.update(zip(positions, known, strict=True))
         return [(keys[position], found[position]) for position in sorted(found)], failures
+
+    def _local_batch(
+        self, batch: list[np.ndarray], frames: Sequence[Frame], options: dict
+    ) -> list[LocalFeatures]:
+        def work(part: slice) -> list[LocalFeatures]:
+            images = network_input(np.stack(batch[part]), _device(self.model))
+            return local_features(self.model, images, frames[part], **options)
+
+        return self.room.run(work, len(batch))
 
 
 def _counted(results: Results, bar: tqdm) -> Results:
@@ -582,6 +638,8 @@ def extract_shortlist(
     threads: int | None = None,
     workers: int = 4,
     device: str | None = None,
+    worker: int = 0,
+    worker_count: int = 1,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -592,14 +650,18 @@ def extract_shortlist(
 
     Args:
         dtype: how descriptors are stored, see `store.encode`.
-        shard_size: images a shard. A killed stage continues with the first shard that is missing.
+        shard_size: images a shard. A killed stage continues with the first shard that is missing;
+            of a damaged one the images that are whole are kept.
         max_failed_share: share of images that may fail to decode; they are left out of the store.
+        worker, worker_count: several processes, on one machine or on several that share the folder,
+            may extract together: number `worker` writes shards worker, worker + worker_count, ….
+            The result does not depend on it. The last to be done finishes the stage.
         size … interpolation: see `extract_local`.  All others: see `evaluate_global`.
     Returns:
         The stage's folder; `FeatureStore.open` reads it.
     Raises:
         StageError: the global stage is missing, the folder holds other settings, a query or too
-            many images cannot be read.
+            many images cannot be read, or this worker is done and others are not.
         FileNotFoundError, ValueError: as `evaluate_global`; a model without autoencoder.
     """
     data = revisited.open_dataset(
@@ -618,22 +680,56 @@ def extract_shortlist(
     how = dict(seed=seed, threads=threads, device=device, precision=precision)
     how |= dict(size=size, resize="area", batch_size=batch_size, workers=workers)
     shards = dict(dtype=dtype, shard_size=shard_size, options=options)
-    shards |= dict(share=max_failed_share, disable=not progress)
-    with runs.stage(
-        run / dataset / "local", "local", parameters=parameters, inputs=inputs, overwrite=overwrite
-    ) as stage:
-        if stage.finished:
-            opened = store.FeatureStore.open(stage.folder)
+    shards |= dict(limit=max_failed_share, disable=not progress)
+    share = (worker, worker_count)
+    opening = dict(parameters=parameters, inputs=inputs, overwrite=overwrite)
+    with runs.stage(run / dataset / "local", "local", repair=True, share=share, **opening) as stage:
+        if stage.finished and (opened := _opened(stage)) is not None:
             _announce(opened.code_dim, len(jobs), parameters)
             _report(opened.failures, len(jobs))
             return stage.folder
         with _runner(model, **how) as runner:
             _announce(require_codes(runner.model), len(jobs), parameters)
-            failures = _write_shards(runner, jobs, stage.folder, **shards)
-            recorded = runner.recorded() | dict(images=len(jobs), failed=len(failures))
+            _write_shards(runner, jobs, stage.folder, share=share, **shards)
+            recorded = runner.recorded()
+        _refuse_unfinished(stage.folder, len(jobs), shard_size, worker)
+        failed = store.FeatureStore.open(stage.folder).failures
+        _refuse_failures(_listed(failed), len(jobs), max_failed_share)
+        recorded |= dict(images=len(jobs), failed=len(failed))
         stage.finish(_shard_outputs(stage.folder), **recorded)
-        _report(failures, len(jobs))
+        _report(failed, len(jobs))
         return stage.folder
+
+
+def _opened(stage: runs.Stage) -> store.FeatureStore | None:
+    """A finished stage's store; None, and the stage reopened, where a shard is torn or gone."""
+    try:
+        return store.FeatureStore.open(stage.folder)
+    except (store.StoreError, FileNotFoundError) as error:
+        print(error)
+        stage.reopen()
+        return None
+
+
+def _refuse_unfinished(folder: Path, images: int, shard_size: int, worker: int) -> None:
+    """StageError where other workers still have shards to write."""
+    count = _shard_count(images, shard_size)
+    wanted = [store.shard_folder(folder, index, count) for index in range(count)]
+    missing = [path.name for path in wanted if not path.exists()]
+    if missing:
+        raise runs.StageError(
+            f"worker {worker} has written its shards of {folder}; {len(missing)} of {count} "
+            f"({missing[0]}, ...) are for other workers: the last of them finishes the stage; if "
+            "none is at work, run this again with worker_count=1"
+        )
+
+
+def _shard_count(images: int, shard_size: int) -> int:
+    return max(1, -(-images // shard_size))
+
+
+def _listed(failed: Mapping[str, str]) -> list[dict]:
+    return [{"name": name, "reason": reason} for name, reason in failed.items()]
 
 
 def shortlist_jobs(data: RetrievalDataset, path: Path, crop: bool) -> list[Job]:
@@ -656,11 +752,12 @@ def _jobs_fingerprint(jobs: Sequence[Job]) -> str:
 
 def _announce(code_dim: int, images: int, parameters: dict) -> None:
     """Prints the greatest size that the store can have; the same when the stage is reused."""
-    most = parameters["max_keypoints"]
-    size = store.forecast(images, most, code_dim, parameters["dtype"])
+    most, dtype = parameters["max_keypoints"], parameters["dtype"]
+    size = store.forecast(images, most, code_dim, dtype)
+    shown = f"{size / 1e9:,.0f} GB" if size >= 1e10 else f"{size / 1e6:,.0f} MB"
     print(
-        f"local features of {images} images: at most {size / 1e6:.0f} MB ({most} features an image,"
-        f" descriptors of {code_dim} values as {parameters['dtype']})"
+        f"local features of {images:,} images, {len(parameters['scales'])} scales, {dtype}: "
+        f"at most {shown} ({most:,} features an image, descriptors of {code_dim} values)"
     )
 
 
@@ -672,33 +769,53 @@ def _write_shards(
     dtype: str,
     shard_size: int,
     options: dict,
-    share: float,
-    disable: bool,
-) -> list[dict]:
-    """Writes the shards that are missing or damaged; returns all failures of all shards."""
+    limit: float,
+    share: tuple[int, int] = runs.ALONE,
+    disable: bool = True,
+) -> None:
+    """Writes those of a worker's shards that are missing or damaged."""
     by_key = {job.key: job for job in jobs}
-    parts = store.partition([job.key for job in jobs], shard_size)
     made = dict(dtype=dtype, settings={"precision": runner.precision})
-    store.clear_partial(folder)
+    code_dim = runner.model.code_dim
+    if share == runs.ALONE:
+        store.clear_partial(folder)
     failures, missing = [], {}
-    for index, keys in enumerate(parts):
-        where = store.shard_folder(folder, index, len(parts))
+    mine = shards_of(folder, by_key, shard_size, share)
+    for where, keys in mine.items():
         if shard := store.whole_shard(where, keys, **made):
             failures += shard.failures
         else:
             missing[where] = keys
     todo = [by_key[key] for keys in missing.values() for key in keys]
-    bar = dict(total=len(jobs), initial=len(jobs) - len(todo), desc="extracting", disable=disable)
+    total = sum(map(len, mine.values()))
+    bar = dict(total=total, initial=total - len(todo), desc="extracting", disable=disable)
     with runner.stream(todo, **bar) as results:
         for where, keys in missing.items():
+            kept = store.salvage(where, code_dim=code_dim, **made)
+            if where.exists():
+                print(f"{where} is damaged: {len(kept)} of {len(keys)} images are kept")
             block = itertools.islice(results, len(keys))
-            items, failed = runner.local_items(block, keys, **options)
+            items, failed = runner.local_items(block, keys, kept, **options)
             _refuse_failed_query([each for each in failed if by_key[each["name"]].query])
-            code_dim = runner.model.code_dim
             store.write_shard(where, items, failures=failed, code_dim=code_dim, **made)
             failures += failed
-            _refuse_failures(failures, len(jobs), share)
-    return failures
+            _refuse_failures(failures, len(jobs), limit)
+
+
+def shards_of(
+    folder: Path, keys: Iterable[str], shard_size: int, share: tuple[int, int] = runs.ALONE
+) -> dict[Path, list[str]]:
+    """The shards that one of several workers writes: folder -> keys of its images.
+
+    share: (worker, workers); worker r takes shards r, r + workers, …. The shards are those of
+    `store.partition`, whatever the number of workers; without images there is an empty one.
+    """
+    parts = store.partition(keys, shard_size) or [[]]
+    worker, workers = share
+    return {
+        store.shard_folder(folder, index, len(parts)): parts[index]
+        for index in range(worker, len(parts), workers)
+    }
 
 
 def _shard_outputs(folder: Path) -> list[str]:

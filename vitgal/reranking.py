@@ -6,6 +6,7 @@ are (x, y) in the network's input frame, where one patch is 16 pixels wide.
 """
 
 import functools
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -37,6 +38,8 @@ GLOBAL_NOTEBOOK = "04_global_evaluation"
 LOCAL_NOTEBOOK = "05_local_extraction"
 MIN_MATCHES = 5  # below it the published code counts no inliers, though four would fix a homography
 BLOCK = 1 << 22  # similarities held at once: 16 MiB
+SIEVED = 1 / 500  # more pairs left by the first pass than this take longer than the whole product
+SAMPLE = 64  # query descriptors that tell whether the first pass is worth it
 PAIRS = 1 << 13  # descriptor pairs measured at once in float64: 8 MiB at 128 dimensions
 
 
@@ -59,8 +62,8 @@ def match(
     Raises:
         ValueError: widths that differ, nan or infinite or huge values, a negative `max_distance`.
 
-    Distances are those of the published float64 KD-tree, digit by digit: a float32 product finds
-    the few gallery descriptors that rounding cannot tell apart, float64 decides among them.
+    Distances are those of the published float64 KD-tree, digit by digit: float32 products find the
+    few gallery descriptors that may be the nearest, float64 decides among them.
     """
     return match_shortlist(query_descriptors, [gallery_descriptors], max_distance)[0]
 
@@ -119,6 +122,22 @@ class _Descriptors:
     def right(self) -> np.ndarray:  # (N, C + 1) float32: v, -|v|^2 / 2
         return self._extended(-self.halves)
 
+    @functools.cached_property
+    def left_bound(self) -> np.ndarray:  # (N, S + 2) float32: u's first values, |the rest|, 1
+        return self._shortened(np.ones(len(self.values)))
+
+    @functools.cached_property
+    def right_bound(self) -> np.ndarray:  # (N, S + 2) float32: v's, |the rest|, -|v|^2 / 2
+        return self._shortened(-self.halves)
+
+    def _shortened(self, column: np.ndarray) -> np.ndarray:
+        short = self.values.shape[1] * 5 // 8
+        rest = self.values[:, short:]
+        shortened = np.empty((len(self.values), short + 2), np.float32)
+        shortened[:, :-2], shortened[:, -1] = self.values[:, :short], column
+        shortened[:, -2] = np.sqrt(np.einsum("ij,ij->i", rest, rest, dtype=np.float64))
+        return shortened
+
     def _extended(self, column: np.ndarray) -> np.ndarray:
         extended = np.empty((len(self.values), self.values.shape[1] + 1), np.float32)
         extended[:, :-1], extended[:, -1] = self.values, column
@@ -134,17 +153,43 @@ def _match(query: _Descriptors, gallery: _Descriptors, max_distance: float) -> n
     if width != other:
         raise ValueError(f"query descriptors are {width} wide, gallery descriptors {other}")
     step = max(1, BLOCK // size)
-    blocks = [
-        _match_block(query, gallery, slice(first, first + step), max_distance)
-        for first in range(0, count, step)
-    ]
-    return np.concatenate(blocks)
+    blocks = [slice(first, min(first + step, count)) for first in range(0, count, step)]
+    sample = slice(0, min(SAMPLE, step, count))
+    worth = math.isfinite(max_distance) and _sieved(query, gallery, sample, max_distance)
+    found = []
+    for block in blocks:
+        pairs = _sieved(query, gallery, block, max_distance) if worth else None
+        found.append(pairs or _closest(query, gallery, block, max_distance))
+    rows, columns = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    return _nearest(query.values, gallery.values, rows, columns, max_distance)
 
 
-def _match_block(
+Pairs = tuple[np.ndarray, np.ndarray]  # query and gallery indices, by rising query index
+
+
+def _sieved(
     query: _Descriptors, gallery: _Descriptors, block: slice, max_distance: float
-) -> np.ndarray:
-    """The matches of some of the query's descriptors."""
+) -> Pairs | None:
+    """All pairs that may lie within the distance; None where these are many.
+
+    By Cauchy and Schwarz u.v is at most the product of the first values of u and v and of the
+    lengths of what is left of them: a shorter product than the whole one rules out most pairs.
+    """
+    bounds = query.left_bound[block] @ gallery.right_bound.T  # (N, M) float32
+    slack = _rounding(query.halves[block], gallery.halves.max(), query.values.shape[1])
+    floor = query.halves[block] - max_distance**2 / 2 - slack
+    floor = np.nextafter(floor.astype(np.float32), np.float32(-np.inf))
+    hits = np.flatnonzero(bounds >= floor[:, None])
+    if hits.size > SIEVED * bounds.size:
+        return None
+    rows, columns = np.divmod(hits, bounds.shape[1])
+    return rows + block.start, columns
+
+
+def _closest(
+    query: _Descriptors, gallery: _Descriptors, block: slice, max_distance: float
+) -> Pairs:
+    """For each descriptor those that rounding cannot tell from the nearest, if near enough."""
     # The nearest v to u is the one of the greatest u.v - |v|^2 / 2, which a single product gives.
     closeness = query.left[block] @ gallery.right.T  # (N, M) float32
     best = closeness.max(axis=1).astype(np.float64)
@@ -155,14 +200,21 @@ def _match_block(
     if len(rows) < len(closeness):
         closeness = closeness[rows]
     row, column = np.divmod(np.flatnonzero(closeness >= floor[:, None]), closeness.shape[1])
-    queries = rows + block.start
-    squares = _squared_distances(query.values, gallery.values, queries[row], column)
-    first = np.flatnonzero(np.diff(row, prepend=-1))  # where each row's candidates begin
+    return rows[row] + block.start, column
+
+
+def _nearest(
+    query: np.ndarray, gallery: np.ndarray, rows: np.ndarray, columns: np.ndarray, bound: float
+) -> np.ndarray:
+    """The matches (K, 2) among pairs: each row's nearest, the lowest index of equal ones."""
+    squares = _squared_distances(query, gallery, rows, columns)
+    first = np.flatnonzero(np.diff(rows, prepend=-1))  # where each row's candidates begin
     nearest = np.minimum.reduceat(squares, first) if len(first) else squares
-    ties = np.flatnonzero(squares == nearest[row])
-    lowest = ties[np.flatnonzero(np.diff(row[ties], prepend=-1))]
-    within = squares[lowest] < max_distance * max_distance
-    return np.column_stack([queries, column[lowest]])[within]
+    group = np.repeat(np.arange(len(first)), np.diff(first, append=len(rows)))
+    ties = np.flatnonzero(squares == nearest[group])
+    lowest = ties[np.flatnonzero(np.diff(rows[ties], prepend=-1))]
+    within = squares[lowest] < bound * bound
+    return np.column_stack([rows, columns])[lowest][within]
 
 
 def _rounding(halves: np.ndarray, half: float, width: int) -> np.ndarray:

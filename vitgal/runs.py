@@ -30,7 +30,8 @@ STAGE_FORMAT = 1
 MANIFEST = "stage.json"
 STARTED = "started.json"
 SETTINGS = ("format", "stage", "parameters", "inputs")  # what a result depends on
-LOCK = ".lock"
+LOCK = ".lock"  # the names of all locks begin so
+ALONE = (0, 1)  # worker 0 of 1
 _HELD: set[IO] = set()  # open lock files of this process, and of the one it was forked from
 CHUNK = 1 << 20  # bytes read at once when hashing
 TEMPORARY = ".tmp-"
@@ -257,6 +258,11 @@ class Stage:
         self.finished = True
         return self.folder
 
+    def reopen(self) -> None:
+        """Makes a finished stage an interrupted one, so that what is missing is made again."""
+        os.replace(self.folder / MANIFEST, self.folder / STARTED)
+        self.finished = False
+
 
 @contextlib.contextmanager
 def stage(
@@ -266,6 +272,8 @@ def stage(
     parameters: dict,
     inputs: dict[str, str],
     overwrite: bool = False,
+    repair: bool = False,
+    share: tuple[int, int] = ALONE,
 ) -> Iterator[Stage]:
     """Opens a stage folder for one process and says whether its work is already done.
 
@@ -273,51 +281,85 @@ def stage(
         parameters: everything that affects the result, in plain values.
         inputs: what each input is called -> its fingerprint (content, never a path).
         overwrite: throw away what the folder holds and start anew.
+        repair: a finished stage whose outputs have changed is opened as an interrupted one; else it
+            is refused.
+        share: (worker, workers): as which of how many processes that work in the folder at once
+            this one comes. Each keeps to its own files; all must say the same number.
     Raises:
         StageError: the folder cannot be written, another process works in it, or it holds a
             finished or interrupted stage with other settings; the message names the difference.
+        ValueError: a folder that is shared cannot be overwritten.
     """
+    if overwrite and share != ALONE:
+        raise ValueError(
+            "overwrite would throw away what the other workers write: delete the folder first"
+        )
     folder = Path(folder)
     settings = plain(
         {"format": STAGE_FORMAT, "stage": name, "parameters": parameters, "inputs": inputs}
     )
-    with locked(folder):
+    with locked(folder, share):
         if overwrite:
             _clear(folder)
         else:
             _refuse_other(folder, settings)
-        finished = (folder / MANIFEST).exists()
-        if finished:
-            _check_outputs(folder)
-        else:
-            _sweep(folder)
+        opened = Stage(folder, name, (folder / MANIFEST).exists(), settings)
+        if opened.finished:
+            try:
+                _check_outputs(folder)
+            except StageError:
+                if not repair:
+                    raise
+                opened.reopen()
+        if not opened.finished:
+            if share == ALONE:  # what looks left behind may be another worker's, half-written
+                _sweep(folder)
             write_json(folder / STARTED, settings)
-        yield Stage(folder, name, finished, settings)
+        yield opened
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock; the kernel releases it whatever happens to the process."""
+def locked(folder: Path, share: tuple[int, int] = ALONE) -> Iterator[None]:
+    """Holds the folder's lock; the kernel releases it whatever happens to the process.
+
+    share: (worker, workers). One worker has the folder for itself. Several hold the lock together;
+    a worker that is there twice, or of another number of workers, is refused.
+    """
+    worker, workers = share
+    if not 0 <= worker < workers:
+        raise ValueError(f"worker is {worker}: {workers} workers have the numbers from 0 on")
+    busy = f"another process is working in {folder}; wait for it, or use another run_dir"
+    with contextlib.ExitStack() as held:
+        _lock(folder / LOCK, held, fcntl.LOCK_EX if share == ALONE else fcntl.LOCK_SH, busy)
+        if share != ALONE:
+            name = f"{LOCK}-of-{workers}"
+            twice = f"worker {worker} of {workers} is working in {folder} already"
+            _lock(folder / f"{name}-{worker}", held, fcntl.LOCK_EX, twice)
+            # Others hold this one for themselves only while they look whether anybody does.
+            _lock(folder / name, held, fcntl.LOCK_SH, None)
+            for other in sorted(folder.glob(f"{LOCK}-of-*[0-9]")):
+                if other.name != name and "-" not in other.name.removeprefix(f"{LOCK}-of-"):
+                    with contextlib.ExitStack() as looked:
+                        _lock(other, looked, fcntl.LOCK_EX, f"{busy} (not as one of {workers})")
+        yield
+
+
+def _lock(path: Path, held: contextlib.ExitStack, kind: int, busy: str | None) -> None:
+    """Takes a lock until `held` closes; StageError with `busy` where it is taken, None: waits."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / LOCK, "w")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = held.enter_context(open(path, "w"))
     except OSError as error:
         raise StageError(
-            f"cannot write to the run folder {folder} ({error.strerror}); give it write "
+            f"cannot write to the run folder {path.parent} ({error.strerror}); give it write "
             "permission, or set run_dir or the environment variable VITGAL_RUNS to another folder"
         ) from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StageError(
-                f"another process is working in {folder}; wait for it, or use another run_dir"
-            ) from None
-        _HELD.add(handle)
-        try:
-            yield
-        finally:
-            _HELD.discard(handle)
+    try:
+        fcntl.flock(handle, kind | (fcntl.LOCK_NB if busy else 0))
+    except BlockingIOError:
+        raise StageError(busy) from None
+    _HELD.add(handle)
+    held.callback(_HELD.discard, handle)
 
 
 def disown_locks() -> None:
@@ -437,7 +479,9 @@ def _clear(folder: Path) -> None:
     # that no stage owns.
     if (folder / MANIFEST).exists():
         os.replace(folder / MANIFEST, folder / STARTED)
-    contents = [path for path in folder.iterdir() if path.name not in (LOCK, STARTED)]
+    contents = [
+        path for path in folder.iterdir() if not path.name.startswith(LOCK) and path.name != STARTED
+    ]
     for path in contents:
         _remove(path)
     (folder / STARTED).unlink(missing_ok=True)
@@ -452,11 +496,7 @@ def _sweep(folder: Path) -> None:
 
 def _foreign(folder: Path) -> list[Path]:
     """What a folder holds besides the lock and what a killed process left half-written."""
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.name != LOCK and not path.name.startswith(TEMPORARY)
-    )
+    return sorted(path for path in folder.iterdir() if not path.name.startswith((LOCK, TEMPORARY)))
 
 
 def _remove(path: Path) -> None:

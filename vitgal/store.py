@@ -10,10 +10,13 @@ that has the name of a database image is kept under `query/<name>`. `FeatureStor
 """
 
 import bisect
+import contextlib
 import functools
 import io
+import json
 import os
 import shutil
+import tokenize
 import zlib
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -127,9 +130,28 @@ def shard_folder(folder: Path, index: int, count: int) -> Path:
     return Path(folder) / f"{SHARD}{index:0{digits}d}"
 
 
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """One image's features as they stand on disk: its line of items.json, arrays, checksum."""
+
+    item: dict
+    arrays: dict[str, np.ndarray]
+    checksum: int
+
+    @classmethod
+    def of(cls, key: str, features: LocalFeatures, dtype: str) -> "Stored":
+        """Encodes features; ValueError names the image whose numbers are not finite."""
+        item = _item(key, features)
+        try:
+            arrays = _stored_arrays(features, dtype)
+        except ValueError as error:
+            raise ValueError(f"the features of {key!r}: {error}") from error
+        return cls(item, arrays, _checksum(item, arrays))
+
+
 def write_shard(
     folder: Path,
-    items: Iterable[tuple[str, LocalFeatures]],
+    items: Iterable[tuple[str, LocalFeatures | Stored]],
     *,
     dtype: str = "float16",
     failures: Iterable[Mapping[str, str]] = (),
@@ -141,31 +163,34 @@ def write_shard(
     Args:
         folder: the shard's own folder (`shard-NN` in the store's); one that is there is replaced.
         items: (key, features); each is encoded as it comes, so a generator keeps memory small.
+            `Stored` ones, from another shard of this dtype, are written as they are.
         dtype: how descriptors are stored, one of DTYPES.
         failures: images that belong here but could not be read, each {"name": …, "reason": …};
             read after the items, so that the generator may fill it.
         code_dim: descriptor width; needed only where `items` may be empty.
         settings: plain values kept in `items.json`, such as the precision features were made in.
     Raises:
-        ValueError: a key twice, descriptors of different widths, an unknown dtype.
+        ValueError: a key twice, descriptors of different widths, numbers that are not finite (the
+            image is named), an unknown dtype.
     """
     _check_dtype(dtype)
-    listed, checksums, blocks = [], [], []
+    found: list[Stored] = []
     for key, features in items:
-        code_dim = features.code_dim if code_dim is None else code_dim
-        if features.code_dim != code_dim:
-            raise ValueError(
-                f"{key!r} has descriptors of width {features.code_dim}, not {code_dim}"
-            )
-        blocks.append(_stored_arrays(features, dtype))
-        listed.append(_item(key, features))
-        checksums.append(_checksum(listed[-1], blocks[-1]))
+        if isinstance(features, LocalFeatures):
+            code_dim = features.code_dim if code_dim is None else code_dim
+            if features.code_dim != code_dim:
+                raise ValueError(
+                    f"{key!r} has descriptors of width {features.code_dim}, not {code_dim}"
+                )
+            features = Stored.of(key, features, dtype)
+        found.append(features)
+    listed = [each.item for each in found]
     if len({item["name"] for item in listed}) < len(listed):
         raise ValueError(f"{folder}: two items have the same key")
     header = {"format": FORMAT, "dtype": dtype, "code_dim": code_dim or 0}
     header |= {"settings": runs.plain(dict(settings or {})), "items": listed}
-    arrays = _joined(blocks, dtype, code_dim or 0)
-    arrays["checksums"] = np.array(checksums, np.uint32)
+    arrays = _joined([each.arrays for each in found], dtype, code_dim or 0)
+    arrays["checksums"] = np.array([each.checksum for each in found], np.uint32)
     _place(Path(folder), arrays, header, list(failures))
     return Path(folder)
 
@@ -185,6 +210,8 @@ def _joined(blocks: Sequence[dict], dtype: str, code_dim: int) -> dict[str, np.n
 
 
 def _stored_arrays(features: LocalFeatures, dtype: str) -> dict[str, np.ndarray]:
+    if not np.isfinite(features.keypoints).all():
+        raise ValueError("keypoints hold nan or infinity")
     return {
         "keypoints": np.asarray(features.keypoints, np.float32),
         "descriptors": encode(np.asarray(features.descriptors, np.float32), dtype),
@@ -241,7 +268,7 @@ class Shard:
         try:
             header = runs.read_json(folder / "items.json")
             arrays = {name: _mapped(folder / f"{name}.npy") for name in ARRAYS}
-        except (runs.StageError, OSError, ValueError) as error:
+        except (runs.StageError, OSError, ValueError, EOFError) as error:
             raise StoreError(f"the shard {folder} is damaged ({error}); {_REMEDY}") from error
         shard = cls(folder, header, arrays)
         if header.get("format") != FORMAT:
@@ -304,7 +331,7 @@ class Shard:
         ]
 
 
-_REMEDY = "delete it and extract again (05_local_extraction makes only the missing shards)"
+_REMEDY = "run 05_local_extraction again: it makes what is missing or damaged"
 
 
 def _mapped(path: Path) -> np.ndarray:
@@ -331,6 +358,71 @@ def whole_shard(
         runs.plain(dict(settings or {})),
     )
     return shard if made_so and sorted(listed) == sorted(names) and not shard.damaged() else None
+
+
+def salvage(
+    folder: Path, *, dtype: str, code_dim: int, settings: Mapping | None = None
+) -> dict[str, Stored]:
+    """What a damaged shard still holds: key -> every image whose bytes match its checksum.
+
+    Any of its files may be cut short, changed or missing. Nothing that was made in another way
+    (dtype, width, settings) is taken; a shard that is not there gives nothing.
+    """
+    folder = Path(folder)
+    header, items = _leading_items(folder / "items.json")
+    wanted = {"format": FORMAT, "dtype": dtype, "code_dim": code_dim}
+    wanted["settings"] = runs.plain(dict(settings or {}))
+    if header != wanted:
+        return {}
+    arrays = {name: _leading_rows(folder / f"{name}.npy") for name in ARRAYS}
+    shapes = {"keypoints": (2,), "descriptors": (stored_width(code_dim, dtype),)}
+    if any(arrays[name].shape[1:] != shapes.get(name, ()) for name in ARRAYS):
+        return {}
+    offsets, checksums = arrays.pop("offsets"), arrays.pop("checksums")
+    rows = min(map(len, arrays.values()))
+    found = {}
+    for item, start, stop, checksum in zip(items, offsets, offsets[1:], checksums, strict=False):
+        if not 0 <= start <= stop <= rows:
+            continue
+        part = {name: np.array(array[start:stop]) for name, array in arrays.items()}
+        if _checksum(item, part) == checksum:
+            found[item["name"]] = Stored(item, part, int(checksum))
+    return found
+
+
+def _leading_items(path: Path) -> tuple[dict, list[dict]]:
+    """The header and the whole items at the beginning of an items.json, which may be cut short."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    head, _, rest = text.partition('"items": [')
+    items: list[dict] = []
+    try:
+        header = json.loads(head.rstrip().rstrip(",") + "}")
+    except json.JSONDecodeError:
+        return {}, items
+    with contextlib.suppress(json.JSONDecodeError):  # where the file ends, or was changed
+        while (rest := rest.lstrip(", \n")).startswith("{"):
+            item, end = json.JSONDecoder().raw_decode(rest)
+            items.append(item)
+            rest = rest[end:]
+    return header, items
+
+
+def _leading_rows(path: Path) -> np.ndarray:
+    """The whole rows at the beginning of a `.npy`, which may be cut short; else none."""
+    try:
+        with open(path, "rb") as handle:
+            version = np.lib.format.read_magic(handle)
+            if version != (1, 0):
+                raise ValueError("another version")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(handle)
+            if dtype.hasobject or not shape:
+                raise ValueError("no rows of plain numbers")
+            data = handle.read()
+    except (OSError, ValueError, tokenize.TokenError):  # the last: NumPy's, of a changed header
+        return np.empty(0)
+    row = int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+    rows = min(len(data) // row, shape[0]) if row else 0
+    return np.frombuffer(data[: rows * row], dtype).reshape(rows, *shape[1:])
 
 
 class FeatureStore(Mapping[str, LocalFeatures]):
@@ -367,6 +459,7 @@ class FeatureStore(Mapping[str, LocalFeatures]):
                 f"{folder} holds no feature store: run 05_local_extraction first"
             )
         store = cls(folder, [Shard.open(path) for path in shards])
+        store._refuse_mixture()
         if verify:
             store.verify()
         return store
@@ -415,6 +508,23 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         shard, index = self._locate(key)
         return shard.stored(index)
 
+    def _refuse_mixture(self) -> None:
+        """StoreError where shards hold descriptors of another kind than the first."""
+        kinds = {
+            (shard.header["dtype"], shard.header["code_dim"]): shard.folder
+            for shard in reversed(self.shards)
+            if len(shard.arrays["scores"])
+        }
+        if len(kinds) > 1:
+            shown = "; ".join(
+                f"{folder.name}: {width} values as {dtype}"
+                for (dtype, width), folder in reversed(kinds.items())
+            )
+            raise StoreError(
+                f"the shards of {self.folder} hold descriptors of several kinds ({shown}): they "
+                "were made by different models or options; delete those that do not belong here"
+            )
+
     def verify(self) -> None:
         """Reads everything; raises StoreError naming the items whose bytes have changed."""
         damaged = [name for shard in self.shards for name in shard.damaged()]
@@ -422,7 +532,7 @@ class FeatureStore(Mapping[str, LocalFeatures]):
             more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
             raise StoreError(
                 f"{self.folder}: the features of {', '.join(damaged[:3])}{more} do not match their "
-                "checksums; delete their shards and extract again"
+                "checksums; delete their shards and run 05_local_extraction again"
             )
 
     def _locate(self, key: str) -> tuple[Shard, int]:
