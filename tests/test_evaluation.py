@@ -255,12 +255,15 @@ def test_interval_by_hand():
     assert np.isnan(bootstrap_interval(np.array([np.nan]))).all()
 
 
-def test_interval_has_the_normal_width_and_follows_its_seed():
+def test_interval_has_the_normal_width_and_follows_its_seed(monkeypatch):
     ap = np.random.default_rng(0).uniform(size=70)
     low, high = bootstrap_interval(ap)
     # Central limit: the interval is 2 x 1.96 standard errors wide, to a few percent at 70 queries.
     assert high - low == pytest.approx(2 * 1.96 * ap.std() / np.sqrt(70), rel=0.06)
     assert bootstrap_interval(ap) == (low, high)
+    monkeypatch.setattr(evaluation, "DRAWS", 7 * 70 + 1)  # seven samples at once
+    # The same draws in smaller parts; sums of 70 float64 in one order.
+    assert bootstrap_interval(ap) == pytest.approx((low, high), abs=1e-12)
     assert bootstrap_interval(ap, seed=1) != (low, high)
     assert bootstrap_interval(np.full(70, 0.5)) == pytest.approx((0.5, 0.5), abs=1e-12)
     with pytest.raises(ValueError, match="0 samples"):
@@ -308,7 +311,7 @@ def test_sign_flips_of_many_queries_are_a_seeded_sample(monkeypatch):
     assert drawn.p_value == pytest.approx(exact.p_value, abs=bound)
     assert paired(change) == drawn
     assert paired(change, seed=1) != drawn
-    monkeypatch.setattr(evaluation, "FLIPS", 30)  # two draws at once instead of all
+    monkeypatch.setattr(evaluation, "DRAWS", 30)  # two draws at once instead of all
     assert paired(change, samples=1001).p_value == pytest.approx(exact.p_value, abs=4 * bound)
 
 
