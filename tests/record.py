@@ -1,7 +1,9 @@
 """Puts the outputs of a finished demo run into notebooks/: `python -m tests.record [RUN]`.
 
 Sources and ids stay those of notebooks/; only outputs and execution counts are taken, without
-papermill's metadata and widget state. Run `make test` afterwards: it compares them.
+papermill's metadata and widget state. Run `make test` afterwards: it compares them. 08 is outside
+the chain; from notebooks/, `papermill 08_own_photos.ipynb RUN/notebooks/08_own_photos.ipynb` with
+VITGAL_RUNS set executes it with its defaults. A notebook that was not executed is left as it is.
 """
 
 import sys

@@ -101,6 +101,7 @@ def test_a_later_failure_is_shown_in_its_own_words():
     assert len(pictures(browser)) == 1 and "KeyError" not in words(browser)
 
 
+@pytest.mark.slow
 def test_a_notebook_without_a_browser_shows_the_figure_and_fails_with_the_drawing():
     cells = [
         "%matplotlib inline\nimport matplotlib.pyplot as plt\nfrom vitgal import explore\n"
