@@ -752,6 +752,24 @@ def test_a_store_of_another_model_or_other_options(run, benchmark, weight_file, 
     assert len(FeatureStore.open(folder, verify=True)) == 6  # nothing was touched
 
 
+def test_a_model_that_gives_nan(run, benchmark, weight_file, tmp_path):
+    """Neither stage keeps anything that is not a number, and both say what to change."""
+    evaluate(run, benchmark, weight_file)
+    broken = build_model(NANO, code_dim=8, seed=0)
+    with torch.no_grad():
+        broken.autoencoder.encoder.bias[:] = float("nan")
+    path = save_model(broken, tmp_path / "codes.safetensors")
+    with pytest.raises(ValueError, match="not finite: use precision fp32, or other weights"):
+        extract(run, benchmark, path)
+    assert not list((run / "mini/local").glob("shard-*"))
+    with torch.no_grad():
+        broken.backbone.cls_token[:] = float("nan")
+    path = save_model(broken, tmp_path / "token.safetensors")
+    with pytest.raises(ValueError, match="not finite: use precision fp32, or other weights"):
+        evaluate(tmp_path / "other", benchmark, path)
+    assert not (tmp_path / "other/mini/global/database.npy").exists()
+
+
 def test_no_images_at_all(model, tmp_path):
     runner = extraction.Runner(model, "fp32", 64, "area", batch_size=2, workers=1)
     how = dict(dtype="float16", shard_size=4, options={}, limit=0)
@@ -772,8 +790,8 @@ class Cramped(torch.nn.Module):
     def global_features(self, images):
         return self._fits(images) or self.model.global_features(images)
 
-    def token_features(self, images):
-        return self._fits(images) or self.model.token_features(images)
+    def token_codes(self, images):
+        return self._fits(images) or self.model.token_codes(images)
 
     def _fits(self, images) -> None:
         if len(images) > self.most:

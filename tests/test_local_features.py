@@ -1,13 +1,11 @@
 """Token selection, patch boxes and suppression: small cases by hand, larger ones by brute force."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
 from vitgal import local_features as lf
-from vitgal.model import TokenFeatures, build_model
+from vitgal.model import TokenCodes, build_model
 
 FRAME = ((0, 0, 64, 48), (48, 64))
 
@@ -20,12 +18,12 @@ class Tokens:
     def __init__(self, *sets: tuple[tuple[int, int], list[float]]):
         self.sets = list(sets)
 
-    def token_features(self, images: torch.Tensor) -> TokenFeatures:
+    def token_codes(self, images: torch.Tensor) -> TokenCodes:
         grid, attention = self.sets.pop(0)
         attention = torch.tensor(attention)[None, None].repeat(len(images), 1, 1)
         number = torch.arange(1, 1 + attention.shape[2], dtype=torch.float32)
         codes = torch.stack([number, 0 * number, 2 * number], dim=1)[None].repeat(len(images), 1, 1)
-        return SimpleNamespace(grid=grid, attention=attention, codes=codes)
+        return TokenCodes(grid=grid, attention=attention, codes=codes)
 
 
 def one(model, size=(32, 32), **options):

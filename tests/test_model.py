@@ -170,6 +170,32 @@ def test_backbone_runs_its_class_attention_twice_and_the_autoencoder_once():
     np.testing.assert_allclose(found.attention[0], attention, atol=CLOSE)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("shape", [(1, 3, 32, 48), (3, 3, 80, 64), (2, 3, 16, 16), (0, 3, 32, 32)])
+def test_token_codes_are_the_same_bits(shape, bf16):
+    """The short way to codes and attention leaves out nothing that they depend on."""
+    network = scramble(build_model(NANO, code_dim=48, seed=0))
+    images = pictures(*shape)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        wanted, found = network.token_features(images), network.token_codes(images)
+    assert found.grid == wanted.grid
+    for part in ("codes", "attention"):
+        value = getattr(found, part)
+        assert value.dtype == torch.float32
+        assert torch.equal(value, getattr(wanted, part)), part
+
+
+def test_token_codes_are_for_whole_models_in_eval_mode():
+    network = build_model(NANO, seed=0)
+    with pytest.raises(ValueError, match="no autoencoder"):
+        network.token_codes(pictures(1, 3, 32, 32))
+    network.attach_autoencoder(8).train()
+    with pytest.raises(ValueError, match="eval"):
+        network.token_codes(pictures(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="B, 3, H, W"):
+        network.eval().token_codes(pictures(3, 32, 32))
+
+
 def test_autoencoder_class_feature_is_its_own_normed_class_token():
     network = scramble(build_model(NANO, code_dim=48, seed=0))
     with torch.no_grad():

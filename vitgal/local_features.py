@@ -67,7 +67,7 @@ def local_features(
     codes, passed = [], 0  # of the scales so far: the codes, and how many tokens there were
     for scale in scales:
         resized, factors = rescale(images, scale, interpolation)
-        features = model.token_features(resized)
+        features = model.token_codes(resized)
         columns = features.grid[1] if interpolation == "size" else resized.shape[-1] // PATCH
         scores = token_scores(features.attention).cpu().numpy()
         for parts, row in zip(found, scores, strict=True):

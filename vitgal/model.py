@@ -60,6 +60,18 @@ class TokenFeatures:
     attention: Tensor
 
 
+@dataclass(frozen=True)
+class TokenCodes:
+    """What `ViTGaL.token_codes` returns: the part of TokenFeatures that local features need.
+
+    grid, codes and attention are those of `TokenFeatures`, float32.
+    """
+
+    grid: tuple[int, int]
+    codes: Tensor
+    attention: Tensor
+
+
 class MultiAtrous(nn.Module):
     """Gives every token a view of its surroundings: dilated convolutions beside the image's mean.
 
@@ -234,6 +246,27 @@ class ViTGaL(nn.Module):
         # As published: the attention looks at the decoded tokens, not at the backbone's.
         _, attention = self.autoencoder.attend(decoded)
         return TokenFeatures(grid, tokens, backbone_attention, codes, decoded, attention)
+
+    def token_codes(self, images: Tensor) -> TokenCodes:
+        """Codes and attention of images (B, 3, H, W) as `token_features` gives them, but sooner.
+
+        In eval mode only, with equal bits: what acts on the class tokens alone is left out, since
+        neither depends on it. Raises ValueError in training mode, for a model without autoencoder,
+        and where `images` has another shape.
+        """
+        if self.training:
+            raise ValueError("token_codes is for eval mode: call model.eval() first")
+        if self.autoencoder is None:
+            raise ValueError("the model has no autoencoder, so it gives no codes")
+        joined, grid = self._joined(images)
+        (block,) = self.backbone.cls_attn_blocks
+        patches = joined[:, 1:]
+        for _ in range(2):  # as published, see `_tokens`
+            patches = _patches_after(block, patches)
+        codes, decoded = self.autoencoder(self.backbone.norm(patches).float())
+        joined = _with_class_token(self.autoencoder.cls_token, decoded)
+        (block,) = self.autoencoder.cls_attn_blocks
+        return TokenCodes(grid, codes, class_attention(block, joined))
 
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What autoencoder training works on; the backbone gets no gradient.
@@ -506,6 +539,15 @@ def class_attention(block: ClassAttentionBlock, joined: Tensor) -> Tensor:
     with torch.autocast(joined.device.type, enabled=False):  # scores decide what is a keypoint
         scores = torch.einsum("bhc,bnhc->bhn", query * attn.scale, key)
     return scores.softmax(dim=-1)[:, :, 1:]
+
+
+def _patches_after(block: ClassAttentionBlock, patches: Tensor) -> Tensor:
+    """What `block` makes of the patch tokens (B, N, D), in eval mode: they attend to nothing.
+
+    Both norms act on them, and the residual of its MLP, which is the class token's, doubles them.
+    """
+    normed = block.norm2(patches + block.gamma1 * block.norm1(patches))
+    return normed + normed
 
 
 def _class_attention_block(dim: int, num_heads: int) -> ClassAttentionBlock:
