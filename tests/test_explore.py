@@ -142,7 +142,6 @@ def test_plain_papermill_never_waits_for_a_browser(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(figures, "failure_table"), reason="no figures.failure_table yet")
 def test_failures_are_sorted_anew_and_drawn(finished_run):
     benchmark = revisited.open_dataset("demo", finished_run / "data" / "benchmark")
     browser = explore.browse_failures(finished_run, benchmark, columns=4)

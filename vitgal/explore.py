@@ -207,23 +207,30 @@ def browse_failures(
     *,
     by: str = "ap",
     protocol: str = "medium",
+    reranked: bool = True,
     **options: Any,
 ) -> widgets.VBox:
     """A browser over a run's queries, the worst first.
 
-    by: "ap", "change" or "miss" and protocol, chosen at first: of `figures.failure_table`. options:
-    `figures.failure_figure`'s. Raises ValueError for an unknown `by` and what those raise.
+    by: "ap", "change" or "miss" and protocol, chosen at first: of `figures.failure_table`.
+    reranked: False looks at the global ranking alone. options: `figures.failure_figure`'s. Raises
+    ValueError for an unknown `by` and what those raise.
     """
     if by not in SORTS.values():
         raise ValueError(f"by is {by!r}; queries are sorted by {', '.join(SORTS.values())}")
     protocols = widgets.Dropdown(options=PROTOCOLS, value=protocol, description="protocol")
     order = widgets.Dropdown(options=list(SORTS.items()), value=by, description="sorted by")
-    entries = _failures(run, dataset, by, protocol)
-    chooser, row = _chooser("query", entries, entries[0][1] if entries else 0)
+
+    def entries() -> Options:
+        return _failures(run, dataset, order.value, protocols.value, reranked)
+
+    found = entries()
+    chooser, row = _chooser("query", found, found[0][1] if found else 0)
     screen = Screen()
 
     def draw(query: int) -> None:
-        figures.failure_figure(run, dataset, query, protocol=protocols.value, **options)
+        shown = dict(protocol=protocols.value, reranked=reranked, **options)
+        figures.failure_figure(run, dataset, query, **shown)
 
     work = _unless_empty(draw)
 
@@ -232,7 +239,7 @@ def browse_failures(
 
     def resort(_: object) -> None:
         with _unobserved(chooser, show):
-            _refill(chooser, _failures(run, dataset, order.value, protocols.value))
+            _refill(chooser, entries())
         show()
 
     chooser.observe(show, "value")
@@ -242,12 +249,15 @@ def browse_failures(
     return widgets.VBox([widgets.HBox([order, protocols]), row, screen.widget])
 
 
-def _failures(run: Path, dataset: RetrievalDataset | str, by: str, protocol: str) -> Options:
-    """The queries in their order, each with its AP before and after in percent."""
-    table = figures.failure_table(run, dataset, by=by, protocol=protocol)
+def _failures(
+    run: Path, dataset: RetrievalDataset | str, by: str, protocol: str, reranked: bool
+) -> Options:
+    """The queries in their order, each with its AP in percent, before and after reranking."""
+    table = figures.failure_table(run, dataset, by=by, protocol=protocol, reranked=reranked)
+    after = [f" → {100 * ap:.0f}" if reranked else "" for ap in table["after"]]
     return [
-        (f"{query}  {row.query}   AP {100 * row.before:.0f} → {100 * row.after:.0f}", int(query))
-        for query, row in zip(table.index, table.itertuples(), strict=True)
+        (f"{query}  {row.query}   AP {100 * row.before:.0f}{end}", int(query))
+        for query, row, end in zip(table.index, table.itertuples(), after, strict=True)
     ]
 
 
