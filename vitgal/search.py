@@ -1,18 +1,16 @@
-"""Search in bounded memory: best matches, exact ranks of labelled images, short lists.
+"""Exact search in bounded memory: best matches, exact ranks of labelled images, short lists.
 
 A similarity is the float64 inner product of two descriptors, rounded to float32. Float32 matrix
 products differ in their last bits with the block's shape, the row's place in it and the number of
 threads, so that two copies of one image need not tie; rounded float64 products agree far beyond
-what float32 can show. A float32 product is therefore only a first look: it decides wherever two
-similarities are further apart than rounding can bring them, and float64 decides the rest. Ties go
-to the lower database index. Descriptors are expected L2-normalised but are used as they are.
+what float32 can show. Ties go to the lower database index. Descriptors are expected L2-normalised
+but are used as they are.
 
 A database row of zeros stands for an image that could not be read: its similarity is -inf, so it
 ranks behind every other image.
 """
 
 import os
-import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,20 +20,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from vitgal import runs
 from vitgal.revisited import PROTOCOLS, GroundTruth, RetrievalDataset, ignored
 
-BLOCK = 8192  # rows taken at once: fewer cost more calls, more leave the processor's cache
-PAIRS = 256  # descriptors held in float64 at once: 0.8 MB at 384 dimensions
-DENSE = 64  # more than one pair in so many to settle: a product of the whole block is cheaper
-THREADS = 8  # at most; each takes the memory of a block
-HUGE = 1e300  # an error without bound; infinity would make nan of -inf
+# Rows taken at once: the float64 copy of 2048 x 384 descriptors takes 6 MB, and what is done to
+# 70 x 2048 similarities stays in the processor's cache.
+BLOCK = 2048
+ONE_THREAD = 1 << 18  # multiplications up to which OpenBLAS starts no threads
+THREADS = 4  # at most; each takes the memory of a block
+BUCKETS = 4096  # steps of similarity; more of them leave less to sort and take longer to count
 KEYS = ("indices", "positions")
 PUBLISHED = "published"  # the short list of the published code: the plain top
 NO_BOX = (-1, -1, -1, -1)  # how the published list marks a database image, which is never cropped
-_ALONE = threading.Lock()  # the number of BLAS threads belongs to the whole process
 
 
 # Search
@@ -52,8 +49,7 @@ def search(
     Returns:
         similarities (K, Q) float32 and ranks (K, Q) int32, best first, one column a query: the
         first K rows of the full stable sort. An empty database gives (0, Q), no query (K, 0). Each
-        of up to eight threads takes about 60 bytes x Q x max(K, block) + 16 bytes x D x
-        max(block, 256) more.
+        of up to four threads takes about 20 bytes x Q x max(K, block) + 8 bytes x D x block more.
     Raises:
         ValueError: widths differ, k < 1, or a descriptor is not finite (its row is named).
     """
@@ -62,109 +58,50 @@ def search(
         raise ValueError(f"k is {k}; at least one match must be wanted")
     k = min(k, len(database))
     parts = _slices(0, len(database), block)
-    spans = _in_threads(lambda span: _contenders(queries, database, span, k), parts)
-    numbers = list(range(len(queries)))
-    shares = _in_threads(
-        lambda share: [_best(queries, database, q, [span[q] for span in spans], k) for q in share],
-        numbers,
-    )
-    found = [pair for share in shares for pair in share]
+    spans = _in_threads(lambda span: _best_of(queries, database, span, k), parts)
+    found = [_merged(pairs, k) for pairs in zip(*spans, strict=True)]
     similarities = np.array([pair[0] for pair in found], np.float32).reshape(len(queries), k)
     ranks = np.array([pair[1] for pair in found], np.int32).reshape(len(queries), k)
     return np.ascontiguousarray(similarities.T), np.ascontiguousarray(ranks.T)
 
 
-class _Contenders(NamedTuple):
-    """Database images that may be among the best of one query.
-
-    values: (n,) float32, similarities at first look.  indices: (n,) int32.  error: how far a
-    value may be from the similarity.  floor: what the k-th best similarity is at least.
-    """
-
-    values: np.ndarray
-    indices: np.ndarray
-    error: float
-    floor: float
+Matches = tuple[np.ndarray, np.ndarray]  # similarities and database indices of one query
 
 
-def _contenders(
+def _best_of(
     queries: np.ndarray, database: np.ndarray, parts: list[slice], k: int
-) -> list[_Contenders]:
-    """Per query what may be among the best `k` of these parts of the database."""
-    nothing = _Contenders(np.empty(0, np.float32), np.empty(0, np.int32), 0.0, -np.inf)
-    kept = [nothing] * len(queries)
-    waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    held = 0
-    for look in _looks(queries, database, parts):
-        bars = np.array([one.floor for one in kept]) - look.errors
-        places = np.flatnonzero(look.products >= _down(bars)[:, None])  # query after query
-        cuts = np.searchsorted(places, np.arange(len(queries) + 1) * look.products.shape[1])
-        indices = (places % look.products.shape[1] + look.start).astype(np.int32)
-        waiting.append((cuts, look.products.ravel()[places], indices))
-        errors = np.maximum([one.error for one in kept], look.errors).tolist()
-        kept = [one._replace(error=e) for one, e in zip(kept, errors, strict=True)]
-        held += places.size
-        if held >= k * len(queries):  # trimmed this rarely, it costs next to nothing
-            kept = _gathered(queries, database, kept, waiting, k)
-            waiting, held = [], 0
-    return _gathered(queries, database, kept, waiting, k)
+) -> list[Matches]:
+    """Per query the best `k` (or all there are) of these rising parts of the database."""
+    kept: list[list[Matches]] = [
+        [(np.empty(0, np.float32), np.empty(0, np.int32))] for _ in queries
+    ]
+    waiting = np.zeros(len(queries), np.int64)
+    bars: list[float | None] = [None] * len(queries)  # the k-th best; None until k are there
+    for part, products in zip(parts, _products(queries, database, parts), strict=True):
+        for q, row in enumerate(products):
+            # An equal similarity with a higher index loses to what is kept, hence strictly more.
+            places = np.arange(row.size) if bars[q] is None else np.flatnonzero(row > bars[q])
+            kept[q].append((row[places], (places + part.start).astype(np.int32)))
+            waiting[q] += places.size
+            if waiting[q] >= k:  # merged this rarely, a long list costs little more than one sort
+                kept[q], waiting[q] = [_merged(kept[q], k)], 0
+                bars[q] = kept[q][0][0][-1]
+    return [_merged(pairs, k) for pairs in kept]
 
 
-def _gathered(
-    queries: np.ndarray,
-    database: np.ndarray,
-    kept: list[_Contenders],
-    waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    k: int,
-) -> list[_Contenders]:
-    """Adds what waits to what is kept and drops what can no longer be among the best `k`.
-
-    waiting: similarities and database indices; query q has those from cuts[q] to cuts[q + 1].
-    """
-    result = []
-    for q, one in enumerate(kept):
-        shares = [(v[cuts[q] : cuts[q + 1]], i[cuts[q] : cuts[q + 1]]) for cuts, v, i in waiting]
-        values = np.concatenate([one.values, *(share[0] for share in shares)])
-        indices = np.concatenate([one.indices, *(share[1] for share in shares)])
-        one = _trimmed(_Contenders(values, indices, one.error, one.floor), k)
-        if one.values.size > 2 * k + PAIRS:  # so many cannot be told apart at first look
-            exact, indices = _best(queries, database, q, [one], k)
-            one = _Contenders(exact, indices, one.error, float(exact[-1]))
-        result.append(one)
-    return result
-
-
-def _trimmed(one: _Contenders, k: int) -> _Contenders:
-    if one.values.size <= k:
-        return one
-    last = float(np.partition(one.values, -k)[-k])
-    stay = one.values >= _down(last - 2 * one.error)
-    floor = max(one.floor, last - one.error)
-    return _Contenders(one.values[stay], one.indices[stay], one.error, floor)
-
-
-def _best(
-    queries: np.ndarray, database: np.ndarray, q: int, spans: list[_Contenders], k: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The best `k` of a query's contenders: similarities and indices, best first."""
-    values, indices, errors, _ = zip(*spans, strict=True)
-    joined = _Contenders(np.concatenate(values), np.concatenate(indices), max(errors), -np.inf)
-    indices = np.sort(_trimmed(joined, k).indices)
-    similarities = _similarities(queries[q], database, indices)
+def _merged(pairs: Iterable[Matches], k: int) -> Matches:
+    """The best `k` of matches whose indices rise from pair to pair wherever similarities tie."""
+    similarities, indices = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
     order = np.argsort(-similarities, kind="stable")[:k]
     return similarities[order], indices[order]
 
 
-def _in_threads(work: Callable[[list], list], parts: list) -> list[list]:
-    """Calls `work` on consecutive shares of the parts, in as many threads; results in order.
-
-    Meanwhile each matrix product keeps to one thread: those of several products would wait for each
-    other in busy loops.
-    """
+def _in_threads(work: Callable[[list[slice]], list], parts: list[slice]) -> list[list]:
+    """Calls `work` on consecutive shares of the parts, in as many threads; results in order."""
     workers = max(1, min(THREADS, os.cpu_count() or 1, len(parts)))
     cuts = [len(parts) * worker // workers for worker in range(workers + 1)]
     shares = [parts[first:last] for first, last in pairwise(cuts)]
-    with _ALONE, threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(work, shares))
 
 
@@ -191,88 +128,39 @@ def _slices(start: int, stop: int, block: int) -> list[slice]:
     return [slice(at, min(at + block, stop)) for at in range(start, stop, block)]
 
 
-# Similarities, at first look and exact
-
-
-class _Look(NamedTuple):
-    """A block of the database at first look.
-
-    start: index of its first row.  rows: (B, D) as stored.  products: (Q, B) float32.  errors: (Q,)
-    float64, how far a product may be from the similarity.
-    """
-
-    start: int
-    rows: np.ndarray
-    products: np.ndarray
-    errors: np.ndarray
-
-
-def _looks(queries: np.ndarray, database: np.ndarray, parts: Iterable[slice]) -> Iterator[_Look]:
-    """Looks at each part; ValueError where a database row is not finite."""
-    lengths = np.linalg.norm(queries.astype(np.float64), axis=1)
-    with np.errstate(over="ignore"):
-        left = queries.astype(np.float32)
+def _products(
+    queries: np.ndarray, database: np.ndarray, parts: Iterable[slice | np.ndarray]
+) -> Iterator[np.ndarray]:
+    """Yields the similarities (Q, B) float32 of each part of the database: a slice or rows."""
+    left = np.asarray(queries, np.float64)
     for part in parts:
-        rows = np.asarray(database[part])
-        with np.errstate(over="ignore", invalid="ignore"):
-            right = rows.astype(np.float32, copy=False)
-            products = left @ right.T
-            squares = np.einsum("ij,ij->i", right, right)
-        errors = _rounding(lengths, float(squares.max(initial=0)), queries.shape[1])
-        if not np.isfinite(products).all():  # not finite, or too large for float32 on the way
-            products, errors = _settled(queries, rows, part.start), np.full(len(queries), HUGE)
-        zero = np.flatnonzero(squares == 0)
-        products[:, zero[~rows[zero].any(axis=1)]] = -np.inf
-        yield _Look(part.start, rows, products, errors)
+        right = np.asarray(database[part], np.float64)
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the row's number
+            products = _inner(left, right).astype(np.float32, order="C")
+        if not np.isfinite(products).all():
+            place = np.flatnonzero(~np.isfinite(products).all(axis=0))[0]
+            row = part.start + place if isinstance(part, slice) else part[place]
+            raise ValueError(f"the descriptor of database image {row} is not finite")
+        suspects = np.flatnonzero((products == 0).all(axis=0))
+        products[:, suspects[~right[suspects].any(axis=1)]] = -np.inf
+        yield products
 
 
-def _rounding(lengths: np.ndarray, square: float, width: int) -> np.ndarray:
-    """How far a float32 product may lie from the similarity, at worst, for each query's length.
+def _inner(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """left @ right.T, in so many small products that the BLAS library leaves each to one thread.
 
-    A sum of n products in float32, in any order, is off by less than n * 2^-24 times the product of
-    the lengths; the rest of the factor covers the rounding of the factors, of the squared length
-    and of the similarity. What is too small for float32 adds next to nothing to a length.
+    The threads of one product wait for each other in busy loops: on a shared machine that takes
+    four times as long. Where speed matters, the callers have threads of their own.
     """
-    relative, small = (width + 12) * 2.0**-24, width**0.5 * 1.1e-19
-    with np.errstate(over="ignore"):
-        errors = relative * (lengths + small) * (1.01 * square**0.5 + small)
-    return np.minimum(errors + width * float(np.finfo(np.float32).tiny), HUGE)
-
-
-def _down(values: np.ndarray | float) -> np.ndarray:
-    """As float32, rounded to a number that is not above."""
-    with np.errstate(over="ignore"):
-        return np.nextafter(np.asarray(values).astype(np.float32), np.float32(-np.inf))
-
-
-def _up(values: np.ndarray | float) -> np.ndarray:
-    """As float32, rounded to a number that is not below."""
-    return -_down(-np.asarray(values))
-
-
-def _settled(queries: np.ndarray, rows: np.ndarray, start: int) -> np.ndarray:
-    """Similarities (Q, B) float32 of a whole block, but for rows of zeros (0 here)."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        inner = queries.astype(np.float64) @ rows.astype(np.float64).T
-        similarities = inner.astype(np.float32)
-    bad = np.flatnonzero(~np.isfinite(similarities).all(axis=0))
-    if bad.size:
-        raise ValueError(f"the descriptor of database image {start + bad[0]} is not finite")
-    return similarities
-
-
-def _similarities(query: np.ndarray, rows: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Similarities (P,) float32 of one query (D,) with some of the rows."""
-    query = query.astype(np.float64)
-    similarities = np.empty(places.size, np.float32)
-    for first in range(0, places.size, PAIRS):
-        part = slice(first, first + PAIRS)
-        right = rows[places[part]].astype(np.float64)
-        inner = np.einsum("ij,j->i", right, query)
-        suspects = np.flatnonzero(inner == 0)
-        inner[suspects[~right[suspects].any(axis=1)]] = -np.inf
-        similarities[part] = inner
-    return similarities
+    group = ONE_THREAD // max(1, left.size)
+    if group < 2 or not left.size:
+        return left @ right.T
+    whole = len(right) // group * group
+    out = np.empty((len(right), len(left)))
+    stacked = right[:whole].reshape(-1, group, right.shape[1])
+    np.matmul(stacked, left.T, out=out[:whole].reshape(-1, group, len(left)))
+    np.matmul(right[whole:], left.T, out=out[whole:])
+    return out.T
 
 
 # Exact ranks of labelled images
@@ -396,7 +284,7 @@ def labelled_positions(
 
     A rank is the number of images that are more similar, or as similar with a lower index: counted
     block by block it equals the full stable sort to the last place. Beyond the descriptors each of
-    up to eight threads takes about (90 bytes x Q + 16 bytes x D) x max(block, 256), whatever N.
+    up to four threads takes about (90 bytes x Q + 8 bytes x D) x max(block, 4096), whatever N.
 
     Args:
         queries: (Q, D) floats.  database: (N, D) floats, memory-mapped or not.
@@ -416,12 +304,35 @@ def labelled_positions(
             )
     if not any(index.size for index in indices):
         return Positions(indices, [index.copy() for index in indices], len(database))
-    values = [_similarities(q, database, index) for q, index in zip(queries, indices, strict=True)]
+    values = _labelled_similarities(queries, database, indices, block)
+    parts = _slices(0, len(database), block)
+    steps = _steps(next(_products(queries, database, parts)), values)
     counts = _in_threads(
-        lambda share: _count_ahead(queries, database, share, indices, values),
-        _slices(0, len(database), block),
+        lambda share: _count_ahead(queries, database, share, indices, values, steps), parts
     )
     return Positions(indices, [sum(each) for each in zip(*counts, strict=True)], len(database))
+
+
+def _labelled_similarities(
+    queries: np.ndarray, database: np.ndarray, indices: list[np.ndarray], block: int
+) -> list[np.ndarray]:
+    """Per query the similarity of each labelled image, as the later count will use it."""
+    rows = np.unique(_flat(indices))
+    parts = [rows[each] for each in _slices(0, rows.size, block)]
+    values = [np.empty(index.size, np.float32) for index in indices]
+    for part, products in zip(parts, _products(queries, database, parts), strict=True):
+        for q, index in enumerate(indices):
+            first, last = np.searchsorted(index, (part[0], part[-1] + 1))
+            values[q][first:last] = products[q, np.searchsorted(part, index[first:last])]
+    return values
+
+
+class _Steps(NamedTuple):
+    """Equal steps of similarity: low and scale (Q, 1) float32, near (Q, BUCKETS) bool."""
+
+    low: np.ndarray
+    scale: np.ndarray
+    near: np.ndarray  # the bucket holds a labelled image
 
 
 def _count_ahead(
@@ -430,78 +341,94 @@ def _count_ahead(
     parts: list[slice],
     indices: list[np.ndarray],
     values: list[np.ndarray],
+    steps: _Steps,
 ) -> list[np.ndarray]:
     """Per query how many images of these parts rank before each labelled one.
 
-    A block's first look is sorted: all that stands clearly above a labelled image's similarity is
-    counted at once, and what is too near to tell is settled exactly.
+    Sorting every similarity would take longer than computing it. So each falls into one of BUCKETS
+    steps; a bucket without a labelled image is only counted, and what shares a bucket with one is
+    compared with it exactly.
     """
     counts = [np.zeros(index.size, np.int64) for index in indices]
-    for look in _looks(queries, database, parts):
-        size = look.products.shape[1]
-        ordered = np.sort(look.products, axis=1)
-        low, high, near = [], [], []
-        for q, value in enumerate(values):
-            low.append(np.searchsorted(ordered[q], _down(value - look.errors[q]), "left"))
-            high.append(np.searchsorted(ordered[q], _up(value + look.errors[q]), "right"))
-            near.append(_covered(low[q], high[q], size))
-        if sum(places.size for places in near) * DENSE > look.products.size:
-            near = [np.arange(size)] * len(near)  # a product of the whole block is cheaper
-        exact = _near_similarities(queries, look, near, indices, values)
-        for q, (columns, similarities) in enumerate(exact):
-            # Those near any labelled image are left to the exact count.
-            counts[q] += size - high[q] - (near[q].size - np.searchsorted(near[q], high[q]))
-            if columns.size:
-                counts[q] += _ahead(similarities, columns + look.start, values[q], indices[q])
+    tally = np.zeros(steps.near.shape, np.int64)
+    rows = np.unique(_flat(indices))
+    waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    held = 0
+    for part, products in zip(parts, _products(queries, database, parts), strict=True):
+        if np.diff(np.searchsorted(rows, (part.start, part.stop))):
+            _put(products, indices, values, part)
+        close = _tally(products, steps, tally)
+        places = np.flatnonzero(close)  # row by row: the queries' shares stand one after another
+        cuts = np.searchsorted(places, np.arange(len(products) + 1) * products.shape[1])
+        waiting.append((cuts, products.ravel()[places], places % products.shape[1] + part.start))
+        held += places.size
+        if held > products.size or part is parts[-1]:
+            _settle(counts, waiting, indices, values)
+            waiting, held = [], 0
+    for q, value in enumerate(values):
+        before = np.where(steps.near[q], 0, tally[q])[::-1].cumsum()[::-1]
+        counts[q] += before[_buckets(value, steps.low[q], steps.scale[q])]
     return counts
 
 
-def _covered(low: np.ndarray, high: np.ndarray, size: int) -> np.ndarray:
-    """Rising numbers below `size` that lie in any of the ranges low … high - 1."""
-    if (low == high).all():
-        return np.empty(0, np.int64)
-    steps = np.bincount(low, minlength=size + 1) - np.bincount(high, minlength=size + 1)
-    return np.flatnonzero(np.cumsum(steps[:-1]))
+def _put(
+    products: np.ndarray, indices: list[np.ndarray], values: list[np.ndarray], part: slice
+) -> None:
+    """Writes the labelled images' similarities over their products, where they are in this part.
+
+    The count holds only if every labelled image has one similarity; a product that is computed a
+    second time could differ in the last bit.
+    """
+    for row, index, value in zip(products, indices, values, strict=True):
+        first, last = np.searchsorted(index, (part.start, part.stop))
+        row[index[first:last] - part.start] = value[first:last]
 
 
-def _near_similarities(
-    queries: np.ndarray,
-    look: _Look,
-    near: list[np.ndarray],
+def _steps(products: np.ndarray, values: list[np.ndarray]) -> _Steps:
+    """Steps over the range of the first block; what lies outside falls into the end buckets."""
+    finite = np.isfinite(products)
+    low = products.min(axis=1, keepdims=True, where=finite, initial=0)
+    high = products.max(axis=1, keepdims=True, where=finite, initial=0)
+    scale = np.float32(BUCKETS) / np.maximum(high - low, np.float32(1e-6))  # one step at the least
+    near = np.zeros((len(values), BUCKETS), bool)
+    for q, value in enumerate(values):
+        near[q, _buckets(value, low[q], scale[q])] = True
+    return _Steps(low, scale, near)
+
+
+def _buckets(similarities: np.ndarray, low: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The bucket of each similarity; never falls where the similarity rises, rounding included."""
+    return np.clip((similarities - low) * scale, 0, BUCKETS - 1).astype(np.int64)
+
+
+def _tally(products: np.ndarray, steps: _Steps, tally: np.ndarray) -> np.ndarray:
+    """Adds a block (Q, B) to the buckets' counts; says which images share one with a label."""
+    keys = _buckets(products, steps.low, steps.scale)
+    keys += np.arange(len(keys))[:, None] * BUCKETS
+    tally += np.bincount(keys.ravel(), minlength=tally.size).reshape(tally.shape)
+    return steps.near.ravel()[keys]
+
+
+def _settle(
+    counts: list[np.ndarray],
+    waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
     indices: list[np.ndarray],
     values: list[np.ndarray],
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Per query the columns that stand at some places of its sorted first look, and what they are.
+) -> None:
+    """Adds to `counts` the waiting images that rank before a labelled one.
 
-    near: rising places a query. Yields columns (n,) and their similarities (n,) float32.
+    waiting: similarities and database indices; query q has those from cuts[q] to cuts[q + 1].
     """
-    whole = all(places.size == look.products.shape[1] for places in near)
-    if whole:
-        dense = _settled(queries, look.rows, look.start)
-        dense[np.isneginf(look.products)] = -np.inf
-    for q, (places, index, value) in enumerate(zip(near, indices, values, strict=True)):
-        if whole:
-            columns, similarities = places, dense[q]
-        else:
-            columns = np.argsort(look.products[q])[places] if places.size else places
-            similarities = _similarities(queries[q], look.rows, columns)
-        # The count holds only if every labelled image has one similarity; a product that is
-        # computed a second time could differ in the last bit.
-        _, own, theirs = np.intersect1d(columns + look.start, index, True, return_indices=True)
-        similarities[own] = value[theirs]
-        yield columns, similarities
-
-
-def _ahead(
-    similarities: np.ndarray, images: np.ndarray, value: np.ndarray, index: np.ndarray
-) -> np.ndarray:
-    """How many of some images rank before each labelled one (`value`, `index`)."""
-    ordered = np.sort(similarities)
-    at, above = (np.searchsorted(ordered, value, side) for side in ("left", "right"))
-    counts = ordered.size - above
-    for j in np.flatnonzero(at < above):
-        counts[j] += np.count_nonzero(images[similarities == value[j]] < index[j])
-    return counts
+    for q, (index, value) in enumerate(zip(indices, values, strict=True)):
+        similarities = np.concatenate([s[cuts[q] : cuts[q + 1]] for cuts, s, _ in waiting])
+        ordered = np.sort(similarities)
+        at, above = (np.searchsorted(ordered, value, side) for side in ("left", "right"))
+        counts[q] += ordered.size - above
+        ties = np.flatnonzero(at < above)
+        if ties.size:
+            images = np.concatenate([i[cuts[q] : cuts[q + 1]] for cuts, _, i in waiting])
+        for j in ties:
+            counts[q][j] += np.count_nonzero(images[similarities == value[j]] < index[j])
 
 
 # Short lists
