@@ -692,6 +692,7 @@ def _work(run, benchmark, weight_file, worker: int, meeting, done) -> None:
         assert "are for other workers" in str(error)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work(run, benchmark, weight_file, tmp_path, monkeypatch):
     evaluate(run, benchmark, weight_file)
     shutil.copytree(run, tmp_path / "alone")

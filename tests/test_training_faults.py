@@ -166,6 +166,7 @@ def test_the_command_line_asks_for_a_restart(monkeypatch, capsys, tmp_path):
 # Losses that are not finite
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_keeps_the_state_before(images, run, tmp_path, monkeypatch):
     uninterrupted = fit(split(tmp_path / "other", images), images)
     forward, seen = trainer.RetrievalNetwork.forward, []

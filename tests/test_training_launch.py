@@ -38,6 +38,7 @@ def state(folder: Path) -> dict:
     return torch.load(folder / "state" / "last.pt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_that_accumulates(images, run, tmp_path, monkeypatch):
     two = fit(run, images, FORKED, drop_path=0.0)
     # BatchNorm's statistics are those of rank 0, which sees the first half of every step: followed
@@ -71,6 +72,7 @@ def test_two_processes_equal_one_that_accumulates(images, run, tmp_path, monkeyp
     assert rows(two)[-1]["loss"] == pytest.approx(rows(one)[-1]["loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_forked_processes_write_one_log_and_can_be_watched(images, run, capfd):
     logs = []
     folder = fit(run, images, FORKED, watch=lambda log: logs.append(len(log)))
