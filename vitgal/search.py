@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from vitgal import runs
 from vitgal.revisited import PROTOCOLS, GroundTruth, RetrievalDataset, ignored
@@ -27,7 +28,6 @@ from vitgal.revisited import PROTOCOLS, GroundTruth, RetrievalDataset, ignored
 # Rows taken at once: the float64 copy of 2048 x 384 descriptors takes 6 MB, and what is done to
 # 70 x 2048 similarities stays in the processor's cache.
 BLOCK = 2048
-ONE_THREAD = 1 << 18  # multiplications up to which OpenBLAS starts no threads
 THREADS = 4  # at most; each takes the memory of a block
 BUCKETS = 4096  # steps of similarity; more of them leave less to sort and take longer to count
 KEYS = ("indices", "positions")
@@ -97,11 +97,15 @@ def _merged(pairs: Iterable[Matches], k: int) -> Matches:
 
 
 def _in_threads(work: Callable[[list[slice]], list], parts: list[slice]) -> list[list]:
-    """Calls `work` on consecutive shares of the parts, in as many threads; results in order."""
+    """Calls `work` on consecutive shares of the parts, in as many threads; results in order.
+
+    Each product is left to one thread: those of one product wait for each other in busy loops,
+    which on a shared machine takes four times as long.
+    """
     workers = max(1, min(THREADS, os.cpu_count() or 1, len(parts)))
     cuts = [len(parts) * worker // workers for worker in range(workers + 1)]
     shares = [parts[first:last] for first, last in pairwise(cuts)]
-    with ThreadPoolExecutor(workers) as pool:
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
         return list(pool.map(work, shares))
 
 
@@ -131,12 +135,28 @@ def _slices(start: int, stop: int, block: int) -> list[slice]:
 def _products(
     queries: np.ndarray, database: np.ndarray, parts: Iterable[slice | np.ndarray]
 ) -> Iterator[np.ndarray]:
-    """Yields the similarities (Q, B) float32 of each part of the database: a slice or rows."""
+    """Yields the similarities (Q, B) float32 of each part of the database: a slice or rows.
+
+    What is yielded is overwritten by the next part: memory that is new for every block costs as
+    much as half of the product.
+    """
     left = np.asarray(queries, np.float64)
+    buffers: tuple[np.ndarray, ...] = ()
     for part in parts:
-        right = np.asarray(database[part], np.float64)
+        rows = database[part]
+        if not buffers or len(buffers[0]) < len(rows):
+            buffers = (
+                np.empty((len(rows), queries.shape[1])),
+                np.empty((len(left), len(rows))),
+                np.empty((len(left), len(rows)), np.float32),
+            )
+        right = buffers[0][: len(rows)]
+        right[...] = rows
+        # Only the last part is shorter than the buffers: its products stand in new memory.
+        whole = len(rows) == buffers[1].shape[1]
+        exact, products = buffers[1:] if whole else (None, np.empty((len(left), len(rows)), "f4"))
         with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the row's number
-            products = _inner(left, right).astype(np.float32, order="C")
+            products[...] = np.matmul(left, right.T, out=exact)
         if not np.isfinite(products).all():
             place = np.flatnonzero(~np.isfinite(products).all(axis=0))[0]
             row = part.start + place if isinstance(part, slice) else part[place]
@@ -144,26 +164,6 @@ def _products(
         suspects = np.flatnonzero((products == 0).all(axis=0))
         products[:, suspects[~right[suspects].any(axis=1)]] = -np.inf
         yield products
-
-
-def _inner(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """left @ right.T, in so many small products that the BLAS library leaves each to one thread.
-
-    The threads of one product wait for each other in busy loops: on a shared machine that takes
-    four times as long. Where speed matters, the callers have threads of their own.
-    """
-    group = ONE_THREAD // max(1, left.size)
-    if group < 2 or not left.size:
-        return left @ right.T
-    whole = len(right) // group * group
-    out = np.empty((len(right), len(left)))
-    stacked = right[:whole].reshape(-1, group, right.shape[1])
-    np.matmul(stacked, left.T, out=out[:whole].reshape(-1, group, len(left)))
-    np.matmul(right[whole:], left.T, out=out[whole:])
-    return out.T
-
-
-# Exact ranks of labelled images
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,9 +304,10 @@ def labelled_positions(
             )
     if not any(index.size for index in indices):
         return Positions(indices, [index.copy() for index in indices], len(database))
-    values = _labelled_similarities(queries, database, indices, block)
     parts = _slices(0, len(database), block)
-    steps = _steps(next(_products(queries, database, parts)), values)
+    with threadpool_limits(1, "blas"):
+        values = _labelled_similarities(queries, database, indices, block)
+        steps = _steps(next(_products(queries, database, parts)), values)
     counts = _in_threads(
         lambda share: _count_ahead(queries, database, share, indices, values, steps), parts
     )
