@@ -147,3 +147,20 @@ def test_sweep_turns_one_knob_at_a_time():
     assert (table[table["knob"] == "threshold"]["matches"] == 60).all()
     assert table[table["knob"] == "max_keypoints"]["value"].tolist() == [25, 50]
     assert (table["inliers"] <= table["matches"]).all()
+
+
+def test_shared_features_counts_places_and_scales():
+    def features(places, scales):
+        count = len(places)
+        codes = np.ones((count, 1), np.float32)
+        points = np.array(places, np.float32).reshape(count, 2)
+        falling = np.ones(count, np.float32)
+        scales = np.array(scales, np.float32)
+        return LocalFeatures(points, codes, falling, scales, (64, 64), (0, 0, 64, 64), (64, 64))
+
+    stored = features([(8, 8), (8, 8), (24, 8), (40, 8)], [1, 0.5, 1, 1])
+    found = features([(24, 8), (8, 8), (40, 8)], [1, 1, 0.5])
+    assert inspection.shared_features(found, stored) == 0.5
+    assert inspection.shared_features(stored, stored) == 1
+    assert inspection.shared_features(features([], []), stored) == 0
+    assert inspection.shared_features(found, features([], [])) == 1

@@ -94,6 +94,21 @@ def look(
     )
 
 
+def shared_features(found: LocalFeatures, stored: LocalFeatures) -> float:
+    """The share of stored features that a pass found again, by place and scale; 1 without any.
+
+    It is 1 where the pass computes as extraction did. Another batch or precision moves the last
+    bits of a score, and with them a feature at a threshold.
+    """
+    if not len(stored):
+        return 1.0
+    places = [
+        set(zip(*each.keypoints.T.tolist(), each.scales.tolist(), strict=True))
+        for each in (found, stored)
+    ]
+    return len(places[0] & places[1]) / len(places[1])
+
+
 def _at_scale(model: Any, images: Any, scale: float, options: Mapping) -> dict[str, np.ndarray]:
     """Attention and the tokens above the threshold at one scale, as `local_features` finds them."""
     from vitgal import local_features as local
