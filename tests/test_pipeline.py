@@ -494,7 +494,9 @@ def test_ctrl_c_keeps_the_partial_notebook(scratch, tmp_path):
         f"import threading\nopen({str(begun)!r}, 'w').close()\nthreading.Event().wait()",
     )
     code = (
-        "import sys; from pathlib import Path; from vitgal import pipeline\n"
+        "import signal, sys; from pathlib import Path; from vitgal import pipeline\n"
+        # A shell's background job, as which these tests may run, is born deaf to Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"pipeline.run(notebooks=Path({str(notebook.parent)!r}), progress=False)"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
