@@ -12,6 +12,7 @@ import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
+from torch.multiprocessing import ProcessContext
 from training_runs import RECIPE, exit_code, fit, kill, rows, split, write_images
 
 from vitgal import pipeline, runs, trainer, training, weights
@@ -101,6 +102,34 @@ def test_a_dead_process_ends_the_others(images, run, monkeypatch):
         fit(run, images, FORKED)
     monkeypatch.undo()
     assert (fit(run, images, FORKED) / "stage.json").exists()
+
+
+def test_the_process_that_died_is_named_though_another_noticed(images, run, tmp_path, monkeypatch):
+    step, wait, join = training.Trainer.run_step, training._await_launcher, ProcessContext.join
+    noticed = tmp_path / "noticed"
+
+    def dying(self, batches):
+        if self.accelerator.process_index == 1 and self.progress.step == 2:
+            kill()
+        return step(self, batches)
+
+    def waiting():
+        noticed.touch()
+        wait()
+
+    def late(self, *given):
+        """The launcher looks when the other process has met the broken connection."""
+        first, second = self.processes
+        while second.exitcode is not None and first.exitcode is None and not noticed.exists():
+            time.sleep(0.01)
+        return join(self, *given)
+
+    monkeypatch.setattr(training.Trainer, "run_step", dying)
+    monkeypatch.setattr(training, "_await_launcher", waiting)
+    monkeypatch.setattr(ProcessContext, "join", late)
+    with pytest.raises(training.TrainingError, match="process 1 .* was killed .SIGKILL"):
+        fit(run, images, FORKED)
+    assert noticed.exists()
 
 
 def test_a_bad_loss_on_one_process_stops_all(images, run, monkeypatch):

@@ -96,6 +96,7 @@ __all__ = [
 
 RESTART = 75  # exit status after SIGTERM: sysexits.h's EX_TEMPFAIL, "try again later"
 STAGES = {"02": "retrieval", "03": "autoencoder"}  # by the notebook that trains it
+PEER_SECONDS = 30  # that a process which lost another one waits, for that one to be reported
 WATCH_SECONDS = 5  # between two looks at the log that forked processes write
 
 
@@ -398,7 +399,26 @@ def _forked(work: Callable, arguments: tuple, show: bool) -> None:
     # Threads do not survive a fork, and OpenMP would wait for its own for ever.
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    work(*arguments, None, show, forked=True)
+    try:
+        work(*arguments, None, show, forked=True)
+    except RuntimeError as error:
+        if _lost_peer(error):
+            _await_launcher()
+        raise
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    """Whether another process of the launch has gone: gloo's words for it, or NCCL's."""
+    gone = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+    return any(words in str(error) for words in gone)
+
+
+def _await_launcher() -> None:
+    """Lets the launcher see the process that died, with the cause, before those that lost it.
+
+    The launcher reports the first ended process that it finds and ends the others by SIGTERM.
+    """
+    threading.Event().wait(PEER_SECONDS)
 
 
 @contextlib.contextmanager
