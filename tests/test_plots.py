@@ -339,6 +339,16 @@ def test_training_curves_show_what_the_log_holds():
         plots.training_curves(log().drop(columns="step"))
 
 
+def test_a_curve_has_the_band_of_its_interval():
+    given = log().assign(val_map_low=[np.nan, np.nan, 0.5], val_map_high=[np.nan, np.nan, 0.7])
+    given.loc[0, ["val_map", "val_map_low", "val_map_high"]] = (0.25, 0.125, 0.375)
+    (axes,) = plots.training_curves(given, panels={"mAP (%)": {"val_map": "validation"}})
+    (band,) = axes.collections
+    assert {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()} == {
+        *((10.0, 12.5), (10.0, 37.5), (30.0, 50.0), (30.0, 70.0))
+    }
+
+
 def test_reconstruction_error_maps_share_one_scale_and_span_the_photograph():
     errors = [np.arange(6.0).reshape(2, 3), np.full((4, 4), 100.0)]
     axes = plots.reconstruction_error(log(), photographs(2), errors)

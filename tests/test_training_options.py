@@ -335,6 +335,9 @@ def test_the_table_of_epochs_by_hand():
             "val_map": [math.nan, 0.78349],
         }
     )
+    found = training.epoch_table(log.assign(val_map_low=[math.nan, 0.7], val_map_high=0.85))
+    assert list(found)[6:] == ["mAP %", "95 % interval", "images/s"]
+    assert found["95 % interval"].tolist() == ["70.0 to 85.0"]
     assert training.epoch_table(log).to_dict("list") == {
         "epoch": ["1"],
         "step": ["10"],

@@ -172,7 +172,10 @@ class SplitData:
         return len(self.train)
 
     def score(self, parts: list[tuple[np.ndarray, dict[str, Tensor]]]) -> dict[str, float]:
-        """Means over the validation images, and mAP of the retrieval validation set."""
+        """Means over the validation images, and mAP of the retrieval validation set.
+
+        The mAP comes with the ends of its 95 % bootstrap interval over queries.
+        """
         order = np.argsort(np.concatenate([indices for indices, _ in parts]))
         values = {
             key: torch.cat([result[key] for _, result in parts]).float().numpy()[order]
@@ -188,7 +191,10 @@ class SplitData:
             features = values["features"]
             database = features[self.database]
             _, ranks = search.search(features[self.queries], database, k=len(database))
-            scores["val_map"] = evaluation.evaluate(ranks, self.ground_truth)["medium"]["map"]
+            found = evaluation.evaluate(ranks, self.ground_truth)["medium"]
+            scores["val_map"] = found["map"]
+            interval = evaluation.bootstrap_interval(found["ap"], **evaluation.BOOTSTRAP)
+            scores["val_map_low"], scores["val_map_high"] = interval
         return scores
 
     def refuse_missing(self) -> None:
