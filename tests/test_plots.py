@@ -331,6 +331,8 @@ def test_training_curves_show_what_the_log_holds():
     assert lines["training (margin)"] == [[10, 10], [20, 30]]
     assert lines["validation"] == [[30, 40]] and lines["validation (margin)"] == [[30, 20]]
     assert len({line.get_linestyle() for line in accuracy.lines}) == 3
+    codes = plots.training_curves(log().drop(columns="val_accuracy_margin"))
+    assert [line.get_label() for line in codes[1].lines] == ["training", "validation"]
     only_loss = plots.training_curves(log()[["step", "loss"]])
     assert [panel.get_title("left") for panel in only_loss] == ["loss"]
     own = plots.training_curves(log(), panels={"mine (%)": {"val_map": "mAP"}})

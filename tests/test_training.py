@@ -221,9 +221,25 @@ def test_retrieval_is_scored_on_landmarks_that_are_not_trained(tmp_path, images)
     data.ground_truth.easy[:] = [np.array([0])] * 2
     scores = data.score([(np.arange(len(features)), {"features": features})])
     assert scores == {"val_map": 0.5625, "val_map_low": 0.125, "val_map_high": 1.0}
-    log = training.read_log(fit(run, images))
+    # The retrieval set is looked at after every epoch, all validation images after every second.
+    log = training.read_log(fit(run, images, replace(RECIPE, epochs=3, validate_every=2)))
     assert log["val_map"].between(0, 1).all()
     assert (log["val_map_low"] <= log["val_map_high"]).all()
+    assert log["val_accuracy"].notna().tolist() == [False, True, True]
+
+
+def test_a_replaced_validation_image_keeps_its_place(images, run, fresh_accelerate, monkeypatch):
+    one = make_trainer(run, images, RECIPE)
+    count = len(one.data.validation)
+    one.data.validation.path(count - 1).write_bytes(b"")  # image 0 stands for it
+    places = []
+
+    def score(_, parts):
+        places.extend(place for found, _ in parts for place in found.tolist())
+
+    monkeypatch.setattr(training.SplitData, "score", score)
+    one.validate()
+    assert places == list(range(count))
 
 
 def test_two_runs_give_the_same_bytes(tmp_path, images):

@@ -334,12 +334,17 @@ def training_curves(
     """Loss, accuracy, retrieval mAP, reconstruction error, learning rate, throughput over steps.
 
     log: the rows of log.jsonl, with the column `step`; a value that a row lacks is nan; a column
-    with `_low` and `_high` beside it gets a band between them. panels:
-    title -> {column: name in the legend}; None: `PANELS`. A title that ends in "(%)" shows shares
-    as percent. Panels without a value are left out. Returns the axes, one a panel, in the order
-    of `panels`. An empty log: one axes that says so. Raises ValueError for a log without steps.
+    with `_low` and `_high` beside it gets a band between them. panels: title -> {column: name in
+    the legend}; None: `PANELS`. A title that ends in "(%)" shows shares as percent. Panels without
+    a value are left out. Returns the axes, one a panel, in the order of `panels`. An empty log: one
+    axes that says so. Raises ValueError for a log without steps.
     """
-    panels = PANELS if panels is None else panels
+    if panels is None:
+        accuracy = PANELS["accuracy (%)"]
+        if "reconstruction" in log and "val_accuracy_margin" not in log:
+            # the autoencoder's classifier knows no margin
+            accuracy = accuracy | {"accuracy": "training"}
+        panels = PANELS | {"accuracy (%)": accuracy}
     titles = [title for title, columns in panels.items() if _present(log, columns)]
     columns = min(3, len(titles))
     with plt.rc_context(STYLE):

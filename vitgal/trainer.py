@@ -57,6 +57,8 @@ class Preempted(TrainingError):
 class RetrievalNetwork(nn.Module):
     """The retrieval model under ArcFace: images and labels to loss and accuracy."""
 
+    retrieves = True  # its validation gives features to search by
+
     def __init__(self, model: ViTGaL, head: ArcFace, label_smoothing: float = 0.0):
         super().__init__()
         self.model, self.head, self.label_smoothing = model, head, label_smoothing
@@ -98,6 +100,8 @@ class AutoencoderNetwork(nn.Module):
 
     Source: ViTGaL section 3 and published loss: CE of the autoencoder's own class token + 10 MSE.
     """
+
+    retrieves = False
 
     def __init__(
         self,
@@ -194,7 +198,7 @@ class Trainer:
         self.replaced: list[str] = []
         self.asked = False  # by SIGTERM, this process
         self.stop = False  # agreed among all
-        self.validation_seconds = 0.0
+        self.validation_seconds = 0.0  # an image
         self.board = None
         self._prepare(network)
 
@@ -519,11 +523,10 @@ class Trainer:
         self._show_row(progress.rows[-1])
 
     def _seconds_left(self, finished: int, each: float) -> float:
-        """At this pace, with the validations that are due as long as the last one."""
-        recipe = self.recipe
-        epochs = range(self.progress.epoch + 1, recipe.epochs + 1)
-        due = sum(epoch % recipe.validate_every == 0 or epoch == recipe.epochs for epoch in epochs)
-        left = self.steps * recipe.epochs - finished
+        """At this pace, with the images that are still to validate as fast as the last ones."""
+        epochs = range(self.progress.epoch + 1, self.recipe.epochs + 1)
+        due = sum(len(self.due(epoch)) for epoch in epochs)
+        left = self.steps * self.recipe.epochs - finished
         return left * each + due * self.validation_seconds
 
     def _share_unreadable(self) -> None:
@@ -533,22 +536,36 @@ class Trainer:
 
     def end_epoch(self) -> None:
         """Validation where it is due, the best weights, the state at the epoch's end."""
-        progress, recipe = self.progress, self.recipe
+        progress = self.progress
         failed = progress.unreadable
         if len(failed) > self.data.max_failed_share * self.data.train_count:
             names = ", ".join(str(self.data.train.folder / name) for name in failed[:5])
             raise TrainingError(f"{len(failed)} training images cannot be read: {names}")
         finished = progress.epoch + 1
-        if finished % recipe.validate_every == 0 or finished == recipe.epochs:
+        images = self.due(finished)
+        if len(images):
             self.save_state()  # validation can be long
             began = time.monotonic()
-            scores = self.validate()
-            self.validation_seconds = time.monotonic() - began
+            scores = self.validate(images)
+            self.validation_seconds = (time.monotonic() - began) / len(images)
             progress.rows[-1] |= scores
             self._show_row(scores | {"step": progress.rows[-1]["step"]})
             self._keep_best()
         progress.epoch, progress.step = finished, 0
         self.save_state()
+
+    def due(self, finished: int) -> np.ndarray:
+        """Positions of the images that are validated after so many epochs.
+
+        All of them every `validate_every` epochs and at the end, otherwise those of the retrieval
+        set: far fewer, and the number to watch. The autoencoder has no such number.
+        """
+        recipe, data = self.recipe, self.data
+        if finished % recipe.validate_every == 0 or finished == recipe.epochs:
+            return np.arange(len(data.validation))
+        if self.bare.retrieves and data.ground_truth is not None:
+            return np.union1d(data.queries, data.database)
+        return np.arange(0)
 
     def _keep_best(self) -> None:
         """Writes the model as state/best.safetensors where it scores higher than ever before."""
@@ -559,24 +576,27 @@ class Trainer:
             if self.accelerator.is_main_process:
                 weights.save_model(self.result.model, self.folder / "state" / "best.safetensors")
 
-    def validate(self) -> dict[str, float]:
-        """Scores of the validation images, each rank taking its share of them."""
+    def validate(self, images: np.ndarray | None = None) -> dict[str, float]:
+        """Scores of validation images, by position (None: all), each rank taking its share."""
         accelerator, data = self.accelerator, self.data
+        images = np.arange(len(data.validation)) if images is None else images
         self._share_statistics()
         network = self.result
         network.eval()
-        mine = range(accelerator.process_index, len(data.validation), accelerator.num_processes)
+        mine = images[accelerator.process_index :: accelerator.num_processes].tolist()
         parts = []
         size = self.recipe.batch_size
         keys = [[(0, index) for index in mine[at : at + size]] for at in range(0, len(mine), size)]
         batches = self.read(keys, data.validation)
-        for _ in range(-(-len(data.validation) // (size * accelerator.num_processes))):
+        for _ in range(-(-len(images) // (size * accelerator.num_processes))):
             batch = next(batches, None)  # some ranks have one less
             if batch is not None:
                 with accelerator.autocast():
                     result = network.validate(*self.moved(batch))
                 found = {key: value.cpu() for key, value in result.items()}
-                parts.append((batch.index.numpy(), found))
+                replaced = batch.unreadable >= 0  # by another image, which stands in this place
+                place = torch.where(replaced, batch.unreadable, batch.index)
+                parts.append((place.numpy(), found))
                 self._note_unreadable(batch, data.validation)
             if self._any_asked():
                 raise Preempted("asked to end (SIGTERM) while validating; the epoch is saved")

@@ -611,12 +611,13 @@ def epoch_table(log: pd.DataFrame, *, last: int = 5) -> pd.DataFrame:
         "images_per_second": ("images/s", "{:.1f}"),
         "hours_left": ("hours left", "{:.2f}"),
     }
-    rows = log.dropna(subset="val_accuracy").tail(last) if "val_accuracy" in log else log[:0]
+    scored = [name for name in ("val_accuracy", "val_map") if name in log]
+    rows = log.dropna(subset=scored, how="all").tail(last) if scored else log[:0]
     columns = {}
     for name, (title, form) in shown.items():
         if name in rows:
             values = 100 * rows[name] if title.startswith(("train", "val %", "mAP")) else rows[name]
-            columns[title] = [form.format(value) for value in values]
+            columns[title] = [form.format(value).replace("nan", "-") for value in values]
         if name == "val_map" and {"val_map_low", "val_map_high"} <= set(rows):
             ends = zip(100 * rows["val_map_low"], 100 * rows["val_map_high"], strict=True)
             columns["95 % interval"] = [f"{low:.1f} to {high:.1f}" for low, high in ends]
