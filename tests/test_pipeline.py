@@ -514,29 +514,31 @@ def test_ctrl_c_keeps_the_partial_notebook(scratch, tmp_path):
 
 def write_scores(folder: Path, value: float, **more) -> None:
     protocol = {"map": value, "mp_at": {"1": 1.0, "5": value, "10": None}, "ap": [value, None]}
+    protocol["interval"] = [value - 0.05, value + 0.0375]
     runs.write_json(folder / "scores.json", {"easy": protocol, "medium": protocol} | more)
 
 
 def test_summary_is_aligned(tmp_path):
     write_scores(tmp_path / "demo/untrained", 0.05)
     write_scores(tmp_path / "demo/global", 0.5)
-    published = {"hard": {"map": 0.25, "mp_at": {}}}
+    published = {"hard": {"map": 0.25, "mp_at": {}, "interval": [None, None]}}
     write_scores(tmp_path / "demo/rerank", 0.875, published=published)
     (tmp_path / "demo/figures").mkdir()
     lines = pipeline.summary(tmp_path).splitlines()
     scores = lines[: lines.index("")]
     assert len({len(line) for line in scores}) == 1
-    assert scores[0].split() == ["demo", "easy", "medium", "hard"]
-    assert scores[1].split() == ["mAP", "mP@1", "mP@5", "mP@10"] * 3
-    nothing = ["-"] * 4
-    assert [line.split()[-12:] for line in scores[2:]] == [
-        ["5.0", "100.0", "5.0", "-"] * 2 + nothing,
-        ["50.0", "100.0", "50.0", "-"] * 2 + nothing,
-        ["87.5", "100.0", "87.5", "-"] * 2 + nothing,
-        nothing * 2 + ["25.0", "-", "-", "-"],
+    width = len("reranked, published")
+    assert [line[:width].strip() for line in scores] == [
+        *("demo", "untrained", "", "global", "", "reranked", "", "reranked, published")
     ]
-    heads = ["untrained", "global", "reranked", "reranked, published"]
-    assert [line[: len(max(heads, key=len))].strip() for line in scores[2:]] == heads
+    assert scores[0][width:].split() == ["mAP", "95", "%", "interval", "mP@1", "mP@5", "mP@10"]
+    assert [line[width:].split() for line in scores[1::2]] == [
+        ["easy", "5.0", "0.0", "to", "8.8", "100.0", "5.0", "-"],
+        ["easy", "50.0", "45.0", "to", "53.8", "100.0", "50.0", "-"],
+        ["easy", "87.5", "82.5", "to", "91.2", "100.0", "87.5", "-"],
+        ["hard", "25.0", "-", "-", "-", "-"],
+    ]
+    assert [line[width:].split()[0] for line in scores[2::2]] == ["medium"] * 3
     assert lines[-2:] == [
         f"executed notebooks: {tmp_path / 'notebooks'}",
         f"figures: {tmp_path / 'demo/figures'}",

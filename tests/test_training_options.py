@@ -335,6 +335,9 @@ def test_the_table_of_epochs_by_hand():
             "val_map": [math.nan, 0.78349],
         }
     )
+    found = training.epoch_table(log.assign(val_map_low=[math.nan, 0.7], val_map_high=0.85))
+    assert list(found)[6:] == ["mAP %", "95 % interval", "images/s"]
+    assert found["95 % interval"].tolist() == ["70.0 to 85.0"]
     assert training.epoch_table(log).to_dict("list") == {
         "epoch": ["1"],
         "step": ["10"],
@@ -345,16 +348,20 @@ def test_the_table_of_epochs_by_hand():
         "mAP %": ["78.3"],
         "images/s": ["100.0"],
     }
+    # an epoch of which the retrieval set alone is scored
+    found = training.epoch_table(log.assign(val_map=[0.5, 0.78349]))
+    assert found["val %"].tolist() == ["-", "50.0"] and found["mAP %"].tolist() == ["50.0", "78.3"]
     assert len(training.epoch_table(log[:0])) == len(training.epoch_table(pd.DataFrame())) == 0
 
 
 def test_the_time_left_by_hand(images, run, fresh_accelerate):
     one = make_trainer(run, images, replace(RECIPE, epochs=4, validate_every=3))
-    one.validation_seconds = 7.0
+    one.validation_seconds = 0.7  # an image
+    assert len(one.data.validation) == 5
     # 3 steps an epoch: 12 in all, 2 done, 0.5 s each; validation is due after epochs 3 and 4
-    assert one._seconds_left(2, 0.5) == 10 * 0.5 + 2 * 7.0
+    assert one._seconds_left(2, 0.5) == pytest.approx(10 * 0.5 + 2 * 5 * 0.7, abs=1e-9)
     one.progress.epoch = 3
-    assert one._seconds_left(12, 0.5) == 7.0
+    assert one._seconds_left(12, 0.5) == pytest.approx(5 * 0.7, abs=1e-9)
 
 
 def test_unreadable_images_are_replaced_and_listed(images, run, monkeypatch):

@@ -68,6 +68,12 @@ def fit(run: Path, images: Path, recipe: training.Recipe = RECIPE, **options) ->
     )
 
 
+def fit_autoencoder(run: Path, images: Path, recipe: training.Recipe = RECIPE) -> Path:
+    return training.fit_autoencoder(
+        run, image_folder=images, code_dim=8, recipe=recipe, progress=False
+    )
+
+
 def rows(folder: Path) -> list[dict]:
     """The log without what depends on the clock."""
     found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]

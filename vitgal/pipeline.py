@@ -670,7 +670,10 @@ def own_summary(run: Path, lines: int = 10) -> str:
 
 
 def score_lines(folder: Path) -> list[str]:
-    """The scores below `<run>/<dataset>`, aligned: mAP and mP@k by protocol, global first."""
+    """The scores below `<run>/<dataset>`, aligned: a line a system and protocol, global first.
+
+    mAP comes with its interval as it stands in the file; what a file does not hold is a dash.
+    """
     found = {
         path.parent.name: runs.read_json(path) for path in sorted(folder.glob("*/scores.json"))
     }
@@ -681,21 +684,21 @@ def score_lines(folder: Path) -> list[str]:
     if published:
         tables["reranked, published"] = published
     width = max(map(len, [*tables, folder.name]))
-    columns = "".join(f"{name:>7}" for name in ("mAP", *(f"mP@{kappa}" for kappa in KAPPAS)))
-    lines = [
-        folder.name.ljust(width) + "".join(f"  {name:>28}" for name in PROTOCOLS),
-        " " * width + f"  {columns}" * len(PROTOCOLS),
-    ]
+    heads = "".join(f"{f'mP@{kappa}':>7}" for kappa in KAPPAS)
+    lines = [f"{folder.name:<{width}}  {'':6}{'mAP':>7}{'95 % interval':>16}{heads}"]
     for label, scores in tables.items():
-        cells = ["".join(_percent(value) for value in _row(scores.get(p))) for p in PROTOCOLS]
-        lines.append(label.ljust(width) + "".join(f"  {cell}" for cell in cells))
+        for protocol in [protocol for protocol in PROTOCOLS if protocol in scores]:
+            lines.append(f"{label:<{width}}  {protocol:<6}{_cells(scores[protocol])}")
+            label = ""
     return lines
 
 
-def _row(scores: dict | None) -> list[float | None]:
-    scores = scores or {}
-    at = scores.get("mp_at", {})
-    return [scores.get("map"), *(at.get(kappa) for kappa in KAPPAS)]
+def _cells(scores: dict) -> str:
+    """One protocol's mAP, its interval and mP@k in percent, each in its column."""
+    low, high = scores.get("interval") or (None, None)
+    interval = "-" if low is None else f"{100 * low:.1f} to {100 * high:.1f}"
+    at = "".join(_percent(scores.get("mp_at", {}).get(kappa)) for kappa in KAPPAS)
+    return f"{_percent(scores.get('map'))}{interval:>16}{at}"
 
 
 def _percent(value: float | None) -> str:

@@ -446,11 +446,20 @@ def _watching(folder: Path, watch: Callable[[pd.DataFrame], None] | None) -> Ite
         return
     log, done = folder / "log.jsonl", threading.Event()
 
+    def written() -> int | None:
+        return log.stat().st_mtime_ns if log.exists() else None
+
+    # The log of a run that goes on is shown here and not by the thread: a fork in the middle of a
+    # drawing would leave its locks locked for ever. Later it is the forked processes who write it.
+    begun = written()
+    if begun is not None:
+        watch(pd.read_json(log, lines=True))
+
     def look() -> None:
-        seen = None
+        seen = begun
         while not done.wait(WATCH_SECONDS):
-            if log.exists() and log.stat().st_mtime_ns != seen:
-                seen = log.stat().st_mtime_ns
+            if written() != seen:
+                seen = written()
                 watch(pd.read_json(log, lines=True))
 
     thread = threading.Thread(target=look, daemon=True)
@@ -622,12 +631,16 @@ def epoch_table(log: pd.DataFrame, *, last: int = 5) -> pd.DataFrame:
         "images_per_second": ("images/s", "{:.1f}"),
         "hours_left": ("hours left", "{:.2f}"),
     }
-    rows = log.dropna(subset="val_accuracy").tail(last) if "val_accuracy" in log else log[:0]
+    scored = [name for name in ("val_accuracy", "val_map") if name in log]
+    rows = log.dropna(subset=scored, how="all").tail(last) if scored else log[:0]
     columns = {}
     for name, (title, form) in shown.items():
         if name in rows:
             values = 100 * rows[name] if title.startswith(("train", "val %", "mAP")) else rows[name]
-            columns[title] = [form.format(value) for value in values]
+            columns[title] = [form.format(value).replace("nan", "-") for value in values]
+        if name == "val_map" and {"val_map_low", "val_map_high"} <= set(rows):
+            ends = zip(100 * rows["val_map_low"], 100 * rows["val_map_high"], strict=True)
+            columns["95 % interval"] = [f"{low:.1f} to {high:.1f}" for low, high in ends]
     return pd.DataFrame(columns)
 
 
