@@ -8,7 +8,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from vitgal import extraction
+from vitgal import extraction, runs
 
 AUGMENTATIONS = ("published", "fast", "none")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -34,7 +34,7 @@ OPTIONS = (
 RETRIEVAL_ONLY = ("layer_decay", "sub_centres", "class_chunk", "sampled_classes")
 
 
-class TrainingError(RuntimeError):
+class TrainingError(runs.Told, RuntimeError):
     """Training cannot go on; the message says at which step, on which images, and what to do."""
 
 

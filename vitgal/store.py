@@ -37,7 +37,7 @@ ITEM_BYTES = 150  # of one image beside its features: name and sizes in items.js
 FEATURE_BYTES = 16  # of one feature beside its descriptor: keypoint, score, scale
 
 
-class StoreError(RuntimeError):
+class StoreError(runs.Told, RuntimeError):
     """A store on disk that is damaged or incomplete; the message names the folder or the item."""
 
 
