@@ -290,19 +290,24 @@ def _decades(*directions: Axis) -> None:
 
 def _present(log: pd.DataFrame, columns: Mapping[str, str]) -> list[str]:
     """The columns for which the log holds a value; without rows, none."""
-    if len(log) and "step" not in log:
-        raise ValueError(f"the log has no column step, only {', '.join(map(str, log.columns))}")
+    if len(log) and not {"step", "epoch"} & set(log.columns):
+        names = ", ".join(map(str, log.columns))
+        raise ValueError(f"the log has no column step and no epoch, only {names}")
     return [column for column in columns if column in log and log[column].notna().any()]
 
 
 def _curves(axes: Axes, log: pd.DataFrame, columns: Mapping[str, str], *, percent: bool) -> None:
-    """The finite values of each column over the steps, a line each, with a legend for several."""
+    """The finite values of each column over the steps, a line each, with a legend for several.
+
+    A log without steps, such as a schedule, is drawn over its epochs.
+    """
+    across = "step" if "step" in log else "epoch"
     present = _present(log, columns)
     for index, column in enumerate(present):
         values = log[column].to_numpy(float) * (100 if percent else 1)
         known = np.isfinite(values)
         axes.plot(
-            log["step"].to_numpy(float)[known],
+            log[across].to_numpy(float)[known],
             values[known],
             color=SERIES[index % len(SERIES)],
             linestyle=LINE_STYLES[index % len(LINE_STYLES)],
@@ -312,7 +317,7 @@ def _curves(axes: Axes, log: pd.DataFrame, columns: Mapping[str, str], *, percen
         )
     if len(present) > 1:
         axes.legend(loc="best", labelspacing=0.2, frameon=True, framealpha=0.7, edgecolor="none")
-    axes.set_xlabel("step")
+    axes.set_xlabel(across)
     axes.set_ylim(bottom=0)  # none of these values can be negative
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -327,10 +332,11 @@ def training_curves(
 ) -> np.ndarray:
     """Loss, accuracy, retrieval mAP, reconstruction error, learning rate, throughput over steps.
 
-    log: the rows of log.jsonl, with the column `step`; a value that a row lacks is nan. panels:
-    title -> {column: name in the legend}; None: `PANELS`. A title that ends in "(%)" shows shares
-    as percent. Panels without a value are left out. Returns the axes, one a panel, in the order
-    of `panels`. An empty log: one axes that says so. Raises ValueError for a log without steps.
+    log: the rows of log.jsonl, with the column `step`, or a table by `epoch`; a value that a row
+    lacks is nan. panels: title -> {column: name in the legend}; None: `PANELS`. A title that ends
+    in "(%)" shows shares as percent. Panels without a value are left out. Returns the axes, one a
+    panel, in the order of `panels`. An empty log: one axes that says so. Raises ValueError for a
+    log without either.
     """
     panels = PANELS if panels is None else panels
     titles = [title for title, columns in panels.items() if _present(log, columns)]
