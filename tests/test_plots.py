@@ -339,6 +339,10 @@ def test_training_curves_show_what_the_log_holds():
     assert own[0].lines[0].get_ydata() == pytest.approx([55])  # 0.55 * 100 is rounded
     with pytest.raises(ValueError, match="no column step"):
         plots.training_curves(log().drop(columns="step"))
+    assert panels[0].get_xlabel() == "step"
+    schedule = plots.training_curves(pd.DataFrame({"epoch": [0, 1, 2], "lr": [0.1, 0.2, 0.1]}))
+    assert [panel.get_xlabel() for panel in schedule] == ["epoch"]
+    assert schedule[0].lines[0].get_xdata().tolist() == [0, 1, 2]
 
 
 def test_a_curve_has_the_band_of_its_interval():

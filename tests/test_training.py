@@ -135,6 +135,16 @@ class NoDraw:
         return 0.99
 
 
+class HoleAt:
+    """Draws a hole at (3, 5)."""
+
+    def random(self) -> float:
+        return 0.0
+
+    def integers(self, high: int, size: int) -> np.ndarray:
+        return np.array([3, 5])
+
+
 @pytest.mark.parametrize("transform", [training.augment_published, training.augment_fast])
 def test_without_any_draw_an_image_is_only_squashed(transform):
     image = np.zeros((64, 64, 3), np.uint8)
@@ -170,6 +180,22 @@ def test_the_network_sees_normalised_pictures_with_holes():
     shown = training.displayable(pictures[0], (1, 2, 2))
     # the hole is ImageNet's mean colour: 0.485 * 255 = 123.7, 0.456 * 255 = 116.3, 103.5
     assert shown[1, 2].tolist() == [124, 116, 104] and shown[0, 0].tolist() == [255] * 3
+
+
+def test_the_published_hole_is_black_and_the_fast_one_of_the_mean_colour(images, run):
+    # As published the hole is zero before the normalisation: (0 - 0.485) / 0.229 = -2.1179 in red.
+    for augment, wanted in (("published", -2.1179), ("fast", 0.0)):
+        recipe = replace(RECIPE, image_size=64, augment=augment)
+        train = training.read_data(run / "split", images, recipe).train
+        train.transform = augmentation.squash  # nothing is drawn but the hole
+        picture, hole = train.change(np.full((64, 64, 3), 255, np.uint8), HoleAt())
+        seen = augmentation.network_input(
+            torch.from_numpy(picture).permute(2, 0, 1)[None], torch.tensor([hole])
+        )[0, 0]
+        dark = torch.zeros(64, 64, dtype=torch.bool)
+        dark[3:19, 5:21] = True  # a quarter of the side, where the draw puts it
+        assert seen[dark].numpy() == pytest.approx(np.full(256, wanted), abs=1e-4)
+        assert (seen[~dark] > 2).all()
 
 
 # One run

@@ -291,24 +291,29 @@ def _decades(*directions: Axis) -> None:
 
 def _present(log: pd.DataFrame, columns: Mapping[str, str]) -> list[str]:
     """The columns for which the log holds a value; without rows, none."""
-    if len(log) and "step" not in log:
-        raise ValueError(f"the log has no column step, only {', '.join(map(str, log.columns))}")
+    if len(log) and not {"step", "epoch"} & set(log.columns):
+        names = ", ".join(map(str, log.columns))
+        raise ValueError(f"the log has no column step and no epoch, only {names}")
     return [column for column in columns if column in log and log[column].notna().any()]
 
 
 def _curves(axes: Axes, log: pd.DataFrame, columns: Mapping[str, str], *, percent: bool) -> None:
-    """The finite values of each column over the steps, a line each, with a legend for several."""
+    """The finite values of each column over the steps, a line each, with a legend for several.
+
+    A log without steps, such as a schedule, is drawn over its epochs.
+    """
+    across = "step" if "step" in log else "epoch"
     present = _present(log, columns)
     for index, column in enumerate(present):
         values = log[column].to_numpy(float) * (100 if percent else 1)
         known = np.isfinite(values)
-        steps = log["step"].to_numpy(float)[known]
+        places = log[across].to_numpy(float)[known]
         ends = [f"{column}_low", f"{column}_high"]
         if all(end in log for end in ends):
             low, high = (log[end].to_numpy(float)[known] * (100 if percent else 1) for end in ends)
-            axes.fill_between(steps, low, high, color=SERIES[index % len(SERIES)], **BAND)
+            axes.fill_between(places, low, high, color=SERIES[index % len(SERIES)], **BAND)
         axes.plot(
-            steps,
+            places,
             values[known],
             color=SERIES[index % len(SERIES)],
             linestyle=LINE_STYLES[index % len(LINE_STYLES)],
@@ -318,7 +323,7 @@ def _curves(axes: Axes, log: pd.DataFrame, columns: Mapping[str, str], *, percen
         )
     if len(present) > 1:
         axes.legend(loc="best", labelspacing=0.2, frameon=True, framealpha=0.7, edgecolor="none")
-    axes.set_xlabel("step")
+    axes.set_xlabel(across)
     axes.set_ylim(bottom=0)  # none of these values can be negative
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -333,11 +338,11 @@ def training_curves(
 ) -> np.ndarray:
     """Loss, accuracy, retrieval mAP, reconstruction error, learning rate, throughput over steps.
 
-    log: the rows of log.jsonl, with the column `step`; a value that a row lacks is nan; a column
-    with `_low` and `_high` beside it gets a band between them. panels: title -> {column: name in
-    the legend}; None: `PANELS`. A title that ends in "(%)" shows shares as percent. Panels without
-    a value are left out. Returns the axes, one a panel, in the order of `panels`. An empty log: one
-    axes that says so. Raises ValueError for a log without steps.
+    log: the rows of log.jsonl, with the column `step`, or a table by `epoch`; a value that a row
+    lacks is nan; a column with `_low` and `_high` beside it gets a band between them. panels:
+    title -> {column: name in the legend}; None: `PANELS`. A title that ends in "(%)" shows shares
+    as percent. Panels without a value are left out. Returns the axes, one a panel, in the order of
+    `panels`. An empty log: one axes that says so. Raises ValueError for a log without either.
     """
     if panels is None:
         accuracy = PANELS["accuracy (%)"]

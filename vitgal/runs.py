@@ -301,7 +301,7 @@ def stage(
     with locked(folder, share):
         if overwrite:
             _clear(folder)
-        else:
+        elif share != ALONE or not _just_begun(folder):
             _refuse_other(folder, settings)
         opened = Stage(folder, name, (folder / MANIFEST).exists(), settings)
         if opened.finished:
@@ -423,6 +423,11 @@ def _settings_on_disk(folder: Path) -> dict | None:
             found = read_json(folder / name)
             return {key: found.get(key) for key in SETTINGS}
     return None
+
+
+def _just_begun(folder: Path) -> bool:
+    """Whether a stage began here and stopped before it made anything: with wrong weights, say."""
+    return [path.name for path in _foreign(folder)] == [STARTED]
 
 
 def _refuse_other(folder: Path, wanted: dict) -> None:

@@ -608,9 +608,9 @@ def train(notebook: str, run: Path, values: dict[str, Any]) -> Path:
 
 
 def schedule_table(recipe: Recipe) -> pd.DataFrame:
-    """The learning rate of each epoch as a log: columns step (the epoch) and lr."""
+    """The learning rate of each epoch, as `plots.training_curves` draws it: epoch, lr."""
     rates = learning_rates(recipe)
-    return pd.DataFrame({"step": range(len(rates)), "lr": rates})
+    return pd.DataFrame({"epoch": range(len(rates)), "lr": rates})
 
 
 def epoch_table(log: pd.DataFrame, *, last: int = 5) -> pd.DataFrame:

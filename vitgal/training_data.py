@@ -87,7 +87,7 @@ class TrainingImages(Dataset):
     def change(
         self, image: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """The augmented picture (S, S, 3) uint8 and its hole."""
+        """The augmented picture (S, S, 3) uint8 and its hole; the published one is cut already."""
         recipe = self.recipe
         picture = self.transform(image, recipe.image_size, rng)
         if self.augment == "none":
@@ -96,7 +96,11 @@ class TrainingImages(Dataset):
             picture = augmentation.rand_augment(
                 picture, recipe.rand_augment, recipe.rand_augment_magnitude, rng
             )
-        return picture, augmentation.draw_hole(recipe.image_size, rng)
+        hole = augmentation.draw_hole(recipe.image_size, rng)
+        if self.augment != "published":
+            return picture, hole
+        augmentation.cut_hole(picture, hole)
+        return picture, (0, 0, 0)
 
 
 @dataclass(frozen=True)
