@@ -123,19 +123,19 @@ class _Descriptors:
         return self._extended(-self.halves)
 
     @functools.cached_property
-    def left_bound(self) -> np.ndarray:  # (N, S + 2) float32: u's first values, |the rest|, 1
-        return self._shortened(np.ones(len(self.values)))
+    def left_bound(self) -> np.ndarray:  # (N, S + 3): u's first values, |the rest|, 1, -|u|^2 / 2
+        return self._shortened(np.ones(len(self.values)), -self.halves)
 
     @functools.cached_property
-    def right_bound(self) -> np.ndarray:  # (N, S + 2) float32: v's, |the rest|, -|v|^2 / 2
-        return self._shortened(-self.halves)
+    def right_bound(self) -> np.ndarray:  # (N, S + 3): v's, |the rest|, -|v|^2 / 2, 1
+        return self._shortened(-self.halves, np.ones(len(self.values)))
 
-    def _shortened(self, column: np.ndarray) -> np.ndarray:
+    def _shortened(self, *columns: np.ndarray) -> np.ndarray:
         short = self.values.shape[1] * 5 // 8
         rest = self.values[:, short:]
-        shortened = np.empty((len(self.values), short + 2), np.float32)
-        shortened[:, :-2], shortened[:, -1] = self.values[:, :short], column
-        shortened[:, -2] = np.sqrt(np.einsum("ij,ij->i", rest, rest, dtype=np.float64))
+        shortened = np.empty((len(self.values), short + 3), np.float32)
+        shortened[:, :short], shortened[:, -2], shortened[:, -1] = self.values[:, :short], *columns
+        shortened[:, short] = np.sqrt(np.einsum("ij,ij->i", rest, rest, dtype=np.float64))
         return shortened
 
     def _extended(self, column: np.ndarray) -> np.ndarray:
@@ -152,16 +152,22 @@ def _match(query: _Descriptors, gallery: _Descriptors, max_distance: float) -> n
         return np.empty((0, 2), np.int64)
     if width != other:
         raise ValueError(f"query descriptors are {width} wide, gallery descriptors {other}")
-    step = max(1, BLOCK // size)
-    blocks = [slice(first, min(first + step, count)) for first in range(0, count, step)]
-    sample = slice(0, min(SAMPLE, step, count))
-    worth = math.isfinite(max_distance) and _sieved(query, gallery, sample, max_distance)
     found = []
-    for block in blocks:
+    worth = math.isfinite(max_distance)
+    for block in _blocks(count, size):
         pairs = _sieved(query, gallery, block, max_distance) if worth else None
+        worth = pairs is not None
         found.append(pairs or _closest(query, gallery, block, max_distance))
     rows, columns = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return _nearest(query.values, gallery.values, rows, columns, max_distance)
+
+
+def _blocks(count: int, size: int) -> list[slice]:
+    """Query rows to take at once; the first are few and tell whether the first pass is worth it."""
+    step = max(1, BLOCK // size)
+    sample = min(SAMPLE, step, count)
+    later = [slice(first, min(first + step, count)) for first in range(sample, count, step)]
+    return [slice(0, sample), *later]
 
 
 Pairs = tuple[np.ndarray, np.ndarray]  # query and gallery indices, by rising query index
@@ -173,13 +179,14 @@ def _sieved(
     """All pairs that may lie within the distance; None where these are many.
 
     By Cauchy and Schwarz u.v is at most the product of the first values of u and v and of the
-    lengths of what is left of them: a shorter product than the whole one rules out most pairs.
+    lengths of what is left of them: a shorter product than the whole one rules out most pairs. It
+    bounds -|u - v|^2 / 2 as a whole, since one number is compared faster than one a row.
     """
     bounds = query.left_bound[block] @ gallery.right_bound.T  # (N, M) float32
-    slack = _rounding(query.halves[block], gallery.halves.max(), query.values.shape[1])
-    floor = query.halves[block] - max_distance**2 / 2 - slack
-    floor = np.nextafter(floor.astype(np.float32), np.float32(-np.inf))
-    hits = np.flatnonzero(bounds >= floor[:, None])
+    halves = query.halves[block].max(), gallery.halves.max()
+    slack = _rounding(*halves, query.values.shape[1])
+    floor = np.nextafter(np.float32(-(max_distance**2) / 2 - slack), np.float32(-np.inf))
+    hits = np.flatnonzero(bounds >= floor)
     if hits.size > SIEVED * bounds.size:
         return None
     rows, columns = np.divmod(hits, bounds.shape[1])
@@ -217,14 +224,14 @@ def _nearest(
     return np.column_stack([rows, columns])[lowest][within]
 
 
-def _rounding(halves: np.ndarray, half: float, width: int) -> np.ndarray:
-    """How far a float32 closeness may lie from the true one, at worst.
+def _rounding(halves: np.ndarray | float, half: float, width: int) -> np.ndarray | float:
+    """How far a float32 closeness, or half a square less, may lie from the true one, at worst.
 
     A sum of n products in float32, in any order, is off by less than n * 2^-24 times the sum of
     their magnitudes; the rest of the factor covers the rounding of the factors themselves.
     """
     relative = (width + 12) * 2.0**-24
-    sizes = np.sqrt(2 * halves) * np.sqrt(2 * half) + half
+    sizes = np.sqrt(2 * halves) * np.sqrt(2 * half) + half + halves
     return relative * sizes + width * float(np.finfo(np.float32).tiny)
 
 
