@@ -696,7 +696,8 @@ def extract_shortlist(
         failed = store.FeatureStore.open(stage.folder).failures
         _refuse_failures(_listed(failed), len(jobs), max_failed_share)
         recorded |= dict(images=len(jobs), failed=len(failed))
-        stage.finish(_shard_outputs(stage.folder), **recorded)
+        index = store.write_index(stage.folder)
+        stage.finish(_shard_outputs(stage.folder) + index, **recorded)
         _report(failed, len(jobs))
         return stage.folder
 
@@ -704,6 +705,8 @@ def extract_shortlist(
 def _opened(stage: runs.Stage) -> store.FeatureStore | None:
     """A finished stage's store; None, and the stage reopened, where a shard is torn or gone."""
     try:
+        for shard in store.shard_folders(stage.folder):
+            store.Shard.open(shard)
         return store.FeatureStore.open(stage.folder)
     except (store.StoreError, FileNotFoundError) as error:
         print(error)
@@ -819,5 +822,5 @@ def shards_of(
 
 
 def _shard_outputs(folder: Path) -> list[str]:
-    shards = store.FeatureStore.open(folder).shards
-    return [f"{shard.folder.name}/{name}" for shard in shards for name in SHARD_OUTPUTS]
+    shards = store.shard_folders(folder)
+    return [f"{shard.name}/{name}" for shard in shards for name in SHARD_OUTPUTS]

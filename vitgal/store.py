@@ -3,7 +3,8 @@
 A store is a folder of shards. A shard is a folder `shard-NN` with flat arrays over all features of
 its images (keypoints, descriptors, scores, scales), `offsets` that say where each image's features
 begin, one checksum an image, and `items.json` with the names and sizes. A shard appears whole or
-not at all, so a store can be read while later shards are still being made.
+not at all, so a store can be read while later shards are still being made. A finished store has an
+`index/` with the names, sizes and places of all its items, which makes opening it instant.
 
 An item's key is its image's name. The one exception: a query (its features are those of its crop)
 that has the name of a database image is kept under `query/<name>`. `FeatureStore.query` knows.
@@ -31,6 +32,9 @@ FORMAT = 1
 DTYPES = ("float16", "float32", "int8", "bit")
 ARRAYS = ("keypoints", "descriptors", "scores", "scales", "offsets", "checksums")
 SHARD = "shard-"
+INDEX, INDEX_HEADER = "index", "index.json"
+INDEX_ARRAYS = ("names", "name_ends", "order", "rows", "sizes", "firsts")
+OPEN_SHARDS = 1024  # that a store keeps mapped, four files each
 PARTIAL = ".partial-"  # a shard being written; nothing else in a store begins so
 QUERY = "query/"
 ITEM_BYTES = 150  # of one image beside its features: name and sizes in items.json, offset, checksum
@@ -71,12 +75,31 @@ def encode(descriptors: np.ndarray, dtype: str) -> np.ndarray:
 def decode(stored: np.ndarray, dtype: str, code_dim: int) -> np.ndarray:
     """Stored descriptors back as (N, code_dim) float32 of length 1 (all-zero ones stay zero)."""
     if dtype == "bit":
-        signs = np.unpackbits(stored, axis=1, count=code_dim)
-        decoded = np.where(signs, np.float32(1), np.float32(-1))
+        decoded = _signs()[stored].reshape(len(stored), 8 * stored.shape[1])[:, :code_dim]
+    elif dtype == "float16":
+        decoded = _single(stored)
     else:
         decoded = stored.astype(np.float32)
     length = np.linalg.norm(decoded, axis=1, keepdims=True)
-    return decoded / np.where(length > 0, length, 1)
+    decoded /= np.where(length > 0, length, 1)
+    return decoded
+
+
+@functools.cache
+def _signs() -> np.ndarray:
+    """(256, 8) float32: the bits of every byte, the highest first, as 1 and -1."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
+    return np.where(bits, np.float32(1), np.float32(-1))
+
+
+def _single(half: np.ndarray) -> np.ndarray:
+    """Finite float16 as float32: the bits that `astype` gives, in a quarter of its time."""
+    bits = half.view(np.int16).astype(np.int32)  # the sign is carried to the top
+    bits <<= 13  # float32 has 13 more bits of fraction
+    bits &= np.int32(-0x70002000)  # the sign, and below three bits of it exponent and fraction
+    single = bits.view(np.float32)
+    single *= np.float32(2.0**112)  # its exponent counts from 127, half precision's from 15
+    return single
 
 
 def _check_dtype(dtype: str) -> None:
@@ -237,6 +260,7 @@ def _place(folder: Path, arrays: dict, header: dict, failures: list) -> None:
             runs.write_array(partial / f"{name}.npy", array)
         runs.write_json(partial / "failures.json", failures)
         runs.write_json(partial / "items.json", header)
+        _drop_index(folder.parent)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
@@ -425,57 +449,199 @@ def _leading_rows(path: Path) -> np.ndarray:
     return np.frombuffer(data[: rows * row], dtype).reshape(rows, *shape[1:])
 
 
+# One file of sizes and places for all shards
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """What a store knows of its items without opening a shard, as arrays in the order of shards.
+
+    Attributes:
+        header: "format", "folders" (how many shards), "dtype", "code_dim", "failures".
+        folders: names of the shards' folders; None: those that `shard_folder` gives.
+        arrays: "names" (uint8, all keys in UTF-8), "name_ends" (n + 1), "order" (n, positions by
+            rising key), "rows" (n, 2: where an item's features begin and end in its shard),
+            "sizes" (n, 8: input size, box, image size), "firsts" (shards + 1: first items).
+    """
+
+    header: dict
+    arrays: dict[str, np.ndarray]
+    folders: tuple[str, ...] | None = None
+
+    @classmethod
+    def of(cls, shards: Sequence[Shard]) -> "Index":
+        """Collects it from open shards; StoreError where a key occurs twice."""
+        keys = [name.encode() for shard in shards for name in shard.names]
+        items = [item for shard in shards for item in shard.header["items"]]
+        order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+        firsts = np.cumsum([0, *(len(shard.header["items"]) for shard in shards)], dtype=np.int64)
+        for one, other in zip(order, order[1:], strict=False):
+            if keys[one] == keys[other]:
+                at = int(np.searchsorted(firsts, max(one, other), side="right")) - 1
+                raise StoreError(
+                    f"{shards[at].folder} holds a key of an earlier shard "
+                    f"({keys[one].decode()!r}); {_REMEDY}"
+                )
+        bounds = [shard.arrays["offsets"] for shard in shards]
+        rows = [np.stack([each[:-1], each[1:]], axis=1) for each in bounds]
+        sizes = [[*item["input_size"], *item["box"], *item["image_size"]] for item in items]
+        arrays = {
+            "names": np.frombuffer(b"".join(keys), np.uint8),
+            "name_ends": np.cumsum([0, *map(len, keys)], dtype=np.int64),
+            "order": order,
+            "rows": np.concatenate(rows),
+            "sizes": np.array(sizes, np.int32).reshape(-1, 8),
+            "firsts": firsts,
+        }
+        full = [shard for shard in shards if len(shard.arrays["scores"])] or list(shards)
+        header = {"format": FORMAT, "folders": len(shards), "dtype": full[0].header["dtype"]}
+        header["code_dim"] = max(shard.header["code_dim"] for shard in shards)
+        header["failures"] = [failure for shard in shards for failure in shard.failures]
+        return cls(header, arrays, tuple(shard.folder.name for shard in shards))
+
+    def write(self, folder: Path) -> Path:
+        """Writes it to `index/` of a store, the header last, and returns that folder."""
+        place = Path(folder) / INDEX
+        for name, array in self.arrays.items():
+            runs.write_array(place / f"{name}.npy", array)
+        runs.write_json(place / INDEX_HEADER, self.header)
+        return place
+
+    @classmethod
+    def read(cls, folder: Path) -> "Index | None":
+        """The index of a store, memory-mapped; None where there is none that is whole."""
+        place = Path(folder) / INDEX
+        if not (place / INDEX_HEADER).exists():
+            return None
+        try:
+            header = runs.read_json(place / INDEX_HEADER)
+            arrays = {name: _mapped(place / f"{name}.npy") for name in INDEX_ARRAYS}
+        except (runs.StageError, OSError, ValueError, EOFError):
+            return None
+        index = cls(header, arrays)
+        return index if header.get("format") == FORMAT and index._fits() else None
+
+    def _fits(self) -> bool:
+        count = len(self)
+        shapes = {"name_ends": (count + 1,), "rows": (count, 2), "sizes": (count, 8)}
+        shapes |= {"names": (int(self.arrays["name_ends"][-1]),)}
+        shapes |= {"firsts": (self.header["folders"] + 1,)}
+        return all(self.arrays[name].shape == shape for name, shape in shapes.items())
+
+    def __len__(self) -> int:
+        return len(self.arrays["order"])
+
+    def same(self, other: "Index") -> bool:
+        """Whether both say the same of every item."""
+        arrays = ((self.arrays[name], other.arrays[name]) for name in INDEX_ARRAYS)
+        return self.header == other.header and all(np.array_equal(*pair) for pair in arrays)
+
+    def shard(self, number: int) -> str:
+        """The name of a shard's folder."""
+        if self.folders is not None:
+            return self.folders[number]
+        return shard_folder(Path(), number, self.header["folders"]).name
+
+    def names(self) -> Iterator[str]:
+        """All keys in the order of the shards."""
+        ends = self.arrays["name_ends"].tolist()
+        text = self.arrays["names"].tobytes()
+        return (text[a:b].decode() for a, b in zip(ends, ends[1:], strict=False))
+
+    def find(self, key: str) -> int | None:
+        """The position of an item; None where there is no such key."""
+        wanted, order = key.encode(), self.arrays["order"]
+        at = bisect.bisect_left(order, wanted, key=self._key)
+        found = at < len(order) and self._key(order[at]) == wanted
+        return int(order[at]) if found else None
+
+    def _key(self, position: int) -> bytes:
+        ends = self.arrays["name_ends"]
+        return self.arrays["names"][ends[position] : ends[position + 1]].tobytes()
+
+
+def write_index(folder: Path) -> list[str]:
+    """Gives a complete store its index, so that opening it takes the same time at any size.
+
+    Returns the index's files, relative to the store. A store without one is opened by reading the
+    names in all its shards; `write_shard` removes the index of a store that it changes. Raises as
+    `FeatureStore.open`, and StoreError where a shard is missing.
+    """
+    paths = shard_folders(folder)
+    if [path.name for path in paths] != [
+        shard_folder(folder, number, len(paths)).name for number in range(len(paths))
+    ]:
+        raise StoreError(f"the shards of {folder} are not numbered from 0 on; {_REMEDY}")
+    Index.of(_open_shards(folder)).write(folder)
+    return [f"{INDEX}/{name}" for name in (*(f"{each}.npy" for each in INDEX_ARRAYS), INDEX_HEADER)]
+
+
+def _drop_index(folder: Path) -> None:
+    (Path(folder) / INDEX / INDEX_HEADER).unlink(missing_ok=True)
+
+
+def shard_folders(folder: Path) -> list[Path]:
+    """The folders of a store's shards, by number; FileNotFoundError where there is none."""
+    shards = sorted(
+        (path for path in Path(folder).glob(f"{SHARD}*") if path.name[len(SHARD) :].isdigit()),
+        key=lambda path: int(path.name[len(SHARD) :]),
+    )
+    if not shards:
+        raise FileNotFoundError(f"{folder} holds no feature store: run 05_local_extraction first")
+    return shards
+
+
 class FeatureStore(Mapping[str, LocalFeatures]):
     """All shards of a folder as one mapping, key -> LocalFeatures (float32, length 1).
 
-    Nothing but names and sizes is read before an item is asked for. It pickles as its folder, so a
-    worker process opens the files itself.
+    A finished store has an index and opens in a time that does not depend on its size: nothing is
+    read and no shard is opened before an item is asked for, and at most OPEN_SHARDS stay open. One
+    that is still being made is opened by reading the names and sizes in all shards. It pickles as
+    its folder, so a worker process opens the files itself.
     """
 
-    def __init__(self, folder: Path, shards: Sequence[Shard]):
+    def __init__(self, folder: Path, index: Index):
         self.folder = Path(folder)
-        self.shards = tuple(shards)
-        self._first = []  # position of each shard's first item
-        self._index: dict[str, int] = {}
-        for shard in self.shards:
-            self._first.append(len(self._index))
-            before = len(self._index)
-            self._index.update((name, before + at) for at, name in enumerate(shard.names))
-            if len(self._index) < before + len(shard.names):
-                raise StoreError(f"{shard.folder} holds a key of an earlier shard; {_REMEDY}")
+        self.index = index
+        self._open: dict[int, dict[str, np.ndarray]] = {}
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False) -> "FeatureStore":
         """Opens the store in `folder`; with `verify` reads everything and checks every item.
 
-        Raises FileNotFoundError where there is no shard, StoreError where one is damaged.
+        Raises FileNotFoundError where there is no shard, StoreError where one is damaged (with an
+        index: when it is first needed).
         """
-        shards = sorted(
-            (path for path in Path(folder).glob(f"{SHARD}*") if path.name[len(SHARD) :].isdigit()),
-            key=lambda path: int(path.name[len(SHARD) :]),
-        )
-        if not shards:
-            raise FileNotFoundError(
-                f"{folder} holds no feature store: run 05_local_extraction first"
-            )
-        store = cls(folder, [Shard.open(path) for path in shards])
-        store._refuse_mixture()
+        index = Index.read(folder)
+        if index is None:
+            index = Index.of(_open_shards(folder))
+        store = cls(folder, index)
         if verify:
             store.verify()
         return store
 
     def __getitem__(self, key: str) -> LocalFeatures:
-        shard, index = self._locate(key)
-        return shard.features(index)
+        position, stored = self._stored(key)
+        sizes = self.index.arrays["sizes"][position].tolist()
+        header = self.index.header
+        return LocalFeatures(
+            keypoints=np.array(stored["keypoints"]),
+            descriptors=decode(stored["descriptors"], header["dtype"], header["code_dim"]),
+            scores=np.array(stored["scores"]),
+            scales=np.array(stored["scales"]),
+            input_size=tuple(sizes[:2]),
+            box=tuple(sizes[2:6]),
+            image_size=tuple(sizes[6:]),
+        )
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._index)
+        return self.index.names()
 
     def __len__(self) -> int:
-        return len(self._index)
+        return len(self.index)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._index
+        return isinstance(key, str) and self.index.find(key) is not None
 
     def __reduce__(self):
         return FeatureStore.open, (self.folder,)
@@ -483,21 +649,17 @@ class FeatureStore(Mapping[str, LocalFeatures]):
     @property
     def names(self) -> list[str]:
         """All keys in the order of the shards."""
-        return list(self._index)
+        return list(self.index.names())
 
     @property
     def failures(self) -> dict[str, str]:
         """Key -> reason of the images that could not be read when the store was made."""
-        return {
-            failure["name"]: failure["reason"]
-            for shard in self.shards
-            for failure in shard.failures
-        }
+        return {failure["name"]: failure["reason"] for failure in self.index.header["failures"]}
 
     @property
     def code_dim(self) -> int:
         """The descriptors' width; 0 for a store without any feature."""
-        return max(shard.header["code_dim"] for shard in self.shards)
+        return self.index.header["code_dim"]
 
     def query(self, name: str) -> LocalFeatures:
         """A query's features by its name, also where a database image has the same name."""
@@ -505,48 +667,75 @@ class FeatureStore(Mapping[str, LocalFeatures]):
 
     def raw(self, key: str) -> dict[str, np.ndarray]:
         """One item's keypoints, descriptors, scores and scales as stored, mapped from the files."""
-        shard, index = self._locate(key)
-        return shard.stored(index)
-
-    def _refuse_mixture(self) -> None:
-        """StoreError where shards hold descriptors of another kind than the first."""
-        kinds = {
-            (shard.header["dtype"], shard.header["code_dim"]): shard.folder
-            for shard in reversed(self.shards)
-            if len(shard.arrays["scores"])
-        }
-        if len(kinds) > 1:
-            shown = "; ".join(
-                f"{folder.name}: {width} values as {dtype}"
-                for (dtype, width), folder in reversed(kinds.items())
-            )
-            raise StoreError(
-                f"the shards of {self.folder} hold descriptors of several kinds ({shown}): they "
-                "were made by different models or options; delete those that do not belong here"
-            )
+        return self._stored(key)[1]
 
     def verify(self) -> None:
         """Reads everything; raises StoreError naming the items whose bytes have changed."""
-        damaged = [name for shard in self.shards for name in shard.damaged()]
+        shards = [Shard.open(path) for path in shard_folders(self.folder)]
+        damaged = [name for shard in shards for name in shard.damaged()]
         if damaged:
             more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
             raise StoreError(
                 f"{self.folder}: the features of {', '.join(damaged[:3])}{more} do not match their "
                 "checksums; delete their shards and run 05_local_extraction again"
             )
+        if not self.index.same(Index.of(shards)):
+            raise StoreError(f"{self.folder / INDEX} does not fit the shards; {_REMEDY}")
 
-    def _locate(self, key: str) -> tuple[Shard, int]:
+    def _stored(self, key: str) -> tuple[int, dict[str, np.ndarray]]:
+        position = self.index.find(key)
+        if position is None:
+            raise KeyError(self._why_missing(key))
+        number = bisect.bisect_right(self.index.arrays["firsts"], position) - 1
+        arrays = self._open.get(number)
+        if arrays is None:
+            while len(self._open) >= OPEN_SHARDS:  # a process may map 65,530 files
+                self._open.pop(next(iter(self._open)))
+            arrays = self._open[number] = self._map(number)
+        start, stop = self.index.arrays["rows"][position].tolist()
+        return position, {name: array[start:stop] for name, array in arrays.items()}
+
+    def _map(self, number: int) -> dict[str, np.ndarray]:
+        """Maps a shard's arrays; StoreError where they are not as long as the index says."""
+        folder = self.folder / self.index.shard(number)
         try:
-            position = self._index[key]
-        except KeyError:
-            raise KeyError(self._why_missing(key)) from None
-        at = bisect.bisect_right(self._first, position) - 1
-        return self.shards[at], position - self._first[at]
+            arrays = {name: _mapped(folder / f"{name}.npy") for name in ARRAYS[:4]}
+        except (OSError, ValueError, EOFError) as error:
+            raise StoreError(f"the shard {folder} is damaged ({error}); {_REMEDY}") from error
+        last = self.index.arrays["firsts"][number + 1] - 1
+        rows = int(self.index.arrays["rows"][last, 1])
+        if any(len(array) != rows for array in arrays.values()):
+            raise StoreError(f"the shard {folder} does not fit the store's index; {_REMEDY}")
+        return arrays
 
     def _why_missing(self, key: str) -> str:
         if key in self.failures:
             return f"{key} could not be read when {self.folder} was made: {self.failures[key]}"
         return f"{key} is not in {self.folder}: the short list that it was made from lacks it"
+
+
+def _open_shards(folder: Path) -> list[Shard]:
+    shards = [Shard.open(path) for path in shard_folders(folder)]
+    _refuse_mixture(folder, shards)
+    return shards
+
+
+def _refuse_mixture(folder: Path, shards: Sequence[Shard]) -> None:
+    """StoreError where shards hold descriptors of another kind than the first."""
+    kinds = {
+        (shard.header["dtype"], shard.header["code_dim"]): shard.folder
+        for shard in reversed(shards)
+        if len(shard.arrays["scores"])
+    }
+    if len(kinds) > 1:
+        shown = "; ".join(
+            f"{place.name}: {width} values as {dtype}"
+            for (dtype, width), place in reversed(kinds.items())
+        )
+        raise StoreError(
+            f"the shards of {folder} hold descriptors of several kinds ({shown}): they were made "
+            "by different models or options; delete those that do not belong here"
+        )
 
 
 # Other systems' formats
