@@ -139,6 +139,15 @@ def read_configuration(path: str | Path) -> dict[str, Any]:
         return _checked(path, handle.metadata())
 
 
+def read_tensors(path: str | Path) -> Mapping[str, Tensor]:
+    """The tensors of any network's file, by name: `.safetensors`, or a `.pth` that holds them.
+
+    Raises FileNotFoundError, and ValueError where the file is none of both.
+    """
+    path = Path(path)
+    return _read_safetensors(path)[0] if _is_safetensors(path) else _state_dict(path)
+
+
 def read_checkpoint(path: str | Path) -> Any:
     """The content of a `.pth` on the CPU, unpickled without running code.
 
