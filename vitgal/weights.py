@@ -120,10 +120,14 @@ def save_model(model: ViTGaL, path: str | Path, *, dtype: str = "float32", **met
     return path
 
 
-def convert(source: str | Path, target: str | Path) -> Path:
-    """Writes a published checkpoint as our `.safetensors`; raises as `load_model` does."""
+def convert(source: str | Path, target: str | Path, *, dtype: str = "float32") -> Path:
+    """Writes a published checkpoint, or a model of ours in another dtype, as our `.safetensors`.
+
+    Raises as `load_model` and `save_model` do.
+    """
     model = load_model(source)
-    return save_model(model, target, source_sha256=runs.fingerprint_file(Path(source)))
+    sha256 = runs.fingerprint_file(Path(source))
+    return save_model(model, target, dtype=dtype, source_sha256=sha256)
 
 
 def read_configuration(path: str | Path) -> dict[str, Any]:
