@@ -15,7 +15,7 @@ TORCH_FREE = """runs images features store landmarks revisited search evaluation
 ORDER = [
     *TORCH_FREE,
     *"download demo model weights local_features extraction tuning inspection own".split(),
-    *"augmentation recipe training_data trainer pipeline training explore".split(),
+    *"augmentation recipe training_data trainer distillation pipeline training explore".split(),
     *"__main__ __init__".split(),
 ]
 

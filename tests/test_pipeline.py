@@ -231,6 +231,27 @@ def test_a_file_names_its_own_notebooks_and_the_command_line_beats_it(two, tmp_p
         assert {path.name[:2] for path in (folder / "notebooks").glob("*.ipynb")} == executed
 
 
+def test_evaluation_from_a_fresh_folder_lets_the_data_come_first(scratch, tmp_path):
+    # 01 makes the data that 04 would read; what is typed for 04 alone reaches it all the same
+    scratch("01_data.ipynb", "run_dir: str = 'demo'\nviews: int = 4", "print(views)")
+    scratch("02_train.ipynb", "run_dir: str = 'demo'", "raise ValueError")
+    given = "run_dir: str = 'demo'\ndataset_dir: str | None = None\ntop: int = 3"
+    folder = scratch("04_eval.ipynb", given, "print(dataset_dir, top)").parent
+    shared = dict(notebooks=folder, progress=False)
+
+    def executed(name: str, **choice) -> set[str]:
+        run = pipeline.run(output=tmp_path / name, **choice, **shared)
+        return {path.name[:2] for path in (run / "notebooks").glob("*.ipynb")}
+
+    assert executed("fresh", first="04", overrides={"top": "5"}) == {"01", "04"}
+    assert printed(tmp_path / "fresh/notebooks/04_eval.ipynb") == "None 5\n"
+    assert executed("only", only=["04"]) == {"04"}  # as it was asked for
+    assert executed("other", first="04", overrides={"dataset_dir": str(tmp_path)}) == {"04"}
+    with runs.stage(tmp_path / "made" / "split", "split", parameters={}, inputs={}) as stage:
+        stage.finish([])
+    assert executed("made", first="04") == {"04"}
+
+
 @pytest.mark.parametrize("value", [4, "04", "04:07", "four-five", ["04"], "04-"])
 def test_own_range_refuses_what_is_none(value):
     with pytest.raises(pipeline.ParameterError, match="04-07"):

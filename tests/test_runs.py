@@ -428,6 +428,38 @@ def test_differences_tell_true_from_one():
     assert runs.differences({"a": 1}, {"a": True}) == ["a: 1 there, true now"]
 
 
+# The model of a run
+
+
+def test_a_run_without_training_takes_the_small_model_and_says_so(tmp_path, capsys):
+    small = runs.checkout() / runs.SMALL_WEIGHTS
+    assert runs.model_file(tmp_path / "fresh", None) == small
+    assert capsys.readouterr().out == (
+        f"nothing has been trained in fresh: the model is the small {runs.SMALL_WEIGHTS}\n"
+    )
+    assert runs.model_file(tmp_path / "fresh", "data/x.pth") == runs.checkout() / "data" / "x.pth"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_with_a_model_takes_its_own(tmp_path, capsys):
+    work(tmp_path / "autoencoder")
+    assert runs.model_file(tmp_path, None) == tmp_path / "autoencoder" / "model.safetensors"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("stage", ["retrieval", "autoencoder"])
+def test_a_run_that_began_to_train_has_to_end_it(stage, tmp_path):
+    interrupt(tmp_path / stage)
+    with pytest.raises(StageError, match="run notebook 03_train_autoencoder"):
+        runs.model_file(tmp_path, None)
+
+
+def test_a_checkout_without_the_small_model_asks_for_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SMALL_WEIGHTS", "weights/none.safetensors")
+    with pytest.raises(StageError, match="has not been run: run notebook 03"):
+        runs.model_file(tmp_path, None)
+
+
 def test_commit_is_a_hash_or_none():
     found = runs.commit()
     assert found is None or len(found.rstrip("+")) == 40

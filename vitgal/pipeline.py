@@ -334,7 +334,8 @@ def run(
     Args:
         params: a flat YAML file; None leaves every notebook's own defaults.
         only, first, last: see `select`; without any, the file's own line `notebooks: 04-07` counts,
-            else all are executed.
+            else all are executed. Where `first` comes after the training and would read the run's
+            own data, which are not there yet, notebook 01 makes them before it.
         overrides: beat the file; text is parsed by the declared type.
         output: the run folder, relative to the current folder; None takes `run_dir`.
         notebooks: the folder of the numbered notebooks; None is the checkout's.
@@ -350,9 +351,13 @@ def run(
     if only is None and first is None and last is None:
         first, last = begin, end
     chosen = select(every, only=only, first=first, last=last)
-    folder, taken = plan(
-        given, every, chosen, overrides=overrides or {}, output=output, source=str(params)
-    )
+    where = dict(overrides=overrides or {}, output=output, source=str(params))
+    folder, taken = plan(given, every, chosen, **where)
+    if first is not None and _lacks_data(folder, every[0], chosen[0], taken):
+        if progress:
+            print(f"{every[0].stem} comes first: {folder.name} has no data yet", flush=True)
+        chosen = [every[0], *chosen]
+        folder, taken = plan(given, every, chosen, **where)
     _refuse_absent({name: value for values in taken.values() for name, value in values.items()})
     with runs.locked(folder / "notebooks"):
         for path in chosen:
@@ -416,6 +421,14 @@ def plan(
     _refuse_idle(overrides, declarations, chosen)
     taken = {path: _news(values, by_notebook[path]) for path in chosen}
     return runs.run_folder(values.get("run_dir") or _default_run(declarations)), taken
+
+
+def _lacks_data(folder: Path, maker: Path, first: Path, taken: dict[Path, dict]) -> bool:
+    """Whether a notebook that evaluates would read data of the run that nobody has made."""
+    if "dataset_dir" not in declared(first) or not maker.name.startswith("01"):
+        return False
+    own = taken[first].get("dataset_dir") is None
+    return own and not (folder / "split" / runs.MANIFEST).exists()
 
 
 def _news(values: dict[str, Any], declarations: dict[str, Declaration]) -> dict[str, Any]:

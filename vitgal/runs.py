@@ -28,6 +28,7 @@ import numpy as np
 
 STAGE_FORMAT = 1
 MANIFEST = "stage.json"
+SMALL_WEIGHTS = "weights/vitgal_nano.safetensors"  # in the checkout; made by small_weights.yaml
 STARTED = "started.json"
 SETTINGS = ("format", "stage", "parameters", "inputs")  # what a result depends on
 LOCK = ".lock"  # the names of all locks begin so
@@ -537,8 +538,19 @@ def data_folder(run: Path, given: str | None, part: str = "") -> Path:
 
 
 def model_file(run: Path, given: str | None) -> Path:
-    """The weights that a parameter names, or for None the run's complete model."""
+    """The weights that a parameter names, or for None the run's complete model.
+
+    A run in which nothing has been trained takes the small model that the checkout brings, and a
+    printed line says so. What is made with it carries that file's fingerprint, so that a model
+    which is trained in the run later is not mistaken for it. Raises StageError where the training
+    was begun and is not finished.
+    """
     if given is not None:
         return resolve(given)
+    small = resolve(SMALL_WEIGHTS)
+    trained = any((run / stage).exists() for stage in ("retrieval", "autoencoder"))
+    if not trained and small.is_file():
+        print(f"nothing has been trained in {run.name}: the model is the small {SMALL_WEIGHTS}")
+        return small
     read_stage(run / "autoencoder", "notebook 03_train_autoencoder (or set weights)")
     return run / "autoencoder" / "model.safetensors"

@@ -40,6 +40,7 @@ from vitgal.augmentation import (
     normalised,
     squashed,
 )
+from vitgal.distillation import DistilledNetwork, Teacher
 from vitgal.model import ArcFace, LinearClassifier, ViTGaL, build_model
 from vitgal.recipe import Recipe, TrainingError, learning_rates, resolve_precision
 from vitgal.trainer import (
@@ -113,6 +114,9 @@ def fit_retrieval(
     drop_path: float = 0.1,
     margin: float = 0.15,
     scale: float = 30.0,
+    teacher: str | None = None,
+    teacher_weights: Path | None = None,
+    distill_weight: float = 0.8,
     overwrite: bool = False,
     watch: Callable[[pd.DataFrame], None] | None = None,
     progress: bool = True,
@@ -128,6 +132,9 @@ def fit_retrieval(
         image_folder: what the paths of the split are relative to.
         initial_weights: ImageNet XCiT weights; None starts from random ones.
         margin: ArcFace's angular margin in radians; published code 0.15, paper 0.1.
+        teacher: a network of timm that the model learns to agree with (`distillation`); published:
+            none. Its weights are the file teacher_weights, and distill_weight is its share of the
+            loss, ArcFace's the rest.
         watch: called with the log so far after each epoch; while forked processes train, whenever
             they have written it.
     Raises:
@@ -148,8 +155,17 @@ def fit_retrieval(
         "margin": margin,
         "scale": scale,
     }
+    if (teacher is None) != (teacher_weights is None):
+        raise ValueError("teacher is a network's name and teacher_weights its file: give both")
+    taught = None
+    if teacher is not None:
+        if not 0 < distill_weight <= 1:
+            raise ValueError(f"distill_weight {distill_weight} is not above 0 and up to 1")
+        inputs["teacher_weights"] = runs.fingerprint_file(teacher_weights)
+        parameters |= {"teacher": teacher, "distill_weight": distill_weight}
+        taught = (teacher, teacher_weights, distill_weight)
     build = functools.partial(
-        _retrieval_network, architecture, initial_weights, drop_path, margin, scale, recipe
+        _retrieval_network, architecture, initial_weights, drop_path, margin, scale, recipe, taught
     )
     settings = {"parameters": parameters, "inputs": inputs, "overwrite": overwrite}
     return _fit_stage(run, "retrieval", settings, build, recipe, image_folder, watch, progress)
@@ -216,6 +232,7 @@ def _retrieval_network(
     margin: float,
     scale: float,
     recipe: Recipe,
+    taught: tuple[str, Path, float] | None,
     classes: int,
 ) -> RetrievalNetwork:
     model = build_model(architecture, seed=recipe.seed, drop_path=drop_path)
@@ -232,7 +249,10 @@ def _retrieval_network(
             chunk=recipe.class_chunk,
             sampled=recipe.sampled_classes,
         )
-    return RetrievalNetwork(model, head, recipe.label_smoothing)
+        if taught is None:
+            return RetrievalNetwork(model, head, recipe.label_smoothing)
+        name, source, weight = taught
+        return DistilledNetwork(model, head, Teacher(name, source), weight, recipe.label_smoothing)
 
 
 def _autoencoder_network(
@@ -596,9 +616,11 @@ def train(notebook: str, run: Path, values: dict[str, Any]) -> Path:
     }
     if notebook == "02":
         given = values["initial_weights"]
-        kept = {name: values[name] for name in ("architecture", "drop_path", "margin", "scale")}
-        start = given and runs.resolve(given)
-        return fit_retrieval(run, initial_weights=start, **kept, **shared)
+        names = "architecture drop_path margin scale teacher distill_weight"
+        kept = {name: values[name] for name in names.split()}
+        kept["initial_weights"] = given and runs.resolve(given)
+        given = values["teacher_weights"]
+        return fit_retrieval(run, teacher_weights=given and runs.resolve(given), **kept, **shared)
     given = values["backbone_weights"]
     kept = {name: values[name] for name in ("code_dim", "reconstruction_weight")}
     return fit_autoencoder(run, source=given and runs.resolve(given), **kept, **shared)

@@ -120,10 +120,14 @@ def save_model(model: ViTGaL, path: str | Path, *, dtype: str = "float32", **met
     return path
 
 
-def convert(source: str | Path, target: str | Path) -> Path:
-    """Writes a published checkpoint as our `.safetensors`; raises as `load_model` does."""
+def convert(source: str | Path, target: str | Path, *, dtype: str = "float32") -> Path:
+    """Writes a published checkpoint, or a model of ours in another dtype, as our `.safetensors`.
+
+    Raises as `load_model` and `save_model` do.
+    """
     model = load_model(source)
-    return save_model(model, target, source_sha256=runs.fingerprint_file(Path(source)))
+    sha256 = runs.fingerprint_file(Path(source))
+    return save_model(model, target, dtype=dtype, source_sha256=sha256)
 
 
 def read_configuration(path: str | Path) -> dict[str, Any]:
@@ -137,6 +141,15 @@ def read_configuration(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no .safetensors file")
     with _open(path) as handle:
         return _checked(path, handle.metadata())
+
+
+def read_tensors(path: str | Path) -> Mapping[str, Tensor]:
+    """The tensors of any network's file, by name: `.safetensors`, or a `.pth` that holds them.
+
+    Raises FileNotFoundError, and ValueError where the file is none of both.
+    """
+    path = Path(path)
+    return _read_safetensors(path)[0] if _is_safetensors(path) else _state_dict(path)
 
 
 def read_checkpoint(path: str | Path) -> Any:
