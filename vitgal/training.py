@@ -94,7 +94,7 @@ __all__ = [
     "validation_photographs",
 ]
 
-RESTART = 75  # exit status after SIGTERM: sysexits.h's EX_TEMPFAIL, "try again later"
+RESTART = pipeline.RESTART
 STAGES = {"02": "retrieval", "03": "autoencoder"}  # by the notebook that trains it
 WATCH_SECONDS = 5  # between two looks at the log that forked processes write
 
