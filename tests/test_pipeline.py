@@ -518,7 +518,13 @@ signal.signal(signal.SIGTERM, save)
 """
 
 
-@pytest.mark.parametrize(("saves", "said"), [(SAVES, "the state is saved"), ("", "In [2]")])
+@pytest.mark.parametrize(
+    ("saves", "said"),
+    [
+        (SAVES, "the state is saved"),
+        pytest.param("", "In [2]", marks=pytest.mark.slow),
+    ],
+)
 def test_sigterm_is_passed_on_and_asks_for_a_restart(saves, said, scratch, tmp_path):
     """Whether the cell saves something, as training does, or the kernel just ends."""
     begun = tmp_path / "begun"
