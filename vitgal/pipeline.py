@@ -499,14 +499,20 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progres
         ) from None
     except (PapermillExecutionError, NoSuchKernel, RuntimeError, TimeoutError) as error:
         if asked.is_set():
-            raise Preempted(
-                f"{notebook.name} was asked to end (SIGTERM) {_last_cell(target)}\n"
-                f"{getattr(error, 'evalue', '')}\n{_partial(target)}\nrun the same command again "
-                "to go on: finished stages return at once, others from what they have saved"
-            ) from None
+            raise Preempted(_ended(notebook, target, getattr(error, "evalue", ""))) from None
         raise NotebookError(_told(error, notebook, target, log)) from None
+    else:
+        if asked.is_set():  # the last cell caught it: it is meant for the whole chain
+            raise Preempted(_ended(notebook, target, "it is finished"))
     finally:
         log.unlink(missing_ok=True)
+
+
+def _ended(notebook: Path, target: Path, said: str) -> str:
+    """What to know after SIGTERM."""
+    lines = [f"{notebook.name} was asked to end (SIGTERM) {_last_cell(target)}", said]
+    lines += [_partial(target), "run the same command again to go on: finished stages return at"]
+    return "\n".join(filter(None, lines)) + " once, others go on from what they have saved"
 
 
 def _told(error: Exception, notebook: Path, target: Path, log: Path) -> str:
@@ -670,8 +676,9 @@ def _sigterm_passed_on(client: Client, asked: threading.Event) -> Iterator[None]
 
     def pass_on(*_: object) -> None:
         asked.set()
-        if client.km is not None and client.km.has_kernel:
-            os.kill(client.km.provisioner.pid, signal.SIGTERM)
+        if client.km is None or not client.km.has_kernel:
+            raise NotebookError("SIGTERM came before the kernel had started")
+        os.kill(client.km.provisioner.pid, signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
         yield  # Python hands signals to the main thread alone
