@@ -530,6 +530,67 @@ def test_ctrl_c_keeps_the_partial_notebook(scratch, tmp_path):
     assert executed.exists()
 
 
+SAVES = """import signal, threading
+class Preempted(RuntimeError):
+    pass
+def save(*_):
+    raise Preempted("the state is saved")
+signal.signal(signal.SIGTERM, save)
+open(BEGUN, "w").close()
+threading.Event().wait()
+"""
+ENDS = """import threading
+open(BEGUN, "w").close()
+threading.Event().wait()
+"""
+GOES_ON = """import signal, threading
+told = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: told.set())
+open(BEGUN, "w").close()
+told.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        (SAVES, "the state is saved"),
+        pytest.param(ENDS, "In [2]", marks=pytest.mark.slow),
+        pytest.param(GOES_ON, "it is finished", marks=pytest.mark.slow),
+    ],
+)
+def test_sigterm_is_passed_on_and_asks_for_a_restart(cell, said, scratch, tmp_path):
+    """Whether the cell saves something, as training does, the kernel just ends, or goes on."""
+    begun = tmp_path / "begun"
+    os.mkfifo(begun)
+    cell = cell.replace("BEGUN", repr(str(begun)))
+    notebook = scratch("01_a.ipynb", "run_dir: str = 'a'", cell)
+    code = (
+        "import sys; from pathlib import Path; from vitgal import pipeline\n"
+        "try:\n"
+        f"    pipeline.run(notebooks=Path({str(notebook.parent)!r}), progress=False)\n"
+        "except pipeline.Preempted as error:\n"
+        "    print(error, file=sys.stderr)\n"
+        "    sys.exit(pipeline.RESTART)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    with open(begun):  # returns when the cell opens the other end
+        process.terminate()
+    complaint = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, complaint
+    assert "01_a.ipynb was asked to end (SIGTERM) in In [2]:" in complaint and said in complaint
+    assert "run the same command again to go on: finished stages" in complaint
+
+
+def test_the_command_asks_for_a_restart(monkeypatch, tmp_path, capsys):
+    def ended(*_, **__):
+        raise pipeline.Preempted("it was asked to end")
+
+    monkeypatch.setattr(pipeline, "run", ended)
+    assert command_line.main(["run", str(tmp_path / "x.yaml")]) == 75
+    assert capsys.readouterr().err == "vitgal: it was asked to end\n"
+
+
 # Scores
 
 

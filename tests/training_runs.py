@@ -92,7 +92,8 @@ def in_child(work: Callable[[], object]) -> multiprocessing.Process:
 
     def alone() -> None:
         os.setsid()
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # threads do not survive a fork
+        cv2.setNumThreads(0)
         work()
 
     child = multiprocessing.get_context("fork").Process(target=alone)

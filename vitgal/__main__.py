@@ -75,6 +75,9 @@ def _run(options: argparse.Namespace) -> int:
     except pipeline.Interrupted as error:
         print(f"\nvitgal: {error}", file=sys.stderr)
         return 130
+    except pipeline.Preempted as error:
+        print(f"vitgal: {error}", file=sys.stderr)
+        return pipeline.RESTART
     print(pipeline.summary(folder))
     return 0
 
@@ -114,6 +117,9 @@ def _own(options: argparse.Namespace) -> int:
     except pipeline.Interrupted as error:
         print(f"\nvitgal: {error}", file=sys.stderr)
         return 130
+    except pipeline.Preempted as error:
+        print(f"vitgal: {error}", file=sys.stderr)
+        return pipeline.RESTART
     print(pipeline.own_summary(folder))
     return 0
 

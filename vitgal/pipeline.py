@@ -12,8 +12,11 @@ import difflib
 import html
 import logging
 import math
+import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -35,6 +38,7 @@ from vitgal import runs
 CHAIN = "0[1-7]_*.ipynb"
 OWN = "08_own_photos.ipynb"  # outside the chain
 KERNEL = "python3"
+RESTART = 75  # exit status after SIGTERM: sysexits.h's EX_TEMPFAIL, "try again later"
 AUTOSAVE = 300  # seconds; a save rewrites the whole notebook, figures and all
 KINDS = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
 # A parameter is a path by its name alone, so that every notebook and every file agree on it.
@@ -50,6 +54,10 @@ class ParameterError(ValueError):
 
 class NotebookError(RuntimeError):
     """A notebook stopped; the message has the cell, the error and the partial notebook's path."""
+
+
+class Preempted(NotebookError):
+    """SIGTERM came, a cluster's request to end; the same command goes on, see RESTART."""
 
 
 class Interrupted(NotebookError):
@@ -343,7 +351,8 @@ def run(
     Raises:
         ParameterError, FileNotFoundError: before anything starts; where data is absent, the message
             has the command that brings it.
-        NotebookError: a cell failed, the kernel died or did not start, or Ctrl-C was pressed.
+        NotebookError: a cell failed, the kernel died or did not start, Ctrl-C was pressed, or
+            SIGTERM came (Preempted).
         StageError: another process executes notebooks in this run folder, or it is not writable.
     """
     given, begin, end = own_range(read_params(params) if params else {})
@@ -480,6 +489,7 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progres
     .log beside the target; the message quotes it where the kernel died.
     """
     log = target.with_suffix(".log")
+    asked = threading.Event()
     papermill_engines.register("vitgal", Engine)
     try:
         with _quiet(), _reported(notebook.stem, progress) as bar:
@@ -493,6 +503,7 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progres
                 progress_bar=bar,
                 autosave_cell_every=AUTOSAVE,
                 kernel_log=log,
+                asked=asked,
             )
     except KeyboardInterrupt:
         raise Interrupted(
@@ -500,9 +511,21 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progres
             "run the same command again to go on: finished stages return at once"
         ) from None
     except (PapermillExecutionError, NoSuchKernel, RuntimeError, TimeoutError) as error:
+        if asked.is_set():
+            raise Preempted(_ended(notebook, target, getattr(error, "evalue", ""))) from None
         raise NotebookError(_told(error, notebook, target, log)) from None
+    else:
+        if asked.is_set():  # the last cell caught it: it is meant for the whole chain
+            raise Preempted(_ended(notebook, target, "it is finished"))
     finally:
         log.unlink(missing_ok=True)
+
+
+def _ended(notebook: Path, target: Path, said: str) -> str:
+    """What to know after SIGTERM."""
+    lines = [f"{notebook.name} was asked to end (SIGTERM) {_last_cell(target)}", said]
+    lines += [_partial(target), "run the same command again to go on: finished stages return at"]
+    return "\n".join(filter(None, lines)) + " once, others go on from what they have saved"
 
 
 def _told(error: Exception, notebook: Path, target: Path, log: Path) -> str:
@@ -639,9 +662,15 @@ class Engine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(
-        cls, nb_man: Any, kernel_name: str, *, kernel_log: Path, **ignored: Any
+        cls,
+        nb_man: Any,
+        kernel_name: str,
+        *,
+        kernel_log: Path,
+        asked: threading.Event,
+        **ignored: Any,
     ) -> None:
-        """Executes the cells without any limit of time."""
+        """Executes the cells without any limit of time; `asked` is set where SIGTERM came."""
         client = Client(
             nb_man,
             kernel_name=kernel_name,
@@ -650,8 +679,28 @@ class Engine(NBClientEngine):
             iopub_timeout=60,  # a loaded machine may need long to hand a figure over
             log=logging.getLogger("papermill"),
         )
-        with open(kernel_log, "wb") as handle:
+        with open(kernel_log, "wb") as handle, _sigterm_passed_on(client, asked):
             client.execute(stdout=handle, stderr=handle)
+
+
+@contextlib.contextmanager
+def _sigterm_passed_on(client: Client, asked: threading.Event) -> Iterator[None]:
+    """SIGTERM goes to the kernel, in which training saves its state and raises; others just end."""
+
+    def pass_on(*_: object) -> None:
+        asked.set()
+        if client.km is None or not client.km.has_kernel:
+            raise NotebookError("SIGTERM came before the kernel had started")
+        os.kill(client.km.provisioner.pid, signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python hands signals to the main thread alone
+        return
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # What a run has reached

@@ -43,7 +43,8 @@ class Recipe:
     """What one training run is made of; the defaults are the published retrieval recipe.
 
     `batch_size` is per process, as published (64 on each of two GPUs). `lr`, `warmup_lr` and
-    `min_lr` are absolute.
+    `min_lr` are absolute. All validation images are looked at every `validate_every` epochs, those
+    of the retrieval set after every one.
 
     Options that the published recipe lacks, all off:
         clip_grad: largest norm of the gradient.

@@ -95,7 +95,7 @@ __all__ = [
     "validation_photographs",
 ]
 
-RESTART = 75  # exit status after SIGTERM: sysexits.h's EX_TEMPFAIL, "try again later"
+RESTART = pipeline.RESTART
 STAGES = {"02": "retrieval", "03": "autoencoder"}  # by the notebook that trains it
 PEER_SECONDS = 30  # that a process which lost another one waits, for that one to be reported
 WATCH_SECONDS = 5  # between two looks at the log that forked processes write
