@@ -224,6 +224,12 @@ def test_the_optimizer_is_the_published_one():
         assert group["weight_decay"] in (0, 0.005)
 
 
+def test_the_last_epoch_is_validated_whatever_its_number(images, run):
+    # Epochs 2 and, being the last, 3; the published loop leaves out its last, 39 % 4 being 3.
+    folder = fit(run, images, replace(RECIPE, epochs=3, validate_every=2))
+    assert training.read_log(folder)["val_accuracy"].notna().tolist() == [False, True, True]
+
+
 # Parameter groups
 
 

@@ -1,0 +1,46 @@
+"""docs/faithful.md says of every published behaviour which test holds it: those tests are there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+TOP = Path(__file__).resolve().parents[1]
+TABLE = TOP / "docs" / "faithful.md"
+KINDS = ("same", "switch", "fixed", "gone")
+
+
+def rows() -> list[list[str]]:
+    """The cells of every row that says something: where, published, here, held by."""
+    lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [row for row in cells if row[0] != "where" and set(row[0]) != {"-"}]
+
+
+def defined(path: Path) -> set[str]:
+    """The names of a test file's functions and classes, methods among them."""
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    return {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds)}
+
+
+def test_every_row_is_whole():
+    found = rows()
+    assert len(found) > 90
+    for row in found:
+        assert len(row) == 4 and all(row[:3]), row
+
+
+def test_what_is_kept_has_a_test():
+    for where, published, here, held in rows():
+        kept = re.match(r"same|switch|fixed", here)
+        assert not kept or "::" in held, f"{where}: {published}"
+
+
+@pytest.mark.parametrize(
+    "name", sorted({n for row in rows() for n in re.findall(r"`(\w+\.py)::", row[3])})
+)
+def test_the_tests_it_names_are_there(name):
+    known = defined(TOP / "tests" / name)
+    named = {test for row in rows() for test in re.findall(rf"`{name}::(\w+)`", row[3])}
+    assert named and named <= known, sorted(named - known)
