@@ -2,9 +2,13 @@
 
 import ast
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from vitgal import reranking
 
 TOP = Path(__file__).resolve().parents[1]
 TABLE = TOP / "docs" / "faithful.md"
@@ -44,3 +48,22 @@ def test_the_tests_it_names_are_there(name):
     known = defined(TOP / "tests" / name)
     named = {test for row in rows() for test in re.findall(rf"`{name}::(\w+)`", row[3])}
     assert named and named <= known, sorted(named - known)
+
+
+@pytest.mark.slow
+def test_the_page_on_published_files_runs_as_it_stands(finished_run, tmp_path, monkeypatch):
+    monkeypatch.setenv("VITGAL_RUNS", str(finished_run.parent))
+    monkeypatch.chdir(tmp_path)
+    page = (TOP / "docs" / "published_files.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 7
+    exec(compile("\n".join(blocks), "published_files.md", "exec"), {})
+    made = "train_split.txt global_rank.npy rerank_path.txt published run features.h5 pairs.txt"
+    assert {path.name for path in (tmp_path / "exchange").iterdir()} == set(made.split())
+    # The page says that features which went out and came back can be reranked with.
+    run = tmp_path / "exchange" / "run"
+    shutil.copytree(finished_run / "demo" / "global", run / "demo" / "global")
+    quick = dict(top=2, iterations=10, max_keypoints=40, workers=1, progress=False)
+    quick |= dict(dataset="demo", data_folder=finished_run / "data" / "benchmark")
+    there = reranking.rerank_shortlist(run, **quick)
+    assert (np.load(there / "inliers.npy") >= 0).any()
