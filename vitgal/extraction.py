@@ -137,12 +137,12 @@ def network_input(batch: np.ndarray, device: torch.device | str) -> Tensor:
 def extract_global(
     model: ViTGaL,
     images: Sequence[np.ndarray],
-    *,
     boxes: Sequence[Sequence[float] | None] | None = None,
     size: int = 512,
     resize: str = "squash",
     scales: Sequence[float] = (1.0,),
     batch_size: int = 16,
+    *,
     precision: str = "fp32",
 ) -> np.ndarray:
     """Global descriptors of images in memory.
