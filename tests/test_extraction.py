@@ -507,6 +507,8 @@ class TestEvaluateGlobal:
     def test_missing_weights(self, run, benchmark, tmp_path):
         with pytest.raises(FileNotFoundError, match="there are no weights.*02_train"):
             evaluate(run, benchmark, tmp_path / "none.safetensors")
+        with pytest.raises(FileNotFoundError, match="no weights.*`vitgal download vitgal_s24` br"):
+            evaluate(run, benchmark, tmp_path / "weights" / "vitgal_s24.pth")
         with pytest.raises(ValueError, match="unknown architecture"):
             evaluate(run, benchmark, "untrained:resnet")
 
