@@ -629,3 +629,17 @@ def test_summary_is_aligned(tmp_path):
 
 def test_summary_without_scores(tmp_path):
     assert pipeline.summary(tmp_path) == f"executed notebooks: {tmp_path / 'notebooks'}"
+
+
+@pytest.mark.slow
+def test_a_notebook_that_fails_ends_the_command_with_1(tmp_path, capsys):
+    # No notebook before it has run in this folder, so that there is no data set.
+    params = runs.checkout() / "params" / "tiny.yaml"
+    given = ["run", str(params), "--only", "06", "--output"]
+    assert command_line.main([*given, str(tmp_path / "empty")]) == 1
+    complaint = capsys.readouterr().err
+    assert "06_rerank.ipynb stopped at In [" in complaint
+    assert "FileNotFoundError: the folder" in complaint
+    partial = tmp_path / "empty" / "notebooks" / "06_rerank.ipynb"
+    assert str(partial) in complaint and partial.exists()
+    assert not list(tmp_path.rglob("stage.json"))

@@ -47,8 +47,8 @@ DRAWS = 1 << 18  # queries or signs drawn at once: they stay in the processor's 
 def evaluate(
     ranking: Ranking | Mapping[str, Ranking],
     ground_truth: GroundTruth,
-    *,
     kappas: Sequence[int] = (1, 5, 10),
+    *,
     truncated: bool = False,
     number: int | None = None,
 ) -> dict[str, dict[str, Any]]:

@@ -82,10 +82,15 @@ def weights_fingerprint(model: str | Path, *, seed: int = 0) -> str:
     if str(model).startswith(UNTRAINED):
         return f"{model}, seed {seed}"
     if not Path(model).is_file():
-        raise FileNotFoundError(
-            f"there are no weights {model}: train them with 02_train or 03_train_autoencoder, or "
-            "name a checkpoint"
+        from vitgal import download  # slow to import, and needed for this error alone
+
+        source = download.hint(model)
+        remedy = (
+            f"`vitgal download {source}` brings them"
+            if source
+            else "train them with 02_train or 03_train_autoencoder, or name a checkpoint"
         )
+        raise FileNotFoundError(f"there are no weights {model}: {remedy}")
     return runs.fingerprint_file(Path(model))
 
 
@@ -137,12 +142,12 @@ def network_input(batch: np.ndarray, device: torch.device | str) -> Tensor:
 def extract_global(
     model: ViTGaL,
     images: Sequence[np.ndarray],
-    *,
     boxes: Sequence[Sequence[float] | None] | None = None,
     size: int = 512,
     resize: str = "squash",
     scales: Sequence[float] = (1.0,),
     batch_size: int = 16,
+    *,
     precision: str = "fp32",
 ) -> np.ndarray:
     """Global descriptors of images in memory.
