@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vitgal import download, pipeline, runs
+from vitgal import demo, download, pipeline, runs
 
 TOP = Path(__file__).resolve().parents[1]
 FILES = {path.stem: path for path in sorted((TOP / "params").glob("*.yaml"))}
@@ -33,7 +33,7 @@ def differing(one: str, other: str) -> set[str]:
 
 
 def test_the_files_are_those_that_are_documented():
-    assert set(FILES) == {*TRAIN, *TEST, "demo", "tiny"}
+    assert set(FILES) == {*TRAIN, *TEST, "demo", "tiny", "small_weights"}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -46,7 +46,8 @@ def test_every_parameter_is_declared_and_of_its_type(name):
 def test_a_real_file_names_the_notebooks_it_is_made_for(name):
     # Without it, an evaluation would first train the demo, and a week's training end in an error.
     _, first, last = pipeline.own_range(pipeline.read_params(FILES[name]))
-    wanted = ("01", "03") if name in TRAIN else ("04", "07") if name in TEST else (None, None)
+    training = [*TRAIN, "small_weights"]
+    wanted = ("01", "03") if name in training else ("04", "07") if name in TEST else (None, None)
     assert (first, last) == wanted
 
 
@@ -135,6 +136,8 @@ def test_training_is_as_published(model):
         "label_smoothing": 0.0,
         "sub_centres": 1,
         "sampled_classes": None,
+        "teacher": None,
+        "teacher_weights": None,
     }
     assert {name: found.get(name) for name in published} == published
     assert found["initial_weights"].endswith(f"/{found['architecture']}.pth")
@@ -167,6 +170,16 @@ def test_evaluation_is_as_published(name):
     assert found["weights"] == f"data/weights/vitgal_{model}.pth"
     assert (found["dataset"], found["dataset_dir"]) == (dataset, f"data/{dataset}")
     assert found.get("distractors") == ("data/revisitop1m" if name.endswith("_r1m") else None)
+
+
+def test_the_small_weights_never_saw_what_the_demo_tests_or_tunes_on():
+    # the held-out landmarks follow from seed and number alone, notebook 06 tunes on them
+    found, every = read("small_weights"), {}
+    for path in NOTEBOOKS:
+        every |= {name: line.default for name, line in pipeline.declared(path).items()}
+    for name in ("seed", "held_out_classes", "code_dim", "architecture", "exclude", "train_table"):
+        assert found.get(name, every[name]) == every[name]
+    assert {"notre_dame_paris", "arc_du_carrousel"} <= set(demo.BENCHMARK_LANDMARKS)
 
 
 def test_variants_differ_in_nothing_else():

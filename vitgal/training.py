@@ -130,7 +130,8 @@ def fit_retrieval(
 
     Args:
         image_folder: what the paths of the split are relative to.
-        initial_weights: ImageNet XCiT weights; None starts from random ones.
+        initial_weights: ImageNet XCiT's, or a model of ours that is trained further; None starts
+            from random ones.
         margin: ArcFace's angular margin in radians; published code 0.15, paper 0.1.
         teacher: a network of timm that the model learns to agree with (`distillation`); published:
             none. Its weights are the file teacher_weights, and distill_weight is its share of the

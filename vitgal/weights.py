@@ -64,10 +64,12 @@ def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) ->
     """Fills the backbone with ImageNet weights, from which the published training starts.
 
     Every tensor but `local_atrous.*` and the autoencoder's is filled; a second class attention
-    block (`cls_attn_blocks.1.*`) and the classifier (`head.*`) of the file are dropped.
+    block (`cls_attn_blocks.1.*`) and the classifier (`head.*`) of the file are dropped. A ViTGaL
+    model of ours, to train it further, fills `local_atrous.*` too; its autoencoder is dropped.
 
     Args:
-        source: XCiT's `.pth`, timm's `.safetensors` or `.pth`, or such a state dict.
+        source: XCiT's `.pth`, timm's `.safetensors` or `.pth`, our `.safetensors`, or such a state
+            dict.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: as `load_model`; the model is then unchanged.
@@ -78,6 +80,10 @@ def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) ->
         tensors, _ = _read_safetensors(name)
     else:
         tensors = _state_dict(name)
+    if any(key.startswith("backbone.") for key in tensors):
+        ours = (key for key in model.state_dict() if not key.startswith("autoencoder."))
+        _fill(model, tensors, _layout(ours, str), dropped=("autoencoder.",), source=name)
+        return
     official = any(re.match(r"cls_attn_blocks\.\d+\.attn\.qkv\.", key) for key in tensors)
     backbone = (key for key in model.state_dict() if key.startswith("backbone."))
     layout = _layout(backbone, _official if official else _timm)
