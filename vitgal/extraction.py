@@ -21,8 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from vitgal import evaluation, revisited, runs, search, store
-from vitgal.evaluation import GLOBAL_OUTPUTS
+from vitgal import approximate, evaluation, revisited, runs, search, store
 from vitgal.features import LocalFeatures
 from vitgal.images import MEAN, STD, ImageError, crop_box, read_image
 from vitgal.images import resize as resize_image
@@ -510,6 +509,7 @@ def evaluate_global(
     precision: str = "fp32",
     top: int = 100,
     display: int = 1000,
+    index: str | None = None,
     distractors: Path | None = None,
     distractor_list: Path | None = None,
     max_failed_share: float = 0.001,
@@ -530,6 +530,9 @@ def evaluate_global(
         crop_queries: describe the query's box alone, as the protocol demands; False describes the
             whole photograph (marked ^ in the paper).
         top: length of the short lists.  display: ranks kept for display, more if short lists need.
+        index: None searches exactly; else a faiss index (`approximate.check`), kept in the stage,
+            finds the beginning of every ranking. The scores are then those of that ranking; the
+            exact ones and the index's recall stand beside them.
         distractors, distractor_list: see `revisited.open_dataset`.
         max_failed_share: share of database images that may fail to decode; they rank last.
         threads: torch's CPU threads.  workers: decoding threads.
@@ -548,6 +551,7 @@ def evaluate_global(
     )
     parameters = dict(size=size, resize=resize, scales=scales, crop_queries=crop_queries)
     parameters |= dict(precision=precision, top=top, display=display)
+    parameters |= {} if index is None else {"index": index}
     inputs = {"dataset": data.fingerprint, "weights": weights_fingerprint(model, seed=seed)}
     how = dict(seed=seed, threads=threads, device=device, precision=precision)
     how |= dict(size=size, resize=resize, batch_size=batch_size, workers=workers)
@@ -558,6 +562,8 @@ def evaluate_global(
             _report(runs.read_json(stage.folder / "failures.json"), len(data.database))
             return stage.folder
         with _runner(model, **how) as runner:
+            if index is not None:
+                approximate.check(index, runner.model.embed_dim)
             queries = _query_rows(runner, query_jobs(data, crop_queries), scales)
             limits = dict(share=max_failed_share, disable=not progress)
             rows = _database_rows(runner, data, stage.folder / "database.npy", scales, **limits)
@@ -568,7 +574,7 @@ def evaluate_global(
             stage, data, queries, rows.path, failures=rows.failures, protocol=protocol
         )
         recorded |= dict(images=len(data.database), failed=len(rows.failures))
-        stage.finish(GLOBAL_OUTPUTS, **recorded)
+        stage.finish(evaluation.global_outputs(parameters), **recorded)
         rows.forget()
         _report(rows.failures, len(data.database))
         return stage.folder

@@ -55,7 +55,7 @@ def search(
     Raises:
         ValueError: widths differ, k < 1, or a descriptor is not finite (its row is named).
     """
-    queries, database = _checked(queries, database)
+    queries, database = checked(queries, database)
     if k < 1:
         raise ValueError(f"k is {k}; at least one match must be wanted")
     k = min(k, len(database))
@@ -111,9 +111,7 @@ def _looked_up(
     def settled(q: int) -> Matches:
         pairs = zip(*(pool.kept[q] for pool in pools), strict=True)
         _, images = _near(*map(np.concatenate, pairs), k, error)
-        images = np.sort(images)
-        (similarities,) = next(_products(queries[q : q + 1], database, [images]))
-        return _merged([(similarities, images)], k)
+        return ranked(queries[q], database, np.sort(images), k)
 
     shares = _in_threads(lambda share: list(map(settled, share)), list(range(len(queries))))
     return [found for share in shares for found in share]
@@ -210,6 +208,16 @@ def _merged(pairs: Iterable[Matches], k: int) -> Matches:
     return similarities[order], indices[order]
 
 
+def similarities(query: np.ndarray, database: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """The similarities (M,) float32 of one query (D,) and images (M,), integers."""
+    return next(_products(query[None], database, [images]))[0]
+
+
+def ranked(query: np.ndarray, database: np.ndarray, images: np.ndarray, k: int) -> Matches:
+    """The `k` most similar of these images, indices that rise: similarities and indices."""
+    return _merged([(similarities(query, database, images), images)], k)
+
+
 def _in_threads(work: Callable[[list], list], parts: list) -> list[list]:
     """Calls `work` on consecutive shares of the parts, in as many threads; results in order.
 
@@ -223,7 +231,8 @@ def _in_threads(work: Callable[[list], list], parts: list) -> list[list]:
         return list(pool.map(work, shares))
 
 
-def _checked(queries: np.ndarray, database: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def checked(queries: np.ndarray, database: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both as they are; ValueError as `search` has it, but for values of the database."""
     for name, array in (("queries", queries), ("database", database)):
         if getattr(array, "ndim", None) != 2 or array.dtype.kind != "f":
             raise ValueError(f"{name} must be a 2-D array of floats, one descriptor a row")
@@ -406,7 +415,7 @@ def labelled_positions(
     Raises:
         ValueError: as `search`, or a labelled index is repeated or outside the database.
     """
-    queries, database = _checked(queries, database)
+    queries, database = checked(queries, database)
     if len(labelled) != len(queries):
         raise ValueError(f"{len(queries)} queries, but {len(labelled)} lists of labelled images")
     indices = [np.sort(np.asarray(index, np.int64)) for index in labelled]
