@@ -10,7 +10,7 @@ import pytest
 import vitgal
 
 PACKAGE = Path(vitgal.__file__).parent
-TORCH_FREE = """runs images features store landmarks revisited search evaluation comparison
+TORCH_FREE = """runs cluster images features store landmarks revisited search evaluation comparison
     external reranking plots figures""".split()
 ORDER = [
     *TORCH_FREE,
