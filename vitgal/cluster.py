@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import shutil
+import socket
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,17 +88,37 @@ def connected(address: str | None = None) -> Iterator[None]:
     if address is None:
         options |= dict(address="local", include_dashboard=False, object_store_memory=_store())
     else:
+        _refuse_unreachable(address)
         options |= dict(address=address)
     try:
         with _hushed():
             ray.init(**options)
     except Exception as error:  # Ray raises what it likes here: ConnectionError, RuntimeError, ...
         where = "a local Ray instance" if address is None else f"the Ray cluster at {address}"
-        raise ClusterError(f"{where} does not answer: {_line(error)}") from None
+        raise ClusterError(f"{where} cannot be used: {_line(error)}") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_unreachable(address: str) -> None:
+    """ClusterError where nothing listens: Ray itself would try for minutes, then end the process."""
+    host, _, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdecimal() or "/" in host:
+        raise ClusterError(
+            f"ray_address {address!r} is not HOST:PORT of the cluster's head, as `ray start --head` "
+            'names it, nor "auto"'
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise ClusterError(
+            f"nothing answers at ray_address {address} ({error}): start the cluster's head there "
+            f"with `ray start --head --port={port}`"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -122,7 +143,7 @@ def _store() -> int:
 def _line(error: BaseException) -> str:
     """What an error says, in one line: the last one that is not empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1][:300] if lines else type(error).__name__
 
 
 # Extraction
@@ -356,10 +377,9 @@ def parallel(
         _register()
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
         number = min(workers or cpus, cpus, max(1, tasks))
-        # Like the pool's, they take no CPU from Ray's account, so that one can always start again.
-        again = dict(max_restarts=-1, max_task_retries=RETRIES, scheduling_strategy="SPREAD")
+        spread = dict(scheduling_strategy="SPREAD")  # Ray counts no CPU for a pool's processes
         try:
-            with joblib.parallel_config(backend="ray", ray_remote_args=again):
+            with joblib.parallel_config(backend="ray", ray_remote_args=spread):
                 yield joblib.Parallel(n_jobs=number, **how)
         except ray.exceptions.RayError as error:
             raise ClusterError(
