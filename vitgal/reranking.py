@@ -22,7 +22,7 @@ import poselib
 import pydegensac
 from tqdm.auto import tqdm
 
-from vitgal import runs, search
+from vitgal import cluster, runs, search
 from vitgal.evaluation import evaluate, scores_document
 from vitgal.features import LocalFeatures
 from vitgal.revisited import PROTOCOLS, GroundTruth, ignored, load_ground_truth, positives
@@ -643,6 +643,8 @@ def rerank_shortlist(
     max_keypoints: int | None = None,
     ties: str = "global",
     workers: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -656,6 +658,8 @@ def rerank_shortlist(
         max_keypoints: features an image, best first (None: all that were extracted).
         ties: order of equal counts in the published ranking; the others keep the global order.
         workers: processes (None: one a core). The result does not depend on it.
+        engine, ray_address: "local", or "ray": the processes are those of a Ray cluster (see
+            `cluster.connected`), which all see the run folder. Nor does it depend on that.
     Returns:
         `<dataset>/rerank` with candidates.npy, inliers.npy, and for easy, medium, hard and
         published positions_*.npz and top_*.npy, and scores.json.
@@ -667,6 +671,7 @@ def rerank_shortlist(
     Interrupted, it keeps the queries that are done. An image that could not be read counts 0.
     """
     run = Path(run)
+    cluster.check_engine(engine, ray_address)
     options = dict(estimator=estimator, threshold=threshold, iterations=iterations)
     options |= dict(confidence=confidence, seed=seed)
     _check_options(**options)
@@ -681,11 +686,13 @@ def rerank_shortlist(
         if stage.finished:
             return folder
         listed = _Shortlist.read(run / dataset, ground_truth, top)
-        inliers = _verified(folder, listed, run / dataset / "local", options, workers, progress)
+        place = dict(engine=engine, address=ray_address, workers=workers)
+        inliers = _verified(folder, listed, run / dataset / "local", options, place, progress)
         outputs = _write_rankings(folder, listed, inliers, top, ties)
         _write_scores(folder, listed, run / dataset / "global", parameters, inputs)
         outputs += ["candidates.npy", "inliers.npy", "scores.json"]
-        return stage.finish(outputs, workers=workers, pairs=int((inliers >= 0).sum()))
+        pairs = int((inliers >= 0).sum())
+        return stage.finish(outputs, engine=engine, workers=workers, pairs=pairs)
 
 
 def _inputs(folder: Path, ground_truth: GroundTruth) -> dict[str, str]:
@@ -762,15 +769,15 @@ def _verified(
     listed: _Shortlist,
     local: Path,
     options: dict,
-    workers: int | None,
+    place: dict,
     progress: bool,
 ) -> np.ndarray:
     """The inlier counts (Q, C) int32, padded with -1; written together with their candidates."""
     if not (folder / "inliers.npy").exists():
-        store = FeatureStore.open(local)
+        store = FeatureStore.open(local.absolute())
         _check_store(store, listed)
         rows = _journalled(folder / JOURNAL, listed)
-        _verify_queries(folder / JOURNAL, rows, listed, store, options, workers, progress)
+        _verify_queries(folder / JOURNAL, rows, listed, store, options, place, progress)
         runs.write_array(folder / "candidates.npy", listed.candidates)
         runs.write_array(folder / "inliers.npy", _padded([rows[q] for q in sorted(rows)]))
     shutil.rmtree(folder / JOURNAL, ignore_errors=True)
@@ -809,7 +816,7 @@ def _verify_queries(
     listed: _Shortlist,
     store: FeatureStore,
     options: dict,
-    workers: int | None,
+    place: dict,
     progress: bool,
 ) -> None:
     """Verifies the queries that `rows` lacks and adds them to it and to the journal."""
@@ -818,24 +825,13 @@ def _verify_queries(
         for q, images in enumerate(listed.images)
         if q not in rows
     ]
+    bar = dict(total=len(listed.images), initial=len(rows), desc="verifying short lists")
     # Processes, not threads: pydegensac draws from one random state a process.
-    pool = joblib.Parallel(
-        n_jobs=min(workers or joblib.cpu_count(), max(1, len(tasks))),
-        backend="loky",
-        return_as="generator_unordered",
-    )
-    results = pool(joblib.delayed(_verify_query)(store, *task, options) for task in tasks)
-    bar = tqdm(
-        results,
-        total=len(listed.images),
-        initial=len(rows),
-        desc="verifying short lists",
-        unit="query",
-        disable=not progress,
-    )
-    for q, counts in bar:
-        runs.write_array(journal / f"{q}.npy", counts)
-        rows[q] = counts
+    with cluster.parallel(**place, tasks=len(tasks)) as pool:
+        results = pool(joblib.delayed(_verify_query)(store, *task, options) for task in tasks)
+        for q, counts in tqdm(results, **bar, unit="query", disable=not progress):
+            runs.write_array(journal / f"{q}.npy", counts)
+            rows[q] = counts
 
 
 def _verify_query(
