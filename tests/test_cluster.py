@@ -112,11 +112,15 @@ class Two:
 
 @pytest.fixture(scope="module")
 def two():
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the nodes cannot import it
     before = set(psutil.Process().children(recursive=True))
     made = Two()
     with cluster.connected(made.address):
         yield made
     made.nodes.shutdown()
+    cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     left = set(psutil.Process().children(recursive=True)) - before
     _, alive = psutil.wait_procs(left, timeout=30)
     assert not alive, "Ray has left processes behind"
