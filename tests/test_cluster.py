@@ -52,6 +52,7 @@ def test_without_ray_the_extra_is_named():
     assert 'pip install -e ".[scale]"' in child.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_importing_leaves_ray_alone():
     code = "import sys, vitgal.cluster, vitgal.extraction; print('ray' in sys.modules)"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -220,6 +220,7 @@ def test_without_a_teacher_nothing_is_recorded_of_it(run, photographs):
     assert "teacher_weights" not in recorded["inputs"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_in_the_same_bytes(file, tmp_path, photographs):
     recipe = replace(RECIPE, ema_decay=0.9)
     taught = dict(teacher=SMALL, teacher_weights=file, recipe=recipe)

@@ -231,6 +231,7 @@ def test_a_file_names_its_own_notebooks_and_the_command_line_beats_it(two, tmp_p
         assert {path.name[:2] for path in (folder / "notebooks").glob("*.ipynb")} == executed
 
 
+@pytest.mark.slow
 def test_evaluation_from_a_fresh_folder_lets_the_data_come_first(scratch, tmp_path):
     # 01 makes the data that 04 would read; what is typed for 04 alone reaches it all the same
     scratch("01_data.ipynb", "run_dir: str = 'demo'\nviews: int = 4", "print(views)")
@@ -506,6 +507,7 @@ def test_command_line_exit_codes(tmp_path, capsys):
         assert stop.value.code == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_partial_notebook(scratch, tmp_path):
     begun = tmp_path / "begun"
     os.mkfifo(begun)

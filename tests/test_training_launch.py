@@ -97,6 +97,7 @@ def test_forked_processes_write_one_log_and_can_be_watched(images, run, capfd):
     )
 
 
+@pytest.mark.slow
 def test_a_dead_process_ends_the_others(images, run, monkeypatch):
     step = training.Trainer.run_step
 
@@ -112,6 +113,7 @@ def test_a_dead_process_ends_the_others(images, run, monkeypatch):
     assert (fit(run, images, FORKED) / "stage.json").exists()
 
 
+@pytest.mark.slow
 def test_the_process_that_died_is_named_though_another_noticed(images, run, tmp_path, monkeypatch):
     step, wait, join = training.Trainer.run_step, training._await_launcher, ProcessContext.join
     noticed = tmp_path / "noticed"
@@ -140,6 +142,7 @@ def test_the_process_that_died_is_named_though_another_noticed(images, run, tmp_
     assert noticed.exists()
 
 
+@pytest.mark.slow
 def test_a_bad_loss_on_one_process_stops_all(images, run, monkeypatch):
     forward = trainer.RetrievalNetwork.forward
 

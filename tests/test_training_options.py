@@ -367,6 +367,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
+@pytest.mark.slow
 def test_tensorboard_shows_the_log_once(images, run, monkeypatch):
     monkeypatch.setattr(trainer, "LOG_EVERY", 2)
     assert exit_code(lambda: (die_after_step(5), fit(run, images))) < 0
