@@ -143,6 +143,24 @@ def test_the_process_that_died_is_named_though_another_noticed(images, run, tmp_
 
 
 @pytest.mark.slow
+def test_a_process_that_is_told_to_end_does_not_wait_to_be_told(images, run, tmp_path, monkeypatch):
+    step = training.Trainer.run_step
+    waited = tmp_path / "waited"
+
+    def dying(self, batches):
+        if self.progress.step == 2:
+            own = signal.SIGKILL if self.accelerator.process_index == 1 else signal.SIGTERM
+            os.kill(os.getpid(), own)
+        return step(self, batches)
+
+    monkeypatch.setattr(training.Trainer, "run_step", dying)
+    monkeypatch.setattr(training, "_await_launcher", waited.touch)
+    with pytest.raises(training.TrainingError):  # the one's error or the other's
+        fit(run, images, FORKED)
+    assert not waited.exists()
+
+
+@pytest.mark.slow
 def test_a_bad_loss_on_one_process_stops_all(images, run, monkeypatch):
     forward = trainer.RetrievalNetwork.forward
 

@@ -517,7 +517,15 @@ def _fit(
     trainer = Trainer(build(classes=data.classes), recipe, folder, data, owner)
     torch.set_num_threads(threads)  # accelerate has its own idea
     trainer.load_state()
-    trainer.run(watch, show)
+    try:
+        trainer.run(watch, show)
+    except RuntimeError as error:
+        if trainer.asked and _lost_peer(error):
+            raise Preempted(
+                "asked to end (SIGTERM) after another process had gone: nothing could be saved, "
+                "the last saved state holds"
+            ) from error
+        raise
     if trainer.accelerator.is_main_process:
         weights.save_model(trainer.result.model, folder / "model.safetensors")
         runs.write_json(folder / "failures.json", trainer.progress.unreadable)
