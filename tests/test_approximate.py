@@ -84,6 +84,24 @@ def test_built_once_and_the_same_again(tmp_path, database, text, rows):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
+@pytest.mark.parametrize("text", ["PQ8x4", "IVF32,PQ8x4", "PCA16,IVF16,PQ8x4", "PCA16,PQ8x4"])
+def test_codes_get_the_seed_and_no_polysemous_training(text):
+    """That training takes longer than all the rest and serves a search that is not used."""
+    index = approximate._empty(text, WIDTH)
+    approximate._set_seeds(index, 6)
+    inner = index
+    while hasattr(inner, "chain"):  # a transform of the descriptors comes first
+        inner = approximate_class(inner.index)
+    inner = approximate_class(inner)
+    assert inner.pq.cp.seed == 7 and not inner.do_polysemous_training
+
+
+def approximate_class(index):
+    import faiss
+
+    return faiss.downcast_index(index)
+
+
 def test_another_seed_or_descriptor_makes_another_index(tmp_path, database):
     approximate.build(tmp_path, database, "IVF16,Flat")
     other = np.array(database)

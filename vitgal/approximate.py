@@ -265,7 +265,7 @@ def _set_seeds(index: Any, seed: int) -> None:
     import faiss
 
     cells = faiss.try_extract_index_ivf(index)
-    inner = index if cells is None else cells
+    inner = index if cells is None else faiss.downcast_index(cells)  # to the class that has codes
     while isinstance(inner, faiss.IndexPreTransform):
         inner = faiss.downcast_index(inner.index)
     for owner in (inner, getattr(inner, "pq", None)):
