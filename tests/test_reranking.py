@@ -185,6 +185,59 @@ def test_match_without_descriptors():
         assert match(query, gallery).shape == (0, 2)
 
 
+@pytest.mark.parametrize("max_distance", [0.5, 0.82, math.inf])
+@pytest.mark.parametrize("kind", ["random", "copies", "near ties", "long", "one number wide"])
+def test_match_on_a_device_equals_numpy_and_the_kd_tree(kind, max_distance):
+    """On the processor, the only device here; a GPU sums in another order, which slack allows."""
+    rng = np.random.default_rng(8)
+    gallery = unit(rng.standard_normal((300, 1 if kind == "one number wide" else 64)))
+    if kind == "copies":  # each descriptor stands three times
+        gallery = gallery[rng.integers(100, size=300)]
+    if kind == "near ties":  # that float32 products cannot tell apart
+        gallery = np.tile(gallery[:60].astype(np.float64), (5, 1))
+        gallery += 1e-9 * rng.standard_normal(gallery.shape)
+    if kind == "long":  # lengths of descriptors that nobody normalised
+        gallery *= rng.uniform(0.5, 2, (300, 1)).astype(np.float32)
+    query = gallery[rng.integers(300, size=200)] + 0.0
+    query[::2] += rng.random((100, 1)) * rng.standard_normal((100, gallery.shape[1])) / 6
+    matches = match(query, gallery, max_distance)
+    np.testing.assert_array_equal(match(query, gallery, max_distance, "cpu"), matches)
+    assert 100 <= len(matches) <= 200
+    if kind not in ("copies", "one number wide"):  # the tree takes any of equal ones
+        np.testing.assert_array_equal(matches, tree_matches(query, gallery, max_distance))
+
+
+def test_match_on_a_device_keeps_to_float32_whatever_the_program_allows():
+    """Products of bf16, which this setting allows, would miss the nearest of near ones."""
+    import torch
+
+    rng = np.random.default_rng(9)
+    base = unit(rng.standard_normal((1, 128)))
+    gallery = unit(base + 1e-3 * rng.standard_normal((400, 128)))
+    query = unit(base + 1e-3 * rng.standard_normal((300, 128)))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = match(query, gallery, math.inf, "cpu")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    np.testing.assert_array_equal(found, tree_matches(query, gallery, math.inf))
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_match_names_a_device_that_is_not_there(device):
+    with pytest.raises(ValueError, match=f"matching cannot run on '{device}'.*None for NumPy"):
+        match(np.ones((3, 4)), np.ones((2, 4)), 0.82, device)
+
+
+def test_match_on_a_device_without_descriptors_and_in_blocks(monkeypatch):
+    none, some = np.empty((0, 4), np.float32), np.eye(4, dtype=np.float32)
+    assert match(none, some, 0.82, "cpu").shape == match(some, none, 0.82, "cpu").shape == (0, 2)
+    monkeypatch.setattr("vitgal.reranking.BLOCK", 9)  # two query rows at a time
+    assert match(some, some[::-1], 0.82, "cpu").tolist() == [[0, 3], [1, 2], [2, 1], [3, 0]]
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e20])
 @pytest.mark.parametrize("side", ["query", "gallery"])
 def test_match_refuses_values_that_are_no_descriptors(bad, side):
@@ -655,7 +708,20 @@ def test_stage_is_the_same_with_several_workers_and_again(finished, tmp_path):
     assert contents(rerank_run(copy, workers=2)) == ours
     before = (copy / "random" / "rerank" / "stage.json").read_bytes()
     assert contents(rerank_run(copy, workers=1)) == ours, "workers are no setting"
+    rerank_run(copy, workers=1, match_device="cpu")  # nor is the device: finished, so reused
     assert (copy / "random" / "rerank" / "stage.json").read_bytes() == before, "it was reused"
+
+
+def test_stage_is_the_same_with_matching_in_torch(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "random" / "rerank")
+    rerank_run(copy, match_device="cpu")
+    assert contents(copy / "random" / "rerank") == contents(finished / "random" / "rerank")
+    shutil.rmtree(copy / "random" / "rerank")
+    with pytest.raises(ValueError, match="matching cannot run on 'cuda:99'"):
+        rerank_run(copy, match_device="cuda:99")
+    assert not (copy / "random" / "rerank").exists()
 
 
 def test_stage_refuses_other_settings(finished):
