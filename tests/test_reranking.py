@@ -6,6 +6,8 @@ import math
 import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -207,22 +209,34 @@ def test_match_on_a_device_equals_numpy_and_the_kd_tree(kind, max_distance):
         np.testing.assert_array_equal(matches, tree_matches(query, gallery, max_distance))
 
 
-def test_match_on_a_device_keeps_to_float32_whatever_the_program_allows():
-    """Products of bf16, which this setting allows, would miss the nearest of near ones."""
-    import torch
+LESS_PRECISE = """
+import sys
+import numpy as np, torch
+from scipy.spatial import cKDTree
+from vitgal import reranking
 
-    rng = np.random.default_rng(9)
-    base = unit(rng.standard_normal((1, 128)))
-    gallery = unit(base + 1e-3 * rng.standard_normal((400, 128)))
-    query = unit(base + 1e-3 * rng.standard_normal((300, 128)))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        found = match(query, gallery, math.inf, "cpu")
-        assert torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision(before)
-    np.testing.assert_array_equal(found, tree_matches(query, gallery, math.inf))
+torch.set_float32_matmul_precision("medium")
+backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+if sys.argv[1] == "each backend":  # torch then raises where it is asked for the one setting
+    backends[1].fp32_precision = "ieee"
+before = [backend.fp32_precision for backend in backends]
+with reranking._float32_products():
+    assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
+rng = np.random.default_rng(9)
+base = rng.standard_normal((1, 128))
+query, gallery = base + 1e-3 * rng.standard_normal((2, 300, 128))
+found = reranking.match(query, gallery, np.inf, "cpu")
+assert (found[:, 1] == cKDTree(gallery).query(query)[1]).all()
+assert [backend.fp32_precision for backend in backends] == before != ["ieee", "ieee"]
+"""
+
+
+@pytest.mark.parametrize("setting", ["one setting", "each backend"])
+def test_match_on_a_device_keeps_to_float32_whatever_the_program_allows(setting):
+    """In a process of its own: torch forgets no setting. A GPU would take TF32, unless told."""
+    torch = pytest.importorskip("torch", minversion="2.9", reason="one setting for all before")
+    assert hasattr(torch.backends.cuda.matmul, "fp32_precision")
+    subprocess.run([sys.executable, "-c", LESS_PRECISE, setting], check=True)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "gpu"])

@@ -5,6 +5,7 @@ is fitted to the matches by RANSAC, and candidates are put in order of falling i
 are (x, y) in the network's input frame, where one patch is 16 pixels wide.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -242,16 +243,40 @@ def _closest_on(
     import torch
 
     left, right = (torch.from_numpy(a).to(device) for a in (query.left[block], gallery.right))
-    precision = torch.get_float32_matmul_precision()
-    try:
-        torch.set_float32_matmul_precision("highest")  # no TF32, no bf16: `_rounding` counts on it
+    with _float32_products():
         closeness = left @ right.T
-    finally:
-        torch.set_float32_matmul_precision(precision)
     best = closeness.amax(dim=1).cpu().numpy()
     floor = torch.from_numpy(_floors(best, query, gallery, block, max_distance)).to(device)
     row, column = torch.nonzero(closeness >= floor[:, None], as_tuple=True)  # by rising row
     return row.cpu().numpy() + block.start, column.cpu().numpy()
+
+
+@contextlib.contextmanager
+def _float32_products() -> Iterator[None]:
+    """No TF32 and no bf16 in torch's products, whatever the program allows: `_rounding` needs it.
+
+    Since PyTorch 2.9 each backend has a setting of its own, and the one for all of them raises
+    where these differ.
+    """
+    import torch
+
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _floors(
