@@ -51,6 +51,7 @@ def match(
     query_descriptors: np.ndarray,
     gallery_descriptors: np.ndarray,
     max_distance: float = 0.82,
+    *,
     device: str | None = None,
 ) -> np.ndarray:
     """Matches each query descriptor with its nearest gallery descriptor, one way.
@@ -72,13 +73,14 @@ def match(
     Distances are those of the published float64 KD-tree, digit by digit: float32 products find the
     few gallery descriptors that may be the nearest, float64 decides among them.
     """
-    return match_shortlist(query_descriptors, [gallery_descriptors], max_distance, device)[0]
+    return match_shortlist(query_descriptors, [gallery_descriptors], max_distance, device=device)[0]
 
 
 def match_shortlist(
     query_descriptors: np.ndarray,
     galleries: Iterable[np.ndarray],
     max_distance: float = 0.82,
+    *,
     device: str | None = None,
 ) -> list[np.ndarray]:
     """`match` of one query image against each of many images, the query prepared once.
