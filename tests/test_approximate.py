@@ -84,6 +84,25 @@ def test_built_once_and_the_same_again(tmp_path, database, text, rows):
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
 
+@pytest.mark.parametrize("text", ["PQ8x4", "IVF32,PQ8x4", "PCA16,IVF16,PQ8x4", "PCA16,PQ8x4"])
+def test_codes_get_the_seed_and_no_polysemous_training(text):
+    """That training takes longer than all the rest and serves a search that is not used."""
+    index = approximate._empty(text, WIDTH)
+    approximate._set_seeds(index, 6)
+    inner = approximate._inner(index)
+    assert inner.pq.cp.seed == 7 and not inner.do_polysemous_training
+
+
+def test_a_graph_keeps_as_many_images_as_are_wanted(tmp_path, database):
+    """With faiss's 16 it would propose too few, and every query would be searched exactly."""
+    queries = clustered(20, seed=1)
+    index = made(tmp_path, database, "HNSW16")
+    _, ranks, unanswered = approximate.find(index, queries, k=700)
+    assert unanswered == 0
+    exact = search.search(queries, database, k=700)[1]
+    assert approximate.recall(ranks, exact, (700,))["700"] > 0.95
+
+
 def test_another_seed_or_descriptor_makes_another_index(tmp_path, database):
     approximate.build(tmp_path, database, "IVF16,Flat")
     other = np.array(database)

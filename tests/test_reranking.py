@@ -1,11 +1,16 @@
 """Matching against a KD-tree, verification on planted homographies, reranking by hand."""
 
+import dataclasses
 import inspect
 import json
 import math
 import multiprocessing
 import os
+import resource
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -183,6 +188,75 @@ def test_match_without_descriptors():
     none, some = np.empty((0, 4), np.float32), np.ones((3, 4), np.float32)
     for query, gallery in ((none, some), (some, none), (none, none), (some, np.ones((0, 0)))):
         assert match(query, gallery).shape == (0, 2)
+
+
+@pytest.mark.parametrize("max_distance", [0.5, 0.82, math.inf])
+@pytest.mark.parametrize("kind", ["random", "copies", "near ties", "long", "one number wide"])
+def test_match_on_a_device_equals_numpy_and_the_kd_tree(kind, max_distance):
+    """On the processor, the only device here; a GPU sums in another order, which slack allows."""
+    rng = np.random.default_rng(8)
+    gallery = unit(rng.standard_normal((300, 1 if kind == "one number wide" else 64)))
+    if kind == "copies":  # each descriptor stands three times
+        gallery = gallery[rng.integers(100, size=300)]
+    if kind == "near ties":  # that float32 products cannot tell apart
+        gallery = np.tile(gallery[:60].astype(np.float64), (5, 1))
+        gallery += 1e-9 * rng.standard_normal(gallery.shape)
+    if kind == "long":  # lengths of descriptors that nobody normalised
+        gallery *= rng.uniform(0.5, 2, (300, 1)).astype(np.float32)
+    query = gallery[rng.integers(300, size=200)] + 0.0
+    query[::2] += rng.random((100, 1)) * rng.standard_normal((100, gallery.shape[1])) / 6
+    matches = match(query, gallery, max_distance)
+    np.testing.assert_array_equal(match(query, gallery, max_distance, device="cpu"), matches)
+    assert 100 <= len(matches) <= 200
+    if kind not in ("copies", "one number wide"):  # the tree takes any of equal ones
+        np.testing.assert_array_equal(matches, tree_matches(query, gallery, max_distance))
+
+
+LESS_PRECISE = """
+import sys
+import numpy as np, torch
+from scipy.spatial import cKDTree
+from vitgal import reranking
+
+torch.set_float32_matmul_precision("medium")
+backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+if sys.argv[1] == "each backend":  # torch then raises where it is asked for the one setting
+    backends[1].fp32_precision = "ieee"
+before = [backend.fp32_precision for backend in backends]
+with reranking._float32_products():
+    assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
+rng = np.random.default_rng(9)
+base = rng.standard_normal((1, 128))
+query, gallery = base + 1e-3 * rng.standard_normal((2, 300, 128))
+found = reranking.match(query, gallery, np.inf, device="cpu")
+assert (found[:, 1] == cKDTree(gallery).query(query)[1]).all()
+assert [backend.fp32_precision for backend in backends] == before != ["ieee", "ieee"]
+"""
+
+
+@pytest.mark.parametrize("setting", ["one setting", "each backend"])
+def test_match_on_a_device_keeps_to_float32_whatever_the_program_allows(setting):
+    """In a process of its own: torch forgets no setting. A GPU would take TF32, unless told."""
+    torch = pytest.importorskip("torch", minversion="2.9", reason="one setting for all before")
+    assert hasattr(torch.backends.cuda.matmul, "fp32_precision")
+    subprocess.run([sys.executable, "-c", LESS_PRECISE, setting], check=True)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_match_names_a_device_that_is_not_there(device):
+    with pytest.raises(ValueError, match=f"matching cannot run on '{device}'.*None for NumPy"):
+        match(np.ones((3, 4)), np.ones((2, 4)), 0.82, device=device)
+
+
+def test_match_on_a_device_without_descriptors_and_in_blocks(monkeypatch):
+    none, some = np.empty((0, 4), np.float32), np.eye(4, dtype=np.float32)
+    assert (
+        match(none, some, 0.82, device="cpu").shape
+        == match(some, none, 0.82, device="cpu").shape
+        == (0, 2)
+    )
+    monkeypatch.setattr("vitgal.reranking.BLOCK", 9)  # two query rows at a time
+    assert match(some, some[::-1], 0.82, device="cpu").tolist() == [[0, 3], [1, 2], [2, 1], [3, 0]]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e20])
@@ -655,7 +729,20 @@ def test_stage_is_the_same_with_several_workers_and_again(finished, tmp_path):
     assert contents(rerank_run(copy, workers=2)) == ours
     before = (copy / "random" / "rerank" / "stage.json").read_bytes()
     assert contents(rerank_run(copy, workers=1)) == ours, "workers are no setting"
+    rerank_run(copy, workers=1, match_device="cpu")  # nor is the device: finished, so reused
     assert (copy / "random" / "rerank" / "stage.json").read_bytes() == before, "it was reused"
+
+
+def test_stage_is_the_same_with_matching_in_torch(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    shutil.rmtree(copy / "random" / "rerank")
+    rerank_run(copy, match_device="cpu")
+    assert contents(copy / "random" / "rerank") == contents(finished / "random" / "rerank")
+    shutil.rmtree(copy / "random" / "rerank")
+    with pytest.raises(ValueError, match="matching cannot run on 'cuda:99'"):
+        rerank_run(copy, match_device="cuda:99")
+    assert not (copy / "random" / "rerank").exists()
 
 
 def test_stage_refuses_other_settings(finished):
@@ -778,3 +865,70 @@ def test_stage_killed_in_the_middle_keeps_the_queries_that_are_done(finished, tm
     assert marked[1, : len(counts)].tolist() == (counts + 1000).tolist()
     np.testing.assert_array_equal(np.delete(marked, 1, axis=0), np.delete(whole, 1, axis=0))
     assert not journal.exists()
+
+
+def test_stage_refuses_a_store_made_otherwise_since(finished, tmp_path):
+    """The features of another model or other options have another manifest."""
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    local = copy / "random" / "local"
+    items = [("image00", image_pair(24, 6)[0])]
+    with runs.stage(local, "local", parameters={}, inputs={}, overwrite=True) as stage:
+        store.write_shard(local / "shard-00", items)
+        stage.finish(["shard-00/items.json"])
+    with pytest.raises(runs.StageError, match="inputs.local features"):
+        rerank_run(copy)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_features_of_another_width_are_refused_with_their_images(tmp_path, device):
+    query, image = image_pair(24, 6)
+    narrow = dataclasses.replace(image, descriptors=image.descriptors[:, :5])
+    store.write_shard(tmp_path / "q" / "shard-00", [("query", query)])
+    store.write_shard(tmp_path / "d" / "shard-00", [("narrow", narrow)])
+
+    class Both(dict):  # one store holds one width: as two that were merged by hand would look
+        folder = tmp_path
+
+        def query(self, name):
+            return self[name]
+
+    opened = Both(store.FeatureStore.open(tmp_path / "q").items())
+    opened |= store.FeatureStore.open(tmp_path / "d").items()
+    width = query.descriptors.shape[1]
+    message = f"query query and database image narrow.*{width} wide, gallery descriptors 5"
+    with pytest.raises(ValueError, match=message):
+        reranking._verify_query(Both(opened), 0, "query", ["narrow"], {"device": device})
+
+
+def short_of_disk(folder: Path, writes: int) -> None:
+    """Reranks on a disk that is full once so many queries are in the journal; exits with 3 then."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    write, done = runs.write_array, []
+
+    def filling(path, array):
+        if len(done) == writes:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16, 16))
+        done.append(write(path, array))
+        return done[-1]
+
+    runs.write_array = filling
+    try:
+        rerank_run(folder, workers=1)
+    except OSError as error:
+        os._exit(3 if "no space left to write 2.npy; make room" in str(error) else 4)
+
+
+def test_stage_on_a_full_disk_keeps_the_queries_that_are_done(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    folder = copy / "random" / "rerank"
+    shutil.rmtree(folder)
+    child = multiprocessing.get_context("fork").Process(target=short_of_disk, args=(copy, 2))
+    child.start()
+    child.join()
+    assert child.exitcode == 3
+    assert sorted(path.name for path in (folder / "partial").iterdir()) == ["0.npy", "1.npy"]
+    assert not (folder / "stage.json").exists() and not (folder / "inliers.npy").exists()
+    rerank_run(copy)
+    assert contents(folder) == contents(finished / "random" / "rerank")

@@ -132,6 +132,9 @@ def find(index: Index, queries: np.ndarray, *, k: int) -> tuple[np.ndarray, np.n
     if not ranks.size:
         return similarities, ranks, 0
     wanted = min(OVERSAMPLE * k, len(database))
+    graph = getattr(_inner(index.faiss), "hnsw", None)
+    if graph is not None:  # a graph proposes hardly more images than it keeps on its way
+        graph.efSearch = max(graph.efSearch, wanted)
     _, proposed = index.faiss.search(np.ascontiguousarray(queries, np.float32), wanted)
     lacking = []
     for q, images in enumerate(proposed):
@@ -261,13 +264,19 @@ def _set_search(index: Any, text: str) -> None:
             faiss.ParameterSpace().set_index_parameters(index, options)
 
 
-def _set_seeds(index: Any, seed: int) -> None:
+def _inner(index: Any) -> Any:
+    """The part that holds the codes or the graph, behind what transforms descriptors first."""
     import faiss
 
     cells = faiss.try_extract_index_ivf(index)
-    inner = index if cells is None else cells
+    inner = index if cells is None else faiss.downcast_index(cells)  # to the class with the codes
     while isinstance(inner, faiss.IndexPreTransform):
         inner = faiss.downcast_index(inner.index)
+    return inner
+
+
+def _set_seeds(index: Any, seed: int) -> None:
+    inner = _inner(index)
     for owner in (inner, getattr(inner, "pq", None)):
         if hasattr(owner, "cp"):
             owner.cp.seed = seed + 1  # faiss takes 0 as it takes any other, but not below

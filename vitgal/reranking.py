@@ -5,6 +5,7 @@ is fitted to the matches by RANSAC, and candidates are put in order of falling i
 are (x, y) in the network's input frame, where one patch is 16 pixels wide.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -47,7 +48,11 @@ PAIRS = 1 << 13  # descriptor pairs measured at once in float64: 8 MiB at 128 di
 
 
 def match(
-    query_descriptors: np.ndarray, gallery_descriptors: np.ndarray, max_distance: float = 0.82
+    query_descriptors: np.ndarray,
+    gallery_descriptors: np.ndarray,
+    max_distance: float = 0.82,
+    *,
+    device: str | None = None,
 ) -> np.ndarray:
     """Matches each query descriptor with its nearest gallery descriptor, one way.
 
@@ -55,33 +60,55 @@ def match(
         query_descriptors: (N, C) real numbers.
         gallery_descriptors: (M, C) real numbers.
         max_distance: Euclidean; a match lies strictly nearer. `math.inf`: no limit.
+        device: of torch, "cuda" or "cuda:1" for example, where the products run; None: NumPy. The
+            matches are the same.
     Returns:
         (K, 2) int64, (query index, gallery index) by rising query index. Several query descriptors
         may share one gallery descriptor. Equal distances: the lowest gallery index. No descriptor
         on either side: (0, 2), whatever the widths.
     Raises:
-        ValueError: widths that differ, nan or infinite or huge values, a negative `max_distance`.
+        ValueError: widths that differ, nan or infinite or huge values, a negative `max_distance`, a
+            device that torch does not find.
 
     Distances are those of the published float64 KD-tree, digit by digit: float32 products find the
     few gallery descriptors that may be the nearest, float64 decides among them.
     """
-    return match_shortlist(query_descriptors, [gallery_descriptors], max_distance)[0]
+    return match_shortlist(query_descriptors, [gallery_descriptors], max_distance, device=device)[0]
 
 
 def match_shortlist(
     query_descriptors: np.ndarray,
     galleries: Iterable[np.ndarray],
     max_distance: float = 0.82,
+    *,
+    device: str | None = None,
 ) -> list[np.ndarray]:
     """`match` of one query image against each of many images, the query prepared once.
 
     galleries: (M_i, C) each; they are read one after the other. Returns one (K_i, 2) int64 each;
     no galleries: an empty list. Raises ValueError as `match` does.
     """
+    check_device(device)
     query = _Descriptors.read(query_descriptors, "query")
     return [
-        _match(query, _Descriptors.read(gallery, "gallery"), max_distance) for gallery in galleries
+        _match(query, _Descriptors.read(gallery, "gallery"), max_distance, device)
+        for gallery in galleries
     ]
+
+
+def check_device(device: str | None) -> None:
+    """Raises ValueError where torch finds no such device; None asks for none."""
+    if device is None:
+        return
+    import torch  # only here: matching on the processor does without it
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"matching cannot run on {device!r} ({reason}): name another device, or None for NumPy"
+        ) from error
 
 
 def match_squares(
@@ -144,7 +171,9 @@ class _Descriptors:
         return extended
 
 
-def _match(query: _Descriptors, gallery: _Descriptors, max_distance: float) -> np.ndarray:
+def _match(
+    query: _Descriptors, gallery: _Descriptors, max_distance: float, device: str | None = None
+) -> np.ndarray:
     if not max_distance >= 0:
         raise ValueError(f"max_distance is {max_distance}, not a distance")
     (count, width), (size, other) = query.values.shape, gallery.values.shape
@@ -153,11 +182,12 @@ def _match(query: _Descriptors, gallery: _Descriptors, max_distance: float) -> n
     if width != other:
         raise ValueError(f"query descriptors are {width} wide, gallery descriptors {other}")
     found = []
-    worth = math.isfinite(max_distance)
+    closest = functools.partial(_closest_on, device) if device is not None else _closest
+    worth = math.isfinite(max_distance) and device is None
     for block in _blocks(count, size):
         pairs = _sieved(query, gallery, block, max_distance) if worth else None
         worth = pairs is not None
-        found.append(pairs or _closest(query, gallery, block, max_distance))
+        found.append(pairs or closest(query, gallery, block, max_distance))
     rows, columns = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return _nearest(query.values, gallery.values, rows, columns, max_distance)
 
@@ -199,15 +229,71 @@ def _closest(
     """For each descriptor those that rounding cannot tell from the nearest, if near enough."""
     # The nearest v to u is the one of the greatest u.v - |v|^2 / 2, which a single product gives.
     closeness = query.left[block] @ gallery.right.T  # (N, M) float32
-    best = closeness.max(axis=1).astype(np.float64)
-    slack = _rounding(query.halves[block], gallery.halves.max(), query.values.shape[1])
-    rows = np.flatnonzero(best + slack >= query.halves[block] - max_distance**2 / 2)
-    # Rounded down, so that float32 loses none of those that may be nearest.
-    floor = np.nextafter((best - 2 * slack)[rows].astype(np.float32), np.float32(-np.inf))
+    floor = _floors(closeness.max(axis=1), query, gallery, block, max_distance)
+    rows = np.flatnonzero(floor < np.inf)
     if len(rows) < len(closeness):
         closeness = closeness[rows]
-    row, column = np.divmod(np.flatnonzero(closeness >= floor[:, None]), closeness.shape[1])
+    hits = np.flatnonzero(closeness >= floor[rows, None])
+    row, column = np.divmod(hits, closeness.shape[1])
     return rows[row] + block.start, column
+
+
+def _closest_on(
+    device: str, query: _Descriptors, gallery: _Descriptors, block: slice, max_distance: float
+) -> Pairs:
+    """`_closest` by torch; the device sends back a number a row, then the few pairs."""
+    import torch
+
+    left, right = (torch.from_numpy(a).to(device) for a in (query.left[block], gallery.right))
+    with _float32_products():
+        closeness = left @ right.T
+    best = closeness.amax(dim=1).cpu().numpy()
+    floor = torch.from_numpy(_floors(best, query, gallery, block, max_distance)).to(device)
+    row, column = torch.nonzero(closeness >= floor[:, None], as_tuple=True)  # by rising row
+    return row.cpu().numpy() + block.start, column.cpu().numpy()
+
+
+@contextlib.contextmanager
+def _float32_products() -> Iterator[None]:
+    """No TF32 and no bf16 in torch's products, whatever the program allows: `_rounding` needs it.
+
+    Since PyTorch 2.9 each backend has a setting of its own, and the one for all of them raises
+    where these differ.
+    """
+    import torch
+
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        before = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+def _floors(
+    best: np.ndarray, query: _Descriptors, gallery: _Descriptors, block: slice, max_distance: float
+) -> np.ndarray:
+    """The least closeness (N,) float32 of what may be each row's nearest; inf where none is near.
+
+    best: (N,) float32, each row's greatest closeness.
+    """
+    best = best.astype(np.float64)
+    slack = _rounding(query.halves[block], gallery.halves.max(), query.values.shape[1])
+    # Rounded down, so that float32 loses none of those that may be nearest.
+    floor = np.nextafter((best - 2 * slack).astype(np.float32), np.float32(-np.inf))
+    floor[best + slack < query.halves[block] - max_distance**2 / 2] = np.inf
+    return floor
 
 
 def _nearest(
@@ -444,15 +530,16 @@ def inspect_pair(
     *,
     max_distance: float = 0.82,
     max_keypoints: int | None = None,
+    device: str | None = None,
     **options: Any,
 ) -> PairInspection:
     """Matches and verifies one image pair, exactly as reranking does.
 
-    max_keypoints: use this many of each image's features, the best first (None: all). options:
-    `verify`'s. No features on either side: no matches, no inliers. Raises ValueError as `match`
-    and `verify` do.
+    max_keypoints: use this many of each image's features, the best first (None: all). device: of
+    `match`. options: `verify`'s. No features on either side: no matches, no inliers. Raises
+    ValueError as `match` and `verify` do.
     """
-    options |= {"max_distance": max_distance, "max_keypoints": max_keypoints}
+    options |= {"max_distance": max_distance, "max_keypoints": max_keypoints, "device": device}
     return next(inspect_shortlist(query, [database], **options))
 
 
@@ -462,6 +549,7 @@ def inspect_shortlist(
     *,
     max_distance: float = 0.82,
     max_keypoints: int | None = None,
+    device: str | None = None,
     **options: Any,
 ) -> Iterator[PairInspection]:
     """`inspect_pair` of one query with each of its candidates, the query prepared once.
@@ -474,7 +562,7 @@ def inspect_shortlist(
     for features in candidates:
         features = features.subset(slice(max_keypoints))
         gallery = _Descriptors.read(features.descriptors, "gallery")
-        pairs = _match(prepared, gallery, max_distance)
+        pairs = _match(prepared, gallery, max_distance, device)
         points = query.keypoints[pairs[:, 0]], features.keypoints[pairs[:, 1]]
         yield PairInspection(pairs, verify(*points, **options))
 
@@ -642,6 +730,7 @@ def rerank_shortlist(
     seed: int = 0,
     max_keypoints: int | None = None,
     ties: str = "global",
+    match_device: str | None = None,
     workers: int | None = None,
     engine: str = "local",
     ray_address: str | None = None,
@@ -657,6 +746,7 @@ def rerank_shortlist(
         max_distance, estimator, threshold, iterations, confidence, seed: of `match` and `verify`.
         max_keypoints: features an image, best first (None: all that were extracted).
         ties: order of equal counts in the published ranking; the others keep the global order.
+        match_device: of torch, where matching runs (None: NumPy). The result does not depend on it.
         workers: processes (None: one a core). The result does not depend on it.
         engine, ray_address: "local", or "ray": the processes are those of a Ray cluster (see
             `cluster.connected`), which all see the run folder. Nor does it depend on that.
@@ -677,6 +767,9 @@ def rerank_shortlist(
     _check_options(**options)
     options |= dict(max_distance=max_distance, max_keypoints=max_keypoints)
     parameters = {"dataset": dataset, "top": top, "ties": ties} | options
+    options["device"] = match_device
+    if engine == "local":  # a cluster's head need not have what its nodes have
+        check_device(match_device)
     ground_truth = load_ground_truth(Path(data_folder) / f"gnd_{dataset}.pkl")
     inputs = _inputs(run / dataset, ground_truth)
     folder = run / dataset / "rerank"
