@@ -9,7 +9,10 @@ own data/benchmark, then in each --data folder.
 Each pair of a query and a candidate is matched once and verified by every estimator with every
 seed. Positives are a query's easy and hard images, negatives the candidates without a label. The
 spread of a pair is the standard deviation of its inliers over the seeds. Times are processor time.
-mAP is that of one short list a protocol, as `vitgal.reranking` does it.
+mAP is that of one short list a protocol, as `vitgal.reranking` does it, by the inliers; and, in a
+second table, by the candidate's features among the inliers, each counted once: matches are one way,
+so that many of the query's features may share one, and a homography that collapses the query onto a
+few of them has many inliers.
 
 --results FILE keeps what was measured and adds to it, so that one estimator can be measured at a
 time; the tables show all that is in it.
@@ -37,6 +40,7 @@ from vitgal.search import Positions
 from vitgal.store import FeatureStore
 
 SHOWN = ("medium", "hard")
+COUNTED = ("inliers", "features")
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,23 +90,24 @@ class Shortlists:
 def count(
     listed: Shortlists, estimators: Sequence[str], seeds: Sequence[int], options: dict, workers: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Inliers (E, S, Q, C) int32, padded with -1, and processor seconds (1 + E,).
+    """Counts (2, E, S, Q, C) int32, padded with -1, and processor seconds (1 + E,).
 
-    The first of the seconds are matching's, the others an estimator's with all seeds. options:
-    max_distance and those of `verify`. An image that could not be read counts 0.
+    The two are those of COUNTED: inliers, and the candidate's features among them. The first
+    of the seconds are matching's, the others an estimator's with all seeds. options: max_distance
+    and those of `verify`. An image that could not be read counts 0.
     """
     work = functools.partial(count_query, listed.store, estimators, seeds, options)
     tasks = [
         joblib.delayed(work)(query, [listed.database[image] for image in row[row >= 0]])
         for query, row in zip(listed.truth.queries, listed.candidates, strict=True)
     ]
-    shape = len(estimators), len(seeds), *listed.candidates.shape
+    shape = len(COUNTED), len(estimators), len(seeds), *listed.candidates.shape
     counts, seconds = np.full(shape, NOT_VERIFIED, np.int32), np.zeros(1 + len(estimators))
     # Processes, not threads: pydegensac draws from one random state a process.
     found = joblib.Parallel(n_jobs=workers, return_as="generator")(tasks)
     label = f"{listed.truth.name}: {', '.join(estimators)}"
     for q, (ours, spent) in enumerate(tqdm(found, label, total=len(tasks), unit="query")):
-        counts[:, :, q, : ours.shape[2]] = ours
+        counts[..., q, : ours.shape[-1]] = ours
         seconds += spent
     return counts, seconds
 
@@ -115,24 +120,23 @@ def count_query(
     query: str,
     names: list[str],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One query's inliers (E, S, candidates) and processor seconds (1 + E,)."""
+    """One query's counts (2, E, S, candidates) and processor seconds (1 + E,)."""
     options = dict(options)
     max_distance = options.pop("max_distance")
-    counts = np.zeros((len(estimators), len(seeds), len(names)), np.int32)
+    counts = np.zeros((len(COUNTED), len(estimators), len(seeds), len(names)), np.int32)
     readable = [place for place, name in enumerate(names) if name in store]
     ours, theirs = store.query(query), [store[names[place]] for place in readable]
     times = [time.process_time()]
     galleries = [features.descriptors for features in theirs]
     matches = match_shortlist(ours.descriptors, galleries, max_distance)
-    points = [
-        (ours.keypoints[pairs[:, 0]], features.keypoints[pairs[:, 1]])
-        for pairs, features in zip(matches, theirs, strict=True)
-    ]
     times.append(time.process_time())
-    for table, estimator in zip(counts, estimators, strict=True):
-        for row, seed in zip(table, seeds, strict=True):
-            for place, ends in zip(readable, points, strict=True):
-                row[place] = verify(*ends, estimator=estimator, seed=seed, **options).count
+    for e, estimator in enumerate(estimators):
+        for place, features, pairs in zip(readable, theirs, matches, strict=True):
+            ends = ours.keypoints[pairs[:, 0]], features.keypoints[pairs[:, 1]]
+            for row, seed in enumerate(seeds):
+                found = verify(*ends, estimator=estimator, seed=seed, **options)
+                once = np.unique(pairs[found.inliers, 1]).size
+                counts[:, e, row, place] = found.count, once
         times.append(time.process_time())
     return counts, np.diff(times)
 
@@ -147,7 +151,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {"mean": values.mean(), **spread}
 
 
-def inlier_summary(counts: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
+def count_summary(counts: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
     """What the counts (S, Q, C) of the chosen pairs (Q, C) say, over S seeds.
 
     The summary of the means of each seed, and `pair`, the mean of the pairs' own standard
@@ -180,40 +184,48 @@ def measure(
     common = {"pairs": pairs, "seeds": seeds, "matching_ms": 1e3 * seconds[0] / pairs}
     common["global"] = {protocol: before[protocol]["map"] for protocol in SHOWN}
     found = {}
-    for estimator, table, spent in zip(estimators, counts, seconds[1:], strict=True):
-        maps = [scores(listed, of_seed, top) for of_seed in table]
-        found[estimator] = common | {
-            "verifying_ms": 1e3 * spent / (pairs * seeds),
-            "positive": inlier_summary(table, listed.positive),
-            "negative": inlier_summary(table, listed.negative),
-            "map": {protocol: summary([one[protocol] for one in maps]) for protocol in SHOWN},
-        }
+    for e, estimator in enumerate(estimators):
+        found[estimator] = common | {"verifying_ms": 1e3 * seconds[1 + e] / (pairs * seeds)}
+        for way, table in zip(COUNTED, counts[:, e], strict=True):
+            found[estimator][way] = figures(listed, table, top)
     return runs.plain(found)
+
+
+def figures(listed: Shortlists, counts: np.ndarray, top: int) -> dict[str, dict]:
+    """What one estimator's counts (S, Q, C) of one kind give."""
+    maps = [scores(listed, of_seed, top) for of_seed in counts]
+    return {
+        "positive": count_summary(counts, listed.positive),
+        "negative": count_summary(counts, listed.negative),
+        "map": {protocol: summary([one[protocol] for one in maps]) for protocol in SHOWN},
+    }
 
 
 # Tables
 
 
 def show(dataset: str, found: dict[str, dict]) -> None:
-    """One data set's estimators as a table; mAP in percent."""
+    """One data set's estimators in a table for each way of counting; mAP in percent."""
     one = next(iter(found.values()))
     before = ", ".join(f"{name} {100 * value:.1f}" for name, value in one["global"].items())
-    print(f"\n{dataset}: {one['pairs']} pairs, {one['seeds']} seeds; global mAP {before}\n")
-    heads = ["", "inliers, positives", "negatives", "spread of a pair, positives / negatives"]
-    heads += ["ms a pair, verifying (matching)", *(f"mAP {protocol}" for protocol in SHOWN)]
-    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-    for estimator in filter(found.__contains__, ESTIMATORS):
-        print("| " + " | ".join([estimator, *cells(found[estimator])]) + " |")
+    print(f"\n{dataset}: {one['pairs']} pairs, {one['seeds']} seeds; global mAP {before}")
+    for way in COUNTED:
+        heads = [way, "positives", "negatives", "spread of a pair, positives / negatives"]
+        heads += ["ms a pair", *(f"mAP {protocol}" for protocol in SHOWN)]
+        print("\n| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+        for estimator in filter(found.__contains__, ESTIMATORS):
+            print("| " + " | ".join([estimator, *cells(found[estimator], way)]) + " |")
+    print(f"\nmatching: {np.mean([row['matching_ms'] for row in found.values()]):.2f} ms a pair")
 
 
-def cells(row: dict) -> list[str]:
-    sides = row["positive"], row["negative"]
+def cells(row: dict, way: str) -> list[str]:
+    sides = row[way]["positive"], row[way]["negative"]
     texts = [f"{side['mean']:.2f} ± {side['sd']:.2f}" for side in sides]
-    texts.append(" / ".join(f"{side['pair']:.2f}" for side in sides))
-    texts.append(f"{row['verifying_ms']:.2f} ({row['matching_ms']:.2f})")
-    for one in row["map"].values():
+    texts.append(" / ".join(f"{side['pair']:.1f}" for side in sides))
+    texts.append(f"{row['verifying_ms']:.2f}")
+    for one in row[way]["map"].values():
         mean, sd, least, most = (100 * one[key] for key in ("mean", "sd", "min", "max"))
-        texts.append(f"{mean:.2f} ± {sd:.2f} ({least:.2f} to {most:.2f})")
+        texts.append(f"{mean:.1f} ± {sd:.1f} ({least:.1f} to {most:.1f})")
     return texts
 
 
