@@ -14,13 +14,14 @@ second table, by the candidate's features among the inliers, each counted once: 
 so that many of the query's features may share one, and a homography that collapses the query onto a
 few of them has many inliers.
 
---results FILE keeps what was measured and adds to it, so that one estimator can be measured at a
-time; the tables show all that is in it.
+--results FOLDER keeps the counts: with --estimator or --seeds FIRST STOP a call measures a part,
+what is there already is not measured again, and the tables show all seeds that are there.
 """
 
 import argparse
 import functools
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -175,20 +176,45 @@ def scores(listed: Shortlists, counts: np.ndarray, top: int) -> dict[str, float]
 
 
 def measure(
-    listed: Shortlists, estimators: Sequence[str], seeds: int, top: int, options: dict, workers: int
-) -> dict[str, dict]:
-    """Each estimator's figures, in plain values."""
-    counts, seconds = count(listed, estimators, range(seeds), options, workers)
-    pairs = int((listed.candidates >= 0).sum())
-    before = evaluate(listed.positions, listed.truth)
-    common = {"pairs": pairs, "seeds": seeds, "matching_ms": 1e3 * seconds[0] / pairs}
-    common["global"] = {protocol: before[protocol]["map"] for protocol in SHOWN}
-    found = {}
+    folder: Path,
+    listed: Shortlists,
+    estimators: Sequence[str],
+    seeds: Sequence[int],
+    options: dict,
+    workers: int,
+) -> None:
+    """Writes `<data set>-<estimator>-<seed>.npz` for every seed that the folder lacks."""
+    name = listed.truth.name
+    missing = [
+        seed
+        for seed in seeds
+        if not all((folder / f"{name}-{one}-{seed}.npz").exists() for one in estimators)
+    ]
+    if not missing:
+        return
+    counts, seconds = count(listed, estimators, missing, options, workers)
     for e, estimator in enumerate(estimators):
-        found[estimator] = common | {"verifying_ms": 1e3 * seconds[1 + e] / (pairs * seeds)}
-        for way, table in zip(COUNTED, counts[:, e], strict=True):
-            found[estimator][way] = figures(listed, table, top)
-    return runs.plain(found)
+        for s, seed in enumerate(missing):
+            spent = np.array([seconds[0], seconds[1 + e] / len(missing)])
+            path = folder / f"{name}-{estimator}-{seed}.npz"
+            runs.write_arrays(path, counts=counts[:, e, s], seconds=spent)
+
+
+def measured(folder: Path, listed: Shortlists, top: int) -> dict[str, dict]:
+    """Each estimator's figures over all seeds that are in the folder; two at least."""
+    pairs = int((listed.candidates >= 0).sum())
+    found = {}
+    for estimator in ESTIMATORS:
+        paths = sorted(folder.glob(f"{listed.truth.name}-{estimator}-*.npz"))
+        if len(paths) < 2:
+            continue
+        files = [np.load(path, allow_pickle=False) for path in paths]
+        spent = 1e3 * np.mean([file["seconds"] for file in files], axis=0) / pairs
+        found[estimator] = {"pairs": pairs, "seeds": len(paths)}
+        found[estimator] |= {"matching": spent[0], "verifying": spent[1]}
+        for way, counts in zip(COUNTED, np.stack([f["counts"] for f in files], 1), strict=True):
+            found[estimator][way] = figures(listed, counts, top)
+    return found
 
 
 def figures(listed: Shortlists, counts: np.ndarray, top: int) -> dict[str, dict]:
@@ -204,25 +230,27 @@ def figures(listed: Shortlists, counts: np.ndarray, top: int) -> dict[str, dict]
 # Tables
 
 
-def show(dataset: str, found: dict[str, dict]) -> None:
+def show(listed: Shortlists, found: dict[str, dict]) -> None:
     """One data set's estimators in a table for each way of counting; mAP in percent."""
-    one = next(iter(found.values()))
-    before = ", ".join(f"{name} {100 * value:.1f}" for name, value in one["global"].items())
-    print(f"\n{dataset}: {one['pairs']} pairs, {one['seeds']} seeds; global mAP {before}")
+    before = evaluate(listed.positions, listed.truth)
+    before = ", ".join(f"{protocol} {100 * before[protocol]['map']:.1f}" for protocol in SHOWN)
+    print(f"\n{listed.truth.name}: global mAP {before}")
+    for estimator, row in found.items():
+        print(f"{estimator}: {row['pairs']} pairs, {row['seeds']} seeds", end="; ")
+        print(f"{row['matching']:.2f} ms a pair for matching")
     for way in COUNTED:
         heads = [way, "positives", "negatives", "spread of a pair, positives / negatives"]
         heads += ["ms a pair", *(f"mAP {protocol}" for protocol in SHOWN)]
         print("\n| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
-        for estimator in filter(found.__contains__, ESTIMATORS):
-            print("| " + " | ".join([estimator, *cells(found[estimator], way)]) + " |")
-    print(f"\nmatching: {np.mean([row['matching_ms'] for row in found.values()]):.2f} ms a pair")
+        for estimator, row in found.items():
+            print("| " + " | ".join([estimator, *cells(row, way)]) + " |")
 
 
 def cells(row: dict, way: str) -> list[str]:
     sides = row[way]["positive"], row[way]["negative"]
     texts = [f"{side['mean']:.2f} ± {side['sd']:.2f}" for side in sides]
     texts.append(" / ".join(f"{side['pair']:.1f}" for side in sides))
-    texts.append(f"{row['verifying_ms']:.2f}")
+    texts.append(f"{row['verifying']:.2f}")
     for one in row[way]["map"].values():
         mean, sd, least, most = (100 * one[key] for key in ("mean", "sd", "min", "max"))
         texts.append(f"{mean:.1f} ± {sd:.1f} ({least:.1f} to {most:.1f})")
@@ -238,18 +266,15 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", action="append", help="only these data sets")
     parser.add_argument("--data", action="append", type=Path, default=[], metavar="FOLDER")
     parser.add_argument("--estimator", choices=ESTIMATORS, action="append")
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, nargs=2, default=(0, 10), metavar=("FIRST", "STOP"))
     parser.add_argument("--top", type=int, default=100)
     parser.add_argument("--max-distance", type=float, default=0.82)
     parser.add_argument("--threshold", type=float, default=16.0)
     parser.add_argument("--iterations", type=int, default=2000)
     parser.add_argument("--confidence", type=float, default=1.0)
     parser.add_argument("--workers", type=int, default=joblib.cpu_count())
-    parser.add_argument("--results", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
-    if arguments.seeds < 2:
-        parser.error("--seeds is 2 or more: there is no spread of one")
-    return arguments
+    parser.add_argument("--results", type=Path, metavar="FOLDER")
+    return parser.parse_args()
 
 
 def datasets(run: Path, wanted: Sequence[str] | None) -> list[Path]:
@@ -275,23 +300,20 @@ def main() -> None:
     arguments = read_arguments()
     names = ("max_distance", "threshold", "iterations", "confidence")
     options = {name: getattr(arguments, name) for name in names}
-    settings = options | {"top": arguments.top, "seeds": arguments.seeds}
-    kept = {"settings": settings, "found": {}}
-    if arguments.results and arguments.results.exists():
-        kept = runs.read_json(arguments.results)
-        if kept["settings"] != settings:
-            raise SystemExit(f"{arguments.results} holds results of {kept['settings']}")
-    for folder in [path for run in arguments.runs for path in datasets(run, arguments.dataset)]:
-        truth = ground_truth(folder, arguments.data)
-        listed = Shortlists.read(folder, truth, arguments.top)
-        place = arguments.seeds, arguments.top, options, arguments.workers
-        found = measure(listed, arguments.estimator or list(ESTIMATORS), *place)
-        kept["found"].setdefault(folder.name, {}).update(found)
-        if arguments.results:
-            runs.write_json(arguments.results, kept)
+    settings = options | {"top": arguments.top}
     print(", ".join(f"{name} {value}" for name, value in settings.items()))
-    for dataset, found in kept["found"].items():
-        show(dataset, found)
+    with tempfile.TemporaryDirectory() as temporary:
+        results = arguments.results or Path(temporary)
+        if not (results / "settings.json").exists():
+            runs.write_json(results / "settings.json", settings)
+        if (kept := runs.read_json(results / "settings.json")) != settings:
+            raise SystemExit(f"{results} holds results of {kept}: name another folder")
+        for folder in [path for run in arguments.runs for path in datasets(run, arguments.dataset)]:
+            listed = Shortlists.read(folder, ground_truth(folder, arguments.data), arguments.top)
+            estimators = arguments.estimator or list(ESTIMATORS)
+            place = options, arguments.workers
+            measure(results, listed, estimators, range(*arguments.seeds), *place)
+            show(listed, measured(results, listed, arguments.top))
 
 
 if __name__ == "__main__":
