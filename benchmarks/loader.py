@@ -50,7 +50,7 @@ def write_photographs(folder: Path, count: int, height: int, width: int) -> pd.D
 
 
 class Hole(torch.nn.Module):
-    """One zero square of a quarter of the side with p 0.5, after normalisation."""
+    """One black square of a quarter of the side with p 0.5."""
 
     def forward(self, picture: torch.Tensor) -> torch.Tensor:
         if torch.rand(()) < 0.5:
@@ -70,9 +70,9 @@ def plain_composition(size: int) -> v2.Compose:
             v2.RandomApply([v2.RandomAffine(10, (0.2, 0.2), (0.7, 1.3), interpolation=2)], p=0.7),
             v2.RandomApply([v2.RandomResizedCrop(size, (0.9, 1.0), antialias=False)]),
             v2.Resize((size, size), antialias=False),
+            Hole(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(images.MEAN, images.STD),
-            Hole(),
         ]
     )
 

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vitgal import own, runs
-from vitgal.evaluation import average_precision
+from vitgal.evaluation import average_precision, bootstrap_interval
 from vitgal.images import resize
 from vitgal.reranking import verify
 
@@ -158,6 +158,13 @@ def report(systems: dict[str, tuple[dict, float]]) -> None:
         f"{'mean over places':<{width}}"
         + "".join(f"  {100 * r:9.1f}{100 * p:9.1f}" for r, p in means)
     )
+    cells = ""
+    for scores, _ in systems.values():
+        for column in np.array(list(scores.values())).T:
+            low, high = bootstrap_interval(column)  # over places, which are few
+            cells += f"{f'{100 * low:.0f}-{100 * high:.0f}':>9}"
+        cells += "  "
+    print(f"{'95 % interval':<{width}}  {cells}")
     spent = ("" if value != value else f"{value:.0f} ms a query" for _, value in systems.values())
     print(" " * width + "".join(f"  {text:>18}" for text in spent))
 

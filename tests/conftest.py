@@ -1,4 +1,4 @@
-"""Fixtures and the order of the tests: unit tests, the notebooks under nbval, slow tests."""
+"""Fixtures and the order of the tests: unit tests, nbval, slow tests, a Ray cluster's."""
 
 import os
 from collections.abc import Callable
@@ -16,6 +16,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
         if item.path.suffix == ".ipynb":
             return 1
+        if item.get_closest_marker("last"):
+            return 3
         return 2 if item.get_closest_marker("slow") else 0
 
     items.sort(key=place)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as tv
+from torchvision.transforms import RandomResizedCrop
 
 from vitgal import augmentation, images
 
@@ -84,7 +85,7 @@ def reference(image: np.ndarray, size: int, rng: np.random.Generator) -> torch.T
             fill=0,
         )
     if rng.random() < 0.5:
-        top, left, height, width = augmentation._random_crop(*picture.shape[-2:], rng)
+        top, left, height, width = augmentation._resized_crop(*picture.shape[-2:], rng)
         picture = tv.crop(picture, top, left, height, width)
     return tv.resize(picture, [size, size], antialias=False)
 
@@ -99,6 +100,35 @@ def test_the_published_augmentation_is_torchvisions_composition(photograph, seed
     assert difference(ours, theirs).mean() < 4
     others = reference(photograph, 48, np.random.default_rng(seed + 100))
     assert difference(ours, others).mean() > 8
+
+
+@pytest.mark.parametrize(("height", "width"), [(768, 1024), (1024, 768), (500, 500), (300, 900)])
+def test_the_crop_is_drawn_as_torchvision_draws_it(height, width):
+    rng = np.random.default_rng(0)
+    ours = np.array([augmentation._resized_crop(height, width, rng) for _ in range(2000)])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        page, shape = torch.empty(3, height, width), ([0.9, 1.0], [3 / 4, 4 / 3])
+        theirs = np.array([RandomResizedCrop.get_params(page, *shape) for _ in range(2000)])
+    for top, left, tall, wide in ours:
+        assert 0 <= top <= height - tall and 0 <= left <= width - wide
+    # Four standard deviations of the difference of two means, of two shares; where nothing varies
+    # (at 1:3 no draw fits, and the middle is taken) the two are equal.
+    bound = 4 * np.sqrt((ours.var(axis=0) + theirs.var(axis=0)) / 2000)
+    assert (np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) <= bound).all()
+    first, second = (
+        np.mean((each[:, 2:] == (height, width)).all(axis=1)) for each in (ours, theirs)
+    )
+    assert abs(first - second) <= 4 * np.sqrt(2 * 0.25 / 2000)
+
+
+def test_the_crop_of_a_wide_photograph_is_its_middle():
+    # 300 x 900 at 4:3 at most: 0.9 of the area would need 569 x 427 pixels. All of the height, and
+    # 400 of the width, from (900 - 400) / 2 on.
+    rng = np.random.default_rng(0)
+    assert {augmentation._resized_crop(300, 900, rng) for _ in range(9)} == {(0, 250, 300, 400)}
+    assert augmentation._resized_crop(900, 300, rng) == (250, 0, 400, 300)
+    assert augmentation._resized_crop(1, 1, rng) == (0, 0, 1, 1)
 
 
 def test_fast_is_published_without_its_last_roundings(photograph):

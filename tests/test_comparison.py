@@ -123,6 +123,8 @@ def test_what_cannot_be_compared(two, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="empty holds no scores.json: run the notebooks 04"):
         comparison.compare(two[0], tmp_path / "empty")
+    with pytest.raises(comparison.ResultError, match="empty holds no scores.json: name a run"):
+        comparison.compare_folders(tmp_path / "empty", two[0], names=("c", "a"))
     alone = tmp_path / "c"
     place(alone / "other" / "global", document([0, 0, 0]))
     place(alone / "other" / "rerank", document([0, 0, 0]))

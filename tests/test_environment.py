@@ -23,8 +23,8 @@ def test_conda_brings_python_and_pip_brings_the_rest(environment):
     *conda, pip = environment["dependencies"]
     # Every other version would be a second source beside pyproject.toml.
     assert [entry.partition("=")[0] for entry in conda] == ["python", "pip"]
-    assert pip == {"pip": ["-e .[dev]"]}
-    assert "dev" in PROJECT["optional-dependencies"]
+    assert pip == {"pip": ["-e .[dev,scale]"]}
+    assert {"dev", "scale"} == PROJECT["optional-dependencies"].keys()
     assert environment["name"] == PROJECT["name"]
 
 
@@ -56,7 +56,8 @@ def pins() -> dict[str, list[Requirement]]:
 
 def test_constraints_pin_every_dependency_within_its_range():
     pinned = pins()
-    wanted = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]
+    extras = PROJECT["optional-dependencies"]
+    wanted = [*PROJECT["dependencies"], *extras["dev"], *extras["scale"]]
     for requirement in map(Requirement, wanted):
         lines = pinned.get(canonicalize_name(requirement.name), [])
         assert lines, f"constraints.txt does not pin {requirement.name}"
@@ -64,6 +65,11 @@ def test_constraints_pin_every_dependency_within_its_range():
             exact = re.fullmatch(r"==([\w.+]+)", str(line.specifier))
             assert exact, f"{line} is not one exact version"
             assert exact[1] in requirement.specifier, f"{line} is not within {requirement}"
+
+
+def test_make_installs_every_extra():
+    installed = re.search(r'--editable "\.\[([\w,]+)\]"', (TOP / "Makefile").read_text())[1]
+    assert set(installed.split(",")) == PROJECT["optional-dependencies"].keys()
 
 
 def test_constraints_hold_versions_only():

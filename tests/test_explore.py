@@ -288,7 +288,7 @@ def test_any_database_image_by_name_or_index(lens):
     lens.other.value = "z"
     assert "there is no database image &#x27;z&#x27;" in seen(lens)[1] and seen(lens)[0] == []
     lens.other.value = "7"
-    assert "database 7: there are 0 to 4" in seen(lens)[1]
+    assert "there is no database image 7: tiny has 0 to 4" in seen(lens)[1]
     lens.other.value = "3"
     assert lens.image.value == 3 and len(seen(lens)[0]) == 1
     lens.other.value = "e"
@@ -313,7 +313,7 @@ def test_other_weights_are_refused(lens, run, tmp_path):
     inspector = inspection.Inspector(run, benchmark, weights=str(other))
     with pytest.raises(inspection.InspectionError, match="not those that the local features"):
         inspector.look("query", 0)
-    with pytest.raises(inspection.InspectionError, match="query 5: there are 0 to 1"):
+    with pytest.raises(inspection.InspectionError, match="no query 5: tiny has 0 to 1"):
         inspector.image("query", 5)
 
 

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from vitgal import evaluation, revisited, runs
+from vitgal import approximate, evaluation, revisited, runs
 from vitgal.external import DescriptorError, evaluate_descriptors, read_descriptors
 
 NAMES = ["q", "a", "b", "sub/c"]
@@ -136,6 +136,74 @@ def benchmark(tmp_path: Path) -> Path:
     )
     revisited.write_ground_truth(folder / "gnd_small.pkl", truth)
     return folder
+
+
+@pytest.fixture
+def larger(tmp_path: Path) -> tuple[Path, Path]:
+    """A benchmark of 3 queries and 300 images that are never decoded, and descriptors of it."""
+    generator = np.random.default_rng(0)
+    names = [*(f"q{q}" for q in range(3)), *(f"im{image:03}" for image in range(300))]
+    folder = tmp_path / "data"
+    (folder / "jpg").mkdir(parents=True)
+    for name in names:
+        (folder / "jpg" / f"{name}.jpg").write_bytes(b"-")
+    drawn = np.sort(generator.permuted(np.tile(np.arange(300), (3, 1)), axis=1)[:, :60])
+    truth = revisited.GroundTruth(
+        "larger",
+        names[3:],
+        names[:3],
+        np.tile([0.0, 0, 8, 8], (3, 1)),
+        *([row[kind::3] for row in drawn] for kind in range(3)),
+    )
+    revisited.write_ground_truth(folder / "gnd_larger.pkl", truth)
+    rows = generator.standard_normal((303, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", rows)
+    (tmp_path / "x.txt").write_text("\n".join(names) + "\n")
+    return folder, tmp_path / "x.npy"
+
+
+def test_a_ranking_that_begins_with_what_an_index_finds(larger, tmp_path):
+    data, path = larger
+    truth = revisited.load_ground_truth(data / "gnd_larger.pkl")
+    options = dict(dataset="larger", data_folder=data, descriptors=path, top=5, display=5)
+    plain = evaluate_descriptors(tmp_path / "plain", **options)
+    exact = runs.read_json(plain / "scores.json")
+    assert "recall" not in exact and "exact" not in exact
+    text = "IVF16,Flat; nprobe=4"
+    folder = evaluate_descriptors(tmp_path / "run", index=text, **options)
+    scores = runs.read_json(folder / "scores.json")
+    assert scores["parameters"]["index"] == text
+    assert 0.2 < scores["recall"]["10"] < 1 and scores["recall"]["searched exactly"] == 0
+    # The ranking written out: the list, then all other images in exact order.
+    ranks = np.load(folder / "ranks.npy")
+    queries, database = (np.load(folder / f"{name}.npy") for name in ("queries", "database"))
+    order = np.argsort(-(database.astype(float) @ queries.T), axis=0)
+    behind = [order[~np.isin(order[:, q], ranks[:, q]), q] for q in range(3)]
+    written = np.concatenate([ranks, np.array(behind).T])
+    expected, whole = evaluation.evaluate(written, truth), evaluation.evaluate(order, truth)
+    for protocol in revisited.PROTOCOLS:
+        assert scores[protocol]["map"] == pytest.approx(expected[protocol]["map"], abs=1e-12)
+        assert scores["exact"][protocol]["map"] == pytest.approx(whole[protocol]["map"], abs=1e-12)
+        assert exact[protocol]["map"] == scores["exact"][protocol]["map"]
+    assert scores["medium"]["map"] != scores["exact"]["medium"]["map"]
+    found = approximate.read(folder, database, text)
+    np.testing.assert_array_equal(approximate.find(found, queries, k=len(ranks))[1], ranks)
+    # Reused as it is; another index, or none, is another ranking.
+    before = (folder / "stage.json").read_bytes()
+    evaluate_descriptors(tmp_path / "run", index=text, **options)
+    assert (folder / "stage.json").read_bytes() == before
+    for other in (None, "Flat"):
+        with pytest.raises(runs.StageError, match="index"):
+            evaluate_descriptors(tmp_path / "run", index=other, **options)
+
+
+def test_an_index_that_does_not_fit_stops_before_anything_is_written(larger, tmp_path):
+    data, path = larger
+    options = dict(dataset="larger", data_folder=data, descriptors=path)
+    for text in ("nonsense", "PQ3"):  # 3 does not divide 8
+        with pytest.raises(ValueError, match=f"no index '{text}'"):
+            evaluate_descriptors(tmp_path / "run", index=text, **options)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_stage_ranks_and_scores(benchmark, tmp_path):

@@ -133,6 +133,21 @@ class TestGlobal:
         only = extraction.extract_global(model, [photo], size=96)[0]
         assert np.abs(row - only).max() > 1e-4
 
+    def test_every_scale_counts_the_same(self):
+        """(3, 0) at full size and (0, 1) at half: the mean of their directions lies between."""
+
+        class Lengths(torch.nn.Linear):
+            embed_dim = 2
+
+            def global_features(self, images):
+                row = [3.0, 0.0] if images.shape[2] == 32 else [0.0, 1.0]
+                return torch.tensor([row] * len(images))
+
+        found = extraction.extract_global(
+            Lengths(1, 1), [noise(32, 32, 0)], size=32, scales=(1.0, 0.5)
+        )
+        np.testing.assert_allclose(found, [[0.5**0.5, 0.5**0.5]], rtol=1e-6)
+
     def test_none_and_one(self, model):
         assert extraction.extract_global(model, []).shape == (0, 128)
         row = extraction.extract_global(model, [noise(20, 30, 0)], size=32)
@@ -492,6 +507,8 @@ class TestEvaluateGlobal:
     def test_missing_weights(self, run, benchmark, tmp_path):
         with pytest.raises(FileNotFoundError, match="there are no weights.*02_train"):
             evaluate(run, benchmark, tmp_path / "none.safetensors")
+        with pytest.raises(FileNotFoundError, match="no weights.*`vitgal download vitgal_s24` br"):
+            evaluate(run, benchmark, tmp_path / "weights" / "vitgal_s24.pth")
         with pytest.raises(ValueError, match="unknown architecture"):
             evaluate(run, benchmark, "untrained:resnet")
 

@@ -202,9 +202,9 @@ class TestResize:
         resized = images.resize(image, 16, "squash")
         assert resized.shape == (16, 16, 3)
         assert resized[5, :2, 0].tolist() == [50, 150]
-        # A quarter the width samples at 1.5 and 5.5: only two of four pixels count.
-        wide = np.repeat(image, 2, axis=1)
-        assert images.resize(wide, 16, "squash")[0, 0, 1] == (0 + 100) // 2
+        # A quarter the width samples at 1.5: only two of four pixels count (the mean is 100).
+        wide = np.tile(image, (1, 2, 1))
+        assert images.resize(wide, 16, "squash")[0, 0, 1] == (100 + 50) // 2
 
     @pytest.mark.parametrize(
         ("shape", "size", "mode", "message"),

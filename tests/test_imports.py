@@ -10,12 +10,12 @@ import pytest
 import vitgal
 
 PACKAGE = Path(vitgal.__file__).parent
-TORCH_FREE = """runs images features store landmarks revisited search evaluation comparison
-    external reranking plots figures""".split()
+TORCH_FREE = """runs cluster images features store landmarks revisited search approximate
+    evaluation comparison external reranking plots figures""".split()
 ORDER = [
     *TORCH_FREE,
     *"download demo model weights local_features extraction tuning inspection own".split(),
-    *"augmentation recipe training_data trainer pipeline training explore".split(),
+    *"augmentation recipe training_data trainer distillation pipeline training explore".split(),
     *"__main__ __init__".split(),
 ]
 

@@ -462,3 +462,29 @@ def test_wrong_lines_are_named_by_number(tmp_path, line):
     path.write_text(f"train/ok.jpg 3\n{line}\n")
     with pytest.raises(ValueError, match="line 2: expected"):
         landmarks.read_split_txt(path)
+
+
+# What notebook 01 shows
+
+
+def test_sample_is_spread_over_classes_and_images(tmp_path):
+    folder = make_images(tmp_path)
+    # Classes in order: 3 (two images), 7 (one), 12 (four). The first and the last class; of four
+    # images the first and the last, of two both.
+    found = landmarks.sample_images(frame(), folder, classes=2, per_class=2)
+    assert [title for title, _ in found] == ["landmark 3"] * 2 + ["landmark 12"] * 2
+    assert [path.stem for _, path in found] == ["bb20", "bb21", "aa10", "aa13"]
+    assert all(path.is_file() for _, path in found)
+    assert len(landmarks.sample_images(frame(), folder, classes=9, per_class=9)) == len(ROWS)
+    assert landmarks.sample_images(frame([]), folder, classes=2, per_class=2) == []
+
+
+def test_sample_of_missing_images_says_what_to_do(tmp_path):
+    options = {"classes": 3, "per_class": 1}
+    with pytest.raises(
+        FileNotFoundError, match=r"no image folder .*/none; it is the one that hold"
+    ):
+        landmarks.sample_images(frame(), tmp_path / "none", **options)
+    make_images(tmp_path, ROWS[:2])
+    with pytest.raises(FileNotFoundError, match=r"1 of 3 .*first c/c/3/cc30\.jpg; unpack every"):
+        landmarks.sample_images(frame(), tmp_path, **options)

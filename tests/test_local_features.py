@@ -32,8 +32,11 @@ def one(model, size=(32, 32), **options):
 
 class TestScores:
     def test_by_hand(self):
-        """Heads over their peaks: [1, .5, .5], [.25, 1, .25]; mean [.625, .75, .375], sum 1.75."""
-        attention = torch.tensor([[[0.4, 0.2, 0.2], [0.1, 0.4, 0.1]]])
+        """Heads over their peaks: [1, .5, .5], [.25, 1, .25]; mean [.625, .75, .375], sum 1.75.
+
+        The second head attends ten times as much; without the peaks its place would be first.
+        """
+        attention = torch.tensor([[[0.04, 0.02, 0.02], [0.1, 0.4, 0.1]]])
         expected = np.array([0.625, 0.75, 0.375]) / 1.75 * 3
         # float32 rounding
         np.testing.assert_allclose(lf.token_scores(attention)[0], expected, rtol=1e-6)
@@ -231,6 +234,14 @@ class TestLocalFeatures:
         assert found.keypoints.tolist() == [[24, 24]]
         found = one(Tokens(((2, 2), attention)), scales=(1.0,), target_per_scale=1, ladder=(1.5, 1))
         assert found.keypoints.tolist() == [[24, 24]]  # 1.6 alone is above 1.5
+
+    def test_fewer_tokens_are_wanted_at_a_smaller_scale(self):
+        """Half of 64 pixels: a quarter of the area, so 1 token of the 4 wanted at scale 1."""
+        # Scores 0.4, 0.8, 1.2, 1.6: one above 1.5, which is enough; at scale 1 it is not.
+        for scale, wanted in ((0.5, 1), (1.0, 2)):
+            model = Tokens(((2, 2), [0.1, 0.2, 0.3, 0.4]))
+            options = dict(scales=(scale,), target_per_scale=4, ladder=(1.5, 1))
+            assert len(one(model, size=(64, 64), **options)) == wanted
 
     def test_published_locations_are_scrambled_by_the_lost_pixel(self):
         """31 tokens a row counted as 30: token 31, row 1 column 0, is taken for row 1 column 1."""

@@ -5,8 +5,10 @@ The strict comparison itself is `pytest --nbval notebooks/` in `make test`.
 
 import ast
 import copy
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -427,3 +429,25 @@ def test_plain_papermill_works(tiny_run, tmp_path):
     command += [*options, "--cwd", "notebooks", "-k", "python3", "--no-progress-bar"]
     child = subprocess.run(command, cwd=TOP, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr[-3000:]
+
+
+@pytest.mark.slow
+def test_the_validation_set_is_a_benchmark_too(tiny_run, tmp_path):
+    run = tmp_path / "validation"
+    shutil.copytree(tiny_run, run)
+    # 06 of the run has described it already, with the settings of its benchmark
+    pipeline.run(
+        TOP / "params" / "tiny.yaml",
+        first="04",
+        last="06",
+        overrides={"dataset": "val_retrieval", "overwrite": True},
+        output=run,
+        progress=False,
+    )
+    for stage in ("global", "rerank"):
+        scores = json.loads((run / "val_retrieval" / stage / "scores.json").read_text())
+        assert 0 <= scores["medium"]["map"] <= 1
+        # every right image is an easy one, so that Hard has no query
+        assert scores["hard"]["map"] is None
+        low, high = scores["medium"]["interval"]
+        assert low <= scores["medium"]["map"] <= high

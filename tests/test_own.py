@@ -13,7 +13,7 @@ import PIL.Image
 import pytest
 
 from vitgal import __main__ as command_line
-from vitgal import extraction, images, own, pipeline, reranking, runs
+from vitgal import extraction, images, own, pipeline, reranking, runs, store, training
 from vitgal.features import LocalFeatures
 from vitgal.model import build_model
 from vitgal.weights import save_model
@@ -139,6 +139,11 @@ def test_a_notebook_shows_the_message_alone():
     error = own.PhotographError("one\ntwo")
     assert error._render_traceback_() == ["one", "two"]
     assert runs.StageError("x")._render_traceback_() == ["x"]
+    for kind in (store.StoreError, training.TrainingError, training.Preempted):
+        assert kind("y")._render_traceback_() == ["y"]
+    assert images.ImageError("a.jpg", "it is empty")._render_traceback_() == [
+        "a.jpg: it is empty; replace the file or take it out of the image list"
+    ]
 
 
 # Descriptions

@@ -231,6 +231,27 @@ def test_a_file_names_its_own_notebooks_and_the_command_line_beats_it(two, tmp_p
         assert {path.name[:2] for path in (folder / "notebooks").glob("*.ipynb")} == executed
 
 
+def test_evaluation_from_a_fresh_folder_lets_the_data_come_first(scratch, tmp_path):
+    # 01 makes the data that 04 would read; what is typed for 04 alone reaches it all the same
+    scratch("01_data.ipynb", "run_dir: str = 'demo'\nviews: int = 4", "print(views)")
+    scratch("02_train.ipynb", "run_dir: str = 'demo'", "raise ValueError")
+    given = "run_dir: str = 'demo'\ndataset_dir: str | None = None\ntop: int = 3"
+    folder = scratch("04_eval.ipynb", given, "print(dataset_dir, top)").parent
+    shared = dict(notebooks=folder, progress=False)
+
+    def executed(name: str, **choice) -> set[str]:
+        run = pipeline.run(output=tmp_path / name, **choice, **shared)
+        return {path.name[:2] for path in (run / "notebooks").glob("*.ipynb")}
+
+    assert executed("fresh", first="04", overrides={"top": "5"}) == {"01", "04"}
+    assert printed(tmp_path / "fresh/notebooks/04_eval.ipynb") == "None 5\n"
+    assert executed("only", only=["04"]) == {"04"}  # as it was asked for
+    assert executed("other", first="04", overrides={"dataset_dir": str(tmp_path)}) == {"04"}
+    with runs.stage(tmp_path / "made" / "split", "split", parameters={}, inputs={}) as stage:
+        stage.finish([])
+    assert executed("made", first="04") == {"04"}
+
+
 @pytest.mark.parametrize("value", [4, "04", "04:07", "four-five", ["04"], "04-"])
 def test_own_range_refuses_what_is_none(value):
     with pytest.raises(pipeline.ParameterError, match="04-07"):
@@ -509,34 +530,97 @@ def test_ctrl_c_keeps_the_partial_notebook(scratch, tmp_path):
     assert executed.exists()
 
 
+SAVES = """import signal, threading
+class Preempted(RuntimeError):
+    pass
+def save(*_):
+    raise Preempted("the state is saved")
+signal.signal(signal.SIGTERM, save)
+open(BEGUN, "w").close()
+threading.Event().wait()
+"""
+ENDS = """import threading
+open(BEGUN, "w").close()
+threading.Event().wait()
+"""
+GOES_ON = """import signal, threading
+told = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: told.set())
+open(BEGUN, "w").close()
+told.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        (SAVES, "the state is saved"),
+        pytest.param(ENDS, "In [2]", marks=pytest.mark.slow),
+        pytest.param(GOES_ON, "it is finished", marks=pytest.mark.slow),
+    ],
+)
+def test_sigterm_is_passed_on_and_asks_for_a_restart(cell, said, scratch, tmp_path):
+    """Whether the cell saves something, as training does, the kernel just ends, or goes on."""
+    begun = tmp_path / "begun"
+    os.mkfifo(begun)
+    cell = cell.replace("BEGUN", repr(str(begun)))
+    notebook = scratch("01_a.ipynb", "run_dir: str = 'a'", cell)
+    code = (
+        "import sys; from pathlib import Path; from vitgal import pipeline\n"
+        "try:\n"
+        f"    pipeline.run(notebooks=Path({str(notebook.parent)!r}), progress=False)\n"
+        "except pipeline.Preempted as error:\n"
+        "    print(error, file=sys.stderr)\n"
+        "    sys.exit(pipeline.RESTART)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    with open(begun):  # returns when the cell opens the other end
+        process.terminate()
+    complaint = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, complaint
+    assert "01_a.ipynb was asked to end (SIGTERM) in In [2]:" in complaint and said in complaint
+    assert "run the same command again to go on: finished stages" in complaint
+
+
+def test_the_command_asks_for_a_restart(monkeypatch, tmp_path, capsys):
+    def ended(*_, **__):
+        raise pipeline.Preempted("it was asked to end")
+
+    monkeypatch.setattr(pipeline, "run", ended)
+    assert command_line.main(["run", str(tmp_path / "x.yaml")]) == 75
+    assert capsys.readouterr().err == "vitgal: it was asked to end\n"
+
+
 # Scores
 
 
 def write_scores(folder: Path, value: float, **more) -> None:
     protocol = {"map": value, "mp_at": {"1": 1.0, "5": value, "10": None}, "ap": [value, None]}
+    protocol["interval"] = [value - 0.05, value + 0.0375]
     runs.write_json(folder / "scores.json", {"easy": protocol, "medium": protocol} | more)
 
 
 def test_summary_is_aligned(tmp_path):
     write_scores(tmp_path / "demo/untrained", 0.05)
     write_scores(tmp_path / "demo/global", 0.5)
-    published = {"hard": {"map": 0.25, "mp_at": {}}}
+    published = {"hard": {"map": 0.25, "mp_at": {}, "interval": [None, None]}}
     write_scores(tmp_path / "demo/rerank", 0.875, published=published)
     (tmp_path / "demo/figures").mkdir()
     lines = pipeline.summary(tmp_path).splitlines()
     scores = lines[: lines.index("")]
     assert len({len(line) for line in scores}) == 1
-    assert scores[0].split() == ["demo", "easy", "medium", "hard"]
-    assert scores[1].split() == ["mAP", "mP@1", "mP@5", "mP@10"] * 3
-    nothing = ["-"] * 4
-    assert [line.split()[-12:] for line in scores[2:]] == [
-        ["5.0", "100.0", "5.0", "-"] * 2 + nothing,
-        ["50.0", "100.0", "50.0", "-"] * 2 + nothing,
-        ["87.5", "100.0", "87.5", "-"] * 2 + nothing,
-        nothing * 2 + ["25.0", "-", "-", "-"],
+    width = len("reranked, published")
+    assert [line[:width].strip() for line in scores] == [
+        *("demo", "untrained", "", "global", "", "reranked", "", "reranked, published")
     ]
-    heads = ["untrained", "global", "reranked", "reranked, published"]
-    assert [line[: len(max(heads, key=len))].strip() for line in scores[2:]] == heads
+    assert scores[0][width:].split() == ["mAP", "95", "%", "interval", "mP@1", "mP@5", "mP@10"]
+    assert [line[width:].split() for line in scores[1::2]] == [
+        ["easy", "5.0", "0.0", "to", "8.8", "100.0", "5.0", "-"],
+        ["easy", "50.0", "45.0", "to", "53.8", "100.0", "50.0", "-"],
+        ["easy", "87.5", "82.5", "to", "91.2", "100.0", "87.5", "-"],
+        ["hard", "25.0", "-", "-", "-", "-"],
+    ]
+    assert [line[width:].split()[0] for line in scores[2::2]] == ["medium"] * 3
     assert lines[-2:] == [
         f"executed notebooks: {tmp_path / 'notebooks'}",
         f"figures: {tmp_path / 'demo/figures'}",
@@ -545,3 +629,17 @@ def test_summary_is_aligned(tmp_path):
 
 def test_summary_without_scores(tmp_path):
     assert pipeline.summary(tmp_path) == f"executed notebooks: {tmp_path / 'notebooks'}"
+
+
+@pytest.mark.slow
+def test_a_notebook_that_fails_ends_the_command_with_1(tmp_path, capsys):
+    # No notebook before it has run in this folder, so that there is no data set.
+    params = runs.checkout() / "params" / "tiny.yaml"
+    given = ["run", str(params), "--only", "06", "--output"]
+    assert command_line.main([*given, str(tmp_path / "empty")]) == 1
+    complaint = capsys.readouterr().err
+    assert "06_rerank.ipynb stopped at In [" in complaint
+    assert "FileNotFoundError: the folder" in complaint
+    partial = tmp_path / "empty" / "notebooks" / "06_rerank.ipynb"
+    assert str(partial) in complaint and partial.exists()
+    assert not list(tmp_path.rglob("stage.json"))

@@ -331,12 +331,28 @@ def test_training_curves_show_what_the_log_holds():
     assert lines["training (margin)"] == [[10, 10], [20, 30]]
     assert lines["validation"] == [[30, 40]] and lines["validation (margin)"] == [[30, 20]]
     assert len({line.get_linestyle() for line in accuracy.lines}) == 3
+    codes = plots.training_curves(log().drop(columns="val_accuracy_margin"))
+    assert [line.get_label() for line in codes[1].lines] == ["training", "validation"]
     only_loss = plots.training_curves(log()[["step", "loss"]])
     assert [panel.get_title("left") for panel in only_loss] == ["loss"]
     own = plots.training_curves(log(), panels={"mine (%)": {"val_map": "mAP"}})
     assert own[0].lines[0].get_ydata() == pytest.approx([55])  # 0.55 * 100 is rounded
     with pytest.raises(ValueError, match="no column step"):
         plots.training_curves(log().drop(columns="step"))
+    assert panels[0].get_xlabel() == "step"
+    schedule = plots.training_curves(pd.DataFrame({"epoch": [0, 1, 2], "lr": [0.1, 0.2, 0.1]}))
+    assert [panel.get_xlabel() for panel in schedule] == ["epoch"]
+    assert schedule[0].lines[0].get_xdata().tolist() == [0, 1, 2]
+
+
+def test_a_curve_has_the_band_of_its_interval():
+    given = log().assign(val_map_low=[np.nan, np.nan, 0.5], val_map_high=[np.nan, np.nan, 0.7])
+    given.loc[0, ["val_map", "val_map_low", "val_map_high"]] = (0.25, 0.125, 0.375)
+    (axes,) = plots.training_curves(given, panels={"mAP (%)": {"val_map": "validation"}})
+    (band,) = axes.collections
+    assert {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()} == {
+        *((10.0, 12.5), (10.0, 37.5), (30.0, 50.0), (30.0, 70.0))
+    }
 
 
 def test_reconstruction_error_maps_share_one_scale_and_span_the_photograph():

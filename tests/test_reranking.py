@@ -1,5 +1,6 @@
 """Matching against a KD-tree, verification on planted homographies, reranking by hand."""
 
+import inspect
 import json
 import math
 import multiprocessing
@@ -288,6 +289,16 @@ def test_verify_threshold_of_degensac_is_a_sampson_distance():
     inliers = verify(query, gallery, "degensac", threshold=16.0).inliers[4000:]
     # Squared Sampson distance at equal scale: distance^2 / 2, so 16 px admit 22.63 px.
     assert inliers[distances < 22.1].all() and not inliers[distances > 23.1].any()
+
+
+@pytest.mark.parametrize("function", [match, verify, inspect_pair, rerank_shortlist])
+def test_defaults_are_the_published(function):
+    published = dict(estimator="degensac", threshold=16.0, iterations=2000, confidence=1.0, seed=0)
+    published |= dict(max_distance=0.82, top=100, max_keypoints=None)  # 1000 are stored at most
+    found = inspect.signature(function).parameters
+    shared = published.keys() & found.keys()
+    assert len(shared) >= 1
+    assert {name: found[name].default for name in shared} == {n: published[n] for n in shared}
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

@@ -272,6 +272,19 @@ def test_other_settings_are_refused_and_named(tmp_path, prepare):
     assert (tmp_path / "out.txt").exists()
 
 
+def test_a_stage_that_made_nothing_binds_nobody(tmp_path):
+    # Weights of another architecture, say, are found out once the stage has begun.
+    with pytest.raises(ZeroDivisionError):
+        with runs.stage(tmp_path, "toy", parameters={"size": 3}, inputs=INPUTS):
+            raise ZeroDivisionError
+    assert sorted(os.listdir(tmp_path)) == [".lock", "started.json"]
+    with pytest.raises(StageError, match="other settings"):  # another worker may be about to write
+        with runs.stage(tmp_path, "toy", parameters={}, inputs=INPUTS, share=(0, 2)):
+            pass
+    assert not work(tmp_path, size=4)
+    assert runs.read_stage(tmp_path, "04")["parameters"] == {"size": 4}
+
+
 def test_other_inputs_stage_and_format_are_refused(tmp_path, monkeypatch):
     work(tmp_path)
     for name, inputs, word in (
@@ -356,10 +369,23 @@ def test_a_folder_that_cannot_be_written(tmp_path):
         work(tmp_path / "file" / "s")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(StageError, match="Permission denied"):
+@pytest.fixture
+def ordinary_user():
+    """Root may write everywhere, so it becomes nobody for the while."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    yield
+    if root:
+        os.seteuid(0)
+
+
+def test_a_folder_without_permission(tmp_path, ordinary_user):
+    if os.getuid():  # to nobody it is closed as it is
+        tmp_path.chmod(0o500)
+    with pytest.raises(
+        StageError, match=r"cannot write to the run folder .*Permission denied.*give"
+    ):
         work(tmp_path / "s")
 
 
@@ -400,6 +426,38 @@ def test_outputs_too_large_to_hash_still_differ(tmp_path, monkeypatch):
 def test_differences_tell_true_from_one():
     assert runs.differences({"a": 1}, {"a": 1.0}) == []  # as JSON may give it back
     assert runs.differences({"a": 1}, {"a": True}) == ["a: 1 there, true now"]
+
+
+# The model of a run
+
+
+def test_a_run_without_training_takes_the_small_model_and_says_so(tmp_path, capsys):
+    small = runs.checkout() / runs.SMALL_WEIGHTS
+    assert runs.model_file(tmp_path / "fresh", None) == small
+    assert capsys.readouterr().out == (
+        f"nothing has been trained in fresh: the model is the small {runs.SMALL_WEIGHTS}\n"
+    )
+    assert runs.model_file(tmp_path / "fresh", "data/x.pth") == runs.checkout() / "data" / "x.pth"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_run_with_a_model_takes_its_own(tmp_path, capsys):
+    work(tmp_path / "autoencoder")
+    assert runs.model_file(tmp_path, None) == tmp_path / "autoencoder" / "model.safetensors"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("stage", ["retrieval", "autoencoder"])
+def test_a_run_that_began_to_train_has_to_end_it(stage, tmp_path):
+    interrupt(tmp_path / stage)
+    with pytest.raises(StageError, match="run notebook 03_train_autoencoder"):
+        runs.model_file(tmp_path, None)
+
+
+def test_a_checkout_without_the_small_model_asks_for_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "SMALL_WEIGHTS", "weights/none.safetensors")
+    with pytest.raises(StageError, match="has not been run: run notebook 03"):
+        runs.model_file(tmp_path, None)
 
 
 def test_commit_is_a_hash_or_none():

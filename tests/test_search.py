@@ -9,6 +9,7 @@ import pytest
 from vitgal.evaluation import evaluate
 from vitgal.revisited import GroundTruth, RetrievalDataset, labelled
 from vitgal.search import (
+    NEAR_TIES,
     Positions,
     _count_ahead,
     _steps,
@@ -105,6 +106,41 @@ def test_copies_of_an_image_tie_wherever_they_stand():
         np.testing.assert_array_equal(np.diff(where, axis=0), 1)
         values = np.take_along_axis(similarities, where, axis=0)
         np.testing.assert_array_equal(values, values[:1].repeat(len(copies), axis=0))
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("k", [1, 60])
+def test_search_by_float32_products_first_equals_the_sort_of_exact_ones(kind, k):
+    generator = np.random.default_rng(3)
+    database = normalised(generator, 6001, 64).astype(kind)
+    # Near ties that float32 cannot order, copies, and an image that could not be read.
+    database[1000:1200] = database[17] + generator.normal(0, 1e-7, (200, 64)).astype(kind)
+    database[[5, 6000]] = database[4000]
+    database[40] = 0
+    queries = np.concatenate([database[[17, 4000]], normalised(generator, 5, 64)])
+    queries = queries.astype(np.float32)
+    exact = (database.astype(np.float64) @ queries.T.astype(np.float64)).astype(np.float32)
+    exact[40] = -np.inf
+    expected = np.argsort(-exact, axis=0, kind="stable")[:k]
+    for block in (64, 2048):
+        similarities, ranks = search(queries, database, k=k, block=block)
+        np.testing.assert_array_equal(ranks, expected)
+        np.testing.assert_array_equal(similarities, np.take_along_axis(exact, expected, axis=0))
+
+
+def test_search_where_more_images_nearly_tie_than_are_worth_keeping():
+    database = np.ones((3 * NEAR_TIES, 2), np.float32)
+    database[-1] = 2
+    ranks = search(database[:2], database, k=3)[1]
+    assert ranks.tolist() == [[3 * NEAR_TIES - 1] * 2, [0, 0], [1, 1]]
+
+
+def test_search_where_float32_would_overflow():
+    database = np.array([[1e25, 0], [0, 3e25]] * 50, np.float32)
+    queries = np.array([[1e-25, 0], [0, 1e10]], np.float32)
+    similarities, ranks = search(queries, database, k=2)
+    assert ranks.tolist() == [[0, 1], [2, 3]]
+    np.testing.assert_allclose(similarities, [[1, 3e35]] * 2, rtol=1e-6)
 
 
 def test_image_that_could_not_be_read_ranks_last():

@@ -400,6 +400,21 @@ class TestOtherFormats:
         with pytest.raises(FileNotFoundError, match="b.jpg.npy"):
             dict(store.import_published(out))
 
+    def test_names_that_the_published_code_cannot_undo(self, folder, tmp_path):
+        """Files without an index, as the published code leaves them, and the list of images."""
+        paths = {"b": "/data/jpg/b.jpg", "query/b": "./q/b.jpg", "ähre/1": "../a__b/1.jpg"}
+        paths["c"] = "../../data/jpg/c.jpg"
+        opened = store.FeatureStore.open(folder)
+        out = store.export_published(opened, tmp_path / "p", paths)
+        (out / "index.json").unlink()
+        assert not set(paths.values()) & {path for path, _ in store.import_published(out)}
+        back = dict(store.import_published(out, ["../other.jpg", *paths.values()]))
+        assert set(back) == set(paths.values())
+        for key, path in paths.items():
+            np.testing.assert_array_equal(back[path].descriptors, opened[key].descriptors)
+        with pytest.raises(ValueError, match=r"\.\./a__b\.jpg and \.\./a/b\.jpg would both"):
+            next(store.import_published(out, ["../a__b.jpg", "../a/b.jpg"]))
+
     def test_published_errors(self, folder, tmp_path):
         opened = store.FeatureStore.open(folder)
         with pytest.raises(ValueError, match="no path is given for 'query/b'"):

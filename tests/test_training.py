@@ -135,6 +135,16 @@ class NoDraw:
         return 0.99
 
 
+class HoleAt:
+    """Draws a hole at (3, 5)."""
+
+    def random(self) -> float:
+        return 0.0
+
+    def integers(self, high: int, size: int) -> np.ndarray:
+        return np.array([3, 5])
+
+
 @pytest.mark.parametrize("transform", [training.augment_published, training.augment_fast])
 def test_without_any_draw_an_image_is_only_squashed(transform):
     image = np.zeros((64, 64, 3), np.uint8)
@@ -172,6 +182,22 @@ def test_the_network_sees_normalised_pictures_with_holes():
     assert shown[1, 2].tolist() == [124, 116, 104] and shown[0, 0].tolist() == [255] * 3
 
 
+def test_the_published_hole_is_black_and_the_fast_one_of_the_mean_colour(images, run):
+    # As published the hole is zero before the normalisation: (0 - 0.485) / 0.229 = -2.1179 in red.
+    for augment, wanted in (("published", -2.1179), ("fast", 0.0)):
+        recipe = replace(RECIPE, image_size=64, augment=augment)
+        train = training.read_data(run / "split", images, recipe).train
+        train.transform = augmentation.squash  # nothing is drawn but the hole
+        picture, hole = train.change(np.full((64, 64, 3), 255, np.uint8), HoleAt())
+        seen = augmentation.network_input(
+            torch.from_numpy(picture).permute(2, 0, 1)[None], torch.tensor([hole])
+        )[0, 0]
+        dark = torch.zeros(64, 64, dtype=torch.bool)
+        dark[3:19, 5:21] = True  # a quarter of the side, where the draw puts it
+        assert seen[dark].numpy() == pytest.approx(np.full(256, wanted), abs=1e-4)
+        assert (seen[~dark] > 2).all()
+
+
 # One run
 
 
@@ -189,6 +215,57 @@ def test_a_fit_writes_a_model_without_classifier_and_is_reused(images, run):
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(runs.StageError, match=r"lr: 0\.001 there, 0\.002 now"):
         fit(run, images, replace(RECIPE, lr=0.002))
+
+
+def test_retrieval_is_scored_on_landmarks_that_are_not_trained(tmp_path, images):
+    run = tmp_path / "retrieval"
+    landmarks.make_split(
+        run,
+        train_table=images / "train.csv",
+        image_folder=images,
+        val_share=0.2,
+        held_out_classes=1,
+        val_queries=2,
+        val_database=4,
+        expected=None,
+    )
+    data = training.read_data(run / "split", images, RECIPE)
+    assert (len(data.queries), len(data.database)) == (2, 4)
+    assert set(data.validation.labels[[*data.queries, *data.database]]) == {-1}  # held out
+    # All of one landmark: every database image is right, in whatever order.
+    features = torch.randn(len(data.validation), 4, generator=torch.Generator().manual_seed(0))
+    halves = [(np.arange(len(features))[place::2], features[place::2]) for place in (0, 1)]
+    parts = [(index, {"features": half}) for index, half in halves]
+    assert data.score(parts) == {"val_map": 1.0, "val_map_low": 1.0, "val_map_high": 1.0}
+    # One right image of four. The first query finds it first: AP 1. The second finds it last, at
+    # rank 3: AP (0 / 3 + 1 / 4) / 2 = 0.125. Drawn with replacement, two queries are often both
+    # the same one.
+    features = torch.zeros(len(data.validation), 4)
+    features[data.database.tolist()] = torch.eye(4)
+    features[data.queries[0]] = torch.tensor([0.9, 0.3, 0.2, 0.1])
+    features[data.queries[1]] = torch.tensor([0.1, 0.2, 0.3, 0.9])
+    data.ground_truth.easy[:] = [np.array([0])] * 2
+    scores = data.score([(np.arange(len(features)), {"features": features})])
+    assert scores == {"val_map": 0.5625, "val_map_low": 0.125, "val_map_high": 1.0}
+    # The retrieval set is looked at after every epoch, all validation images after every second.
+    log = training.read_log(fit(run, images, replace(RECIPE, epochs=3, validate_every=2)))
+    assert log["val_map"].between(0, 1).all()
+    assert (log["val_map_low"] <= log["val_map_high"]).all()
+    assert log["val_accuracy"].notna().tolist() == [False, True, True]
+
+
+def test_a_replaced_validation_image_keeps_its_place(images, run, fresh_accelerate, monkeypatch):
+    one = make_trainer(run, images, RECIPE)
+    count = len(one.data.validation)
+    one.data.validation.path(count - 1).write_bytes(b"")  # image 0 stands for it
+    places = []
+
+    def score(_, parts):
+        places.extend(place for found, _ in parts for place in found.tolist())
+
+    monkeypatch.setattr(training.SplitData, "score", score)
+    one.validate()
+    assert places == list(range(count))
 
 
 def test_two_runs_give_the_same_bytes(tmp_path, images):

@@ -20,6 +20,7 @@ from training_runs import (
     die_inside_file,
     exit_code,
     fit,
+    fit_autoencoder,
     in_child,
     kill,
     make_trainer,
@@ -103,6 +104,51 @@ def test_a_killed_run_ends_in_the_same_bytes(die, number, whole, tmp_path, monke
     assert rows(folder) == rows(uninterrupted)
     assert len(rows(folder)) == 3 * STEPS
     assert not list(folder.rglob(f"{runs.TEMPORARY}*"))
+
+
+# What the autoencoder's fit shares of these options; its last batch norm is the frozen backbone's.
+CODES = replace(
+    MODERN, layer_decay=None, sub_centres=1, sampled_classes=None, epochs=2, balanced=False
+)
+
+
+@pytest.fixture(scope="module")
+def whole_codes(whole) -> tuple[Path, Path]:
+    """The images, and the folder of an uninterrupted autoencoder on the run above."""
+    images, retrieval = whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "LOG_EVERY", 1)
+        return images, fit_autoencoder(retrieval.parent, images, CODES)
+
+
+# Six steps, and 8 states: after each of the first two steps of an epoch, before its validation and
+# at its end.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("die", "number"),
+    [
+        (die_after_step, drawn(3, 2 * STEPS - 1)),
+        (die_before_rename, drawn(4, 8)),
+        (die_inside_file, drawn(5, 8)),
+    ],
+)
+def test_a_killed_autoencoder_ends_in_the_same_bytes(
+    die, number, whole_codes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(trainer, "LOG_EVERY", 1)
+    images, uninterrupted = whole_codes
+    run = tmp_path / "run"
+    for part in ("split", "retrieval"):
+        shutil.copytree(uninterrupted.parent / part, run / part)
+    killed = exit_code(lambda: (die(number), fit_autoencoder(run, images, CODES)))
+    assert killed == -signal.SIGKILL
+    folder = run / "autoencoder"
+    assert not (folder / "stage.json").exists()
+    assert fit_autoencoder(run, images, CODES) == folder
+    for name in ("model.safetensors", "state/best.safetensors"):
+        assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+    assert rows(folder) == rows(uninterrupted)
+    assert len(rows(folder)) == 2 * STEPS
 
 
 def test_the_last_two_states_and_the_best_are_kept(whole):
@@ -225,10 +271,22 @@ def test_a_dead_data_worker_ends_the_run(images, run, monkeypatch):
 @pytest.mark.slow
 def test_a_silent_data_worker_ends_the_run(images, run, monkeypatch):
     monkeypatch.setattr(training.TrainingImages, "read", in_worker(lambda: time.sleep(10_000)))
+    before = set(multiprocessing.active_children())
     with pytest.raises(training.TrainingError, match="timed out after"):
         fit(run, images, replace(RECIPE, data_workers=1, timeout_minutes=1 / 60))
-    for worker in multiprocessing.active_children():
-        worker.kill()
+    # The worker is killed: one that waits for a disk hears no request, and the run would not end.
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_a_worker_that_dies_during_a_step_is_told_alike(images, run, monkeypatch):
+    """Torch raises its death wherever the process is: here while a state is written."""
+
+    def dead(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr(trainer.torch, "save", dead)
+    with pytest.raises(training.TrainingError, match="no longer read: DataLoader worker .pid 1."):
+        fit(run, images)
 
 
 # The disk

@@ -1,5 +1,6 @@
 """Several processes: equal to one that accumulates; forked from a notebook, or launched."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,7 +13,17 @@ import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
-from training_runs import RECIPE, exit_code, fit, kill, rows, split, write_images
+from torch.multiprocessing import ProcessContext
+from training_runs import (
+    RECIPE,
+    exit_code,
+    fit,
+    fit_autoencoder,
+    kill,
+    rows,
+    split,
+    write_images,
+)
 
 from vitgal import pipeline, runs, trainer, training, weights
 
@@ -80,9 +91,7 @@ def test_forked_processes_write_one_log_and_can_be_watched(images, run, capfd):
     assert len(list((folder / "tensorboard").iterdir())) == 1
     assert not training.PartialState._shared_state  # the notebook's own process stays free
     # a second launch in one kernel works
-    model = training.fit_autoencoder(
-        run, image_folder=images, code_dim=8, recipe=FORKED, progress=False
-    )
+    model = fit_autoencoder(run, images, FORKED)
     assert training.same_backbone(
         weights.load_model(model / "model.safetensors"), folder / "model.safetensors"
     )
@@ -101,6 +110,34 @@ def test_a_dead_process_ends_the_others(images, run, monkeypatch):
         fit(run, images, FORKED)
     monkeypatch.undo()
     assert (fit(run, images, FORKED) / "stage.json").exists()
+
+
+def test_the_process_that_died_is_named_though_another_noticed(images, run, tmp_path, monkeypatch):
+    step, wait, join = training.Trainer.run_step, training._await_launcher, ProcessContext.join
+    noticed = tmp_path / "noticed"
+
+    def dying(self, batches):
+        if self.accelerator.process_index == 1 and self.progress.step == 2:
+            kill()
+        return step(self, batches)
+
+    def waiting():
+        noticed.touch()
+        wait()
+
+    def late(self, *given):
+        """The launcher looks when the other process has met the broken connection."""
+        first, second = self.processes
+        while second.exitcode is not None and first.exitcode is None and not noticed.exists():
+            time.sleep(0.01)
+        return join(self, *given)
+
+    monkeypatch.setattr(training.Trainer, "run_step", dying)
+    monkeypatch.setattr(training, "_await_launcher", waiting)
+    monkeypatch.setattr(ProcessContext, "join", late)
+    with pytest.raises(training.TrainingError, match="process 1 .* was killed .SIGKILL"):
+        fit(run, images, FORKED)
+    assert noticed.exists()
 
 
 def test_a_bad_loss_on_one_process_stops_all(images, run, monkeypatch):
@@ -144,6 +181,44 @@ def test_sigterm_to_one_process_saves_all(images, run, tmp_path, monkeypatch):
     name = "model.safetensors"
     assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes()
     assert rows(folder) == rows(uninterrupted)
+
+
+@pytest.mark.slow
+def test_sigterm_during_validation_ends_all(images, run, tmp_path, monkeypatch):
+    uninterrupted = fit(split(tmp_path / "other", images), images, FORKED)
+    validate = trainer.RetrievalNetwork.validate
+
+    def told(self, pictures, labels):
+        if training.PartialState().process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self, pictures, labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.RetrievalNetwork, "validate", told)
+        with pytest.raises(training.Preempted, match="while validating"):
+            fit(run, images, FORKED)
+    progress = state(run / "retrieval")["progress"]
+    assert (progress["epoch"], progress["step"]) == (0, 5)  # saved before the validation
+    name = "model.safetensors"
+    assert (fit(run, images, FORKED) / name).read_bytes() == (uninterrupted / name).read_bytes()
+    assert rows(run / "retrieval") == rows(uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_silent_process_ends_the_run(images, run, monkeypatch):
+    step = training.Trainer.run_step
+
+    def silent(self, batches):
+        if self.accelerator.process_index == 1 and self.progress.step == 2:
+            signal.pause()  # until the launcher asks it to end
+            os._exit(1)
+        return step(self, batches)
+
+    monkeypatch.setattr(training.Trainer, "run_step", silent)
+    with pytest.raises(
+        training.TrainingError, match="(?si)process 0 of the launch failed.*time(d )?out"
+    ):
+        fit(run, images, replace(FORKED, timeout_minutes=0.2))
 
 
 @pytest.mark.slow
@@ -262,11 +337,14 @@ def launch(run: Path, images: Path, *options: str, **given) -> list[str]:
     return [*launcher, *arguments(run, images, **given)]
 
 
-def started(command: list[str]) -> subprocess.Popen:
+def started(command: list[str], output: Path | None = None) -> subprocess.Popen:
+    """The command begun; what it says goes into a pipe, or into the file `output`."""
     given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOP)}
-    return subprocess.Popen(
-        command, cwd=TOP, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    with contextlib.ExitStack() as stack:
+        said = subprocess.PIPE if output is None else stack.enter_context(open(output, "wb"))
+        return subprocess.Popen(
+            command, cwd=TOP, env=given, stdout=said, stderr=subprocess.STDOUT, text=True
+        )
 
 
 @pytest.mark.slow
@@ -274,11 +352,13 @@ def test_two_launches_are_two_nodes(images, run, tmp_path):
     port = str(training._free_port())
     nodes = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
     nodes += ["--main_process_port", port]
+    said = [tmp_path / f"node{rank}.txt" for rank in (0, 1)]  # a full pipe would stop its node
     children = [
-        started(launch(run, images, *nodes, "--machine_rank", str(rank))) for rank in (0, 1)
+        started(launch(run, images, *nodes, "--machine_rank", str(rank)), said[rank])
+        for rank in (0, 1)
     ]
-    said = [child.communicate()[0] for child in children]
-    assert [child.returncode for child in children] == [0, 0], said
+    codes = [child.wait() for child in children]
+    assert codes == [0, 0], [path.read_text() for path in said]
     # the same files, and the same bytes, as two processes forked on one machine
     other = split(tmp_path / "other", images)
     _, values = training.read_parameters(

@@ -172,6 +172,64 @@ def test_head_options_below_one_are_refused(options):
         ArcFace(4, 5, **options)
 
 
+# The published losses and optimizer
+
+
+class Given(torch.nn.Module):
+    """Stands where a model does and gives what it was given."""
+
+    def __init__(self, *results: torch.Tensor):
+        super().__init__()
+        self.results = results
+
+    def global_features(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.results[0]
+
+    def reconstruct(self, pictures: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.results
+
+
+def test_validation_counts_with_and_without_the_margin():
+    # Classes at 0 and 90 degrees, features at 44, 10 and 44. 44 is nearer to 0 than to 90, but not
+    # once the margin of 0.15 (8.6 degrees) is added. The third belongs to no trained class.
+    angles = torch.tensor([44.0, 10.0, 44.0]).deg2rad()
+    head = ArcFace(2, 2)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(2))
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    network = trainer.RetrievalNetwork(Given(features), head)
+    found = network.validate(torch.zeros(3, 3, 32, 32), torch.tensor([0, 0, -1]))
+    assert found["val_accuracy"].tolist() == [True, True, False]
+    assert found["val_accuracy_margin"].tolist() == [False, True, False]
+
+
+def test_the_autoencoders_loss_by_hand():
+    # Logits 0, 0: the cross-entropy is log 2. Two of four numbers are off by 0.5: the mean of the
+    # squares is 0.125, ten times which is 1.25.
+    tokens = torch.zeros(1, 2, 2)
+    decoded = torch.tensor([[[0.5, 0.0], [0.0, -0.5]]])
+    classifier = torch.nn.Linear(2, 2)
+    torch.nn.init.zeros_(classifier.weight), torch.nn.init.zeros_(classifier.bias)
+    model = Given(torch.ones(1, 2), decoded, tokens)
+    found = trainer.AutoencoderNetwork(model, classifier, 10.0)(None, torch.tensor([1]))
+    assert found["loss"].item() == pytest.approx(math.log(2) + 1.25, rel=1e-6)
+    assert found["reconstruction"].item() == pytest.approx(0.125, rel=1e-6)
+
+
+def test_the_optimizer_is_the_published_one():
+    made = trainer.build_optimizer(network(), training.Recipe())
+    assert type(made) is torch.optim.AdamW
+    for group in made.param_groups:
+        assert (group["lr"], group["eps"], group["betas"]) == (5e-5, 1e-8, (0.9, 0.999))
+        assert group["weight_decay"] in (0, 0.005)
+
+
+def test_the_last_epoch_is_validated_whatever_its_number(images, run):
+    # Epochs 2 and, being the last, 3; the published loop leaves out its last, 39 % 4 being 3.
+    folder = fit(run, images, replace(RECIPE, epochs=3, validate_every=2))
+    assert training.read_log(folder)["val_accuracy"].notna().tolist() == [False, True, True]
+
+
 # Parameter groups
 
 
@@ -335,6 +393,9 @@ def test_the_table_of_epochs_by_hand():
             "val_map": [math.nan, 0.78349],
         }
     )
+    found = training.epoch_table(log.assign(val_map_low=[math.nan, 0.7], val_map_high=0.85))
+    assert list(found)[6:] == ["mAP %", "95 % interval", "images/s"]
+    assert found["95 % interval"].tolist() == ["70.0 to 85.0"]
     assert training.epoch_table(log).to_dict("list") == {
         "epoch": ["1"],
         "step": ["10"],
@@ -345,16 +406,20 @@ def test_the_table_of_epochs_by_hand():
         "mAP %": ["78.3"],
         "images/s": ["100.0"],
     }
+    # an epoch of which the retrieval set alone is scored
+    found = training.epoch_table(log.assign(val_map=[0.5, 0.78349]))
+    assert found["val %"].tolist() == ["-", "50.0"] and found["mAP %"].tolist() == ["50.0", "78.3"]
     assert len(training.epoch_table(log[:0])) == len(training.epoch_table(pd.DataFrame())) == 0
 
 
 def test_the_time_left_by_hand(images, run, fresh_accelerate):
     one = make_trainer(run, images, replace(RECIPE, epochs=4, validate_every=3))
-    one.validation_seconds = 7.0
+    one.validation_seconds = 0.7  # an image
+    assert len(one.data.validation) == 5
     # 3 steps an epoch: 12 in all, 2 done, 0.5 s each; validation is due after epochs 3 and 4
-    assert one._seconds_left(2, 0.5) == 10 * 0.5 + 2 * 7.0
+    assert one._seconds_left(2, 0.5) == pytest.approx(10 * 0.5 + 2 * 5 * 0.7, abs=1e-9)
     one.progress.epoch = 3
-    assert one._seconds_left(12, 0.5) == 7.0
+    assert one._seconds_left(12, 0.5) == pytest.approx(5 * 0.7, abs=1e-9)
 
 
 def test_unreadable_images_are_replaced_and_listed(images, run, monkeypatch):

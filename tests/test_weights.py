@@ -422,6 +422,21 @@ def test_other_initial_weights_are_named_and_change_nothing(imagenet, change, me
     assert same(network, build_model(NANO, seed=0))
 
 
+@pytest.mark.parametrize("code_dim", [None, 8])
+def test_a_model_of_ours_is_trained_further(code_dim, tmp_path):
+    trained = build_model(NANO, code_dim=code_dim, seed=1)
+    path = save_model(trained, tmp_path / "ours.safetensors")
+    network = build_model(NANO, code_dim=48, seed=0)
+    initial_weights(network, path)
+    found, expected = network.state_dict(), trained.state_dict()
+    fresh = build_model(NANO, code_dim=48, seed=0).state_dict()
+    for key, value in found.items():
+        other = fresh if key.startswith("autoencoder.") else expected
+        assert torch.equal(value, other[key]), key
+    with pytest.raises(ValueError, match=r"does not fit xcit_small_12.*misshapen"):
+        initial_weights(build_model("xcit_small_12_p16_224", seed=0), path)
+
+
 def test_initial_weights_of_another_architecture_are_named(imagenet, tmp_path):
     path = checkpoint(tmp_path / "nano.pth", layouts.official(imagenet))
     with pytest.raises(ValueError, match=r"nano\.pth does not fit xcit_small_12.*misshapen"):

@@ -68,6 +68,12 @@ def fit(run: Path, images: Path, recipe: training.Recipe = RECIPE, **options) ->
     )
 
 
+def fit_autoencoder(run: Path, images: Path, recipe: training.Recipe = RECIPE) -> Path:
+    return training.fit_autoencoder(
+        run, image_folder=images, code_dim=8, recipe=recipe, progress=False
+    )
+
+
 def rows(folder: Path) -> list[dict]:
     """The log without what depends on the clock."""
     found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
@@ -86,7 +92,8 @@ def in_child(work: Callable[[], object]) -> multiprocessing.Process:
 
     def alone() -> None:
         os.setsid()
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # threads do not survive a fork
+        cv2.setNumThreads(0)
         work()
 
     child = multiprocessing.get_context("fork").Process(target=alone)

@@ -28,8 +28,9 @@ def _parser() -> argparse.ArgumentParser:
     _download_parser(commands.add_parser("download", help="fetch data sets and weights"))
     _own_parser(commands.add_parser("own", help="search a folder of your own photographs"))
     weights = commands.add_parser("weights", help="convert a published .pth to .safetensors")
-    weights.add_argument("source", type=Path, metavar="SOURCE.pth")
+    weights.add_argument("source", type=Path, metavar="SOURCE.pth", help="or our .safetensors")
     weights.add_argument("target", type=Path, metavar="TARGET.safetensors")
+    weights.add_argument("--half", action="store_true", help="float16: half the size")
     weights.set_defaults(command=_weights)
     _compare_parser(commands.add_parser("compare", help="test two runs against each other"))
     return parser
@@ -74,6 +75,9 @@ def _run(options: argparse.Namespace) -> int:
     except pipeline.Interrupted as error:
         print(f"\nvitgal: {error}", file=sys.stderr)
         return 130
+    except pipeline.Preempted as error:
+        print(f"vitgal: {error}", file=sys.stderr)
+        return pipeline.RESTART
     print(pipeline.summary(folder))
     return 0
 
@@ -113,6 +117,9 @@ def _own(options: argparse.Namespace) -> int:
     except pipeline.Interrupted as error:
         print(f"\nvitgal: {error}", file=sys.stderr)
         return 130
+    except pipeline.Preempted as error:
+        print(f"vitgal: {error}", file=sys.stderr)
+        return pipeline.RESTART
     print(pipeline.own_summary(folder))
     return 0
 
@@ -147,7 +154,8 @@ def _download(options: argparse.Namespace) -> int:
 def _weights(options: argparse.Namespace) -> int:
     from vitgal import weights
 
-    print(weights.convert(options.source, options.target))
+    dtype = "float16" if options.half else "float32"
+    print(weights.convert(options.source, options.target, dtype=dtype))
     return 0
 
 

@@ -30,11 +30,11 @@ def augment_published(image: np.ndarray, size: int, rng: np.random.Generator) ->
         size: side of the square network input in pixels.
         rng: all randomness comes from here.
     Returns:
-        (size, size, 3) uint8; the published hole is `draw_hole`'s.
+        (size, size, 3) uint8; the published hole is `draw_hole`'s and is cut by `cut_hole`.
 
     Source: published training code: flip 0.5; colour jitter 0.4 each, p 0.5; JPEG 99-100, p 0.5;
     shift 0.2, scale 0.3, rotation 10 degrees over a black border, p 0.7; crop of 0.9 to 1 of the
-    area, p 0.5; squash; one zero hole of a quarter of the side, p 0.5.
+    area, p 0.5; squash; one black hole of a quarter of the side, p 0.5.
     """
     if rng.random() < 0.5:
         image = cv2.flip(image, 1)
@@ -46,7 +46,7 @@ def augment_published(image: np.ndarray, size: int, rng: np.random.Generator) ->
     if rng.random() < 0.7:
         image = _shift_scale_rotate(image, rng)
     if rng.random() < 0.5:
-        top, left, height, width = _random_crop(*image.shape[:2], rng)
+        top, left, height, width = _resized_crop(*image.shape[:2], rng)
         image = image[top : top + height, left : left + width]
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
 
@@ -101,8 +101,30 @@ def _shift_scale_rotate(image: np.ndarray, rng: np.random.Generator) -> np.ndarr
     return cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LINEAR)
 
 
+def _resized_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(top, left, height, width) as RandomResizedCrop draws it, here and in torchvision.
+
+    0.9 to 1 of the area at an aspect of 3:4 to 4:3; ten draws, of which the first that fits is
+    taken, else the middle of the photograph, as much of it as that range of aspects allows.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(0.9, 1.0)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        tall, wide = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < tall <= height and 0 < wide <= width:
+            top, left = rng.integers(height - tall + 1), rng.integers(width - wide + 1)
+            return int(top), int(left), tall, wide
+    tall = min(height, max(1, round(width * 4 / 3)))
+    wide = min(width, max(1, round(height * 4 / 3)))
+    return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
 def _random_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of 0.9 to 1 of the area at 3:4 to 4:3 of the aspect."""
+    """(top, left, height, width): 0.9 to 1 of the area at 3:4 to 4:3, cut at the sides.
+
+    One draw, of which a side that is too long is shortened, so that the aspect changes more often
+    and the area can be less than with `_resized_crop`.
+    """
     area = height * width * rng.uniform(0.9, 1.0)
     ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     tall = min(height, max(1, round(math.sqrt(area / ratio))))
@@ -182,6 +204,15 @@ def draw_hole(size: int, rng: np.random.Generator) -> tuple[int, int, int]:
     side = size // 4
     top, left = rng.integers(size - side + 1, size=2)
     return int(top), int(left), side
+
+
+def cut_hole(picture: np.ndarray, hole: tuple[int, int, int]) -> None:
+    """Blackens a hole (top, left, side) of a picture (H, W, 3) uint8, in place.
+
+    As published: the hole is zero before the normalisation, hence black and not the mean colour.
+    """
+    top, left, side = hole
+    picture[top : top + side, left : left + side] = 0
 
 
 def network_input(pictures: Tensor, holes: Tensor) -> Tensor:

@@ -25,6 +25,10 @@ DIGITS = 12  # of a fingerprint, enough to tell two apart
 SHOWN = 40  # characters of a setting
 
 
+class ResultError(runs.Told, FileNotFoundError):
+    """There is no result where one was named."""
+
+
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """One result against another.
@@ -117,7 +121,10 @@ def _names(first: str | Path, second: str | Path) -> tuple[str, str]:
 def compare_folders(
     first: Path, second: Path, *, names: tuple[str, str], seed: int = 0
 ) -> Comparison:
-    """Compares the results of two stages' folders; raises as `compare_results`."""
+    """Compares the results of two stages' folders; raises as `compare_results`, and ResultError."""
+    for folder in map(Path, (first, second)):
+        if not (folder / SCORES).exists():
+            raise ResultError(f"{folder} holds no {SCORES}: name a run whose stage is finished")
     documents = [runs.read_json(Path(folder) / SCORES) for folder in (first, second)]
     return compare_results(*documents, names=names, seed=seed)
 

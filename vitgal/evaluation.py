@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from vitgal import runs, search
+from vitgal import approximate, runs, search
 from vitgal.revisited import (
     PROTOCOLS,
     GroundTruth,
@@ -47,8 +47,8 @@ DRAWS = 1 << 18  # queries or signs drawn at once: they stay in the processor's 
 def evaluate(
     ranking: Ranking | Mapping[str, Ranking],
     ground_truth: GroundTruth,
-    *,
     kappas: Sequence[int] = (1, 5, 10),
+    *,
     truncated: bool = False,
     number: int | None = None,
 ) -> dict[str, dict[str, Any]]:
@@ -461,7 +461,10 @@ def write_rankings(
     """Writes everything that follows from global descriptors: rankings, short lists, scores.
 
     Args:
-        stage: its parameters name `top`, the short list's length, and `display`, the ranks kept.
+        stage: its parameters name `top`, the short list's length, and `display`, the ranks kept;
+            `index`, where there is one, as `approximate.check` has it, makes the ranking begin with
+            what that index finds. The scores are then those of that ranking, and the exact ones
+            stand beside it as `exact`, the list's recall as `recall`.
         queries: (Q, D) floats.  database_file: `.npy` (N, D), in the order of `data`.
         failures: database images that could not be read, {"name": ..., "reason": ...}.
         protocol: how the descriptors came about; data set and distractors are added.
@@ -474,6 +477,14 @@ def write_rankings(
     depth = max(settings["display"], search.shortlist_depth(truth, len(database), top=top))
     similarities, ranks = search.search(queries, database, k=depth)
     positions = search.labelled_positions(queries, database, labelled(truth))
+    scores: dict[str, Any] = {}
+    if "index" in settings:
+        scores["exact"], exact = evaluate(positions, truth), ranks
+        index = _index(folder, database, settings["index"])
+        similarities, ranks, unanswered = approximate.find(index, queries, k=depth)
+        found = similarities, ranks
+        positions = approximate.positions_behind(positions, *found, queries, database)
+        scores["recall"] = approximate.recall(ranks, exact) | {"searched exactly": unanswered}
     runs.write_array(folder / "queries.npy", queries)
     runs.write_json(folder / "names.json", names)
     runs.write_array(folder / "ranks.npy", ranks)
@@ -492,5 +503,16 @@ def write_rankings(
         inputs=stage.settings["inputs"],
         failed=len(failures),
         ground_truth=truth,
+        **scores,
     )
     runs.write_json(folder / "scores.json", document)
+
+
+def _index(folder: Path, database: np.ndarray, text: str) -> approximate.Index:
+    approximate.build(folder, database, text)
+    return approximate.read(folder, database, text)
+
+
+def global_outputs(parameters: Mapping[str, Any]) -> tuple[str, ...]:
+    """The files of a global stage with these parameters."""
+    return GLOBAL_OUTPUTS + (approximate.OUTPUTS if "index" in parameters else ())

@@ -31,6 +31,7 @@ from vitgal.revisited import PROTOCOLS, RetrievalDataset
 
 NARROW = widgets.Layout(width="3em")
 WIDE = widgets.Layout(width="26em")
+LIST = widgets.Layout(width="36em")  # a name, what it is and its numbers
 LABELLED = {"style": {"description_width": "9em"}, "layout": WIDE}
 NATURAL = widgets.Layout(align_self="flex-start", max_width="100%")  # not stretched
 PREVIEW = 480  # pixels, the longer side of the photograph on which a box is chosen
@@ -147,7 +148,7 @@ def _chooser(label: str, options: Options, first: int) -> tuple[widgets.Dropdown
     if options and first not in values:
         raise IndexError(f"there is no {label} {first}: choose 0 to {len(options) - 1}")
     value = first if options else None
-    chooser = widgets.Dropdown(options=options, value=value, description=label, layout=WIDE)
+    chooser = widgets.Dropdown(options=options, value=value, description=label, layout=LIST)
     arrows = [_arrow(chooser, sign, step) for sign, step in (("◀", -1), ("▶", 1))]
     return chooser, widgets.HBox([chooser, *arrows])
 
@@ -279,7 +280,7 @@ class MatchInspector:
         if first not in [value for _, value in entries]:
             entries = [self._entry(first), *entries]
         self.image, lower = _chooser("image", entries, first)
-        self.other = widgets.Text(placeholder="or any database image: name or index, then Enter")
+        self.other = widgets.Text(placeholder="or another: name or index, Enter")
         self.other.continuous_update = False
         self._make_knobs()
         self._make_layers()

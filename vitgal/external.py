@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from vitgal import evaluation, revisited, runs
+from vitgal import approximate, evaluation, revisited, runs
 
 HLOC = "global_descriptor"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -133,6 +133,7 @@ def evaluate_descriptors(
     folder: str = "global",
     top: int = 100,
     display: int = 1000,
+    index: str | None = None,
     crop_queries: bool = True,
     distractors: Path | None = None,
     distractor_list: Path | None = None,
@@ -147,7 +148,7 @@ def evaluate_descriptors(
         descriptors: see `read_descriptors`.
         crop_queries: whether the queries were described cropped; only their maker knows, and it
             stands in the scores' protocol.
-        folder, top, display, distractors, distractor_list: as `extraction.evaluate_global`.
+        folder, top, display, index, distractors, distractor_list: as `extraction.evaluate_global`.
     Returns:
         The stage's folder.
     Raises:
@@ -160,6 +161,9 @@ def evaluate_descriptors(
     queries = data.ground_truth.queries
     rows = read_descriptors(descriptors, [*queries, *data.database])
     parameters = {"crop_queries": crop_queries, "top": top, "display": display}
+    if index is not None:
+        approximate.check(index, rows.shape[1])
+        parameters["index"] = index
     inputs = {"dataset": data.fingerprint, "descriptors": hashlib.sha256(rows.data).hexdigest()}
     with runs.stage(
         run / dataset / folder, "global", parameters=parameters, inputs=inputs, overwrite=overwrite
@@ -171,4 +175,4 @@ def evaluate_descriptors(
         evaluation.write_rankings(
             stage, data, rows[: len(queries)], database, failures=[], protocol=protocol
         )
-        return stage.finish(evaluation.GLOBAL_OUTPUTS, images=len(data.database))
+        return stage.finish(evaluation.global_outputs(parameters), images=len(data.database))

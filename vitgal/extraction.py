@@ -7,6 +7,9 @@ row block by row block, the local one shard by shard.
 
 import contextlib
 import itertools
+import os
+import shutil
+import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,8 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
-from vitgal import evaluation, revisited, runs, search, store
-from vitgal.evaluation import GLOBAL_OUTPUTS
+from vitgal import approximate, cluster, evaluation, revisited, runs, search, store
 from vitgal.features import LocalFeatures
 from vitgal.images import MEAN, STD, ImageError, crop_box, read_image
 from vitgal.images import resize as resize_image
@@ -83,10 +85,15 @@ def weights_fingerprint(model: str | Path, *, seed: int = 0) -> str:
     if str(model).startswith(UNTRAINED):
         return f"{model}, seed {seed}"
     if not Path(model).is_file():
-        raise FileNotFoundError(
-            f"there are no weights {model}: train them with 02_train or 03_train_autoencoder, or "
-            "name a checkpoint"
+        from vitgal import download  # slow to import, and needed for this error alone
+
+        source = download.hint(model)
+        remedy = (
+            f"`vitgal download {source}` brings them"
+            if source
+            else "train them with 02_train or 03_train_autoencoder, or name a checkpoint"
         )
+        raise FileNotFoundError(f"there are no weights {model}: {remedy}")
     return runs.fingerprint_file(Path(model))
 
 
@@ -157,12 +164,12 @@ def network_input(batch: np.ndarray, device: torch.device | str) -> Tensor:
 def extract_global(
     model: ViTGaL,
     images: Sequence[np.ndarray],
-    *,
     boxes: Sequence[Sequence[float] | None] | None = None,
     size: int = 512,
     resize: str = "squash",
     scales: Sequence[float] = (1.0,),
     batch_size: int = 16,
+    *,
     precision: str = "fp32",
 ) -> np.ndarray:
     """Global descriptors of images in memory.
@@ -385,6 +392,7 @@ class Runner:
     def recorded(self) -> dict[str, Any]:
         """What a stage's manifest keeps of it."""
         return {
+            "engine": "local",
             "device": str(_device(self.model)),
             "precision": self.precision,
             "batch_size": self.batch_size,
@@ -525,6 +533,7 @@ def evaluate_global(
     precision: str = "fp32",
     top: int = 100,
     display: int = 1000,
+    index: str | None = None,
     distractors: Path | None = None,
     distractor_list: Path | None = None,
     max_failed_share: float = 0.001,
@@ -532,6 +541,8 @@ def evaluate_global(
     threads: int | None = None,
     workers: int = 4,
     device: str | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -545,9 +556,15 @@ def evaluate_global(
         crop_queries: describe the query's box alone, as the protocol demands; False describes the
             whole photograph (marked ^ in the paper).
         top: length of the short lists.  display: ranks kept for display, more if short lists need.
+        index: None searches exactly; else a faiss index (`approximate.check`), kept in the stage,
+            finds the beginning of every ranking. The scores are then those of that ranking; the
+            exact ones and the index's recall stand beside them.
         distractors, distractor_list: see `revisited.open_dataset`.
         max_failed_share: share of database images that may fail to decode; they rank last.
         threads: torch's CPU threads.  workers: decoding threads.
+        engine, ray_address: "local", or "ray": on a Ray cluster (see `cluster.connected`). One
+            process a GPU describes, without GPUs one for every `threads` (None: 1) CPUs. Where
+            threads are the same the result is too; else sums differ in their last bits.
         size, resize, scales, batch_size, precision: see `extract_global`.
     Returns:
         The stage's folder, with database.npy (N, D) and queries.npy (Q, D) float32, names.json,
@@ -558,11 +575,13 @@ def evaluate_global(
         FileNotFoundError, ValueError: data set or weights are missing or not what they should be.
     """
     _check_scales(scales)
+    cluster.check_engine(engine, ray_address)
     data = revisited.open_dataset(
         dataset, data_folder, distractors=distractors, distractor_list=distractor_list
     )
     parameters = dict(size=size, resize=resize, scales=scales, crop_queries=crop_queries)
     parameters |= dict(precision=precision, top=top, display=display)
+    parameters |= {} if index is None else {"index": index}
     inputs = {"dataset": data.fingerprint, "weights": weights_fingerprint(model, seed=seed)}
     how = dict(seed=seed, threads=threads, device=device, precision=precision)
     how |= dict(size=size, resize=resize, batch_size=batch_size, workers=workers)
@@ -572,10 +591,16 @@ def evaluate_global(
         if stage.finished:
             _report(runs.read_json(stage.folder / "failures.json"), len(data.database))
             return stage.folder
-        with _runner(model, **how) as runner:
-            queries = _query_rows(runner, query_jobs(data, crop_queries), scales)
+        with _engine(engine, ray_address, model, how) as runner:
+            if index is not None:
+                approximate.check(index, runner.model.embed_dim)
+            jobs, path = query_jobs(data, crop_queries), stage.folder / "database.npy"
             limits = dict(share=max_failed_share, disable=not progress)
-            rows = _database_rows(runner, data, stage.folder / "database.npy", scales, **limits)
+            if isinstance(runner, OnCluster):
+                queries, rows = _cluster_rows(runner, jobs, data, path, scales, **limits)
+            else:
+                queries = _query_rows(runner, jobs, scales)
+                rows = _database_rows(runner, data, path, scales, **limits)
             recorded = runner.recorded()
         protocol = {key: parameters[key] for key in ("crop_queries", "resize", "scales")}
         protocol |= {"precision": recorded["precision"]}
@@ -583,7 +608,7 @@ def evaluate_global(
             stage, data, queries, rows.path, failures=rows.failures, protocol=protocol
         )
         recorded |= dict(images=len(data.database), failed=len(rows.failures))
-        stage.finish(GLOBAL_OUTPUTS, **recorded)
+        stage.finish(evaluation.global_outputs(parameters), **recorded)
         rows.forget()
         _report(rows.failures, len(data.database))
         return stage.folder
@@ -660,6 +685,8 @@ def extract_shortlist(
     device: str | None = None,
     worker: int = 0,
     worker_count: int = 1,
+    engine: str = "local",
+    ray_address: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -684,6 +711,7 @@ def extract_shortlist(
             many images cannot be read, or this worker is done and others are not.
         FileNotFoundError, ValueError: as `evaluate_global`; a model without autoencoder.
     """
+    cluster.check_engine(engine, ray_address)
     data = revisited.open_dataset(
         dataset, data_folder, distractors=distractors, distractor_list=distractor_list
     )
@@ -708,7 +736,7 @@ def extract_shortlist(
             _announce(opened.code_dim, len(jobs), parameters)
             _report(opened.failures, len(jobs))
             return stage.folder
-        with _runner(model, **how) as runner:
+        with _engine(engine, ray_address, model, how) as runner:
             _announce(require_codes(runner.model), len(jobs), parameters)
             _write_shards(runner, jobs, stage.folder, share=share, **shards)
             recorded = runner.recorded()
@@ -785,7 +813,7 @@ def _announce(code_dim: int, images: int, parameters: dict) -> None:
 
 
 def _write_shards(
-    runner: Runner,
+    runner: "Runner | OnCluster",
     jobs: Sequence[Job],
     folder: Path,
     *,
@@ -798,31 +826,66 @@ def _write_shards(
 ) -> None:
     """Writes those of a worker's shards that are missing or damaged."""
     by_key = {job.key: job for job in jobs}
-    made = dict(dtype=dtype, settings={"precision": runner.precision})
-    code_dim = runner.model.code_dim
+    how = dict(dtype=dtype, settings={"precision": runner.precision})
+    made = how | {"code_dim": runner.model.code_dim}
     if share == runs.ALONE:
         store.clear_partial(folder)
     failures, missing = [], {}
     mine = shards_of(folder, by_key, shard_size, share)
     for where, keys in mine.items():
-        if shard := store.whole_shard(where, keys, **made):
+        if shard := store.whole_shard(where, keys, **how):
             failures += shard.failures
         else:
             missing[where] = keys
-    todo = [by_key[key] for keys in missing.values() for key in keys]
-    total = sum(map(len, mine.values()))
-    bar = dict(total=total, initial=total - len(todo), desc="extracting", disable=disable)
-    with runner.stream(todo, **bar) as results:
-        for where, keys in missing.items():
-            kept = store.salvage(where, code_dim=code_dim, **made)
-            if where.exists():
-                print(f"{where} is damaged: {len(kept)} of {len(keys)} images are kept")
-            block = itertools.islice(results, len(keys))
-            items, failed = runner.local_items(block, keys, kept, **options)
-            _refuse_failed_query([each for each in failed if by_key[each["name"]].query])
-            store.write_shard(where, items, failures=failed, code_dim=code_dim, **made)
+    total, todo = (sum(map(len, parts.values())) for parts in (mine, missing))
+    bar = dict(total=total, initial=total - todo, desc="extracting", disable=disable)
+    pieces = [Piece(where, [by_key[key] for key in keys]) for where, keys in missing.items()]
+    make = _shards_on_cluster if isinstance(runner, OnCluster) else _shards_here
+    with contextlib.closing(make(runner, pieces, made, options, bar)) as written:
+        for failed in written:
             failures += failed
             _refuse_failures(failures, len(jobs), limit)
+    if share == runs.ALONE:
+        store.clear_partial(folder)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A shard to be made: its folder, and the images that belong there."""
+
+    where: Path
+    jobs: list[Job]
+
+    @property
+    def keys(self) -> list[str]:
+        return [job.key for job in self.jobs]
+
+    def refuse_failed_query(self, failed: Sequence[dict]) -> None:
+        """StageError where one of the failures is a query."""
+        queries = {job.key for job in self.jobs if job.query}
+        _refuse_failed_query([failure for failure in failed if failure["name"] in queries])
+
+    def salvaged(self, made: dict) -> dict[str, store.Stored]:
+        """What a damaged shard still holds; says how much."""
+        kept = store.salvage(self.where, **made)
+        if self.where.exists():
+            print(f"{self.where} is damaged: {len(kept)} of {len(self.jobs)} images are kept")
+        return kept
+
+
+def _shards_here(
+    runner: Runner, pieces: Sequence[Piece], made: dict, options: dict, bar: dict
+) -> Iterator[list[dict]]:
+    """Writes one shard after the other; yields the failures of each."""
+    todo = [job for piece in pieces for job in piece.jobs]
+    with runner.stream(todo, **bar) as results:
+        for piece in pieces:
+            kept = piece.salvaged(made)
+            block = itertools.islice(results, len(piece.jobs))
+            items, failed = runner.local_items(block, piece.keys, kept, **options)
+            piece.refuse_failed_query(failed)
+            store.write_shard(piece.where, items, failures=failed, **made)
+            yield failed
 
 
 def shards_of(
@@ -844,3 +907,186 @@ def shards_of(
 def _shard_outputs(folder: Path) -> list[str]:
     shards = store.shard_folders(folder)
     return [f"{shard.name}/{name}" for shard in shards for name in SHARD_OUTPUTS]
+
+
+# Beyond one machine
+
+
+@contextlib.contextmanager
+def _engine(
+    engine: str, address: str | None, model: Path | str, how: dict
+) -> Iterator["Runner | OnCluster"]:
+    """What a stage's images are described with: here, or on a Ray cluster."""
+    if engine == "local":
+        with _runner(model, **how) as runner:
+            yield runner
+        return
+    # Here the model tells its widths and nothing else; a mistake in it is found before Ray starts.
+    with _runner(model, **(how | {"device": "cpu", "precision": "fp32"})) as here:
+        with cluster.connected(address):
+            yield OnCluster.of(here.model, model, how)
+
+
+@dataclass(frozen=True, eq=False)
+class OnCluster:
+    """How images are described on a Ray cluster: as by a `Runner`, in the same batches.
+
+    model: on this machine, for its widths. source, how: what every actor makes its own Runner of.
+    """
+
+    model: ViTGaL
+    source: str
+    how: dict
+
+    @classmethod
+    def of(cls, model: ViTGaL, source: Path | str, how: dict) -> "OnCluster":
+        """Chooses device and precision by what the cluster has."""
+        name = str(source) if str(source).startswith(UNTRAINED) else str(Path(source).absolute())
+        share = _share(how)
+        how = how | {"device": "cuda" if share.gpus else "cpu", "threads": how["threads"] or 1}
+        if how["precision"] == "auto":
+            question = partial(resolve_precision, "auto", how["device"])
+            how["precision"] = cluster.ask(question, share)
+        return cls(model, name, how)
+
+    @property
+    def precision(self) -> str:
+        return resolve_precision(self.how["precision"])
+
+    def run(self, pieces: Sequence, read: Callable, describe: Callable, **more: Any) -> Iterator:
+        """Results of a pipeline; `describe` is given the Runner of its actor first."""
+        make = partial(_Describer, describe, self.source, self.how)
+        steps = dict(read=read, describe=make, share=partial(_share, self.how))
+        return cluster.Pipeline(**(dict(write=None) | steps | more)).run(pieces)
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        """The options of `_read`."""
+        return {name: self.how[name] for name in ("size", "resize", "workers")}
+
+    def recorded(self) -> dict[str, Any]:
+        """What a stage's manifest keeps of it."""
+        names = ("device", "precision", "batch_size", "workers", "threads")
+        kept = {name: self.how[name] for name in names}
+        return {"engine": "ray", "actors": _share(self.how).actors} | kept
+
+
+def _share(how: dict) -> cluster.Share:
+    about = dict(threads=how["threads"], workers=how["workers"], device=how["device"])
+    return cluster.Share.among(cluster.resources(), **about)
+
+
+class _Describer:
+    """In an actor: a Runner for as long as the process lives, and what it does with each piece."""
+
+    def __init__(self, describe: Callable[[Runner, Any], Any], source: str, how: dict):
+        self._describe, self._open = describe, contextlib.ExitStack()
+        self._runner = self._open.enter_context(_runner(source, **how))
+
+    def __call__(self, value: Any) -> Any:
+        with inference(self._runner.model, self._runner.precision):
+            return self._describe(self._runner, value)
+
+
+def _read(jobs: Sequence[Job], *, size: int, resize: str, workers: int) -> list:
+    """Every job with its network input or its ImageError, as a list that can be sent."""
+    return list(prefetch(partial(load, size=size, resize=resize), jobs, workers=workers))
+
+
+def _absolute(jobs: Iterable[Job]) -> list[Job]:
+    return [replace(job, path=Path(job.path).absolute()) for job in jobs]
+
+
+def _cluster_rows(
+    remote: OnCluster,
+    queries: Sequence[Job],
+    data: RetrievalDataset,
+    path: Path,
+    scales: Sequence[float],
+    *,
+    share: float,
+    disable: bool,
+) -> tuple[np.ndarray, store.RowFile]:
+    """The queries' descriptors, and the database's in `path`, from where they stand on disk."""
+    number = len(data.database)
+    settings = {"precision": remote.precision}
+    rows = store.RowFile.open(path, (number, remote.model.embed_dim), settings=settings)
+    todo = zip(data.database[rows.rows :], data.database_paths[rows.rows :], strict=True)
+    jobs = _absolute(Job(name, image) for name, image in todo)
+    blocks = [jobs[first : first + BLOCK] for first in range(0, len(jobs), BLOCK)]
+    steps = dict(read=partial(_read, **remote.reading), ordered=True)
+    steps |= dict(describe=partial(_describe_block, scales=tuple(scales)))
+    found = remote.run([_absolute(queries), *blocks], **steps)
+    bar = dict(total=number, initial=rows.rows, desc="describing", unit="image", disable=disable)
+    with contextlib.closing(found), tqdm(**bar) as shown:
+        described, failures = next(found)
+        _refuse_failed_query(failures)
+        for block, failures in found:
+            rows.append(block, failures)
+            shown.update(len(block))
+            _refuse_failures(rows.failures, number, share)
+    rows.finish()
+    return described, rows
+
+
+def _describe_block(
+    runner: Runner, results: list, *, scales: Sequence[float]
+) -> tuple[np.ndarray, list[dict]]:
+    return runner.global_rows(results, len(results), scales=scales)
+
+
+def _shards_on_cluster(
+    remote: OnCluster, pieces: Sequence[Piece], made: dict, options: dict, bar: dict
+) -> Iterator[list[dict]]:
+    """Has the shards written, in any order; yields the failures of each that is whole."""
+    pieces = [Piece(piece.where.absolute(), _absolute(piece.jobs)) for piece in pieces]
+    steps = dict(read=partial(_read_piece, made=made, reading=remote.reading))
+    steps |= dict(describe=partial(_describe_piece, options=options))
+    steps |= dict(write=partial(_write_piece, made=made))
+    with contextlib.closing(remote.run(pieces, **steps)) as found:
+        with tqdm(**bar, unit="image") as shown:
+            for images, failed in found:
+                shown.update(images)
+                yield failed
+
+
+@dataclass(frozen=True, eq=False)
+class _Filled:
+    """A piece on its way: its images, read or described; None: its shard is whole already."""
+
+    piece: Piece
+    content: list | None
+    kept: dict[str, store.Stored] = field(default_factory=dict)
+    failed: list[dict] = field(default_factory=list)
+
+
+def _read_piece(piece: Piece, *, made: dict, reading: dict) -> _Filled:
+    how = {name: made[name] for name in ("dtype", "settings")}
+    # Whole where the machine that wrote it died before it could say so.
+    if shard := store.whole_shard(piece.where, piece.keys, **how):
+        return _Filled(piece, None, failed=shard.failures)
+    return _Filled(piece, _read(piece.jobs, **reading), piece.salvaged(made))
+
+
+def _describe_piece(runner: Runner, read: _Filled, *, options: dict) -> _Filled:
+    if read.content is None:
+        return read
+    piece = read.piece
+    items, failed = runner.local_items(read.content, piece.keys, read.kept, **options)
+    piece.refuse_failed_query(failed)
+    return _Filled(piece, items, failed=failed)
+
+
+def _write_piece(described: _Filled, *, made: dict) -> tuple[int, list[dict]]:
+    """Writes a shard under a name of its own and moves it: a second writer may be at it.
+
+    (A machine that is given up may still be writing.) Returns the number of images and failures.
+    """
+    where = described.piece.where
+    if described.content is not None:
+        own = where.with_name(f"{store.PARTIAL}{uuid.uuid4().hex}")
+        store.write_shard(own / where.name, described.content, failures=described.failed, **made)
+        shutil.rmtree(where, ignore_errors=True)
+        os.replace(own / where.name, where)
+        own.rmdir()
+    return len(described.piece.jobs), described.failed

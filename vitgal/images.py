@@ -13,6 +13,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from vitgal import runs
+
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, of values in [0, 1]
 STD = (0.229, 0.224, 0.225)
 PATCH = 16  # pixels of the network input to a side of a patch
@@ -32,7 +34,7 @@ _REDUCED = {
 }
 
 
-class ImageError(ValueError):
+class ImageError(runs.Told, ValueError):
     """A file that cannot be decoded whole; the message names it, `reason` says why."""
 
     def __init__(self, path: str | os.PathLike, reason: str):

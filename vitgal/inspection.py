@@ -302,7 +302,10 @@ class Inspector:
         """
         names = self.benchmark.ground_truth.queries if side == "query" else self.benchmark.database
         if not 0 <= index < len(names):
-            raise InspectionError(f"{side} {index}: there are 0 to {len(names) - 1}")
+            what = "query" if side == "query" else "database image"
+            raise InspectionError(
+                f"there is no {what} {index}: {self.benchmark.name} has 0 to {len(names) - 1}"
+            )
         return names[index]
 
     def box(self, side: str, index: int) -> tuple[float, ...] | None:

@@ -582,16 +582,17 @@ def sample_images(
     """Titles and files of some images of some classes, both spread evenly over the table.
 
     table: `id`, `landmark_id`. Returns up to `classes` x `per_class` pairs, class by class; classes
-    with too few images give those that they have. An empty table gives none.
+    with too few images give those that they have. An empty table gives none. Raises
+    FileNotFoundError, with what to do, where the folder or one of these images is not there.
     """
     groups = list(table.groupby("landmark_id")["id"])
     chosen = []
     for place in np.linspace(0, len(groups) - 1, num=min(classes, len(groups)), dtype=int):
         landmark, ids = groups[place]
         picked = np.linspace(0, len(ids) - 1, num=min(per_class, len(ids)), dtype=int)
-        for image in ids.iloc[picked]:
-            chosen.append((f"landmark {landmark}", Path(image_folder) / image_path(image)))
-    return chosen
+        chosen += [(landmark, image) for image in ids.iloc[picked]]
+    _check_images(image_folder, pd.DataFrame(chosen, columns=["landmark_id", "id"]))
+    return [(f"landmark {mark}", Path(image_folder) / image_path(image)) for mark, image in chosen]
 
 
 def overlap_report(folder: Path) -> str:

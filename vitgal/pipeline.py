@@ -12,8 +12,11 @@ import difflib
 import html
 import logging
 import math
+import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -35,6 +38,7 @@ from vitgal import runs
 CHAIN = "0[1-7]_*.ipynb"
 OWN = "08_own_photos.ipynb"  # outside the chain
 KERNEL = "python3"
+RESTART = 75  # exit status after SIGTERM: sysexits.h's EX_TEMPFAIL, "try again later"
 AUTOSAVE = 300  # seconds; a save rewrites the whole notebook, figures and all
 KINDS = {"int": int, "float": float, "str": str, "bool": bool, "None": type(None)}
 # A parameter is a path by its name alone, so that every notebook and every file agree on it.
@@ -50,6 +54,10 @@ class ParameterError(ValueError):
 
 class NotebookError(RuntimeError):
     """A notebook stopped; the message has the cell, the error and the partial notebook's path."""
+
+
+class Preempted(NotebookError):
+    """SIGTERM came, a cluster's request to end; the same command goes on, see RESTART."""
 
 
 class Interrupted(NotebookError):
@@ -334,7 +342,8 @@ def run(
     Args:
         params: a flat YAML file; None leaves every notebook's own defaults.
         only, first, last: see `select`; without any, the file's own line `notebooks: 04-07` counts,
-            else all are executed.
+            else all are executed. Where `first` comes after the training and would read the run's
+            own data, which are not there yet, notebook 01 makes them before it.
         overrides: beat the file; text is parsed by the declared type.
         output: the run folder, relative to the current folder; None takes `run_dir`.
         notebooks: the folder of the numbered notebooks; None is the checkout's.
@@ -342,7 +351,8 @@ def run(
     Raises:
         ParameterError, FileNotFoundError: before anything starts; where data is absent, the message
             has the command that brings it.
-        NotebookError: a cell failed, the kernel died or did not start, or Ctrl-C was pressed.
+        NotebookError: a cell failed, the kernel died or did not start, Ctrl-C was pressed, or
+            SIGTERM came (Preempted).
         StageError: another process executes notebooks in this run folder, or it is not writable.
     """
     given, begin, end = own_range(read_params(params) if params else {})
@@ -350,9 +360,13 @@ def run(
     if only is None and first is None and last is None:
         first, last = begin, end
     chosen = select(every, only=only, first=first, last=last)
-    folder, taken = plan(
-        given, every, chosen, overrides=overrides or {}, output=output, source=str(params)
-    )
+    where = dict(overrides=overrides or {}, output=output, source=str(params))
+    folder, taken = plan(given, every, chosen, **where)
+    if first is not None and _lacks_data(folder, every[0], chosen[0], taken):
+        if progress:
+            print(f"{every[0].stem} comes first: {folder.name} has no data yet", flush=True)
+        chosen = [every[0], *chosen]
+        folder, taken = plan(given, every, chosen, **where)
     _refuse_absent({name: value for values in taken.values() for name, value in values.items()})
     with runs.locked(folder / "notebooks"):
         for path in chosen:
@@ -418,6 +432,14 @@ def plan(
     return runs.run_folder(values.get("run_dir") or _default_run(declarations)), taken
 
 
+def _lacks_data(folder: Path, maker: Path, first: Path, taken: dict[Path, dict]) -> bool:
+    """Whether a notebook that evaluates would read data of the run that nobody has made."""
+    if "dataset_dir" not in declared(first) or not maker.name.startswith("01"):
+        return False
+    own = taken[first].get("dataset_dir") is None
+    return own and not (folder / "split" / runs.MANIFEST).exists()
+
+
 def _news(values: dict[str, Any], declarations: dict[str, Declaration]) -> dict[str, Any]:
     """What a notebook declares and does not say itself: a demo's copy stays as it is committed."""
     return {
@@ -467,6 +489,7 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progres
     .log beside the target; the message quotes it where the kernel died.
     """
     log = target.with_suffix(".log")
+    asked = threading.Event()
     papermill_engines.register("vitgal", Engine)
     try:
         with _quiet(), _reported(notebook.stem, progress) as bar:
@@ -480,6 +503,7 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progres
                 progress_bar=bar,
                 autosave_cell_every=AUTOSAVE,
                 kernel_log=log,
+                asked=asked,
             )
     except KeyboardInterrupt:
         raise Interrupted(
@@ -487,9 +511,21 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progres
             "run the same command again to go on: finished stages return at once"
         ) from None
     except (PapermillExecutionError, NoSuchKernel, RuntimeError, TimeoutError) as error:
+        if asked.is_set():
+            raise Preempted(_ended(notebook, target, getattr(error, "evalue", ""))) from None
         raise NotebookError(_told(error, notebook, target, log)) from None
+    else:
+        if asked.is_set():  # the last cell caught it: it is meant for the whole chain
+            raise Preempted(_ended(notebook, target, "it is finished"))
     finally:
         log.unlink(missing_ok=True)
+
+
+def _ended(notebook: Path, target: Path, said: str) -> str:
+    """What to know after SIGTERM."""
+    lines = [f"{notebook.name} was asked to end (SIGTERM) {_last_cell(target)}", said]
+    lines += [_partial(target), "run the same command again to go on: finished stages return at"]
+    return "\n".join(filter(None, lines)) + " once, others go on from what they have saved"
 
 
 def _told(error: Exception, notebook: Path, target: Path, log: Path) -> str:
@@ -626,9 +662,15 @@ class Engine(NBClientEngine):
 
     @classmethod
     def execute_managed_notebook(
-        cls, nb_man: Any, kernel_name: str, *, kernel_log: Path, **ignored: Any
+        cls,
+        nb_man: Any,
+        kernel_name: str,
+        *,
+        kernel_log: Path,
+        asked: threading.Event,
+        **ignored: Any,
     ) -> None:
-        """Executes the cells without any limit of time."""
+        """Executes the cells without any limit of time; `asked` is set where SIGTERM came."""
         client = Client(
             nb_man,
             kernel_name=kernel_name,
@@ -637,8 +679,28 @@ class Engine(NBClientEngine):
             iopub_timeout=60,  # a loaded machine may need long to hand a figure over
             log=logging.getLogger("papermill"),
         )
-        with open(kernel_log, "wb") as handle:
+        with open(kernel_log, "wb") as handle, _sigterm_passed_on(client, asked):
             client.execute(stdout=handle, stderr=handle)
+
+
+@contextlib.contextmanager
+def _sigterm_passed_on(client: Client, asked: threading.Event) -> Iterator[None]:
+    """SIGTERM goes to the kernel, in which training saves its state and raises; others just end."""
+
+    def pass_on(*_: object) -> None:
+        asked.set()
+        if client.km is None or not client.km.has_kernel:
+            raise NotebookError("SIGTERM came before the kernel had started")
+        os.kill(client.km.provisioner.pid, signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python hands signals to the main thread alone
+        return
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # What a run has reached
@@ -670,7 +732,10 @@ def own_summary(run: Path, lines: int = 10) -> str:
 
 
 def score_lines(folder: Path) -> list[str]:
-    """The scores below `<run>/<dataset>`, aligned: mAP and mP@k by protocol, global first."""
+    """The scores below `<run>/<dataset>`, aligned: a line a system and protocol, global first.
+
+    mAP comes with its interval as it stands in the file; what a file does not hold is a dash.
+    """
     found = {
         path.parent.name: runs.read_json(path) for path in sorted(folder.glob("*/scores.json"))
     }
@@ -681,21 +746,21 @@ def score_lines(folder: Path) -> list[str]:
     if published:
         tables["reranked, published"] = published
     width = max(map(len, [*tables, folder.name]))
-    columns = "".join(f"{name:>7}" for name in ("mAP", *(f"mP@{kappa}" for kappa in KAPPAS)))
-    lines = [
-        folder.name.ljust(width) + "".join(f"  {name:>28}" for name in PROTOCOLS),
-        " " * width + f"  {columns}" * len(PROTOCOLS),
-    ]
+    heads = "".join(f"{f'mP@{kappa}':>7}" for kappa in KAPPAS)
+    lines = [f"{folder.name:<{width}}  {'':6}{'mAP':>7}{'95 % interval':>16}{heads}"]
     for label, scores in tables.items():
-        cells = ["".join(_percent(value) for value in _row(scores.get(p))) for p in PROTOCOLS]
-        lines.append(label.ljust(width) + "".join(f"  {cell}" for cell in cells))
+        for protocol in [protocol for protocol in PROTOCOLS if protocol in scores]:
+            lines.append(f"{label:<{width}}  {protocol:<6}{_cells(scores[protocol])}")
+            label = ""
     return lines
 
 
-def _row(scores: dict | None) -> list[float | None]:
-    scores = scores or {}
-    at = scores.get("mp_at", {})
-    return [scores.get("map"), *(at.get(kappa) for kappa in KAPPAS)]
+def _cells(scores: dict) -> str:
+    """One protocol's mAP, its interval and mP@k in percent, each in its column."""
+    low, high = scores.get("interval") or (None, None)
+    interval = "-" if low is None else f"{100 * low:.1f} to {100 * high:.1f}"
+    at = "".join(_percent(scores.get("mp_at", {}).get(kappa)) for kappa in KAPPAS)
+    return f"{_percent(scores.get('map'))}{interval:>16}{at}"
 
 
 def _percent(value: float | None) -> str:

@@ -78,6 +78,7 @@ STYLE = {
     "lines.linewidth": 1.6,
 }
 CAPTION = 7.5  # points, text beside photographs
+BAND = {"alpha": 0.15, "linewidth": 0}  # an interval around a curve
 # Photographs are kept at this many pixels a drawn pixel: an exported figure stays sharp, and a
 # notebook's picture is as large as its figure whatever the photographs.
 DETAIL = 3
@@ -290,19 +291,29 @@ def _decades(*directions: Axis) -> None:
 
 def _present(log: pd.DataFrame, columns: Mapping[str, str]) -> list[str]:
     """The columns for which the log holds a value; without rows, none."""
-    if len(log) and "step" not in log:
-        raise ValueError(f"the log has no column step, only {', '.join(map(str, log.columns))}")
+    if len(log) and not {"step", "epoch"} & set(log.columns):
+        names = ", ".join(map(str, log.columns))
+        raise ValueError(f"the log has no column step and no epoch, only {names}")
     return [column for column in columns if column in log and log[column].notna().any()]
 
 
 def _curves(axes: Axes, log: pd.DataFrame, columns: Mapping[str, str], *, percent: bool) -> None:
-    """The finite values of each column over the steps, a line each, with a legend for several."""
+    """The finite values of each column over the steps, a line each, with a legend for several.
+
+    A log without steps, such as a schedule, is drawn over its epochs.
+    """
+    across = "step" if "step" in log else "epoch"
     present = _present(log, columns)
     for index, column in enumerate(present):
         values = log[column].to_numpy(float) * (100 if percent else 1)
         known = np.isfinite(values)
+        places = log[across].to_numpy(float)[known]
+        ends = [f"{column}_low", f"{column}_high"]
+        if all(end in log for end in ends):
+            low, high = (log[end].to_numpy(float)[known] * (100 if percent else 1) for end in ends)
+            axes.fill_between(places, low, high, color=SERIES[index % len(SERIES)], **BAND)
         axes.plot(
-            log["step"].to_numpy(float)[known],
+            places,
             values[known],
             color=SERIES[index % len(SERIES)],
             linestyle=LINE_STYLES[index % len(LINE_STYLES)],
@@ -312,7 +323,7 @@ def _curves(axes: Axes, log: pd.DataFrame, columns: Mapping[str, str], *, percen
         )
     if len(present) > 1:
         axes.legend(loc="best", labelspacing=0.2, frameon=True, framealpha=0.7, edgecolor="none")
-    axes.set_xlabel("step")
+    axes.set_xlabel(across)
     axes.set_ylim(bottom=0)  # none of these values can be negative
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -327,12 +338,18 @@ def training_curves(
 ) -> np.ndarray:
     """Loss, accuracy, retrieval mAP, reconstruction error, learning rate, throughput over steps.
 
-    log: the rows of log.jsonl, with the column `step`; a value that a row lacks is nan. panels:
+    log: the rows of log.jsonl, with the column `step`, or a table by `epoch`; a value that a row
+    lacks is nan; a column with `_low` and `_high` beside it gets a band between them. panels:
     title -> {column: name in the legend}; None: `PANELS`. A title that ends in "(%)" shows shares
-    as percent. Panels without a value are left out. Returns the axes, one a panel, in the order
-    of `panels`. An empty log: one axes that says so. Raises ValueError for a log without steps.
+    as percent. Panels without a value are left out. Returns the axes, one a panel, in the order of
+    `panels`. An empty log: one axes that says so. Raises ValueError for a log without either.
     """
-    panels = PANELS if panels is None else panels
+    if panels is None:
+        accuracy = PANELS["accuracy (%)"]
+        if "reconstruction" in log and "val_accuracy_margin" not in log:
+            # the autoencoder's classifier knows no margin
+            accuracy = accuracy | {"accuracy": "training"}
+        panels = PANELS | {"accuracy (%)": accuracy}
     titles = [title for title, columns in panels.items() if _present(log, columns)]
     columns = min(3, len(titles))
     with plt.rc_context(STYLE):
@@ -1546,7 +1563,7 @@ def tuning_curves(
             places = np.arange(len(values))  # evenly spaced, whatever the values
             low, high = 100 * np.array([interval(row) for row in ap]).T
             mean = 100 * np.array([_mean(row) for row in ap])
-            panel.fill_between(places, low, high, color=SERIES[0], alpha=0.15, linewidth=0)
+            panel.fill_between(places, low, high, color=SERIES[0], **BAND)
             panel.plot(places, mean, "o-", color=SERIES[0], markersize=4, label="reranked")
             level = {"color": INK, "linewidth": 1.0, "linestyle": ":"}
             panel.axhline(100 * _mean(before), **level, label="not reranked")

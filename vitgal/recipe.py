@@ -8,7 +8,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
-from vitgal import extraction
+from vitgal import extraction, runs
 
 AUGMENTATIONS = ("published", "fast", "none")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -34,7 +34,7 @@ OPTIONS = (
 RETRIEVAL_ONLY = ("layer_decay", "sub_centres", "class_chunk", "sampled_classes")
 
 
-class TrainingError(RuntimeError):
+class TrainingError(runs.Told, RuntimeError):
     """Training cannot go on; the message says at which step, on which images, and what to do."""
 
 
@@ -43,7 +43,8 @@ class Recipe:
     """What one training run is made of; the defaults are the published retrieval recipe.
 
     `batch_size` is per process, as published (64 on each of two GPUs). `lr`, `warmup_lr` and
-    `min_lr` are absolute.
+    `min_lr` are absolute. All validation images are looked at every `validate_every` epochs, those
+    of the retrieval set after every one.
 
     Options that the published recipe lacks, all off:
         clip_grad: largest norm of the gradient.

@@ -22,7 +22,7 @@ import poselib
 import pydegensac
 from tqdm.auto import tqdm
 
-from vitgal import runs, search
+from vitgal import cluster, runs, search
 from vitgal.evaluation import evaluate, scores_document
 from vitgal.features import LocalFeatures
 from vitgal.revisited import PROTOCOLS, GroundTruth, ignored, load_ground_truth, positives
@@ -123,19 +123,19 @@ class _Descriptors:
         return self._extended(-self.halves)
 
     @functools.cached_property
-    def left_bound(self) -> np.ndarray:  # (N, S + 2) float32: u's first values, |the rest|, 1
-        return self._shortened(np.ones(len(self.values)))
+    def left_bound(self) -> np.ndarray:  # (N, S + 3): u's first values, |the rest|, 1, -|u|^2 / 2
+        return self._shortened(np.ones(len(self.values)), -self.halves)
 
     @functools.cached_property
-    def right_bound(self) -> np.ndarray:  # (N, S + 2) float32: v's, |the rest|, -|v|^2 / 2
-        return self._shortened(-self.halves)
+    def right_bound(self) -> np.ndarray:  # (N, S + 3): v's, |the rest|, -|v|^2 / 2, 1
+        return self._shortened(-self.halves, np.ones(len(self.values)))
 
-    def _shortened(self, column: np.ndarray) -> np.ndarray:
+    def _shortened(self, *columns: np.ndarray) -> np.ndarray:
         short = self.values.shape[1] * 5 // 8
         rest = self.values[:, short:]
-        shortened = np.empty((len(self.values), short + 2), np.float32)
-        shortened[:, :-2], shortened[:, -1] = self.values[:, :short], column
-        shortened[:, -2] = np.sqrt(np.einsum("ij,ij->i", rest, rest, dtype=np.float64))
+        shortened = np.empty((len(self.values), short + 3), np.float32)
+        shortened[:, :short], shortened[:, -2], shortened[:, -1] = self.values[:, :short], *columns
+        shortened[:, short] = np.sqrt(np.einsum("ij,ij->i", rest, rest, dtype=np.float64))
         return shortened
 
     def _extended(self, column: np.ndarray) -> np.ndarray:
@@ -152,16 +152,22 @@ def _match(query: _Descriptors, gallery: _Descriptors, max_distance: float) -> n
         return np.empty((0, 2), np.int64)
     if width != other:
         raise ValueError(f"query descriptors are {width} wide, gallery descriptors {other}")
-    step = max(1, BLOCK // size)
-    blocks = [slice(first, min(first + step, count)) for first in range(0, count, step)]
-    sample = slice(0, min(SAMPLE, step, count))
-    worth = math.isfinite(max_distance) and _sieved(query, gallery, sample, max_distance)
     found = []
-    for block in blocks:
+    worth = math.isfinite(max_distance)
+    for block in _blocks(count, size):
         pairs = _sieved(query, gallery, block, max_distance) if worth else None
+        worth = pairs is not None
         found.append(pairs or _closest(query, gallery, block, max_distance))
     rows, columns = (np.concatenate(parts) for parts in zip(*found, strict=True))
     return _nearest(query.values, gallery.values, rows, columns, max_distance)
+
+
+def _blocks(count: int, size: int) -> list[slice]:
+    """Query rows to take at once; the first are few and tell whether the first pass is worth it."""
+    step = max(1, BLOCK // size)
+    sample = min(SAMPLE, step, count)
+    later = [slice(first, min(first + step, count)) for first in range(sample, count, step)]
+    return [slice(0, sample), *later]
 
 
 Pairs = tuple[np.ndarray, np.ndarray]  # query and gallery indices, by rising query index
@@ -173,13 +179,14 @@ def _sieved(
     """All pairs that may lie within the distance; None where these are many.
 
     By Cauchy and Schwarz u.v is at most the product of the first values of u and v and of the
-    lengths of what is left of them: a shorter product than the whole one rules out most pairs.
+    lengths of what is left of them: a shorter product than the whole one rules out most pairs. It
+    bounds -|u - v|^2 / 2 as a whole, since one number is compared faster than one a row.
     """
     bounds = query.left_bound[block] @ gallery.right_bound.T  # (N, M) float32
-    slack = _rounding(query.halves[block], gallery.halves.max(), query.values.shape[1])
-    floor = query.halves[block] - max_distance**2 / 2 - slack
-    floor = np.nextafter(floor.astype(np.float32), np.float32(-np.inf))
-    hits = np.flatnonzero(bounds >= floor[:, None])
+    halves = query.halves[block].max(), gallery.halves.max()
+    slack = _rounding(*halves, query.values.shape[1])
+    floor = np.nextafter(np.float32(-(max_distance**2) / 2 - slack), np.float32(-np.inf))
+    hits = np.flatnonzero(bounds >= floor)
     if hits.size > SIEVED * bounds.size:
         return None
     rows, columns = np.divmod(hits, bounds.shape[1])
@@ -217,14 +224,14 @@ def _nearest(
     return np.column_stack([rows, columns])[lowest][within]
 
 
-def _rounding(halves: np.ndarray, half: float, width: int) -> np.ndarray:
-    """How far a float32 closeness may lie from the true one, at worst.
+def _rounding(halves: np.ndarray | float, half: float, width: int) -> np.ndarray | float:
+    """How far a float32 closeness, or half a square less, may lie from the true one, at worst.
 
     A sum of n products in float32, in any order, is off by less than n * 2^-24 times the sum of
     their magnitudes; the rest of the factor covers the rounding of the factors themselves.
     """
     relative = (width + 12) * 2.0**-24
-    sizes = np.sqrt(2 * halves) * np.sqrt(2 * half) + half
+    sizes = np.sqrt(2 * halves) * np.sqrt(2 * half) + half + halves
     return relative * sizes + width * float(np.finfo(np.float32).tiny)
 
 
@@ -636,6 +643,8 @@ def rerank_shortlist(
     max_keypoints: int | None = None,
     ties: str = "global",
     workers: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -649,6 +658,8 @@ def rerank_shortlist(
         max_keypoints: features an image, best first (None: all that were extracted).
         ties: order of equal counts in the published ranking; the others keep the global order.
         workers: processes (None: one a core). The result does not depend on it.
+        engine, ray_address: "local", or "ray": the processes are those of a Ray cluster (see
+            `cluster.connected`), which all see the run folder. Nor does it depend on that.
     Returns:
         `<dataset>/rerank` with candidates.npy, inliers.npy, and for easy, medium, hard and
         published positions_*.npz and top_*.npy, and scores.json.
@@ -660,6 +671,7 @@ def rerank_shortlist(
     Interrupted, it keeps the queries that are done. An image that could not be read counts 0.
     """
     run = Path(run)
+    cluster.check_engine(engine, ray_address)
     options = dict(estimator=estimator, threshold=threshold, iterations=iterations)
     options |= dict(confidence=confidence, seed=seed)
     _check_options(**options)
@@ -674,11 +686,13 @@ def rerank_shortlist(
         if stage.finished:
             return folder
         listed = _Shortlist.read(run / dataset, ground_truth, top)
-        inliers = _verified(folder, listed, run / dataset / "local", options, workers, progress)
+        place = dict(engine=engine, address=ray_address, workers=workers)
+        inliers = _verified(folder, listed, run / dataset / "local", options, place, progress)
         outputs = _write_rankings(folder, listed, inliers, top, ties)
         _write_scores(folder, listed, run / dataset / "global", parameters, inputs)
         outputs += ["candidates.npy", "inliers.npy", "scores.json"]
-        return stage.finish(outputs, workers=workers, pairs=int((inliers >= 0).sum()))
+        pairs = int((inliers >= 0).sum())
+        return stage.finish(outputs, engine=engine, workers=workers, pairs=pairs)
 
 
 def _inputs(folder: Path, ground_truth: GroundTruth) -> dict[str, str]:
@@ -755,15 +769,15 @@ def _verified(
     listed: _Shortlist,
     local: Path,
     options: dict,
-    workers: int | None,
+    place: dict,
     progress: bool,
 ) -> np.ndarray:
     """The inlier counts (Q, C) int32, padded with -1; written together with their candidates."""
     if not (folder / "inliers.npy").exists():
-        store = FeatureStore.open(local)
+        store = FeatureStore.open(local.absolute())
         _check_store(store, listed)
         rows = _journalled(folder / JOURNAL, listed)
-        _verify_queries(folder / JOURNAL, rows, listed, store, options, workers, progress)
+        _verify_queries(folder / JOURNAL, rows, listed, store, options, place, progress)
         runs.write_array(folder / "candidates.npy", listed.candidates)
         runs.write_array(folder / "inliers.npy", _padded([rows[q] for q in sorted(rows)]))
     shutil.rmtree(folder / JOURNAL, ignore_errors=True)
@@ -802,7 +816,7 @@ def _verify_queries(
     listed: _Shortlist,
     store: FeatureStore,
     options: dict,
-    workers: int | None,
+    place: dict,
     progress: bool,
 ) -> None:
     """Verifies the queries that `rows` lacks and adds them to it and to the journal."""
@@ -811,24 +825,13 @@ def _verify_queries(
         for q, images in enumerate(listed.images)
         if q not in rows
     ]
+    bar = dict(total=len(listed.images), initial=len(rows), desc="verifying short lists")
     # Processes, not threads: pydegensac draws from one random state a process.
-    pool = joblib.Parallel(
-        n_jobs=min(workers or joblib.cpu_count(), max(1, len(tasks))),
-        backend="loky",
-        return_as="generator_unordered",
-    )
-    results = pool(joblib.delayed(_verify_query)(store, *task, options) for task in tasks)
-    bar = tqdm(
-        results,
-        total=len(listed.images),
-        initial=len(rows),
-        desc="verifying short lists",
-        unit="query",
-        disable=not progress,
-    )
-    for q, counts in bar:
-        runs.write_array(journal / f"{q}.npy", counts)
-        rows[q] = counts
+    with cluster.parallel(**place, tasks=len(tasks)) as pool:
+        results = pool(joblib.delayed(_verify_query)(store, *task, options) for task in tasks)
+        for q, counts in tqdm(results, **bar, unit="query", disable=not progress):
+            runs.write_array(journal / f"{q}.npy", counts)
+            rows[q] = counts
 
 
 def _verify_query(

@@ -28,6 +28,7 @@ import numpy as np
 
 STAGE_FORMAT = 1
 MANIFEST = "stage.json"
+SMALL_WEIGHTS = "weights/vitgal_nano.safetensors"  # in the checkout; made by small_weights.yaml
 STARTED = "started.json"
 SETTINGS = ("format", "stage", "parameters", "inputs")  # what a result depends on
 LOCK = ".lock"  # the names of all locks begin so
@@ -301,7 +302,7 @@ def stage(
     with locked(folder, share):
         if overwrite:
             _clear(folder)
-        else:
+        elif share != ALONE or not _just_begun(folder):
             _refuse_other(folder, settings)
         opened = Stage(folder, name, (folder / MANIFEST).exists(), settings)
         if opened.finished:
@@ -425,6 +426,11 @@ def _settings_on_disk(folder: Path) -> dict | None:
     return None
 
 
+def _just_begun(folder: Path) -> bool:
+    """Whether a stage began here and stopped before it made anything: with wrong weights, say."""
+    return [path.name for path in _foreign(folder)] == [STARTED]
+
+
 def _refuse_other(folder: Path, wanted: dict) -> None:
     """Raises StageError unless the folder is empty or holds a stage with the same settings."""
     found = _settings_on_disk(folder)
@@ -532,8 +538,19 @@ def data_folder(run: Path, given: str | None, part: str = "") -> Path:
 
 
 def model_file(run: Path, given: str | None) -> Path:
-    """The weights that a parameter names, or for None the run's complete model."""
+    """The weights that a parameter names, or for None the run's complete model.
+
+    A run in which nothing has been trained takes the small model that the checkout brings, and a
+    printed line says so. What is made with it carries that file's fingerprint, so that a model
+    which is trained in the run later is not mistaken for it. Raises StageError where the training
+    was begun and is not finished.
+    """
     if given is not None:
         return resolve(given)
+    small = resolve(SMALL_WEIGHTS)
+    trained = any((run / stage).exists() for stage in ("retrieval", "autoencoder"))
+    if not trained and small.is_file():
+        print(f"nothing has been trained in {run.name}: the model is the small {SMALL_WEIGHTS}")
+        return small
     read_stage(run / "autoencoder", "notebook 03_train_autoencoder (or set weights)")
     return run / "autoencoder" / "model.safetensors"

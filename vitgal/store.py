@@ -41,7 +41,7 @@ ITEM_BYTES = 150  # of one image beside its features: name and sizes in items.js
 FEATURE_BYTES = 16  # of one feature beside its descriptor: keypoint, score, scale
 
 
-class StoreError(RuntimeError):
+class StoreError(runs.Told, RuntimeError):
     """A store on disk that is damaged or incomplete; the message names the folder or the item."""
 
 
@@ -813,20 +813,31 @@ def export_published(store: FeatureStore, folder: Path, paths: Mapping[str, str]
     return folder
 
 
-def import_published(folder: Path) -> Iterator[tuple[str, LocalFeatures]]:
+def import_published(
+    folder: Path, paths: Iterable[str] = ()
+) -> Iterator[tuple[str, LocalFeatures]]:
     """Yields (image path, features) from a folder of published files, ready for `write_shard`.
 
     Scores and scales are nan, since the published files lack them; the order is kept, best first.
-    Without our `index.json` the paths are those that the published code would read, and boxes and
-    sizes are zero. Raises FileNotFoundError where a folder or one of a pair of files is missing.
+    Without our `index.json` boxes and sizes are zero, and a file's path is that of `paths`, the
+    images that may be there, whose published name it has; failing that the one that the published
+    code would read, which is right for `../folder/image.jpg` alone.
+
+    Raises FileNotFoundError where a folder or one of a pair of files is missing, ValueError where
+    two of `paths` have one published name.
     """
+    known: dict[str, str] = {}
+    for path in map(str, paths):
+        if known.setdefault(published_name(path), path) != path:
+            name = published_name(path)
+            raise ValueError(f"{known[name]} and {path} would both have been stored as {name}")
     folder = Path(folder)
     names = sorted(path.name for path in (folder / "Locations").glob("*.npy"))
     if not names:
         raise FileNotFoundError(f"{folder / 'Locations'} holds no .npy files")
     index = runs.read_json(folder / "index.json") if (folder / "index.json").exists() else {}
     for name in names:
-        item = index.get(name, {"path": published_path(name)})
+        item = index.get(name, {"path": known.get(name, published_path(name))})
         points = np.load(folder / "Locations" / name, allow_pickle=False)
         codes = np.load(folder / "Descriptions" / name, allow_pickle=False)
         unknown = np.full(len(points), np.nan, np.float32)

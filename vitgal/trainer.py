@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -17,7 +18,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,6 +56,8 @@ class Preempted(TrainingError):
 
 class RetrievalNetwork(nn.Module):
     """The retrieval model under ArcFace: images and labels to loss and accuracy."""
+
+    retrieves = True  # its validation gives features to search by
 
     def __init__(self, model: ViTGaL, head: ArcFace, label_smoothing: float = 0.0):
         super().__init__()
@@ -97,6 +100,8 @@ class AutoencoderNetwork(nn.Module):
 
     Source: ViTGaL section 3 and published loss: CE of the autoencoder's own class token + 10 MSE.
     """
+
+    retrieves = False
 
     def __init__(
         self,
@@ -193,7 +198,7 @@ class Trainer:
         self.replaced: list[str] = []
         self.asked = False  # by SIGTERM, this process
         self.stop = False  # agreed among all
-        self.validation_seconds = 0.0
+        self.validation_seconds = 0.0  # an image
         self.board = None
         self._prepare(network)
 
@@ -297,6 +302,8 @@ class Trainer:
                     torch.save(state, handle)
                 self._keep_previous()
         except (OSError, RuntimeError) as error:
+            if _of_data_worker(error):
+                raise
             raise TrainingError(
                 f"the state cannot be written to {self.state_file} ({error}); the one before it is "
                 "whole: make room on the disk and run the same again"
@@ -340,7 +347,7 @@ class Trainer:
             if done == 0 and self.recipe.dry_run:
                 self.dry_run()
             while self.progress.epoch < self.recipe.epochs:
-                with self._memory_errors():
+                with self._told_errors():
                     self.run_epoch(bar)
                 if watch is not None and main:
                     watch(pd.DataFrame(self.progress.rows))
@@ -473,17 +480,15 @@ class Trainer:
             worker_init_fn=_start_worker,
             timeout=60 * recipe.timeout_minutes if recipe.data_workers else 0,
         )
+        others = set(multiprocessing.active_children())
+        batches = iter(loader)
+        workers = set(multiprocessing.active_children()) - others
         try:
-            yield from loader
+            yield from batches
         except RuntimeError as error:
-            if "DataLoader" not in str(error):
-                raise
-            raise TrainingError(
-                f"the images are no longer read: {error}; a worker that dies without a word was "
-                "most likely killed for memory (lower data_workers), one that is silent for "
-                f"timeout_minutes = {recipe.timeout_minutes:g} waits for the disk; run the same "
-                "again to go on"
-            ) from error
+            if _of_data_worker(error):
+                _kill(workers)
+            raise
 
     def _note_unreadable(self, batch: Sample, dataset: Dataset) -> None:
         found = batch.unreadable[batch.unreadable >= 0].tolist()
@@ -518,11 +523,10 @@ class Trainer:
         self._show_row(progress.rows[-1])
 
     def _seconds_left(self, finished: int, each: float) -> float:
-        """At this pace, with the validations that are due as long as the last one."""
-        recipe = self.recipe
-        epochs = range(self.progress.epoch + 1, recipe.epochs + 1)
-        due = sum(epoch % recipe.validate_every == 0 or epoch == recipe.epochs for epoch in epochs)
-        left = self.steps * recipe.epochs - finished
+        """At this pace, with the images that are still to validate as fast as the last ones."""
+        epochs = range(self.progress.epoch + 1, self.recipe.epochs + 1)
+        due = sum(len(self.due(epoch)) for epoch in epochs)
+        left = self.steps * self.recipe.epochs - finished
         return left * each + due * self.validation_seconds
 
     def _share_unreadable(self) -> None:
@@ -532,22 +536,36 @@ class Trainer:
 
     def end_epoch(self) -> None:
         """Validation where it is due, the best weights, the state at the epoch's end."""
-        progress, recipe = self.progress, self.recipe
+        progress = self.progress
         failed = progress.unreadable
         if len(failed) > self.data.max_failed_share * self.data.train_count:
             names = ", ".join(str(self.data.train.folder / name) for name in failed[:5])
             raise TrainingError(f"{len(failed)} training images cannot be read: {names}")
         finished = progress.epoch + 1
-        if finished % recipe.validate_every == 0 or finished == recipe.epochs:
+        images = self.due(finished)
+        if len(images):
             self.save_state()  # validation can be long
             began = time.monotonic()
-            scores = self.validate()
-            self.validation_seconds = time.monotonic() - began
+            scores = self.validate(images)
+            self.validation_seconds = (time.monotonic() - began) / len(images)
             progress.rows[-1] |= scores
             self._show_row(scores | {"step": progress.rows[-1]["step"]})
             self._keep_best()
         progress.epoch, progress.step = finished, 0
         self.save_state()
+
+    def due(self, finished: int) -> np.ndarray:
+        """Positions of the images that are validated after so many epochs.
+
+        All of them every `validate_every` epochs and at the end, otherwise those of the retrieval
+        set: far fewer, and the number to watch. The autoencoder has no such number.
+        """
+        recipe, data = self.recipe, self.data
+        if finished % recipe.validate_every == 0 or finished == recipe.epochs:
+            return np.arange(len(data.validation))
+        if self.bare.retrieves and data.ground_truth is not None:
+            return np.union1d(data.queries, data.database)
+        return np.arange(0)
 
     def _keep_best(self) -> None:
         """Writes the model as state/best.safetensors where it scores higher than ever before."""
@@ -558,25 +576,40 @@ class Trainer:
             if self.accelerator.is_main_process:
                 weights.save_model(self.result.model, self.folder / "state" / "best.safetensors")
 
-    def validate(self) -> dict[str, float]:
-        """Scores of the validation images, each rank taking its share of them."""
+    def validate(self, images: np.ndarray | None = None) -> dict[str, float]:
+        """Scores of validation images, by position (None: all), each rank taking its share."""
         accelerator, data = self.accelerator, self.data
+        images = np.arange(len(data.validation)) if images is None else images
         self._share_statistics()
         network = self.result
         network.eval()
-        mine = range(accelerator.process_index, len(data.validation), accelerator.num_processes)
+        mine = images[accelerator.process_index :: accelerator.num_processes].tolist()
         parts = []
         size = self.recipe.batch_size
         keys = [[(0, index) for index in mine[at : at + size]] for at in range(0, len(mine), size)]
-        for batch in self.read(keys, data.validation):
-            with accelerator.autocast():
-                result = network.validate(*self.moved(batch))
-            parts.append((batch.index.numpy(), {key: value.cpu() for key, value in result.items()}))
-            self._note_unreadable(batch, data.validation)
-            if self.asked and accelerator.num_processes == 1:
+        batches = self.read(keys, data.validation)
+        for _ in range(-(-len(images) // (size * accelerator.num_processes))):
+            batch = next(batches, None)  # some ranks have one less
+            if batch is not None:
+                with accelerator.autocast():
+                    result = network.validate(*self.moved(batch))
+                found = {key: value.cpu() for key, value in result.items()}
+                replaced = batch.unreadable >= 0  # by another image, which stands in this place
+                place = torch.where(replaced, batch.unreadable, batch.index)
+                parts.append((place.numpy(), found))
+                self._note_unreadable(batch, data.validation)
+            if self._any_asked():
                 raise Preempted("asked to end (SIGTERM) while validating; the epoch is saved")
+        batches.close()
         self._share_unreadable()
         return data.score(gather_object(parts))
+
+    def _any_asked(self) -> bool:
+        """Whether any rank was asked to end; all ranks ask together, and wait for the answer."""
+        if self.accelerator.num_processes == 1:
+            return self.asked
+        asked = torch.tensor(float(self.asked), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(asked, "sum"))
 
     def _share_statistics(self) -> None:
         """Gives every rank rank 0's BatchNorm statistics, which are the ones that are written."""
@@ -623,32 +656,44 @@ class Trainer:
             for index in batch.index.tolist()
         ]
         names = gather_object(names)
+        # Gathered before anything is decided: a rank that did not take part would hang the others.
+        steps = [{key: float(value) for key, value in step.items()} for step in self.pending]
+        self.progress.pending = gather_object([steps])
         shown = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
         kept = f"the last whole state, if any, stands in {self.state_file}"
         if all(bool(torch.isfinite(value).all()) for value in self.bare.state_dict().values()):
-            self.progress.pending = gather_object(
-                [[{key: float(value) for key, value in step.items()} for step in self.pending]]
-            )
             self.save_state()
             kept = f"the state before this step is saved in {self.state_file}"
+        self.accelerator.wait_for_everyone()  # a rank that ends now would take rank 0 with it
         raise TrainingError(
             f"the loss is not finite at step {self.progress.step} of epoch {self.progress.epoch}, "
             f"images {shown}; {kept}: lower lr, set clip_grad, or train in fp32"
         )
 
     @contextlib.contextmanager
-    def _memory_errors(self) -> Iterator[None]:
+    def _told_errors(self) -> Iterator[None]:
+        """Says what to do about too little memory and about data workers that are lost.
+
+        A worker's death is raised wherever the process then is, by the signal that tells of it.
+        """
         try:
             yield
         except RuntimeError as error:
-            full = isinstance(error, torch.OutOfMemoryError) or "CPUAllocator" in str(error)
-            if not full:
-                raise
-            raise TrainingError(
-                f"out of memory at step {self.progress.step} of epoch {self.progress.epoch} with "
-                f"batch_size {self.recipe.batch_size}; halve it and double accumulate, which is "
-                f"the same step but for BatchNorm ({str(error).splitlines()[0]})"
-            ) from error
+            first = str(error).split("\n")[0]
+            if isinstance(error, torch.OutOfMemoryError) or "CPUAllocator" in str(error):
+                raise TrainingError(
+                    f"out of memory at step {self.progress.step} of epoch {self.progress.epoch} "
+                    f"with batch_size {self.recipe.batch_size}; halve it and double accumulate, "
+                    f"which is the same step but for BatchNorm ({first})"
+                ) from error
+            if _of_data_worker(error):
+                raise TrainingError(
+                    f"the images are no longer read: {error}; a worker that dies without a word "
+                    "was most likely killed for memory (lower data_workers), one silent for "
+                    f"timeout_minutes = {self.recipe.timeout_minutes:g} waits for the disk; run "
+                    "the same again to go on"
+                ) from error
+            raise
 
     def dry_run(
         self, measure: Callable[[int], int] | None = None, available: int | None = None
@@ -748,6 +793,26 @@ def fitting_batch(peaks: dict[int, int], available: int) -> int:
 
 def _tensors(step: dict[str, float]) -> dict[str, Tensor]:
     return {key: torch.tensor(value, dtype=torch.float32) for key, value in step.items()}
+
+
+def _of_data_worker(error: Exception) -> bool:
+    """Whether torch says that a data worker has died or is silent."""
+    return isinstance(error, RuntimeError) and "DataLoader" in str(error)
+
+
+def _kill(workers: Iterable[multiprocessing.Process]) -> None:
+    """Ends data workers for good: one that waits for a disk does not hear a request to end."""
+    alone = threading.current_thread() is threading.main_thread()
+    # torch's handler would raise each death here, in place of the error that is on its way.
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if alone else None
+    try:
+        for worker in workers:
+            worker.kill()
+        for worker in workers:
+            worker.join(timeout=GRACE)
+    finally:
+        if alone:
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def _start_worker(_worker: int) -> None:

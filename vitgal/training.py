@@ -40,6 +40,7 @@ from vitgal.augmentation import (
     normalised,
     squashed,
 )
+from vitgal.distillation import DistilledNetwork, Teacher
 from vitgal.model import ArcFace, LinearClassifier, ViTGaL, build_model
 from vitgal.recipe import Recipe, TrainingError, learning_rates, resolve_precision
 from vitgal.trainer import (
@@ -94,8 +95,9 @@ __all__ = [
     "validation_photographs",
 ]
 
-RESTART = 75  # exit status after SIGTERM: sysexits.h's EX_TEMPFAIL, "try again later"
+RESTART = pipeline.RESTART
 STAGES = {"02": "retrieval", "03": "autoencoder"}  # by the notebook that trains it
+PEER_SECONDS = 30  # that a process which lost another one waits, for that one to be reported
 WATCH_SECONDS = 5  # between two looks at the log that forked processes write
 
 
@@ -112,6 +114,9 @@ def fit_retrieval(
     drop_path: float = 0.1,
     margin: float = 0.15,
     scale: float = 30.0,
+    teacher: str | None = None,
+    teacher_weights: Path | None = None,
+    distill_weight: float = 0.8,
     overwrite: bool = False,
     watch: Callable[[pd.DataFrame], None] | None = None,
     progress: bool = True,
@@ -125,8 +130,12 @@ def fit_retrieval(
 
     Args:
         image_folder: what the paths of the split are relative to.
-        initial_weights: ImageNet XCiT weights; None starts from random ones.
+        initial_weights: ImageNet XCiT's, or a model of ours that is trained further; None starts
+            from random ones.
         margin: ArcFace's angular margin in radians; published code 0.15, paper 0.1.
+        teacher: a network of timm that the model learns to agree with (`distillation`); published:
+            none. Its weights are the file teacher_weights, and distill_weight is its share of the
+            loss, ArcFace's the rest.
         watch: called with the log so far after each epoch; while forked processes train, whenever
             they have written it.
     Raises:
@@ -147,8 +156,17 @@ def fit_retrieval(
         "margin": margin,
         "scale": scale,
     }
+    if (teacher is None) != (teacher_weights is None):
+        raise ValueError("teacher is a network's name and teacher_weights its file: give both")
+    taught = None
+    if teacher is not None:
+        if not 0 < distill_weight <= 1:
+            raise ValueError(f"distill_weight {distill_weight} is not above 0 and up to 1")
+        inputs["teacher_weights"] = runs.fingerprint_file(teacher_weights)
+        parameters |= {"teacher": teacher, "distill_weight": distill_weight}
+        taught = (teacher, teacher_weights, distill_weight)
     build = functools.partial(
-        _retrieval_network, architecture, initial_weights, drop_path, margin, scale, recipe
+        _retrieval_network, architecture, initial_weights, drop_path, margin, scale, recipe, taught
     )
     settings = {"parameters": parameters, "inputs": inputs, "overwrite": overwrite}
     return _fit_stage(run, "retrieval", settings, build, recipe, image_folder, watch, progress)
@@ -215,6 +233,7 @@ def _retrieval_network(
     margin: float,
     scale: float,
     recipe: Recipe,
+    taught: tuple[str, Path, float] | None,
     classes: int,
 ) -> RetrievalNetwork:
     model = build_model(architecture, seed=recipe.seed, drop_path=drop_path)
@@ -231,7 +250,10 @@ def _retrieval_network(
             chunk=recipe.class_chunk,
             sampled=recipe.sampled_classes,
         )
-    return RetrievalNetwork(model, head, recipe.label_smoothing)
+        if taught is None:
+            return RetrievalNetwork(model, head, recipe.label_smoothing)
+        name, source, weight = taught
+        return DistilledNetwork(model, head, Teacher(name, source), weight, recipe.label_smoothing)
 
 
 def _autoencoder_network(
@@ -398,7 +420,26 @@ def _forked(work: Callable, arguments: tuple, show: bool) -> None:
     # Threads do not survive a fork, and OpenMP would wait for its own for ever.
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
-    work(*arguments, None, show, forked=True)
+    try:
+        work(*arguments, None, show, forked=True)
+    except RuntimeError as error:
+        if _lost_peer(error):
+            _await_launcher()
+        raise
+
+
+def _lost_peer(error: RuntimeError) -> bool:
+    """Whether another process of the launch has gone: gloo's words for it, or NCCL's."""
+    gone = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+    return any(words in str(error) for words in gone)
+
+
+def _await_launcher() -> None:
+    """Lets the launcher see the process that died, with the cause, before those that lost it.
+
+    The launcher reports the first ended process that it finds and ends the others by SIGTERM.
+    """
+    threading.Event().wait(PEER_SECONDS)
 
 
 @contextlib.contextmanager
@@ -426,11 +467,20 @@ def _watching(folder: Path, watch: Callable[[pd.DataFrame], None] | None) -> Ite
         return
     log, done = folder / "log.jsonl", threading.Event()
 
+    def written() -> int | None:
+        return log.stat().st_mtime_ns if log.exists() else None
+
+    # The log of a run that goes on is shown here and not by the thread: a fork in the middle of a
+    # drawing would leave its locks locked for ever. Later it is the forked processes who write it.
+    begun = written()
+    if begun is not None:
+        watch(pd.read_json(log, lines=True))
+
     def look() -> None:
-        seen = None
+        seen = begun
         while not done.wait(WATCH_SECONDS):
-            if log.exists() and log.stat().st_mtime_ns != seen:
-                seen = log.stat().st_mtime_ns
+            if written() != seen:
+                seen = written()
                 watch(pd.read_json(log, lines=True))
 
     thread = threading.Thread(target=look, daemon=True)
@@ -567,9 +617,11 @@ def train(notebook: str, run: Path, values: dict[str, Any]) -> Path:
     }
     if notebook == "02":
         given = values["initial_weights"]
-        kept = {name: values[name] for name in ("architecture", "drop_path", "margin", "scale")}
-        start = given and runs.resolve(given)
-        return fit_retrieval(run, initial_weights=start, **kept, **shared)
+        names = "architecture drop_path margin scale teacher distill_weight"
+        kept = {name: values[name] for name in names.split()}
+        kept["initial_weights"] = given and runs.resolve(given)
+        given = values["teacher_weights"]
+        return fit_retrieval(run, teacher_weights=given and runs.resolve(given), **kept, **shared)
     given = values["backbone_weights"]
     kept = {name: values[name] for name in ("code_dim", "reconstruction_weight")}
     return fit_autoencoder(run, source=given and runs.resolve(given), **kept, **shared)
@@ -579,9 +631,9 @@ def train(notebook: str, run: Path, values: dict[str, Any]) -> Path:
 
 
 def schedule_table(recipe: Recipe) -> pd.DataFrame:
-    """The learning rate of each epoch as a log: columns step (the epoch) and lr."""
+    """The learning rate of each epoch, as `plots.training_curves` draws it: epoch, lr."""
     rates = learning_rates(recipe)
-    return pd.DataFrame({"step": range(len(rates)), "lr": rates})
+    return pd.DataFrame({"epoch": range(len(rates)), "lr": rates})
 
 
 def epoch_table(log: pd.DataFrame, *, last: int = 5) -> pd.DataFrame:
@@ -602,12 +654,16 @@ def epoch_table(log: pd.DataFrame, *, last: int = 5) -> pd.DataFrame:
         "images_per_second": ("images/s", "{:.1f}"),
         "hours_left": ("hours left", "{:.2f}"),
     }
-    rows = log.dropna(subset="val_accuracy").tail(last) if "val_accuracy" in log else log[:0]
+    scored = [name for name in ("val_accuracy", "val_map") if name in log]
+    rows = log.dropna(subset=scored, how="all").tail(last) if scored else log[:0]
     columns = {}
     for name, (title, form) in shown.items():
         if name in rows:
             values = 100 * rows[name] if title.startswith(("train", "val %", "mAP")) else rows[name]
-            columns[title] = [form.format(value) for value in values]
+            columns[title] = [form.format(value).replace("nan", "-") for value in values]
+        if name == "val_map" and {"val_map_low", "val_map_high"} <= set(rows):
+            ends = zip(100 * rows["val_map_low"], 100 * rows["val_map_high"], strict=True)
+            columns["95 % interval"] = [f"{low:.1f} to {high:.1f}" for low, high in ends]
     return pd.DataFrame(columns)
 
 

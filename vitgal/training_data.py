@@ -87,7 +87,7 @@ class TrainingImages(Dataset):
     def change(
         self, image: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """The augmented picture (S, S, 3) uint8 and its hole."""
+        """The augmented picture (S, S, 3) uint8 and its hole; the published one is cut already."""
         recipe = self.recipe
         picture = self.transform(image, recipe.image_size, rng)
         if self.augment == "none":
@@ -96,7 +96,11 @@ class TrainingImages(Dataset):
             picture = augmentation.rand_augment(
                 picture, recipe.rand_augment, recipe.rand_augment_magnitude, rng
             )
-        return picture, augmentation.draw_hole(recipe.image_size, rng)
+        hole = augmentation.draw_hole(recipe.image_size, rng)
+        if self.augment != "published":
+            return picture, hole
+        augmentation.cut_hole(picture, hole)
+        return picture, (0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -172,24 +176,39 @@ class SplitData:
         return len(self.train)
 
     def score(self, parts: list[tuple[np.ndarray, dict[str, Tensor]]]) -> dict[str, float]:
-        """Means over the validation images, and mAP of the retrieval validation set."""
-        order = np.argsort(np.concatenate([indices for indices, _ in parts]))
+        """Means over the validation images, and mAP of the retrieval validation set.
+
+        parts: positions among the validation images, with what the network said of each. The means
+        need all images, the mAP those of the retrieval set. It comes with the ends of its 95 %
+        bootstrap interval over queries.
+        """
+        found = np.concatenate([places for places, _ in parts])
+        order = np.argsort(found)
         values = {
             key: torch.cat([result[key] for _, result in parts]).float().numpy()[order]
             for key in parts[0][1]
         }
-        trained = self.validation.labels >= 0
-        scores = {
-            key: float(value[trained].mean()) if trained.any() else math.nan
-            for key, value in values.items()
-            if key != "features"
-        }
+        scores = {}
+        if len(found) == len(self.validation):
+            trained = self.validation.labels >= 0
+            scores = {
+                key: float(value[trained].mean()) if trained.any() else math.nan
+                for key, value in values.items()
+                if key != "features"
+            }
         if "features" in values and self.ground_truth is not None:
-            features = values["features"]
-            database = features[self.database]
-            _, ranks = search.search(features[self.queries], database, k=len(database))
-            scores["val_map"] = evaluation.evaluate(ranks, self.ground_truth)["medium"]["map"]
+            scores |= self._retrieval_scores(found[order], values["features"])
         return scores
+
+    def _retrieval_scores(self, places: np.ndarray, features: np.ndarray) -> dict[str, float]:
+        """mAP of the queries over the database; places: rising, a row of features each."""
+        queries, database = (
+            features[np.searchsorted(places, part)] for part in (self.queries, self.database)
+        )
+        _, ranks = search.search(queries, database, k=len(database))
+        found = evaluation.evaluate(ranks, self.ground_truth)["medium"]
+        low, high = evaluation.bootstrap_interval(found["ap"], **evaluation.BOOTSTRAP)
+        return {"val_map": found["map"], "val_map_low": low, "val_map_high": high}
 
     def refuse_missing(self) -> None:
         """Raises FileNotFoundError where a listed image is not there: first few and count."""

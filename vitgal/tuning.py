@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from vitgal import evaluation, landmarks, plots, reranking, revisited, runs, search
+from vitgal import cluster, evaluation, landmarks, plots, reranking, revisited, runs, search
 from vitgal.features import LocalFeatures
 from vitgal.revisited import GroundTruth
 from vitgal.search import Positions
@@ -113,15 +113,18 @@ def prepare(
     image_folder: Path,
     model: Path,
     threads: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Describes the validation set exactly as another data set of the run was described.
 
     like: that data set; sizes, scales and all else are read off its finished global and local
-    stages. image_folder: see `validation_benchmark`. model: the weights. threads: torch's. Returns
-    `<run>/val_retrieval`. Finished stages return at once; one that was described otherwise is made
-    anew with `overwrite`, else refused (StageError). Raises TuningError where that data set was
-    ranked by another system's descriptors or by other weights.
+    stages. image_folder: see `validation_benchmark`. model: the weights. threads: torch's. engine,
+    ray_address: see `extraction.evaluate_global`. Returns `<run>/val_retrieval`. Finished stages
+    return at once; one that was described otherwise is made anew with `overwrite`, else refused
+    (StageError). Raises TuningError where that data set was ranked by another system's descriptors
+    or by other weights.
     """
     stages = {
         "global": runs.read_stage(run / like / "global", reranking.GLOBAL_NOTEBOOK),
@@ -136,6 +139,7 @@ def prepare(
     from vitgal import extraction  # brings torch along
 
     shared = dict(dataset=DATASET, data_folder=data_folder, model=model, threads=threads)
+    shared |= dict(engine=engine, ray_address=ray_address)
     for name, make in (
         ("global", extraction.evaluate_global),
         ("local", extraction.extract_shortlist),
@@ -259,6 +263,8 @@ def tune(
     max_keypoints: int | None = None,
     max_queries: int | None = None,
     workers: int | None = None,
+    engine: str = "local",
+    ray_address: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -275,6 +281,7 @@ def tune(
         max_queries: use this many, drawn with `seed` (None: all).
         estimator … max_keypoints: of `reranking.verify`.
         workers: processes (None: one a core). The result does not depend on it.
+        engine, ray_address: see `reranking.rerank_shortlist`.
     Returns:
         `<run>/val_retrieval/tuning` with inliers.npy (Q, D, T, C) i32, ap.npy (D, T, C', Q) f64,
         tuning.json (for `Tuning.read`) and tuned.json, the chosen values as flat parameters.
@@ -283,6 +290,7 @@ def tune(
         StageError: a stage is missing or holds other settings.  TuningError: an empty grid, or a
         value that makes no sense.
     """
+    cluster.check_engine(engine, ray_address)
     grid = _grid(max_distances, thresholds, tops, current)
     truth = revisited.load_ground_truth(Path(data_folder) / f"gnd_{DATASET}.pkl")
     folder = run / DATASET
@@ -296,13 +304,14 @@ def tune(
         if stage.finished:
             return stage.folder
         listed = _Listed.read(folder, truth, max(grid["top"]), max_queries, seed)
-        store = FeatureStore.open(folder / "local")
+        store = FeatureStore.open((folder / "local").absolute())
         _check_store(store, listed, max(grid["top"]))
         options |= {"max_keypoints": max_keypoints}
-        counts = _counted(stage.folder, listed, store, grid, options, workers, progress)
+        place = dict(engine=engine, address=ray_address, workers=workers)
+        counts = _counted(stage.folder, listed, store, grid, options, place, progress)
         _choose(stage.folder, listed, counts, grid, current)
         shutil.rmtree(stage.folder / JOURNAL, ignore_errors=True)
-        return stage.finish(OUTPUTS, workers=workers, queries=len(listed.images))
+        return stage.finish(OUTPUTS, engine=engine, workers=workers, queries=len(listed.images))
 
 
 def _grid(
@@ -378,7 +387,7 @@ def _counted(
     store: FeatureStore,
     grid: Mapping[str, list],
     options: dict,
-    workers: int | None,
+    place: dict,
     progress: bool,
 ) -> np.ndarray:
     """Inlier counts (Q, D, T, C) int32, -1 padded; queries already in the journal are kept."""
@@ -389,15 +398,13 @@ def _counted(
         for q, images in enumerate(listed.images)
         if q not in done
     ]
-    pool = joblib.Parallel(
-        n_jobs=min(workers or joblib.cpu_count(), max(1, len(tasks))),
-        return_as="generator_unordered",
-    )
-    found = pool(joblib.delayed(_count_query)(store, *task, dict(grid), options) for task in tasks)
     bar = dict(total=len(queries), initial=len(done), desc="tuning", unit="query")
-    for q, counts in tqdm(found, **bar, disable=not progress):
-        runs.write_array(folder / JOURNAL / f"{q}.npy", counts)
-        done[q] = counts
+    count = joblib.delayed(_count_query)
+    with cluster.parallel(**place, tasks=len(tasks)) as pool:
+        found = pool(count(store, *task, dict(grid), options) for task in tasks)
+        for q, counts in tqdm(found, **bar, disable=not progress):
+            runs.write_array(folder / JOURNAL / f"{q}.npy", counts)
+            done[q] = counts
     width = max((len(images) for images in listed.images), default=0)
     sizes = len(grid["max_distance"]), len(grid["threshold"]), width
     table = np.full((len(queries), *sizes), reranking.NOT_VERIFIED, np.int32)

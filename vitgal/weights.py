@@ -64,10 +64,12 @@ def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) ->
     """Fills the backbone with ImageNet weights, from which the published training starts.
 
     Every tensor but `local_atrous.*` and the autoencoder's is filled; a second class attention
-    block (`cls_attn_blocks.1.*`) and the classifier (`head.*`) of the file are dropped.
+    block (`cls_attn_blocks.1.*`) and the classifier (`head.*`) of the file are dropped. A ViTGaL
+    model of ours, to train it further, fills `local_atrous.*` too; its autoencoder is dropped.
 
     Args:
-        source: XCiT's `.pth`, timm's `.safetensors` or `.pth`, or such a state dict.
+        source: XCiT's `.pth`, timm's `.safetensors` or `.pth`, our `.safetensors`, or such a state
+            dict.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: as `load_model`; the model is then unchanged.
@@ -78,6 +80,10 @@ def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) ->
         tensors, _ = _read_safetensors(name)
     else:
         tensors = _state_dict(name)
+    if any(key.startswith("backbone.") for key in tensors):
+        ours = (key for key in model.state_dict() if not key.startswith("autoencoder."))
+        _fill(model, tensors, _layout(ours, str), dropped=("autoencoder.",), source=name)
+        return
     official = any(re.match(r"cls_attn_blocks\.\d+\.attn\.qkv\.", key) for key in tensors)
     backbone = (key for key in model.state_dict() if key.startswith("backbone."))
     layout = _layout(backbone, _official if official else _timm)
@@ -120,10 +126,14 @@ def save_model(model: ViTGaL, path: str | Path, *, dtype: str = "float32", **met
     return path
 
 
-def convert(source: str | Path, target: str | Path) -> Path:
-    """Writes a published checkpoint as our `.safetensors`; raises as `load_model` does."""
+def convert(source: str | Path, target: str | Path, *, dtype: str = "float32") -> Path:
+    """Writes a published checkpoint, or a model of ours in another dtype, as our `.safetensors`.
+
+    Raises as `load_model` and `save_model` do.
+    """
     model = load_model(source)
-    return save_model(model, target, source_sha256=runs.fingerprint_file(Path(source)))
+    sha256 = runs.fingerprint_file(Path(source))
+    return save_model(model, target, dtype=dtype, source_sha256=sha256)
 
 
 def read_configuration(path: str | Path) -> dict[str, Any]:
@@ -137,6 +147,15 @@ def read_configuration(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no .safetensors file")
     with _open(path) as handle:
         return _checked(path, handle.metadata())
+
+
+def read_tensors(path: str | Path) -> Mapping[str, Tensor]:
+    """The tensors of any network's file, by name: `.safetensors`, or a `.pth` that holds them.
+
+    Raises FileNotFoundError, and ValueError where the file is none of both.
+    """
+    path = Path(path)
+    return _read_safetensors(path)[0] if _is_safetensors(path) else _state_dict(path)
 
 
 def read_checkpoint(path: str | Path) -> Any:
