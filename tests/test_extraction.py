@@ -842,6 +842,22 @@ def test_a_model_that_gives_nan(run, benchmark, weight_file, tmp_path):
     assert not (tmp_path / "other/mini/global/database.npy").exists()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        # 128 numbers a descriptor; position, score and scale are 16 bytes; 150 an image.
+        ("float16", "at most 274 GB"),
+        ("int8", "at most 145 GB"),
+        ("bit", "at most 32 GB"),
+    ],
+)
+def test_the_size_of_a_million_images_is_announced(capsys, dtype, said):
+    parameters = dict(max_keypoints=1000, dtype=dtype, scales=(0.35, 0.5, 0.71, 1.0, 1.41))
+    extraction._announce(128, 1_004_993, parameters)
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"local features of 1,004,993 images, 5 scales, {dtype}: {said} (1,000")
+
+
 def test_no_images_at_all(model, tmp_path):
     runner = extraction.Runner(model, "fp32", 64, "area", batch_size=2, workers=1)
     how = dict(dtype="float16", shard_size=4, options={}, limit=0)
