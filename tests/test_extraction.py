@@ -18,7 +18,7 @@ import test_parity
 import torch
 import torch.nn.functional as F
 
-from vitgal import extraction, images, revisited, runs, search
+from vitgal import evaluation, extraction, images, revisited, runs, search
 from vitgal.features import LocalFeatures
 from vitgal.model import build_model
 from vitgal.store import FeatureStore, RowFile
@@ -415,7 +415,7 @@ class TestEvaluateGlobal:
     def test_files(self, run, benchmark, weight_file, model):
         folder = evaluate(run, benchmark, weight_file)
         assert folder == run / "mini" / "global"
-        assert set(contents(folder)) == set(extraction.GLOBAL_OUTPUTS)
+        assert set(contents(folder)) == set(evaluation.GLOBAL_OUTPUTS)
         names = json.loads((folder / "names.json").read_text())
         photographs = read_all(benchmark, names["database"])
         database = np.load(folder / "database.npy")
