@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -191,6 +192,59 @@ class TestGlobal:
             broken.backbone.cls_token[:] = float("nan")
         with pytest.raises(ValueError, match="not finite"):
             extraction.extract_global(broken, [noise(32, 32, 0)], size=32)
+
+
+def rounded_linear(inputs, weight, bias, *_):
+    return torch.nn.functional.linear(inputs.bfloat16().float(), weight.bfloat16().float(), bias)
+
+
+class TestLinearLayers:
+    """oneDNN's linear layers in float32, and PyTorch's own wherever they do not work."""
+
+    def test_the_same_sums(self, model):
+        image = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+        with torch.inference_mode():
+            plain = model.eval().global_features(extraction.network_input(image, "cpu"))
+        with extraction.inference(model):
+            found = model.global_features(extraction.network_input(image, "cpu"))
+        # Another order of float32 sums through a whole network: a few last bits.
+        np.testing.assert_allclose(found, plain, rtol=0, atol=2e-5 * plain.abs().max().item())
+
+    def test_none_one_and_no_bias(self):
+        layer = torch.nn.Linear(8, 3, bias=False)
+        with torch.inference_mode(), extraction._OneDNN():
+            assert layer(torch.ones(0, 8)).shape == (0, 3)
+            found = layer(torch.ones(8))
+        np.testing.assert_allclose(found, layer.weight.detach().sum(1), atol=1e-6)
+
+    @pytest.mark.parametrize(
+        "there",
+        [
+            SimpleNamespace(),  # the operation is gone
+            SimpleNamespace(_linear_pointwise=lambda inputs, weight: inputs @ weight.T),
+            SimpleNamespace(_linear_pointwise=rounded_linear),  # float32 in name only
+        ],
+        ids=["missing", "another signature", "rounded"],
+    )
+    def test_fallback(self, model, monkeypatch, there):
+        image = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
+        with torch.inference_mode():
+            plain = model.eval().global_features(extraction.network_input(image, "cpu"))
+        monkeypatch.setattr(torch.ops, "mkldnn", there)
+        with extraction.inference(model):
+            found = model.global_features(extraction.network_input(image, "cpu"))
+        np.testing.assert_array_equal(found, plain)
+
+    def test_batches_do_not_change_an_image(self, model):
+        images = np.random.default_rng(0).integers(0, 256, (4, 64, 96, 3), np.uint8)
+        with extraction.inference(model):
+            together = model.global_features(extraction.network_input(images, "cpu"))
+            alone = [
+                model.global_features(extraction.network_input(image[None], "cpu"))[0]
+                for image in images
+            ]
+        # To the rounding of float32 sums, as with PyTorch's own layers.
+        np.testing.assert_allclose(together, torch.stack(alone), rtol=0, atol=1e-5)
 
 
 class TestLocal:
@@ -788,6 +842,22 @@ def test_a_model_that_gives_nan(run, benchmark, weight_file, tmp_path):
     assert not (tmp_path / "other/mini/global/database.npy").exists()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        # 128 numbers a descriptor; position, score and scale are 16 bytes; 150 an image.
+        ("float16", "at most 274 GB"),
+        ("int8", "at most 145 GB"),
+        ("bit", "at most 32 GB"),
+    ],
+)
+def test_the_size_of_a_million_images_is_announced(capsys, dtype, said):
+    parameters = dict(max_keypoints=1000, dtype=dtype, scales=(0.35, 0.5, 0.71, 1.0, 1.41))
+    extraction._announce(128, 1_004_993, parameters)
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"local features of 1,004,993 images, 5 scales, {dtype}: {said} (1,000")
+
+
 def test_no_images_at_all(model, tmp_path):
     runner = extraction.Runner(model, "fp32", 64, "area", batch_size=2, workers=1)
     how = dict(dtype="float16", shard_size=4, options={}, limit=0)
@@ -895,6 +965,7 @@ def test_a_full_disk(run, benchmark, weight_file, stage):
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
+from types import SimpleNamespace
 sys.path.insert(0, sys.argv[1])
 import test_extraction
 from vitgal import store
