@@ -239,6 +239,114 @@ class TestStore:
             assert store.forecast(40, 100, 128, dtype) == pytest.approx(size, rel=0.1)
 
 
+class TestIndex:
+    """A store with an index says what one without it says, and reads no shard to say it."""
+
+    @pytest.fixture
+    def indexed(self, folder) -> Path:
+        store.write_index(folder)
+        return folder
+
+    @pytest.mark.parametrize("dtype", store.DTYPES)
+    def test_says_the_same(self, tmp_path, dtype):
+        items = list(ITEMS.items())
+        failures = [{"name": "d", "reason": "the file is empty"}]
+        store.write_shard(tmp_path / "shard-00", items[:2], dtype=dtype, failures=failures)
+        store.write_shard(tmp_path / "shard-01", [("ü", features(0))], dtype=dtype)
+        store.write_shard(tmp_path / "shard-02", items[2:], dtype=dtype)
+        plain = store.FeatureStore.open(tmp_path)
+        listed = store.write_index(tmp_path)
+        assert listed and all((tmp_path / name).is_file() for name in listed)
+        opened = store.FeatureStore.open(tmp_path, verify=True)
+        assert opened.names == plain.names == ["b", "query/b", "ü", "ähre/1", "c"]
+        assert opened.failures == plain.failures == {"d": "the file is empty"}
+        assert (len(opened), opened.code_dim) == (5, 10)
+        for key in plain:
+            assert key in opened
+            assert_same(opened[key], plain[key], 0)
+            assert len(opened.raw(key)["scores"]) == len(plain[key])
+        assert not opened.raw("c")["descriptors"].flags.writeable
+        assert "a" not in opened and "z" not in opened and "" not in opened and 3 not in opened
+        with pytest.raises(KeyError, match="the file is empty"):
+            opened["d"]
+        assert_same(pickle.loads(pickle.dumps(opened))["c"], plain["c"], 0)
+
+    def test_no_shard_is_touched_before_it_is_needed(self, indexed):
+        (indexed / "shard-01").rename(indexed / "elsewhere")
+        opened = store.FeatureStore.open(indexed)
+        assert len(opened) == 4 and len(opened["b"]) == 5
+        with pytest.raises(store.StoreError, match=r"shard-01 is damaged.*No such file"):
+            opened["c"]
+
+    def test_a_shard_written_anew_takes_the_index_away(self, indexed):
+        store.write_shard(indexed / "shard-01", [("new", features(2))])
+        opened = store.FeatureStore.open(indexed)
+        assert opened.names == ["b", "query/b", "new"] and len(opened["new"]) == 2
+
+    @pytest.mark.parametrize("name", ["index.json", *(f"{n}.npy" for n in store.INDEX_ARRAYS)])
+    def test_a_cut_index_is_done_without(self, indexed, name):
+        path = indexed / "index" / name
+        path.write_bytes(path.read_bytes()[:-3])
+        opened = store.FeatureStore.open(indexed)
+        assert opened.names == ["b", "query/b", "ähre/1", "c"]
+        assert_same(opened["c"], ITEMS["c"], 5e-4)
+
+    @pytest.mark.parametrize("array", store.ARRAYS[:4])
+    @pytest.mark.parametrize("left", [0, 5, -1])
+    def test_a_cut_array_is_found_when_it_is_read(self, indexed, array, left):
+        path = indexed / "shard-01" / f"{array}.npy"
+        path.write_bytes(path.read_bytes()[:left])
+        opened = store.FeatureStore.open(indexed)
+        with pytest.raises(
+            store.StoreError, match=rf"shard-01 does not fit.*{array}|shard-01.*mmap"
+        ):
+            opened["c"]
+        assert len(opened["b"]) == 5
+
+    def test_an_index_that_is_not_of_these_shards(self, indexed, tmp_path_factory):
+        other = tmp_path_factory.mktemp("other")
+        for shard, key in (("shard-00", "b"), ("shard-01", "x")):
+            store.write_shard(other / shard, [(key, features(5, 1))])
+        store.write_index(other)
+        shutil.rmtree(indexed / "index")
+        shutil.copytree(other / "index", indexed / "index")
+        with pytest.raises(store.StoreError, match="does not fit the shards"):
+            store.FeatureStore.open(indexed, verify=True)
+
+    def test_what_gets_no_index(self, folder):
+        (folder / "shard-01").rename(folder / "shard-02")
+        with pytest.raises(store.StoreError, match="not numbered from 0 on"):
+            store.write_index(folder)
+        store.write_shard(folder / "shard-01", [("b", features(1))])
+        with pytest.raises(store.StoreError, match=r"shard-01 holds a key of an earlier .*\('b'\)"):
+            store.write_index(folder)
+        store.write_shard(folder / "shard-01", [("x", features(1, code_dim=12))])
+        with pytest.raises(store.StoreError, match="shard-00: 10 values as.*shard-01: 12 values"):
+            store.write_index(folder)
+        assert not (folder / "index" / "index.json").exists()
+
+    def test_more_shards_than_files_may_be_open(self, tmp_path):
+        """50 shards of six files each where a process may open 64, as 10,000 would where 1,024."""
+        for number in range(50):
+            where = store.shard_folder(tmp_path, number, 50)
+            store.write_shard(where, [(f"image_{number}", features(3, number))])
+        code = f"""
+import resource, numpy as np
+from vitgal import store
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+folder = {str(tmp_path)!r}
+plain = store.FeatureStore.open(folder)
+store.write_index(folder)
+opened = store.FeatureStore.open(folder, verify=True)
+for number in np.random.default_rng(0).integers(0, 50, 500):
+    for each in (plain, opened):
+        assert each[f"image_{{number}}"].image_size == (400, 500 + number)
+print(store.most_open())
+"""
+        child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert child.stdout == "5\n", child.stderr
+
+
 class TestWholeShard:
     def test_reused_only_when_whole(self, folder):
         shard, same = folder / "shard-01", {"dtype": "float16"}

@@ -15,7 +15,10 @@ import contextlib
 import functools
 import io
 import json
+import math
+import mmap
 import os
+import resource
 import shutil
 import tokenize
 import zlib
@@ -34,7 +37,7 @@ ARRAYS = ("keypoints", "descriptors", "scores", "scales", "offsets", "checksums"
 SHARD = "shard-"
 INDEX, INDEX_HEADER = "index", "index.json"
 INDEX_ARRAYS = ("names", "name_ends", "order", "rows", "sizes", "firsts")
-OPEN_SHARDS = 1024  # that a store keeps mapped, four files each
+OPEN_SHARDS = 1024  # that a store keeps mapped, four files each (a process may map 65,530)
 PARTIAL = ".partial-"  # a shard being written; nothing else in a store begins so
 QUERY = "query/"
 ITEM_BYTES = 150  # of one image beside its features: name and sizes in items.json, offset, checksum
@@ -363,6 +366,19 @@ def _mapped(path: Path) -> np.ndarray:
     return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
 
 
+def _mapped_as(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """`_mapped` of a file whose type and shape are known, in a fifth of the time.
+
+    Raises ValueError where the file is not as long as that.
+    """
+    with open(path, "rb", buffering=0) as handle:
+        file = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    start = 10 + int.from_bytes(file[8:10], "little")  # format version 1.0
+    if file[:8] != b"\x93NUMPY\x01\x00" or len(file) != start + math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{path.name} is no array of {shape} {dtype}")
+    return np.ndarray(shape, dtype, file, start)
+
+
 def whole_shard(
     folder: Path, names: Sequence[str], *, dtype: str, settings: Mapping | None = None
 ) -> Shard | None:
@@ -469,35 +485,47 @@ class Index:
     folders: tuple[str, ...] | None = None
 
     @classmethod
-    def of(cls, shards: Sequence[Shard]) -> "Index":
-        """Collects it from open shards; StoreError where a key occurs twice."""
-        keys = [name.encode() for shard in shards for name in shard.names]
-        items = [item for shard in shards for item in shard.header["items"]]
+    def of(cls, shards: Iterable[Shard]) -> "Index":
+        """Collects it from shards, one at least, none of which is kept open.
+
+        Raises StoreError where a key occurs twice or descriptors are of several kinds.
+        """
+        keys: list[bytes] = []
+        places: list[Path] = []
+        firsts, rows, sizes, failures = [0], [], [], []
+        kinds: dict[tuple[str, int], Path] = {}  # of the shards with any feature
+        for shard in shards:
+            kind = shard.header["dtype"], shard.header["code_dim"]
+            if len(shard.arrays["scores"]):
+                kinds.setdefault(kind, shard.folder)
+            keys += [name.encode() for name in shard.names]
+            places.append(shard.folder)
+            firsts.append(len(keys))
+            bounds = np.array(shard.arrays["offsets"])
+            rows.append(np.stack([bounds[:-1], bounds[1:]], axis=1))
+            sizes.append(_sizes(shard.header["items"]))
+            failures += shard.failures
+        _refuse_mixture(kinds)
         order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
-        firsts = np.cumsum([0, *(len(shard.header["items"]) for shard in shards)], dtype=np.int64)
         for one, other in zip(order, order[1:], strict=False):
             if keys[one] == keys[other]:
-                at = int(np.searchsorted(firsts, max(one, other), side="right")) - 1
+                at = bisect.bisect_right(firsts, max(one, other)) - 1
                 raise StoreError(
-                    f"{shards[at].folder} holds a key of an earlier shard "
-                    f"({keys[one].decode()!r}); {_REMEDY}"
+                    f"{places[at]} holds a key of an earlier shard ({keys[one].decode()!r}); "
+                    f"{_REMEDY}"
                 )
-        bounds = [shard.arrays["offsets"] for shard in shards]
-        rows = [np.stack([each[:-1], each[1:]], axis=1) for each in bounds]
-        sizes = [[*item["input_size"], *item["box"], *item["image_size"]] for item in items]
         arrays = {
             "names": np.frombuffer(b"".join(keys), np.uint8),
             "name_ends": np.cumsum([0, *map(len, keys)], dtype=np.int64),
             "order": order,
             "rows": np.concatenate(rows),
-            "sizes": np.array(sizes, np.int32).reshape(-1, 8),
-            "firsts": firsts,
+            "sizes": np.concatenate(sizes),
+            "firsts": np.array(firsts, np.int64),
         }
-        full = [shard for shard in shards if len(shard.arrays["scores"])] or list(shards)
-        header = {"format": FORMAT, "folders": len(shards), "dtype": full[0].header["dtype"]}
-        header["code_dim"] = max(shard.header["code_dim"] for shard in shards)
-        header["failures"] = [failure for shard in shards for failure in shard.failures]
-        return cls(header, arrays, tuple(shard.folder.name for shard in shards))
+        dtype, code_dim = next(iter(kinds), kind)
+        header = {"format": FORMAT, "folders": len(places), "dtype": dtype}
+        header |= {"code_dim": code_dim, "failures": failures}
+        return cls(header, arrays, tuple(place.name for place in places))
 
     def write(self, folder: Path) -> Path:
         """Writes it to `index/` of a store, the header last, and returns that folder."""
@@ -572,7 +600,7 @@ def write_index(folder: Path) -> list[str]:
         shard_folder(folder, number, len(paths)).name for number in range(len(paths))
     ]:
         raise StoreError(f"the shards of {folder} are not numbered from 0 on; {_REMEDY}")
-    Index.of(_open_shards(folder)).write(folder)
+    Index.of(map(Shard.open, paths)).write(folder)
     return [f"{INDEX}/{name}" for name in (*(f"{each}.npy" for each in INDEX_ARRAYS), INDEX_HEADER)]
 
 
@@ -595,15 +623,16 @@ class FeatureStore(Mapping[str, LocalFeatures]):
     """All shards of a folder as one mapping, key -> LocalFeatures (float32, length 1).
 
     A finished store has an index and opens in a time that does not depend on its size: nothing is
-    read and no shard is opened before an item is asked for, and at most OPEN_SHARDS stay open. One
-    that is still being made is opened by reading the names and sizes in all shards. It pickles as
-    its folder, so a worker process opens the files itself.
+    read and no shard is opened before an item is asked for, and those asked for last stay open (see
+    `most_open`). One that is still being made is opened by reading the names and sizes in all its
+    shards. It pickles as its folder, so a worker process opens the files itself.
     """
 
     def __init__(self, folder: Path, index: Index):
         self.folder = Path(folder)
         self.index = index
         self._open: dict[int, dict[str, np.ndarray]] = {}
+        self._most = most_open()
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False) -> "FeatureStore":
@@ -614,7 +643,7 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         """
         index = Index.read(folder)
         if index is None:
-            index = Index.of(_open_shards(folder))
+            index = Index.of(map(Shard.open, shard_folders(folder)))
         store = cls(folder, index)
         if verify:
             store.verify()
@@ -671,15 +700,15 @@ class FeatureStore(Mapping[str, LocalFeatures]):
 
     def verify(self) -> None:
         """Reads everything; raises StoreError naming the items whose bytes have changed."""
-        shards = [Shard.open(path) for path in shard_folders(self.folder)]
-        damaged = [name for shard in shards for name in shard.damaged()]
+        shards = shard_folders(self.folder)
+        damaged = [name for path in shards for name in Shard.open(path).damaged()]
         if damaged:
             more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
             raise StoreError(
                 f"{self.folder}: the features of {', '.join(damaged[:3])}{more} do not match their "
                 "checksums; delete their shards and run 05_local_extraction again"
             )
-        if not self.index.same(Index.of(shards)):
+        if not self.index.same(Index.of(map(Shard.open, shards))):
             raise StoreError(f"{self.folder / INDEX} does not fit the shards; {_REMEDY}")
 
     def _stored(self, key: str) -> tuple[int, dict[str, np.ndarray]]:
@@ -687,26 +716,31 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         if position is None:
             raise KeyError(self._why_missing(key))
         number = bisect.bisect_right(self.index.arrays["firsts"], position) - 1
-        arrays = self._open.get(number)
+        arrays = self._open.pop(number, None)
         if arrays is None:
-            while len(self._open) >= OPEN_SHARDS:  # a process may map 65,530 files
-                self._open.pop(next(iter(self._open)))
-            arrays = self._open[number] = self._map(number)
+            arrays = self._map(number)
+            while len(self._open) >= self._most:
+                self._open.pop(next(iter(self._open)))  # asked for longest ago
+        self._open[number] = arrays
         start, stop = self.index.arrays["rows"][position].tolist()
         return position, {name: array[start:stop] for name, array in arrays.items()}
 
     def _map(self, number: int) -> dict[str, np.ndarray]:
         """Maps a shard's arrays; StoreError where they are not as long as the index says."""
-        folder = self.folder / self.index.shard(number)
-        try:
-            arrays = {name: _mapped(folder / f"{name}.npy") for name in ARRAYS[:4]}
-        except (OSError, ValueError, EOFError) as error:
-            raise StoreError(f"the shard {folder} is damaged ({error}); {_REMEDY}") from error
+        folder, dtype = self.folder / self.index.shard(number), self.index.header["dtype"]
         last = self.index.arrays["firsts"][number + 1] - 1
         rows = int(self.index.arrays["rows"][last, 1])
-        if any(len(array) != rows for array in arrays.values()):
-            raise StoreError(f"the shard {folder} does not fit the store's index; {_REMEDY}")
-        return arrays
+        single, code = np.dtype("float32"), stored_width(self.code_dim, dtype)
+        layout = {"keypoints": (single, (rows, 2)), "scores": (single, (rows,))}
+        layout |= {"descriptors": (stored_type(dtype), (rows, code)), "scales": (single, (rows,))}
+        try:
+            return {name: _mapped_as(folder / f"{name}.npy", *how) for name, how in layout.items()}
+        except ValueError as error:
+            raise StoreError(
+                f"the shard {folder} does not fit the store's index ({error}); {_REMEDY}"
+            ) from error
+        except OSError as error:
+            raise StoreError(f"the shard {folder} is damaged ({error}); {_REMEDY}") from error
 
     def _why_missing(self, key: str) -> str:
         if key in self.failures:
@@ -714,24 +748,29 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         return f"{key} is not in {self.folder}: the short list that it was made from lacks it"
 
 
-def _open_shards(folder: Path) -> list[Shard]:
-    shards = [Shard.open(path) for path in shard_folders(folder)]
-    _refuse_mixture(folder, shards)
-    return shards
+def most_open() -> int:
+    """How many shards a store keeps mapped: OPEN_SHARDS, less where a process may open few files.
+
+    Each mapped file counts as an open one. A sixteenth of the limit leaves room for a few stores in
+    one process, and for whatever else it has open.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_SHARDS if files == resource.RLIM_INFINITY else min(OPEN_SHARDS, 1 + files // 16)
 
 
-def _refuse_mixture(folder: Path, shards: Sequence[Shard]) -> None:
-    """StoreError where shards hold descriptors of another kind than the first."""
-    kinds = {
-        (shard.header["dtype"], shard.header["code_dim"]): shard.folder
-        for shard in reversed(shards)
-        if len(shard.arrays["scores"])
-    }
+def _sizes(items: Sequence[Mapping]) -> np.ndarray:
+    """(n, 8) int32: input size, box and image size of each item."""
+    sizes = [[*item["input_size"], *item["box"], *item["image_size"]] for item in items]
+    return np.array(sizes, np.int32).reshape(-1, 8)
+
+
+def _refuse_mixture(kinds: Mapping[tuple[str, int], Path]) -> None:
+    """StoreError where shards hold descriptors of more than one kind, (dtype, width) -> shard."""
     if len(kinds) > 1:
         shown = "; ".join(
-            f"{place.name}: {width} values as {dtype}"
-            for (dtype, width), place in reversed(kinds.items())
+            f"{place.name}: {width} values as {dtype}" for (dtype, width), place in kinds.items()
         )
+        folder = next(iter(kinds.values())).parent
         raise StoreError(
             f"the shards of {folder} hold descriptors of several kinds ({shown}): they were made "
             "by different models or options; delete those that do not belong here"
