@@ -223,6 +223,17 @@ class TestTwoNodes:
             f"described {piece}" for piece in range(6)
         ]
 
+    def test_what_kills_every_process_is_named(self, two, monkeypatch):
+        """A piece that ends whoever describes it ends the run, not for ever begun again."""
+        monkeypatch.setattr(cluster, "RETRIES", 1)
+
+        def describe():
+            return lambda piece: os._exit(1) if piece == 2 else piece
+
+        pipeline = self.pipeline(describe=describe, name=lambda piece: f"piece number {piece}")
+        with pytest.raises(cluster.ClusterError, match="broke 2 times in a row, at piece number 2"):
+            list(pipeline.run(range(9)))
+
     def pipeline(self, **steps):
         share = cluster.Share(actors=1, cpus=1, gpus=0, tasks=1)
         same = dict(read=lambda piece: piece, describe=lambda: lambda piece: piece, write=None)
@@ -302,6 +313,47 @@ def _kill(two: Two, folder: Path, stage: Path, found: dict) -> None:
     two.nodes.remove_node(two.other, allow_graceful=False)
     found |= {path.name: path.stat().st_ino for path in whole}
     os.write(go, b"1")
+
+    def test_a_shard_on_a_disk_of_the_node(self, two, local, tmp_path, data, monkeypatch):
+        """A node that does not see the run folder writes somewhere else."""
+        shutil.copytree(local / "mini/global", tmp_path / "mini/global")
+        monkeypatch.setattr(
+            extraction, "_write_piece", partial(_elsewhere, extraction._write_piece)
+        )
+        with pytest.raises(cluster.ClusterError, match=r"shard-0\d to a disk of its own"):
+            extract(tmp_path, data, engine="ray", ray_address=two.address)
+
+
+def _elsewhere(real, described, *, made):
+    where, *found = real(described, made=made)
+    shutil.rmtree(where)
+    return where, *found
+
+
+@pytest.mark.slow
+@pytest.mark.last
+def test_an_interrupt_while_ray_starts():
+    """Ctrl-C as soon as Ray's first process is there: it is heard, and nothing is left."""
+    code = """
+import os, signal, threading, psutil
+from vitgal import cluster
+me = psutil.Process()
+cluster._ray()
+def interrupt():
+    while not me.children(recursive=True):
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
+try:
+    with cluster.connected():
+        print("inside")
+except KeyboardInterrupt:
+    print("interrupted")
+_, left = psutil.wait_procs(me.children(recursive=True), timeout=30)
+print(len(left), signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (child.returncode, child.stdout) == (0, "interrupted\n0 True\n"), child.stderr
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """Extraction: parity with the published code, images in memory, both stages and their resume."""
 
+import contextlib
+import dataclasses
+import errno
 import itertools
 import json
 import multiprocessing
@@ -528,8 +531,10 @@ class TestEvaluateGlobal:
         interrupt(folder)
         rows = RowFile.open(folder / "database.npy", (6, 128), settings={"precision": "bf16"})
         rows.append(marks)
-        database = np.load(evaluate(run, benchmark, weight_file) / "database.npy")
-        # The processor's other precision: nothing of it is kept.
+        # The processor's other precision: neither mixed with ours nor thrown away unasked.
+        with pytest.raises(runs.StageError, match='precision: "bf16" there, "fp32" now'):
+            evaluate(run, benchmark, weight_file)
+        database = np.load(evaluate(run, benchmark, weight_file, overwrite=True) / "database.npy")
         np.testing.assert_array_equal(database, wanted)
 
     def test_a_failed_image_is_recorded_and_ranks_last(self, run, benchmark, weight_file, capsys):
@@ -797,6 +802,101 @@ def test_workers_one_after_the_other(run, benchmark, weight_file):
         extract(run, benchmark, weight_file, worker=2, worker_count=2)
     with pytest.raises(ValueError, match="overwrite"):
         extract(run, benchmark, weight_file, worker=0, worker_count=2, overwrite=True)
+
+
+def test_the_last_worker_finds_what_others_left_damaged(run, benchmark, weight_file):
+    """Also where the stage was finished before: its index is not written over the damage."""
+    evaluate(run, benchmark, weight_file)
+    both = dict(worker_count=2)
+    with pytest.raises(runs.StageError, match="for other workers"):
+        extract(run, benchmark, weight_file, worker=1, **both)
+    folder = run / "mini" / "local"
+    scores = folder / "shard-01" / "scores.npy"
+    good = scores.read_bytes()
+    scores.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(runs.StageError, match=r"1 \(shard-01, ...\) are damaged: run"):
+        extract(run, benchmark, weight_file, worker=0, **both)
+    assert not (folder / runs.MANIFEST).exists()
+    extract(run, benchmark, weight_file)
+    assert scores.read_bytes() == good
+    offsets = folder / "shard-01" / "offsets.npy"
+    offsets.write_bytes(offsets.read_bytes()[:-1] + b"x")
+    with pytest.raises(runs.StageError, match="are damaged: run this again with worker_count=1"):
+        extract(run, benchmark, weight_file, worker=0, **both)
+    extract(run, benchmark, weight_file)
+    assert len(FeatureStore.open(folder, verify=True)) == 6
+
+
+def test_auto_is_not_mixed(run, benchmark, weight_file, monkeypatch):
+    """Machines that resolve precision auto in two ways: nothing is mixed, nothing is lost."""
+
+    def resolves_to(precision: str) -> None:
+        monkeypatch.setattr(extraction, "resolve_precision", lambda *_: precision)
+
+    auto = dict(precision="auto")
+    resolves_to("bf16")
+    with stopped_after(monkeypatch, 4), pytest.raises(KeyboardInterrupt):
+        evaluate(run, benchmark, weight_file, **auto)
+    resolves_to("fp32")
+    with pytest.raises(runs.StageError, match='precision: "bf16" there, "fp32" now.*auto depends'):
+        evaluate(run, benchmark, weight_file, **auto)
+    evaluate(run, benchmark, weight_file, overwrite=True, **auto)
+    with pytest.raises(runs.StageError, match="for other workers"):
+        extract(run, benchmark, weight_file, worker=0, worker_count=2, **auto)
+    resolves_to("bf16")
+    with pytest.raises(runs.StageError, match="shard-00 was made in fp32, and here .* bf16"):
+        extract(run, benchmark, weight_file, worker=1, worker_count=2, **auto)
+    with pytest.raises(runs.StageError, match="shard-00 was made in fp32, and here .* bf16"):
+        extract(run, benchmark, weight_file, **auto)
+    resolves_to("fp32")
+    shutil.rmtree(run / "mini" / "local" / "shard-01")
+    folder = extract(run, benchmark, weight_file, **auto)
+    assert len(FeatureStore.open(folder, verify=True)) == 6
+
+
+@contextlib.contextmanager
+def stopped_after(monkeypatch, images: int):
+    """Blocks of so many database images, after the first of which the user interrupts."""
+    append = RowFile.append
+
+    def once(file, *block):
+        append(file, *block)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(extraction, "BLOCK", images)
+        patch.setattr(RowFile, "append", once)
+        yield
+
+
+def test_a_disk_that_fails_for_a_while_costs_no_image(run, benchmark, weight_file, monkeypatch):
+    evaluate(run, benchmark, weight_file)
+    read = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name == "image3.jpg":
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", failing)
+        with pytest.raises(images.ReadError, match="image3.jpg.*Input/output.*same command again"):
+            extract(run, benchmark, weight_file, max_failed_share=1)
+    folder = extract(run, benchmark, weight_file, max_failed_share=1)
+    opened = FeatureStore.open(folder)
+    assert not opened.failures and "image3" in opened
+
+
+def test_a_name_that_a_query_needs(run, benchmark, weight_file):
+    """Query query0's features would go by query/query0, which is a database image here."""
+    (benchmark / "jpg" / "query").mkdir()
+    shutil.copy(benchmark / "jpg" / "image5.jpg", benchmark / "jpg" / "query" / "query0.jpg")
+    truth = revisited.load_ground_truth(benchmark / "gnd_mini.pkl")
+    truth = dataclasses.replace(truth, database=[*truth.database[:-1], "query/query0"])
+    revisited.write_ground_truth(benchmark / "gnd_mini.pkl", truth)
+    evaluate(run, benchmark, weight_file, top=6)
+    with pytest.raises(runs.StageError, match="query/query0 of mini has the name .* query query0"):
+        extract(run, benchmark, weight_file)
 
 
 def test_shards_of_workers_are_a_partition(tmp_path):

@@ -1,7 +1,9 @@
 """Decoding, cropping, resizing: against files written here and numbers worked out by hand."""
 
+import errno
 import struct
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -74,8 +76,17 @@ class TestReadImage:
         assert "bad.jpg" not in caught.value.reason
 
     def test_a_folder_is_named(self, tmp_path):
-        with pytest.raises(images.ImageError, match="cannot be read"):
+        with pytest.raises(images.ImageError, match="cannot be read") as caught:
             images.read_image(tmp_path)
+        assert not isinstance(caught.value, images.ReadError)
+
+    def test_what_may_pass_is_told_apart(self, tmp_path, monkeypatch):
+        def fails(path):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(Path, "read_bytes", fails)
+        with pytest.raises(images.ReadError, match="a.jpg: .*just now .Too many.*same command ag"):
+            images.read_image(tmp_path / "a.jpg")
 
     @pytest.mark.parametrize("progressive", [0, 1])
     def test_cut_jpeg(self, tmp_path, photograph, progressive):

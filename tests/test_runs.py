@@ -1,5 +1,7 @@
 """Run folders: what a stage reuses, resumes, refuses; what a kill or a full disk leaves."""
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -283,6 +285,50 @@ def test_a_stage_that_made_nothing_binds_nobody(tmp_path):
             pass
     assert not work(tmp_path, size=4)
     assert runs.read_stage(tmp_path, "04")["parameters"] == {"size": 4}
+
+
+def test_workers_that_reopen_a_stage_together(tmp_path):
+    """All have seen that it is finished; one is first to make it an interrupted one."""
+    work(tmp_path)
+    settings = runs.read_json(tmp_path / runs.MANIFEST)
+    first, second = (runs.Stage(tmp_path, "toy", True, settings) for _ in range(2))
+    first.reopen()
+    second.reopen()
+    assert not first.finished and not second.finished
+    assert (tmp_path / runs.STARTED).exists() and not (tmp_path / runs.MANIFEST).exists()
+
+
+def test_an_old_number_of_workers_is_in_nobody_s_way(tmp_path):
+    """Its lock is still there: twenty of another number look at it, all at once."""
+    with runs.locked(tmp_path, (0, 3)):
+        pass
+    code = (
+        "import sys; from pathlib import Path; from vitgal import runs; input()\n"
+        f"with runs.locked(Path({str(tmp_path)!r}), (int(sys.argv[1]), 20)):\n"
+        "    print('in', flush=True); input()"
+    )
+    start = [sys.executable, "-c", code]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    workers = [subprocess.Popen([*start, str(number)], **pipes) for number in range(20)]
+    for said in ("in\n", ""):  # all go in, all go out
+        for worker in workers:
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+        assert [worker.stdout.readline() for worker in workers] == 20 * [said]
+    assert [worker.wait() for worker in workers] == 20 * [0]
+    with runs.locked(tmp_path, (1, 20)):
+        with pytest.raises(StageError, match="another process .* .not as one of 3"):
+            with runs.locked(tmp_path, (0, 3)):
+                pass
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(handle, kind):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(StageError, match="cannot be locked .Function not impl.*must know flock"):
+        work(tmp_path)
 
 
 def test_other_inputs_stage_and_format_are_refused(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import h5py
 import numpy as np
 import pytest
 
-from vitgal import store
+from vitgal import runs, store
 from vitgal.features import LocalFeatures
 
 
@@ -37,8 +37,8 @@ def folder(tmp_path) -> Path:
     """A store of two shards, one image of which could not be read."""
     first, second = list(ITEMS.items())[:2], list(ITEMS.items())[2:]
     store.write_shard(tmp_path / "shard-00", first, settings={"precision": "fp32"})
-    failures = [{"name": "d", "reason": "the file is empty"}]
-    store.write_shard(tmp_path / "shard-01", second, failures=failures)
+    made = dict(failures=[{"name": "d", "reason": "the file is empty"}])
+    store.write_shard(tmp_path / "shard-01", second, **made, settings={"precision": "fp32"})
     return tmp_path
 
 
@@ -50,6 +50,9 @@ def assert_same(found: LocalFeatures, wanted: LocalFeatures, atol: float) -> Non
     assert found.descriptors.dtype == found.keypoints.dtype == np.float32
     for name in ("input_size", "box", "image_size"):
         assert getattr(found, name) == getattr(wanted, name)
+
+
+DOCUMENTS = ("items.json", "failures.json")
 
 
 class TestCodes:
@@ -279,7 +282,8 @@ class TestIndex:
             opened["c"]
 
     def test_a_shard_written_anew_takes_the_index_away(self, indexed):
-        store.write_shard(indexed / "shard-01", [("new", features(2))])
+        made = dict(settings={"precision": "fp32"})
+        store.write_shard(indexed / "shard-01", [("new", features(2))], **made)
         opened = store.FeatureStore.open(indexed)
         assert opened.names == ["b", "query/b", "new"] and len(opened["new"]) == 2
 
@@ -317,11 +321,15 @@ class TestIndex:
         (folder / "shard-01").rename(folder / "shard-02")
         with pytest.raises(store.StoreError, match="not numbered from 0 on"):
             store.write_index(folder)
-        store.write_shard(folder / "shard-01", [("b", features(1))])
+        made = dict(settings={"precision": "fp32"})
+        store.write_shard(folder / "shard-01", [("b", features(1))], **made)
         with pytest.raises(store.StoreError, match=r"shard-01 holds a key of an earlier .*\('b'\)"):
             store.write_index(folder)
-        store.write_shard(folder / "shard-01", [("x", features(1, code_dim=12))])
+        store.write_shard(folder / "shard-01", [("x", features(1, code_dim=12))], **made)
         with pytest.raises(store.StoreError, match="shard-00: 10 values as.*shard-01: 12 values"):
+            store.write_index(folder)
+        store.write_shard(folder / "shard-01", [("x", features(1))], settings={"precision": "bf16"})
+        with pytest.raises(store.StoreError, match="float16, precision fp32; .*precision bf16"):
             store.write_index(folder)
         assert not (folder / "index" / "index.json").exists()
 
@@ -349,22 +357,45 @@ print(store.most_open())
 
 class TestWholeShard:
     def test_reused_only_when_whole(self, folder):
-        shard, same = folder / "shard-01", {"dtype": "float16"}
+        shard = folder / "shard-01"
+        same = {"dtype": "float16", "settings": {"precision": "fp32"}}
         assert store.whole_shard(shard, ["c", "d", "ähre/1"], **same) is not None
         assert store.whole_shard(shard, ["c", "ähre/1"], **same) is None
-        assert store.whole_shard(shard, ["c", "d", "ähre/1"], dtype="float32") is None
+        for other in (
+            {"dtype": "float32"},
+            {"settings": {"precision": "bf16"}},
+            {"settings": None},
+        ):
+            assert store.whole_shard(shard, ["c", "d", "ähre/1"], **(same | other)) is None
         assert store.whole_shard(folder / "shard-07", ["c"], **same) is None
-        assert store.whole_shard(folder / "shard-00", ["b", "query/b"], **same) is None
-        settings = {"precision": "fp32"}
-        first = folder / "shard-00"
-        assert store.whole_shard(first, ["b", "query/b"], **same, settings=settings) is not None
 
     def test_damage_means_not_whole(self, folder):
         path = folder / "shard-01" / "scores.npy"
+        how = {"dtype": "float16", "settings": {"precision": "fp32"}}
+        assert store.whole_shard(path.parent, ["c", "d", "ähre/1"], **how) is not None
         path.write_bytes(path.read_bytes()[:-1] + b"x")
-        assert store.whole_shard(path.parent, ["c", "d", "ähre/1"], dtype="float16") is None
+        assert store.whole_shard(path.parent, ["c", "d", "ähre/1"], **how) is None
         (path.parent / "items.json").write_text("{")
-        assert store.whole_shard(path.parent, ["c", "d", "ähre/1"], dtype="float16") is None
+        assert store.whole_shard(path.parent, ["c", "d", "ähre/1"], **how) is None
+
+    @pytest.mark.parametrize("name", [*(f"{n}.npy" for n in store.ARRAYS), *DOCUMENTS])
+    def test_any_byte_changed(self, folder, name):
+        """Never an error of another kind, never another image than was written."""
+        shard, names = folder / "shard-01", ["c", "d", "ähre/1"]
+        how = {"dtype": "float16", "settings": {"precision": "fp32"}}
+        whole = store.salvage(shard, code_dim=10, **how)
+        assert list(whole) == ["ähre/1", "c"]
+        content, kept = (shard / name).read_bytes(), 0
+        for at in range(len(content)):
+            changed = bytearray(content)
+            changed[at] ^= 1 << at % 7
+            (shard / name).write_bytes(changed)
+            found = store.whole_shard(shard, names, **how)
+            assert found is None or name != "descriptors.npy" or at < 128
+            for key, stored in store.salvage(shard, code_dim=10, **how).items():
+                kept += 1
+                assert stored.checksum == whole[key].checksum
+        assert kept
 
     def test_half_written_shards_are_cleared(self, folder):
         (folder / ".partial-shard-02").mkdir()
@@ -580,9 +611,14 @@ class TestRowFile:
             partial.unlink()
         assert self.open(tmp_path).rows == 0
 
-    def test_other_settings_begin_anew(self, tmp_path):
-        self.open(tmp_path).append(np.ones((3, 3)))
-        assert self.open(tmp_path, {"precision": "bf16"}).rows == 0
+    def test_other_settings_are_refused(self, tmp_path):
+        file = self.open(tmp_path)
+        assert self.open(tmp_path, {"precision": "bf16"}).rows == 0  # nothing is lost
+        file = self.open(tmp_path)
+        file.append(np.ones((3, 3)))
+        with pytest.raises(runs.StageError, match='precision: "fp32" there, "bf16" now.*auto dep'):
+            self.open(tmp_path, {"precision": "bf16"})
+        assert self.open(tmp_path).rows == 3
 
     def test_no_rows_at_all(self, tmp_path):
         file = store.RowFile.open(tmp_path / "rows.npy", (0, 3), settings={})

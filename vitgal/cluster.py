@@ -12,7 +12,9 @@ import logging
 import os
 import pickle
 import shutil
+import signal
 import socket
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,9 +26,10 @@ import joblib
 from vitgal import runs
 
 ENGINES = ("local", "ray")
-# How often in a row a pipeline may break, and a task its process. A machine that dies breaks it
-# once; an image that crashes every process that reads it would do so for ever.
+# How often in a row a pipeline may break. A machine that dies breaks it once; an image that crashes
+# every process that reads it would do so for ever.
 RETRIES = 5
+TASK_RETRIES = 1  # of a task within a pipeline that goes on
 IN_FLIGHT = 2  # pieces an actor has at once: the next one travels while it describes
 STORE = 2 << 30  # bytes that a local instance may use for pieces on their way, at most
 # What Ray would do unasked: send statistics, take over uv's environments, hide GPUs from tasks that
@@ -91,8 +94,11 @@ def connected(address: str | None = None) -> Iterator[None]:
         _refuse_unreachable(address)
         options |= dict(address=address)
     try:
-        with _hushed():
+        with _hushed(), _interrupt_waits():
             ray.init(**options)
+    except KeyboardInterrupt:
+        ray.shutdown()
+        raise
     except Exception as error:  # Ray raises what it likes here: ConnectionError, RuntimeError, ...
         where = "a local Ray instance" if address is None else f"the Ray cluster at {address}"
         raise ClusterError(f"{where} cannot be used: {_line(error)}") from None
@@ -119,6 +125,22 @@ def _refuse_unreachable(address: str) -> None:
             f"nothing answers at ray_address {address} ({error}): start the cluster's head there "
             f"with `ray start --head --port={port}`"
         ) from None
+
+
+@contextlib.contextmanager
+def _interrupt_waits() -> Iterator[None]:
+    """Ctrl-C is heard at the end: a Ray that is half there has processes that nobody would end."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
+    if heard:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
@@ -260,14 +282,16 @@ class Pipeline:
     read, write: run as tasks, wherever there is room. They take no CPU from Ray's account: they
     wait for disks most of the time, and must never wait for the actors that wait for them.
     describe: called once in every actor, gives the step that is called with what `read` gave.
-    share: called before every start, since a cluster changes. ordered: results come in the order of
-    the pieces, not as they are done. Pieces and results can be pickled.
+    share: called before every start, since a cluster changes. name: says of a piece which it is.
+    ordered: results come in the order of the pieces, not as they are done. Pieces and results can
+    be pickled.
     """
 
     read: Callable[[Any], Any]
     describe: Callable[[], Callable[[Any], Any]]
     write: Callable[[Any], Any] | None
     share: Callable[[], Share]
+    name: Callable[[Any], str] = str
     ordered: bool = False
 
     def run(self, pieces: Sequence[Any]) -> Iterator[Any]:
@@ -294,9 +318,10 @@ class Pipeline:
                 broken = 1 if done > 4 * IN_FLIGHT * share.actors else broken + 1
                 done = 0
                 if broken > RETRIES:
+                    first = self.name(left[min(left)])  # pieces are begun in order
                     raise ClusterError(
-                        f"the Ray cluster broke {broken} times in a row: {_line(error)}; what is "
-                        "done is kept, run the same command again to go on"
+                        f"the Ray cluster broke {broken} times in a row, at {first} or soon after: "
+                        f"{_line(error)}; what is done is kept, run the same command again to go on"
                     ) from None
                 print(f"a Ray process or machine was lost ({type(error).__name__}): going on")
 
@@ -319,7 +344,7 @@ class Pipeline:
         # machine is gone and the others have no room for one more.
         pool = dict(compute=actors, num_cpus=share.cpus, num_gpus=share.gpus, max_restarts=0)
         tasks = dict(compute=data.TaskPoolStrategy(size=share.tasks), num_cpus=0)
-        tasks |= dict(max_retries=RETRIES)
+        tasks |= dict(max_retries=TASK_RETRIES)
         with warnings.catch_warnings(), _settings(data.DataContext.get_current(), self.ordered):
             # Retries have no other place until Ray 2.64.
             warnings.simplefilter("ignore", DeprecationWarning)

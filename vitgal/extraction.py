@@ -6,9 +6,11 @@ row block by row block, the local one shard by shard.
 """
 
 import contextlib
+import errno
 import itertools
 import os
 import shutil
+import socket
 import uuid
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,7 +29,7 @@ from tqdm.auto import tqdm
 
 from vitgal import approximate, cluster, evaluation, revisited, runs, search, store
 from vitgal.features import LocalFeatures
-from vitgal.images import MEAN, STD, ImageError, crop_box, read_image
+from vitgal.images import MEAN, STD, ImageError, ReadError, crop_box, read_image
 from vitgal.images import resize as resize_image
 from vitgal.local_features import LADDER, SCALES, Frame, local_features, require_codes
 from vitgal.model import ViTGaL, build_model
@@ -316,12 +318,15 @@ def prefetch(
 ) -> Iterator[tuple[Job, Loaded | ImageError]]:
     """Yields every job with its result or its ImageError, in order; threads work a little ahead.
 
+    A ReadError is raised: the disk is at fault, and a run that goes on later has all its images.
     Threads are enough: OpenCV lets Python go on while it decodes. 0 workers: no threads.
     """
 
     def attempt(job: Job) -> Loaded | ImageError:
         try:
             return work(job)
+        except ReadError:
+            raise
         except ImageError as error:
             return error
 
@@ -755,8 +760,9 @@ def extract_shortlist(
         with _engine(engine, ray_address, model, how) as runner:
             _announce(require_codes(runner.model), len(jobs), parameters)
             _write_shards(runner, jobs, stage.folder, share=share, **shards)
+            made = dict(dtype=dtype, settings={"precision": runner.precision})
             recorded = runner.recorded()
-        _refuse_unfinished(stage.folder, len(jobs), shard_size, worker)
+        _refuse_unfinished(stage.folder, jobs, shard_size, share, made)
         failed = store.FeatureStore.open(stage.folder).failures
         _refuse_failures(_listed(failed), len(jobs), max_failed_share)
         recorded |= dict(images=len(jobs), failed=len(failed))
@@ -778,21 +784,32 @@ def _opened(stage: runs.Stage) -> store.FeatureStore | None:
         return None
 
 
-def _refuse_unfinished(folder: Path, images: int, shard_size: int, worker: int) -> None:
-    """StageError where other workers still have shards to write."""
-    count = _shard_count(images, shard_size)
-    wanted = [store.shard_folder(folder, index, count) for index in range(count)]
-    missing = [path.name for path in wanted if not path.exists()]
+def _refuse_unfinished(
+    folder: Path, jobs: Sequence[Job], shard_size: int, share: tuple[int, int], made: dict
+) -> None:
+    """StageError where shards of other workers are missing or damaged; these are read whole."""
+    keys = [job.key for job in jobs]
+    wanted, mine = (shards_of(folder, keys, shard_size, some) for some in (runs.ALONE, share))
+    theirs = {where: names for where, names in wanted.items() if where not in mine}
+    missing = [where.name for where in theirs if not where.exists()]
     if missing:
         raise runs.StageError(
-            f"worker {worker} has written its shards of {folder}; {len(missing)} of {count} "
-            f"({missing[0]}, ...) are for other workers: the last of them finishes the stage; if "
-            "none is at work, run this again with worker_count=1"
+            f"worker {share[0]} has written its shards of {folder}; {len(missing)} of "
+            f"{len(wanted)} ({missing[0]}, ...) are for other workers: the last of them finishes "
+            "the stage; if none is at work, run this again with worker_count=1"
+        )
+    for where in theirs:
+        _refuse_other_precision(where, made["settings"]["precision"])
+    damaged = [where.name for where, names in theirs.items() if not _whole(where, names, made)]
+    if damaged:
+        raise runs.StageError(
+            f"worker {share[0]} has written its shards of {folder}; of the other workers' "
+            f"{len(damaged)} ({damaged[0]}, ...) are damaged: run this again with worker_count=1"
         )
 
 
-def _shard_count(images: int, shard_size: int) -> int:
-    return max(1, -(-images // shard_size))
+def _whole(where: Path, names: Sequence[str], made: dict) -> bool:
+    return store.whole_shard(where, names, **made) is not None
 
 
 def _listed(failed: Mapping[str, str]) -> list[dict]:
@@ -809,6 +826,12 @@ def shortlist_jobs(data: RetrievalDataset, path: Path, crop: bool) -> list[Job]:
             f"{path} names {unknown[0]}, which {data.name} lacks: run {GLOBAL_NOTEBOOK} again"
         )
     queries = [replace(job, key=store.query_key(job.key, paths)) for job in query_jobs(data, crop)]
+    if clash := names & {query.key for query in queries}:
+        name = min(clash)
+        raise runs.StageError(
+            f"the database image {name} of {data.name} has the name under which the features of "
+            f"query {name.removeprefix(store.QUERY)} are kept: rename one of them"
+        )
     return sorted(queries + [Job(name, paths[name]) for name in names], key=lambda job: job.key)
 
 
@@ -847,8 +870,9 @@ def _write_shards(
     if share == runs.ALONE:
         store.clear_partial(folder)
     failures, missing = [], {}
-    mine = shards_of(folder, by_key, shard_size, share)
+    mine = shards_of(folder, [job.key for job in jobs], shard_size, share)
     for where, keys in mine.items():
+        _refuse_other_precision(where, runner.precision)
         if shard := store.whole_shard(where, keys, **how):
             failures += shard.failures
         else:
@@ -863,6 +887,18 @@ def _write_shards(
             _refuse_failures(failures, len(jobs), limit)
     if share == runs.ALONE:
         store.clear_partial(folder)
+
+
+def _refuse_other_precision(where: Path, precision: str) -> None:
+    """StageError where a shard that is there was made in another precision."""
+    try:
+        made = store.Shard.open(where).header["settings"].get("precision", precision)
+    except store.StoreError:  # not there, or damaged
+        return
+    if made != precision:
+        raise runs.StageError(
+            f"{where} was made in {made}, and here it would be {precision}: {store.AUTO}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -973,7 +1009,8 @@ class OnCluster:
         """Results of a pipeline; `describe` is given the Runner of its actor first."""
         make = partial(_Describer, describe, self.source, self.how)
         steps = dict(read=read, describe=make, share=partial(_share, self.how))
-        return cluster.Pipeline(**(dict(write=None) | steps | more)).run(pieces)
+        steps |= dict(write=None, name=_named)
+        return cluster.Pipeline(**(steps | more)).run(pieces)
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -1007,6 +1044,12 @@ class _Describer:
 def _read(jobs: Sequence[Job], *, size: int, resize: str, workers: int) -> list:
     """Every job with its network input or its ImageError, as a list that can be sent."""
     return list(prefetch(partial(load, size=size, resize=resize), jobs, workers=workers))
+
+
+def _named(piece: "Piece | Sequence[Job]") -> str:
+    jobs = piece.jobs if isinstance(piece, Piece) else piece
+    ends = " to ".join(dict.fromkeys(job.key for job in (*jobs[:1], *jobs[-1:])))
+    return f"the images {ends}" if ends else "no image"
 
 
 def _absolute(jobs: Iterable[Job]) -> list[Job]:
@@ -1061,7 +1104,13 @@ def _shards_on_cluster(
     steps |= dict(write=partial(_write_piece, made=made))
     with contextlib.closing(remote.run(pieces, **steps)) as found:
         with tqdm(**bar, unit="image") as shown:
-            for images, failed in found:
+            for where, images, failed, node in found:
+                # Listed: what a network file system remembers of one name may be old.
+                if not where.is_dir() and where.name not in os.listdir(where.parent):
+                    raise cluster.ClusterError(
+                        f"the node {node} has written {where} to a disk of its own: the run folder "
+                        "must lie where every node finds it under the same path"
+                    )
                 shown.update(images)
                 yield failed
 
@@ -1093,16 +1142,23 @@ def _describe_piece(runner: Runner, read: _Filled, *, options: dict) -> _Filled:
     return _Filled(piece, items, failed=failed)
 
 
-def _write_piece(described: _Filled, *, made: dict) -> tuple[int, list[dict]]:
+def _write_piece(described: _Filled, *, made: dict) -> tuple[Path, int, list[dict], str]:
     """Writes a shard under a name of its own and moves it: a second writer may be at it.
 
-    (A machine that is given up may still be writing.) Returns the number of images and failures.
+    (A machine that is given up may still be writing.) Returns the shard's folder, the number of
+    images, the failures and this machine's name.
     """
     where = described.piece.where
     if described.content is not None:
         own = where.with_name(f"{store.PARTIAL}{uuid.uuid4().hex}")
         store.write_shard(own / where.name, described.content, failures=described.failed, **made)
+        store.drop_index(where.parent)
         shutil.rmtree(where, ignore_errors=True)
-        os.replace(own / where.name, where)
-        own.rmdir()
-    return len(described.piece.jobs), described.failed
+        try:
+            os.replace(own / where.name, where)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # The second writer was first; its shard is the same.
+        shutil.rmtree(own)
+    return where, len(described.piece.jobs), described.failed, socket.gethostname()

@@ -46,6 +46,16 @@ class ImageError(runs.Told, ValueError):
         return f"{self.path}: {self.reason}; replace the file or take it out of the image list"
 
 
+class ReadError(ImageError):
+    """A file that the system could not read just now, though it may be whole: a disk, a network."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.path}: {self.reason}; once it can be read run the same command again, what is "
+            "done is kept"
+        )
+
+
 def read_image(
     path: str | os.PathLike, *, ignore_orientation: bool = True, least_side: int | None = None
 ) -> np.ndarray:
@@ -60,14 +70,17 @@ def read_image(
         FileNotFoundError: there is no such file.
         ImageError: the file is empty, cut short, or no image that OpenCV reads. OpenCV itself
             fills the missing part of a cut JPEG with grey and says nothing.
+        ReadError: the system cannot read it: an input/output error, too many open files.
     """
     path = Path(path)
     try:
         data = path.read_bytes()
     except FileNotFoundError:
         raise
-    except OSError as error:
+    except (IsADirectoryError, PermissionError) as error:
         raise ImageError(path, f"cannot be read ({error.strerror})") from error
+    except OSError as error:
+        raise ReadError(path, f"cannot be read just now ({error.strerror})") from error
     if not data:
         raise ImageError(path, "the file is empty")
     if not is_whole(data):

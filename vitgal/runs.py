@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import shutil
 import subprocess
 import time
@@ -103,7 +104,8 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    # Not the process's number: on several machines that share the folder it may be the same.
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
     try:
         yield temporary
         with open(temporary, "rb+") as handle:
@@ -261,7 +263,8 @@ class Stage:
 
     def reopen(self) -> None:
         """Makes a finished stage an interrupted one, so that what is missing is made again."""
-        os.replace(self.folder / MANIFEST, self.folder / STARTED)
+        with contextlib.suppress(FileNotFoundError):  # another worker was first
+            os.replace(self.folder / MANIFEST, self.folder / STARTED)
         self.finished = False
 
 
@@ -338,10 +341,11 @@ def locked(folder: Path, share: tuple[int, int] = ALONE) -> Iterator[None]:
             _lock(folder / f"{name}-{worker}", held, fcntl.LOCK_EX, twice)
             # Others hold this one for themselves only while they look whether anybody does.
             _lock(folder / name, held, fcntl.LOCK_SH, None)
-            for other in sorted(folder.glob(f"{LOCK}-of-*[0-9]")):
-                if other.name != name and "-" not in other.name.removeprefix(f"{LOCK}-of-"):
-                    with contextlib.ExitStack() as looked:
-                        _lock(other, looked, fcntl.LOCK_EX, f"{busy} (not as one of {workers})")
+            with contextlib.ExitStack() as looking:  # one at a time, or they would see each other
+                _lock(folder / f"{LOCK}-look", looking, fcntl.LOCK_EX, None)
+                for other in sorted(folder.glob(f"{LOCK}-of-*[0-9]")):
+                    if other.name != name and "-" not in other.name.removeprefix(f"{LOCK}-of-"):
+                        _lock(other, looking, fcntl.LOCK_EX, f"{busy} (not as one of {workers})")
         yield
 
 
@@ -359,6 +363,12 @@ def _lock(path: Path, held: contextlib.ExitStack, kind: int, busy: str | None) -
         fcntl.flock(handle, kind | (fcntl.LOCK_NB if busy else 0))
     except BlockingIOError:
         raise StageError(busy) from None
+    except OSError as error:
+        raise StageError(
+            f"{path.parent} cannot be locked ({error.strerror}): its file system must know flock "
+            "(Lustre: mount it with the option flock), or set run_dir or the environment variable "
+            "VITGAL_RUNS to a folder elsewhere"
+        ) from error
     _HELD.add(handle)
     held.callback(_HELD.discard, handle)
 
@@ -419,9 +429,13 @@ def _shown(value: Any) -> str:
 
 
 def _settings_on_disk(folder: Path) -> dict | None:
-    for name in (MANIFEST, STARTED):
-        if (folder / name).exists():
+    for name in (MANIFEST, STARTED, MANIFEST):  # another worker may turn one into the other
+        try:
             found = read_json(folder / name)
+        except StageError:
+            if (folder / name).exists():
+                raise
+        else:
             return {key: found.get(key) for key in SETTINGS}
     return None
 

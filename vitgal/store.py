@@ -40,6 +40,10 @@ INDEX_ARRAYS = ("names", "name_ends", "order", "rows", "sizes", "firsts")
 OPEN_SHARDS = 1024  # that a store keeps mapped, four files each (a process may map 65,530)
 PARTIAL = ".partial-"  # a shard being written; nothing else in a store begins so
 QUERY = "query/"
+AUTO = (
+    "inference_precision auto depends on the machine: go on with one like the first, or set "
+    "overwrite: true and a precision by name to begin anew"
+)
 ITEM_BYTES = 150  # of one image beside its features: name and sizes in items.json, offset, checksum
 FEATURE_BYTES = 16  # of one feature beside its descriptor: keypoint, score, scale
 
@@ -263,7 +267,7 @@ def _place(folder: Path, arrays: dict, header: dict, failures: list) -> None:
             runs.write_array(partial / f"{name}.npy", array)
         runs.write_json(partial / "failures.json", failures)
         runs.write_json(partial / "items.json", header)
-        _drop_index(folder.parent)
+        drop_index(folder.parent)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
@@ -295,29 +299,22 @@ class Shard:
         try:
             header = runs.read_json(folder / "items.json")
             arrays = {name: _mapped(folder / f"{name}.npy") for name in ARRAYS}
-        except (runs.StageError, OSError, ValueError, EOFError) as error:
+        except (runs.StageError, OSError, ValueError, EOFError, tokenize.TokenError) as error:
             raise StoreError(f"the shard {folder} is damaged ({error}); {_REMEDY}") from error
         shard = cls(folder, header, arrays)
-        if header.get("format") != FORMAT:
-            raise StoreError(f"{folder} has store format {header.get('format')}, not {FORMAT}")
+        if isinstance(header, dict) and header.get("format", FORMAT) != FORMAT:
+            raise StoreError(f"{folder} has store format {header['format']}, not {FORMAT}")
+        if not _is_header(header):
+            raise StoreError(f"the shard {folder} is damaged (its items.json); {_REMEDY}")
         if not shard._fits():
             raise StoreError(f"the arrays of the shard {folder} do not fit together; {_REMEDY}")
         return shard
 
     def _fits(self) -> bool:
         count, offsets = len(self.header["items"]), self.arrays["offsets"]
-        rows = int(offsets[-1]) if len(offsets) else -1
-        width = stored_width(self.header["code_dim"], self.header["dtype"])
-        shapes = {
-            "keypoints": (rows, 2),
-            "descriptors": (rows, width),
-            "scores": (rows,),
-            "scales": (rows,),
-            "offsets": (count + 1,),
-            "checksums": (count,),
-        }
-        types = self.arrays["descriptors"].dtype == stored_type(self.header["dtype"])
-        return types and all(self.arrays[name].shape == shape for name, shape in shapes.items())
+        rows = int(offsets[-1]) if offsets.shape == (count + 1,) else -1
+        layout = _layout(self.header["code_dim"], self.header["dtype"], rows, count)
+        return all((array.dtype, array.shape) == layout[n] for n, array in self.arrays.items())
 
     @property
     def names(self) -> list[str]:
@@ -326,8 +323,11 @@ class Shard:
 
     @functools.cached_property
     def failures(self) -> list[dict[str, str]]:
-        """Images that belong here but could not be read."""
-        return runs.read_json(self.folder / "failures.json")
+        """Images that belong here but could not be read; StoreError where the list is damaged."""
+        failures = runs.read_json(self.folder / "failures.json")
+        if not isinstance(failures, list) or not all(map(_is_failure, failures)):
+            raise StoreError(f"the shard {self.folder} is damaged (its failures.json); {_REMEDY}")
+        return failures
 
     def stored(self, index: int) -> dict[str, np.ndarray]:
         """The stored arrays of one item, as views of the mapped files."""
@@ -356,6 +356,46 @@ class Shard:
             for index, item in enumerate(self.header["items"])
             if _checksum(item, self.stored(index)) != self.arrays["checksums"][index]
         ]
+
+
+def _is_header(header: object) -> bool:
+    """Whether an items.json has all that is read from it."""
+    kinds = {"format": int, "dtype": str, "code_dim": int, "settings": dict, "items": list}
+    if not isinstance(header, dict) or header.get("dtype") not in DTYPES:
+        return False
+    if not all(isinstance(header.get(key), kind) for key, kind in kinds.items()):
+        return False
+    return all(map(_is_item, header["items"]))
+
+
+def _is_failure(failure: object) -> bool:
+    texts = ("name", "reason")
+    return isinstance(failure, dict) and all(isinstance(failure.get(key), str) for key in texts)
+
+
+def _is_item(item: object) -> bool:
+    if not isinstance(item, dict) or not isinstance(item.get("name"), str):
+        return False
+    sizes = [item.get(key) for key in ("input_size", "box", "image_size")]
+    if not all(isinstance(size, list) for size in sizes) or list(map(len, sizes)) != [2, 4, 2]:
+        return False
+    return all(isinstance(side, int) for size in sizes for side in size)
+
+
+Layout = dict[str, tuple[np.dtype, tuple[int, ...]]]  # array -> type and shape
+
+
+def _layout(code_dim: int, dtype: str, rows: int, items: int) -> Layout:
+    """The arrays of a shard of so many features and items."""
+    single, code = np.dtype(np.float32), stored_width(code_dim, dtype)
+    return {
+        "keypoints": (single, (rows, 2)),
+        "descriptors": (stored_type(dtype), (rows, code)),
+        "scores": (single, (rows,)),
+        "scales": (single, (rows,)),
+        "offsets": (np.dtype(np.int64), (items + 1,)),
+        "checksums": (np.dtype(np.uint32), (items,)),
+    }
 
 
 _REMEDY = "run 05_local_extraction again: it makes what is missing or damaged"
@@ -415,9 +455,9 @@ def salvage(
     if header != wanted:
         return {}
     arrays = {name: _leading_rows(folder / f"{name}.npy") for name in ARRAYS}
-    shapes = {"keypoints": (2,), "descriptors": (stored_width(code_dim, dtype),)}
-    if any(arrays[name].shape[1:] != shapes.get(name, ()) for name in ARRAYS):
-        return {}
+    for name, (kind, shape) in _layout(code_dim, dtype, 0, 0).items():
+        if (arrays[name].dtype, arrays[name].shape[1:]) != (kind, shape[1:]):
+            return {}
     offsets, checksums = arrays.pop("offsets"), arrays.pop("checksums")
     rows = min(map(len, arrays.values()))
     found = {}
@@ -493,9 +533,9 @@ class Index:
         keys: list[bytes] = []
         places: list[Path] = []
         firsts, rows, sizes, failures = [0], [], [], []
-        kinds: dict[tuple[str, int], Path] = {}  # of the shards with any feature
+        kinds: dict[tuple[str, int, str], Path] = {}  # of the shards with any feature
         for shard in shards:
-            kind = shard.header["dtype"], shard.header["code_dim"]
+            kind = shard.header["dtype"], shard.header["code_dim"], _shown(shard.header["settings"])
             if len(shard.arrays["scores"]):
                 kinds.setdefault(kind, shard.folder)
             keys += [name.encode() for name in shard.names]
@@ -522,7 +562,7 @@ class Index:
             "sizes": np.concatenate(sizes),
             "firsts": np.array(firsts, np.int64),
         }
-        dtype, code_dim = next(iter(kinds), kind)
+        dtype, code_dim, _ = next(iter(kinds), kind)
         header = {"format": FORMAT, "folders": len(places), "dtype": dtype}
         header |= {"code_dim": code_dim, "failures": failures}
         return cls(header, arrays, tuple(place.name for place in places))
@@ -604,7 +644,8 @@ def write_index(folder: Path) -> list[str]:
     return [f"{INDEX}/{name}" for name in (*(f"{each}.npy" for each in INDEX_ARRAYS), INDEX_HEADER)]
 
 
-def _drop_index(folder: Path) -> None:
+def drop_index(folder: Path) -> None:
+    """Removes the index of a store, one of whose shards is about to change."""
     (Path(folder) / INDEX / INDEX_HEADER).unlink(missing_ok=True)
 
 
@@ -730,11 +771,9 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         folder, dtype = self.folder / self.index.shard(number), self.index.header["dtype"]
         last = self.index.arrays["firsts"][number + 1] - 1
         rows = int(self.index.arrays["rows"][last, 1])
-        single, code = np.dtype("float32"), stored_width(self.code_dim, dtype)
-        layout = {"keypoints": (single, (rows, 2)), "scores": (single, (rows,))}
-        layout |= {"descriptors": (stored_type(dtype), (rows, code)), "scales": (single, (rows,))}
+        layout = _layout(self.code_dim, dtype, rows, 0)
         try:
-            return {name: _mapped_as(folder / f"{name}.npy", *how) for name, how in layout.items()}
+            return {name: _mapped_as(folder / f"{name}.npy", *layout[name]) for name in ARRAYS[:4]}
         except ValueError as error:
             raise StoreError(
                 f"the shard {folder} does not fit the store's index ({error}); {_REMEDY}"
@@ -764,11 +803,16 @@ def _sizes(items: Sequence[Mapping]) -> np.ndarray:
     return np.array(sizes, np.int32).reshape(-1, 8)
 
 
-def _refuse_mixture(kinds: Mapping[tuple[str, int], Path]) -> None:
-    """StoreError where shards hold descriptors of more than one kind, (dtype, width) -> shard."""
+def _shown(settings: Mapping) -> str:
+    return "".join(f", {name} {settings[name]}" for name in sorted(settings))
+
+
+def _refuse_mixture(kinds: Mapping[tuple[str, int, str], Path]) -> None:
+    """StoreError where there is more than one kind of shard: dtype, width, settings -> a shard."""
     if len(kinds) > 1:
         shown = "; ".join(
-            f"{place.name}: {width} values as {dtype}" for (dtype, width), place in kinds.items()
+            f"{place.name}: {width} values as {dtype}{settings}"
+            for (dtype, width, settings), place in kinds.items()
         )
         folder = next(iter(kinds.values())).parent
         raise StoreError(
@@ -917,6 +961,8 @@ class RowFile:
 
         Args:
             settings: plain values that must be equal for rows to be continued.
+        Raises:
+            runs.StageError: there are rows with other settings; they are left as they are.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -925,8 +971,13 @@ class RowFile:
         file = cls(path, shape, fresh)
         if file._journal_path.exists():
             found = runs.read_json(file._journal_path)
-            same = all(found.get(key) == fresh[key] for key in ("settings", "shape"))
-            if same and file._whole(found):
+            if found.get("rows") and found.get("settings") != fresh["settings"]:
+                raise runs.StageError(
+                    f"{path} was begun with other settings "
+                    f"({'; '.join(runs.differences(found['settings'], fresh['settings']))}): "
+                    f"{AUTO}"
+                )
+            if found.get("shape") == fresh["shape"] and file._whole(found):
                 file.journal = found
                 return file
         file._begin()
