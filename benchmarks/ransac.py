@@ -41,6 +41,7 @@ from vitgal.search import Positions
 from vitgal.store import FeatureStore
 
 SHOWN = ("medium", "hard")
+STAGES = ("global", "local")
 COUNTED = ("inliers", "features")
 
 
@@ -54,6 +55,7 @@ class Shortlists:
     positions: Positions
     candidates: np.ndarray  # (Q, C), padded with -1
     store: FeatureStore
+    key: str = ""  # of the results: the data set, and what was made of it
 
     @classmethod
     def read(cls, folder: Path, truth: GroundTruth, top: int) -> "Shortlists":
@@ -68,7 +70,9 @@ class Shortlists:
             row[: len(images)] = images
         positions = Positions.load(folder / "global" / "positions.npz")
         store = FeatureStore.open((folder / "local").absolute())
-        return cls(truth, database, ranks, positions, candidates, store)
+        made = [runs.read_stage(folder / one, "the notebooks")["outputs"] for one in STAGES]
+        key = f"{truth.name}-{runs.fingerprint(made)[:8]}"
+        return cls(truth, database, ranks, positions, candidates, store, key)
 
     @property
     def positive(self) -> np.ndarray:
@@ -183,8 +187,8 @@ def measure(
     options: dict,
     workers: int,
 ) -> None:
-    """Writes `<data set>-<estimator>-<seed>.npz` for every seed that the folder lacks."""
-    name = listed.truth.name
+    """Writes `<key>-<estimator>-<seed>.npz` for every seed that the folder lacks."""
+    name = listed.key
     missing = [
         seed
         for seed in seeds
@@ -205,7 +209,7 @@ def measured(folder: Path, listed: Shortlists, top: int) -> dict[str, dict]:
     pairs = int((listed.candidates >= 0).sum())
     found = {}
     for estimator in ESTIMATORS:
-        paths = sorted(folder.glob(f"{listed.truth.name}-{estimator}-*.npz"))
+        paths = sorted(folder.glob(f"{listed.key}-{estimator}-*.npz"))
         if len(paths) < 2:
             continue
         files = [np.load(path, allow_pickle=False) for path in paths]
@@ -313,7 +317,10 @@ def main() -> None:
             estimators = arguments.estimator or list(ESTIMATORS)
             place = options, arguments.workers
             measure(results, listed, estimators, range(*arguments.seeds), *place)
-            show(listed, measured(results, listed, arguments.top))
+            if found := measured(results, listed, arguments.top):
+                show(listed, found)
+            else:
+                print(f"{listed.truth.name}: a spread needs two seeds at least")
 
 
 if __name__ == "__main__":

@@ -132,17 +132,88 @@ def test_a_torn_index_is_refused_and_made_again(tmp_path, database):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "nonsense", "IVF", "PQ7", "IVF16,Flat; nprobe=x", "IVF16,Flat; efSearch=3", "Flat; depth"],
+    ["", "nonsense", "IVF", "PQ7", "IVF16,Flat; efSearch=3", "Flat; depth"],
 )
 def test_texts_that_are_no_index_are_refused(text):
     with pytest.raises(ValueError, match=r"no index .*faiss says .*IVF1024,Flat"):
         approximate.check(text, WIDTH)
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("IVF64,Flat", "inverted file of 50 images has 1 to 50 cells"),
+        ("IVF0,Flat", "1 to 50 cells"),
+        ("IVF999999999,Flat", "1 to 50 cells"),
+        ("IVF8,Flat; nprobe=0", "nprobe is 0"),
+        ("IVF8,Flat; nprobe=-1", "nprobe is -1"),
+        ("IVF8,Flat; nprobe=nan", "nprobe is nan"),
+        ("IVF8,Flat; nprobe=", "nprobe is "),
+        ("IVF8,PQ4; nprobe=2", "256 codes cannot be learnt from 50 images"),
+        ("PQ4x6", "64 codes cannot be learnt from 50"),
+        ("IDMap,Flat", "own numbers"),
+        ("HNSW0", "2 others"),  # faiss ends the process when the first image is added
+        ("NSG1", "2 others"),
+    ],
+)
+def test_what_would_fail_once_images_are_described_is_refused_before(text, reason):
+    with pytest.raises(ValueError, match=rf"no index '{text}': .*{reason}.*for example"):
+        approximate.check(text, WIDTH, 50)
+
+
+def test_what_fits_just_so_is_built(tmp_path, database):
+    for text in ("IVF50,Flat", "PQ4x5", "HNSW2"):
+        approximate.check(text, WIDTH, 50)
+        index = made(tmp_path, database[:50], text)
+        assert approximate.find(index, database[:3], k=1)[1].tolist() == [[0, 1, 2]]
+    with pytest.raises(ValueError, match="1 to 16777216 cells"):
+        approximate.check("IVF999999999,Flat", WIDTH)
+
+
+MAPPED = """
+import sys
+import numpy as np
+from vitgal import approximate
+database = np.load(sys.argv[2], mmap_mode="r")
+
+def held():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+
+approximate.read(sys.argv[1], database, "HNSW4")
+before = held()
+index = approximate.read(sys.argv[1], database, "HNSW4")
+assert approximate.find(index, database[:1], k=1)[1].shape == (1, 1)
+print(held() - before)
+"""
+
+
+def test_a_graph_is_mapped_not_read(tmp_path):
+    """20,000 descriptors of 256 numbers are 20 MB, which stay in the file."""
+    rows = np.random.default_rng(0).standard_normal((20_000, 256), np.float32)
+    np.save(tmp_path / "rows.npy", rows)
+    approximate.build(tmp_path / "index", np.load(tmp_path / "rows.npy"), "HNSW4")
+    arguments = [sys.executable, "-c", MAPPED, tmp_path / "index", tmp_path / "rows.npy"]
+    child = subprocess.run(arguments, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    assert int(child.stdout) < 8000  # kB
+
+
+def test_another_way_of_building_is_another_index(tmp_path, database):
+    text = "HNSW8; efConstruction={}"
+    first = (approximate.build(tmp_path, database, text.format(4)) / "index.faiss").read_bytes()
+    other = (approximate.build(tmp_path, database, text.format(80)) / "index.faiss").read_bytes()
+    assert first != other
+    (tmp_path / "index.json").write_text("{")  # torn: as if there were none
+    approximate.build(tmp_path, database, text.format(80))
+    assert (tmp_path / "index.faiss").read_bytes() == other
+    approximate.read(tmp_path, database, text.format(80) + ", efSearch=50")  # asked otherwise
+
+
 def test_databases_that_cannot_be_indexed_are_refused(tmp_path, database):
     with pytest.raises(ValueError, match="empty database"):
         approximate.build(tmp_path, database[:0], "Flat")
-    with pytest.raises(ValueError, match="'IVF64,Flat' of 50 images"):
+    with pytest.raises(ValueError, match="'IVF64,Flat': .* 50 images"):
         approximate.build(tmp_path, database[:50], "IVF64,Flat")
     bad = np.array(database)
     bad[2500, 1] = np.nan

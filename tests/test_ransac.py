@@ -56,7 +56,7 @@ def test_counts_and_scores_are_the_stages(ransac, tmp_path):
     found = ransac.measured(results, listed, TOP)
     for estimator in ("degensac", "magsac"):
         rerank_run(run, **OPTIONS | {"estimator": estimator, "overwrite": True})
-        with np.load(results / f"random-{estimator}-0.npz") as file:
+        with np.load(results / f"{listed.key}-{estimator}-0.npz") as file:
             inliers, features = file["counts"]
         np.testing.assert_array_equal(inliers, np.load(folder / "rerank" / "inliers.npy"))
         np.testing.assert_array_equal(features, inliers)  # planted: each is matched once

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from scipy.spatial import cKDTree
 
 from vitgal import reranking, runs, search, store
@@ -409,6 +410,18 @@ def test_verify_refuses_options_out_of_range(wrong, message):
         verify(*planted(8, 0), **wrong)
 
 
+@pytest.mark.parametrize("estimator", sorted(reranking.ESTIMATORS))
+def test_all_matches_on_one_gallery_point_are_no_model(estimator):
+    """A homography that maps the plane to a point or a line; poselib gives one in case 115."""
+    rng = np.random.default_rng(0)
+    for _ in range(160):
+        number = int(rng.integers(5, 41))
+        query = rng.integers(0, 32, (number, 2)) * 16.0 + 8
+        gallery = np.tile(rng.integers(0, 32, (1, 2)) * 16.0 + 8, (number, 1))
+        found = verify(query, gallery, estimator)
+        assert found.homography is None or np.linalg.matrix_rank(found.homography) == 3
+
+
 def test_verify_refuses_points_that_do_not_fit():
     query, gallery = planted(8, 0)
     with pytest.raises(ValueError, match="8 query points matched with 7"):
@@ -743,6 +756,58 @@ def test_stage_is_the_same_with_matching_in_torch(finished, tmp_path):
     with pytest.raises(ValueError, match="matching cannot run on 'cuda:99'"):
         rerank_run(copy, match_device="cuda:99")
     assert not (copy / "random" / "rerank").exists()
+
+
+def test_a_device_without_memory_matches_in_parts(monkeypatch):
+    """As a GPU that has room for three query descriptors at a time, or for none."""
+    room, real = 3, reranking._closest_on
+    asked = []
+
+    def cramped(device, query, gallery, block, max_distance):
+        asked.append(block.stop - block.start)
+        if asked[-1] > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(device, query, gallery, block, max_distance)
+
+    rng = np.random.default_rng(0)
+    query, gallery = (unit(rng.standard_normal((n, 16))) for n in (25, 40))
+    wanted = reranking.match(query, gallery, 1.2)
+    monkeypatch.setattr(reranking, "_closest_on", cramped)
+    np.testing.assert_array_equal(reranking.match(query, gallery, 1.2, device="cpu"), wanted)
+    assert len(wanted) > 10 and max(asked) == 25 and asked.count(3) > 5
+    room = 0
+    with pytest.raises(RuntimeError, match="no memory left to match one descriptor with 40.*work"):
+        reranking.match(query, gallery, 1.2, device="cpu")
+
+
+def test_device_auto():
+    found = reranking.pick_device("auto")
+    assert found == ("cuda" if torch.cuda.is_available() else None)
+    assert reranking.pick_device("cpu") == "cpu" and reranking.pick_device(None) is None
+
+
+def test_an_enormous_distance_is_no_limit():
+    rng = np.random.default_rng(0)
+    query, gallery = rng.standard_normal((30, 4)), rng.standard_normal((200, 4))
+    wanted = reranking.match(query, gallery, math.inf)
+    for distance in (1e30, 1e155, 1e308):
+        np.testing.assert_array_equal(reranking.match(query, gallery, distance), wanted)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"ties": "gobal"}, "unknown ties 'gobal'; known: global, published"),
+        ({"max_distance": -1.0}, "max_distance is -1.0"),
+        ({"max_distance": math.nan}, "max_distance is nan"),
+        ({"max_keypoints": -1}, "max_keypoints is -1"),
+        ({"top": 0}, "top is 0"),
+    ],
+)
+def test_stage_refuses_options_before_it_begins(tmp_path, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        rerank_run(tmp_path, **wrong)
+    assert not list(tmp_path.iterdir())
 
 
 def test_stage_refuses_other_settings(finished):

@@ -10,6 +10,7 @@ from vitgal.evaluation import evaluate
 from vitgal.revisited import GroundTruth, RetrievalDataset, labelled
 from vitgal.search import (
     NEAR_TIES,
+    QUERIES,
     Positions,
     _count_ahead,
     _steps,
@@ -154,6 +155,35 @@ def test_image_that_could_not_be_read_ranks_last():
         assert search(queries, database, k=k, block=2)[1].ravel().tolist() == [4, 2, 1, 0][:k]
     places = labelled_positions(queries, database, [np.arange(5)], block=2)
     assert places.positions[0].tolist() == [3, 2, 1, 4, 0]
+
+
+def test_more_queries_than_are_taken_together():
+    """As GLDv2's 117,577 test queries: in shares, with the same result."""
+    rng = np.random.default_rng(0)
+    database = rng.standard_normal((40, 3)).astype(np.float32)
+    queries = rng.standard_normal((2 * QUERIES + 5, 3)).astype(np.float32)
+    similarities, ranks = search(queries, database, k=4)
+    assert similarities.shape == ranks.shape == (4, len(queries))
+    products = (queries.astype(float) @ database.T.astype(float)).astype(np.float32)
+    np.testing.assert_array_equal(ranks, np.argsort(-products, axis=1, kind="stable")[:, :4].T)
+    np.testing.assert_array_equal(similarities, np.take_along_axis(products.T, ranks, axis=0))
+    nothing = search(queries, database[:0], k=4)
+    assert nothing[0].shape == nothing[1].shape == (0, len(queries))
+
+
+def test_values_below_float32_are_no_unreadable_image():
+    """Rows of 1e-60 stand at 0, before what is negative; a row of zeros stands last."""
+    database = np.full((64, 2), -1.0)
+    database[5], database[9] = 1e-60, 0
+    _, ranks = search(np.ones((1, 2), np.float32), database, k=1)
+    assert ranks.tolist() == [[5]]
+    _, ranks = search(np.ones((1, 2), np.float32), database, k=64)
+    assert ranks[0, 0] == 5 and ranks[-1, 0] == 9
+
+
+def test_descriptors_without_a_dimension_are_refused():
+    with pytest.raises(ValueError, match="no dimension"):
+        search(np.ones((2, 0), np.float32), np.ones((100, 0), np.float32), k=1)
 
 
 def test_empty_database_and_no_queries():

@@ -6,6 +6,7 @@ never proposed but put none in the wrong order. Behind the list the ranking goes
 images in exact order: so every labelled image has a rank and the scores are those of the list.
 """
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ ABOUT = "index.json"
 OUTPUTS = (INDEX, ABOUT)
 ABOUT_FORMAT = 1
 OVERSAMPLE = 4  # images that the index proposes for each one wanted
+MOST_CELLS = 1 << 24
 CELLS_SEARCHED = 16  # of so many cells one is looked into, unless the index's text says otherwise
 TRAINING = 1 << 16  # descriptors that an index without cells learns its codes from
 PER_CELL = 64  # descriptors that each cell of an inverted file is learnt from
@@ -39,13 +41,35 @@ class Index:
     database: np.ndarray
 
 
-def check(text: str, width: int) -> None:
-    """Raises ValueError where `text` is no index of descriptors of this width.
+def check(text: str, width: int, images: int | None = None) -> None:
+    """Raises ValueError where `text` is no index of so many descriptors of this width.
 
     text: a faiss factory string, and after a semicolon, if wanted, how to search it: "IVF1024,PQ64;
-    nprobe=32". Without that one cell of 16 of an inverted file is looked into.
+    nprobe=32". Without that one cell of 16 of an inverted file is looked into. images: None leaves
+    out what depends on their number.
+
+    To be called before descriptors are made: faiss itself finds some of this out after that, or
+    ends the process.
     """
-    _empty(text, width)
+    factory, options = _split(text)
+    most = MOST_CELLS if images is None else min(images, MOST_CELLS)
+    cells = [int(number) for number in re.findall(r"IVF(\d+)", factory)]
+    if any(not 1 <= number <= most for number in cells):
+        _refuse(text, f"an inverted file of {most} images has 1 to {most} cells")
+    if any(int(number) < 2 for number in re.findall(r"(?:HNSW|NSG)(\d+)", factory)):
+        _refuse(text, "a graph links each image to 2 others at least")
+    if "IDMap" in factory:
+        _refuse(text, "images keep their own numbers here")
+    for probed in re.findall(r"nprobe=([^,]*)", options):
+        if not (probed.isdecimal() and int(probed) >= 1):
+            _refuse(text, f"nprobe is {probed}, not a number of cells")
+    codes = getattr(_inner(_empty(text, width)), "pq", None)
+    if images is not None and codes is not None and codes.ksub > images:
+        _refuse(text, f"its {codes.ksub} codes cannot be learnt from {images} images")
+
+
+def _refuse(text: str, reason: str) -> None:
+    raise ValueError(f"no index {text!r}: {reason}; for example {EXAMPLES}")
 
 
 def build(
@@ -67,9 +91,12 @@ def build(
         OSError: no space left; nothing is kept of the index then.
     """
     folder, about = Path(folder), _about(database, text, seed)
-    if (folder / ABOUT).exists() and (folder / INDEX).exists():
-        if runs.read_json(folder / ABOUT) == about | {"bytes": (folder / INDEX).stat().st_size}:
-            return folder
+    check(text, database.shape[1], len(database))
+    if (folder / INDEX).exists():
+        with contextlib.suppress(runs.StageError):  # missing, or not whole
+            size = (folder / INDEX).stat().st_size
+            if runs.read_json(folder / ABOUT) == about | {"bytes": size}:
+                return folder
     (folder / ABOUT).unlink(missing_ok=True)
     import faiss
 
@@ -78,8 +105,8 @@ def build(
     with _Threads(1 if re.search("HNSW|NSG", text) else None):
         with _told(text, len(database)):
             index.train(_sample(database, index, seed))
-        for first in range(0, len(database), rows):
-            index.add(np.ascontiguousarray(database[first : first + rows], np.float32))
+            for first in range(0, len(database), rows):
+                index.add(np.ascontiguousarray(database[first : first + rows], np.float32))
         with runs.atomic(folder / INDEX) as temporary, open(temporary, "wb") as handle:
             # Through Python's file a full disk comes as the OSError that it is.
             faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
@@ -106,7 +133,9 @@ def read(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Ind
         )
     if size != found.get("bytes"):
         raise runs.StageError(f"{folder / INDEX} is missing or not whole: build it again")
-    index = faiss.read_index(str(folder / INDEX), faiss.IO_FLAG_MMAP)
+    # Since faiss 1.11 all parts can be mapped; before it the cells of an inverted file alone.
+    mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
+    index = faiss.read_index(str(folder / INDEX), mapped)
     _set_search(index, text)
     return Index(index, database)
 
@@ -311,9 +340,11 @@ def _about(database: np.ndarray, text: str, seed: int) -> dict[str, Any]:
         if bad.size:
             raise ValueError(f"the descriptor of database image {first + bad[0]} is not finite")
         digest.update(block.data)
+    factory, options = _split(text)
+    building = [option for option in options.split(",") if option.startswith("efConstruction")]
     return {
         "format": ABOUT_FORMAT,
-        "factory": _split(text)[0],
+        "factory": ", ".join([factory, *building]),
         "seed": seed,
         "descriptors": digest.hexdigest(),
         "shape": list(database.shape),

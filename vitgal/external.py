@@ -162,7 +162,7 @@ def evaluate_descriptors(
     rows = read_descriptors(descriptors, [*queries, *data.database])
     parameters = {"crop_queries": crop_queries, "top": top, "display": display}
     if index is not None:
-        approximate.check(index, rows.shape[1])
+        approximate.check(index, rows.shape[1], len(data.database))
         parameters["index"] = index
     inputs = {"dataset": data.fingerprint, "descriptors": hashlib.sha256(rows.data).hexdigest()}
     with runs.stage(

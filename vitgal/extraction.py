@@ -614,7 +614,7 @@ def evaluate_global(
             return stage.folder
         with _engine(engine, ray_address, model, how) as runner:
             if index is not None:
-                approximate.check(index, runner.model.embed_dim)
+                approximate.check(index, runner.model.embed_dim, len(data.database))
             jobs, path = query_jobs(data, crop_queries), stage.folder / "database.npy"
             limits = dict(share=max_failed_share, disable=not progress)
             if isinstance(runner, OnCluster):

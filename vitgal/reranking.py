@@ -37,6 +37,7 @@ JOURNAL = "partial"  # counts of the queries that are done, until all are
 Model = tuple[np.ndarray | None, np.ndarray | None]  # homography and inlier mask, as estimated
 GLOBAL_NOTEBOOK = "04_global_evaluation"
 LOCAL_NOTEBOOK = "05_local_extraction"
+MOST = 1e38  # as far as a float32 goes
 MIN_MATCHES = 5  # below it the published code counts no inliers, though four would fix a homography
 BLOCK = 1 << 22  # similarities held at once: 16 MiB
 SIEVED = 1 / 500  # more pairs left by the first pass than this take longer than the whole product
@@ -96,9 +97,18 @@ def match_shortlist(
     ]
 
 
+def pick_device(device: str | None) -> str | None:
+    """The device as it is named; for "auto" "cuda" where there is a GPU, else None, for NumPy."""
+    if device != "auto":
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else None
+
+
 def check_device(device: str | None) -> None:
-    """Raises ValueError where torch finds no such device; None asks for none."""
-    if device is None:
+    """Raises ValueError where torch finds no such device; None and "auto" ask for none."""
+    if device in (None, "auto"):
         return
     import torch  # only here: matching on the processor does without it
 
@@ -182,7 +192,7 @@ def _match(
     if width != other:
         raise ValueError(f"query descriptors are {width} wide, gallery descriptors {other}")
     found = []
-    closest = functools.partial(_closest_on, device) if device is not None else _closest
+    closest = functools.partial(_halving, device) if device is not None else _closest
     worth = math.isfinite(max_distance) and device is None
     for block in _blocks(count, size):
         pairs = _sieved(query, gallery, block, max_distance) if worth else None
@@ -215,7 +225,8 @@ def _sieved(
     bounds = query.left_bound[block] @ gallery.right_bound.T  # (N, M) float32
     halves = query.halves[block].max(), gallery.halves.max()
     slack = _rounding(*halves, query.values.shape[1])
-    floor = np.nextafter(np.float32(-(max_distance**2) / 2 - slack), np.float32(-np.inf))
+    floor = -max_distance * max_distance / 2 - slack
+    floor = np.nextafter(np.float32(max(floor, -MOST)), np.float32(-np.inf))
     hits = np.flatnonzero(bounds >= floor)
     if hits.size > SIEVED * bounds.size:
         return None
@@ -236,6 +247,32 @@ def _closest(
     hits = np.flatnonzero(closeness >= floor[rows, None])
     row, column = np.divmod(hits, closeness.shape[1])
     return rows[row] + block.start, column
+
+
+def _halving(
+    device: str, query: _Descriptors, gallery: _Descriptors, block: slice, max_distance: float
+) -> Pairs:
+    """`_closest_on` in as many parts as the device's memory asks for; the result is the same.
+
+    RuntimeError where a single query descriptor is too much.
+    """
+    import torch
+
+    try:
+        return _closest_on(device, query, gallery, block, max_distance)
+    except torch.OutOfMemoryError as error:
+        if block.stop - block.start == 1:
+            raise RuntimeError(
+                f"{device} has no memory left to match one descriptor with {len(gallery.values)}: "
+                "close other programs that use it, use fewer workers, or set match_device: null"
+            ) from error
+    # Outside the handler: the exception holds what was too large.
+    torch.cuda.empty_cache()  # does nothing where there is no GPU
+    middle = (block.start + block.stop) // 2
+    halves = slice(block.start, middle), slice(middle, block.stop)
+    parts = [_halving(device, query, gallery, half, max_distance) for half in halves]
+    rows, columns = (np.concatenate(both) for both in zip(*parts, strict=True))
+    return rows, columns
 
 
 def _closest_on(
@@ -292,7 +329,7 @@ def _floors(
     slack = _rounding(query.halves[block], gallery.halves.max(), query.values.shape[1])
     # Rounded down, so that float32 loses none of those that may be nearest.
     floor = np.nextafter((best - 2 * slack).astype(np.float32), np.float32(-np.inf))
-    floor[best + slack < query.halves[block] - max_distance**2 / 2] = np.inf
+    floor[best + slack < query.halves[block] - max_distance * max_distance / 2] = np.inf
     return floor
 
 
@@ -404,6 +441,8 @@ def verify(
     estimate = ESTIMATORS[estimator]
     homography, mask = estimate(query, gallery, threshold, iterations, confidence, seed)
     if homography is None or not np.isfinite(homography).all() or not np.any(mask):
+        return nothing
+    if np.linalg.matrix_rank(homography) < 3:
         return nothing
     scale = homography[2, 2] or 1.0
     return Verification(np.asarray(mask).reshape(-1).astype(bool), homography / scale)
@@ -746,7 +785,8 @@ def rerank_shortlist(
         max_distance, estimator, threshold, iterations, confidence, seed: of `match` and `verify`.
         max_keypoints: features an image, best first (None: all that were extracted).
         ties: order of equal counts in the published ranking; the others keep the global order.
-        match_device: of torch, where matching runs (None: NumPy). The result does not depend on it.
+        match_device: of torch, where matching runs; None: NumPy; "auto": on a GPU where a process
+            finds one. The result does not depend on it.
         workers: processes (None: one a core). The result does not depend on it.
         engine, ray_address: "local", or "ray": the processes are those of a Ray cluster (see
             `cluster.connected`), which all see the run folder. Nor does it depend on that.
@@ -765,6 +805,7 @@ def rerank_shortlist(
     options = dict(estimator=estimator, threshold=threshold, iterations=iterations)
     options |= dict(confidence=confidence, seed=seed)
     _check_options(**options)
+    _check_lists(top, ties, max_distance, max_keypoints)
     options |= dict(max_distance=max_distance, max_keypoints=max_keypoints)
     parameters = {"dataset": dataset, "top": top, "ties": ties} | options
     options["device"] = match_device
@@ -786,6 +827,18 @@ def rerank_shortlist(
         outputs += ["candidates.npy", "inliers.npy", "scores.json"]
         pairs = int((inliers >= 0).sum())
         return stage.finish(outputs, engine=engine, workers=workers, pairs=pairs)
+
+
+def _check_lists(top: int, ties: str, max_distance: float, max_keypoints: int | None) -> None:
+    """ValueError for what would be found out only once pairs are verified."""
+    if top < 1:
+        raise ValueError(f"top is {top}; a short list has one candidate at least")
+    if ties not in TIES:
+        raise ValueError(f"unknown ties {ties!r}; known: {', '.join(TIES)}")
+    if not max_distance >= 0:
+        raise ValueError(f"max_distance is {max_distance}, not a distance")
+    if max_keypoints is not None and max_keypoints < 1:
+        raise ValueError(f"max_keypoints is {max_keypoints}; None takes all, else at least 1")
 
 
 def _inputs(folder: Path, ground_truth: GroundTruth) -> dict[str, str]:
@@ -932,6 +985,7 @@ def _verify_query(
 ) -> tuple[int, np.ndarray]:
     """One query's inlier counts; candidates that could not be read count 0."""
     counts = np.zeros(len(names), np.int32)
+    options = options | {"device": pick_device(options.get("device"))}
     readable = [place for place, name in enumerate(names) if name in store]
     features = (store[names[place]] for place in readable)
     pairs = inspect_shortlist(store.query(query), features, **options)

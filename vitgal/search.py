@@ -29,6 +29,7 @@ from vitgal.revisited import PROTOCOLS, GroundTruth, RetrievalDataset, ignored
 # 70 x 2048 similarities stays in the processor's cache.
 BLOCK = 2048
 THREADS = 4  # at most; each takes the memory of a block
+QUERIES = 4096  # taken together: their similarities to a block fill 32 MB
 LOOK = 8  # of fewer images than so many times those wanted, float32 products spare nothing
 NEAR_TIES = 4096  # that a query may have at its last place before float64 takes over
 BUCKETS = 4096  # steps of similarity; more of them leave less to sort and take longer to count
@@ -51,7 +52,8 @@ def search(
     Returns:
         similarities (K, Q) float32 and ranks (K, Q) int32, best first, one column a query: the
         first K rows of the full stable sort. An empty database gives (0, Q), no query (K, 0). Each
-        of up to four threads takes about 40 bytes x Q x max(K, block) + 8 bytes x D x block more.
+        of up to four threads takes about 40 bytes x Q x max(K, block) + 8 bytes x D x block more,
+        for 4096 queries at most, which are taken together.
     Raises:
         ValueError: widths differ, k < 1, or a descriptor is not finite (its row is named).
     """
@@ -59,6 +61,11 @@ def search(
     if k < 1:
         raise ValueError(f"k is {k}; at least one match must be wanted")
     k = min(k, len(database))
+    if len(queries) > QUERIES:
+        shares = [queries[part] for part in _slices(0, len(queries), QUERIES)]
+        found = [search(share, database, k=max(1, k), block=block) for share in shares]
+        similarities, ranks = zip(*found, strict=True)
+        return np.concatenate(similarities, axis=1), np.concatenate(ranks, axis=1)
     parts = _slices(0, len(database), block)
     found = _looked_up(queries, database, parts, k) if LOOK * k <= len(database) else None
     if found is None:
@@ -126,7 +133,8 @@ def _look(queries: np.ndarray, database: np.ndarray, parts: list[slice], k: int)
     products = np.empty((0, len(queries)), np.float32)
     for part in parts:
         with np.errstate(over="ignore", invalid="ignore"):
-            rows = np.ascontiguousarray(database[part], np.float32)
+            given = database[part]
+            rows = np.ascontiguousarray(given, np.float32)
             if len(products) != len(rows):
                 products = np.empty((len(rows), len(queries)), np.float32)
             np.matmul(rows, queries.T, out=products)
@@ -134,7 +142,8 @@ def _look(queries: np.ndarray, database: np.ndarray, parts: list[slice], k: int)
         if not error < 1e30:  # true for nan as well
             return None
         blank = np.flatnonzero(products[:, 0] == 0)
-        products[blank[~rows[blank].any(axis=1)]] = -np.inf
+        # As given: what float32 cannot hold is not an image that could not be read.
+        products[blank[~given[blank].any(axis=1)]] = -np.inf
         if not pool.add(products, part.start, error):
             return None
     return pool if pool.merge() else None
@@ -241,6 +250,8 @@ def checked(queries: np.ndarray, database: np.ndarray) -> tuple[np.ndarray, np.n
             f"queries have {queries.shape[1]} dimensions and the database {database.shape[1]}: "
             "they come from different models"
         )
+    if not queries.shape[1] and len(database):
+        raise ValueError("the descriptors have no dimension")
     bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
     if bad.size:
         raise ValueError(f"the descriptor of query {bad[0]} is not finite")
