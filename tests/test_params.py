@@ -19,7 +19,7 @@ TEST = [
 # What says how to run and not what comes out, and what only the demo data has.
 MACHINE = {"overwrite", "workers", "threads", "data_workers", "batch_size_inference"}
 MACHINE |= {"engine", "ray_address", "checkpoint_minutes", "timeout_minutes", "dry_run"}
-MACHINE |= {"match_device"}
+MACHINE |= {"match_device", "read_threads", "local_batch_size", "worker", "worker_count"}
 DEMO = {"demo_views", "demo_view_size"}
 
 

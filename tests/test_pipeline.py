@@ -428,6 +428,22 @@ def test_a_failing_cell_stops_the_run_and_a_repaired_one_leaves_no_banner(scratc
     assert printed(executed.parent / "02_b.ipynb") == "second\n"
 
 
+def test_workers_of_one_notebook_have_each_a_copy_of_their_own(scratch, tmp_path):
+    """They run at once: neither the lock nor the file of one is in the other's way."""
+    parameters = "run_dir: str = 'a'\nworker: int = 0\nworker_count: int = 1"
+    notebook = scratch("05_a.ipynb", parameters, "print(worker, worker_count)")
+    options = dict(notebooks=notebook.parent, output=tmp_path / "out", progress=False)
+    copies = tmp_path / "out" / "notebooks"
+    with runs.locked(copies / "worker-0"):
+        for worker in ("1", "2"):
+            pipeline.run(**options, overrides={"worker": worker, "worker_count": "3"})
+            assert printed(copies / f"worker-{worker}" / "05_a.ipynb") == f"{worker} 3\n"
+        with pytest.raises(runs.StageError, match="another process is working in .*worker-0"):
+            pipeline.run(**options, overrides={"worker_count": "3"})
+    pipeline.run(**options)
+    assert printed(copies / "05_a.ipynb") == "0 1\n"
+
+
 def test_a_dead_kernel_is_told_as_such(scratch, tmp_path):
     notebook = scratch("01_a.ipynb", "run_dir: str = 'a'", "import os\nos.kill(os.getpid(), 9)")
     with pytest.raises(NotebookError) as error:

@@ -336,8 +336,9 @@ def run(
 ) -> Path:
     """Executes the chosen notebooks in order and returns the run folder.
 
-    The executed copies are `<run>/notebooks/NN_name.ipynb`; each notebook gets just the parameters
-    that it declares with another default, and runs in the notebooks' folder, as in JupyterLab.
+    The executed copies are `<run>/notebooks/NN_name.ipynb`, with `worker_count` above 1
+    `<run>/notebooks/worker-K/NN_name.ipynb`; each notebook gets just the parameters that it
+    declares with another default, and runs in the notebooks' folder, as in JupyterLab.
 
     Args:
         params: a flat YAML file; None leaves every notebook's own defaults.
@@ -368,10 +369,18 @@ def run(
         chosen = [every[0], *chosen]
         folder, taken = plan(given, every, chosen, **where)
     _refuse_absent({name: value for values in taken.values() for name, value in values.items()})
-    with runs.locked(folder / "notebooks"):
+    place = _place(folder, taken)
+    with runs.locked(place):
         for path in chosen:
-            execute(path, folder / "notebooks" / path.name, taken[path], progress=progress)
+            execute(path, place / path.name, taken[path], progress=progress)
     return folder
+
+
+def _place(folder: Path, taken: dict[Path, dict[str, Any]]) -> Path:
+    """Where the executed copies go: one folder a run, but each of several workers has its own."""
+    workers = [values for values in taken.values() if values.get("worker_count", 1) > 1]
+    shared = folder / "notebooks"
+    return shared / f"worker-{workers[0].get('worker', 0)}" if workers else shared
 
 
 def run_own(
