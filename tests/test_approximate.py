@@ -188,6 +188,7 @@ print(held() - before)
 """
 
 
+@pytest.mark.slow
 def test_a_graph_is_mapped_not_read(tmp_path):
     """20,000 descriptors of 256 numbers are 20 MB, which stay in the file."""
     rows = np.random.default_rng(0).standard_normal((20_000, 256), np.float32)

@@ -197,6 +197,7 @@ def test_a_teacher_alone_teaches(file):
     assert student.head.weight.grad.abs().max() == 0
 
 
+@pytest.mark.slow
 def test_the_teacher_stays_as_it_is_and_out_of_every_file(file, run, photographs):
     folder = fit(run, photographs, teacher=SMALL, teacher_weights=file)
     state = torch.load(folder / "state" / "last.pt", weights_only=True)["network"]
@@ -214,6 +215,7 @@ def test_the_teacher_stays_as_it_is_and_out_of_every_file(file, run, photographs
     assert not again.network.training
 
 
+@pytest.mark.slow
 def test_without_a_teacher_nothing_is_recorded_of_it(run, photographs):
     recorded = runs.read_json(fit(run, photographs) / "stage.json")
     assert not {"teacher", "distill_weight"} & recorded["parameters"].keys()
@@ -237,6 +239,7 @@ def test_a_killed_run_ends_in_the_same_bytes(file, tmp_path, photographs):
     assert torch.equal(one["network"]["projection.weight"], other["network"]["projection.weight"])
 
 
+@pytest.mark.slow
 def test_another_teacher_is_another_run(file, run, photographs):
     fit(run, photographs, teacher=SMALL, teacher_weights=file)
     with pytest.raises(runs.StageError, match="distill_weight: 0.8 there, 0.5 now"):

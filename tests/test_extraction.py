@@ -61,9 +61,8 @@ def recorded():
 
 
 # Image 2 tells how sides are rounded.
-@pytest.mark.parametrize(
-    "index", [2, *(pytest.param(i, marks=pytest.mark.slow) for i in (0, 1, 3))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [2, 0, 1, 3])
 def test_multi_scale_local_features_are_the_published(published, recorded, index):
     """Every location and descriptor, in the published order.
 
@@ -827,6 +826,7 @@ def test_the_last_worker_finds_what_others_left_damaged(run, benchmark, weight_f
     assert len(FeatureStore.open(folder, verify=True)) == 6
 
 
+@pytest.mark.slow
 def test_auto_is_not_mixed(run, benchmark, weight_file, monkeypatch):
     """Machines that resolve precision auto in two ways: nothing is mixed, nothing is lost."""
 

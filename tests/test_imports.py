@@ -28,6 +28,7 @@ def loaded(statement: str) -> set[str]:
     return set(child.stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", TORCH_FREE)
 def test_no_torch(module):
     found = loaded(f"import vitgal.{module}")

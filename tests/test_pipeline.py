@@ -223,6 +223,7 @@ def test_select_refuses(choice, complaint):
         pipeline.select([Path("01_a.ipynb"), Path("02_b.ipynb")], **choice)
 
 
+@pytest.mark.slow
 def test_a_file_names_its_own_notebooks_and_the_command_line_beats_it(two, tmp_path):
     file = tmp_path / "p.yaml"
     file.write_text("notebooks: 02-02\nrun_dir: mine\n")
@@ -397,6 +398,7 @@ def test_notebooks_run_in_their_own_folder_and_paths_may_hold_braces(scratch, tm
     assert printed(folder / "notebooks" / "01_a.ipynb").strip() == str(notebook.parent)
 
 
+@pytest.mark.slow
 def test_a_failing_cell_stops_the_run_and_a_repaired_one_leaves_no_banner(scratch, tmp_path):
     scratch(
         "01_a.ipynb",
@@ -428,6 +430,7 @@ def test_a_failing_cell_stops_the_run_and_a_repaired_one_leaves_no_banner(scratc
     assert printed(executed.parent / "02_b.ipynb") == "second\n"
 
 
+@pytest.mark.slow
 def test_workers_of_one_notebook_have_each_a_copy_of_their_own(scratch, tmp_path):
     """They run at once: neither the lock nor the file of one is in the other's way."""
     parameters = "run_dir: str = 'a'\nworker: int = 0\nworker_count: int = 1"
@@ -444,6 +447,7 @@ def test_workers_of_one_notebook_have_each_a_copy_of_their_own(scratch, tmp_path
     assert printed(copies / "05_a.ipynb") == "0 1\n"
 
 
+@pytest.mark.slow
 def test_a_dead_kernel_is_told_as_such(scratch, tmp_path):
     notebook = scratch("01_a.ipynb", "run_dir: str = 'a'", "import os\nos.kill(os.getpid(), 9)")
     with pytest.raises(NotebookError) as error:
@@ -569,6 +573,7 @@ told.wait()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "said"),
     [

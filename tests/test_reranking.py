@@ -235,6 +235,7 @@ assert [backend.fp32_precision for backend in backends] == before != ["ieee", "i
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", ["one setting", "each backend"])
 def test_match_on_a_device_keeps_to_float32_whatever_the_program_allows(setting):
     """In a process of its own: torch forgets no setting. A GPU would take TF32, unless told."""

@@ -298,6 +298,7 @@ def test_workers_that_reopen_a_stage_together(tmp_path):
     assert (tmp_path / runs.STARTED).exists() and not (tmp_path / runs.MANIFEST).exists()
 
 
+@pytest.mark.slow
 def test_an_old_number_of_workers_is_in_nobody_s_way(tmp_path):
     """Its lock is still there: twenty of another number look at it, all at once."""
     with runs.locked(tmp_path, (0, 3)):

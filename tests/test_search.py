@@ -270,6 +270,7 @@ def test_positions_and_scores_equal_the_full_sort_at_10000(tmp_path):
         np.testing.assert_allclose(ours[protocol]["ap"], theirs[protocol]["ap"], rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["positions", "search"])
 def test_memory_does_not_grow_with_the_database(tmp_path, kind):
     def peak(number):

@@ -217,6 +217,7 @@ def test_a_fit_writes_a_model_without_classifier_and_is_reused(images, run):
         fit(run, images, replace(RECIPE, lr=0.002))
 
 
+@pytest.mark.slow
 def test_retrieval_is_scored_on_landmarks_that_are_not_trained(tmp_path, images):
     run = tmp_path / "retrieval"
     landmarks.make_split(
@@ -268,6 +269,7 @@ def test_a_replaced_validation_image_keeps_its_place(images, run, fresh_accelera
     assert places == list(range(count))
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bytes(tmp_path, images):
     written = []
     for name in ("a", "b"):
@@ -364,6 +366,7 @@ def test_training_without_a_split_says_which_notebook(tmp_path, images):
 # The autoencoder
 
 
+@pytest.mark.slow
 def test_the_autoencoder_leaves_the_backbone_alone(images, run):
     retrieval = fit(run, images)
     folder = training.fit_autoencoder(

@@ -81,6 +81,7 @@ def drawn(seed: int, last: int) -> int:
     return int(np.random.default_rng(seed).integers(1, last + 1))
 
 
+@pytest.mark.slow
 # Killed, by SIGKILL, at three seeded points. A state is written after each of the first two steps
 # of an epoch, before its validation and at its end: 12 of them in three epochs.
 @pytest.mark.parametrize(
@@ -151,6 +152,7 @@ def test_a_killed_autoencoder_ends_in_the_same_bytes(
     assert len(rows(folder)) == 2 * STEPS
 
 
+@pytest.mark.slow
 def test_the_last_two_states_and_the_best_are_kept(whole):
     _, folder = whole
     states = {
@@ -176,7 +178,8 @@ def preempted(run: Path, images: Path, recipe: training.Recipe, step: int) -> No
         os._exit(training.RESTART)
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_sigterm_saves_and_asks_for_a_restart(workers, images, run, tmp_path):
     recipe = replace(RECIPE, data_workers=workers)
     uninterrupted = fit(split(tmp_path / "other", images), images, recipe)
@@ -193,6 +196,7 @@ def test_sigterm_saves_and_asks_for_a_restart(workers, images, run, tmp_path):
     assert rows(folder) == rows(uninterrupted)
 
 
+@pytest.mark.slow
 def test_sigterm_is_the_processs_own_again_after_a_fit(images, run):
     before = signal.getsignal(signal.SIGTERM)
     fit(run, images)
@@ -338,6 +342,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(images, run, tmp_path
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_without_a_whole_state_the_run_says_so(images, run):
     state = interrupted(run, images)
     for path in (state, state.with_name("previous.pt")):
@@ -349,6 +354,7 @@ def test_without_a_whole_state_the_run_says_so(images, run):
 # Bad input
 
 
+@pytest.mark.slow
 def test_the_state_of_another_run_is_refused(images, run, tmp_path):
     other = interrupted(split(tmp_path / "other", images), images)
     recipe = replace(RECIPE, seed=1)
@@ -358,6 +364,7 @@ def test_the_state_of_another_run_is_refused(images, run, tmp_path):
         fit(run, images, recipe)
 
 
+@pytest.mark.slow
 def test_two_runs_in_one_folder_at_once(images, run):
     stop = after_step_stop(run, images)
     with pytest.raises(runs.StageError, match="another process is working in"):

@@ -224,6 +224,7 @@ def test_the_optimizer_is_the_published_one():
         assert group["weight_decay"] in (0, 0.005)
 
 
+@pytest.mark.slow
 def test_the_last_epoch_is_validated_whatever_its_number(images, run):
     # Epochs 2 and, being the last, 3; the published loop leaves out its last, 39 % 4 being 3.
     folder = fit(run, images, replace(RECIPE, epochs=3, validate_every=2))
@@ -293,6 +294,7 @@ def test_the_average_follows_the_weights(images, run, fresh_accelerate):
     torch.testing.assert_close(one.average.module.state_dict()[name], expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_written(images, run):
     folder = fit(run, images, replace(RECIPE, ema_decay=0.5))
     state = torch.load(folder / "state" / "last.pt", weights_only=True)
@@ -423,6 +425,7 @@ def test_the_time_left_by_hand(images, run, fresh_accelerate):
     assert one._seconds_left(12, 0.5) == pytest.approx(5 * 0.7, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_replaced_and_listed(images, run, monkeypatch):
     data = training.read_data(run / "split", images, RECIPE)
     data.train.path(2).write_bytes(b"not an image")

@@ -86,6 +86,7 @@ def same(one, other):
 # Published checkpoints
 
 
+@pytest.mark.slow
 # S12 with autoencoder is loaded in test_parity.py.
 @pytest.mark.parametrize("depth, with_autoencoder", [(12, False), (24, False), (24, True)])
 def test_published_checkpoints_are_told_apart_by_depth(tmp_path, depth, with_autoencoder):
