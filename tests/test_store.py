@@ -192,6 +192,11 @@ class TestStore:
         with pytest.raises(store.StoreError, match="shard-00 is damaged"):
             store.FeatureStore.open(folder)
 
+    def test_offsets_of_another_type_are_damage(self, folder):
+        np.save(folder / "shard-01" / "offsets.npy", np.array([0, 0, np.nan]))
+        with pytest.raises(store.StoreError, match="shard-01 do not fit"):
+            store.FeatureStore.open(folder)
+
     def test_files_of_two_shards_mixed(self, folder):
         shutil.copy(folder / "shard-00/offsets.npy", folder / "shard-01/offsets.npy")
         with pytest.raises(store.StoreError, match="shard-01 do not fit"):

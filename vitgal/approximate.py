@@ -133,7 +133,7 @@ def read(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Ind
         )
     if size != found.get("bytes"):
         raise runs.StageError(f"{folder / INDEX} is missing or not whole: build it again")
-    # Since faiss 1.11 all parts can be mapped; before it the cells of an inverted file alone.
+    # Where this faiss has it, all parts are mapped; the other maps the cells of an inverted file.
     mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
     index = faiss.read_index(str(folder / INDEX), mapped)
     _set_search(index, text)

@@ -312,7 +312,8 @@ class Shard:
 
     def _fits(self) -> bool:
         count, offsets = len(self.header["items"]), self.arrays["offsets"]
-        rows = int(offsets[-1]) if offsets.shape == (count + 1,) else -1
+        counted = offsets.dtype == np.int64 and offsets.shape == (count + 1,)
+        rows = int(offsets[-1]) if counted else -1
         layout = _layout(self.header["code_dim"], self.header["dtype"], rows, count)
         return all((array.dtype, array.shape) == layout[n] for n, array in self.arrays.items())
 
@@ -761,7 +762,7 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         if arrays is None:
             arrays = self._map(number)
             while len(self._open) >= self._most:
-                self._open.pop(next(iter(self._open)))  # asked for longest ago
+                self._open.pop(next(iter(self._open)), None)  # asked for longest ago
         self._open[number] = arrays
         start, stop = self.index.arrays["rows"][position].tolist()
         return position, {name: array[start:stop] for name, array in arrays.items()}
