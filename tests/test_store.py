@@ -396,7 +396,8 @@ class TestWholeShard:
             changed[at] ^= 1 << at % 7
             (shard / name).write_bytes(changed)
             found = store.whole_shard(shard, names, **how)
-            assert found is None or name != "descriptors.npy" or at < 128
+            if name.endswith(".npy") and at >= 128:  # behind NumPy's header
+                assert found is None
             for key, stored in store.salvage(shard, code_dim=10, **how).items():
                 kept += 1
                 assert stored.checksum == whole[key].checksum

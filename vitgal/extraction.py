@@ -763,10 +763,10 @@ def extract_shortlist(
             made = dict(dtype=dtype, settings={"precision": runner.precision})
             recorded = runner.recorded()
         _refuse_unfinished(stage.folder, jobs, shard_size, share, made)
+        index = store.write_index(stage.folder)  # first: with it the store is opened at once
         failed = store.FeatureStore.open(stage.folder).failures
         _refuse_failures(_listed(failed), len(jobs), max_failed_share)
         recorded |= dict(images=len(jobs), failed=len(failed))
-        index = store.write_index(stage.folder)
         stage.finish(_shard_outputs(stage.folder) + index, **recorded)
         _report(failed, len(jobs))
         return stage.folder

@@ -312,8 +312,11 @@ class Shard:
 
     def _fits(self) -> bool:
         count, offsets = len(self.header["items"]), self.arrays["offsets"]
-        counted = offsets.dtype == np.int64 and offsets.shape == (count + 1,)
-        rows = int(offsets[-1]) if counted else -1
+        if offsets.dtype != np.int64 or offsets.shape != (count + 1,):
+            return False
+        rows = int(offsets[-1])
+        if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any():
+            return False
         layout = _layout(self.header["code_dim"], self.header["dtype"], rows, count)
         return all((array.dtype, array.shape) == layout[n] for n, array in self.arrays.items())
 
