@@ -246,6 +246,7 @@ def test_another_teacher_is_another_run(file, run, photographs):
         fit(run, photographs, teacher=SMALL, teacher_weights=file, distill_weight=0.5)
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_a_teacher(file, run, photographs):
     values = training.read_parameters(
         runs.resolve("params/tiny.yaml"),

@@ -328,6 +328,7 @@ def photographs(run, tmp_path) -> own.Photographs:
     return own.describe_folder(run / "jpg", describer, progress=False)
 
 
+@pytest.mark.slow
 def test_a_box_is_drawn_and_searched(photographs):
     browser = explore.PhotographBrowser(photographs, "q.jpg", None, 3, {"max_distance": 0.5})
     assert (browser.across.value, browser.down.value) == ((0, 128), (0, 96))
@@ -355,6 +356,7 @@ def test_a_wrong_first_question_is_raised(photographs):
         explore.browse_photographs(photographs, "z.jpg")
 
 
+@pytest.mark.slow
 def test_no_browser_holds_an_output_widget(lens, photographs):
     # One would answer on the socket where a headless run awaits the cell's end, and may hang there.
     found = explore.browse_photographs(photographs, "q.jpg", (0, 0, 90, 90), top=2)

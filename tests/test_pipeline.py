@@ -361,6 +361,7 @@ def test_absent_data_comes_with_the_command_that_brings_it(scratch, tmp_path):
 # Execution
 
 
+@pytest.mark.slow
 def test_each_notebook_gets_what_it_declares(two, tmp_path, capfd):
     file = tmp_path / "a.yaml"
     file.write_text("size: 5\nrate: 2\nscales: [1, 0.5]\nrun_dir: mine\n")

@@ -180,6 +180,7 @@ def test_an_empty_input_is_said_in_the_figure(name):
     axes[0].figure.draw_without_rendering()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sides", [(PANORAMA, TOWER), (TOWER, DOT), (DOT, PANORAMA)])
 def test_any_aspect_can_be_drawn(sides):
     first, second = (picture(*side) for side in sides)

@@ -423,6 +423,7 @@ def test_other_initial_weights_are_named_and_change_nothing(imagenet, change, me
     assert same(network, build_model(NANO, seed=0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code_dim", [None, 8])
 def test_a_model_of_ours_is_trained_further(code_dim, tmp_path):
     trained = build_model(NANO, code_dim=code_dim, seed=1)
