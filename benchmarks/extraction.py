@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitgal import extraction
-from vitgal.features import LocalFeatures
-from vitgal.images import MEAN, STD
-from vitgal.local_features import SCALES
-from vitgal.model import ViTGaL, build_model
+from vitgal.data.images import MEAN, STD
+from vitgal.features.local import LocalFeatures
+from vitgal.features.selection import SCALES
+from vitgal.models.network import ViTGaL, build_model
+from vitgal.stages import images
 
 PHOTOGRAPHS = Path(__file__).parent.parent / "third_party" / "landmarks"
 
@@ -120,8 +120,8 @@ def timed(work: Callable, repeats: int) -> tuple[float, object]:
 def ours(
     model: ViTGaL, paths: list[Path], precision: str, batch: int, resize: str
 ) -> list[LocalFeatures] | np.ndarray:
-    runner = extraction.Runner(model, precision, 512, resize, batch_size=batch, workers=1)
-    jobs = [extraction.Job(str(path), path) for path in paths]
+    runner = images.Runner(model, precision, 512, resize, batch_size=batch, workers=1)
+    jobs = [images.Job(str(path), path) for path in paths]
     with runner.stream(jobs, disable=True) as results:
         if resize == "squash":
             return runner.global_rows(results, len(jobs), scales=(1.0,))[0]
@@ -156,9 +156,9 @@ def compare(
 
 def loader(paths: list[Path]) -> None:
     """Processor time to read, decode and resize an image."""
-    jobs = [extraction.Job(str(path), path) for path in paths]
+    jobs = [images.Job(str(path), path) for path in paths]
     for resize in ("area", "squash"):
-        spent, _ = timed(lambda r=resize: [extraction.load(j, size=512, resize=r) for j in jobs], 3)
+        spent, _ = timed(lambda r=resize: [images.load(j, size=512, resize=r) for j in jobs], 3)
         each = 1000 * spent / len(paths)
         print(f"loader, {resize}: {each:.2f} ms an image, {1000 / each:.0f} images/s a core")
     pixels = np.mean([np.prod(cv2.imread(str(path)).shape[:2]) for path in paths]) / 1e6

@@ -19,7 +19,10 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from vitgal import inspection, plots, revisited, runs
+from vitgal import runs
+from vitgal.data import revisited
+from vitgal.stages import inspection
+from vitgal.viz import matching
 
 
 def spent(work: Callable[[], object], turns: int) -> np.ndarray:
@@ -53,7 +56,7 @@ def main() -> None:
     found = pair.found.verification
 
     def draw() -> None:
-        axes = plots.inspection(
+        axes = matching.inspection(
             *(inspector.image(*side) for side in sides),
             *(pair.query, pair.database, pair.found.matches, found.inliers),
             homography=found.homography,

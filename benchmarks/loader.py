@@ -25,7 +25,9 @@ import torch
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
-from vitgal import augmentation, images, landmarks, training
+from vitgal.data import gldv2, images
+from vitgal.training import augmentation, samples
+from vitgal.training import recipe as training_recipe
 
 ROUNDS = 3
 
@@ -41,7 +43,7 @@ def write_photographs(folder: Path, count: int, height: int, width: int) -> pd.D
         for _ in range(20):
             x, y = rng.integers(width), rng.integers(height)
             image[y : y + height // 6, x : x + width // 8] += int(rng.integers(-80, 80))
-        name = landmarks.image_path(f"{index:016x}")
+        name = gldv2.image_path(f"{index:016x}")
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         pixels = image.clip(0, 255).astype(np.uint8)
         cv2.imwrite(str(folder / name), pixels, [cv2.IMWRITE_JPEG_QUALITY, 92])
@@ -114,8 +116,8 @@ def measure(
     composition = plain_composition(options.size)
 
     def ours(augment: str) -> Callable[[int], object]:
-        recipe = training.Recipe(image_size=options.size, augment=augment)
-        dataset = training.TrainingImages(folder, table, recipe)
+        recipe = training_recipe.Recipe(image_size=options.size, augment=augment)
+        dataset = samples.TrainingImages(folder, table, recipe)
         return lambda index: dataset[0, index]
 
     def plain(index: int) -> torch.Tensor:

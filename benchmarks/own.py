@@ -21,10 +21,13 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from vitgal import own, runs
-from vitgal.evaluation import average_precision, bootstrap_interval
-from vitgal.images import resize
-from vitgal.reranking import verify
+from vitgal import runs
+from vitgal.data import photographs as data_photographs
+from vitgal.data.images import resize
+from vitgal.evaluation.protocol import average_precision
+from vitgal.evaluation.statistics import bootstrap_interval
+from vitgal.retrieval.verification import verify
+from vitgal.stages import own
 
 RATIO = 0.8
 FEATURES = 1000
@@ -55,7 +58,7 @@ class Sift:
         detector = cv2.SIFT_create(FEATURES)
         self.features = {}
         for name in tqdm(photographs.names, desc="SIFT", unit="image"):
-            image = own.read_upright(photographs.path(name))
+            image = data_photographs.read_upright(photographs.path(name))
             grey = cv2.cvtColor(resize(image, size, "area"), cv2.COLOR_RGB2GRAY)
             points, codes = detector.detectAndCompute(grey, None)
             places = np.array([point.pt for point in points], np.float32).reshape(-1, 2)

@@ -15,7 +15,10 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from vitgal import extraction, reranking, runs, store
+from vitgal import runs
+from vitgal.features import store
+from vitgal.stages import describe as stages_describe
+from vitgal.stages import extract, rerank
 
 DEMO = "demo"
 
@@ -30,8 +33,10 @@ def describe(source: Path, run: Path, precision: str) -> None:
         threads=1,
         progress=False,
     )
-    extraction.evaluate_global(run, size=224, resize="area", scales=(0.5, 0.7071, 1.0), **shared)
-    extraction.extract_shortlist(run, size=320, dtype="float32", **shared)
+    stages_describe.evaluate_global(
+        run, size=224, resize="area", scales=(0.5, 0.7071, 1.0), **shared
+    )
+    extract.extract_shortlist(run, size=320, dtype="float32", **shared)
 
 
 def stored_as(run: Path, made: Path, dtype: str) -> None:
@@ -69,7 +74,7 @@ def main() -> None:
             for dtype in options.dtypes:
                 run = Path(folder) / f"{precision}-{dtype}"
                 stored_as(run, made, dtype)
-                found = reranking.rerank_shortlist(
+                found = rerank.rerank_shortlist(
                     run,
                     dataset=DEMO,
                     data_folder=options.run / "data" / "benchmark",

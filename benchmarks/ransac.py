@@ -33,12 +33,16 @@ import joblib
 import numpy as np
 from tqdm import tqdm
 
-from vitgal import reranking, runs, search, tuning
-from vitgal.evaluation import evaluate
-from vitgal.reranking import ESTIMATORS, NOT_VERIFIED, match_shortlist, verify
-from vitgal.revisited import GroundTruth, labelled, load_ground_truth, positives
-from vitgal.search import Positions
-from vitgal.store import FeatureStore
+from vitgal import runs
+from vitgal.data.revisited import GroundTruth, labelled, load_ground_truth, positives
+from vitgal.evaluation import tuning
+from vitgal.evaluation.protocol import evaluate
+from vitgal.features.store.feature_store import FeatureStore
+from vitgal.retrieval import reranking, shortlists
+from vitgal.retrieval.matching import match_shortlist
+from vitgal.retrieval.ranking import Positions
+from vitgal.retrieval.reranking import NOT_VERIFIED
+from vitgal.retrieval.verification import ESTIMATORS, verify
 
 SHOWN = ("medium", "hard")
 STAGES = ("global", "local")
@@ -64,7 +68,7 @@ class Shortlists:
         if (names["queries"], database[: len(truth.database)]) != (truth.queries, truth.database):
             raise SystemExit(f"{folder} was not made for the ground truth {truth.name}")
         ranks = np.load(folder / "global" / "ranks.npy", allow_pickle=False)
-        lists = search.shortlist(ranks, truth, top=top)
+        lists = shortlists.shortlist(ranks, truth, top=top)
         candidates = np.full((len(lists), max(map(len, lists))), NOT_VERIFIED, np.int32)
         for row, images in zip(candidates, lists, strict=True):
             row[: len(images)] = images

@@ -21,9 +21,11 @@ import numpy as np
 import pydegensac
 from scipy.spatial import cKDTree
 
-from vitgal import cluster
-from vitgal.features import LocalFeatures
-from vitgal.reranking import ESTIMATORS, inspect_shortlist, match_shortlist
+from vitgal.engines import cluster
+from vitgal.features.local import LocalFeatures
+from vitgal.retrieval.matching import match_shortlist
+from vitgal.retrieval.pairs import inspect_shortlist
+from vitgal.retrieval.verification import ESTIMATORS
 
 WIDTH = 128
 MAX_DISTANCE = 0.82

@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from vitgal import approximate
-from vitgal.search import labelled_positions, search
+from vitgal.retrieval import faiss_index
+from vitgal.retrieval.exact_search import search
+from vitgal.retrieval.ranking import labelled_positions
 
 SIZES = (10**4, 10**5, 10**6, 10**7)
 INDEXES = ("IVF256,Flat:100000", "HNSW32:100000", "IVF1024,PQ48:1000000")
@@ -105,11 +106,11 @@ def index_of(
     """Builds, stores, opens and asks one index."""
     place = folder / f"{text}_{len(database)}"
     place.mkdir()
-    built, _ = watched(lambda: approximate.build(place, database, text))
-    opened, index = watched(lambda: approximate.read(place, database, text))
-    asked, (_, ranks, unanswered) = watched(lambda: approximate.find(index, queries, k=TOP), 2)
-    recall = approximate.recall(ranks, exact, (1, 10, 100, TOP))
-    size = (place / approximate.INDEX).stat().st_size
+    built, _ = watched(lambda: faiss_index.build(place, database, text))
+    opened, index = watched(lambda: faiss_index.read(place, database, text))
+    asked, (_, ranks, unanswered) = watched(lambda: faiss_index.find(index, queries, k=TOP), 2)
+    recall = faiss_index.recall(ranks, exact, (1, 10, 100, TOP))
+    size = (place / faiss_index.INDEX).stat().st_size
     return {
         "built": built,
         "opened": opened,

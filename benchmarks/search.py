@@ -25,10 +25,11 @@ from pathlib import Path
 
 import numpy as np
 
-from vitgal import approximate
-from vitgal.evaluation import evaluate
-from vitgal.revisited import GroundTruth, ignored, labelled, positives
-from vitgal.search import labelled_positions, search
+from vitgal.data.revisited import GroundTruth, ignored, labelled, positives
+from vitgal.evaluation.protocol import evaluate
+from vitgal.retrieval import faiss_index
+from vitgal.retrieval.exact_search import search
+from vitgal.retrieval.ranking import labelled_positions
 
 LABELLED = 5_000  # images before the distractors, about as many as ROxford has
 COUNTS = {
@@ -197,16 +198,16 @@ def run_index(folder: Path, text: str) -> dict:
     query = np.load(folder / "queries.npy")
     database = np.load(folder / "database.npy", mmap_mode="r")
     times = [time.perf_counter()]
-    approximate.build(folder, database, text)
+    faiss_index.build(folder, database, text)
     times.append(time.perf_counter())
-    index = approximate.read(folder, database, text)
+    index = faiss_index.read(folder, database, text)
     times.append(time.perf_counter())
-    _, ranks, unanswered = approximate.find(index, query, k=TOP)
+    _, ranks, unanswered = faiss_index.find(index, query, k=TOP)
     times.append(time.perf_counter())
     exact = search(query, database, k=TOP)[1]
     found = dict(zip(("build", "open", "seconds"), np.diff(times).tolist(), strict=True))
-    found |= {"recall": approximate.recall(ranks, exact, (1, 10, 100, TOP))}
-    size = (folder / approximate.INDEX).stat().st_size
+    found |= {"recall": faiss_index.recall(ranks, exact, (1, 10, 100, TOP))}
+    size = (folder / faiss_index.INDEX).stat().st_size
     return found | {"bytes": size, "unanswered": unanswered}
 
 

@@ -24,14 +24,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vitgal.landmarks import (
-    CLEAN,
-    image_path,
-    make_split,
-    read_landmark_table,
-    split_landmarks,
-    write_split_txt,
-)
+from vitgal.data.gldv2 import CLEAN, image_path, read_landmark_table
+from vitgal.data.splits import split_landmarks, write_split_txt
+from vitgal.stages.split import make_split
 
 SIDES = ("published", "ours")
 VAL_SHARE = 0.2

@@ -25,8 +25,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import h5py
 import numpy as np
 
-from vitgal import runs, store
-from vitgal.features import LocalFeatures
+from vitgal import runs
+from vitgal.features import interchange, store
+from vitgal.features.local import LocalFeatures
 
 WIDTH, FEATURES = 128, 877
 OPEN = """
@@ -104,7 +105,9 @@ def reads(images: int, number: int, folder: Path) -> None:
     items = {f"image_{i:06d}": features(FEATURES, rng) for i in range(images)}
     asked = [str(key) for key in rng.choice(list(items), number)]
     stores = {dtype: write_store(folder / dtype, items, dtype, 64) for dtype in store.DTYPES}
-    hdf5 = store.export_hloc(store.FeatureStore.open(stores["float16"]), folder / "features.h5")
+    hdf5 = interchange.export_hloc(
+        store.FeatureStore.open(stores["float16"]), folder / "features.h5"
+    )
     npy = write_npy(folder / "npy", items)
     opened = {dtype: store.FeatureStore.open(path) for dtype, path in stores.items()}
     ways: dict[str, Callable] = {

@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitgal import augmentation, recipe, trainer
-from vitgal.model import ArcFace, build_model
+from vitgal.models.heads import ArcFace
+from vitgal.models.network import build_model
+from vitgal.training import augmentation, networks, recipe
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS = {
@@ -57,14 +58,14 @@ def make(kind: type, options: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
     model = build_model(options.architecture, seed=0, drop_path=0.1)
     head = kind(model.embed_dim, options.classes)
-    return trainer.RetrievalNetwork(model, head).to(DEVICE).train()
+    return networks.RetrievalNetwork(model, head).to(DEVICE).train()
 
 
 def published_step(options: argparse.Namespace) -> Callable[[Tensor, Tensor], float]:
     """One step of the published loop."""
     network = make(OneHotArcFace, options)
     plain = recipe.Recipe(weight_decay=0.005)
-    optimizer = trainer.create_optimizer_v2(network, opt="adamw", lr=plain.lr, weight_decay=0.005)
+    optimizer = networks.create_optimizer_v2(network, opt="adamw", lr=plain.lr, weight_decay=0.005)
     half = DEVICE.type == "cuda"
     scaler = torch.amp.GradScaler(enabled=half)
 
@@ -91,7 +92,7 @@ def our_step(
     network = make(ArcFace, options)
     if settings.channels_last:
         network = network.to(memory_format=torch.channels_last)
-    optimizer = trainer.build_optimizer(network, settings)
+    optimizer = networks.build_optimizer(network, settings)
     if fused is not None:
         optimizer = torch.optim.AdamW(optimizer.param_groups, lr=settings.lr, fused=fused)
     if settings.compile:

@@ -8,8 +8,10 @@ import time
 
 import numpy as np
 
-from vitgal import evaluation, reranking, tuning
-from vitgal.features import LocalFeatures
+from vitgal.evaluation import statistics
+from vitgal.features.local import LocalFeatures
+from vitgal.retrieval import pairs as retrieval_pairs
+from vitgal.stages import tune
 
 GRID = {
     "max_distance": [0.7, 0.75, 0.8, 0.82, 0.85, 0.9, 0.95],
@@ -45,7 +47,7 @@ def plain(one: LocalFeatures, other: LocalFeatures) -> np.ndarray:
     return np.array(
         [
             [
-                reranking.inspect_pair(
+                retrieval_pairs.inspect_pair(
                     one, other, max_distance=distance, threshold=threshold
                 ).verification.count
                 for threshold in GRID["threshold"]
@@ -73,7 +75,7 @@ def main() -> None:
     ones = [features(rng) for _ in range(PAIRS)]
     pairs = [(one, other_view(rng, one)) for one in ones]
     slow, wanted = timed(lambda: [plain(*pair) for pair in pairs])
-    fast, found = timed(lambda: [tuning.pair_counts(*pair, GRID) for pair in pairs])
+    fast, found = timed(lambda: [tune.pair_counts(*pair, GRID) for pair in pairs])
     equal = all((a == b).all() for a, b in zip(wanted, found, strict=True))
     print(
         f"a pair, 35 points: plain {1e3 * slow / PAIRS:.0f} ms, ours {1e3 * fast / PAIRS:.0f} ms,"
@@ -81,7 +83,7 @@ def main() -> None:
     print(f"{slow / fast:.1f} times faster; counts equal: {equal}")
     ap = rng.uniform(size=1000)
     slow, wanted = timed(lambda: resampled(ap))
-    fast, found = timed(lambda: evaluation.bootstrap_interval(ap))
+    fast, found = timed(lambda: statistics.bootstrap_interval(ap))
     print(f"bootstrap: a draw at a time {slow:.2f} s, ours {fast:.2f} s, {slow / fast:.1f} times")
     print(f"intervals {np.round(wanted, 4)} and {np.round(found, 4)}")
 

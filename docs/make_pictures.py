@@ -11,7 +11,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from vitgal import figures, plots, reranking, revisited, runs, store, tuning
+from vitgal import runs
+from vitgal.data import revisited
+from vitgal.evaluation import tuning
+from vitgal.features import store
+from vitgal.stages import rerank
+from vitgal.viz import figures, rankings, style
+from vitgal.viz import tuning as viz_tuning
 
 FREE = {"Public Domain", "CC0-1.0"}
 COLUMNS = 8
@@ -28,7 +34,7 @@ def main(run_dir: str = "demo") -> None:
     draw_matches(run, benchmark, free, folder / "matches.jpg")
     draw_failure(run, benchmark, free, folder / "failure.jpg")
     found = tuning.Tuning.read(run / tuning.DATASET / "tuning")
-    plots.save(tuning.draw(found), folder / "tuning.jpg", dpi=110, close=True)
+    style.save(viz_tuning.draw(found), folder / "tuning.jpg", dpi=110, close=True)
 
 
 def draw_gallery(
@@ -41,10 +47,10 @@ def draw_gallery(
     for query, name in enumerate(truth.queries):
         names = [name] + [benchmark.database[image] for image in ranks[:COLUMNS, query]]
         if free[names].all():
-            labels = plots.relevance(truth, query, ranks[:COLUMNS, query])
+            labels = rankings.relevance(truth, query, ranks[:COLUMNS, query])
             shown.append((-len(set(labels)), query))
     queries = [query for _, query in sorted(shown)[:ROWS]]
-    plots.save(figures.rankings(benchmark, ranks, queries), target, dpi=110, close=True)
+    style.save(figures.rankings(benchmark, ranks, queries), target, dpi=110, close=True)
 
 
 def draw_matches(
@@ -56,8 +62,8 @@ def draw_matches(
     kept = ("max_distance", "estimator", "threshold", "iterations", "confidence", "seed")
     best = []
     for query, name in enumerate(truth.queries):
-        counts = reranking.inlier_counts(run / "demo" / "rerank", query)
-        for image in reranking.hard_candidates(run / "demo" / "rerank", truth, query):
+        counts = rerank.inlier_counts(run / "demo" / "rerank", query)
+        for image in rerank.hard_candidates(run / "demo" / "rerank", truth, query):
             if free[[name, benchmark.database[image]]].all():
                 best.append((counts[image], query, image))
     _, query, image = max(best)
@@ -65,7 +71,7 @@ def draw_matches(
     axes = figures.pair(
         benchmark, features, query, image, max_lines=40, **{key: options[key] for key in kept}
     )
-    plots.save(axes, target, dpi=110, close=True)
+    style.save(axes, target, dpi=110, close=True)
 
 
 def draw_failure(
@@ -80,7 +86,7 @@ def draw_failure(
         names = [benchmark.ground_truth.queries[query], *(benchmark.database[i] for i in images)]
         if free[names].all():
             figure = figures.failure_figure(run, benchmark, int(query), columns=COLUMNS - 2)
-            plots.save(figure.axes[0], target, dpi=110, close=True)
+            style.save(figure.axes[0], target, dpi=110, close=True)
             return
     raise ValueError("no query whose rankings show public domain and CC0 photographs alone")
 

@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from vitgal import revisited, runs
-from vitgal.images import crop_box, read_image
+from vitgal import runs
+from vitgal.data import revisited
+from vitgal.data.images import crop_box, read_image
 
 
 def main(arguments: list[str] | None = None) -> Path:

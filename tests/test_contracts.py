@@ -6,7 +6,7 @@ import inspect
 import pytest
 
 import vitgal
-from vitgal.local_features import local_features
+from vitgal.models.local_features import local_features
 
 # Each as it is written in a script that gives everything by position, with the defaults.
 SIGNATURES = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitgal import reranking
+from vitgal.stages import rerank
 
 TOP = Path(__file__).resolve().parents[1]
 TABLE = TOP / "docs" / "faithful.md"
@@ -45,7 +45,8 @@ def test_what_is_kept_has_a_test():
     "name", sorted({n for row in rows() for n in re.findall(r"`(\w+\.py)::", row[3])})
 )
 def test_the_tests_it_names_are_there(name):
-    known = defined(TOP / "tests" / name)
+    (path,) = (TOP / "tests").rglob(name)
+    known = defined(path)
     named = {test for row in rows() for test in re.findall(rf"`{name}::(\w+)`", row[3])}
     assert named and named <= known, sorted(named - known)
 
@@ -65,5 +66,5 @@ def test_the_page_on_published_files_runs_as_it_stands(finished_run, tmp_path, m
     shutil.copytree(finished_run / "demo" / "global", run / "demo" / "global")
     quick = dict(top=2, iterations=10, max_keypoints=40, workers=1, progress=False)
     quick |= dict(dataset="demo", data_folder=finished_run / "data" / "benchmark")
-    there = reranking.rerank_shortlist(run, **quick)
+    there = rerank.rerank_shortlist(run, **quick)
     assert (np.load(there / "inliers.npy") >= 0).any()

@@ -5,7 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from vitgal import evaluation, pipeline, revisited, runs, search
+from vitgal import runs
+from vitgal.app import pipeline
+from vitgal.data import revisited
+from vitgal.evaluation import protocol as evaluation_protocol
+from vitgal.retrieval import ranking
 
 HERE = Path(__file__).resolve().parent
 DATA = HERE.parents[1] / "shared" / "data" / "rparis_mini"
@@ -31,14 +35,14 @@ def test_the_notebooks_run_on_real_photographs(finished_run, tmp_path):
     queries, database = (np.load(folder / "global" / f"{n}.npy") for n in ("queries", "database"))
     assert database.shape[0] == 238 and queries.shape[0] == 12
     ranks = np.argsort(-(database @ queries.T), axis=0, kind="stable")
-    again = evaluation.evaluate(ranks, truth)
+    again = evaluation_protocol.evaluate(ranks, truth)
     for protocol in revisited.PROTOCOLS:
         # the stage's products may differ in the last bit and swap two near-equal images
         assert scores[protocol]["map"] == pytest.approx(again[protocol]["map"], abs=1e-3)
     # Better than chance by far: a random ranking reaches the share of positives, about 0.1
     chance = np.mean([len(one) for one in revisited.positives(truth, "medium")]) / 238
     assert scores["medium"]["map"] > 2 * chance
-    reranked = search.Positions.load(folder / "rerank" / "positions_hard.npz")
-    hard = evaluation.evaluate({"hard": reranked}, truth)["hard"]["map"]
+    reranked = ranking.Positions.load(folder / "rerank" / "positions_hard.npz")
+    hard = evaluation_protocol.evaluate({"hard": reranked}, truth)["hard"]["map"]
     assert runs.read_json(folder / "rerank" / "scores.json")["hard"]["map"] == pytest.approx(hard)
     assert list((folder / "matches").rglob("*.png"))

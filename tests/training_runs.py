@@ -13,12 +13,17 @@ import numpy as np
 import pandas as pd
 import torch
 
-from vitgal import landmarks, trainer, training
-from vitgal.model import ArcFace, build_model
+from vitgal.data import gldv2
+from vitgal.models.heads import ArcFace
+from vitgal.models.network import build_model
+from vitgal.stages import split as stages_split
+from vitgal.stages import train
+from vitgal.training import loop, networks, samples
+from vitgal.training import recipe as training_recipe
 
 CLASSES, IMAGES = 3, 6  # images of each class
 NANO = "xcit_nano_12_p16_224"
-RECIPE = training.Recipe(
+RECIPE = training_recipe.Recipe(
     image_size=32,
     epochs=2,
     batch_size=4,
@@ -39,7 +44,7 @@ def write_images(folder: Path, images: int = IMAGES) -> Path:
     for label in range(CLASSES):
         for index in range(images):
             name = f"{label:x}{index:x}{'0' * 14}"
-            path = folder / landmarks.image_path(name)
+            path = folder / gldv2.image_path(name)
             path.parent.mkdir(parents=True, exist_ok=True)
             image = rng.integers(0, 80, (40, 56, 3)) + 60 * label
             cv2.imwrite(str(path), image.astype(np.uint8))
@@ -50,7 +55,7 @@ def write_images(folder: Path, images: int = IMAGES) -> Path:
 
 def split(run: Path, images: Path) -> Path:
     """Splits the images into `<run>/split`; returns the run."""
-    landmarks.make_split(
+    stages_split.make_split(
         run,
         train_table=images / "train.csv",
         image_folder=images,
@@ -61,15 +66,15 @@ def split(run: Path, images: Path) -> Path:
     return run
 
 
-def fit(run: Path, images: Path, recipe: training.Recipe = RECIPE, **options) -> Path:
+def fit(run: Path, images: Path, recipe: training_recipe.Recipe = RECIPE, **options) -> Path:
     options = {"drop_path": 0.1} | options
-    return training.fit_retrieval(
+    return train.fit_retrieval(
         run, image_folder=images, architecture=NANO, recipe=recipe, progress=False, **options
     )
 
 
-def fit_autoencoder(run: Path, images: Path, recipe: training.Recipe = RECIPE) -> Path:
-    return training.fit_autoencoder(
+def fit_autoencoder(run: Path, images: Path, recipe: training_recipe.Recipe = RECIPE) -> Path:
+    return train.fit_autoencoder(
         run, image_folder=images, code_dim=8, recipe=recipe, progress=False
     )
 
@@ -80,11 +85,11 @@ def rows(folder: Path) -> list[dict]:
     return [{key: row[key] for key in row if key not in CLOCK} for row in found]
 
 
-def make_trainer(run: Path, images: Path, recipe: training.Recipe) -> training.Trainer:
-    data = training.read_data(run / "split", images, recipe)
-    network = training.RetrievalNetwork(build_model(NANO, seed=0), ArcFace(128, data.classes))
+def make_trainer(run: Path, images: Path, recipe: training_recipe.Recipe) -> loop.Trainer:
+    data = samples.read_data(run / "split", images, recipe)
+    network = networks.RetrievalNetwork(build_model(NANO, seed=0), ArcFace(128, data.classes))
     torch.set_num_threads(1)
-    return training.Trainer(network, recipe, run / "retrieval", data)
+    return loop.Trainer(network, recipe, run / "retrieval", data)
 
 
 def in_child(work: Callable[[], object]) -> multiprocessing.Process:
@@ -113,7 +118,7 @@ def exit_code(work: Callable[[], object]) -> int:
 
 def after_step(number: int, action: Callable[[], None]) -> None:
     """`action` after the number-th step of this process."""
-    step = training.Trainer.run_step
+    step = loop.Trainer.run_step
     done = 0
 
     def counted(self, *arguments):
@@ -124,7 +129,7 @@ def after_step(number: int, action: Callable[[], None]) -> None:
             action()
         return result
 
-    training.Trainer.run_step = counted
+    loop.Trainer.run_step = counted
 
 
 def kill() -> None:
@@ -151,7 +156,7 @@ def die_before_rename(number: int) -> None:
 
 def die_inside_file(number: int) -> None:
     """SIGKILL when half of the number-th state is on the disk."""
-    save, seen = trainer.torch.save, 0
+    save, seen = loop.torch.save, 0
 
     def counted(state, handle):
         nonlocal seen
@@ -164,4 +169,4 @@ def die_inside_file(number: int) -> None:
             kill()
         save(state, handle)
 
-    trainer.torch.save = counted
+    loop.torch.save = counted

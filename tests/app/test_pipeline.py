@@ -1,0 +1,674 @@
+"""Choosing, checking and executing notebooks: on small notebooks written here."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from vitgal import runs
+from vitgal.app import command_line as command_line
+from vitgal.app import execution, pipeline, summary
+from vitgal.app import parameters as app_parameters
+from vitgal.app.execution import NotebookError
+from vitgal.app.parameters import ParameterError
+
+FIRST = "run_dir: str = 'demo'\nsize: int = 4  # pixels\nrate: float = 0.5\nname: str | None = None"
+SECOND = "run_dir: str = 'demo'\nscales: list[float] = [1.0]\nweights: str | None = None"
+
+
+@pytest.fixture
+def two(scratch) -> Path:
+    """Two notebooks that print what they were given, and their folder."""
+    scratch("01_first.ipynb", FIRST, "print(size, rate, name)")
+    return scratch("02_second.ipynb", SECOND, "print(scales, weights)").parent
+
+
+def printed(notebook: Path) -> str:
+    """All that a notebook's cells printed to stdout."""
+    outputs = [output for cell in codes(notebook) for output in cell.outputs]
+    return "".join(output.text for output in outputs if output.get("name") == "stdout")
+
+
+def codes(notebook: Path) -> list:
+    cells = nbformat.read(notebook, as_version=4).cells
+    return [cell for cell in cells if cell.cell_type == "code"]
+
+
+# Declarations and types
+
+
+def test_declared_reads_name_type_default(two):
+    found = app_parameters.declared(two / "01_first.ipynb")
+    assert [(d.name, d.kind, d.default) for d in found.values()] == [
+        ("run_dir", "str", "demo"),
+        ("size", "int", 4),
+        ("rate", "float", 0.5),
+        ("name", "str | None", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("size = 4", "name: type = value"),
+        ("size: int", "name: type = value"),
+        ("import os", "name: type = value"),
+        ("size: int = 2 * 2", "malformed"),
+        ("size: int = 'four'", "declared is `int`"),
+        ("size: Path = 'x'", "is none of int"),
+        ("size: list[list[int]] = []", "is none of int"),
+        ("%matplotlib inline", "invalid syntax"),
+    ],
+)
+def test_declared_refuses_what_papermill_cannot_inject(scratch, line, complaint):
+    with pytest.raises(ValueError, match="01_a.ipynb") as error:
+        app_parameters.declared(scratch("01_a.ipynb", line))
+    assert complaint in str(error.value)
+
+
+def test_declared_needs_exactly_one_tagged_cell(scratch):
+    path = scratch("01_a.ipynb", "a: int = 1", "a: int = 2")
+    notebook = nbformat.read(path, as_version=4)
+    for tags, count in ([], 0), (["parameters"], 2):
+        notebook.cells[0].metadata["tags"] = notebook.cells[1].metadata["tags"] = tags
+        nbformat.write(notebook, path)
+        with pytest.raises(ValueError, match=f"has {count} cells tagged"):
+            app_parameters.declared(path)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "kept"),
+    [
+        (3, "float", 3.0),
+        (3, "int | float", 3),
+        (None, "float | None", None),
+        ([1, 0.5], "list[float]", [1.0, 0.5]),
+        ([], "list[int]", []),
+        ("null", "str | None", "null"),
+        (False, "bool", False),
+    ],
+)
+def test_conform_keeps(value, kind, kept):
+    found = app_parameters.conform(value, kind)
+    assert found == kept
+    assert type(found) is type(kept)  # 3 == 3.0, and True == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "complaint"),
+    [
+        (True, "int", "True is bool"),
+        (1, "bool", "1 is int"),
+        (3.0, "int", "3.0 is float"),
+        (None, "float", "null is only for"),
+        ("1e-3", "float", "write 1.0e-3"),
+        ("1e3", "float | None", "write 1.0e+3"),
+        ("1.5e3", "float", "write 1.5e+3"),
+        ("0.5", "float", "write 0.5"),
+        (float("nan"), "float", "nan"),
+        (float("inf"), "float", "inf"),
+        ([1.5], "list[int]", "1.5 is float"),
+        (1.5, "list[float]", "declared is `list[float]`"),
+        ("text", "int", "'text' is str"),
+    ],
+)
+def test_conform_refuses(value, kind, complaint):
+    with pytest.raises(ValueError) as error:
+        app_parameters.conform(value, kind)
+    assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1e3", "1.5e3", "2.e+1", ".5e1"])
+def test_the_remedy_is_a_number_to_yaml(text, tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text(f"rate: {app_parameters.yaml_number(text)}\n")
+    assert app_parameters.read_params(file) == {"rate": float(text)}
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "value"),
+    [
+        ("1e-3", "float", 0.001),
+        ("2", "float", 2.0),
+        ("-1", "int", -1),
+        ("007", "str", "007"),
+        ("null", "str | None", None),
+        ("none", "str | None", "none"),
+        ("true", "bool", True),
+        ("0.7071,1,1.4142", "list[float]", [0.7071, 1.0, 1.4142]),
+        ("[0.5, 1]", "list[float]", [0.5, 1.0]),
+        ("['a', b]", "list[str]", ["a", "b"]),
+        ("[]", "list[int]", []),
+    ],
+)
+def test_parse_reads_by_declared_type(text, kind, value):
+    assert app_parameters.parse(text, kind) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"), [("1.5", "int"), ("yes", "bool"), ("null", "float"), ("nan", "float")]
+)
+def test_parse_refuses(text, kind):
+    with pytest.raises(ValueError, match=text):
+        app_parameters.parse(text, kind)
+
+
+# Parameter files
+
+
+def test_a_missing_file_names_those_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing.yaml is not there.*demo.yaml"):
+        app_parameters.read_params(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "is empty"),
+        ("# only a comment\n", "is empty"),
+        ("- a\n- b\n", "is a list"),
+        ("just text\n", "is a str"),
+        ("a: 1\nb: {c: 2}\n", "b is a mapping"),
+        ("a: 1\na: 2\n", "gives a 2 times"),
+        ("a: [1\n", "no YAML"),
+        ("a: 1\n\tb: 2\n", "no YAML"),
+    ],
+)
+def test_a_file_that_is_no_flat_mapping(tmp_path, text, complaint):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(ParameterError, match="a.yaml") as error:
+        app_parameters.read_params(file)
+    assert complaint in str(error.value)
+
+
+def test_bytes_that_are_no_text(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"a: \xff\xfe")
+    with pytest.raises(ParameterError, match="no YAML"):
+        app_parameters.read_params(tmp_path / "a.yaml")
+
+
+# Choosing notebooks
+
+
+@pytest.mark.parametrize(
+    ("choice", "numbers"),
+    [
+        ({}, "01 02 03 05"),
+        ({"only": ["05", "2"]}, "02 05"),
+        ({"only": ["03_c"]}, "03"),
+        ({"first": "02"}, "02 03 05"),
+        ({"last": "2"}, "01 02"),
+        ({"first": "03", "last": "03"}, "03"),
+    ],
+)
+def test_select(choice, numbers):
+    there = [Path(name) for name in ("01_a.ipynb", "02_b.ipynb", "03_c.ipynb", "05_e.ipynb")]
+    assert [path.name[:2] for path in app_parameters.select(there, **choice)] == numbers.split()
+
+
+@pytest.mark.parametrize(
+    ("choice", "complaint"),
+    [
+        ({"only": ["04"]}, "no notebook '04'; there are 01, 02"),
+        ({"only": [""]}, "no notebook ''"),
+        ({"first": "x"}, "no notebook 'x'"),
+        ({"first": "02", "last": "01"}, "--from 02 comes after --to 01"),
+        ({"only": ["01"], "last": "02"}, "--only excludes"),
+    ],
+)
+def test_select_refuses(choice, complaint):
+    with pytest.raises(ParameterError, match=complaint):
+        app_parameters.select([Path("01_a.ipynb"), Path("02_b.ipynb")], **choice)
+
+
+@pytest.mark.slow
+def test_a_file_names_its_own_notebooks_and_the_command_line_beats_it(two, tmp_path):
+    file = tmp_path / "p.yaml"
+    file.write_text("notebooks: 02-02\nrun_dir: mine\n")
+    for choice, executed in ((dict(), {"02"}), (dict(first="01"), {"01", "02"})):
+        folder = pipeline.run(file, notebooks=two, output=tmp_path / f"n{len(executed)}", **choice)
+        assert {path.name[:2] for path in (folder / "notebooks").glob("*.ipynb")} == executed
+
+
+@pytest.mark.slow
+def test_evaluation_from_a_fresh_folder_lets_the_data_come_first(scratch, tmp_path):
+    # 01 makes the data that 04 would read; what is typed for 04 alone reaches it all the same
+    scratch("01_data.ipynb", "run_dir: str = 'demo'\nviews: int = 4", "print(views)")
+    scratch("02_train.ipynb", "run_dir: str = 'demo'", "raise ValueError")
+    given = "run_dir: str = 'demo'\ndataset_dir: str | None = None\ntop: int = 3"
+    folder = scratch("04_eval.ipynb", given, "print(dataset_dir, top)").parent
+    shared = dict(notebooks=folder, progress=False)
+
+    def executed(name: str, **choice) -> set[str]:
+        run = pipeline.run(output=tmp_path / name, **choice, **shared)
+        return {path.name[:2] for path in (run / "notebooks").glob("*.ipynb")}
+
+    assert executed("fresh", first="04", overrides={"top": "5"}) == {"01", "04"}
+    assert printed(tmp_path / "fresh/notebooks/04_eval.ipynb") == "None 5\n"
+    assert executed("only", only=["04"]) == {"04"}  # as it was asked for
+    assert executed("other", first="04", overrides={"dataset_dir": str(tmp_path)}) == {"04"}
+    with runs.stage(tmp_path / "made" / "split", "split", parameters={}, inputs={}) as stage:
+        stage.finish([])
+    assert executed("made", first="04") == {"04"}
+
+
+@pytest.mark.parametrize("value", [4, "04", "04:07", "four-five", ["04"], "04-"])
+def test_own_range_refuses_what_is_none(value):
+    with pytest.raises(app_parameters.ParameterError, match="04-07"):
+        app_parameters.own_range({"notebooks": value})
+
+
+def test_own_range_leaves_the_parameters_alone():
+    assert app_parameters.own_range({"seed": 1}) == ({"seed": 1}, None, None)
+    assert app_parameters.own_range({"notebooks": "4-07", "seed": 1}) == ({"seed": 1}, "4", "07")
+
+
+def test_notebooks_outside_the_chain_are_left_out(scratch):
+    for name in ("01_a.ipynb", "08_own.ipynb", "Untitled.ipynb"):
+        folder = scratch(name, "a: int = 1").parent
+    assert [path.name for path in app_parameters.chain(folder)] == ["01_a.ipynb"]
+
+
+def test_an_empty_chain_is_an_error(tmp_path):
+    with pytest.raises(ParameterError, match="holds no numbered notebook"):
+        app_parameters.chain(tmp_path)
+
+
+# Nothing starts on a wrong parameter
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"sizes": "3"}, "no notebook declares sizes; did you mean size"),
+        ({"zzz": "3"}, "no notebook declares zzz$"),
+        ({"size": "big"}, "size: `big` is no int"),
+        ({"size": True}, "size: True is bool"),
+        ({"rate": "nan"}, "rate: "),
+    ],
+)
+def test_wrong_parameters_stop_before_anything_starts(two, tmp_path, overrides, complaint):
+    with pytest.raises(ParameterError, match=complaint):
+        pipeline.run(overrides=overrides, notebooks=two, output=tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_fault_is_named_at_once(two, tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("sise: 3\nrate: 1e-3\nsize: 5\n")
+    with pytest.raises(ParameterError) as error:
+        pipeline.run(file, overrides={"size": "x"}, notebooks=two, progress=False)
+    lines = str(error.value).splitlines()
+    assert [line.split(": ", 1)[1][:20] for line in lines] == [
+        "no notebook declares",
+        "rate: `1e-3` is text",
+        "size: `x` is no int",
+    ]
+    assert lines[0].startswith(str(file))
+    assert lines[2].startswith("the command line")
+
+
+def test_what_is_typed_for_a_notebook_that_is_not_chosen(two):
+    with pytest.raises(ParameterError, match="scales has no effect here: only 02_second reads it"):
+        pipeline.run(only=["01"], overrides={"scales": "1"}, notebooks=two, progress=False)
+
+
+def test_output_and_run_dir_exclude_each_other(two, tmp_path):
+    with pytest.raises(ParameterError, match="not both"):
+        pipeline.run(overrides={"run_dir": "x"}, output=tmp_path, notebooks=two, progress=False)
+
+
+def test_paths_on_the_command_line_are_relative_to_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kinds = {"weights": "str | None", "image_folder": "str", "run_dir": "str", "name": "str"}
+    declarations = {
+        name: [app_parameters.Declaration(name, kind, None, "01_a")] for name, kind in kinds.items()
+    }
+    given = dict.fromkeys(kinds, "a/b")
+    assert app_parameters.combine({}, given, declarations) == {
+        "weights": str(tmp_path / "a/b"),
+        "image_folder": str(tmp_path / "a/b"),
+        "run_dir": "a/b",  # a run's name, not a path
+        "name": "a/b",
+    }
+    assert (
+        app_parameters.combine(given, {}, declarations) == given
+    )  # a file's: the checkout's matter
+    untrained = {"weights": "untrained:xcit_nano_12_p16_224"}
+    assert app_parameters.combine({}, untrained, declarations) == untrained
+    assert app_parameters.combine({}, {"weights": "null"}, declarations) == {"weights": None}
+
+
+def test_absent_data_comes_with_the_command_that_brings_it(scratch, tmp_path):
+    kinds = "run_dir: str = 'a'\nweights: str | None = None\ndataset_dir: str | None = None"
+    folder = scratch("04_a.ipynb", kinds, "print(weights)").parent
+    file = tmp_path / "a.yaml"
+    absent = tmp_path / "data" / "weights" / "vitgal_s24.pth"
+    file.write_text(f"weights: {absent}\ndataset_dir: {tmp_path / 'data' / 'rparis6k'}\n")
+    with pytest.raises(FileNotFoundError) as error:
+        pipeline.run(file, notebooks=folder, progress=False)
+    assert [line.split("; ")[1] for line in str(error.value).splitlines()] == [
+        "`vitgal download rparis6k` brings it",
+        "`vitgal download vitgal_s24` brings it",
+    ]
+    assert not (tmp_path / "runs").exists()
+    # A path that no source brings may be made by an earlier notebook of the same run.
+    made = {"weights": str(tmp_path / "later.safetensors"), "dataset_dir": "null"}
+    executed = pipeline.run(file, overrides=made, notebooks=folder, progress=False)
+    assert printed(executed / "notebooks" / "04_a.ipynb").strip() == made["weights"]
+
+
+# Execution
+
+
+@pytest.mark.slow
+def test_each_notebook_gets_what_it_declares(two, tmp_path, capfd):
+    file = tmp_path / "a.yaml"
+    file.write_text("size: 5\nrate: 2\nscales: [1, 0.5]\nrun_dir: mine\n")
+    folder = pipeline.run(file, overrides={"name": "x y", "rate": "1e-3"}, notebooks=two)
+    assert folder == tmp_path / "runs" / "mine"
+    first, second = folder / "notebooks/01_first.ipynb", folder / "notebooks/02_second.ipynb"
+    assert printed(first) == "5 0.001 x y\n"
+    assert printed(second) == "[1.0, 0.5] None\n"
+    # Nothing of the kernel's or papermill's own noise, one line a notebook.
+    shown = capfd.readouterr()
+    assert [line.split(" after ")[0] for line in shown.err.splitlines()] == [
+        "01_first: done",
+        "02_second: done",
+    ]
+    assert shown.out == ""
+    assert sorted(os.listdir(folder / "notebooks")) == [".lock", first.name, second.name]
+
+
+def test_defaults_inject_nothing(two, tmp_path):
+    same = {"run_dir": "demo", "size": 4}
+    folder = pipeline.run(only=["01"], overrides=same, notebooks=two, progress=False)
+    assert folder == tmp_path / "runs" / "demo"
+    executed = folder / "notebooks" / "01_first.ipynb"
+    assert printed(executed) == "4 0.5 None\n"
+    assert [cell.execution_count for cell in codes(executed)] == [1, 2]
+    assert not (folder / "notebooks" / "02_second.ipynb").exists()
+
+
+def test_notebooks_run_in_their_own_folder_and_paths_may_hold_braces(scratch, tmp_path):
+    notebook = scratch("01_a.ipynb", "run_dir: str = 'a'", "import os\nprint(os.getcwd())")
+    folder = pipeline.run(
+        notebooks=notebook.parent, output=tmp_path / "a {odd} name", progress=False
+    )
+    assert folder.name == "a {odd} name"
+    assert printed(folder / "notebooks" / "01_a.ipynb").strip() == str(notebook.parent)
+
+
+@pytest.mark.slow
+def test_a_failing_cell_stops_the_run_and_a_repaired_one_leaves_no_banner(scratch, tmp_path):
+    scratch(
+        "01_a.ipynb",
+        "run_dir: str = 'a'\nbad: bool = False",
+        "x = 1",
+        "# look\n\nif bad:\n    raise ValueError('no such\\nthing')\nprint('fine')",
+    )
+    folder = scratch("02_b.ipynb", "run_dir: str = 'a'", "print('second')").parent
+    executed = tmp_path / "out" / "notebooks" / "01_a.ipynb"
+    options = {"notebooks": folder, "output": tmp_path / "out", "progress": False}
+    with pytest.raises(NotebookError) as error:
+        pipeline.run(overrides={"bad": "true"}, **options)
+    # In [4]: parameters, injected parameters, `x = 1`, the failing cell.
+    assert str(error.value).splitlines() == [
+        "01_a.ipynb stopped at In [4]:",
+        "    # look",
+        "    if bad:",
+        "        raise ValueError('no such\\nthing')",
+        "    ...",
+        "ValueError: no such",
+        "thing",
+        f"the notebook as far as it got: {executed}",
+    ]
+    assert "An Exception was encountered" in executed.read_text()
+    assert not (executed.parent / "02_b.ipynb").exists()
+    pipeline.run(**options)
+    assert "Exception" not in executed.read_text()
+    assert printed(executed) == "fine\n"
+    assert printed(executed.parent / "02_b.ipynb") == "second\n"
+
+
+@pytest.mark.slow
+def test_workers_of_one_notebook_have_each_a_copy_of_their_own(scratch, tmp_path):
+    """They run at once: neither the lock nor the file of one is in the other's way."""
+    parameters = "run_dir: str = 'a'\nworker: int = 0\nworker_count: int = 1"
+    notebook = scratch("05_a.ipynb", parameters, "print(worker, worker_count)")
+    options = dict(notebooks=notebook.parent, output=tmp_path / "out", progress=False)
+    copies = tmp_path / "out" / "notebooks"
+    with runs.locked(copies / "worker-0"):
+        for worker in ("1", "2"):
+            pipeline.run(**options, overrides={"worker": worker, "worker_count": "3"})
+            assert printed(copies / f"worker-{worker}" / "05_a.ipynb") == f"{worker} 3\n"
+        with pytest.raises(runs.StageError, match="another process is working in .*worker-0"):
+            pipeline.run(**options, overrides={"worker_count": "3"})
+    pipeline.run(**options)
+    assert printed(copies / "05_a.ipynb") == "0 1\n"
+
+
+@pytest.mark.slow
+def test_a_dead_kernel_is_told_as_such(scratch, tmp_path):
+    notebook = scratch("01_a.ipynb", "run_dir: str = 'a'", "import os\nos.kill(os.getpid(), 9)")
+    with pytest.raises(NotebookError) as error:
+        pipeline.run(notebooks=notebook.parent, output=tmp_path / "out", progress=False)
+    message = str(error.value)
+    assert message.startswith("01_a.ipynb: the kernel died in In [3]:\n    import os")
+    assert "out of memory" in message
+    assert message.endswith(str(tmp_path / "out" / "notebooks" / "01_a.ipynb"))
+    assert (tmp_path / "out" / "notebooks" / "01_a.ipynb").exists()
+
+
+def test_last_words_are_the_fatal_line_else_the_last(tmp_path):
+    log = tmp_path / "a.log"
+    assert execution._last_words(log) == ""
+    log.write_text("[IPKernelApp] WARNING | noise\n\n")
+    assert execution._last_words(log) == ""
+    log.write_text("Traceback\nModuleNotFoundError: no x\n\n")
+    assert execution._last_words(log) == "the kernel's last words: ModuleNotFoundError: no x\n"
+    log.write_text("Fatal Python error: Segmentation fault\n  File x\n")
+    assert "Segmentation fault" in execution._last_words(log)
+
+
+def test_two_runs_do_not_share_a_folder(two, tmp_path):
+    with runs.locked(tmp_path / "out" / "notebooks"):
+        with pytest.raises(runs.StageError, match="another process"):
+            pipeline.run(notebooks=two, output=tmp_path / "out", progress=False)
+
+
+def test_activity_tells_the_running_bar():
+    client = execution.Client.__new__(execution.Client)
+
+    def message(kind: str, **content) -> dict:
+        return {"msg_type": kind, "content": content}
+
+    def widget(value) -> dict:
+        return message("comm_msg", data={"method": "update", "state": {"value": value}})
+
+    assert client.activity(message("execute_input", code="x")) == ""
+    assert client.activity(message("stream", text="1 of 3\r2 of 3\n")) == "2 of 3"
+    assert client.activity(message("stream", text="\n")) is None
+    assert client.activity(widget(2.0)) is None
+    assert client.activity(widget("epoch:\u2007 40%")) is None
+    assert client.activity(widget("\u20072/5\u2007[00:01&lt;00:02]")) == "epoch 2/5 [00:01<00:02]"
+    assert client.activity(message("status", execution_state="busy")) is None
+
+
+@pytest.mark.slow
+def test_cells_with_widgets_do_not_wait_for_ever(scratch, tmp_path):
+    # About one such cell in a hundred lost its end before `process_message` asked the socket again.
+    cell = "out = widgets.Output()\nwith out:\n    print(1)\n    display(2)"
+    notebook = scratch("01_a.ipynb", "run_dir: str = 'a'", "import ipywidgets as widgets")
+    content = nbformat.read(notebook, as_version=4)
+    content.cells += [nbformat.v4.new_code_cell(cell) for _ in range(200)]
+    nbformat.write(content, notebook)
+    code = (
+        "from pathlib import Path; from vitgal.app import pipeline\n"
+        f"pipeline.run(notebooks=Path({str(notebook.parent)!r}), progress=False)"
+    )
+    # Ten seconds on two quiet cores; the limit only ends a run that would never end.
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    executed = tmp_path / "runs" / "a" / "notebooks" / "01_a.ipynb"
+    assert [cell.execution_count for cell in codes(executed)] == list(range(1, 203))
+
+
+# The command line
+
+
+def test_command_line_exit_codes(tmp_path, capsys):
+    assert command_line.main(["run", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml is not there" in capsys.readouterr().err
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert command_line.main(["run", str(tmp_path / "list.yaml")]) == 2
+    assert command_line.main(["download"]) == 2
+    for arguments in (["wrong"], [], ["run", "x.yaml", "-p", "name"]):
+        with pytest.raises(SystemExit) as stop:
+            command_line.main(arguments)
+        assert stop.value.code == 2
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_the_partial_notebook(scratch, tmp_path):
+    begun = tmp_path / "begun"
+    os.mkfifo(begun)
+    notebook = scratch(
+        "01_a.ipynb",
+        "run_dir: str = 'a'",
+        f"import threading\nopen({str(begun)!r}, 'w').close()\nthreading.Event().wait()",
+    )
+    code = (
+        "import signal, sys; from pathlib import Path; from vitgal.app import pipeline\n"
+        # A shell's background job, as which these tests may run, is born deaf to Ctrl-C.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"pipeline.run(notebooks=Path({str(notebook.parent)!r}), progress=False)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    with open(begun):  # returns when the cell opens the other end
+        process.send_signal(signal.SIGINT)
+    complaint = process.communicate(timeout=60)[1]
+    executed = tmp_path / "runs" / "a" / "notebooks" / "01_a.ipynb"
+    assert "Interrupted: 01_a.ipynb was interrupted in In [2]:" in complaint
+    assert str(executed) in complaint
+    assert executed.exists()
+
+
+SAVES = """import signal, threading
+class Preempted(RuntimeError):
+    pass
+def save(*_):
+    raise Preempted("the state is saved")
+signal.signal(signal.SIGTERM, save)
+open(BEGUN, "w").close()
+threading.Event().wait()
+"""
+ENDS = """import threading
+open(BEGUN, "w").close()
+threading.Event().wait()
+"""
+GOES_ON = """import signal, threading
+told = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: told.set())
+open(BEGUN, "w").close()
+told.wait()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("cell", "said"),
+    [
+        (SAVES, "the state is saved"),
+        pytest.param(ENDS, "In [2]", marks=pytest.mark.slow),
+        pytest.param(GOES_ON, "it is finished", marks=pytest.mark.slow),
+    ],
+)
+def test_sigterm_is_passed_on_and_asks_for_a_restart(cell, said, scratch, tmp_path):
+    """Whether the cell saves something, as training does, the kernel just ends, or goes on."""
+    begun = tmp_path / "begun"
+    os.mkfifo(begun)
+    cell = cell.replace("BEGUN", repr(str(begun)))
+    notebook = scratch("01_a.ipynb", "run_dir: str = 'a'", cell)
+    code = (
+        "import sys; from pathlib import Path; from vitgal.app import pipeline\n"
+        "try:\n"
+        f"    pipeline.run(notebooks=Path({str(notebook.parent)!r}), progress=False)\n"
+        "except pipeline.Preempted as error:\n"
+        "    print(error, file=sys.stderr)\n"
+        "    sys.exit(pipeline.RESTART)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    with open(begun):  # returns when the cell opens the other end
+        process.terminate()
+    complaint = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, complaint
+    assert "01_a.ipynb was asked to end (SIGTERM) in In [2]:" in complaint and said in complaint
+    assert "run the same command again to go on: finished stages" in complaint
+
+
+def test_the_command_asks_for_a_restart(monkeypatch, tmp_path, capsys):
+    def ended(*_, **__):
+        raise execution.Preempted("it was asked to end")
+
+    monkeypatch.setattr(pipeline, "run", ended)
+    assert command_line.main(["run", str(tmp_path / "x.yaml")]) == 75
+    assert capsys.readouterr().err == "vitgal: it was asked to end\n"
+
+
+# Scores
+
+
+def write_scores(folder: Path, value: float, **more) -> None:
+    protocol = {"map": value, "mp_at": {"1": 1.0, "5": value, "10": None}, "ap": [value, None]}
+    protocol["interval"] = [value - 0.05, value + 0.0375]
+    runs.write_json(folder / "scores.json", {"easy": protocol, "medium": protocol} | more)
+
+
+def test_summary_is_aligned(tmp_path):
+    write_scores(tmp_path / "demo/untrained", 0.05)
+    write_scores(tmp_path / "demo/global", 0.5)
+    published = {"hard": {"map": 0.25, "mp_at": {}, "interval": [None, None]}}
+    write_scores(tmp_path / "demo/rerank", 0.875, published=published)
+    (tmp_path / "demo/figures").mkdir()
+    lines = summary.summary(tmp_path).splitlines()
+    scores = lines[: lines.index("")]
+    assert len({len(line) for line in scores}) == 1
+    width = len("reranked, published")
+    assert [line[:width].strip() for line in scores] == [
+        *("demo", "untrained", "", "global", "", "reranked", "", "reranked, published")
+    ]
+    assert scores[0][width:].split() == ["mAP", "95", "%", "interval", "mP@1", "mP@5", "mP@10"]
+    assert [line[width:].split() for line in scores[1::2]] == [
+        ["easy", "5.0", "0.0", "to", "8.8", "100.0", "5.0", "-"],
+        ["easy", "50.0", "45.0", "to", "53.8", "100.0", "50.0", "-"],
+        ["easy", "87.5", "82.5", "to", "91.2", "100.0", "87.5", "-"],
+        ["hard", "25.0", "-", "-", "-", "-"],
+    ]
+    assert [line[width:].split()[0] for line in scores[2::2]] == ["medium"] * 3
+    assert lines[-2:] == [
+        f"executed notebooks: {tmp_path / 'notebooks'}",
+        f"figures: {tmp_path / 'demo/figures'}",
+    ]
+
+
+def test_summary_without_scores(tmp_path):
+    assert summary.summary(tmp_path) == f"executed notebooks: {tmp_path / 'notebooks'}"
+
+
+@pytest.mark.slow
+def test_a_notebook_that_fails_ends_the_command_with_1(tmp_path, capsys):
+    # No notebook before it has run in this folder, so that there is no data set.
+    params = runs.checkout() / "params" / "tiny.yaml"
+    given = ["run", str(params), "--only", "06", "--output"]
+    assert command_line.main([*given, str(tmp_path / "empty")]) == 1
+    complaint = capsys.readouterr().err
+    assert "06_rerank.ipynb stopped at In [" in complaint
+    assert "FileNotFoundError: the folder" in complaint
+    partial = tmp_path / "empty" / "notebooks" / "06_rerank.ipynb"
+    assert str(partial) in complaint and partial.exists()
+    assert not list(tmp_path.rglob("stage.json"))

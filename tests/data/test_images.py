@@ -1,0 +1,247 @@
+"""Decoding, cropping, resizing: against files written here and numbers worked out by hand."""
+
+import errno
+import struct
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from vitgal.data import images
+
+
+@pytest.fixture
+def photograph() -> np.ndarray:
+    """(48, 64, 3) uint8 RGB: a smooth ramp, so that JPEG changes it little."""
+    y, x = np.mgrid[0:48, 0:64]
+    return np.stack([4 * x, 5 * y, 2 * (x + y)], axis=-1).clip(0, 255).astype(np.uint8)
+
+
+def write(path, rgb, *options):
+    assert cv2.imwrite(str(path), cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), list(options))
+    return path
+
+
+def exif_rotated(jpeg: bytes) -> bytes:
+    """The same JPEG with an EXIF tag that asks viewers to turn it by 90 degrees (orientation 6)."""
+    tiff = b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x0112, 3, 1, 6, 0, 0)
+    body = b"Exif\0\0" + tiff
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
+
+
+class TestReadImage:
+    def test_png_is_read_exactly_in_rgb(self, tmp_path, photograph):
+        read = images.read_image(write(tmp_path / "a.png", photograph))
+        assert read.dtype == np.uint8
+        np.testing.assert_array_equal(read, photograph)
+
+    def test_jpeg_is_close(self, tmp_path, photograph):
+        read = images.read_image(
+            write(tmp_path / "a.jpg", photograph, cv2.IMWRITE_JPEG_QUALITY, 98)
+        )
+        # JPEG at quality 98 with halved colour resolution stays within a few grey levels of a ramp
+        # (the clipped corner more); swapped channels would differ by up to 200.
+        assert np.abs(read.astype(int) - photograph).mean() < 3
+
+    def test_grey_and_transparent_become_rgb(self, tmp_path):
+        grey = np.full((5, 7), 90, np.uint8)
+        assert cv2.imwrite(str(tmp_path / "grey.png"), grey)
+        np.testing.assert_array_equal(
+            images.read_image(tmp_path / "grey.png"), np.full((5, 7, 3), 90)
+        )
+        rgba = np.zeros((5, 7, 4), np.uint8)
+        rgba[..., 2] = 200  # OpenCV writes BGRA: red 200, alpha 0
+        assert cv2.imwrite(str(tmp_path / "clear.png"), rgba)
+        assert images.read_image(tmp_path / "clear.png")[2, 3].tolist() == [200, 0, 0]
+
+    def test_orientation_is_ignored_unless_asked_for(self, tmp_path, photograph):
+        path = write(tmp_path / "a.jpg", photograph)
+        path.write_bytes(exif_rotated(path.read_bytes()))
+        assert images.read_image(path).shape == (48, 64, 3)
+        assert images.read_image(path, ignore_orientation=False).shape == (64, 48, 3)
+
+    def test_missing_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="gone.jpg"):
+            images.read_image(tmp_path / "gone.jpg")
+
+    @pytest.mark.parametrize("content", [b"", b"no picture at all", b"\xff\xd8\xff"])
+    def test_rubbish_is_named(self, tmp_path, content):
+        path = tmp_path / "bad.jpg"
+        path.write_bytes(content)
+        with pytest.raises(images.ImageError, match="bad.jpg") as caught:
+            images.read_image(path)
+        assert caught.value.path == path
+        assert "bad.jpg" not in caught.value.reason
+
+    def test_a_folder_is_named(self, tmp_path):
+        with pytest.raises(images.ImageError, match="cannot be read") as caught:
+            images.read_image(tmp_path)
+        assert not isinstance(caught.value, images.ReadError)
+
+    def test_what_may_pass_is_told_apart(self, tmp_path, monkeypatch):
+        def fails(path):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(Path, "read_bytes", fails)
+        with pytest.raises(images.ReadError, match="a.jpg: .*just now .Too many.*same command ag"):
+            images.read_image(tmp_path / "a.jpg")
+
+    @pytest.mark.parametrize("progressive", [0, 1])
+    def test_cut_jpeg(self, tmp_path, photograph, progressive):
+        noisy = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
+        path = write(tmp_path / "a.jpg", noisy, cv2.IMWRITE_JPEG_PROGRESSIVE, progressive)
+        whole = path.read_bytes()
+        for share in (0.1, 0.5, 0.9):
+            path.write_bytes(whole[: int(len(whole) * share)])
+            with pytest.raises(images.ImageError, match="cut short"):
+                images.read_image(path)
+        path.write_bytes(whole[:-2])  # all the pixels, but no end marker
+        with pytest.raises(images.ImageError, match="cut short"):
+            images.read_image(path)
+        path.write_bytes(whole)
+        assert images.read_image(path).shape == (200, 300, 3)
+
+    def test_cut_jpeg_with_a_whole_thumbnail(self, tmp_path, photograph):
+        """The thumbnail's own end marker stands before the photograph's scan: it must not count."""
+        path = write(tmp_path / "a.jpg", photograph)
+        jpeg = path.read_bytes()
+        thumbnail = write(tmp_path / "t.jpg", photograph[:8, :8]).read_bytes()
+        assert thumbnail.endswith(b"\xff\xd9")
+        segment = b"\xff\xe2" + struct.pack(">H", len(thumbnail) + 2) + thumbnail
+        path.write_bytes(jpeg[:2] + segment + jpeg[2:])
+        assert images.read_image(path).shape == (48, 64, 3)
+        path.write_bytes((jpeg[:2] + segment + jpeg[2:])[:-40])
+        with pytest.raises(images.ImageError, match="cut short"):
+            images.read_image(path)
+
+    def test_bytes_after_the_end_are_allowed(self, tmp_path, photograph):
+        """A film clip appended to a photograph holds every pair of bytes, scan headers too."""
+        path = write(tmp_path / "a.jpg", photograph)
+        path.write_bytes(path.read_bytes() + b"\xff\xd9clip\xff\xda" + bytes(100))
+        assert images.read_image(path).shape == (48, 64, 3)
+
+    def test_cut_png(self, tmp_path):
+        noisy = np.random.default_rng(0).integers(0, 256, (100, 100, 3), np.uint8)
+        path = write(tmp_path / "a.png", noisy)
+        path.write_bytes(path.read_bytes()[:-1000])
+        with pytest.raises(images.ImageError, match="cut short"):
+            images.read_image(path)
+
+    def test_absurd_size_is_an_image_error(self, tmp_path):
+        """A PNG header that claims 2 ** 30 x 2 ** 30 pixels: OpenCV itself throws."""
+        header = b"IHDR" + struct.pack(">IIBBBBB", 1 << 30, 1 << 30, 8, 2, 0, 0, 0)
+        chunks = [header, b"IDAT" + zlib.compress(b"0"), b"IEND"]
+        packed = b"".join(
+            struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+            for chunk in chunks
+        )
+        path = tmp_path / "huge.png"
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + packed)
+        with pytest.raises(images.ImageError, match="huge.png"):
+            images.read_image(path)
+
+
+class TestCropBox:
+    def test_fractions_are_truncated(self, photograph):
+        crop, box = images.crop_box(photograph, (3.9, 5.1, 20.99, 30.5))
+        assert box == (3, 5, 20, 30)
+        np.testing.assert_array_equal(crop, photograph[5:30, 3:20])
+
+    def test_none_is_the_whole_image(self, photograph):
+        crop, box = images.crop_box(photograph, None)
+        assert box == (0, 0, 64, 48)
+        assert crop.shape == photograph.shape
+
+    def test_one_pixel_outside_is_clipped(self, photograph):
+        crop, box = images.crop_box(photograph, (10, 10, 65.9, 49))
+        assert box == (10, 10, 64, 48)
+        assert crop.shape == (38, 54, 3)
+
+    @pytest.mark.parametrize(
+        ("box", "message"),
+        [
+            ((-0.5, 0, 10, 10), "negative"),
+            ((0, 0, 66, 10), "outside"),
+            ((0, 0, 10, 50), "outside"),
+            ((10, 10, 10.9, 20), "empty"),
+            ((20, 10, 10, 20), "empty"),
+            ((64, 0, 65, 10), "empty"),
+            ((0, 0, float("nan"), 10), "finite"),
+            ((0, 0, 10), "four"),
+        ],
+    )
+    def test_bad_boxes(self, photograph, box, message):
+        with pytest.raises(ValueError, match=message):
+            images.crop_box(photograph, box)
+
+    def test_an_empty_image(self):
+        with pytest.raises(ValueError, match="empty"):
+            images.crop_box(np.zeros((0, 5, 3), np.uint8), None)
+
+
+class TestResize:
+    @pytest.mark.parametrize(
+        ("height", "width", "mode", "expected"),
+        [
+            (360, 480, "squash", (512, 512)),
+            (360, 480, "longest", (384, 512)),
+            (333, 1000, "longest", (170, 512)),  # 512 * 0.333 = 170.5
+            (1000, 1, "longest", (512, 1)),
+            # 512 * sqrt(0.75) = 443.4, 512 / sqrt(0.75) = 591.2; floored to multiples of 16
+            (360, 480, "area", (432, 576)),
+            (300, 640, "area", (336, 736)),  # 350.5, 747.8
+            (700, 700, "area", (512, 512)),
+            (1080, 1920, "area", (384, 672)),  # 512 * 3 / 4 = 384 exactly, 682.7
+            (1, 5000, "area", (16, 36192)),  # 7.2 would floor to no patch at all; 36203.9
+        ],
+    )
+    def test_shapes(self, height, width, mode, expected):
+        assert images.resized_shape(height, width, 512, mode) == expected
+
+    @pytest.mark.parametrize("longest", [3, 7, 49, 103, 105, 1021, 1599])
+    def test_longest_side_is_the_size(self, longest):
+        """Published floating point loses a pixel for some: int(103 * (512 / 103)) is 511."""
+        for size in (224, 511, 512, 1023):
+            assert images.resized_shape(longest, 2, size, "longest")[0] == size
+
+    def test_bilinear_without_smoothing(self):
+        """Halving 4 columns samples at 0.5 and 2.5 (pixel centres): means of neighbouring pairs."""
+        row = np.array([0, 100, 50, 250] + [0] * 28, np.uint8)
+        image = np.broadcast_to(row[None, :, None], (32, 32, 3)).copy()
+        resized = images.resize(image, 16, "squash")
+        assert resized.shape == (16, 16, 3)
+        assert resized[5, :2, 0].tolist() == [50, 150]
+        # A quarter the width samples at 1.5: only two of four pixels count (the mean is 100).
+        wide = np.tile(image, (1, 2, 1))
+        assert images.resize(wide, 16, "squash")[0, 0, 1] == (100 + 50) // 2
+
+    @pytest.mark.parametrize(
+        ("shape", "size", "mode", "message"),
+        [
+            ((0, 9, 3), 64, "squash", "empty"),
+            ((9, 9, 3), 8, "squash", "at least 16"),
+            ((9, 9, 3), 64, "stretch", "squash, longest, area"),
+        ],
+    )
+    def test_errors(self, shape, size, mode, message):
+        with pytest.raises(ValueError, match=message):
+            images.resize(np.zeros(shape, np.uint8), size, mode)
+
+
+class TestNormalise:
+    def test_by_hand(self):
+        image = np.zeros((2, 3, 3), np.uint8)
+        image[1, 2] = (255, 128, 0)
+        normal = images.normalise(image)
+        assert normal.shape == (3, 2, 3)
+        assert normal.dtype == np.float32
+        assert normal.flags.c_contiguous
+        # float32 rounding of three operations
+        np.testing.assert_allclose(
+            normal[:, 1, 2],
+            [(1 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, -0.406 / 0.225],
+            rtol=1e-6,
+        )
+        np.testing.assert_allclose(normal[0, 0, 0], -0.485 / 0.229, rtol=1e-6)

@@ -1,0 +1,337 @@
+"""Ground truth files and data set folders: what is read, and what is refused."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vitgal.data import revisited
+from vitgal.data.revisited import (
+    GroundTruth,
+    ignored,
+    labelled,
+    load_ground_truth,
+    open_dataset,
+    positives,
+    write_ground_truth,
+)
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+
+
+def published(**changes):
+    """A small ground truth in the published layout: 6 images, 2 queries, one without positives."""
+    content = {
+        "imlist": ["a", "b", "c", "d", "e", "f"],
+        "qimlist": ["q0", "q1"],
+        "gnd": [
+            {"bbx": [1.5, 2, 30.5, 40], "easy": [3, 0], "hard": [2], "junk": [5]},
+            {"bbx": [0, 0, 10, 10], "easy": [], "hard": [], "junk": [1, 2]},
+        ],
+    }
+    return content | changes
+
+
+def write_pickle(path, content):
+    path.write_bytes(pickle.dumps(content))
+    return path
+
+
+def with_entry(**changes):
+    """The small ground truth with the first query's entry changed; None removes a key."""
+    content = published()
+    entry = content["gnd"][0] | changes
+    content["gnd"][0] = {key: value for key, value in entry.items() if value is not None}
+    return content
+
+
+def lists(arrays):
+    return [array.tolist() for array in arrays]
+
+
+# Reading and writing
+
+
+def test_ground_truth_is_read_as_written_by_its_publisher(tmp_path):
+    gt = load_ground_truth(write_pickle(tmp_path / "gnd_small.pkl", published()))
+    assert gt.name == "small"
+    assert gt.database == ["a", "b", "c", "d", "e", "f"]
+    assert gt.queries == ["q0", "q1"]
+    assert gt.boxes.tolist() == [[1.5, 2, 30.5, 40], [0, 0, 10, 10]]
+    assert lists(gt.easy) == [[0, 3], []]
+    assert gt.easy[1].dtype == np.int64
+
+
+def test_protocols_say_what_counts_and_what_is_ignored(tmp_path):
+    gt = load_ground_truth(write_pickle(tmp_path / "gnd_small.pkl", published()))
+    assert lists(positives(gt, "easy")) == [[0, 3], []]
+    assert lists(positives(gt, "medium")) == [[0, 2, 3], []]
+    assert lists(positives(gt, "hard")) == [[2], []]
+    assert lists(ignored(gt, "easy")) == [[2, 5], [1, 2]]
+    assert lists(ignored(gt, "medium")) == [[5], [1, 2]]
+    assert lists(ignored(gt, "hard")) == [[0, 3, 5], [1, 2]]
+    assert lists(labelled(gt)) == [[0, 2, 3, 5], [1, 2]]
+    with pytest.raises(ValueError, match="unknown protocol 'Hard'"):
+        positives(gt, "Hard")
+
+
+def test_ground_truth_round_trip_keeps_content_and_bytes(tmp_path):
+    gt = load_ground_truth(write_pickle(tmp_path / "gnd_small.pkl", published()))
+    first = write_ground_truth(tmp_path / "gnd_again.pkl", gt)
+    again = load_ground_truth(first)
+    for key in ("database", "queries"):
+        assert getattr(again, key) == getattr(gt, key)
+    assert again.boxes.tolist() == gt.boxes.tolist()
+    for label in revisited.LABELS:
+        assert lists(getattr(again, label)) == lists(getattr(gt, label))
+    # The second writing starts from other string objects; a pickle could tell them apart.
+    second = write_ground_truth(tmp_path / "gnd_second.pkl", again)
+    assert second.read_bytes() == first.read_bytes()
+    assert again.fingerprint == gt.fingerprint
+
+
+def test_bytes_do_not_depend_on_which_names_are_one_object(tmp_path):
+    none = [np.empty(0, np.int64)]
+    name = "church 1"
+    written = [
+        write_ground_truth(
+            tmp_path / f"gnd_{i}.pkl",
+            GroundTruth("x", [name], [query], np.array([[0.0, 0, 1, 1]]), none, none, none),
+        ).read_bytes()
+        for i, query in enumerate((name, " ".join(name.split())))
+    ]
+    assert written[0] == written[1]
+
+
+def test_written_ground_truth_holds_the_official_keys_in_builtins(tmp_path):
+    gt = load_ground_truth(write_pickle(tmp_path / "gnd_small.pkl", published()))
+    content = pickle.loads(write_ground_truth(tmp_path / "gnd_again.pkl", gt).read_bytes())
+    assert set(content) == {"imlist", "qimlist", "gnd"}
+    assert content["gnd"][0] == {
+        "bbx": [1.5, 2.0, 30.5, 40.0],
+        "easy": [0, 3],
+        "hard": [2],
+        "junk": [5],
+    }
+    assert type(content["gnd"][0]["easy"][0]) is int
+
+
+def test_ground_truth_without_queries_is_read(tmp_path):
+    content = published(qimlist=[], gnd=[])
+    gt = load_ground_truth(write_pickle(tmp_path / "gnd_none.pkl", content))
+    assert gt.boxes.shape == (0, 4)
+    assert labelled(gt) == []
+
+
+def test_fingerprint_depends_on_labels(tmp_path):
+    gt = load_ground_truth(write_pickle(tmp_path / "gnd_a.pkl", published()))
+    other = load_ground_truth(write_pickle(tmp_path / "gnd_b.pkl", with_entry(easy=[0], hard=[2])))
+    assert gt.fingerprint != other.fingerprint
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the official ground truth in ../shared")
+@pytest.mark.parametrize(
+    ("name", "images", "without_easy"), [("roxford5k", 4993, [11, 66]), ("rparis6k", 6322, [])]
+)
+def test_official_ground_truth(name, images, without_easy):
+    gt = load_ground_truth(SHARED / "data" / "revisited" / f"gnd_{name}.pkl")
+    assert (gt.name, len(gt.database), len(gt.queries)) == (name, images, 70)
+    assert [q for q, easy in enumerate(gt.easy) if not easy.size] == without_easy
+
+
+# Refused ground truth
+
+
+class Malicious:
+    """Unpickling this makes a folder."""
+
+    def __init__(self, target):
+        self.target = str(target)
+
+    def __reduce__(self):
+        return os.mkdir, (self.target,)
+
+
+def test_pickle_that_runs_code_is_refused_before_it_runs(tmp_path):
+    # The payload works where pickle is trusted ...
+    pickle.loads(pickle.dumps(published(imlist=Malicious(tmp_path / "proof"))))
+    assert (tmp_path / "proof").is_dir()
+    # ... and does nothing here.
+    path = write_pickle(tmp_path / "gnd_evil.pkl", published(imlist=Malicious(tmp_path / "harm")))
+    with pytest.raises(ValueError, match=r"gnd_evil\.pkl is refused.*mkdir"):
+        load_ground_truth(path)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_harmless_classes_are_refused_as_well(tmp_path):
+    content = with_entry(easy=np.array([0, 3]))
+    with pytest.raises(ValueError, match="numpy"):
+        load_ground_truth(write_pickle(tmp_path / "gnd_small.pkl", content))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"<html>Not found</html>", pickle.dumps(published())[:90]]
+)
+def test_damaged_pickle_is_refused(tmp_path, content):
+    (tmp_path / "gnd_small.pkl").write_bytes(content)
+    with pytest.raises(ValueError, match=r"gnd_small\.pkl is refused"):
+        load_ground_truth(tmp_path / "gnd_small.pkl")
+
+
+def test_missing_ground_truth_names_the_download(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gnd_rparis6k.*vitgal download rparis6k"):
+        load_ground_truth(tmp_path / "gnd_rparis6k.pkl")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "no imlist and no qimlist and no gnd"),
+        ({"imlist": ["a"], "qimlist": []}, "no gnd"),
+        (published(imlist="abc"), "imlist must be a list of image names"),
+        (published(imlist=["a", 7]), "imlist must be a list of image names"),
+        (published(imlist=["a", "b", "c", "a", "e", "f"]), "database list names an image twice: a"),
+        (published(qimlist=["q0", "q0"]), "query list names an image twice: q0"),
+        (published(qimlist=["q0"]), "one entry for each of 1 queries"),
+        (with_entry(bbx=None), r"query 0 \(q0\) has no box"),
+        (with_entry(bbx=[1, 2, 3]), r"query 0 \(q0\) has a box of 3 numbers"),
+        (with_entry(bbx="1 2 3 4"), "bbx must be a list of numbers"),
+        (with_entry(bbx=[-1, 0, 5, 5]), r"query 0 \(q0\) has the box .*negative"),
+        (with_entry(bbx=[0, 0, float("nan"), 5]), "nan"),
+        (with_entry(bbx=[30, 2, 1, 40]), "holds no pixel"),
+        (with_entry(bbx=[1, 2, 1.9, 40]), "holds no pixel"),
+        (with_entry(junk=None), r"query 0 \(q0\) has no junk list"),
+        (with_entry(easy=[0, 1.0]), "easy must be a list of numbers"),
+        (with_entry(easy=[True]), "easy must be a list of numbers"),
+        (with_entry(easy=[6]), r"query 0 \(q0\) has the easy index 6.*6 images \(0 to 5\)"),
+        (with_entry(hard=[-1]), "hard index -1"),
+        (with_entry(easy=[1 << 80]), "beyond any database"),
+        (with_entry(easy=[2], hard=[2]), r"query 0 \(q0\) labels the database image 2 twice"),
+    ],
+)
+def test_wrong_ground_truth_is_named(tmp_path, content, message):
+    path = write_pickle(tmp_path / "gnd_small.pkl", content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_ground_truth(path)
+    assert str(path) in str(caught.value)
+
+
+def test_what_could_not_be_read_back_is_not_written(tmp_path):
+    empty = [np.empty(0, np.int64)]
+    gt = GroundTruth("x", ["a"], ["q"], np.zeros((1, 4)), empty, empty, empty)
+    with pytest.raises(ValueError, match="holds no pixel"):
+        write_ground_truth(tmp_path / "gnd_x.pkl", gt)
+    assert list(tmp_path.iterdir()) == []
+
+
+# Folders
+
+
+def make_folder(folder, content=None, *, name="small"):
+    """A benchmark folder whose images hold their own names; nothing decodes them here."""
+    content = content or published()
+    (folder / "jpg").mkdir(parents=True)
+    write_pickle(folder / f"gnd_{name}.pkl", content)
+    for image in content["imlist"] + content["qimlist"]:
+        (folder / "jpg" / f"{image}.jpg").write_text(image)
+    return folder
+
+
+def make_distractors(folder, names=("10/z.jpg", "2/a.jpg"), *, listed="revisitop1m.txt"):
+    for name in names:
+        (folder / "jpg" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "jpg" / name).write_text(name)
+    (folder / listed).write_text("".join(f"{name}\n" for name in names))
+    return folder
+
+
+def test_data_set_lists_names_and_paths_in_the_order_of_the_indices(tmp_path):
+    folder = make_folder(tmp_path / "set")
+    dataset = open_dataset("small", folder)
+    assert dataset.name == "small"
+    assert dataset.database == ["a", "b", "c", "d", "e", "f"]
+    assert dataset.database_paths[2] == folder / "jpg" / "c.jpg"
+    assert dataset.query_paths == [folder / "jpg" / "q0.jpg", folder / "jpg" / "q1.jpg"]
+
+
+def test_distractors_follow_in_their_list_s_order(tmp_path):
+    folder, more = make_folder(tmp_path / "set"), make_distractors(tmp_path / "more")
+    dataset = open_dataset("small", folder, distractors=more)
+    assert dataset.database[6:] == ["10/z.jpg", "2/a.jpg"]  # not 2 before 10, not sorted
+    assert dataset.database_paths[6:] == [more / "jpg/10/z.jpg", more / "jpg/2/a.jpg"]
+    assert len(dataset.ground_truth.database) == 6
+    reversed_list = tmp_path / "mine.txt"
+    reversed_list.write_text("2/a.jpg\n\n10/z.jpg")
+    dataset = open_dataset("small", folder, distractors=more, distractor_list=reversed_list)
+    assert dataset.database[6:] == ["2/a.jpg", "10/z.jpg"]
+
+
+def test_missing_distractor_list_is_an_error_not_a_walk(tmp_path):
+    folder, more = (
+        make_folder(tmp_path / "set"),
+        make_distractors(tmp_path / "more", listed="x.txt"),
+    )
+    with pytest.raises(FileNotFoundError, match="revisitop1m.txt.*vitgal download revisitop1m"):
+        open_dataset("small", folder, distractors=more)
+
+
+def test_missing_images_are_counted_and_the_first_named(tmp_path):
+    folder = make_folder(tmp_path / "set")
+    for name in "bcdf":
+        (folder / "jpg" / f"{name}.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"4 of 6 .*small.*: b\.jpg, c\.jpg, d\.jpg, …;"):
+        open_dataset("small", folder)
+
+
+def test_missing_query_and_missing_distractor_are_named(tmp_path):
+    folder, more = make_folder(tmp_path / "set"), make_distractors(tmp_path / "more")
+    (more / "jpg/2/a.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 .*revisitop1m.*2/a\.jpg;"):
+        open_dataset("small", folder, distractors=more)
+    (folder / "jpg" / "q1.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 .*q1\.jpg;"):
+        open_dataset("small", folder)
+
+
+def test_missing_folder_names_the_download(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not there; `vitgal download roxford5k`"):
+        open_dataset("roxford5k", tmp_path / "absent")
+    (tmp_path / "half" / "jpg").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="gnd_roxford5k.*`vitgal download roxford5k`"):
+        open_dataset("roxford5k", tmp_path / "half")
+    with pytest.raises(FileNotFoundError, match="has no folder jpg/; a benchmark folder holds"):
+        open_dataset("mine", tmp_path)
+
+
+def test_names_that_lead_out_of_the_folder_are_refused(tmp_path):
+    folder, more = make_folder(tmp_path / "set"), make_distractors(tmp_path / "more")
+    for name in ("../set/jpg/a.jpg", str(folder / "jpg" / "a.jpg")):
+        (more / "revisitop1m.txt").write_text(name)
+        with pytest.raises(ValueError, match="leads out of"):
+            open_dataset("small", folder, distractors=more)
+
+
+def test_image_listed_twice_is_refused(tmp_path):
+    folder = make_folder(tmp_path / "set")
+    more = make_distractors(tmp_path / "more", ("1/x.jpg", "1/x.jpg"))
+    with pytest.raises(ValueError, match=r"twice: 1/x\.jpg"):
+        open_dataset("small", folder, distractors=more)
+
+
+def test_query_that_is_in_the_database_is_refused(tmp_path):
+    folder = make_folder(tmp_path / "set", published(qimlist=["q0", "c"]))
+    with pytest.raises(ValueError, match=r"database as well \(c\)"):
+        open_dataset("small", folder)
+
+
+def test_data_set_fingerprint_follows_content_not_place(tmp_path):
+    dataset = open_dataset("small", make_folder(tmp_path / "one"))
+    moved = make_folder(tmp_path / "two")
+    assert open_dataset("small", moved).fingerprint == dataset.fingerprint
+    (moved / "jpg" / "e.jpg").write_text("another image")
+    assert open_dataset("small", moved).fingerprint != dataset.fingerprint
+    more = make_distractors(tmp_path / "more")
+    with_more = open_dataset("small", tmp_path / "one", distractors=more)
+    assert with_more.fingerprint != dataset.fingerprint

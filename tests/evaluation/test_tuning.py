@@ -1,0 +1,288 @@
+"""Tuning on a validation set of two landmarks whose inliers are planned feature by feature."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from vitgal import runs
+from vitgal.app import parameters
+from vitgal.data import revisited
+from vitgal.evaluation import tuning
+from vitgal.evaluation.tuning import TuningError
+from vitgal.features import store
+from vitgal.features.local import LocalFeatures
+from vitgal.retrieval import pairs
+from vitgal.stages import descriptors
+from vitgal.stages import tune as stages_tune
+from vitgal.viz import tuning as viz_tuning
+
+IMAGES = {"qa": 0, "a1": 0, "a2": 0, "qb": 1, "b1": 1, "b2": 1}  # name -> landmark
+GRID = dict(max_distances=[0.7], thresholds=[16.0, 32.0], tops=[1, 3])
+CURRENT = {"max_distance": 1.0, "threshold": 16.0, "top": 2}
+
+
+def features(distance: float, seed: int = 0) -> LocalFeatures:
+    """24 features at the same points in every image, so far from the query's descriptors."""
+    codes = np.eye(24, 32, dtype=np.float32)
+    angle = np.arccos(1 - distance**2 / 2)
+    codes = np.cos(angle) * codes
+    codes[:, 31] = np.sin(angle)
+    return LocalFeatures(
+        keypoints=np.random.default_rng(0).uniform(0, 300, (24, 2)).astype(np.float32),
+        descriptors=codes.astype(np.float32),
+        scores=np.linspace(2, 1, 24, dtype=np.float32),
+        scales=np.ones(24, np.float32),
+        input_size=(320, 320),
+        box=(0, 0, 320, 320),
+        image_size=(320, 320),
+    )
+
+
+def make_split(run: Path, lines: list[str]) -> None:
+    with runs.stage(run / "split", "split", parameters={}, inputs={}, overwrite=True) as stage:
+        text = "\n".join(["path,label,role", *lines, ""])
+        runs.write_text(run / "split" / "val_retrieval.csv", text)
+        stage.finish(["val_retrieval.csv"])
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run with a split, whose images are 30 x 20 pixels, inside the run as the demo's are."""
+    run, lines = tmp_path / "run", []
+    for name, label in IMAGES.items():
+        path = run / "data" / "train" / name[0] / f"{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), np.zeros((20, 30, 3), np.uint8))
+        role = "query" if name[0] == "q" else "database"
+        lines.append(f"{name[0]}/{name}.jpg,{label},{role}")
+    make_split(run, lines)
+    return run
+
+
+@pytest.fixture
+def described(run: Path, tmp_path: Path) -> Path:
+    """Rankings b1 a1 a2 b2 for qa and a1 b1 b2 a2 for qb; features near to their own landmark's."""
+    folder = stages_tune.validation_benchmark(run, run / "data" / "train")
+    names = [f"val_retrieval/{name}" for name in ("qa", "qb", "a1", "a2", "b1", "b2")]
+    rows = np.array([[0.3, 0.2, 0.9, 0.1], [0.9, 0.1, 0.3, 0.2], *np.eye(4)], np.float32)
+    np.save(tmp_path / "x.npy", rows)
+    (tmp_path / "x.txt").write_text("\n".join(names))
+    options = dict(dataset="val_retrieval", data_folder=folder)
+    descriptors.evaluate_descriptors(run, descriptors=tmp_path / "x.npy", **options)
+    local = run / "val_retrieval" / "local"
+    with runs.stage(local, "local", parameters={}, inputs={}) as stage:
+        # To qa: a1, a2 at 0.5; to qb, whose features are turned by 90 degrees: b1, b2 at 0.5.
+        items = {"qa": features(0), "qb": turned(features(0))}
+        items |= {name: features(0.5) for name in ("a1", "a2")}
+        items |= {name: turned(features(0.5)) for name in ("b1", "b2")}
+        keys = sorted((f"val_retrieval/{name}", item) for name, item in items.items())
+        store.write_shard(local / "shard-00", keys, dtype="float32")
+        stage.finish(["shard-00/items.json"])
+    return run
+
+
+def turned(one: LocalFeatures) -> LocalFeatures:
+    """The same points; descriptors at a distance of 0.9 from those of the other landmark."""
+    angle = np.arccos(1 - 0.9**2 / 2)
+    codes = one.descriptors.copy()
+    codes[:, 24:30] = np.sin(angle) / np.sqrt(6)
+    codes[:, :24] *= np.cos(angle)
+    codes[:, 31] *= np.cos(angle)
+    codes /= np.linalg.norm(codes, axis=1, keepdims=True)
+    return LocalFeatures(**{**vars(one), "descriptors": codes})
+
+
+def tune(run: Path, **options) -> Path:
+    options = dict(GRID, current=CURRENT, workers=1, progress=False) | options
+    return stages_tune.tune(run, data_folder=run / "data" / "benchmark", **options)
+
+
+def test_validation_set_becomes_a_benchmark(run):
+    folder = stages_tune.validation_benchmark(run, run / "data" / "train")
+    data = revisited.open_dataset("val_retrieval", folder)
+    truth = data.ground_truth
+    assert truth.queries == ["val_retrieval/qa", "val_retrieval/qb"]
+    assert [name[-2:] for name in truth.database] == ["a1", "a2", "b1", "b2"]
+    assert [images.tolist() for images in truth.easy] == [[0, 1], [2, 3]]
+    assert truth.boxes.tolist() == [[0, 0, 30, 20]] * 2
+    # Links within the run stay right where the run is moved to.
+    assert not os.path.isabs(os.readlink(data.query_paths[0]))
+    before = (folder / "gnd_val_retrieval.pkl").stat().st_mtime_ns
+    assert stages_tune.validation_benchmark(run, run / "data" / "train") == folder
+    assert (folder / "gnd_val_retrieval.pkl").stat().st_mtime_ns == before
+    moved = run.rename(run.with_name("moved")) / "data" / "benchmark"
+    assert revisited.open_dataset("val_retrieval", moved).database == data.database
+
+
+def test_validation_set_follows_a_new_split_and_outer_images(run, tmp_path):
+    folder = stages_tune.validation_benchmark(run, run / "data" / "train")
+    outer = shutil.copytree(run / "data" / "train", tmp_path / "gldv2")
+    make_split(run, ["q/qa.jpg,0,query", "a/a1.jpg,0,database"])
+    stages_tune.validation_benchmark(run, outer)
+    data = revisited.open_dataset("val_retrieval", folder)
+    assert len(data.database) == 1
+    assert os.readlink(data.database_paths[0]) == str(outer / "a" / "a1.jpg")
+
+
+def test_validation_set_that_is_not_there(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="qa.jpg is not there: check image_folder"):
+        stages_tune.validation_benchmark(run, tmp_path)
+    make_split(run, [])
+    with pytest.raises(TuningError, match="no validation queries: run 01_data_split"):
+        stages_tune.validation_benchmark(run, run / "data" / "train")
+    with pytest.raises(runs.StageError, match="run notebook 01_data_split first"):
+        stages_tune.validation_benchmark(tmp_path / "nowhere", run / "data" / "train")
+
+
+def test_tuning_by_hand(described):
+    found = tuning.Tuning.read(tune(described))
+    assert found.grid == {
+        "max_distance": [0.7, 1.0],
+        "threshold": [16.0, 32.0],
+        "top": [1, 2, 3],
+    }
+    # Both queries: wrong, right, right, wrong. (1/2 + 1/2 + 2/3) / 4 before. Within 0.7 only right
+    # images match: the first two ranks reranked give right, wrong, right, the first three all.
+    # Within 1.0 all match as well and count alike: nothing moves.
+    assert found.before.tolist() == pytest.approx([5 / 12] * 2, abs=1e-12)
+    for threshold in (0, 1):
+        np.testing.assert_allclose(found.ap[0, threshold, :, 0], [5 / 12, 19 / 24, 1], atol=1e-12)
+        np.testing.assert_allclose(found.ap[1, threshold, :, 1], [5 / 12] * 3, atol=1e-12)
+    # Of the two thresholds, which are equal, the first.
+    assert found.values(found.chosen) == {"max_distance": 0.7, "threshold": 16.0, "top": 3}
+    assert found.values(found.current) == CURRENT
+    np.testing.assert_allclose(found.curve("max_distance")[:, 0], [1, 5 / 12], atol=1e-12)
+    # Either landmark's query would choose the same for the other.
+    assert found.groups.tolist() == [0, 1]
+    np.testing.assert_allclose(found.held_out, [1, 1], atol=1e-12)
+    assert (found.test.won, found.test.p_value) == (2, 0.5)
+    assert (
+        "setting and choosing do not differ by more than chance explains (+58.3" in found.advice()
+    )
+
+
+def test_a_choice_is_judged_by_landmarks_that_did_not_make_it():
+    # Two points of the grid, three queries of two landmarks. All together choose the second point
+    # (1.7 against 1.3). Landmark 0 alone would choose the second, landmark 1 the first.
+    ap = np.array([[0.2, 0.2, 0.9], [0.8, 0.8, 0.1]]).reshape(2, 1, 1, 3)
+    grid = {"max_distance": [0.7, 0.9], "threshold": [16.0], "top": [5]}
+    groups, before = np.array([0, 0, 1]), np.zeros(3)
+    found = tuning.Tuning(grid, ap, (1, 0, 0), (0, 0, 0), before, groups)
+    assert found.held_out.tolist() == [0.2, 0.2, 0.1]
+    assert found.test.difference == pytest.approx(-0.8 / 3)
+    alone = tuning.Tuning(grid, ap, (1, 0, 0), (0, 0, 0), before, np.zeros(3, int))
+    assert np.isnan(alone.held_out).all()
+    assert "no query counts" in alone.advice()
+
+
+def test_curves_show_what_was_found(described):
+    axes = viz_tuning.draw(tuning.Tuning.read(tune(described)))
+    assert [one.get_xlabel() for one in axes] == ["max_distance", "threshold", "top"]
+    drawn = {line.get_label(): line for line in axes[2].lines}
+    assert drawn["reranked"].get_ydata().tolist() == pytest.approx([500 / 12, 1900 / 24, 100])
+    # Values stand at even places: 1, 2, 3 at 0, 1, 2.
+    assert list(drawn["chosen"].get_xdata()) == [2, 2]
+    assert list(drawn["current"].get_xdata()) == [1, 1]
+    assert drawn["not reranked"].get_ydata()[0] == pytest.approx(500 / 12)
+    plt.close("all")
+
+
+def test_chosen_values_are_parameters_of_notebook_06(described):
+    folder = tune(described)
+    values = parameters.read_params(folder / "tuned.json")
+    assert values == {"max_distance": 0.7, "threshold": 16.0, "top": 3}
+    advice = tuning.Tuning.read(folder).advice("params/x.yaml")
+    wanted = "vitgal run params/x.yaml --only 06 -p max_distance 0.7 -p threshold 16.0 -p top 3"
+    assert f"{wanted} -p overwrite true" in advice
+    notebook = runs.checkout() / "notebooks" / "06_rerank.ipynb"
+    assert values.keys() <= parameters.declared(notebook).keys()
+
+
+def test_counts_equal_those_of_a_pair_at_every_point():
+    rng = np.random.default_rng(1)
+    one, other = features(0), features(0.6)
+    codes = one.descriptors + rng.normal(0, 0.2, (24, 32)).astype(np.float32)
+    codes /= np.linalg.norm(codes, axis=1, keepdims=True)
+    points = other.keypoints + rng.normal(0, 6, (24, 2)).astype(np.float32)
+    other = LocalFeatures(**{**vars(other), "descriptors": codes, "keypoints": points})
+    grid = {"max_distance": [0.3, 0.9, 1.0, 1.1], "threshold": [2.0, 8.0, 30.0]}
+    found = stages_tune.pair_counts(one, other, grid, max_keypoints=20)
+    wanted = [
+        [
+            pairs.inspect_pair(
+                one, other, max_distance=d, threshold=t, max_keypoints=20
+            ).verification.count
+            for t in grid["threshold"]
+        ]
+        for d in grid["max_distance"]
+    ]
+    assert found.tolist() == wanted
+    assert len(np.unique(found)) > 3, "the grid makes a difference"
+    none = one.subset(slice(0))
+    assert stages_tune.pair_counts(none, other, grid).tolist() == [[0] * 3] * 4
+
+
+def test_fewer_queries_are_drawn_by_seed(described):
+    draws = [
+        runs.read_json(tune(described, max_queries=1, seed=seed, overwrite=True) / "tuning.json")
+        for seed in (0, 0, 1, 2, 3)
+    ]
+    queries = [draw["queries"] for draw in draws]
+    assert all(len(one) == 1 for one in queries)
+    assert queries[0] == queries[1]
+    assert len({one[0] for one in queries}) == 2
+
+
+def test_interrupted_tuning_keeps_the_queries_that_are_done(described):
+    whole = {path.name: path.read_bytes() for path in tune(described).glob("*.npy")}
+    folder = described / "val_retrieval" / "tuning"
+    counts = np.load(folder / "inliers.npy")
+    os.rename(folder / "stage.json", folder / "started.json")
+    for path in folder.glob("*.npy"):
+        path.unlink()
+    # A count that no verification gives shows that the journal is what is used.
+    counts[0, 0, 0, 0] = 77
+    runs.write_array(folder / "partial" / "0.npy", counts[0])
+    tune(described, workers=2)
+    assert np.load(folder / "inliers.npy")[0, 0, 0, 0] == 77
+    again = np.load(folder / "inliers.npy")[1]
+    assert (again == counts[1]).all() and not (folder / "partial").exists()
+    tune(described, overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.npy")} == whole
+
+
+def test_tuning_refuses_what_makes_no_sense(described):
+    with pytest.raises(TuningError, match="current needs max_distance, threshold, top"):
+        tune(described, current={"top": 3})
+    with pytest.raises(TuningError, match="must be above 0"):
+        tune(described, tops=[0])
+    path = described / "val_retrieval" / "local" / "shard-00" / "items.json"
+    shutil.rmtree(path.parent)
+    keys = [("val_retrieval/a1", features(0.5))]
+    store.write_shard(path.parent, keys, dtype="float32")
+    with pytest.raises(TuningError, match=r"top=3 needs val_retrieval/a2, .*try fewer candidates"):
+        tune(described)
+    shutil.rmtree(described / "val_retrieval" / "local")
+    with pytest.raises(runs.StageError, match="05_local_extraction with dataset val_retrieval"):
+        tune(described)
+
+
+def test_prepare_refuses_a_ranking_that_another_system_made(described):
+    # Its own ranking here is one, which stands for any.
+    with pytest.raises(TuningError, match="descriptors made elsewhere"):
+        stages_tune.prepare(
+            described, like="val_retrieval", image_folder=described, model=Path("x.safetensors")
+        )
+
+
+def test_nothing_in_the_result_names_the_machine(described):
+    folder = tune(described)
+    text = (folder / "tuning.json").read_text() + (folder / "tuned.json").read_text()
+    assert str(described) not in text
+    assert set(json.loads(text[: text.index("}\n{") + 1])) >= {"grid", "chosen", "current"}

@@ -1,0 +1,250 @@
+"""Descriptors made elsewhere: both layouts, what is refused, and the stage that follows."""
+
+import runpy
+from pathlib import Path
+
+import cv2
+import h5py
+import numpy as np
+import pytest
+
+from vitgal import runs
+from vitgal.data import revisited
+from vitgal.evaluation import protocol as evaluation_protocol
+from vitgal.features.descriptors import DescriptorError, read_descriptors
+from vitgal.retrieval import faiss_index
+from vitgal.stages import rankings
+from vitgal.stages.descriptors import evaluate_descriptors
+
+NAMES = ["q", "a", "b", "sub/c"]
+ROWS = np.array([[3, 4], [0, 2], [5, 0], [-1, 0]], np.float32)  # lengths 5, 2, 5, 1
+UNIT = np.array([[0.6, 0.8], [0, 1], [1, 0], [-1, 0]], np.float32)
+
+
+def save_npy(path: Path, rows=ROWS, names=NAMES) -> Path:
+    np.save(path, rows)
+    path.with_suffix(".txt").write_text("".join(f"{name}\n" for name in names))
+    return path
+
+
+def save_hloc(path: Path, rows=ROWS, names=NAMES, suffix=".jpg") -> Path:
+    with h5py.File(path, "w") as file:
+        for name, row in zip(names, rows, strict=True):
+            file.create_group(name + suffix).create_dataset("global_descriptor", data=row)
+    return path
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1], []])
+def test_both_layouts_give_rows_of_length_one_in_the_order_asked(tmp_path, order):
+    wanted = [NAMES[place] for place in order]
+    for path in (save_npy(tmp_path / "x.npy"), save_hloc(tmp_path / "x.h5")):
+        if not order and path.suffix == ".h5":
+            continue  # no row: no width to know
+        rows = read_descriptors(path, wanted)
+        assert rows.dtype == np.float32
+        np.testing.assert_allclose(rows, UNIT[order], atol=1e-7)  # one rounding of float32
+
+
+def test_names_with_folder_and_suffix_and_half_precision(tmp_path):
+    names = [f"jpg/{name}.JPG" for name in NAMES]
+    path = save_npy(tmp_path / "x.npy", ROWS.astype(np.float16), names)
+    np.testing.assert_allclose(read_descriptors(path, NAMES), UNIT, atol=1e-7)
+    # A dot in a name is no suffix.
+    path = save_npy(tmp_path / "y.npy", ROWS[:1], ["st.peter"])
+    assert read_descriptors(path, ["st.peter"]).shape == (1, 2)
+
+
+@pytest.mark.parametrize("save", [save_npy, save_hloc])
+def test_what_is_missing_is_named(tmp_path, save):
+    path = save(tmp_path / ("x.npy" if save is save_npy else "x.hdf5"))
+    with pytest.raises(DescriptorError, match="no descriptor of 2 of 3 images: d, e; describe"):
+        read_descriptors(path, ["a", "d", "e"])
+
+
+def broken(folder: Path, what: str) -> Path:
+    """One broken file of each kind."""
+    path = folder / "x.npy"
+    if what == "text":
+        save_npy(path)
+        path.write_text("not numbers")
+    elif what == "pickled":
+        np.save(path, np.array([{}], object), allow_pickle=True)
+        path.with_suffix(".txt").write_text("a\n")
+    elif what == "fewer names":
+        save_npy(path, names=NAMES[:2])
+    elif what == "twice":
+        save_npy(path, names=["a", "jpg/a.jpg", "b", "q"])
+    elif what == "zero":
+        save_npy(path, ROWS * [[1], [0], [1], [1]])
+    elif what == "nan":
+        save_npy(path, ROWS * [[1], [1], [np.nan], [1]])
+    elif what == "integers":
+        save_npy(path, ROWS.astype(int))
+    elif what == "suffix":
+        path = path.rename(folder / "x.npz") if path.exists() else folder / "x.npz"
+        path.write_bytes(b"")
+    elif what == "hdf5":
+        path = folder / "x.h5"
+        path.write_text("not HDF5")
+    else:
+        path = folder / "x.h5"
+        with h5py.File(path, "w") as file:
+            for name, row in zip(NAMES, ([1.0], [1.0], [1.0], [1.0, 2.0]), strict=True):
+                file.create_group(name).create_dataset("global_descriptor", data=row)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("text", "not a whole .npy"),
+        ("pickled", "not a whole .npy"),
+        ("fewer names", r"shape \(4, 2\), .*2 names"),
+        ("twice", "names the image a twice"),
+        ("zero", r"descriptor of a is zero or not finite \(1 such\)"),
+        ("nan", r"descriptor of b is zero or not finite \(1 such\)"),
+        ("integers", "no floats"),
+        ("suffix", "descriptors come as .npy, .h5, .hdf5"),
+        ("hdf5", "not a whole HDF5 file"),
+        ("widths", r"different lengths \[1, 2\]"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(tmp_path, what, message):
+    with pytest.raises(DescriptorError, match=message):
+        read_descriptors(broken(tmp_path, what), NAMES)
+
+
+def test_files_that_are_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there are no descriptors"):
+        read_descriptors(tmp_path / "x.npy", NAMES)
+    np.save(tmp_path / "x.npy", ROWS)
+    with pytest.raises(FileNotFoundError, match="needs the names of its rows"):
+        read_descriptors(tmp_path / "x.npy", NAMES)
+
+
+@pytest.fixture
+def benchmark(tmp_path: Path) -> Path:
+    """Query q; a easy, b hard, c junk; no image need be decoded."""
+    folder = tmp_path / "data"
+    for name in NAMES:
+        path = folder / "jpg" / f"{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), np.zeros((8, 8, 3), np.uint8))
+    truth = revisited.GroundTruth(
+        name="small",
+        database=NAMES[1:],
+        queries=NAMES[:1],
+        boxes=np.array([[0.0, 0, 8, 8]]),
+        easy=[np.array([0])],
+        hard=[np.array([1])],
+        junk=[np.array([2])],
+    )
+    revisited.write_ground_truth(folder / "gnd_small.pkl", truth)
+    return folder
+
+
+@pytest.fixture
+def larger(tmp_path: Path) -> tuple[Path, Path]:
+    """A benchmark of 3 queries and 300 images that are never decoded, and descriptors of it."""
+    generator = np.random.default_rng(0)
+    names = [*(f"q{q}" for q in range(3)), *(f"im{image:03}" for image in range(300))]
+    folder = tmp_path / "data"
+    (folder / "jpg").mkdir(parents=True)
+    for name in names:
+        (folder / "jpg" / f"{name}.jpg").write_bytes(b"-")
+    drawn = np.sort(generator.permuted(np.tile(np.arange(300), (3, 1)), axis=1)[:, :60])
+    truth = revisited.GroundTruth(
+        "larger",
+        names[3:],
+        names[:3],
+        np.tile([0.0, 0, 8, 8], (3, 1)),
+        *([row[kind::3] for row in drawn] for kind in range(3)),
+    )
+    revisited.write_ground_truth(folder / "gnd_larger.pkl", truth)
+    rows = generator.standard_normal((303, 8)).astype(np.float32)
+    np.save(tmp_path / "x.npy", rows)
+    (tmp_path / "x.txt").write_text("\n".join(names) + "\n")
+    return folder, tmp_path / "x.npy"
+
+
+def test_a_ranking_that_begins_with_what_an_index_finds(larger, tmp_path):
+    data, path = larger
+    truth = revisited.load_ground_truth(data / "gnd_larger.pkl")
+    options = dict(dataset="larger", data_folder=data, descriptors=path, top=5, display=5)
+    plain = evaluate_descriptors(tmp_path / "plain", **options)
+    exact = runs.read_json(plain / "scores.json")
+    assert "recall" not in exact and "exact" not in exact
+    text = "IVF16,Flat; nprobe=4"
+    folder = evaluate_descriptors(tmp_path / "run", index=text, **options)
+    scores = runs.read_json(folder / "scores.json")
+    assert scores["parameters"]["index"] == text
+    assert 0.2 < scores["recall"]["10"] < 1 and scores["recall"]["searched exactly"] == 0
+    # The ranking written out: the list, then all other images in exact order.
+    ranks = np.load(folder / "ranks.npy")
+    queries, database = (np.load(folder / f"{name}.npy") for name in ("queries", "database"))
+    order = np.argsort(-(database.astype(float) @ queries.T), axis=0)
+    behind = [order[~np.isin(order[:, q], ranks[:, q]), q] for q in range(3)]
+    written = np.concatenate([ranks, np.array(behind).T])
+    expected, whole = (
+        evaluation_protocol.evaluate(written, truth),
+        evaluation_protocol.evaluate(order, truth),
+    )
+    for protocol in revisited.PROTOCOLS:
+        assert scores[protocol]["map"] == pytest.approx(expected[protocol]["map"], abs=1e-12)
+        assert scores["exact"][protocol]["map"] == pytest.approx(whole[protocol]["map"], abs=1e-12)
+        assert exact[protocol]["map"] == scores["exact"][protocol]["map"]
+    assert scores["medium"]["map"] != scores["exact"]["medium"]["map"]
+    found = faiss_index.read(folder, database, text)
+    np.testing.assert_array_equal(faiss_index.find(found, queries, k=len(ranks))[1], ranks)
+    # Reused as it is; another index, or none, is another ranking.
+    before = (folder / "stage.json").read_bytes()
+    evaluate_descriptors(tmp_path / "run", index=text, **options)
+    assert (folder / "stage.json").read_bytes() == before
+    for other in (None, "Flat"):
+        with pytest.raises(runs.StageError, match="index"):
+            evaluate_descriptors(tmp_path / "run", index=other, **options)
+
+
+def test_an_index_that_does_not_fit_stops_before_anything_is_written(larger, tmp_path):
+    data, path = larger
+    options = dict(dataset="larger", data_folder=data, descriptors=path)
+    for text in ("nonsense", "PQ3"):  # 3 does not divide 8
+        with pytest.raises(ValueError, match=f"no index '{text}'"):
+            evaluate_descriptors(tmp_path / "run", index=text, **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_stage_ranks_and_scores(benchmark, tmp_path):
+    path, run = save_npy(tmp_path / "x.npy"), tmp_path / "run"
+    options = dict(dataset="small", data_folder=benchmark, top=2, crop_queries=False)
+    folder = evaluate_descriptors(run, descriptors=path, **options)
+    assert {file.name for file in folder.glob("[a-z]*")} == {
+        *rankings.GLOBAL_OUTPUTS,
+        "stage.json",
+    }
+    # Cosines of q with a, b, c: 0.8, 0.6, -0.6.
+    assert np.load(folder / "ranks.npy").ravel().tolist() == [0, 1, 2]
+    np.testing.assert_allclose(np.load(folder / "similarities.npy").ravel(), [0.8, 0.6, -0.6], 1e-6)
+    scores = runs.read_json(folder / "scores.json")
+    assert (scores["easy"]["map"], scores["medium"]["map"], scores["hard"]["map"]) == (1, 1, 1)
+    assert scores["protocol"]["descriptors"] == "made elsewhere"
+    assert scores["protocol"]["crop_queries"] is False
+    assert str(tmp_path) not in (folder / "scores.json").read_text()
+    # The same descriptors in the other layout are the same stage; other ones are not.
+    before = (folder / "stage.json").read_bytes()
+    again = evaluate_descriptors(run, descriptors=save_hloc(tmp_path / "x.h5"), **options)
+    assert (again / "stage.json").read_bytes() == before
+    save_npy(path, ROWS[:, ::-1])
+    with pytest.raises(runs.StageError, match="inputs.descriptors"):
+        evaluate_descriptors(run, descriptors=path, **options)
+
+
+@pytest.mark.slow
+def test_the_worked_example_writes_what_is_read(benchmark, tmp_path):
+    script = Path(__file__).resolve().parents[2] / "docs" / "timm_descriptors.py"
+    arguments = ["resnet10t", benchmark, "small", tmp_path / "x.npy", "--size", "32", "--untrained"]
+    rows = runpy.run_path(str(script))["main"]([*map(str, arguments), "--batch", "3"])
+    # All four images are black: one direction, wherever they stood in their batches.
+    found = read_descriptors(rows, NAMES)
+    assert found.shape == (4, 512)
+    np.testing.assert_allclose(found @ found.T, 1, atol=1e-5)  # float32 sums in other batches

@@ -1,0 +1,70 @@
+"""LocalFeatures: shapes, subsets and the way back to the photograph's pixels."""
+
+import numpy as np
+import pytest
+
+from vitgal.features.local import LocalFeatures
+
+
+def example(**changed) -> LocalFeatures:
+    values = dict(
+        keypoints=np.array([[8, 8], [568, 424], [288, 216]], np.float32),
+        descriptors=np.eye(3, 4, dtype=np.float32),
+        scores=np.array([3, 2, 1], np.float32),
+        scales=np.array([1, 1, 0.5], np.float32),
+        input_size=(432, 576),
+        box=(100, 50, 388, 266),  # a crop of 288 x 216, half the input's size
+        image_size=(600, 800),
+    )
+    return LocalFeatures(**(values | changed))
+
+
+def test_original_keypoints_by_hand():
+    """Input (8, 8) is 4 px into the crop: corner-based (104, 54), half a pixel less by centres."""
+    points = example().original_keypoints()
+    np.testing.assert_array_equal(points, [[103.5, 53.5], [383.5, 261.5], [243.5, 157.5]])
+    assert points.dtype == np.float32
+
+
+def test_the_identity_moves_pixel_corners_to_pixel_centres():
+    whole = example(box=(0, 0, 576, 432), image_size=(432, 576))
+    np.testing.assert_array_equal(whole.original_keypoints(), whole.keypoints - 0.5)
+
+
+def test_unknown_sizes():
+    with pytest.raises(ValueError, match="extract them again"):
+        example(box=(0, 0, 0, 0), input_size=(0, 0)).original_keypoints()
+
+
+@pytest.mark.parametrize("index", [[2, 0], np.array([True, False, True]), slice(0, 1)])
+def test_subset(index):
+    part = example().subset(index)
+    np.testing.assert_array_equal(part.keypoints, example().keypoints[index])
+    np.testing.assert_array_equal(part.descriptors, example().descriptors[index])
+    np.testing.assert_array_equal(part.scores, example().scores[index])
+    np.testing.assert_array_equal(part.scales, example().scales[index])
+    assert part.box == (100, 50, 388, 266)
+
+
+def test_empty():
+    none = LocalFeatures.empty(48, [16, 32], [0, 0, 5, 6], [6, 5])
+    assert len(none) == 0
+    assert none.code_dim == 48
+    assert none.original_keypoints().shape == (0, 2)
+    assert none.input_size == (16, 32)
+    assert len(example()) == 3
+    assert example().code_dim == 4
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"keypoints": np.zeros((3, 3), np.float32)},
+        {"descriptors": np.zeros((2, 4), np.float32)},
+        {"scores": np.zeros((3, 1), np.float32)},
+        {"scales": np.zeros(2, np.float32)},
+    ],
+)
+def test_arrays_that_do_not_fit(changed):
+    with pytest.raises(ValueError, match="do not fit together"):
+        example(**changed)

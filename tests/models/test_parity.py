@@ -1,0 +1,107 @@
+"""The network against numbers that the published code computed on regenerable weights.
+
+`parity/weights.py` makes the weights and images again. Global features, class attention, codes,
+decoded tokens and tokens stand here; the multi-scale local features are in test_extraction.py, the
+scores in test_evaluation.py. S24 differs in depth alone: test_weights.py.
+"""
+
+import importlib.util
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from vitgal.models.weights import load_model
+
+PARITY = Path(__file__).parents[1] / "parity"
+# float32 in both, summed in another order through 14 blocks: differences of about 1e-6 of a
+# tensor's size were measured; another CPU's kernels may round differently, hence a margin of 100.
+TOLERANCE = 1e-4
+
+
+def parity_weights():
+    spec = importlib.util.spec_from_file_location("parity_weights", PARITY / "weights.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with np.load(PARITY / "expected_s12_ae.npz") as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    path = tmp_path_factory.mktemp("parity") / "s12_ae.pth"
+    # With a classifier, as the published checkpoints have one.
+    model = load_model(parity_weights().write_checkpoint("s12_ae", path, num_classes=7))
+    path.unlink()
+    return model
+
+
+def photograph(index):
+    if index == 3:
+        return cv2.imread(str(PARITY / "image3.png"))[..., ::-1]
+    height, width = [(360, 480), (480, 360), (300, 640)][index]
+    return parity_weights().image(height, width, index)
+
+
+def prepared(image, height, width):
+    """Resized by OpenCV and normalised as the published code does: (1, 3, height, width)."""
+    resized = cv2.resize(np.ascontiguousarray(image), (width, height)).astype(np.float32) / 255
+    mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+    return torch.from_numpy(((resized - mean) / std).transpose(2, 0, 1)[None].copy())
+
+
+def assert_agrees(found, wanted):
+    """To TOLERANCE of each value, or of the tensor's typical value where one is near zero."""
+    size = np.sqrt(np.mean(wanted.astype(np.float64) ** 2))
+    np.testing.assert_allclose(found, wanted, rtol=TOLERANCE, atol=TOLERANCE * size)
+
+
+def test_every_tensor_is_in_its_place(network):
+    tensors, loaded = parity_weights().state_dict("s12_ae"), network.state_dict()
+    assert sum(value.numel() for value in loaded.values()) == sum(v.size for v in tensors.values())
+    backbone = "retrieval_back_bone."
+    for ours, theirs in [
+        ("autoencoder.encoder.weight", "whitening_layer.weight"),
+        ("autoencoder.decoder.bias", "ae_decoder_layer.bias"),
+        ("autoencoder.cls_token", "cls_token"),
+        ("autoencoder.norm.weight", "norm.weight"),
+        ("backbone.cls_token", f"{backbone}cls_token"),
+        ("backbone.norm.weight", f"{backbone}norm.weight"),
+        (
+            "backbone.pos_embed.token_projection.weight",
+            f"{backbone}pos_embeder.token_projection.weight",
+        ),
+        ("local_atrous.norm.running_var", f"{backbone}local_atrous.norm.running_var"),
+    ]:
+        np.testing.assert_array_equal(loaded[ours], np.float32(tensors[theirs]))
+    # Rows 0 to 383 are the query's, then the key's, then the value's.
+    stacked = np.float32(tensors[f"{backbone}cls_attn_blocks.0.attn.qkv.weight"])
+    for row, letter in [(0, "q"), (384, "k"), (768, "v")]:
+        found = loaded[f"backbone.cls_attn_blocks.0.attn.{letter}.weight"]
+        np.testing.assert_array_equal(found, stacked[row : row + 384])
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_global_features(network, expected, index):
+    with torch.inference_mode():
+        found = network.global_features(prepared(photograph(index), 512, 512))
+    assert_agrees(found[0], expected[f"global_{index}"])
+
+
+@pytest.mark.parametrize("index", [1, 2])  # a portrait and a wide landscape
+def test_token_features(network, expected, index):
+    _, _, height, width = expected[f"input_shape_{index}"].tolist()
+    with torch.inference_mode():
+        found = network.token_features(prepared(photograph(index), height, width))
+    assert found.grid == (height // 16, width // 16)
+    assert_agrees(found.attention[0], expected[f"attn_{index}"])
+    assert_agrees(found.codes[0, :64], expected[f"reduced_{index}"])
+    assert_agrees(found.decoded[0, :64], expected[f"decoded_{index}"])
+    assert_agrees(found.tokens[0, :64], expected[f"tokens_{index}"])

@@ -1,0 +1,74 @@
+"""The benchmark of RANSAC estimators: its counts are the stage's, its summaries those by hand."""
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.retrieval.test_reranking import TOP, make_run, rerank_run, small_truth
+from vitgal import runs
+from vitgal.data.revisited import load_ground_truth
+
+OPTIONS = dict(max_distance=0.5, threshold=16.0, iterations=200, confidence=1.0)
+
+
+@pytest.fixture(scope="module")
+def ransac():
+    path = Path(__file__).parents[2] / "benchmarks" / "ransac.py"
+    spec = importlib.util.spec_from_file_location("ransac", path)
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:  # the script sets it for its processes
+        patch.setenv("OMP_NUM_THREADS", "1")
+        spec.loader.exec_module(module)
+    return module
+
+
+def test_count_summary_by_hand(ransac):
+    # Two seeds, one query, three pairs; the last is not chosen.
+    counts = np.array([[[10, 20, 99]], [[14, 20, 0]]])
+    found = ransac.count_summary(counts, np.array([[True, True, False]]))
+    # Means of the seeds: 15 and 17. Deviations of the pairs: 2 * sqrt(2) and 0.
+    assert found["mean"] == 16 and (found["min"], found["max"]) == (15, 17)
+    assert found["sd"] == pytest.approx(math.sqrt(2))
+    assert found["pair"] == pytest.approx(math.sqrt(2))
+    nothing = ransac.count_summary(counts, np.zeros((1, 3), bool))
+    assert all(math.isnan(value) for value in nothing.values())
+
+
+def test_positives_and_negatives_are_told_by_label(ransac):
+    # 0 to 3 are easy or hard, 4 and 5 junk, 6 to 9 without a label.
+    candidates = np.array([[4, 6, 0, 7, 2, -1]])
+    listed = ransac.Shortlists(small_truth(), [], None, None, candidates, None)
+    assert listed.positive.tolist() == [[False, False, True, False, True, False]]
+    assert listed.negative.tolist() == [[False, True, False, True, False, False]]
+
+
+def test_counts_and_scores_are_the_stages(ransac, tmp_path):
+    run = make_run(tmp_path, failures=("image07",))
+    (folder,) = ransac.datasets(run, None)
+    truth = load_ground_truth(run / "benchmark" / "gnd_random.pkl")
+    listed = ransac.Shortlists.read(folder, truth, TOP)
+    results = tmp_path / "results"
+    for seeds in (range(1), range(2)):  # in parts; the second adds seed 1 alone
+        ransac.measure(results, listed, ["degensac", "magsac"], seeds, OPTIONS, workers=1)
+    found = ransac.measured(results, listed, TOP)
+    for estimator in ("degensac", "magsac"):
+        rerank_run(run, **OPTIONS | {"estimator": estimator, "overwrite": True})
+        with np.load(results / f"{listed.key}-{estimator}-0.npz") as file:
+            inliers, features = file["counts"]
+        np.testing.assert_array_equal(inliers, np.load(folder / "rerank" / "inliers.npy"))
+        np.testing.assert_array_equal(features, inliers)  # planted: each is matched once
+        stored = runs.read_json(folder / "rerank" / "scores.json")
+        ours = ransac.scores(listed, inliers, TOP)
+        assert ours == {protocol: stored[protocol]["map"] for protocol in ("medium", "hard")}
+        assert found[estimator]["inliers"]["map"]["hard"]["max"] >= ours["hard"]
+    assert found["magsac"]["seeds"] == 2 and "poselib" not in found
+
+
+def test_runs_without_stages_or_ground_truth_are_refused(ransac, tmp_path):
+    with pytest.raises(SystemExit, match="no data set with finished stages"):
+        ransac.datasets(tmp_path, None)
+    with pytest.raises(SystemExit, match="no gnd_random.pkl in .* with --data"):
+        ransac.ground_truth(tmp_path / "random", [tmp_path])

@@ -1,0 +1,469 @@
+"""Own photographs: what is used and what is told, nothing done twice, search, export."""
+
+import shutil
+from pathlib import Path
+
+import cv2
+import h5py
+import matplotlib
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import PIL.Image
+import pytest
+
+from vitgal import runs
+from vitgal.app import command_line as command_line
+from vitgal.app import parameters as app_parameters
+from vitgal.app import pipeline, summary
+from vitgal.data import images
+from vitgal.data import photographs as data_photographs
+from vitgal.features import store
+from vitgal.features.local import LocalFeatures
+from vitgal.models import descriptors, inference
+from vitgal.models.network import build_model
+from vitgal.models.weights import save_model
+from vitgal.retrieval import pairs
+from vitgal.stages import own
+from vitgal.training import loop, recipe
+from vitgal.viz import photographs as viz_photographs
+
+matplotlib.use("agg")
+
+SHAPE = (96, 128)
+
+
+def texture(seed: int, shape: tuple[int, int] = SHAPE) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (shape[0] // 8 + 1, shape[1] // 8 + 1, 3), np.uint8)
+    return cv2.resize(small, shape[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def write(path: Path, image: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_model(build_model("xcit_nano_12_p16_224", code_dim=8, seed=0), path)
+    return path
+
+
+@pytest.fixture
+def describer(weights, tmp_path) -> own.Describer:
+    return describer_of(weights, tmp_path)
+
+
+def describer_of(weights: Path, run: Path, **settings) -> own.Describer:
+    sizes = dict(global_size=64, local_size=96, threads=1, options={"scales": (1.0,)})
+    return own.Describer(run, weights, **(sizes | settings))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Two places: a/1 and a/2 show one texture, 2 shifted by a patch; b/1 shows another."""
+    wide = texture(0, (96, 144))
+    write(tmp_path / "photos/a/1.png", wide[:, :128])
+    write(tmp_path / "photos/a/2.png", wide[:, 16:])
+    write(tmp_path / "photos/b/1.JPG", texture(7))
+    (tmp_path / "photos/notes.txt").write_text("holiday")
+    return tmp_path / "photos"
+
+
+def describe(folder: Path, describer: own.Describer) -> own.Photographs:
+    return own.describe_folder(folder, describer, progress=False)
+
+
+# The folder
+
+
+def test_listing(folder):
+    write(folder / ".thumbnails/1.png", texture(1))
+    (folder / "b/film.heic").write_bytes(b"x")
+    assert data_photographs.list_photographs(folder) == data_photographs.Listing(
+        folder, ["a/1.png", "a/2.png", "b/1.JPG"], ["b/film.heic"], 1
+    )
+
+
+def test_links_are_followed_and_loops_end(folder, tmp_path):
+    write(tmp_path / "elsewhere/c.png", texture(1))
+    (folder / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (folder / "a/loop").symlink_to(folder, target_is_directory=True)
+    assert data_photographs.list_photographs(folder).names == [
+        *("a/1.png", "a/2.png", "b/1.JPG"),
+        "linked/c.png",
+    ]
+
+
+def test_a_folder_without_photographs_is_told(tmp_path):
+    with pytest.raises(
+        data_photographs.PhotographError, match="holds no photograph .*nothing.* end in .bmp"
+    ):
+        data_photographs.list_photographs(tmp_path)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(data_photographs.PhotographError, match="1 files, such as notes.txt"):
+        data_photographs.list_photographs(tmp_path)
+    with pytest.raises(data_photographs.PhotographError, match="is no folder"):
+        data_photographs.list_photographs(tmp_path / "notes.txt")
+
+
+def test_what_cannot_be_used_is_left_out_and_named(folder, describer):
+    write(folder / "dot.png", np.zeros((1, 1, 3), np.uint8))
+    (folder / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    (folder / "text.png").write_text("no image")
+    (folder / "new.heic").write_bytes(b"x")
+    write(folder / "wide.png", texture(3, (64, 400)))
+    found = describe(folder, describer)
+    assert found.names == ["a/1.png", "a/2.png", "b/1.JPG", "wide.png"]
+    assert {name: text.split(":")[0] for name, text in found.left_out.items()} == {
+        "dot.png": "1 x 1 pixels, less than one patch of 16 x 16",
+        "cut.jpg": "the file is cut short",
+        "text.png": "not an image that OpenCV can decode",
+        "new.heic": ".heic is not read here",
+    }
+    assert list(found.remarks) == ["wide.png"] and "6 times the other" in found.remarks["wide.png"]
+    report = found.report().splitlines()
+    assert report[0] == "4 photographs described, 1 other files passed over"
+    assert "left out: dot.png: 1 x 1 pixels" in report[2] and report[-1].startswith("note: wide")
+
+
+def test_a_photograph_20000_pixels_wide_is_used_with_a_note(tmp_path, describer):
+    write(tmp_path / "photos/a.png", texture(0))
+    # 64 rows: what counts is the width, and a full one would take 20 s to make
+    write(tmp_path / "photos/panorama.png", np.zeros((64, 20_000, 3), np.uint8))
+    found = describe(tmp_path / "photos", describer)
+    assert found.names == ["a.png", "panorama.png"]
+    assert "20000 x 64 pixels, one side 312 times" in found.remarks["panorama.png"]
+    assert "vanishes" in data_photographs.remark(15_000, 20_000)
+    assert data_photographs.remark(3000, 4000) is None
+
+
+def test_nothing_that_can_be_used_stops(tmp_path, describer):
+    write(tmp_path / "photos/dot.png", np.zeros((1, 1, 3), np.uint8))
+    with pytest.raises(
+        data_photographs.PhotographError, match="none of the 1 photographs .*dot.png: 1 x 1"
+    ):
+        describe(tmp_path / "photos", describer)
+
+
+def test_a_notebook_shows_the_message_alone():
+    error = data_photographs.PhotographError("one\ntwo")
+    assert error._render_traceback_() == ["one", "two"]
+    assert runs.StageError("x")._render_traceback_() == ["x"]
+    for kind in (store.StoreError, recipe.TrainingError, loop.Preempted):
+        assert kind("y")._render_traceback_() == ["y"]
+    assert images.ImageError("a.jpg", "it is empty")._render_traceback_() == [
+        "a.jpg: it is empty; replace the file or take it out of the image list"
+    ]
+
+
+# Descriptions
+
+
+def test_descriptions_are_those_of_extraction(folder, describer, weights):
+    found = describe(folder, describer)
+    model = inference.open_model(weights)
+    image = images.read_image(folder / "a/1.png")
+    with inference.limited_threads(1):
+        row = descriptors.extract_global(model, [image], size=64)[0]
+        features = descriptors.extract_local(model, image, size=96, scales=(1.0,))
+    np.testing.assert_array_equal(found.descriptors[0], row)
+    kept = found.features("a/1.png")
+    np.testing.assert_array_equal(kept.keypoints, features.keypoints)
+    # float16 holds 11 bits: half a step of the largest value, 1
+    np.testing.assert_allclose(kept.descriptors, features.descriptors, atol=2**-11)
+    assert (kept.input_size, kept.box, kept.image_size) == (
+        (features.input_size, features.box, features.image_size)
+    )
+
+
+def test_only_what_is_new_is_extracted(folder, weights, tmp_path):
+    first = describe(folder, describer_of(weights, tmp_path))
+    assert first.extracted == 3
+    again = describe(folder, describer_of(weights, tmp_path))
+    assert again.extracted == 0
+    np.testing.assert_array_equal(again.descriptors, first.descriptors)
+    write(folder / "c/new.png", texture(9))  # one is added, one moved, one changed
+    (folder / "b/1.JPG").rename(folder / "moved.jpg")
+    write(folder / "a/2.png", texture(11))
+    later = describe(folder, describer_of(weights, tmp_path))
+    assert later.extracted == 2
+    assert later.names == ["a/1.png", "a/2.png", "c/new.png", "moved.jpg"]
+    np.testing.assert_array_equal(later.descriptors[3], first.descriptors[2])
+    assert (later.descriptors[1] != first.descriptors[1]).any()
+
+
+def test_nothing_new_needs_no_network(folder, weights, tmp_path):
+    describe(folder, describer_of(weights, tmp_path))
+    other = describer_of(weights, tmp_path)
+    describe(folder, other)
+    assert "network" not in vars(other)  # a cached property: never asked for
+
+
+def test_other_settings_and_weights_are_kept_apart(folder, weights, tmp_path):
+    one = describer_of(weights, tmp_path)
+    describe(folder, one)
+    other = describer_of(weights, tmp_path, local_size=128)
+    assert describe(folder, other).extracted == 3
+    assert one.folder != other.folder
+    assert runs.read_json(other.folder / "settings.json")["local_size"] == 128
+    assert describe(folder, describer_of(weights, tmp_path)).extracted == 0
+
+
+def test_a_killed_run_goes_on(folder, weights, tmp_path):
+    describer = describer_of(weights, tmp_path)
+    describer.describe(folder / "a/1.png")
+    assert describe(folder, describer_of(weights, tmp_path)).extracted == 2
+
+
+def test_a_damaged_description_is_made_again(folder, weights, tmp_path):
+    describer = describer_of(weights, tmp_path)
+    first = describe(folder, describer)
+    files = sorted(describer.folder.glob("*/*.npz"))
+    wanted = [file.read_bytes() for file in files]
+    files[0].write_bytes(wanted[0][: len(wanted[0]) // 2])
+    at = wanted[1].index(b"descriptor.npy") + 200  # within the array, which its CRC covers
+    files[1].write_bytes(wanted[1][:at] + bytes([wanted[1][at] ^ 1]) + wanted[1][at + 1 :])
+    again = describe(folder, describer_of(weights, tmp_path))
+    assert again.extracted == 2
+    np.testing.assert_array_equal(again.descriptors, first.descriptors)
+    assert [file.read_bytes() for file in files] == wanted
+
+
+def test_a_model_without_autoencoder_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="no autoencoder"):
+        describe(folder, own.Describer(tmp_path, "untrained:xcit_nano_12_p16_224"))
+
+
+# Search
+
+
+def test_the_other_view_comes_first_and_never_the_query(folder, describer):
+    photographs = describe(folder, describer)
+    found = own.search_folder(photographs, "a/1.png", max_distance=0.5)
+    assert found.table["photograph"].tolist() == ["a/2.png", "b/1.JPG"]
+    assert found.table["rank"].tolist() == [1, 2]
+    assert sorted(found.table["global_rank"]) == [1, 2]
+    features, pair = found.pair("a/2.png")
+    assert pair.verification.count == found.table["inliers"][0] >= 5
+    query = photographs.features("a/1.png")
+    alone = pairs.inspect_pair(query, features, max_distance=0.5)
+    np.testing.assert_array_equal(pair.matches, alone.matches)
+    assert len(pair.matches) == found.table["matches"][0]
+
+
+def test_beyond_the_short_list_nothing_is_verified(folder, describer):
+    found = own.search_folder(describe(folder, describer), "a/1.png", top=1, max_distance=0.5)
+    assert found.table["inliers"].isna().tolist() == [False, True]
+    assert found.table["global_rank"].tolist() == [1, 2]
+
+
+def test_a_query_from_elsewhere_and_with_a_box(folder, describer, tmp_path):
+    photographs = describe(folder, describer)
+    outside = write(tmp_path / "query.png", texture(0, (96, 144)))
+    found = own.search_folder(photographs, str(outside), max_distance=0.5)
+    assert found.query == "query.png" and len(found.table) == 3
+    boxed = own.search_folder(photographs, str(outside), (16, 0, 144, 96), max_distance=0.5)
+    # just what a/2 shows: the same pixels, hence the same descriptor
+    assert boxed.table["photograph"][0] == "a/2.png"
+    assert boxed.table["similarity"][0] == pytest.approx(1, abs=1e-6)
+    assert boxed.described.features.box == (16, 0, 144, 96)
+    assert describer.extracted == 5
+    inside = own.search_folder(photographs, str(folder / "a/1.png"))
+    assert inside.query == "a/1.png" and len(inside.table) == 2
+
+
+@pytest.mark.parametrize(
+    ("query", "box", "message"),
+    [
+        ("a/9.png", None, "there is no query a/9.png .* one is a/1.png"),
+        ("b/1.png", None, "do you mean a/1.png"),
+        ("dot.png", None, "the query dot.png: 1 x 1"),
+        ("a/1.png", (0, 0, 500, 90), "reaches outside"),
+        ("a/1.png", (50, 0, 50, 90), "is empty"),
+        ("a/1.png", (0, 0, 9, 90), "9 x 90 pixels is less than one patch"),
+        ("a/1.png", (0, 0, 9), "four finite numbers"),
+    ],
+)
+def test_a_wrong_question_is_told(folder, describer, query, box, message):
+    write(folder / "dot.png", np.zeros((1, 1, 3), np.uint8))
+    with pytest.raises(data_photographs.PhotographError, match=message):
+        own.search_folder(describe(folder, describer), query, box)
+
+
+def test_a_folder_with_the_query_alone_is_told(tmp_path, describer):
+    write(tmp_path / "photos/a.png", texture(0))
+    photographs = describe(tmp_path / "photos", describer)
+    with pytest.raises(data_photographs.PhotographError, match="nothing but the query"):
+        own.search_folder(photographs, "a.png")
+
+
+def test_ranking_is_written(folder, describer, tmp_path):
+    found = own.search_folder(describe(folder, describer), "a/1.png", top=1, max_distance=0.5)
+    lines = own.write_ranking(found, tmp_path / "ranking.csv").read_text().splitlines()
+    assert lines[0] == "photograph,rank,global_rank,similarity,matches,inliers"
+    assert lines[2].startswith("b/1.JPG,2,2,") and lines[2].endswith(",,")
+
+
+def test_figures(folder, describer):
+    found = own.search_folder(describe(folder, describer), "a/1.png", max_distance=0.5)
+    axes = viz_photographs.ranking_figure(found, columns=2)
+    assert axes.shape == (2, 3)
+    assert axes[1, 1].get_title().startswith("1   a/2.png\n")
+    assert viz_photographs.pair_figure(found, "a/2.png").get_title().endswith("matches")
+    plt.close("all")
+
+
+# EXIF, and what leaves the project
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_features_return_to_the_stored_photograph(tmp_path, orientation):
+    """A bright dot is found upright by OpenCV; `as_stored` must give its place in the file."""
+    stored = np.zeros((64, 96, 3), np.uint8)
+    stored[20:24, 70:74] = 255  # its centre: (71.5, 21.5)
+    exif = PIL.Image.Exif()
+    exif[data_photographs.ORIENTATION] = orientation
+    path = tmp_path / "a.jpg"
+    PIL.Image.fromarray(stored).save(path, quality=100, exif=exif)
+    upright = data_photographs.read_upright(path)
+    assert data_photographs._orientation(path) == orientation
+    height, width = upright.shape[:2]
+    y, x = (place.mean() for place in np.nonzero(upright[..., 0] > 128))
+    none = np.ones(1, np.float32)
+    features = LocalFeatures(
+        # the input frame's origin is the corner: half a pixel from the first centre
+        np.array([[x + 0.5, y + 0.5]], np.float32) / 2,
+        none[:, None],
+        none,
+        none,
+        (height // 2, width // 2),
+        (0, 0, width, height),
+        (height, width),
+    )
+    back = own.as_stored(features, orientation)
+    np.testing.assert_allclose(back.original_keypoints(), [[71.5, 21.5]], atol=0.1)
+    assert back.image_size == (64, 96) and back.box == (0, 0, 96, 64)
+
+
+def test_pairs(folder, describer, tmp_path):
+    photographs = describe(folder, describer)
+    every = [("a/1.png", "a/2.png"), ("a/1.png", "b/1.JPG"), ("a/2.png", "b/1.JPG")]
+    assert own.retrieval_pairs(photographs, 5) == every
+    rows = photographs.descriptors
+    best = [int(np.argsort(-(rows @ row), kind="stable")[1]) for row in rows]
+    wanted = sorted({tuple(sorted((place, other))) for place, other in enumerate(best)})
+    names = photographs.names
+    assert own.retrieval_pairs(photographs, 1) == [(names[i], names[j]) for i, j in wanted]
+    assert own.retrieval_pairs(photographs, 0) == []
+    path = own.export_pairs(every[:2], tmp_path / "pairs.txt")
+    assert path.read_text() == "a/1.png a/2.png\na/1.png b/1.JPG\n"
+    with pytest.raises(data_photographs.PhotographError, match="'my castle.png' has a blank"):
+        own.export_pairs([("a.png", "my castle.png")], tmp_path / "pairs.txt")
+
+
+def test_features_are_exported_for_hloc(folder, describer, tmp_path):
+    photographs = describe(folder, describer)
+    with h5py.File(own.export_features(photographs, tmp_path / "features.h5")) as file:
+        assert set(file) == {"a", "b"} and set(file["a"]) == {"1.png", "2.png"}
+        features = photographs.features("a/1.png")
+        np.testing.assert_array_equal(file["a/1.png/keypoints"], features.original_keypoints())
+        assert file["a/1.png/descriptors"].shape == (8, len(features))
+
+
+# The command
+
+
+def own_notebook(scratch) -> Path:
+    """A notebook 08 that prints nothing and writes what it was given as a ranking."""
+    parameters = (
+        "run_dir: str = 'a'\nphotographs_folder: str = 'x'\nquery_image: str = 'y'\n"
+        "query_box: list[int] | None = None\ntop: int = 20"
+    )
+    source = (
+        "from vitgal import runs\nfrom pathlib import Path\n"
+        "box = '-'.join(map(str, query_box))\n"
+        "row = f'{Path(photographs_folder).name} {Path(query_image).name} {box} {top}'\n"
+        "text = f'photograph,rank,similarity,inliers\\n{row},1,0.5,7\\nb.jpg,2,0.25,\\n'\n"
+        "runs.write_text(runs.run_folder(run_dir) / 'own' / 'ranking.csv', text)"
+    )
+    return scratch("08_own_photos.ipynb", parameters, source).parent
+
+
+def test_the_command_fills_in_the_notebook(scratch, tmp_path, folder):
+    run = pipeline.run_own(
+        folder,
+        str(folder / "a/1.png"),
+        "1, 2,30,40",
+        overrides={"top": "3"},
+        output=tmp_path / "b",
+        notebooks=own_notebook(scratch),
+        progress=False,
+    )
+    assert run == tmp_path / "b"
+    lines = summary.own_summary(run).splitlines()
+    assert lines[0].split() == ["rank", "photograph", "similarity", "inliers"]
+    assert "photos 1.png 1-2-30-40 3" in lines[1] and lines[1].endswith("7")
+    assert lines[2].split() == ["2", "b.jpg", "0.25", "-"]
+    assert len({len(line) for line in lines[:3]}) == 1
+
+
+@pytest.mark.parametrize("box", ["1,2,x,4", "1.5,2,3,4"])
+def test_a_box_that_is_no_box_stops_before_anything_starts(scratch, tmp_path, folder, box):
+    with pytest.raises(app_parameters.ParameterError, match="query_box"):
+        pipeline.run_own(folder, "a/1.png", box, notebooks=own_notebook(scratch), progress=False)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_folder_without_photographs_ends_with_1_and_a_short_message(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/notes.txt").write_text("x")
+    arguments = ["own", str(tmp_path / "empty"), "--query", "a.jpg", "--output"]
+    arguments += [str(tmp_path / "run"), "-p", "weights", str(tmp_path / "none.safetensors")]
+    assert command_line.main(arguments) == 1
+    told = capsys.readouterr().err
+    assert "holds no photograph that can be read (1 files, such as notes.txt)" in told
+    executed = nbformat.read(tmp_path / "run/notebooks/08_own_photos.ipynb", as_version=4)
+    errors = [
+        output
+        for cell in executed.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "error"
+    ]
+    assert len(errors) == 1 and len(errors[0].traceback) == 1  # the message alone
+
+
+@pytest.mark.slow
+def test_the_finished_run_searches_the_bundled_photographs(finished_run, tmp_path, capsys):
+    shutil.copytree(finished_run / "autoencoder", tmp_path / "run/autoencoder")
+    if (finished_run / "own").exists():
+        shutil.copytree(finished_run / "own", tmp_path / "run/own")
+    photographs = runs.checkout() / own_folder()
+    arguments = ["own", str(photographs), "--query", "neuschwanstein/1.jpg"]
+    arguments += ["--box", "200,60,620,400", "--output", str(tmp_path / "run")]
+    assert command_line.main(arguments) == 0
+    first = capsys.readouterr().out.splitlines()[1]
+    assert "neuschwanstein/2.jpg" in first
+    (kept,) = (path for path in (tmp_path / "run/own").iterdir() if path.is_dir())
+    assert len(list(kept.glob("*/*-200-60-620-400.npz"))) == 1
+    assert len([path for path in kept.glob("*/*.npz") if "-" not in path.stem]) == 85
+
+
+def own_folder() -> str:
+    found = app_parameters.declared(runs.checkout() / "notebooks" / pipeline.OWN)
+    return found["photographs_folder"].default
+
+
+def test_notebook_08_shares_the_defaults_of_the_chain():
+    top = runs.checkout() / "notebooks"
+    ours = app_parameters.declared(top / pipeline.OWN)
+    for path in app_parameters.chain(top):
+        for name, declaration in app_parameters.declared(path).items():
+            if name in ours and name != "top":  # a folder of one's own is small
+                assert (ours[name].kind, ours[name].default) == (
+                    (declaration.kind, declaration.default)
+                ), name

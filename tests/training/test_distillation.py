@@ -1,0 +1,265 @@
+"""A teacher: its weights, what it says, what it leaves in the student and what not."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch.nn import functional as F
+
+from tests.training_runs import RECIPE, die_after_step, exit_code, fit, rows, split, write_images
+from vitgal import runs
+from vitgal.app import train_command
+from vitgal.data import images
+from vitgal.models import teacher as models_teacher
+from vitgal.models import weights
+from vitgal.models.heads import ArcFace
+from vitgal.models.network import build_model
+from vitgal.models.teacher import Teacher
+from vitgal.training.distillation import DistilledNetwork, disagreement
+
+SMALL = "test_efficientnet"  # timm's: 0.4 million parameters, 256 numbers a picture
+LITE = "tf_efficientnet_lite0"
+NAMES = {  # written down from both networks' listings
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_blocks.0._depthwise_conv": "blocks.0.0.conv_dw",
+    "_blocks.0._project_conv": "blocks.0.0.conv_pw",
+    "_blocks.1._expand_conv": "blocks.1.0.conv_pw",
+    "_blocks.1._bn0": "blocks.1.0.bn1",
+    "_blocks.2._depthwise_conv": "blocks.1.1.conv_dw",
+    "_blocks.15._project_conv": "blocks.6.0.conv_pwl",
+    "_blocks.15._bn2": "blocks.6.0.bn3",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
+
+
+def network(name: str = SMALL) -> torch.nn.Module:
+    torch.manual_seed(5)
+    made = timm.create_model(name)
+    for module in made.modules():  # BatchNorm that does something
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+    return made.eval()
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("teacher") / "teacher.safetensors"
+    save_file(network().state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "images")
+
+
+@pytest.fixture
+def run(tmp_path: Path, photographs: Path) -> Path:
+    return split(tmp_path / "run", photographs)
+
+
+# What it says
+
+
+def test_disagreement_by_hand():
+    # Columns (0, 2) and (5, 1): mean 1 and 3, deviation 1 and 2 -> rows (-1, 1) and (1, -1).
+    teacher = torch.tensor([[0.0, 5.0], [2.0, 1.0]])
+    same = torch.tensor([[-3.0, 3.0], [1.0, -1.0]])
+    # 1e-5: what keeps a number that never changes from dividing by 0 is 1e-6 of the deviation
+    assert disagreement(same, teacher).item() == pytest.approx(0.0, abs=1e-5)
+    assert disagreement(-same, teacher).item() == pytest.approx(2.0, abs=1e-5)
+    half = torch.tensor([[-3.0, 3.0], [1.0, 1.0]])  # cosines 1 and 0
+    assert disagreement(half, teacher).item() == pytest.approx(0.5, abs=1e-5)
+    constant = torch.tensor([[0.0, 5.0], [0.0, 1.0]])
+    assert math.isfinite(disagreement(same, constant).item())
+    with pytest.raises(ValueError, match="two pictures"):
+        disagreement(same[:1], teacher[:1])
+
+
+def test_a_picture_is_shown_as_the_teacher_was_trained(file):
+    teacher = Teacher(SMALL, file)
+    pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (images.MEAN, images.STD))
+    config = timm.data.resolve_model_data_config(network())
+    its_mean, its_std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        maps = network().forward_features((pixels - its_mean) / its_std)
+    pooled = maps.clamp(min=1e-6).double().pow(3).mean((2, 3)).pow(1 / 3)
+    found = teacher.describe((pixels - mean) / std)
+    assert found.shape == (2, 256) and teacher.dim == 256 and found.dtype == torch.float32
+    # float32 in another order of operations
+    torch.testing.assert_close(found.double(), pooled, atol=1e-4, rtol=1e-3)
+
+
+def test_a_transformer_teaches_by_its_own_pooling(tmp_path):
+    save_file(network("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    teacher = Teacher("test_vit", tmp_path / "vit.safetensors")
+    size = timm.data.resolve_model_data_config(network("test_vit"))["input_size"]
+    assert teacher.describe(torch.zeros(3, *size)).shape == (3, 64) and teacher.dim == 64
+
+
+# Its weights
+
+
+def test_layers_have_the_names_of_both_kinds_of_efficientnet():
+    made = timm.create_model(LITE)
+    found = models_teacher.efficientnet_names(made)
+    assert NAMES.items() <= found.items()
+    assert set(found.values()) == {name.rpartition(".")[0] for name in made.state_dict()}
+    assert models_teacher.efficientnet_names(timm.create_model("test_resnet")) == {}
+
+
+def test_a_file_in_the_other_names_fills_the_network(tmp_path):
+    own = network(LITE)
+    theirs = {timms: its for its, timms in models_teacher.efficientnet_names(own).items()}
+    tensors = {}
+    for name, value in own.state_dict().items():
+        layer, _, part = name.rpartition(".")
+        tensors[f"{theirs[layer]}.{part}"] = value
+    assert "_blocks.0._depthwise_conv.weight" in tensors
+    torch.save(tensors, tmp_path / "net.pth")
+    teacher = Teacher(LITE, tmp_path / "net.pth")
+    for name, value in own.state_dict().items():
+        torch.testing.assert_close(teacher.network.state_dict()[name], value, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda t: t.pop("conv_stem.weight"), "1 missing, as conv_stem.weight"),
+        (lambda t: t.update(odd=torch.zeros(1)), "1 unexpected, as odd"),
+        (lambda t: t.update({"bn1.bias": torch.zeros(1)}), "1 misshapen, as bn1.bias"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_told_apart(change, complaint, tmp_path):
+    tensors = dict(network().state_dict())
+    change(tensors)
+    torch.save(tensors, tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=complaint):
+        Teacher(SMALL, tmp_path / "net.pth")
+
+
+def test_wrong_teachers_are_named(file, tmp_path, run, photographs):
+    with pytest.raises(ValueError, match="'resnet_of_mine' is no network of timm"):
+        Teacher("resnet_of_mine", file)
+    with pytest.raises(FileNotFoundError, match="none.pth"):
+        Teacher(SMALL, tmp_path / "none.pth")
+    for half in ({"teacher": SMALL}, {"teacher_weights": file}):
+        with pytest.raises(ValueError, match="give both"):
+            fit(run, photographs, **half)
+    for wrong in (0.0, 1.5):
+        with pytest.raises(ValueError, match=f"distill_weight {wrong}"):
+            fit(run, photographs, teacher=SMALL, teacher_weights=file, distill_weight=wrong)
+
+
+# Learning from it
+
+
+def made(file: Path, weight: float) -> DistilledNetwork:
+    torch.manual_seed(1)
+    model = build_model("xcit_nano_12_p16_224", seed=0)
+    return DistilledNetwork(model, ArcFace(128, 3), Teacher(SMALL, file), weight)
+
+
+def test_the_loss_is_shared_out(file):
+    pictures = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 0])
+    student = made(file, 0.75).eval()
+    found = student(pictures, labels)
+    features = student.model.global_features(pictures)
+    arcface, _ = student.head.loss(features, labels)
+    said = student.teacher.describe(pictures)
+    # Of pictures so small some of the numbers are the same for all: they say nothing.
+    said = ((said - said.mean(0)) / said.std(0, correction=0)).nan_to_num(0, 0, 0)
+    cosine = F.cosine_similarity(student.projection(features), said).mean().item()
+    # float32, and 1e-6 beside deviations of about 0.1
+    assert found["distilled"].item() == pytest.approx(1 - cosine, abs=1e-4)
+    expected = 0.25 * arcface.item() + 0.75 * (1 - cosine)
+    assert found["loss"].item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_teacher_alone_teaches(file):
+    # The labels count for nothing, and the student comes to agree on eight pictures.
+    pictures = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    student = made(file, 1.0).train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(12):
+        loss = student(pictures, torch.zeros(8, dtype=torch.int64))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 0.8  # a random map of random features agrees with nothing
+    assert losses[-1] < 0.5 * losses[0]
+    assert student.head.weight.grad.abs().max() == 0
+
+
+@pytest.mark.slow
+def test_the_teacher_stays_as_it_is_and_out_of_every_file(file, run, photographs):
+    folder = fit(run, photographs, teacher=SMALL, teacher_weights=file)
+    state = torch.load(folder / "state" / "last.pt", weights_only=True)["network"]
+    names = {name.split(".")[0] for name in state}
+    assert names == {"model", "head", "projection"}
+    model = weights.load_model(folder / "model.safetensors")
+    assert model.state_dict().keys() == build_model("xcit_nano_12_p16_224").state_dict().keys()
+    recorded = runs.read_json(folder / "stage.json")
+    assert recorded["parameters"]["teacher"] == SMALL
+    assert recorded["parameters"]["distill_weight"] == 0.8
+    assert recorded["inputs"]["teacher_weights"] == runs.fingerprint_file(file)
+    assert all(0 < row["distilled"] < 2 for row in rows(folder))
+    again = Teacher(SMALL, file)
+    assert not any(parameter.requires_grad for parameter in again.network.parameters())
+    assert not again.network.training
+
+
+@pytest.mark.slow
+def test_without_a_teacher_nothing_is_recorded_of_it(run, photographs):
+    recorded = runs.read_json(fit(run, photographs) / "stage.json")
+    assert not {"teacher", "distill_weight"} & recorded["parameters"].keys()
+    assert "teacher_weights" not in recorded["inputs"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_in_the_same_bytes(file, tmp_path, photographs):
+    recipe = replace(RECIPE, ema_decay=0.9)
+    taught = dict(teacher=SMALL, teacher_weights=file, recipe=recipe)
+    whole = fit(split(tmp_path / "whole", photographs), photographs, **taught)
+    run = split(tmp_path / "killed", photographs)
+    assert exit_code(lambda: (die_after_step(5), fit(run, photographs, **taught))) == -9
+    resumed = fit(run, photographs, **taught)
+    assert rows(resumed) == rows(whole)
+    name = "model.safetensors"
+    assert (resumed / name).read_bytes() == (whole / name).read_bytes()
+    one, other = (
+        torch.load(folder / "state" / "last.pt", weights_only=True) for folder in (whole, resumed)
+    )
+    assert torch.equal(one["network"]["projection.weight"], other["network"]["projection.weight"])
+
+
+@pytest.mark.slow
+def test_another_teacher_is_another_run(file, run, photographs):
+    fit(run, photographs, teacher=SMALL, teacher_weights=file)
+    with pytest.raises(runs.StageError, match="distill_weight: 0.8 there, 0.5 now"):
+        fit(run, photographs, teacher=SMALL, teacher_weights=file, distill_weight=0.5)
+
+
+@pytest.mark.slow
+def test_the_command_line_takes_a_teacher(file, run, photographs):
+    values = train_command.read_parameters(
+        runs.resolve("params/tiny.yaml"),
+        only="02",
+        overrides={"teacher": SMALL, "teacher_weights": str(file), "epochs": "1"},
+        output=run,
+    )[1]["02"]
+    values |= {"image_folder": str(photographs), "image_size": 32, "batch_size": 4}
+    folder = train_command.train("02", run, values)
+    assert runs.read_json(folder / "stage.json")["parameters"]["teacher"] == SMALL

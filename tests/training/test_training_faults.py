@@ -1,0 +1,494 @@
+"""Training that is killed, told to end or meets what is broken: it says so and goes on exactly."""
+
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training_runs import (
+    RECIPE,
+    after_step,
+    die_after_step,
+    die_before_rename,
+    die_inside_file,
+    exit_code,
+    fit,
+    fit_autoencoder,
+    in_child,
+    kill,
+    make_trainer,
+    rows,
+    split,
+    write_images,
+)
+from vitgal import runs
+from vitgal.app import train_command
+from vitgal.data import splits
+from vitgal.training import launch, loop, networks, samples
+from vitgal.training import recipe as training_recipe
+
+# Every option that holds a state of its own or draws at random, and a state after each step.
+MODERN = replace(
+    RECIPE,
+    epochs=3,
+    clip_grad=1.0,
+    accumulate=2,
+    batch_size=2,
+    ema_decay=0.9,
+    layer_decay=0.8,
+    rand_augment=1,
+    balanced=True,
+    label_smoothing=0.1,
+    sub_centres=2,
+    sampled_classes=2,
+    precision="bf16",
+    checkpoint_minutes=0.0,
+)
+STEPS = 3  # in an epoch of the small data
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "images")
+
+
+@pytest.fixture
+def run(tmp_path: Path, images: Path) -> Path:
+    return split(tmp_path / "run", images)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    yield
+    launch.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, Path]:
+    """The images, and the folder of an uninterrupted run of every option on them."""
+    folder = tmp_path_factory.mktemp("whole")
+    images = write_images(folder / "images")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "LOG_EVERY", 1)
+        return images, fit(split(folder / "run", images), images, MODERN)
+
+
+def drawn(seed: int, last: int) -> int:
+    return int(np.random.default_rng(seed).integers(1, last + 1))
+
+
+@pytest.mark.slow
+# Killed, by SIGKILL, at three seeded points. A state is written after each of the first two steps
+# of an epoch, before its validation and at its end: 12 of them in three epochs.
+@pytest.mark.parametrize(
+    ("die", "number"),
+    [
+        (die_after_step, drawn(0, 3 * STEPS - 1)),
+        pytest.param(die_before_rename, drawn(1, 12), marks=pytest.mark.slow),
+        pytest.param(die_inside_file, drawn(2, 12), marks=pytest.mark.slow),
+    ],
+)
+def test_a_killed_run_ends_in_the_same_bytes(die, number, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    images, uninterrupted = whole
+    run = split(tmp_path / "run", images)
+    assert exit_code(lambda: (die(number), fit(run, images, MODERN))) == -signal.SIGKILL
+    folder = run / "retrieval"
+    assert not (folder / "stage.json").exists()
+    assert fit(run, images, MODERN) == folder
+    for name in ("model.safetensors", "state/best.safetensors"):
+        assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+    assert rows(folder) == rows(uninterrupted)
+    assert len(rows(folder)) == 3 * STEPS
+    assert not list(folder.rglob(f"{runs.TEMPORARY}*"))
+
+
+# What the autoencoder's fit shares of these options; its last batch norm is the frozen backbone's.
+CODES = replace(
+    MODERN, layer_decay=None, sub_centres=1, sampled_classes=None, epochs=2, balanced=False
+)
+
+
+@pytest.fixture(scope="module")
+def whole_codes(whole) -> tuple[Path, Path]:
+    """The images, and the folder of an uninterrupted autoencoder on the run above."""
+    images, retrieval = whole
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "LOG_EVERY", 1)
+        return images, fit_autoencoder(retrieval.parent, images, CODES)
+
+
+# Six steps, and 8 states: after each of the first two steps of an epoch, before its validation and
+# at its end.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("die", "number"),
+    [
+        (die_after_step, drawn(3, 2 * STEPS - 1)),
+        (die_before_rename, drawn(4, 8)),
+        (die_inside_file, drawn(5, 8)),
+    ],
+)
+def test_a_killed_autoencoder_ends_in_the_same_bytes(
+    die, number, whole_codes, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "LOG_EVERY", 1)
+    images, uninterrupted = whole_codes
+    run = tmp_path / "run"
+    for part in ("split", "retrieval"):
+        shutil.copytree(uninterrupted.parent / part, run / part)
+    killed = exit_code(lambda: (die(number), fit_autoencoder(run, images, CODES)))
+    assert killed == -signal.SIGKILL
+    folder = run / "autoencoder"
+    assert not (folder / "stage.json").exists()
+    assert fit_autoencoder(run, images, CODES) == folder
+    for name in ("model.safetensors", "state/best.safetensors"):
+        assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+    assert rows(folder) == rows(uninterrupted)
+    assert len(rows(folder)) == 2 * STEPS
+
+
+@pytest.mark.slow
+def test_the_last_two_states_and_the_best_are_kept(whole):
+    _, folder = whole
+    states = {
+        name: torch.load(folder / "state" / f"{name}.pt", weights_only=True)["progress"]
+        for name in ("last", "previous")
+    }
+    assert (states["last"]["epoch"], states["last"]["step"]) == (3, 0)
+    assert (states["previous"]["epoch"], states["previous"]["step"]) == (2, STEPS)
+    best = max(row["val_accuracy"] for row in rows(folder) if "val_accuracy" in row)
+    assert states["last"]["best"] == best
+    assert (folder / "state" / "best.safetensors").exists()
+
+
+# Told to end
+
+
+def preempted(run: Path, images: Path, recipe: training_recipe.Recipe, step: int) -> None:
+    """SIGTERM to the whole process group after a step, as a cluster sends it."""
+    after_step(step, lambda: os.killpg(0, signal.SIGTERM))
+    try:
+        fit(run, images, recipe)
+    except loop.Preempted:
+        os._exit(train_command.RESTART)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sigterm_saves_and_asks_for_a_restart(workers, images, run, tmp_path):
+    recipe = replace(RECIPE, data_workers=workers)
+    uninterrupted = fit(split(tmp_path / "other", images), images, recipe)
+    assert exit_code(lambda: preempted(run, images, recipe, step=1)) == 75
+    folder = run / "retrieval"
+    state = torch.load(folder / "state" / "last.pt", weights_only=True)
+    # the step in which the signal is heard is the second, in the middle of a row of the log
+    assert (state["progress"]["epoch"], state["progress"]["step"]) == (0, 2)
+    assert len(state["progress"]["pending"][0]) == 2 and not state["progress"]["rows"]
+    fit(run, images, recipe)
+    assert (folder / "model.safetensors").read_bytes() == (
+        uninterrupted / "model.safetensors"
+    ).read_bytes()
+    assert rows(folder) == rows(uninterrupted)
+
+
+@pytest.mark.slow
+def test_sigterm_is_the_processs_own_again_after_a_fit(images, run):
+    before = signal.getsignal(signal.SIGTERM)
+    fit(run, images)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_command_line_asks_for_a_restart(monkeypatch, capsys, tmp_path):
+    def stop(*_):
+        raise loop.Preempted("asked to end")
+
+    monkeypatch.setattr(train_command, "train", stop)
+    params = Path(__file__).parents[2] / "params" / "tiny.yaml"
+    assert train_command.main([str(params), "--output", str(tmp_path / "run")]) == 75
+    assert "asked to end" in capsys.readouterr().err
+
+
+# Losses that are not finite
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_keeps_the_state_before(images, run, tmp_path, monkeypatch):
+    uninterrupted = fit(split(tmp_path / "other", images), images)
+    forward, seen = networks.RetrievalNetwork.forward, []
+
+    def broken(self, pictures, labels):
+        result = forward(self, pictures, labels)
+        seen.append(pictures)
+        return result | {"loss": result["loss"] * (float("inf") if len(seen) == 5 else 1)}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(networks.RetrievalNetwork, "forward", broken)
+        with pytest.raises(
+            training_recipe.TrainingError, match="step 1 of epoch 1, images "
+        ) as error:
+            fit(run, images)
+    data = samples.read_data(run / "split", images, RECIPE)
+    order = list(samples.Batches(data.train_count, 4, 1, 0, seed=0, epoch=1))
+    for _, index in order[1]:
+        assert data.train.names[index] in str(error.value)
+    # the weights before the step stand, so that the same run without the fault goes on exactly
+    folder = fit(run, images)
+    assert (folder / "model.safetensors").read_bytes() == (
+        uninterrupted / "model.safetensors"
+    ).read_bytes()
+    assert rows(folder) == rows(uninterrupted)
+
+
+def test_weights_that_are_not_finite_are_not_saved(images, run, fresh_accelerate):
+    broken = make_trainer(run, images, RECIPE)
+    with torch.no_grad():
+        broken.network.head.weight.fill_(float("nan"))
+    with pytest.raises(
+        training_recipe.TrainingError, match=r"step 0 of epoch 0, images [\w/]+\.jpg"
+    ):
+        broken.run(None, False)
+    assert not broken.state_file.exists()
+
+
+# Data workers
+
+
+def in_worker(action):
+    """`read` of the training images that does something to the worker it runs in."""
+    read, main = samples.TrainingImages.read, os.getpid()
+
+    def changed(self, index):
+        if os.getpid() != main:
+            action()
+        return read(self, index)
+
+    return changed
+
+
+def test_a_dead_data_worker_ends_the_run(images, run, monkeypatch):
+    monkeypatch.setattr(samples.TrainingImages, "read", in_worker(kill))
+    with pytest.raises(training_recipe.TrainingError, match="no longer read.* worker .*pid"):
+        fit(run, images, replace(RECIPE, data_workers=1))
+
+
+@pytest.mark.slow
+def test_a_silent_data_worker_ends_the_run(images, run, monkeypatch):
+    monkeypatch.setattr(samples.TrainingImages, "read", in_worker(lambda: time.sleep(10_000)))
+    before = set(multiprocessing.active_children())
+    with pytest.raises(training_recipe.TrainingError, match="timed out after"):
+        fit(run, images, replace(RECIPE, data_workers=1, timeout_minutes=1 / 60))
+    # The worker is killed: one that waits for a disk hears no request, and the run would not end.
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_a_worker_that_dies_during_a_step_is_told_alike(images, run, monkeypatch):
+    """Torch raises its death wherever the process is: here while a state is written."""
+
+    def dead(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr(loop.torch, "save", dead)
+    with pytest.raises(
+        training_recipe.TrainingError, match="no longer read: DataLoader worker .pid 1."
+    ):
+        fit(run, images)
+
+
+# The disk
+
+
+def full_disk(run: Path, images: Path) -> None:
+    """After two epochs no file may grow beyond half a state, which is what a full disk is like."""
+
+    def limit() -> None:
+        size = (run / "retrieval" / "state" / "last.pt").stat().st_size // 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    after_step(STEPS + 1, limit)
+    try:
+        fit(run, images)
+    except training_recipe.TrainingError as error:
+        os._exit(41 if "make room on the disk" in str(error) else 42)
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_state_before(images, run, tmp_path):
+    assert exit_code(lambda: full_disk(run, images)) == 41
+    folder = run / "retrieval"
+    for name in ("last", "previous"):
+        state = torch.load(folder / "state" / f"{name}.pt", weights_only=True)
+        assert state["progress"]["epoch"] <= 1
+    assert not list(folder.rglob(f"{runs.TEMPORARY}*"))
+    uninterrupted = fit(split(tmp_path / "other", images), images)
+    assert (fit(run, images) / "model.safetensors").read_bytes() == (
+        uninterrupted / "model.safetensors"
+    ).read_bytes()
+
+
+def interrupted(run: Path, images: Path) -> Path:
+    """A run that was killed in its second epoch; its state's file."""
+    assert exit_code(lambda: (die_after_step(STEPS + 1), fit(run, images))) == -signal.SIGKILL
+    return run / "retrieval" / "state" / "last.pt"
+
+
+@pytest.mark.slow
+def test_a_damaged_state_is_passed_over_for_the_one_before(images, run, tmp_path):
+    uninterrupted = fit(split(tmp_path / "other", images), images)
+    state = interrupted(run, images)
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="last.pt cannot be read.*going on from previous.pt"):
+        folder = fit(run, images)
+    assert (folder / "model.safetensors").read_bytes() == (
+        uninterrupted / "model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.slow
+def test_without_a_whole_state_the_run_says_so(images, run):
+    state = interrupted(run, images)
+    for path in (state, state.with_name("previous.pt")):
+        path.write_bytes(b"no state")
+    with pytest.raises(training_recipe.TrainingError, match="previous.pt cannot.*take state/ away"):
+        fit(run, images)
+
+
+# Bad input
+
+
+@pytest.mark.slow
+def test_the_state_of_another_run_is_refused(images, run, tmp_path):
+    other = interrupted(split(tmp_path / "other", images), images)
+    recipe = replace(RECIPE, seed=1)
+    assert exit_code(lambda: (die_after_step(1), fit(run, images, recipe))) == -signal.SIGKILL
+    shutil.copytree(other.parent, run / "retrieval" / "state", dirs_exist_ok=True)
+    with pytest.raises(training_recipe.TrainingError, match="made by a run with other settings"):
+        fit(run, images, recipe)
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_folder_at_once(images, run):
+    stop = after_step_stop(run, images)
+    with pytest.raises(runs.StageError, match="another process is working in"):
+        fit(run, images)
+    os.kill(stop.pid, signal.SIGKILL)  # which releases the lock
+    stop.join()
+    assert (fit(run, images) / "stage.json").exists()
+
+
+def test_a_helper_that_lives_on_does_not_hold_the_folder(tmp_path):
+    def stand() -> None:
+        runs.disown_locks()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    with runs.locked(tmp_path):
+        helper = in_child(stand)
+        os.waitpid(helper.pid, os.WUNTRACED)
+        with pytest.raises(runs.StageError, match="another process"), runs.locked(tmp_path):
+            pass  # the helper has given up its copy, not the lock
+    with runs.locked(tmp_path):
+        os.kill(helper.pid, signal.SIGKILL)
+    helper.join()
+
+
+def after_step_stop(run: Path, images: Path) -> multiprocessing.Process:
+    """A child that stands still after its first step, holding the folder."""
+
+    def stand() -> None:
+        after_step(1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+        fit(run, images)
+
+    child = in_child(stand)
+    os.waitpid(child.pid, os.WUNTRACED)  # returns when it has stopped
+    return child
+
+
+def test_a_listed_image_that_is_missing(images, run):
+    name = splits.read_split(run / "split", "train")["path"][3]
+    (images / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"1 of 13 images of the split.*first {name}"):
+        fit(run, images)
+
+
+def change_labels(run: Path, change: dict[int, int]) -> None:
+    table = splits.read_split(run / "split", "train")
+    splits.write_csv(
+        run / "split" / "train.csv", table.assign(label=table["label"].replace(change))
+    )
+
+
+def test_a_label_beyond_the_classes(images, run):
+    change_labels(run, {1: 7})
+    with pytest.raises(ValueError, match="label 7 in row 4, .* classes 0 to 2"):
+        samples.read_data(run / "split", images, RECIPE)
+
+
+def test_a_negative_label(images, run):
+    change_labels(run, {0: -1})
+    with pytest.raises(ValueError, match="label -1 in row 0"):
+        samples.read_data(run / "split", images, RECIPE)
+
+
+def test_an_empty_class(images, run):
+    change_labels(run, {1: 2})
+    with pytest.raises(ValueError, match="1 of the 3 classes have no image .*class 1 first"):
+        samples.read_data(run / "split", images, RECIPE)
+
+
+def test_a_split_without_images(images, run):
+    table = splits.read_split(run / "split", "train")
+    splits.write_csv(run / "split" / "train.csv", table[:0])
+    with pytest.raises(ValueError, match="lists no image"):
+        samples.read_data(run / "split", images, RECIPE)
+
+
+def test_a_batch_larger_than_the_data(images, run):
+    with pytest.raises(training_recipe.TrainingError, match="make batch_size smaller"):
+        fit(run, images, replace(RECIPE, batch_size=6, accumulate=3))
+
+
+# Memory
+
+
+def test_fitting_batch_follows_the_line():
+    # 100 bytes for the network and 10 an image: (500 - 100) / 10
+    assert loop.fitting_batch({2: 120, 4: 140}, 500) == 40
+    assert loop.fitting_batch({2: 120, 4: 140}, 509) == 40
+    assert loop.fitting_batch({2: 120, 4: 140}, 100) == 0
+    assert loop.fitting_batch({2: 120, 4: 140}, 10) == 0
+
+
+def test_the_dry_run_names_the_batch_that_fits(images, run, fresh_accelerate):
+    one = make_trainer(run, images, replace(RECIPE, batch_size=64))
+    with pytest.raises(training_recipe.TrainingError, match="batch of 64 .* about 40 would fit"):
+        one.dry_run(lambda count: 100 + 10 * count, 500)
+    one.dry_run(lambda count: 100 + 10 * count, 740)  # 64 images exactly
+    one.dry_run()  # a processor is not measured
+
+
+def test_trying_a_step_leaves_no_trace(images, run, fresh_accelerate):
+    one = make_trainer(run, images, RECIPE)
+    before = {key: value.clone() for key, value in one.bare.state_dict().items()}
+    one.try_step(2)
+    after = one.bare.state_dict()
+    assert all(torch.equal(value, after[key]) for key, value in before.items())
+    assert all(parameter.grad is None for parameter in one.bare.parameters())
+
+
+def test_running_out_of_memory_is_told(images, run, fresh_accelerate, monkeypatch):
+    def full(self, pictures, labels):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(networks.RetrievalNetwork, "forward", full)
+    with pytest.raises(
+        training_recipe.TrainingError, match="step 0 of epoch 0 with batch_size 4; halve"
+    ):
+        make_trainer(run, images, RECIPE).run(None, False)

@@ -1,0 +1,436 @@
+"""Several processes: equal to one that accumulates; forked from a notebook, or launched."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from nbclient import NotebookClient
+from torch.multiprocessing import ProcessContext
+
+from tests.training_runs import (
+    RECIPE,
+    exit_code,
+    fit,
+    fit_autoencoder,
+    kill,
+    rows,
+    split,
+    write_images,
+)
+from vitgal import runs
+from vitgal import runs as training
+from vitgal.app import parameters, train_command
+from vitgal.models import weights
+from vitgal.training import diagnostics, loop, networks, recipe, samples
+from vitgal.training import launch as training_launch
+
+TOP = Path(__file__).resolve().parents[2]
+# On one thread in both: where a gradient is rounding alone, AdamW makes a step of the learning rate
+# of it, and another number of threads rounds otherwise.
+FOUR = replace(RECIPE, epochs=1, batch_size=2, lr=1e-3, warmup_lr=1e-3)
+FORKED = replace(FOUR, num_processes=2)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """27 photographs, of which 20 train: five steps of four."""
+    return write_images(tmp_path_factory.mktemp("images") / "images", 9)
+
+
+@pytest.fixture
+def run(tmp_path: Path, images: Path) -> Path:
+    return split(tmp_path / "run", images)
+
+
+def state(folder: Path) -> dict:
+    return torch.load(folder / "state" / "last.pt", weights_only=True)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_that_accumulates(images, run, tmp_path, monkeypatch):
+    two = fit(run, images, FORKED, drop_path=0.0)
+    # BatchNorm's statistics are those of rank 0, which sees the first half of every step: followed
+    # here by hand, from what goes into the layer.
+    seen, forward = [], networks.RetrievalNetwork.forward
+
+    def watched(self, pictures, labels):
+        if not seen:
+            self.model.local_atrous.norm.register_forward_pre_hook(
+                lambda _, inputs: seen.append(inputs[0].detach())
+            )
+        return forward(self, pictures, labels)
+
+    monkeypatch.setattr(networks.RetrievalNetwork, "forward", watched)
+    other = split(tmp_path / "other", images)
+    one = fit(other, images, replace(FOUR, accumulate=2), drop_path=0.0)
+    found, expected = state(two)["network"], state(one)["network"]
+    assert rows(two)[-1]["step"] == 5
+    trained = [name for name in found if "running_" not in name and "batches" not in name]
+    # five steps move a parameter by up to 5e-3
+    for name in trained:
+        assert (found[name] - expected[name]).abs().max() < 1e-5, name
+    mean, variance = torch.zeros(128), torch.ones(128)
+    for values in seen[:10:2]:
+        mean = 0.9 * mean + 0.1 * values.mean((0, 2, 3))
+        variance = 0.9 * variance + 0.1 * values.var((0, 2, 3), unbiased=True)
+    norm = "model.local_atrous.norm.running_"
+    # parameters differ by up to 1e-5 between the two runs, and so do the values seen
+    assert torch.allclose(found[f"{norm}mean"], mean, atol=1e-4)
+    assert torch.allclose(found[f"{norm}var"], variance, atol=1e-4)
+    assert rows(two)[-1]["loss"] == pytest.approx(rows(one)[-1]["loss"], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_forked_processes_write_one_log_and_can_be_watched(images, run, capfd):
+    logs = []
+    folder = fit(run, images, FORKED, watch=lambda log: logs.append(len(log)))
+    assert logs[-1] == len(rows(folder)) == 1  # one epoch, written once
+    assert len(list((folder / "tensorboard").iterdir())) == 1
+    assert not training_launch.PartialState._shared_state  # the notebook's own process stays free
+    # a second launch in one kernel works
+    model = fit_autoencoder(run, images, FORKED)
+    assert diagnostics.same_backbone(
+        weights.load_model(model / "model.safetensors"), folder / "model.safetensors"
+    )
+
+
+@pytest.mark.slow
+def test_a_dead_process_ends_the_others(images, run, monkeypatch):
+    step = loop.Trainer.run_step
+
+    def dying(self, batches):
+        if self.accelerator.process_index == 1 and self.progress.step == 2:
+            kill()
+        return step(self, batches)
+
+    monkeypatch.setattr(loop.Trainer, "run_step", dying)
+    with pytest.raises(recipe.TrainingError, match="process 1 .* was killed .SIGKILL"):
+        fit(run, images, FORKED)
+    monkeypatch.undo()
+    assert (fit(run, images, FORKED) / "stage.json").exists()
+
+
+@pytest.mark.slow
+def test_the_process_that_died_is_named_though_another_noticed(images, run, tmp_path, monkeypatch):
+    step, wait, join = loop.Trainer.run_step, training_launch._await_launcher, ProcessContext.join
+    noticed = tmp_path / "noticed"
+
+    def dying(self, batches):
+        if self.accelerator.process_index == 1 and self.progress.step == 2:
+            kill()
+        return step(self, batches)
+
+    def waiting():
+        noticed.touch()
+        wait()
+
+    def late(self, *given):
+        """The launcher looks when the other process has met the broken connection."""
+        first, second = self.processes
+        while second.exitcode is not None and first.exitcode is None and not noticed.exists():
+            time.sleep(0.01)
+        return join(self, *given)
+
+    monkeypatch.setattr(loop.Trainer, "run_step", dying)
+    monkeypatch.setattr(training_launch, "_await_launcher", waiting)
+    monkeypatch.setattr(ProcessContext, "join", late)
+    with pytest.raises(recipe.TrainingError, match="process 1 .* was killed .SIGKILL"):
+        fit(run, images, FORKED)
+    assert noticed.exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_is_told_to_end_does_not_wait_to_be_told(images, run, tmp_path, monkeypatch):
+    step = loop.Trainer.run_step
+    waited = tmp_path / "waited"
+
+    def dying(self, batches):
+        if self.progress.step == 2:
+            own = signal.SIGKILL if self.accelerator.process_index == 1 else signal.SIGTERM
+            os.kill(os.getpid(), own)
+        return step(self, batches)
+
+    monkeypatch.setattr(loop.Trainer, "run_step", dying)
+    monkeypatch.setattr(training_launch, "_await_launcher", waited.touch)
+    with pytest.raises(recipe.TrainingError):  # the one's error or the other's
+        fit(run, images, FORKED)
+    assert not waited.exists()
+
+
+@pytest.mark.slow
+def test_a_bad_loss_on_one_process_stops_all(images, run, monkeypatch):
+    forward = networks.RetrievalNetwork.forward
+
+    def broken(self, pictures, labels):
+        result = forward(self, pictures, labels)
+        bad = training_launch.PartialState().process_index == 1
+        return result | {"loss": result["loss"] * (float("nan") if bad else 1)}
+
+    monkeypatch.setattr(networks.RetrievalNetwork, "forward", broken)
+    with pytest.raises(recipe.TrainingError) as error:
+        fit(run, images, FORKED)
+    assert "the loss is not finite at step 0 of epoch 0" in str(error.value)
+    data = samples.read_data(run / "split", images, FORKED)
+    (_, *_), second = (
+        list(samples.Batches(data.train_count, 2, 2, rank, seed=0, epoch=0)) for rank in (0, 1)
+    )
+    assert all(data.train.names[index] in str(error.value) for _, index in second[0])
+    assert state(run / "retrieval")["progress"]["step"] == 0  # the state before is saved
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_saves_all(images, run, tmp_path, monkeypatch):
+    uninterrupted = fit(split(tmp_path / "other", images), images, FORKED)
+    step = loop.Trainer.run_step
+
+    def told(self, batches):
+        result = step(self, batches)
+        if self.accelerator.process_index == 1 and self.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "run_step", told)
+        with pytest.raises(loop.Preempted):
+            fit(run, images, FORKED)
+    pending = state(run / "retrieval")["progress"]["pending"]
+    assert [len(rank) for rank in pending] == [3, 3]  # both stopped after the third step
+    folder = fit(run, images, FORKED)
+    name = "model.safetensors"
+    assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes()
+    assert rows(folder) == rows(uninterrupted)
+
+
+@pytest.mark.slow
+def test_sigterm_during_validation_ends_all(images, run, tmp_path, monkeypatch):
+    uninterrupted = fit(split(tmp_path / "other", images), images, FORKED)
+    validate = networks.RetrievalNetwork.validate
+
+    def told(self, pictures, labels):
+        if training_launch.PartialState().process_index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return validate(self, pictures, labels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(networks.RetrievalNetwork, "validate", told)
+        with pytest.raises(loop.Preempted, match="while validating"):
+            fit(run, images, FORKED)
+    progress = state(run / "retrieval")["progress"]
+    assert (progress["epoch"], progress["step"]) == (0, 5)  # saved before the validation
+    name = "model.safetensors"
+    assert (fit(run, images, FORKED) / name).read_bytes() == (uninterrupted / name).read_bytes()
+    assert rows(run / "retrieval") == rows(uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_silent_process_ends_the_run(images, run, monkeypatch):
+    step = loop.Trainer.run_step
+
+    def silent(self, batches):
+        if self.accelerator.process_index == 1 and self.progress.step == 2:
+            signal.pause()  # until the launcher asks it to end
+            os._exit(1)
+        return step(self, batches)
+
+    monkeypatch.setattr(loop.Trainer, "run_step", silent)
+    with pytest.raises(
+        recipe.TrainingError, match="(?si)process 0 of the launch failed.*time(d )?out"
+    ):
+        fit(run, images, replace(FORKED, timeout_minutes=0.2))
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_notebook_reaches_its_processes(images, run, monkeypatch):
+    step = loop.Trainer.run_step
+
+    def told(self, batches):
+        result = step(self, batches)
+        if self.accelerator.process_index == 0 and self.progress.step == 2:
+            os.kill(os.getppid(), signal.SIGTERM)
+            while not self.asked:  # until the launcher passes it on
+                time.sleep(0.01)
+        return result
+
+    def work() -> None:
+        try:
+            fit(run, images, FORKED)
+        except loop.Preempted:
+            os._exit(train_command.RESTART)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "run_step", told)
+        assert exit_code(work) == train_command.RESTART
+    assert [len(rank) for rank in state(run / "retrieval")["progress"]["pending"]] == [3, 3]
+    assert (fit(run, images, FORKED) / "stage.json").exists()
+
+
+# The traps of forking from a notebook
+
+
+def test_an_accelerator_left_over_is_refused(images, run):
+    training_launch.PartialState(cpu=True)
+    try:
+        with pytest.raises(recipe.TrainingError, match="accelerate was already started"):
+            fit(run, images, FORKED)
+    finally:
+        training_launch.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_used_gpu_is_refused(images, run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(recipe.TrainingError, match="GPU was already used in this process"):
+        fit(run, images, FORKED)
+
+
+def test_threads_of_forked_processes_are_refused(images, run):
+    with pytest.raises(recipe.TrainingError, match="threads: 2 with num_processes: 2"):
+        fit(run, images, replace(FORKED, threads=2))
+
+
+@pytest.mark.slow
+def test_a_launch_from_a_notebook(images, run):
+    # The kernel has computed on several threads before, and draws the curves of what its forked
+    # processes write; a text bar arrives in the cell.
+    cells = [
+        f"import sys\nsys.path.insert(0, {str(TOP / 'tests')!r})\n%matplotlib inline\n"
+        "from dataclasses import replace\nfrom pathlib import Path\nimport torch\n"
+        "from tests.training_runs import NANO, RECIPE\nfrom vitgal.viz import widgets as explore\nfrom vitgal.stages import train as training",
+        "torch.set_num_threads(2)\nx = torch.randn(2000, 500)\nprint((x @ x.T).relu().shape)",
+        f"folder = training.fit_retrieval(Path({str(run)!r}), image_folder=Path({str(images)!r}), "
+        "architecture=NANO, recipe=replace(RECIPE, num_processes=2, batch_size=2), "
+        "watch=explore.live_curves())",
+        "print(len(training.read_log(folder)))",
+    ]
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
+    _, _, fitted, log = notebook.cells
+    shown = [output for output in fitted.outputs if output.output_type == "display_data"]
+    assert ["image/png" in output.data for output in shown] == [True]
+    said = "".join(output.get("text", "") for output in fitted.outputs)
+    assert "10/10" in said  # two epochs of five steps
+    assert log.outputs[0]["text"] == "2\n"
+
+
+# The command line
+
+
+@pytest.mark.parametrize("name", ["demo", "tiny", "s12_train", "s24_train"])
+def test_the_command_line_reads_what_the_notebooks_do(name):
+    _, found = train_command.read_parameters(TOP / "params" / f"{name}.yaml")
+    for number, values in found.items():
+        (path,) = (TOP / "notebooks").glob(f"{number}_*.ipynb")
+        cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+        (cell,) = (source for source in cells if source.startswith("recipe = "))
+        scope = dict(values, training=training)
+        exec(cell, scope)
+        assert train_command.recipe_from(values) == scope["recipe"]
+        assert set(values) == set(parameters.declared(path))
+
+
+def test_wrong_parameters_are_told(tmp_path, capsys):
+    params = tmp_path / "params.yaml"
+    params.write_text("run_dir: x\nepoch: 3\n")
+    assert train_command.main([str(params)]) == 2
+    assert "no notebook declares epoch; did you mean epochs" in capsys.readouterr().err
+
+
+def test_a_failure_is_told(tmp_path, capsys):
+    assert train_command.main([str(TOP / "params" / "tiny.yaml"), "--output", str(tmp_path)]) == 1
+    assert "01_data_split" in capsys.readouterr().err
+
+
+def arguments(run: Path, images: Path, **given) -> list[str]:
+    """The command line after `python`: params/tiny.yaml on the test's images."""
+    values = {"num_processes": 2, "image_folder": images, "batch_size": 2, "image_size": 32}
+    values |= {"precision": "fp32", "epochs": 1, "data_workers": 0, "threads": 1} | given
+    pairs = [word for name, value in values.items() for word in ("-p", name, str(value))]
+    start = ["-m", "vitgal.training", "params/tiny.yaml", "--only", "02", "--output", str(run)]
+    return [*start, *pairs]
+
+
+def launch(run: Path, images: Path, *options: str, **given) -> list[str]:
+    """The command that trains in launched processes."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", *options]
+    return [*launcher, *arguments(run, images, **given)]
+
+
+def started(command: list[str], output: Path | None = None) -> subprocess.Popen:
+    """The command begun; what it says goes into a pipe, or into the file `output`."""
+    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOP)}
+    with contextlib.ExitStack() as stack:
+        said = subprocess.PIPE if output is None else stack.enter_context(open(output, "wb"))
+        return subprocess.Popen(
+            command, cwd=TOP, env=given, stdout=said, stderr=subprocess.STDOUT, text=True
+        )
+
+
+@pytest.mark.slow
+def test_two_launches_are_two_nodes(images, run, tmp_path):
+    port = str(training_launch._free_port())
+    nodes = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+    nodes += ["--main_process_port", port]
+    said = [tmp_path / f"node{rank}.txt" for rank in (0, 1)]  # a full pipe would stop its node
+    children = [
+        started(launch(run, images, *nodes, "--machine_rank", str(rank)), said[rank])
+        for rank in (0, 1)
+    ]
+    codes = [child.wait() for child in children]
+    assert codes == [0, 0], [path.read_text() for path in said]
+    # the same files, and the same bytes, as two processes forked on one machine
+    other = split(tmp_path / "other", images)
+    _, values = train_command.read_parameters(
+        TOP / "params" / "tiny.yaml",
+        only="02",
+        overrides={"num_processes": 2, "image_folder": str(images), "batch_size": 2}
+        | {"image_size": 32, "precision": "fp32", "epochs": 1, "data_workers": 0, "threads": 1},
+    )
+    forked = train_command.train("02", other, values["02"])
+    for name in ("model.safetensors", "failures.json"):
+        assert (run / "retrieval" / name).read_bytes() == (forked / name).read_bytes()
+    assert rows(run / "retrieval") == rows(forked)
+
+
+@pytest.mark.slow
+def test_launched_processes_hear_why_the_first_cannot_begin(images, run):
+    with runs.locked(run / "retrieval"):
+        child = started(launch(run, images, "--num_machines", "1", "--num_processes", "2"))
+        said = child.communicate()[0]
+    assert child.returncode != 0
+    assert "another process is working in" in said
+    assert "the first process cannot begin: another process is working in" in said
+
+
+@pytest.mark.slow
+def test_as_many_processes_as_the_parameters_say(images, run):
+    child = started(
+        launch(run, images, "--num_machines", "1", "--num_processes", "2", num_processes=3)
+    )
+    said = child.communicate()[0]
+    assert child.returncode != 0
+    assert "2 processes were launched, the parameters say num_processes: 3" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="SyncBatchNorm needs two GPUs")
+def test_synchronised_statistics_are_those_of_the_whole_batch(images, run, tmp_path):
+    given = {"drop_path": 0.0, "threads": "null"}
+    options = ["--num_machines", "1", "--num_processes", "2"]
+    two = started(launch(run, images, *options, **given))
+    assert two.communicate() and two.returncode == 0
+    other = split(tmp_path / "other", images)
+    whole = arguments(other, images, num_processes=1, batch_size=4, **given)
+    one = started([sys.executable, *whole])
+    assert one.communicate() and one.returncode == 0
+    found, expected = (state(folder / "retrieval")["network"] for folder in (run, other))
+    for name, value in expected.items():
+        # the running variance's n / (n - 1) counts the whole batch in both
+        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-3)

@@ -1,0 +1,445 @@
+"""The options beyond the published recipe, each against a value worked out by hand."""
+
+import functools
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional as F
+
+from tests.training_runs import (
+    NANO,
+    RECIPE,
+    die_after_step,
+    exit_code,
+    fit,
+    make_trainer,
+    rows,
+    split,
+    write_images,
+)
+from vitgal.models import weights
+from vitgal.models.heads import ArcFace
+from vitgal.models.network import build_model
+from vitgal.stages import train
+from vitgal.training import diagnostics, launch, loop, networks, samples
+from vitgal.training import recipe as training_recipe
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    return write_images(tmp_path / "images")
+
+
+@pytest.fixture
+def run(tmp_path: Path, images: Path) -> Path:
+    return split(tmp_path / "run", images)
+
+
+@pytest.fixture
+def fresh_accelerate():
+    yield
+    launch.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"accumulate": 0},
+        {"epochs": 0},
+        {"ema_decay": 1.0},
+        {"layer_decay": 0.0},
+        {"label_smoothing": 1.0},
+        {"rand_augment": -1},
+        {"rand_augment_magnitude": 31},
+        {"sub_centres": 0},
+        {"class_chunk": 0},
+    ],
+)
+def test_a_recipe_names_the_wrong_option(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} {value}"):
+        training_recipe.Recipe(**wrong)
+
+
+def test_chunks_and_samples_exclude_each_other():
+    with pytest.raises(ValueError, match="not both"):
+        training_recipe.Recipe(class_chunk=5, sampled_classes=5)
+
+
+def test_an_option_that_is_off_is_no_part_of_the_settings():
+    off = training_recipe.Recipe().affecting()
+    assert "ema_decay" not in off and "accumulate" not in off and off["clip_grad"] is None
+    assert training_recipe.Recipe(ema_decay=0.9).affecting() == off | {"ema_decay": 0.9}
+    assert training_recipe.Recipe(timeout_minutes=1, dry_run=False).affecting() == off
+
+
+def test_the_autoencoder_refuses_what_only_the_retrieval_model_knows(images, run):
+    with pytest.raises(ValueError, match="layer_decay, sub_centres: only the retrieval"):
+        recipe = replace(RECIPE, layer_decay=0.5, sub_centres=2)
+        train.fit_autoencoder(run, image_folder=images, recipe=recipe)
+
+
+# ArcFace
+
+
+def head(*, margin: float = 0.0, scale: float = 2.0, rows=((1, 0), (0, 1)), **options) -> ArcFace:
+    count = len(rows) // options.get("sub_centres", 1)
+    made = ArcFace(2, count, margin, scale, **options)
+    with torch.no_grad():
+        made.weight.copy_(torch.tensor(rows, dtype=torch.float32))
+    return made
+
+
+FEATURE, LABEL = torch.tensor([[3.0, 0.0]]), torch.tensor([0])
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk": 1}, {"sampled": 2}])
+def test_the_loss_by_hand(options):
+    # cosines 1 and 0, scale 2: log(e^2 + e^0) - 2 = 0.126928
+    loss, found = head(**options).loss(FEATURE, LABEL)
+    assert loss.item() == pytest.approx(0.126928, abs=1e-6)
+    assert found.tolist() == [0]
+    # smoothing 0.1: log(e^2 + 1) - 0.95 * 2 - 0.05 * 0 = 0.226928
+    loss, _ = head(**options).loss(FEATURE, LABEL, smoothing=0.1)
+    assert loss.item() == pytest.approx(0.226928, abs=1e-6)
+    # margin 0.5: the true class's cosine is cos 0.5 = 0.877583, its logit 1.755165
+    loss, _ = head(margin=0.5, **options).loss(FEATURE, LABEL)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-1.755165)), abs=1e-3)
+
+
+def test_the_nearest_sub_centre_counts():
+    centres = ((1, 0), (0, 1), (-1, 0), (0, -1))
+    made = head(scale=3.0, rows=centres, sub_centres=2)
+    assert made.classes == 2
+    # cosines of (0, 2): class 0 max(0, 1) = 1, class 1 max(0, -1) = 0
+    assert made(torch.tensor([[0.0, 2.0]])).tolist() == [[3.0, 0.0]]
+    loss, found = made.loss(torch.tensor([[0.0, 2.0]]), torch.tensor([1]))
+    assert loss.item() == pytest.approx(math.log(math.exp(3) + 1), abs=1e-6)
+    loss.backward()
+    moved = made.weight.grad.abs().sum(1) > 0
+    assert moved.tolist() == [False, False, True, False]  # class 1's nearest is orthogonal: 0 > -1
+    assert found.tolist() == [0]
+
+
+@pytest.mark.parametrize("sub_centres", [1, 3])
+@pytest.mark.parametrize("chunk", [1, 4, 10])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_chunks_change_nothing(sub_centres, chunk, smoothing):
+    torch.manual_seed(0)
+    features, labels = torch.randn(7, 5), torch.tensor([0, 3, 3, 10, 9, 4, 10])
+    found = []
+    for size in (None, chunk):
+        torch.manual_seed(1)
+        made = ArcFace(5, 11, 0.3, 8.0, sub_centres=sub_centres, chunk=size)
+        inputs = features.clone().requires_grad_()
+        loss, best = made.loss(inputs, labels, smoothing=smoothing)
+        (3 * loss).backward()
+        found.append((loss.detach(), best, inputs.grad, made.weight.grad))
+    for one, other in zip(*found, strict=True):
+        # float32 sums in another order
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-5)
+
+
+def test_sampled_classes_hold_the_batchs_own():
+    made = ArcFace(4, 50, 0.2, 5.0, sampled=6)
+    features, labels = torch.randn(3, 4), torch.tensor([7, 40, 7])
+    torch.manual_seed(3)
+    kept = made._sample(labels)
+    assert len(kept.unique()) == 6 and {7, 40} <= set(kept.tolist())
+    torch.manual_seed(3)
+    loss, found = made.loss(features, labels)
+    # the same by the full logits of the classes kept
+    logits = made(features, labels)[:, kept]
+    assert loss.item() == pytest.approx(
+        F.cross_entropy(logits, torch.searchsorted(kept, labels)).item(), abs=1e-6
+    )
+    assert found.tolist() == kept[logits.argmax(1)].tolist()
+    loss.backward()
+    assert set((made.weight.grad.abs().sum(1) > 0).nonzero().flatten().tolist()) == set(
+        kept.tolist()
+    )
+    assert not torch.equal(made._sample(labels), kept)  # drawn anew
+    with pytest.raises(ValueError, match="1 sampled classes for a batch of 2"):
+        ArcFace(4, 50, sampled=1).loss(features, labels)
+
+
+@pytest.mark.parametrize("options", [{"chunk": 0}, {"sampled": -1}, {"sub_centres": 0}])
+def test_head_options_below_one_are_refused(options):
+    with pytest.raises(ValueError, match="at least 1"):
+        ArcFace(4, 5, **options)
+
+
+# The published losses and optimizer
+
+
+class Given(torch.nn.Module):
+    """Stands where a model does and gives what it was given."""
+
+    def __init__(self, *results: torch.Tensor):
+        super().__init__()
+        self.results = results
+
+    def global_features(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.results[0]
+
+    def reconstruct(self, pictures: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.results
+
+
+def test_validation_counts_with_and_without_the_margin():
+    # Classes at 0 and 90 degrees, features at 44, 10 and 44. 44 is nearer to 0 than to 90, but not
+    # once the margin of 0.15 (8.6 degrees) is added. The third belongs to no trained class.
+    angles = torch.tensor([44.0, 10.0, 44.0]).deg2rad()
+    head = ArcFace(2, 2)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(2))
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    network = networks.RetrievalNetwork(Given(features), head)
+    found = network.validate(torch.zeros(3, 3, 32, 32), torch.tensor([0, 0, -1]))
+    assert found["val_accuracy"].tolist() == [True, True, False]
+    assert found["val_accuracy_margin"].tolist() == [False, True, False]
+
+
+def test_the_autoencoders_loss_by_hand():
+    # Logits 0, 0: the cross-entropy is log 2. Two of four numbers are off by 0.5: the mean of the
+    # squares is 0.125, ten times which is 1.25.
+    tokens = torch.zeros(1, 2, 2)
+    decoded = torch.tensor([[[0.5, 0.0], [0.0, -0.5]]])
+    classifier = torch.nn.Linear(2, 2)
+    torch.nn.init.zeros_(classifier.weight), torch.nn.init.zeros_(classifier.bias)
+    model = Given(torch.ones(1, 2), decoded, tokens)
+    found = networks.AutoencoderNetwork(model, classifier, 10.0)(None, torch.tensor([1]))
+    assert found["loss"].item() == pytest.approx(math.log(2) + 1.25, rel=1e-6)
+    assert found["reconstruction"].item() == pytest.approx(0.125, rel=1e-6)
+
+
+def test_the_optimizer_is_the_published_one():
+    made = networks.build_optimizer(network(), training_recipe.Recipe())
+    assert type(made) is torch.optim.AdamW
+    for group in made.param_groups:
+        assert (group["lr"], group["eps"], group["betas"]) == (5e-5, 1e-8, (0.9, 0.999))
+        assert group["weight_decay"] in (0, 0.005)
+
+
+@pytest.mark.slow
+def test_the_last_epoch_is_validated_whatever_its_number(images, run):
+    # Epochs 2 and, being the last, 3; the published loop leaves out its last, 39 % 4 being 3.
+    folder = fit(run, images, replace(RECIPE, epochs=3, validate_every=2))
+    assert train.read_log(folder)["val_accuracy"].notna().tolist() == [False, True, True]
+
+
+# Parameter groups
+
+
+def network() -> networks.RetrievalNetwork:
+    return networks.RetrievalNetwork(build_model(NANO, seed=0), ArcFace(128, 3))
+
+
+def groups(recipe: training_recipe.Recipe) -> dict[str, dict]:
+    made = network()
+    optimizer = networks.build_optimizer(made, recipe)
+    names = {id(parameter): name for name, parameter in made.named_parameters()}
+    return {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_vectors_biases_and_class_tokens_do_not_decay(layer_decay):
+    found = groups(replace(RECIPE, weight_decay=0.25, layer_decay=layer_decay))
+    assert found["model.backbone.cls_token"]["weight_decay"] == 0
+    assert found["model.backbone.blocks.3.mlp.fc1.bias"]["weight_decay"] == 0
+    assert found["model.local_atrous.gamma"]["weight_decay"] == 0
+    assert found["model.backbone.blocks.3.mlp.fc1.weight"]["weight_decay"] == 0.25
+    assert found["head.weight"]["weight_decay"] == 0.25
+    assert len(found) == len(list(network().parameters()))
+
+
+def test_layer_decay_halves_from_block_to_block(images, run, fresh_accelerate):
+    found = groups(replace(RECIPE, layer_decay=0.5))
+    # twelve blocks: what is new on top at the full rate, the last block at half of it, the stem
+    # below the first at 0.5 ** 13
+    scales = {
+        "head.weight": 1,
+        "model.local_atrous.depthwise.weight": 1,
+        "model.backbone.cls_attn_blocks.0.mlp.fc1.weight": 1,
+        "model.backbone.blocks.11.mlp.fc1.weight": 0.5,
+        "model.backbone.blocks.0.mlp.fc1.weight": 0.5**12,
+        "model.backbone.cls_token": 0.5**13,
+        "model.backbone.patch_embed.proj.0.0.weight": 0.5**13,
+    }
+    assert {name: found[name]["lr_scale"] for name in scales} == scales
+    one = make_trainer(run, images, replace(RECIPE, epochs=1, layer_decay=0.5))
+    one.run(None, False)
+    rates = {group["lr"] / group["lr_scale"] for group in one.optimizer.param_groups}
+    assert [*rates] == [pytest.approx(one.rates[0], rel=1e-12)] * len(rates)
+
+
+# Steps
+
+
+def test_the_average_follows_the_weights(images, run, fresh_accelerate):
+    one = make_trainer(run, images, replace(RECIPE, ema_decay=0.9))
+    name = "head.weight"
+    batches = list(one.read(one.batches(0)))
+    one.network.train()
+    seen = []
+    for batch in batches[:2]:
+        one.run_step([batch])
+        seen.append(one.bare.state_dict()[name].clone())
+    # step 1: the weights themselves; step 2: decay 1 - 2 ** (-2 / 3) = 0.370039
+    expected = 0.370039 * seen[0] + 0.629961 * seen[1]
+    assert not torch.equal(*seen)
+    torch.testing.assert_close(one.average.module.state_dict()[name], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_the_average_is_what_is_written(images, run):
+    folder = fit(run, images, replace(RECIPE, ema_decay=0.5))
+    state = torch.load(folder / "state" / "last.pt", weights_only=True)
+    written = weights.load_model(folder / "model.safetensors").state_dict()
+    key = "backbone.cls_token"
+    assert torch.equal(written[key], state["average"][f"model.{key}"])
+    assert not torch.equal(written[key], state["network"][f"model.{key}"])
+
+
+def test_gradients_are_clipped_to_the_norm(images, run, fresh_accelerate, monkeypatch):
+    one = make_trainer(run, images, replace(RECIPE, clip_grad=0.5))
+    norms = []
+    monkeypatch.setattr(
+        one.optimizer,
+        "step",
+        lambda: norms.append(
+            torch.stack([p.grad.norm() for p in one.bare.parameters() if p.grad is not None]).norm()
+        ),
+    )
+    one.network.train()
+    one.run_step([next(one.read(one.batches(0)))])
+    assert norms[0].item() == pytest.approx(0.5, rel=1e-3)  # an untrained loss has more
+
+
+def test_accumulated_batches_are_those_of_more_processes():
+    def batches(**given) -> list[list[int]]:
+        made = samples.Batches(**({"count": 13, "batch_size": 2, "seed": 0, "epoch": 0} | given))
+        assert len(list(made)) == len(made)
+        return [[index for _, index in batch] for batch in made]
+
+    alone = batches(processes=1, rank=0, accumulate=2)
+    both = [batches(processes=2, rank=rank) for rank in (0, 1)]
+    assert alone == [batch for step in zip(*both, strict=True) for batch in step]
+    assert len(alone) == 6  # 13 // (2 * 2) = 3 steps of two batches
+    assert batches(processes=1, rank=0, accumulate=2, first=1) == alone[2:]
+
+
+def test_balanced_epochs_show_every_class_equally_often():
+    labels = np.array([1, 0, 0, 0, 0, 0, 0, 0, 0, 1])
+    made = functools.partial(
+        samples.Batches, 10, 1, 1, 0, seed=0, accumulate=1, labels=labels, first=0
+    )
+    order = made(epoch=0).order()
+    assert np.bincount(labels[order]).tolist() == [5, 5]
+    assert np.array_equal(order, made(epoch=0).order())
+    seen = np.concatenate([made(epoch=epoch).order() for epoch in range(100)])
+    # of 500 draws of class 1 about 250 show each of its two images: sigma is 11
+    assert abs(np.count_nonzero(seen == 0) - 250) < 60
+    assert set(seen) == set(range(10))
+    one = samples.Batches(3, 1, 1, 0, seed=0, epoch=0, labels=np.zeros(3, int))
+    assert set(one.order()) <= {0, 1, 2} and len(one.order()) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", [{"channels_last": True}, {"class_chunk": 2}])
+def test_formats_and_chunks_only_round(option, images, run, tmp_path):
+    plain = rows(fit(run, images))
+    other = rows(fit(split(tmp_path / "other", images), images, replace(RECIPE, **option)))
+    # the first epoch, at the warm-up rate: sums in another order
+    assert other[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-3)
+
+
+# Seeing it
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    return {
+        tag: [(event.step, event.value) for event in board.Scalars(tag)]
+        for tag in board.Tags()["scalars"]
+    }
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_the_log_once(images, run, monkeypatch):
+    monkeypatch.setattr(loop, "LOG_EVERY", 2)
+    assert exit_code(lambda: (die_after_step(5), fit(run, images))) < 0
+    folder = fit(run, images)
+    shown, log = scalars(folder), rows(folder)
+    assert {"loss", "lr", "accuracy", "images_per_second", "hours_left"} <= shown.keys()
+    for tag in ("loss", "lr", "val_accuracy", "val_accuracy_margin"):
+        expected = [(row["step"], row[tag]) for row in log if tag in row]
+        # as float32; no row twice, although the run was killed
+        assert [step for step, _ in shown[tag]] == [step for step, _ in expected]
+        assert [v for _, v in shown[tag]] == pytest.approx([v for _, v in expected], rel=1e-6)
+
+
+def test_the_table_of_epochs_by_hand():
+    log = pd.DataFrame(
+        {
+            "epoch": [0, 1],
+            "step": [5, 10],
+            "lr": [3e-5, 0.00012],
+            "loss": [2.0, 1.23456],
+            "accuracy": [0.1, 0.25],
+            "images_per_second": [10.0, 99.96],
+            "val_accuracy": [math.nan, 0.5],
+            "val_map": [math.nan, 0.78349],
+        }
+    )
+    found = diagnostics.epoch_table(log.assign(val_map_low=[math.nan, 0.7], val_map_high=0.85))
+    assert list(found)[6:] == ["mAP %", "95 % interval", "images/s"]
+    assert found["95 % interval"].tolist() == ["70.0 to 85.0"]
+    assert diagnostics.epoch_table(log).to_dict("list") == {
+        "epoch": ["1"],
+        "step": ["10"],
+        "lr": ["1.2e-04"],
+        "loss": ["1.235"],
+        "train %": ["25.0"],
+        "val %": ["50.0"],
+        "mAP %": ["78.3"],
+        "images/s": ["100.0"],
+    }
+    # an epoch of which the retrieval set alone is scored
+    found = diagnostics.epoch_table(log.assign(val_map=[0.5, 0.78349]))
+    assert found["val %"].tolist() == ["-", "50.0"] and found["mAP %"].tolist() == ["50.0", "78.3"]
+    assert (
+        len(diagnostics.epoch_table(log[:0])) == len(diagnostics.epoch_table(pd.DataFrame())) == 0
+    )
+
+
+def test_the_time_left_by_hand(images, run, fresh_accelerate):
+    one = make_trainer(run, images, replace(RECIPE, epochs=4, validate_every=3))
+    one.validation_seconds = 0.7  # an image
+    assert len(one.data.validation) == 5
+    # 3 steps an epoch: 12 in all, 2 done, 0.5 s each; validation is due after epochs 3 and 4
+    assert one._seconds_left(2, 0.5) == pytest.approx(10 * 0.5 + 2 * 5 * 0.7, abs=1e-9)
+    one.progress.epoch = 3
+    assert one._seconds_left(12, 0.5) == pytest.approx(5 * 0.7, abs=1e-9)
+
+
+@pytest.mark.slow
+def test_unreadable_images_are_replaced_and_listed(images, run, monkeypatch):
+    data = samples.read_data(run / "split", images, RECIPE)
+    data.train.path(2).write_bytes(b"not an image")
+    data.validation.path(1).write_bytes(b"")
+    patient = functools.partial(samples.read_data, max_failed_share=0.5)
+    monkeypatch.setattr(samples, "read_data", patient)
+    folder = fit(run, images)
+    listed = json.loads((folder / "failures.json").read_text())
+    assert listed == sorted([str(data.train.names[2]), str(data.validation.names[1])])
+    manifest = json.loads((folder / "stage.json").read_text())
+    assert manifest["recorded"]["unreadable"] == 2

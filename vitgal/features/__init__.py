@@ -1,0 +1,52 @@
+"""Local features: what they are, how they are selected, stored and exchanged."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules=["store"],
+    submod_attrs={
+        "descriptors": ["DescriptorError", "read_descriptors"],
+        "interchange": [
+            "export_hloc",
+            "export_published",
+            "import_published",
+            "published_name",
+            "published_path",
+        ],
+        "local": ["LocalFeatures"],
+        "selection": [
+            "Frame",
+            "centres",
+            "patch_boxes",
+            "scaled_size",
+            "select_tokens",
+            "suppress",
+        ],
+        "store.codec": [
+            "StoreError",
+            "decode",
+            "encode",
+            "forecast",
+            "query_key",
+            "stored_type",
+            "stored_width",
+        ],
+        "store.feature_store": ["FeatureStore"],
+        "store.index": ["Index", "most_open", "write_index"],
+        "store.rows": ["RowFile"],
+        "store.shard": [
+            "Layout",
+            "Shard",
+            "Stored",
+            "clear_partial",
+            "drop_index",
+            "partition",
+            "salvage",
+            "shard_folder",
+            "shard_folders",
+            "whole_shard",
+            "write_shard",
+        ],
+    },
+)

@@ -1,0 +1,133 @@
+"""A growing array of rows on disk that a killed run continues."""
+
+import io
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vitgal import runs
+from vitgal.features.store.codec import AUTO
+
+
+@dataclass
+class RowFile:
+    """A (rows, width) float32 `.npy` that grows block by block and survives a kill.
+
+    Blocks are appended to `<name>.partial`; after each a small journal says how many rows are whole
+    and what their checksum is. Opened again, the file is cut back to what the journal vouches for.
+    Plain appends, not a mapped file: on a full disk they raise an error, a mapped file kills the
+    process. `finish` gives the file its name.
+    """
+
+    path: Path
+    shape: tuple[int, int]
+    journal: dict
+
+    @classmethod
+    def open(cls, path: Path, shape: tuple[int, int], *, settings: Mapping) -> "RowFile":
+        """Continues the file where it stands; begins anew where there is none to continue.
+
+        Args:
+            settings: plain values that must be equal for rows to be continued.
+        Raises:
+            runs.StageError: there are rows with other settings; they are left as they are.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = {"settings": runs.plain(dict(settings)), "shape": list(shape)}
+        fresh |= {"rows": 0, "checksum": 0, "failures": []}
+        file = cls(path, shape, fresh)
+        if file._journal_path.exists():
+            found = runs.read_json(file._journal_path)
+            if found.get("rows") and found.get("settings") != fresh["settings"]:
+                raise runs.StageError(
+                    f"{path} was begun with other settings "
+                    f"({'; '.join(runs.differences(found['settings'], fresh['settings']))}): "
+                    f"{AUTO}"
+                )
+            if found.get("shape") == fresh["shape"] and file._whole(found):
+                file.journal = found
+                return file
+        file._begin()
+        return file
+
+    @property
+    def rows(self) -> int:
+        """Rows that are whole on disk."""
+        return self.journal["rows"]
+
+    @property
+    def failures(self) -> list[dict[str, str]]:
+        """Images that could not be read, each {"name": …, "reason": …}; their rows are zero."""
+        return self.journal["failures"]
+
+    def append(self, block: np.ndarray, failures: Sequence[Mapping[str, str]] = ()) -> None:
+        """Adds rows (n, width) after those that are there; they are on disk when this returns."""
+        block = np.ascontiguousarray(block, np.float32)
+        if block.shape[1:] != self.shape[1:] or self.rows + len(block) > self.shape[0]:
+            raise ValueError(f"a block of {block.shape} after row {self.rows} of {self.shape}")
+        with open(self._partial, "rb+") as handle:
+            handle.truncate(self._bytes(self.rows))  # what an append that failed has left
+            handle.seek(0, os.SEEK_END)
+            handle.write(block)
+            handle.flush()
+            os.fsync(handle.fileno())
+        self.journal = self.journal | {
+            "rows": self.rows + len(block),
+            "checksum": zlib.crc32(block, self.journal["checksum"]),
+            "failures": self.failures + [dict(failure) for failure in failures],
+        }
+        runs.write_json(self._journal_path, self.journal)
+
+    def finish(self) -> Path:
+        """Gives the complete file its name and returns it; the journal stays until `forget`."""
+        if self.rows != self.shape[0]:
+            raise ValueError(f"{self.path} has {self.rows} of {self.shape[0]} rows")
+        if self._partial.exists():
+            os.replace(self._partial, self.path)
+        return self.path
+
+    def forget(self) -> None:
+        """Removes the journal, once something else vouches for the file."""
+        self._journal_path.unlink(missing_ok=True)
+
+    @property
+    def _partial(self) -> Path:
+        return self.path.with_name(self.path.name + ".partial")
+
+    @property
+    def _journal_path(self) -> Path:
+        return self.path.with_name(self.path.name + ".journal.json")
+
+    def _header(self) -> bytes:
+        buffer = io.BytesIO()
+        layout = {"descr": "<f4", "fortran_order": False, "shape": tuple(self.shape)}
+        np.lib.format.write_array_header_1_0(buffer, layout)
+        return buffer.getvalue()
+
+    def _bytes(self, rows: int) -> int:
+        return len(self._header()) + 4 * rows * self.shape[1]
+
+    def _begin(self) -> None:
+        self.forget()
+        self.path.unlink(missing_ok=True)
+        self._partial.write_bytes(self._header())
+        runs.write_json(self._journal_path, self.journal)
+
+    def _whole(self, found: dict) -> bool:
+        """True where the rows that the journal counts are on disk, byte for byte."""
+        file = self._partial if self._partial.exists() else self.path
+        end = self._bytes(found["rows"])
+        if not file.exists() or file.stat().st_size < end:
+            return False
+        checksum = 0
+        with open(file, "rb") as handle:
+            if handle.read(len(self._header())) != self._header():
+                return False
+            while handle.tell() < end:
+                checksum = zlib.crc32(handle.read(min(runs.CHUNK, end - handle.tell())), checksum)
+        return checksum == found["checksum"]

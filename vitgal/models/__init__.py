@@ -1,0 +1,42 @@
+"""Networks: ViTGaL, its heads, weights, and how they are run."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "descriptors": ["describe", "extract_global", "extract_local"],
+        "heads": ["ArcFace", "LinearClassifier"],
+        "inference": [
+            "Room",
+            "batches",
+            "limited_threads",
+            "network_input",
+            "open_model",
+            "pick_device",
+            "resolve_precision",
+            "weights_fingerprint",
+        ],
+        "local_features": ["require_codes", "rescale", "token_scores"],
+        "network": [
+            "Autoencoder",
+            "MultiAtrous",
+            "TokenCodes",
+            "TokenFeatures",
+            "ViTGaL",
+            "build_model",
+            "class_attention",
+        ],
+        "teacher": ["Teacher", "efficientnet_names", "fill"],
+        "weights": [
+            "Layout",
+            "convert",
+            "initial_weights",
+            "load_model",
+            "read_checkpoint",
+            "read_configuration",
+            "read_tensors",
+            "save_model",
+        ],
+    },
+)

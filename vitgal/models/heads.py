@@ -1,0 +1,200 @@
+"""Classifiers of the training stages: ArcFace and a linear one."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitgal.models.network import _initialise
+
+
+class ArcFace(nn.Module):
+    """Cosine classifier with an additive angular margin (Deng et al., CVPR 2019).
+
+    The published code trains with a margin of 0.15 and a fixed scale of 30; the paper states a
+    margin of 0.1 and a learnable scale.
+
+    Args:
+        sub_centres: directions of a class, of which the nearest counts (Deng et al., ECCV 2020);
+            class c has the rows from c * sub_centres on.
+        chunk: `loss` takes so many classes at a time and computes their logits a second time in
+            the backward pass, instead of keeping those of all; same loss to rounding.
+        sampled: `loss` takes the batch's own classes and random others, so many in all (An et al.,
+            Partial FC, CVPR 2022), drawn by torch's generator. None: all classes.
+    Raises:
+        ValueError: an option below 1, or `chunk` and `sampled` together.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        classes: int,
+        margin: float = 0.15,
+        scale: float = 30.0,
+        *,
+        sub_centres: int = 1,
+        chunk: int | None = None,
+        sampled: int | None = None,
+    ):
+        super().__init__()
+        if any(value is not None and value < 1 for value in (sub_centres, chunk, sampled)):
+            raise ValueError("sub_centres, chunk and sampled must be at least 1")
+        if chunk and sampled:
+            raise ValueError("either chunk or sampled: sampled classes are few enough for one go")
+        self.weight = nn.Parameter(torch.empty(classes * sub_centres, embed_dim))
+        self.margin, self.scale = margin, scale
+        self.sub_centres, self.chunk, self.sampled = sub_centres, chunk, sampled
+        nn.init.xavier_uniform_(self.weight)
+
+    @property
+    def classes(self) -> int:
+        return len(self.weight) // self.sub_centres
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Logits (B, classes), float32, of features (B, embed_dim), whatever their length.
+
+        With labels (B,) int64 the true class's angle is widened by the margin, as training needs;
+        without, the logits are the plain scaled cosines, as validation needs.
+        """
+        # NOTE float32 under autocast and a clamp before the square root: in half precision the
+        # published head takes the root of negative numbers and training stops with NaN.
+        with torch.autocast(features.device.type, enabled=False):
+            return self._logits(F.normalize(features.float()), self.weight, labels)
+
+    def loss(
+        self, features: Tensor, labels: Tensor, *, smoothing: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """Cross-entropy with the margin, a scalar, and the class found (B,), by chunk or sample.
+
+        features: (B, embed_dim). labels: (B,) int64. smoothing: share of the target that all
+        classes divide among themselves. Raises ValueError where `sampled` is below the number of
+        classes in the batch.
+        """
+        if self.sampled and self.sampled < self.classes:
+            kept = self._sample(labels)
+            weight = self.weight.unflatten(0, (self.classes, -1))[kept].flatten(0, 1)
+            places = torch.searchsorted(kept, labels)
+        elif self.chunk and self.chunk < self.classes:
+            with torch.autocast(features.device.type, enabled=False):
+                unit = F.normalize(features.float())
+                return _ChunkedLoss.apply(unit, self.weight, labels, self, smoothing)
+        else:
+            kept, weight, places = None, self.weight, labels
+        with torch.autocast(features.device.type, enabled=False):
+            logits = self._logits(F.normalize(features.float()), weight, places)
+        found = logits.detach().argmax(1)
+        loss = F.cross_entropy(logits, places, label_smoothing=smoothing)
+        return loss, found if kept is None else kept[found]
+
+    def _cosines(self, unit: Tensor, weight: Tensor) -> Tensor:
+        """(B, classes) of unit features to the nearest of each class's rows of the weight."""
+        cosine = F.linear(unit, F.normalize(weight.float()))
+        if self.sub_centres > 1:
+            cosine = cosine.unflatten(1, (-1, self.sub_centres)).amax(2)
+        return cosine
+
+    def _logits(self, unit: Tensor, weight: Tensor, labels: Tensor | None) -> Tensor:
+        cosine = self._cosines(unit, weight)
+        if labels is not None:
+            # NOTE only the B true cosines change; no (B, classes) one-hot matrix is made.
+            column = labels[:, None]
+            cosine = cosine.scatter(1, column, self._widened(cosine.gather(1, column)))
+        return self.scale * cosine
+
+    def _widened(self, cosine: Tensor) -> Tensor:
+        """cos(angle + margin); where that would pass pi, a line that keeps falling instead."""
+        sine = (1 - cosine.square()).clamp(min=1e-7).sqrt()  # 1e-7: float32's resolution at 1
+        widened = cosine * math.cos(self.margin) - sine * math.sin(self.margin)
+        fallback = cosine - self.margin * math.sin(self.margin)
+        return torch.where(cosine > -math.cos(self.margin), widened, fallback)
+
+    def _sample(self, labels: Tensor) -> Tensor:
+        """The batch's classes and random others, `sampled` in all, rising."""
+        own = labels.unique()
+        if self.sampled < len(own):
+            raise ValueError(f"{self.sampled} sampled classes for a batch of {len(own)} classes")
+        place = torch.rand(self.classes, device=labels.device)
+        place[own] = -1  # first in line
+        return place.topk(self.sampled, largest=False).indices.sort().values
+
+    def _chunk_logits(self, unit: Tensor, weight: Tensor, labels: Tensor, first: int) -> Tensor:
+        """Logits of the classes from `first` on that `weight` holds, with the margin."""
+        cosine = self._cosines(unit, weight)
+        rows, columns = _within(labels, first, cosine.shape[1])
+        widened = self._widened(cosine[rows, columns])
+        return self.scale * cosine.index_put((rows, columns), widened)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """Cross-entropy over chunks of classes: neither pass holds more than one chunk's logits."""
+
+    @staticmethod
+    def forward(
+        ctx, unit: Tensor, weight: Tensor, labels: Tensor, head: ArcFace, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        size = len(labels)
+        total = unit.new_full((size,), -math.inf)  # log of the sum of exponentials so far
+        best, found = total.clone(), labels.clone()
+        target, mean = unit.new_zeros(size), unit.new_zeros(size)
+        for first, rows in _chunks(head):
+            logits = head._chunk_logits(unit, weight[rows], labels, first)
+            total = torch.logaddexp(total, logits.logsumexp(1))
+            top, place = logits.max(1)
+            found = torch.where(top > best, place + first, found)
+            best = torch.maximum(best, top)
+            mine, columns = _within(labels, first, logits.shape[1])
+            target[mine] = logits[mine, columns]
+            mean += logits.sum(1) / head.classes
+        ctx.save_for_backward(unit, weight, labels, total)
+        ctx.head, ctx.smoothing = head, smoothing
+        ctx.mark_non_differentiable(found)
+        loss = total - (1 - smoothing) * target - smoothing * mean
+        return loss.mean(), found
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        unit, weight, labels, total = ctx.saved_tensors
+        head, smoothing = ctx.head, ctx.smoothing
+        unit_grad, weight_grad = torch.zeros_like(unit), torch.empty_like(weight)
+        for first, rows in _chunks(head):
+            with torch.enable_grad():
+                inputs = unit.detach().requires_grad_(), weight[rows].detach().requires_grad_()
+                logits = head._chunk_logits(*inputs, labels, first)
+            with torch.no_grad():
+                # d loss / d logits: softmax less the smoothed target
+                slope = (logits - total[:, None]).exp() - smoothing / head.classes
+                mine = _within(labels, first, logits.shape[1])
+                slope[mine] -= 1 - smoothing
+                slope *= grad / len(labels)
+            found = torch.autograd.grad(logits, inputs, slope)
+            unit_grad += found[0]
+            weight_grad[rows] = found[1]
+        return unit_grad, weight_grad, None, None, None
+
+
+def _within(labels: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Which rows have a label in [first, first + count), and its place there."""
+    rows = ((labels >= first) & (labels < first + count)).nonzero().flatten()
+    return rows, labels[rows] - first
+
+
+def _chunks(head: ArcFace) -> Iterator[tuple[int, slice]]:
+    """The first class of each chunk, and its rows of the weight."""
+    for first in range(0, head.classes, head.chunk):
+        last = min(first + head.chunk, head.classes)
+        yield first, slice(first * head.sub_centres, last * head.sub_centres)
+
+
+class LinearClassifier(nn.Linear):
+    """The autoencoder's classifier: features (B, embed_dim) to logits (B, classes), float32."""
+
+    def __init__(self, embed_dim: int, classes: int):
+        super().__init__(embed_dim, classes)
+        _initialise(self)
+
+    def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The logits; `labels` change nothing, so that both classifiers are called alike."""
+        with torch.autocast(features.device.type, enabled=False):
+            return super().forward(features.float())

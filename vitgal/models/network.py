@@ -1,0 +1,397 @@
+"""The ViTGaL network: one vision transformer for global descriptors and local features.
+
+Paper: Phan, Nguyen, Warrier, Gupta, "Patch Embedding as Local Features: Unifying Deep Local and
+Global Features via Vision Transformer for Image Retrieval", ACCV 2022. The transformer is XCiT
+(El-Nouby et al., 2021) from timm (Apache-2.0); everything added to it here is written anew from the
+paper and from the observed behaviour of the published network, and computes the same numbers on
+the published weights (tests/test_parity.py).
+
+The published network behaves in ways that the paper does not mention. Each is kept, because the
+published weights were trained with it, and marked "As published" where it happens. What differs:
+
+* ArcFace runs in float32 under any autocast and clamps before its square root;
+* attaching an autoencoder leaves the backbone as it is (the published one initialises it anew);
+* `train()` respects a frozen backbone (the published one leaves BatchNorm inconsistent).
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from timm.models.xcit import ClassAttentionBlock
+from torch import Tensor, nn
+
+# Name -> width, number of blocks. The two small ones are the paper's, nano is for the demo.
+ARCHITECTURES = {
+    "xcit_nano_12_p16_224": (128, 12),
+    "xcit_small_12_p16_224": (384, 12),
+    "xcit_small_24_p16_224": (384, 24),
+}
+PATCH_SIZE = 16  # pixels of the network input
+DILATIONS = (1, 3, 6, 9, 12)
+LAYER_NORM_EPS = 1e-6  # XCiT's, not torch's 1e-5
+
+
+@dataclass(frozen=True)
+class TokenFeatures:
+    """What `ViTGaL.token_features` returns: one row a patch, row by row over the grid, float32.
+
+    Attributes:
+        grid: (h, w) patches; N = h * w. Patch (i, j) covers the input pixels from (16 i, 16 j).
+        tokens: (B, N, D) the backbone's, after its last norm.
+        backbone_attention: (B, heads, N) the backbone's class attention. A head's attentions and
+            that of the class token to itself (left out) sum to 1.
+        codes: (B, N, code_dim) not normalised; None without autoencoder.
+        decoded: (B, N, D) the tokens that the autoencoder makes of the codes; None without one.
+        attention: (B, heads, N) the autoencoder's class attention; without one the backbone's.
+    """
+
+    grid: tuple[int, int]
+    tokens: Tensor
+    backbone_attention: Tensor
+    codes: Tensor | None
+    decoded: Tensor | None
+    attention: Tensor
+
+
+@dataclass(frozen=True)
+class TokenCodes:
+    """What `ViTGaL.token_codes` returns: the part of TokenFeatures that local features need.
+
+    grid, codes and attention are those of `TokenFeatures`, float32.
+    """
+
+    grid: tuple[int, int]
+    codes: Tensor
+    attention: Tensor
+
+
+class MultiAtrous(nn.Module):
+    """Gives every token a view of its surroundings: dilated convolutions beside the image's mean.
+
+    Five dilated 3 x 3 convolutions of D // 6 channels and one pooled branch of the remaining
+    channels; a depthwise convolution mixes them, then an MLP. Tokens (B, h * w, D) in and out.
+    """
+
+    def __init__(self, dim: int, *, dilations: Sequence[int] = DILATIONS, eta: float = 1.0):
+        super().__init__()
+        width = dim // (len(dilations) + 1)
+        self.dilated_convs = nn.ModuleList(
+            nn.Conv2d(dim, width, 3, padding=rate, dilation=rate) for rate in dilations
+        )
+        self.gap_branch = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Conv2d(dim, dim - width * len(dilations), 1), nn.GELU()
+        )
+        self.norm = nn.BatchNorm2d(dim)
+        self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.gamma = nn.Parameter(torch.full((dim,), eta))
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)  # As published: 1e-5 here, 1e-6 elsewhere.
+        self.mlp = Mlp(dim, 4 * dim)
+        self.gamma2 = nn.Parameter(torch.full((dim,), eta))
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        images = tokens.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
+        branches = [conv(images) for conv in self.dilated_convs]
+        # The published bilinear upsampling of a 1 x 1 map is this expansion, exactly.
+        branches.append(self.gap_branch(images).expand(-1, -1, *grid))
+        # As published: GELU before BatchNorm, so that the pooled branch passes GELU twice.
+        mixed = self.depthwise(self.norm(F.gelu(torch.cat(branches, dim=1))))
+        tokens = tokens + self.gamma * mixed.flatten(2).transpose(1, 2)
+        return tokens + self.gamma2 * self.mlp(self.norm2(tokens))
+
+
+class Autoencoder(nn.Module):
+    """Short codes for tokens, and a class attention of its own that says which tokens matter.
+
+    `encoder` gives the local descriptors, `decoder` brings them back to the tokens' width; a class
+    token attends to the decoded tokens, so that training it on landmarks finds the patches by
+    which a landmark is recognised.
+    """
+
+    def __init__(self, dim: int, code_dim: int, *, num_heads: int):
+        super().__init__()
+        self.encoder = nn.Linear(dim, code_dim)
+        self.decoder = nn.Linear(code_dim, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.cls_attn_blocks = nn.ModuleList([_class_attention_block(dim, num_heads)])
+        self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        self.apply(_initialise)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, D) to codes (B, N, code_dim) and decoded tokens (B, N, D), float32."""
+        codes = self.encoder(tokens)
+        return codes.float(), self.decoder(codes).float()
+
+    def attend(self, decoded: Tensor) -> tuple[Tensor, Tensor]:
+        """Decoded tokens to the class feature (B, D) and the class attention (B, heads, N)."""
+        joined = _with_class_token(self.cls_token, decoded)
+        # As published: once here, while the backbone runs its block twice.
+        (block,) = self.cls_attn_blocks
+        return self.norm(block(joined)[:, 0]).float(), class_attention(block, joined)
+
+
+class ViTGaL(nn.Module):
+    """XCiT with a multi-atrous block before its class attention, and perhaps an autoencoder.
+
+    Images are (B, 3, H, W) float32, normalised as `images.normalise` does, of any size: a side that
+    is no multiple of 16 has its last patch padded with zeros, as the published network does, so the
+    grid is (ceil(H / 16), ceil(W / 16)). No image at all (B = 0) gives empty features in eval mode.
+    All features are float32, under autocast too.
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        *,
+        code_dim: int | None = None,
+        drop_path: float = 0.0,
+        dilations: Sequence[int] = DILATIONS,
+    ):
+        super().__init__()
+        self.architecture = architecture
+        self.dilations = tuple(dilations)
+        # One class-attention block and normalised tokens whatever timm's defaults are: the
+        # published network has both, timm's nano lacks the second.
+        self.backbone = timm.create_model(
+            architecture,
+            num_classes=0,
+            cls_attn_layers=1,
+            tokens_norm=True,
+            drop_path_rate=drop_path,
+        )
+        eta = self.backbone.blocks[0].gamma1[0].item()  # 1 for 12 blocks, 1e-5 for 24
+        self.local_atrous = MultiAtrous(self.embed_dim, dilations=dilations, eta=eta)
+        self.local_atrous.apply(_initialise)
+        self.autoencoder = None
+        self.backbone_frozen = False
+        if code_dim is not None:
+            self.attach_autoencoder(code_dim)
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of tokens and global descriptors."""
+        return self.backbone.embed_dim
+
+    @property
+    def code_dim(self) -> int | None:
+        """Width of the local descriptors; None without autoencoder."""
+        return None if self.autoencoder is None else self.autoencoder.encoder.out_features
+
+    def attach_autoencoder(self, code_dim: int, *, seed: int | None = None) -> "ViTGaL":
+        """Gives the model a new autoencoder in place of any it has, and returns the model.
+
+        The backbone keeps every bit. Raises ValueError where `code_dim` is not positive.
+        """
+        if code_dim < 1:
+            raise ValueError(f"code_dim must be at least 1, got {code_dim}")
+        num_heads = self.backbone.cls_attn_blocks[0].attn.num_heads
+        with _seeded(seed):
+            autoencoder = Autoencoder(self.embed_dim, code_dim, num_heads=num_heads)
+        device = self.backbone.cls_token.device
+        self.autoencoder = autoencoder.to(device).train(self.training)
+        return self
+
+    def freeze_backbone(self) -> "ViTGaL":
+        """Fixes all but the autoencoder, BatchNorm statistics included; returns the model.
+
+        The backbone stays in eval mode whatever `train()` is told, and gets no gradient.
+        """
+        self.backbone_frozen = True
+        for module in (self.backbone, self.local_atrous):
+            module.requires_grad_(False)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> "ViTGaL":
+        super().train(mode)
+        if self.backbone_frozen:
+            self.backbone.eval()
+            self.local_atrous.eval()
+        return self
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """What timm's optimizers exempt from weight decay beside biases and other vectors."""
+        return {"backbone.cls_token", "autoencoder.cls_token"}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The same as `global_features`: what retrieval training works on."""
+        return self.global_features(images)
+
+    def global_features(self, images: Tensor) -> Tensor:
+        """Global features (B, D) of images (B, 3, H, W), not normalised.
+
+        The class token after the last norm. Raises ValueError where `images` has another shape.
+        """
+        joined, _ = self._joined(images)
+        (block,) = self.backbone.cls_attn_blocks
+        return self.backbone.norm(block(block(joined))[:, 0]).float()
+
+    def token_features(self, images: Tensor) -> TokenFeatures:
+        """Tokens, codes and attention of images (B, 3, H, W), with neither normalised.
+
+        The attention leaves out the class token without making up for it, as published.
+        Raises ValueError where `images` has another shape.
+        """
+        tokens, backbone_attention, grid = self._tokens(images)
+        if self.autoencoder is None:
+            return TokenFeatures(grid, tokens, backbone_attention, None, None, backbone_attention)
+        codes, decoded = self.autoencoder(tokens)
+        # As published: the attention looks at the decoded tokens, not at the backbone's.
+        _, attention = self.autoencoder.attend(decoded)
+        return TokenFeatures(grid, tokens, backbone_attention, codes, decoded, attention)
+
+    def token_codes(self, images: Tensor) -> TokenCodes:
+        """Codes and attention of images (B, 3, H, W) as `token_features` gives them, but sooner.
+
+        In eval mode only, with equal bits: what acts on the class tokens alone is left out, since
+        neither depends on it. Raises ValueError in training mode, for a model without autoencoder,
+        and where `images` has another shape.
+        """
+        if self.training:
+            raise ValueError("token_codes is for eval mode: call model.eval() first")
+        if self.autoencoder is None:
+            raise ValueError("the model has no autoencoder, so it gives no codes")
+        joined, grid = self._joined(images)
+        (block,) = self.backbone.cls_attn_blocks
+        patches = joined[:, 1:]
+        for _ in range(2):  # as published, see `_tokens`
+            patches = _patches_after(block, patches)
+        codes, decoded = self.autoencoder(self.backbone.norm(patches).float())
+        joined = _with_class_token(self.autoencoder.cls_token, decoded)
+        (block,) = self.autoencoder.cls_attn_blocks
+        return TokenCodes(grid, codes, class_attention(block, joined))
+
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What autoencoder training works on; the backbone gets no gradient.
+
+        Returns the autoencoder's class feature (B, D), for its classifier, and the decoded tokens
+        (B, N, D) beside the backbone's tokens (B, N, D) that they should equal. Raises ValueError
+        where the model has no autoencoder, where it trains and its backbone is not frozen (its
+        BatchNorm statistics would drift), and where `images` has another shape.
+        """
+        if self.autoencoder is None:
+            raise ValueError(
+                "the model has no autoencoder: call attach_autoencoder(code_dim) first"
+            )
+        if self.training and not self.backbone_frozen:
+            raise ValueError("call freeze_backbone() before training the autoencoder")
+        with torch.no_grad():
+            tokens, _, _ = self._tokens(images)
+        _, decoded = self.autoencoder(tokens)
+        feature, _ = self.autoencoder.attend(decoded)
+        return feature, decoded, tokens
+
+    def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Final patch tokens (B, N, D), the class attention over them, and the grid."""
+        joined, grid = self._joined(images)
+        (block,) = self.backbone.cls_attn_blocks
+        # As published: the one block runs twice, the second time on its own output, and the
+        # attention is the second run's. Each run also changes the patch tokens.
+        once = block(joined)
+        tokens = self.backbone.norm(block(once)[:, 1:]).float()
+        return tokens, class_attention(block, once), grid
+
+    def _joined(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Class token and patch tokens (B, 1 + N, D) before the class attention, and the grid."""
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        tokens, grid = self.backbone.patch_embed(images)
+        tokens = tokens + self.backbone.pos_embed(1, *grid).flatten(2).transpose(1, 2)
+        for block in self.backbone.blocks:
+            tokens = block(tokens, *grid)
+        return _with_class_token(self.backbone.cls_token, self.local_atrous(tokens, grid)), grid
+
+
+def build_model(
+    architecture: str = "xcit_small_12_p16_224",
+    *,
+    code_dim: int | None = None,
+    seed: int | None = None,
+    drop_path: float = 0.0,
+    dilations: Sequence[int] = DILATIONS,
+) -> ViTGaL:
+    """A new ViTGaL network with random weights, in eval mode.
+
+    Args:
+        architecture: a name from ARCHITECTURES.
+        code_dim: width of the autoencoder's codes (published: 128); None builds none.
+        seed: the same seed gives the same weights bit by bit and leaves torch's random state alone.
+        drop_path: share of residual branches dropped while training (published: 0.1).
+        dilations: of the multi-atrous block's convolutions.
+    Raises:
+        ValueError: unknown architecture, or a code_dim that is not positive.
+    """
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}"
+        )
+    with _seeded(seed):
+        model = ViTGaL(architecture, code_dim=code_dim, drop_path=drop_path, dilations=dilations)
+    return model.eval()
+
+
+def class_attention(block: ClassAttentionBlock, joined: Tensor) -> Tensor:
+    """How much each head's class token attends to each patch when `block` is given `joined`.
+
+    (B, 1 + N, D) to (B, heads, N) float32. The softmax runs over class token and patches; the class
+    token's share is left out without renormalising, as published.
+    """
+    normed, attn = block.norm1(joined), block.attn
+    query = attn.q(normed[:, 0]).unflatten(-1, (attn.num_heads, -1)).float()
+    key = attn.k(normed).unflatten(-1, (attn.num_heads, -1)).float()
+    with torch.autocast(joined.device.type, enabled=False):  # scores decide what is a keypoint
+        scores = torch.einsum("bhc,bnhc->bhn", query * attn.scale, key)
+    return scores.softmax(dim=-1)[:, :, 1:]
+
+
+def _patches_after(block: ClassAttentionBlock, patches: Tensor) -> Tensor:
+    """What `block` makes of the patch tokens (B, N, D), in eval mode: they attend to nothing.
+
+    Both norms act on them, and the residual of its MLP, which is the class token's, doubles them.
+    """
+    normed = block.norm2(patches + block.gamma1 * block.norm1(patches))
+    return normed + normed
+
+
+def _class_attention_block(dim: int, num_heads: int) -> ClassAttentionBlock:
+    """XCiT's block; timm's has the published traits (tokens_norm, patches added to themselves)."""
+    return ClassAttentionBlock(
+        dim,
+        num_heads,
+        qkv_bias=True,
+        eta=1.0,
+        tokens_norm=True,
+        norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
+    )
+
+
+def _with_class_token(cls_token: Tensor, tokens: Tensor) -> Tensor:
+    return torch.cat((cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
+
+
+def _initialise(module: nn.Module) -> None:
+    """XCiT's initialisation: linear layers truncated normal with zero bias, others torch's own."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Torch's CPU generator at `seed` inside, as it was afterwards; None leaves it alone."""
+    if seed is None:
+        yield
+        return
+    generator = torch.random.default_generator
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)

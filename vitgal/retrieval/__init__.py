@@ -1,0 +1,35 @@
+"""Search, matching, verification and reranking: arrays in, arrays out."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "exact_search": ["Matches", "ranked", "search", "similarities"],
+        "faiss_index": ["Index", "build", "check", "find", "positions_behind", "read", "recall"],
+        "matching": [
+            "Pairs",
+            "check_device",
+            "match",
+            "match_shortlist",
+            "match_squares",
+            "pick_device",
+        ],
+        "pairs": ["PairInspection", "inspect_pair", "inspect_shortlist"],
+        "products": ["checked"],
+        "ranking": ["Positions", "labelled_positions"],
+        "reranking": ["query_table", "rerank", "rerank_positions"],
+        "shortlists": [
+            "candidates",
+            "read_global_rank",
+            "read_rerank_paths",
+            "read_shortlist",
+            "shortlist",
+            "shortlist_depth",
+            "write_global_rank",
+            "write_rerank_paths",
+            "write_shortlist",
+        ],
+        "verification": ["Model", "Verification", "verify"],
+    },
+)

@@ -1,0 +1,38 @@
+"""Run folders: where a run's files live, how a stage begins, ends, is reused or refused."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "environment": ["VERSIONED", "commit", "versions"],
+        "errors": ["StageError", "Told"],
+        "files": [
+            "TEMPORARY",
+            "atomic",
+            "disk_full",
+            "plain",
+            "read_json",
+            "write_array",
+            "write_arrays",
+            "write_json",
+            "write_text",
+        ],
+        "fingerprints": ["CHUNK", "fingerprint", "fingerprint_file", "fingerprint_images"],
+        "inputs": ["data_folder", "model_file"],
+        "locks": ["ALONE", "LOCK", "disown_locks", "locked"],
+        "manifest": [
+            "HASH_LIMIT",
+            "MANIFEST",
+            "SETTINGS",
+            "STAGE_FORMAT",
+            "STARTED",
+            "Stage",
+            "differences",
+            "output_fingerprint",
+            "read_stage",
+            "stage",
+        ],
+        "paths": ["SMALL_WEIGHTS", "checkout", "resolve", "run_folder"],
+    },
+)

@@ -1,0 +1,107 @@
+"""Files written whole or not at all, and the plain JSON that they hold."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitgal.runs.errors import StageError
+
+TEMPORARY = ".tmp-"
+
+
+@contextlib.contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; renames it on success, removes it on any failure.
+
+    A reader of `path` sees the old content or the new, never a part; a full disk leaves the old and
+    raises OSError with a message that says what to do.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not the process's number: on several machines that share the folder it may be the same.
+    temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if not disk_full(error):
+            raise
+        raise OSError(
+            error.errno or errno.ENOSPC,
+            f"no space left to write {path.name}; make room and run the same command again, what "
+            "is whole there is kept",
+            str(path.parent),
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def disk_full(error: OSError) -> bool:
+    """Whether a write failed for want of space: on the disk, in a quota, or a limit on files."""
+    # NumPy gives no error number, only "4096 requested and 1024 written".
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or " requested and " in str(
+        error
+    )
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Writes `text` (UTF-8) atomically and returns the path."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """Writes `value` as JSON atomically; arrays become lists, nan and infinities null."""
+    return write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
+
+
+def write_array(path: Path, array: np.ndarray) -> Path:
+    """Writes one `.npy` atomically and returns the path."""
+    with atomic(path) as temporary, open(temporary, "wb") as handle:
+        np.save(handle, array, allow_pickle=False)
+    return Path(path)
+
+
+def write_arrays(path: Path, **arrays: np.ndarray) -> Path:
+    """Writes one `.npz` atomically (same arrays, same bytes) and returns the path."""
+    with atomic(path) as temporary, open(temporary, "wb") as handle:
+        np.savez(handle, **arrays)
+    return Path(path)
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; raises StageError naming it where it is missing or torn."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StageError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise StageError(
+            f"{path} is not whole JSON ({error}); set overwrite: true to make it again"
+        ) from None
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types: arrays and tuples as lists, nan and infinities as None."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, os.PathLike) else value

@@ -1,0 +1,31 @@
+"""Every setting once: its default, unit and meaning, and whether it changes results."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "section": ["Fact", "Section", "SettingsError", "conform", "fact", "guess", "setting"],
+        "sections": [
+            "AutoencoderSettings",
+            "DemoSettings",
+            "GlobalSettings",
+            "LocalSettings",
+            "MachineSettings",
+            "MatchingSettings",
+            "NOTEBOOKS",
+            "OwnSettings",
+            "Recipe",
+            "RerankingSettings",
+            "RunSettings",
+            "SECTIONS",
+            "SelectionSettings",
+            "ShowSettings",
+            "SplitSettings",
+            "TrainingSettings",
+            "TuningSettings",
+            "VerificationSettings",
+            "all_names",
+        ],
+    },
+)

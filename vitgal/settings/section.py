@@ -1,0 +1,181 @@
+"""What a section of settings is: fields with facts, flat names, strict types and ranges."""
+
+import dataclasses
+import difflib
+import functools
+import math
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Self
+
+from vitgal.runs.errors import Told
+
+
+class SettingsError(Told, ValueError):
+    """A setting that is unknown, of the wrong type or out of range; the message names it."""
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What is known of one setting besides its type and default."""
+
+    meaning: str
+    flat: str | None = None  # the flat name; None: the field's
+    unit: str | None = None
+    published: Any = None  # where the published code differs from the default
+    choices: tuple = ()
+    low: float = -math.inf  # the least value
+    high: float = math.inf  # the greatest value
+    above: float = -math.inf  # the value itself is excluded
+    below: float = math.inf
+    result: bool = True  # False: the setting changes speed, or what is shown, and no result
+
+
+def setting(default: Any, meaning: str, **facts: Any) -> Any:
+    """Declares a field of a section: its default, its meaning, and facts as `Fact` has them."""
+    return field(default=default, metadata={"fact": Fact(meaning, **facts)})
+
+
+def fact(entry: dataclasses.Field) -> Fact:
+    """The facts of a section's field."""
+    return entry.metadata["fact"]
+
+
+class Section:
+    """What all sections share: flat names, validation, and the parameters a manifest compares."""
+
+    PREFIX: ClassVar[str] = ""  # of the flat names of PREFIXED fields
+    PREFIXED: ClassVar[frozenset[str]] = frozenset()
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            if "fact" in entry.metadata:
+                check_range(self.flat_name(entry), getattr(self, entry.name), fact(entry))
+        self.check()
+
+    def check(self) -> None:
+        """Raises SettingsError where settings contradict each other."""
+
+    @classmethod
+    def flat_name(cls, entry: dataclasses.Field) -> str:
+        """The flat name of one of the section's fields."""
+        name = fact(entry).flat or entry.name
+        return cls.PREFIX + name if entry.name in cls.PREFIXED else name
+
+    @classmethod
+    @functools.cache
+    def flat(cls) -> dict[str, dataclasses.Field]:
+        """Flat name -> field, for every setting of the section."""
+        return {cls.flat_name(entry): entry for entry in fields(cls) if "fact" in entry.metadata}
+
+    @classmethod
+    def build(cls, values: Mapping[str, Any]) -> Self:
+        """The section with the values given under flat names; names of other sections pass by.
+
+        Raises SettingsError naming a value of the wrong type or out of range.
+        """
+        hints = field_types(cls)
+        chosen = {
+            entry.name: conform(name, values[name], hints[entry.name])
+            for name, entry in cls.flat().items()
+            if name in values
+        }
+        return cls(**chosen)
+
+    def compared(self) -> dict[str, Any]:
+        """The parameters that the result depends on, as a stage's manifest compares them."""
+        return {
+            entry.name: getattr(self, entry.name)
+            for entry in fields(self)
+            if "fact" in entry.metadata and fact(entry).result
+        }
+
+
+@functools.cache
+def field_types(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section)
+
+
+def check_range(name: str, value: Any, facts: Fact) -> None:
+    """Raises SettingsError where a value is none of its choices or outside its range."""
+    if value is None:
+        return
+    if facts.choices and value not in facts.choices:
+        raise SettingsError(f"unknown {name} {value!r}; known: {', '.join(facts.choices)}")
+    for number in value if isinstance(value, (list, tuple)) else (value,):
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            continue
+        if not (facts.low <= number <= facts.high and facts.above < number < facts.below):
+            raise SettingsError(f"{name} is {value}; it must be {_range(facts)}")
+
+
+def _range(facts: Fact) -> str:
+    limits = [
+        ("above", facts.above, -math.inf),
+        ("at least", facts.low, -math.inf),
+        ("below", facts.below, math.inf),
+        ("at most", facts.high, math.inf),
+    ]
+    return " and ".join(f"{words} {limit:g}" for words, limit, none in limits if limit != none)
+
+
+def conform(name: str, value: Any, kind: Any) -> Any:
+    """`value` as the type `kind` holds it: an int becomes a float, a list a tuple, where declared.
+
+    Nothing else is converted: a bool is no int, null needs `X | None`, a float must be finite.
+    Raises SettingsError with the remedy.
+    """
+    import pydantic
+
+    if isinstance(value, list) and tuple in {typing.get_origin(k) or k for k in alternatives(kind)}:
+        value = tuple(value)
+    try:
+        return _adapter(kind).validate_python(value)
+    except pydantic.ValidationError:
+        raise SettingsError(f"{name}: {_complaint(value, kind)}") from None
+
+
+@functools.cache
+def _adapter(kind: Any) -> Any:
+    import pydantic
+
+    return pydantic.TypeAdapter(kind, config=pydantic.ConfigDict(strict=True, allow_inf_nan=False))
+
+
+def alternatives(kind: Any) -> tuple:
+    """The alternatives of a type: `float | None` gives (float, NoneType)."""
+    return typing.get_args(kind) if typing.get_origin(kind) in UNIONS else (kind,)
+
+
+UNIONS = (typing.Union, type(int | str))
+
+
+def _complaint(value: Any, kind: Any) -> str:
+    declared = kind.__name__ if isinstance(kind, type) else str(kind)
+    if isinstance(value, str) and {int, float} & set(alternatives(kind)):
+        try:
+            float(value)
+        except ValueError:
+            pass
+        else:
+            return f"`{value}` is text to YAML; write {yaml_number(value)}"
+    if value is None:
+        return f"null is only for `X | None`, this is declared `{declared}`"
+    return f"{value!r} is {type(value).__name__}, declared is `{declared}`"
+
+
+def yaml_number(text: str) -> str:
+    """A number that YAML takes for text, as YAML wants it: 1e-3 -> 1.0e-3, 1.e5 -> 1.0e+5."""
+    mantissa, _, exponent = text.strip().lower().partition("e")
+    if not exponent:
+        return mantissa
+    whole, _, decimals = mantissa.partition(".")
+    sign = "" if exponent[0] in "+-" else "+"
+    return f"{whole or 0}.{decimals or 0}e{sign}{exponent}"
+
+
+def guess(name: str, names: Iterable[str]) -> str:
+    """A hint at known names that resemble an unknown one; empty where none does."""
+    close = difflib.get_close_matches(str(name), list(names), n=2)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -1,0 +1,38 @@
+"""Training: recipe, augmentation, samples, and the loop."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "augmentation": [
+            "adjust_contrast",
+            "adjust_hue",
+            "adjust_saturation",
+            "augment_fast",
+            "augment_published",
+            "cut_hole",
+            "displayable",
+            "draw_hole",
+            "network_input",
+            "normalised",
+            "rand_augment",
+            "squash",
+            "squashed",
+        ],
+        "diagnostics": [
+            "epoch_table",
+            "lost_variance",
+            "parameter_table",
+            "same_backbone",
+            "schedule_table",
+            "token_maps",
+            "validation_photographs",
+        ],
+        "distillation": ["DistilledNetwork", "disagreement"],
+        "loop": ["Preempted", "Progress", "Trainer", "fitting_batch", "timeout"],
+        "networks": ["AutoencoderNetwork", "RetrievalNetwork", "build_optimizer"],
+        "recipe": ["Recipe", "TrainingError", "learning_rates", "resolve_precision"],
+        "samples": ["Batches", "Sample", "SplitData", "TrainingImages", "read_data"],
+    },
+)

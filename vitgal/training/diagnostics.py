@@ -1,0 +1,121 @@
+"""Tables and maps that notebooks 02 and 03 show."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from vitgal.data import images, splits
+from vitgal.models import weights
+from vitgal.models.network import ViTGaL
+from vitgal.training.augmentation import squashed
+from vitgal.training.recipe import Recipe, learning_rates
+
+
+def schedule_table(recipe: Recipe) -> pd.DataFrame:
+    """The learning rate of each epoch, as `plots.training_curves` draws it: epoch, lr."""
+    rates = learning_rates(recipe)
+    return pd.DataFrame({"epoch": range(len(rates)), "lr": rates})
+
+
+def epoch_table(log: pd.DataFrame, *, last: int = 5) -> pd.DataFrame:
+    """The last validated epochs of a log as text: shares in percent, rates with an exponent.
+
+    log: see `read_log`. A column that the log lacks is left out; an empty log gives no row.
+    """
+    shown = {
+        "epoch": ("epoch", "{:.0f}"),
+        "step": ("step", "{:.0f}"),
+        "lr": ("lr", "{:.1e}"),
+        "loss": ("loss", "{:.3f}"),
+        "accuracy": ("train %", "{:.1f}"),
+        "val_accuracy": ("val %", "{:.1f}"),
+        "val_accuracy_margin": ("val % (margin)", "{:.1f}"),
+        "val_map": ("mAP %", "{:.1f}"),
+        "val_reconstruction": ("val reconstruction", "{:.4f}"),
+        "images_per_second": ("images/s", "{:.1f}"),
+        "hours_left": ("hours left", "{:.2f}"),
+    }
+    scored = [name for name in ("val_accuracy", "val_map") if name in log]
+    rows = log.dropna(subset=scored, how="all").tail(last) if scored else log[:0]
+    columns = {}
+    for name, (title, form) in shown.items():
+        if name in rows:
+            values = 100 * rows[name] if title.startswith(("train", "val %", "mAP")) else rows[name]
+            columns[title] = [form.format(value).replace("nan", "-") for value in values]
+        if name == "val_map" and {"val_map_low", "val_map_high"} <= set(rows):
+            ends = zip(100 * rows["val_map_low"], 100 * rows["val_map_high"], strict=True)
+            columns["95 % interval"] = [f"{low:.1f} to {high:.1f}" for low, high in ends]
+    return pd.DataFrame(columns)
+
+
+def parameter_table(model: ViTGaL) -> pd.DataFrame:
+    """Parameters of each part of the network: columns part, parameters, share."""
+    backbone = model.backbone
+    parts = {
+        "patch embedding": (backbone.patch_embed, backbone.pos_embed),
+        "XCiT blocks": (backbone.blocks,),
+        "multi-atrous block": (model.local_atrous,),
+        "class attention": (backbone.cls_attn_blocks, backbone.norm),
+    }
+    if model.autoencoder is not None:
+        parts["autoencoder"] = (model.autoencoder,)
+    counts = [
+        sum(parameter.numel() for module in modules for parameter in module.parameters())
+        for modules in parts.values()
+    ]
+    shares = [f"{100 * count / sum(counts):.0f} %" for count in counts]
+    return pd.DataFrame({"part": list(parts), "parameters": counts, "share": shares})
+
+
+def validation_photographs(split: Path, image_folder: Path, *, count: int) -> list[np.ndarray]:
+    """`count` validation images, (H, W, 3) uint8 RGB each, spread evenly over their list."""
+    paths = splits.read_split(split, "val")["path"].tolist()
+    chosen = np.linspace(0, len(paths) - 1, num=min(count, len(paths)), dtype=int)
+    return [images.read_image(Path(image_folder) / paths[index]) for index in chosen]
+
+
+@torch.no_grad()
+def token_maps(
+    model: ViTGaL, photographs: Sequence[np.ndarray], *, size: int
+) -> dict[str, list[np.ndarray]]:
+    """Per photograph (h, w) maps: the codes' reconstruction error, and attention before and after.
+
+    Args:
+        photographs: (H, W, 3) uint8 RGB; each is squashed to `size` x `size` pixels.
+    Returns:
+        "error": mean squared difference of tokens and decoded tokens; "backbone_attention" and
+        "attention": the means over heads of the two class attentions.
+    """
+    maps: dict[str, list[np.ndarray]] = {"error": [], "backbone_attention": [], "attention": []}
+    for photograph in photographs:
+        found = model.token_features(squashed(photograph, size)[None])
+        maps["error"].append((found.decoded - found.tokens).square().mean(2)[0])
+        maps["backbone_attention"].append(found.backbone_attention.mean(1)[0])
+        maps["attention"].append(found.attention.mean(1)[0])
+    grid = (size // 16, size // 16)
+    return {key: [one.reshape(grid).numpy() for one in value] for key, value in maps.items()}
+
+
+@torch.no_grad()
+def lost_variance(model: ViTGaL, photographs: Sequence[np.ndarray], *, size: int) -> float:
+    """The share of the tokens' variance that the autoencoder loses: 0 is perfect, 1 the mean token.
+
+    photographs: (H, W, 3) uint8 RGB, each squashed to `size` x `size` pixels.
+    """
+    found = [model.token_features(squashed(photograph, size)[None]) for photograph in photographs]
+    tokens = torch.cat([one.tokens[0] for one in found])
+    decoded = torch.cat([one.decoded[0] for one in found])
+    return float((decoded - tokens).square().sum() / (tokens - tokens.mean(0)).square().sum())
+
+
+def same_backbone(model: ViTGaL, source: Path) -> bool:
+    """Whether every tensor of the model but its autoencoder's is, bit for bit, that of `source`."""
+    other = weights.load_model(source).state_dict()
+    return all(
+        torch.equal(value, other[key])
+        for key, value in model.state_dict().items()
+        if not key.startswith("autoencoder.")
+    )

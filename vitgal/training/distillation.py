@@ -1,0 +1,56 @@
+"""The retrieval model learns from a trained network besides its labels."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitgal.models.heads import ArcFace
+from vitgal.models.network import ViTGaL
+from vitgal.models.teacher import TINY, Teacher
+from vitgal.training.networks import RetrievalNetwork
+
+
+class DistilledNetwork(RetrievalNetwork):
+    """The retrieval model under ArcFace and a teacher.
+
+    weight: the teacher's share of the loss, above 0 and up to 1, where labels count for nothing.
+
+    Source: an additional linear map of the student's features regresses the teacher's, as in
+    FitNets (Romero et al., 2015).
+    """
+
+    def __init__(
+        self,
+        model: ViTGaL,
+        head: ArcFace,
+        teacher: Teacher,
+        weight: float,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__(model, head, label_smoothing)
+        self.teacher, self.weight = teacher, weight
+        self.projection = nn.Linear(model.embed_dim, teacher.dim)
+
+    def forward(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """(B, 3, S, S), (B,) int64 -> scalars `loss`, `accuracy` (with the margin), `distilled`."""
+        features = self.model.global_features(pictures)
+        loss, found = self.head.loss(features, labels, smoothing=self.label_smoothing)
+        distilled = disagreement(self.projection(features), self.teacher.describe(pictures))
+        return {
+            "loss": (1 - self.weight) * loss + self.weight * distilled,
+            "accuracy": (found == labels).float().mean(),
+            "distilled": distilled,
+        }
+
+
+def disagreement(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean of 1 - cosine between rows (B, C), a scalar in [0, 2].
+
+    Each of the teacher's numbers is first brought to mean 0 and deviation 1 over the batch: what
+    all pictures have in common would otherwise be most of every cosine. Raises ValueError for one
+    picture alone, which has nothing to differ from.
+    """
+    if len(teacher) < 2:
+        raise ValueError("a teacher needs batches of two pictures or more: set batch_size")
+    centred = teacher - teacher.mean(0)
+    scaled = centred / (centred.square().mean(0).sqrt() + TINY)
+    return 1 - F.cosine_similarity(student.float(), scaled, dim=1).mean()

@@ -1,0 +1,117 @@
+"""What is trained: a model with its classifier, and the losses."""
+
+import torch
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vitgal.models.heads import ArcFace
+from vitgal.models.network import ViTGaL
+from vitgal.training.recipe import Recipe, TrainingError
+
+NAMED = 8  # how many images an error names
+
+
+class RetrievalNetwork(nn.Module):
+    """The retrieval model under ArcFace: images and labels to loss and accuracy."""
+
+    retrieves = True  # its validation gives features to search by
+
+    def __init__(self, model: ViTGaL, head: ArcFace, label_smoothing: float = 0.0):
+        super().__init__()
+        self.model, self.head, self.label_smoothing = model, head, label_smoothing
+
+    def forward(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """(B, 3, S, S), (B,) int64 -> scalars `loss` and `accuracy` (with the margin)."""
+        features = self.model.global_features(pictures)
+        loss, found = self.head.loss(features, labels, smoothing=self.label_smoothing)
+        return {"loss": loss, "accuracy": (found == labels).float().mean()}
+
+    @torch.no_grad()
+    def validate(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Features (B, D), and hits (B,) with and without the margin; label -1 never counts."""
+        features = self.model.global_features(pictures).float()
+        known = labels.clamp(min=0)
+        counts = labels >= 0
+        return {
+            "features": F.normalize(features),
+            "val_accuracy": (self.head(features).argmax(1) == known) & counts,
+            "val_accuracy_margin": (self.head(features, known).argmax(1) == known) & counts,
+        }
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """What timm's optimizers exempt from weight decay beside biases and other vectors."""
+        return {f"model.{name}" for name in self.model.no_weight_decay()}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Layers for timm's layer-wise learning rates: stem, blocks, and all that is new on top."""
+        return {
+            "stem": r"^model\.backbone\.(?:patch_embed|pos_embed|cls_token)",
+            "blocks": [(r"^model\.backbone\.blocks\.(\d+)", None), (r".", (1000,))],
+        }
+
+
+class AutoencoderNetwork(nn.Module):
+    """The autoencoder on a frozen backbone: cross-entropy plus weighted reconstruction error.
+
+    Source: ViTGaL section 3 and published loss: CE of the autoencoder's own class token + 10 MSE.
+    """
+
+    retrieves = False
+
+    def __init__(
+        self,
+        model: ViTGaL,
+        classifier: nn.Module,
+        reconstruction_weight: float,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__()
+        self.model, self.classifier = model, classifier
+        self.reconstruction_weight = reconstruction_weight
+        self.label_smoothing = label_smoothing
+
+    def forward(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """(B, 3, S, S), (B,) int64 -> scalars `loss`, `accuracy`, `reconstruction`."""
+        features, decoded, tokens = self.model.reconstruct(pictures)
+        logits = self.classifier(features).float()
+        reconstruction = F.mse_loss(decoded.float(), tokens.float())
+        entropy = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return {
+            "loss": entropy + self.reconstruction_weight * reconstruction,
+            "accuracy": (logits.detach().argmax(1) == labels).float().mean(),
+            "reconstruction": reconstruction,
+        }
+
+    @torch.no_grad()
+    def validate(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Per image: hits (B,) and the mean squared reconstruction error (B,)."""
+        features, decoded, tokens = self.model.reconstruct(pictures)
+        hits = self.classifier(features).argmax(1) == labels.clamp(min=0)
+        error = (decoded.float() - tokens.float()).square().mean((1, 2))
+        return {"val_accuracy": hits & (labels >= 0), "val_reconstruction": error}
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {f"model.{name}" for name in self.model.no_weight_decay()}
+
+
+def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW in timm's groups: no decay for vectors, biases and class tokens; perhaps by layer.
+
+    A group's `lr_scale`, where it has one, is the factor that layer-wise decay gives its rate.
+    """
+    if not any(parameter.requires_grad for parameter in network.parameters()):
+        raise TrainingError("the network has no parameter to train")
+    return create_optimizer_v2(
+        network,
+        opt="adamw",
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        eps=1e-8,
+        filter_bias_and_bn=True,
+        layer_decay=recipe.layer_decay,
+        fused=torch.cuda.device_count() > 0 or None,
+    )

@@ -1,0 +1,287 @@
+"""What training reads: the images of a split by (epoch, index), batches by (epoch, step)."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vitgal.data import gldv2, images, splits
+from vitgal.data.revisited import GroundTruth
+from vitgal.evaluation import protocol, statistics
+from vitgal.retrieval import exact_search
+from vitgal.training import augmentation
+from vitgal.training.recipe import Recipe, TrainingError
+
+SHOWN = 3  # how many missing images an error lists
+
+
+class Sample(NamedTuple):
+    """One image as a data worker gives it; in a batch every field has a first axis B."""
+
+    picture: Tensor  # (3, S, S) uint8
+    hole: Tensor  # (3,) int64: top, left, side; what the network sees as zero
+    label: int
+    index: int  # of the image that was read
+    unreadable: int  # of the image that it stands for, -1 where that is itself
+
+
+class TrainingImages(Dataset):
+    """Images of a split by (epoch, index); the augmentation's randomness follows from both.
+
+    `dataset[epoch, index]` gives a Sample. An image that cannot be decoded is replaced by the next
+    readable one.
+    """
+
+    def __init__(
+        self, folder: Path, table: pd.DataFrame, recipe: Recipe, augment: str | None = None
+    ):
+        self.folder, self.recipe = Path(folder), recipe
+        # Arrays, not lists of objects: workers that are forked share them with their parent, while
+        # every object that is looked at costs each worker a copy of its page.
+        self.names = table["path"].to_numpy(dtype=str)
+        self.labels = table["label"].to_numpy()
+        self.augment = augment or recipe.augment
+        self.transform = {
+            "published": augmentation.augment_published,
+            "fast": augmentation.augment_fast,
+            "none": augmentation.squash,
+        }[self.augment]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, index: int) -> Path:
+        return self.folder / str(self.names[index])
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, index = key
+        rng = np.random.default_rng((self.recipe.seed, epoch, index))
+        unreadable = -1
+        for used in (*range(index, len(self)), *range(index)):
+            try:
+                image = self.read(used)
+            except images.ImageError:
+                unreadable = index
+                continue
+            picture, hole = self.change(image, rng)
+            return Sample(
+                torch.from_numpy(picture).permute(2, 0, 1),
+                torch.tensor(hole),
+                int(self.labels[used]),
+                used,
+                unreadable,
+            )
+        raise TrainingError(f"none of the {len(self)} images can be read, {self.path(0)} first")
+
+    def read(self, index: int) -> np.ndarray:
+        """The photograph; for the fast augmentation at a reduced scale where nothing is lost."""
+        least = None
+        if self.augment == "fast":
+            least = math.ceil(augmentation.FAST_MARGIN * self.recipe.image_size)
+        return images.read_image(self.path(index), least_side=least)
+
+    def change(
+        self, image: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """The augmented picture (S, S, 3) uint8 and its hole; the published one is cut already."""
+        recipe = self.recipe
+        picture = self.transform(image, recipe.image_size, rng)
+        if self.augment == "none":
+            return picture, (0, 0, 0)
+        if recipe.rand_augment:
+            picture = augmentation.rand_augment(
+                picture, recipe.rand_augment, recipe.rand_augment_magnitude, rng
+            )
+        hole = augmentation.draw_hole(recipe.image_size, rng)
+        if self.augment != "published":
+            return picture, hole
+        augmentation.cut_hole(picture, hole)
+        return picture, (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """One rank's batches of one epoch from step `first` on: lists of (epoch, index) keys.
+
+    The epoch's order is a permutation by (seed, epoch), or with `labels` a draw in which every
+    class comes equally often. A step takes `batch_size * processes * accumulate` of it: batch by
+    batch for rank 0, 1, ... and then the same for the next batch that is accumulated. So two
+    processes see in a step what one process that accumulates two batches does. What is left over
+    after the last whole step is dropped.
+    """
+
+    count: int
+    batch_size: int
+    processes: int
+    rank: int
+    seed: int
+    epoch: int
+    first: int = 0
+    accumulate: int = 1
+    labels: np.ndarray | None = None
+
+    @property
+    def steps(self) -> int:
+        """Whole steps in the epoch."""
+        return self.count // (self.batch_size * self.processes * self.accumulate)
+
+    def __len__(self) -> int:
+        return (self.steps - self.first) * self.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = self.order()
+        for batch in range(self.first * self.accumulate, self.steps * self.accumulate):
+            start = (batch * self.processes + self.rank) * self.batch_size
+            yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
+
+    def order(self) -> np.ndarray:
+        """(count,) image indices in the order in which the epoch shows them."""
+        rng = np.random.default_rng((self.seed, self.epoch))
+        if self.labels is None:
+            return rng.permutation(self.count)
+        by_class = np.argsort(self.labels, kind="stable")
+        sizes = np.bincount(self.labels)
+        starts = np.cumsum(sizes) - sizes
+        rounds = -(-self.count // len(sizes))
+        classes = np.concatenate([rng.permutation(len(sizes)) for _ in range(rounds)])[: self.count]
+        places = (rng.random(self.count) * sizes[classes]).astype(np.int64)
+        return by_class[starts[classes] + places]
+
+
+@dataclass(frozen=True)
+class SplitData:
+    """The images of one split folder as training reads them.
+
+    `validation` holds the images of val.csv and val_retrieval.csv, each once, label -1 where its
+    class is not trained; `queries` and `database` are positions in it.
+    """
+
+    train: TrainingImages
+    validation: TrainingImages
+    queries: np.ndarray
+    database: np.ndarray
+    ground_truth: GroundTruth | None
+    classes: int
+    max_failed_share: float = 0.001
+
+    @property
+    def train_count(self) -> int:
+        return len(self.train)
+
+    def score(self, parts: list[tuple[np.ndarray, dict[str, Tensor]]]) -> dict[str, float]:
+        """Means over the validation images, and mAP of the retrieval validation set.
+
+        parts: positions among the validation images, with what the network said of each. The means
+        need all images, the mAP those of the retrieval set. It comes with the ends of its 95 %
+        bootstrap interval over queries.
+        """
+        found = np.concatenate([places for places, _ in parts])
+        order = np.argsort(found)
+        values = {
+            key: torch.cat([result[key] for _, result in parts]).float().numpy()[order]
+            for key in parts[0][1]
+        }
+        scores = {}
+        if len(found) == len(self.validation):
+            trained = self.validation.labels >= 0
+            scores = {
+                key: float(value[trained].mean()) if trained.any() else math.nan
+                for key, value in values.items()
+                if key != "features"
+            }
+        if "features" in values and self.ground_truth is not None:
+            scores |= self._retrieval_scores(found[order], values["features"])
+        return scores
+
+    def _retrieval_scores(self, places: np.ndarray, features: np.ndarray) -> dict[str, float]:
+        """mAP of the queries over the database; places: rising, a row of features each."""
+        queries, database = (
+            features[np.searchsorted(places, part)] for part in (self.queries, self.database)
+        )
+        _, ranks = exact_search.search(queries, database, k=len(database))
+        found = protocol.evaluate(ranks, self.ground_truth)["medium"]
+        low, high = statistics.bootstrap_interval(found["ap"], **statistics.BOOTSTRAP)
+        return {"val_map": found["map"], "val_map_low": low, "val_map_high": high}
+
+    def refuse_missing(self) -> None:
+        """Raises FileNotFoundError where a listed image is not there: first few and count."""
+        for part in (self.train, self.validation):
+            ids = [Path(name).stem for name in part.names]
+            missing = gldv2.missing_images(part.folder, ids)
+            if missing:
+                shown = ", ".join(gldv2.image_path(image) for image in missing[:SHOWN])
+                raise FileNotFoundError(
+                    f"{len(missing):,} of {len(part):,} images of the split are not in "
+                    f"{part.folder}, first {shown}; bring them back, or make the split anew"
+                )
+
+
+def read_data(
+    split: Path, image_folder: Path, recipe: Recipe, max_failed_share: float = 0.001
+) -> SplitData:
+    """The training and validation images of a split folder, ready for the loop.
+
+    Raises FileNotFoundError where the image folder is missing, ValueError where training labels
+    are not the classes of the split, each with an image.
+    """
+    if not Path(image_folder).is_dir():
+        raise FileNotFoundError(f"the image folder {image_folder} does not exist")
+    train = splits.read_split(split, "train")
+    classes = int((~splits.class_counts(split)["held_out"].astype(bool)).sum())
+    _check_labels(train["label"].to_numpy(), classes, split / "train.csv")
+    retrieval = splits.read_split(split, "val_retrieval")
+    val = splits.read_split(split, "val")[["path", "label"]]
+    val = pd.concat([val, retrieval[["path", "label"]]]).drop_duplicates("path", ignore_index=True)
+    place = pd.Series(val.index, index=val["path"])
+    queries, database = (retrieval[retrieval["role"] == role] for role in ("query", "database"))
+    shown = val.assign(label=val["label"].where(val["label"] < classes, -1))
+    return SplitData(
+        train=TrainingImages(image_folder, train, recipe),
+        validation=TrainingImages(image_folder, shown, recipe, "none"),
+        queries=place[queries["path"]].to_numpy(),
+        database=place[database["path"]].to_numpy(),
+        ground_truth=_class_ground_truth(queries, database) if len(queries) else None,
+        classes=classes,
+        max_failed_share=max_failed_share,
+    )
+
+
+def _check_labels(labels: np.ndarray, classes: int, table: Path) -> None:
+    """Every label is one of the classes, and every class has an image."""
+    if len(labels) == 0:
+        raise ValueError(f"{table} lists no image: make the split anew")
+    wrong = (labels < 0) | (labels >= classes)
+    if wrong.any():
+        raise ValueError(
+            f"{table} has the label {labels[wrong][0]} in row {wrong.argmax()}, but the split has "
+            f"the classes 0 to {classes - 1}; make the split anew"
+        )
+    empty = np.flatnonzero(np.bincount(labels, minlength=classes) == 0)
+    if len(empty):
+        raise ValueError(
+            f"{len(empty)} of the {classes} classes have no image in {table}, class {empty[0]} "
+            "first; a class that is not trained needs no place in the classifier: make the split "
+            "anew without it"
+        )
+
+
+def _class_ground_truth(queries: pd.DataFrame, database: pd.DataFrame) -> GroundTruth:
+    """Every database image of the query's class is a positive (easy); nothing else is labelled."""
+    of_class = database.reset_index(drop=True).groupby("label").indices
+    nothing = np.zeros(0, np.int64)
+    return GroundTruth(
+        name="val_retrieval",
+        database=tuple(database["path"]),
+        queries=tuple(queries["path"]),
+        boxes=np.zeros((len(queries), 4)),
+        easy=[np.asarray(of_class.get(label, nothing)) for label in queries["label"]],
+        hard=[nothing] * len(queries),
+        junk=[nothing] * len(queries),
+    )
