@@ -661,6 +661,7 @@ file.append(np.full((500, 4), 8))
 
 
 def test_no_torch_is_imported():
-    code = "import sys, vitgal.features.store.feature_store, vitgal.data.images; print('torch' in sys.modules)"
+    modules = "vitgal.features.store.feature_store, vitgal.data.images"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert json.loads(found.stdout.lower()) is False

@@ -111,7 +111,8 @@ def test_a_later_failure_is_shown_in_its_own_words():
 @pytest.mark.slow
 def test_a_notebook_without_a_browser_shows_the_figure_and_fails_with_the_drawing():
     cells = [
-        "%matplotlib inline\nimport matplotlib.pyplot as plt\nfrom vitgal.viz import widgets as explore\n"
+        "%matplotlib inline\nimport matplotlib.pyplot as plt\n"
+        "from vitgal.viz import widgets as explore\n"
         "explore.browse_queries(lambda index: plt.subplots(figsize=(1, 1)), ['a', 'b'])",
         "explore.browse_queries(lambda index: 1 // index, ['a', 'b'])",
         "import pandas as pd\nwatch = explore.live_curves()\n"
