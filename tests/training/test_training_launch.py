@@ -302,7 +302,8 @@ def test_a_launch_from_a_notebook(images, run):
     cells = [
         f"import sys\nsys.path.insert(0, {str(TOP / 'tests')!r})\n%matplotlib inline\n"
         "from dataclasses import replace\nfrom pathlib import Path\nimport torch\n"
-        "from tests.training_runs import NANO, RECIPE\nfrom vitgal.viz import widgets as explore\nfrom vitgal.stages import train as training",
+        "from tests.training_runs import NANO, RECIPE\nfrom vitgal.viz import widgets as explore\n"
+        "from vitgal.stages import train as training",
         "torch.set_num_threads(2)\nx = torch.randn(2000, 500)\nprint((x @ x.T).relu().shape)",
         f"folder = training.fit_retrieval(Path({str(run)!r}), image_folder=Path({str(images)!r}), "
         "architecture=NANO, recipe=replace(RECIPE, num_processes=2, batch_size=2), "

@@ -136,7 +136,8 @@ def test_a_notebook_without_a_browser_shows_the_figure_and_fails_with_the_drawin
 def test_plain_papermill_never_waits_for_a_browser(tmp_path):
     """With an output widget in their place, a run of these cells seldom came to its end."""
     cells = [
-        "%matplotlib inline\nimport matplotlib.pyplot as plt\nfrom vitgal.viz import widgets as explore"
+        "%matplotlib inline\nimport matplotlib.pyplot as plt\n"
+        "from vitgal.viz import widgets as explore"
     ]
     cells += ["explore.browse_queries(lambda q: plt.subplots(figsize=(1, 1)), ['a', 'b'])"] * 60
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
