@@ -30,6 +30,7 @@ class Fact:
     above: float = -math.inf  # the value itself is excluded
     below: float = math.inf
     result: bool = True  # False: the setting changes speed, or what is shown, and no result
+    path: bool = False  # a file or folder
 
 
 def setting(default: Any, meaning: str, **facts: Any) -> Any:

@@ -26,20 +26,31 @@ class RunSettings(Section):
     overwrite: bool = setting(False, "delete finished stages and make them again", result=False)
     dataset: str = setting("demo", "benchmark: its labels are gnd_<dataset>.pkl", result=False)
     dataset_dir: str | None = setting(
-        None, "folder of jpg/ and gnd_<dataset>.pkl; None: the run's own benchmark", result=False
+        None,
+        "folder of jpg/ and gnd_<dataset>.pkl; None: the run's own benchmark",
+        path=True,
+        result=False,
     )
     image_folder: str | None = setting(
-        None, "folder of a/b/c/<id>.jpg; None: the run's own training images", result=False
+        None,
+        "folder of a/b/c/<id>.jpg; None: the run's own training images",
+        path=True,
+        result=False,
     )
     distractors: str | None = setting(
-        None, "folder of further database images (revisitop1m)", result=False
+        None, "folder of further database images (revisitop1m)", path=True, result=False
     )
     weights: str | None = setting(
-        None, "model file; None: the run's model, else the small one of the checkout", result=False
+        None,
+        "model file; None: the run's model, else the small one of the checkout",
+        path=True,
+        result=False,
     )
     descriptors: str | None = setting(
-        None, "global descriptors of another system (.npy or .h5)", result=False
+        None, "global descriptors of another system (.npy or .h5)", path=True, result=False
     )
+    recipe: str | None = setting(None, "training settings: a file of params/recipes/", result=False)
+    machine: str | None = setting(None, "speed settings: a file of params/machines/", result=False)
     compared_run: str | None = setting(
         None, "run to test against; None: global ranking alone", result=False
     )
@@ -59,11 +70,13 @@ class SplitSettings(Section):
     """How photographs of landmarks are divided into training and validation."""
 
     train_table: str | None = setting(
-        None, "GLDv2's train.csv or train_clean.csv; None: the demo data", result=False
+        None, "GLDv2's train.csv or train_clean.csv; None: the demo data", path=True, result=False
     )
-    exclude: str | None = setting(None, "file of image or class ids to leave out", result=False)
+    exclude: str | None = setting(
+        None, "file of image or class ids to leave out", path=True, result=False
+    )
     overlap_table: str | None = setting(
-        None, "csv of classes known to overlap the test sets", result=False
+        None, "csv of classes known to overlap the test sets", path=True, result=False
     )
     seed: int = setting(0, SEED_MEANING, low=0)
     val_share: float = setting(
@@ -169,13 +182,13 @@ class TrainingSettings(Recipe):
 
     architecture: str = setting("xcit_small_12_p16_224", "backbone, a name of timm's XCiT")
     initial_weights: str | None = setting(
-        None, "ImageNet XCiT's weights or a model of ours; None: random", result=False
+        None, "ImageNet XCiT's weights or a model of ours; None: random", path=True, result=False
     )
     drop_path: float = setting(0.1, "stochastic depth", low=0, below=1)
     margin: float = setting(0.15, "ArcFace's angle; paper: 0.1", unit="radians", low=0)
     scale: float = setting(30.0, "ArcFace's factor", above=0)
     teacher: str | None = setting(None, "network of timm to learn from besides the labels")
-    teacher_weights: str | None = setting(None, "the teacher's file", result=False)
+    teacher_weights: str | None = setting(None, "the teacher's file", path=True, result=False)
     distill_weight: float = setting(0.8, "the teacher's fraction of the loss", above=0, high=1)
 
     def check(self) -> None:
@@ -196,7 +209,7 @@ class AutoencoderSettings(Recipe):
 
     epochs: int = setting(25, "passes over the training images; its README says 30", low=1)
     backbone_weights: str | None = setting(
-        None, "trained retrieval model; None: this run's", result=False
+        None, "trained retrieval model; None: this run's", path=True, result=False
     )
     code_dim: int = setting(128, "dimension of a local descriptor", low=1)
     reconstruction_weight: float = setting(
@@ -225,6 +238,10 @@ class GlobalSettings(Section):
     top: int = setting(100, "length of the short list", low=1)
     display: int = setting(1000, "ranks kept for display", low=1)
     index: str | None = setting(None, 'faiss index, "IVF1024,PQ64; nprobe=32"; None: exact search')
+
+    max_failed_share: float = setting(
+        0.001, "fraction of the images that may be unreadable", low=0, high=1, result=False
+    )
 
     def check(self) -> None:
         """Raises SettingsError for no scale."""
@@ -297,6 +314,9 @@ class LocalSettings(SelectionSettings):
         choices=FEATURE_DTYPES,
     )
     shard_size: int = setting(256, "images a shard", low=1)
+    max_failed_share: float = setting(
+        0.001, "fraction of the images that may be unreadable", low=0, high=1, result=False
+    )
 
 
 @dataclass(frozen=True)
@@ -394,7 +414,9 @@ class TuningSettings(Section):
 class OwnSettings(Section):
     """A search among one's own photographs."""
 
-    photographs_folder: str = setting("third_party/landmarks", "with its sub-folders", result=False)
+    photographs_folder: str = setting(
+        "third_party/landmarks", "with its sub-folders", path=True, result=False
+    )
     query_image: str = setting(
         "neuschwanstein/1.jpg", "a name in the folder, or any file", result=False
     )
@@ -434,9 +456,6 @@ class MachineSettings(Section):
     engine: str = setting("local", '"ray": a Ray cluster', choices=("local", "ray"), result=False)
     ray_address: str | None = setting(
         None, "HOST:PORT of the cluster's head; None: Ray here", result=False
-    )
-    max_failed_share: float = setting(
-        0.001, "fraction of the images that may be unreadable", low=0, high=1, result=False
     )
     num_processes: int = setting(1, "training processes, one a GPU", low=1)
     data_workers: int = setting(4, "processes that read training images", low=0, result=False)
