@@ -1,6 +1,7 @@
 """Compares the results of two run folders byte by byte: `python -m tests.same_results RUN_A RUN_B`.
 
-Results are every .npy, .npz and .safetensors, and every scores.json without its version lines. Prints
+Results are every .npy, .npz and .safetensors, and every scores.json without its version lines.
+Prints
 what differs or is missing on one side and exits with 1, or with 0 where all is equal.
 """
 
@@ -38,7 +39,8 @@ def differences(first: Path, second: Path) -> list[str]:
     a, b = digests(first), digests(second)
     lines = [f"only in {first}: {name}" for name in sorted(a.keys() - b.keys())]
     lines += [f"only in {second}: {name}" for name in sorted(b.keys() - a.keys())]
-    return lines + [f"differs: {name}" for name in sorted(a.keys() & b.keys()) if a[name] != b[name]]
+    common = sorted(a.keys() & b.keys())
+    return lines + [f"differs: {name}" for name in common if a[name] != b[name]]
 
 
 def main(first: str, second: str) -> int:
