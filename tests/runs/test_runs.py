@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from vitgal import runs
-from vitgal.runs import environment, paths
+from vitgal.runs import inputs as runs_inputs
 from vitgal.runs import manifest as runs_manifest
 from vitgal.runs.errors import StageError
 
@@ -283,7 +283,7 @@ def test_a_stage_that_made_nothing_binds_nobody(tmp_path):
             raise ZeroDivisionError
     assert sorted(os.listdir(tmp_path)) == [".lock", "started.json"]
     with pytest.raises(StageError, match="other settings"):  # another worker may be about to write
-        with runs.stage(tmp_path, "toy", parameters={}, inputs=INPUTS, share=(0, 2)):
+        with runs.stage(tmp_path, "toy", parameters={}, inputs=INPUTS, slot=runs.WorkerSlot(0, 2)):
             pass
     assert not work(tmp_path, size=4)
     assert runs.read_stage(tmp_path, "04")["parameters"] == {"size": 4}
@@ -303,11 +303,11 @@ def test_workers_that_reopen_a_stage_together(tmp_path):
 @pytest.mark.slow
 def test_an_old_number_of_workers_is_in_nobody_s_way(tmp_path):
     """Its lock is still there: twenty of another number look at it, all at once."""
-    with runs.locked(tmp_path, (0, 3)):
+    with runs.locked(tmp_path, runs.WorkerSlot(0, 3)):
         pass
     code = (
         "import sys; from pathlib import Path; from vitgal import runs; input()\n"
-        f"with runs.locked(Path({str(tmp_path)!r}), (int(sys.argv[1]), 20)):\n"
+        f"with runs.locked(Path({str(tmp_path)!r}), runs.WorkerSlot(int(sys.argv[1]), 20)):\n"
         "    print('in', flush=True); input()"
     )
     start = [sys.executable, "-c", code]
@@ -319,9 +319,9 @@ def test_an_old_number_of_workers_is_in_nobody_s_way(tmp_path):
             worker.stdin.flush()
         assert [worker.stdout.readline() for worker in workers] == 20 * [said]
     assert [worker.wait() for worker in workers] == 20 * [0]
-    with runs.locked(tmp_path, (1, 20)):
+    with runs.locked(tmp_path, runs.WorkerSlot(1, 20)):
         with pytest.raises(StageError, match="another process .* .not as one of 3"):
-            with runs.locked(tmp_path, (0, 3)):
+            with runs.locked(tmp_path, runs.WorkerSlot(0, 3)):
                 pass
 
 
@@ -378,11 +378,13 @@ def test_a_changed_output_is_no_finished_stage(tmp_path, damage):
     assert not work(tmp_path, overwrite=True)
 
 
-def test_a_changed_version_is_one_warning(tmp_path, monkeypatch):
+def test_a_changed_version_is_one_warning(tmp_path):
     work(tmp_path)
-    then = runs.versions()["numpy"]
-    monkeypatch.setattr(environment, "versions", lambda: {"numpy": "99.0"})
-    with pytest.warns(UserWarning, match=f"numpy {then} then, 99.0 now") as record:
+    manifest = runs.read_json(tmp_path / runs.MANIFEST)
+    manifest["recorded"]["versions"]["numpy"] = "0.1"
+    runs.write_json(tmp_path / runs.MANIFEST, manifest)
+    now = runs.versions()["numpy"]
+    with pytest.warns(UserWarning, match=f"numpy 0.1 then, {now} now") as record:
         assert work(tmp_path)
     assert len(record) == 1
 
@@ -504,7 +506,7 @@ def test_a_run_that_began_to_train_has_to_end_it(stage, tmp_path):
 
 
 def test_a_checkout_without_the_small_model_asks_for_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "SMALL_WEIGHTS", "weights/none.safetensors")
+    monkeypatch.setattr(runs_inputs, "SMALL_WEIGHTS", "weights/none.safetensors")
     with pytest.raises(StageError, match="has not been run: run notebook 03"):
         runs.model_file(tmp_path, None)
 

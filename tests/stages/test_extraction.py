@@ -816,7 +816,7 @@ def test_workers_one_after_the_other(run, benchmark, weight_file):
         extract(run, benchmark, weight_file, worker=1, worker_count=2)
     folder = extract(run, benchmark, weight_file, worker=0, worker_count=2)
     assert len(FeatureStore.open(folder, verify=True)) == 6
-    with pytest.raises(ValueError, match="2 workers have the numbers from 0 on"):
+    with pytest.raises(ValueError, match="2 workers have the numbers from 0"):
         extract(run, benchmark, weight_file, worker=2, worker_count=2)
     with pytest.raises(ValueError, match="overwrite"):
         extract(run, benchmark, weight_file, worker=0, worker_count=2, overwrite=True)
@@ -925,7 +925,8 @@ def test_shards_of_workers_are_a_partition(tmp_path):
     whole = stages_shards.shards_of(tmp_path, keys, 2)
     assert [path.name for path in whole] == [f"shard-{i:02d}" for i in range(6)]
     for workers in (2, 3, 7):
-        parts = [stages_shards.shards_of(tmp_path, keys, 2, (r, workers)) for r in range(workers)]
+        slots = [runs.WorkerSlot(number, workers) for number in range(workers)]
+        parts = [stages_shards.shards_of(tmp_path, keys, 2, slot) for slot in slots]
         assert sum(map(len, parts)) == 6
         assert {path: keys for part in parts for path, keys in part.items()} == whole
     assert stages_shards.shards_of(tmp_path, [], 2) == {tmp_path / "shard-00": []}

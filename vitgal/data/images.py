@@ -33,7 +33,7 @@ _REDUCED = {
 }
 
 
-class ImageError(runs.Told, ValueError):
+class ImageError(runs.UserError, ValueError):
     """A file that cannot be decoded whole; the message names it, `reason` says why."""
 
     def __init__(self, path: str | os.PathLike, reason: str):

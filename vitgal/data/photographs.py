@@ -19,7 +19,7 @@ ORIENTATION = 0x0112  # EXIF
 SHOWN = 3  # names in a message
 
 
-class PhotographError(runs.Told, ValueError):
+class PhotographError(runs.UserError, ValueError):
     """A folder, a photograph or a box that nothing can be searched with; the message says why."""
 
 

@@ -378,7 +378,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
 
 
-class QueryError(runs.Told, ValueError):
+class QueryError(runs.UserError, ValueError):
     """There is no such query; the message states the range."""
 
 

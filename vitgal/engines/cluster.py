@@ -42,7 +42,7 @@ QUIET = {
 }
 
 
-class ClusterError(runs.Told, RuntimeError):
+class ClusterError(runs.UserError, RuntimeError):
     """Ray is missing, cannot be reached, or lost more processes than it may; says what to do."""
 
 
@@ -248,7 +248,7 @@ def _portable(error: Exception) -> Exception:
             f"(on the node {node}: images, weights and the run folder must lie where every node "
             "finds them under the same path)"
         )
-    elif not isinstance(error, runs.Told):
+    elif not isinstance(error, runs.UserError):
         error.add_note(f"(on the node {node})\n{met}")
     return error
 

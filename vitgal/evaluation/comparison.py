@@ -26,7 +26,7 @@ DIGITS = 12  # of a fingerprint, enough to tell two apart
 SHOWN = 40  # characters of a setting
 
 
-class ResultError(runs.Told, FileNotFoundError):
+class ResultError(runs.UserError, FileNotFoundError):
     """There is no result where one was named."""
 
 

@@ -13,7 +13,7 @@ DATASET = "val_retrieval"
 PROTOCOL = "medium"  # easy and hard count; only easy ones are labelled here
 
 
-class TuningError(runs.Told, ValueError):
+class TuningError(runs.UserError, ValueError):
     """Nothing can be tuned here; the message says why and what to do."""
 
 

@@ -20,7 +20,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 SHOWN = 3  # missing names that an error spells out
 
 
-class DescriptorError(runs.Told, ValueError):
+class DescriptorError(runs.UserError, ValueError):
     """A file of descriptors that cannot be used; the message says which, why and what to do."""
 
 

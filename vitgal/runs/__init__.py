@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "environment": ["VERSIONED", "commit", "versions"],
-        "errors": ["StageError", "Told"],
+        "errors": ["StageError", "UserError"],
         "files": [
             "TEMPORARY",
             "atomic",
@@ -20,7 +20,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "fingerprints": ["CHUNK", "fingerprint", "fingerprint_file", "fingerprint_images"],
         "inputs": ["data_folder", "model_file"],
-        "locks": ["ALONE", "LOCK", "disown_locks", "locked"],
+        "locks": ["ALONE", "LOCK", "WorkerSlot", "disown_locks", "locked"],
         "manifest": [
             "HASH_LIMIT",
             "MANIFEST",

@@ -1,16 +1,17 @@
-"""Errors that a reader can act on: their message is shown alone."""
+"""Errors that the user can act on."""
 
 
-class Told(Exception):
-    """A mistake that a person can put right: its message says all, so a notebook shows it alone.
+class UserError(Exception):
+    """A mistake that the user can correct: a notebook shows its message without a traceback.
 
-    To be inherited before a built-in exception. IPython prints what `_render_traceback_` gives in
-    place of the traceback; the cell fails as ever, and so does a headless run.
+    Subclasses inherit it before a built-in exception. IPython prints the lines of
+    `_render_traceback_` in place of the traceback; the cell still fails, and so does a headless
+    run.
     """
 
     def _render_traceback_(self) -> list[str]:
         return str(self).splitlines()
 
 
-class StageError(Told, RuntimeError):
-    """A stage cannot begin, continue or be read; the message says what differs and what to do."""
+class StageError(UserError, RuntimeError):
+    """A stage cannot begin, continue or be read; the message says why and what to do."""

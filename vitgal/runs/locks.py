@@ -1,47 +1,77 @@
-"""Locks on stage folders; the kernel releases them after a kill."""
+"""Locks on folders, which the kernel releases when a process ends."""
 
 import contextlib
 import fcntl
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from vitgal.runs.errors import StageError
 
-LOCK = ".lock"  # the names of all locks begin so
-ALONE = (0, 1)  # worker 0 of 1
-_HELD: set[IO] = set()  # open lock files of this process, and of the one it was forked from
+LOCK = ".lock"  # the names of all lock files begin with this
+_HELD: set[IO] = set()  # open lock files of this process, inherited by its forks
+
+
+@dataclass(frozen=True)
+class WorkerSlot:
+    """The number of one worker, from 0, among the `count` workers that divide a stage's work."""
+
+    number: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.number < self.count:
+            raise ValueError(
+                f"worker is {self.number}: {self.count} workers have the numbers from 0 to "
+                f"{self.count - 1}"
+            )
+
+    def indices(self, total: int) -> range:
+        """Returns the indices of this worker's items, every `count`-th of `total`."""
+        return range(self.number, total, self.count)
+
+
+ALONE = WorkerSlot(0, 1)
 
 
 @contextlib.contextmanager
-def locked(folder: Path, share: tuple[int, int] = ALONE) -> Iterator[None]:
-    """Holds the folder's lock; the kernel releases it whatever happens to the process.
+def locked(folder: Path, slot: WorkerSlot = ALONE) -> Iterator[None]:
+    """Holds a folder's lock.
 
-    share: (worker, workers). One worker has the folder for itself. Several hold the lock together;
-    a worker that is there twice, or of another number of workers, is refused.
+    Args:
+        folder: Is created where it is missing.
+        slot: A single worker locks the folder exclusively. Several workers share the lock, each
+            under its own number.
+
+    Raises:
+        StageError: Another process holds the lock, the same worker runs already, a worker of a
+            different `slot.count` runs, or the folder cannot be locked.
     """
-    worker, workers = share
-    if not 0 <= worker < workers:
-        raise ValueError(f"worker is {worker}: {workers} workers have the numbers from 0 on")
     busy = f"another process is working in {folder}; wait for it, or use another run_dir"
     with contextlib.ExitStack() as held:
-        _lock(folder / LOCK, held, fcntl.LOCK_EX if share == ALONE else fcntl.LOCK_SH, busy)
-        if share != ALONE:
-            name = f"{LOCK}-of-{workers}"
-            twice = f"worker {worker} of {workers} is working in {folder} already"
-            _lock(folder / f"{name}-{worker}", held, fcntl.LOCK_EX, twice)
-            # Others hold this one for themselves only while they look whether anybody does.
+        _lock(folder / LOCK, held, fcntl.LOCK_EX if slot == ALONE else fcntl.LOCK_SH, busy)
+        if slot != ALONE:
+            name = f"{LOCK}-of-{slot.count}"
+            duplicate = f"worker {slot.number} of {slot.count} is working in {folder} already"
+            _lock(folder / f"{name}-{slot.number}", held, fcntl.LOCK_EX, duplicate)
             _lock(folder / name, held, fcntl.LOCK_SH, None)
-            with contextlib.ExitStack() as looking:  # one at a time, or they would see each other
-                _lock(folder / f"{LOCK}-look", looking, fcntl.LOCK_EX, None)
-                for other in sorted(folder.glob(f"{LOCK}-of-*[0-9]")):
-                    if other.name != name and "-" not in other.name.removeprefix(f"{LOCK}-of-"):
-                        _lock(other, looking, fcntl.LOCK_EX, f"{busy} (not as one of {workers})")
+            _refuse_other_counts(folder, name, f"{busy} (not as one of {slot.count})")
         yield
 
 
+def _refuse_other_counts(folder: Path, name: str, busy: str) -> None:
+    """Raises StageError where a worker of another number of workers holds that number's lock."""
+    with contextlib.ExitStack() as probing:
+        # Workers probe one after the other, or they would find each other's probes.
+        _lock(folder / f"{LOCK}-look", probing, fcntl.LOCK_EX, None)
+        for other in sorted(folder.glob(f"{LOCK}-of-*[0-9]")):
+            if other.name != name and "-" not in other.name.removeprefix(f"{LOCK}-of-"):
+                _lock(other, probing, fcntl.LOCK_EX, busy)
+
+
 def _lock(path: Path, held: contextlib.ExitStack, kind: int, busy: str | None) -> None:
-    """Takes a lock until `held` closes; StageError with `busy` where it is taken, None: waits."""
+    """Locks a file until `held` closes; waits for it where `busy` is None, the error's text."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = held.enter_context(open(path, "w"))
@@ -65,6 +95,6 @@ def _lock(path: Path, held: contextlib.ExitStack, kind: int, busy: str | None) -
 
 
 def disown_locks() -> None:
-    """For a forked helper process: a lock must not outlive the process that took it."""
+    """Closes the lock files that a forked process has inherited: its parent holds the locks."""
     for handle in _HELD:
         handle.close()

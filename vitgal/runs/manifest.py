@@ -22,7 +22,7 @@ from vitgal.runs.environment import commit, versions
 from vitgal.runs.errors import StageError
 from vitgal.runs.files import TEMPORARY, plain, read_json, write_json
 from vitgal.runs.fingerprints import fingerprint, fingerprint_file
-from vitgal.runs.locks import ALONE, LOCK, locked
+from vitgal.runs.locks import ALONE, LOCK, WorkerSlot, locked
 
 STAGE_FORMAT = 1
 MANIFEST = "stage.json"
@@ -88,7 +88,7 @@ def stage(
     inputs: dict[str, str],
     overwrite: bool = False,
     repair: bool = False,
-    share: tuple[int, int] = ALONE,
+    slot: WorkerSlot = ALONE,
 ) -> Iterator[Stage]:
     """Opens a stage folder for one process and says whether its work is already done.
 
@@ -98,14 +98,14 @@ def stage(
         overwrite: throw away what the folder holds and start anew.
         repair: a finished stage whose outputs have changed is opened as an interrupted one; else it
             is refused.
-        share: (worker, workers): as which of how many processes that work in the folder at once
-            this one comes. Each keeps to its own files; all must say the same number.
+        slot: this process among those that work in the folder at once. Each writes only its own
+            files, and all must have the same `slot.count`.
     Raises:
         StageError: the folder cannot be written, another process works in it, or it holds a
             finished or interrupted stage with other settings; the message names the difference.
         ValueError: a folder that is shared cannot be overwritten.
     """
-    if overwrite and share != ALONE:
+    if overwrite and slot != ALONE:
         raise ValueError(
             "overwrite would throw away what the other workers write: delete the folder first"
         )
@@ -113,10 +113,10 @@ def stage(
     settings = plain(
         {"format": STAGE_FORMAT, "stage": name, "parameters": parameters, "inputs": inputs}
     )
-    with locked(folder, share):
+    with locked(folder, slot):
         if overwrite:
             _clear(folder)
-        elif share != ALONE or not _just_begun(folder):
+        elif slot != ALONE or not _just_begun(folder):
             _refuse_other(folder, settings)
         opened = Stage(folder, name, (folder / MANIFEST).exists(), settings)
         if opened.finished:
@@ -127,7 +127,7 @@ def stage(
                     raise
                 opened.reopen()
         if not opened.finished:
-            if share == ALONE:  # what looks left behind may be another worker's, half-written
+            if slot == ALONE:  # what looks left behind may be another worker's, half-written
                 _sweep(folder)
             write_json(folder / STARTED, settings)
         yield opened

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
-from vitgal.runs.errors import Told
+from vitgal.runs.errors import UserError
 
 
-class SettingsError(Told, ValueError):
+class SettingsError(UserError, ValueError):
     """A setting that is unknown, of the wrong type or out of range; the message names it."""
 
 

@@ -94,19 +94,19 @@ def extract_shortlist(
     how |= dict(size=size, resize="area", batch_size=batch_size, workers=workers)
     shards = dict(dtype=dtype, shard_size=shard_size, options=options)
     shards |= dict(limit=max_failed_share, disable=not progress)
-    share = (worker, worker_count)
+    slot = runs.WorkerSlot(worker, worker_count)
     opening = dict(parameters=parameters, inputs=inputs, overwrite=overwrite)
-    with runs.stage(run / dataset / "local", "local", repair=True, share=share, **opening) as stage:
+    with runs.stage(run / dataset / "local", "local", repair=True, slot=slot, **opening) as stage:
         if stage.finished and (opened := _opened(stage)) is not None:
             _announce(opened.code_dim, len(jobs), parameters)
             _report(opened.failures, len(jobs))
             return stage.folder
         with _engine(engine, ray_address, model, how) as runner:
             _announce(require_codes(runner.model), len(jobs), parameters)
-            _write_shards(runner, jobs, stage.folder, share=share, **shards)
+            _write_shards(runner, jobs, stage.folder, slot=slot, **shards)
             made = dict(dtype=dtype, settings={"precision": runner.precision})
             recorded = runner.recorded()
-        _refuse_unfinished(stage.folder, jobs, shard_size, share, made)
+        _refuse_unfinished(stage.folder, jobs, shard_size, slot, made)
         index = store.write_index(stage.folder)  # first: with it the store is opened at once
         failed = store.FeatureStore.open(stage.folder).failures
         _refuse_failures(_listed(failed), len(jobs), max_failed_share)
@@ -129,16 +129,16 @@ def _opened(stage: runs.Stage) -> store.FeatureStore | None:
 
 
 def _refuse_unfinished(
-    folder: Path, jobs: Sequence[Job], shard_size: int, share: tuple[int, int], made: dict
+    folder: Path, jobs: Sequence[Job], shard_size: int, slot: runs.WorkerSlot, made: dict
 ) -> None:
     """StageError where shards of other workers are missing or damaged; these are read whole."""
     keys = [job.key for job in jobs]
-    wanted, mine = (shards_of(folder, keys, shard_size, some) for some in (runs.ALONE, share))
+    wanted, mine = (shards_of(folder, keys, shard_size, some) for some in (runs.ALONE, slot))
     theirs = {where: names for where, names in wanted.items() if where not in mine}
     missing = [where.name for where in theirs if not where.exists()]
     if missing:
         raise runs.StageError(
-            f"worker {share[0]} has written its shards of {folder}; {len(missing)} of "
+            f"worker {slot.number} has written its shards of {folder}; {len(missing)} of "
             f"{len(wanted)} ({missing[0]}, ...) are for other workers: the last of them finishes "
             "the stage; if none is at work, run this again with worker_count=1"
         )
@@ -147,7 +147,7 @@ def _refuse_unfinished(
     damaged = [where.name for where, names in theirs.items() if not _whole(where, names, made)]
     if damaged:
         raise runs.StageError(
-            f"worker {share[0]} has written its shards of {folder}; of the other workers' "
+            f"worker {slot.number} has written its shards of {folder}; of the other workers' "
             f"{len(damaged)} ({damaged[0]}, ...) are damaged: run this again with worker_count=1"
         )
 
@@ -200,17 +200,17 @@ def _write_shards(
     shard_size: int,
     options: dict,
     limit: float,
-    share: tuple[int, int] = runs.ALONE,
+    slot: runs.WorkerSlot = runs.ALONE,
     disable: bool = True,
 ) -> None:
     """Writes those of a worker's shards that are missing or damaged."""
     by_key = {job.key: job for job in jobs}
     how = dict(dtype=dtype, settings={"precision": runner.precision})
     made = how | {"code_dim": runner.model.code_dim}
-    if share == runs.ALONE:
+    if slot == runs.ALONE:
         store.clear_partial(folder)
     failures, missing = [], {}
-    mine = shards_of(folder, [job.key for job in jobs], shard_size, share)
+    mine = shards_of(folder, [job.key for job in jobs], shard_size, slot)
     for where, keys in mine.items():
         _refuse_other_precision(where, runner.precision)
         if shard := store.whole_shard(where, keys, **how):
@@ -225,7 +225,7 @@ def _write_shards(
         for failed in written:
             failures += failed
             _refuse_failures(failures, len(jobs), limit)
-    if share == runs.ALONE:
+    if slot == runs.ALONE:
         store.clear_partial(folder)
 
 

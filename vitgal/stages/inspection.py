@@ -40,7 +40,7 @@ KNOBS = {  # what `sweep` turns, and through which values
 }
 
 
-class InspectionError(runs.Told, ValueError):
+class InspectionError(runs.UserError, ValueError):
     """A photograph or a pair that cannot be looked at; the message says why and what to do."""
 
 

@@ -54,18 +54,17 @@ class Piece:
 
 
 def shards_of(
-    folder: Path, keys: Iterable[str], shard_size: int, share: tuple[int, int] = runs.ALONE
+    folder: Path, keys: Iterable[str], shard_size: int, slot: runs.WorkerSlot = runs.ALONE
 ) -> dict[Path, list[str]]:
     """The shards that one of several workers writes: folder -> keys of its images.
 
-    share: (worker, workers); worker r takes shards r, r + workers, …. The shards are those of
+    Worker `slot.number` takes the shards number, number + count, …. The shards are those of
     `store.partition`, whatever the number of workers; without images there is an empty one.
     """
     parts = store.partition(keys, shard_size) or [[]]
-    worker, workers = share
     return {
         store.shard_folder(folder, index, len(parts)): parts[index]
-        for index in range(worker, len(parts), workers)
+        for index in slot.indices(len(parts))
     }
 
 

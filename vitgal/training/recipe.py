@@ -35,7 +35,7 @@ OPTIONS = (
 RETRIEVAL_ONLY = ("layer_decay", "sub_centres", "class_chunk", "sampled_classes")
 
 
-class TrainingError(runs.Told, RuntimeError):
+class TrainingError(runs.UserError, RuntimeError):
     """Training cannot go on; the message says at which step, on which images, and what to do."""
 
 

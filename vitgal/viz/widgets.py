@@ -98,7 +98,7 @@ def _png(figure: plt.Figure) -> bytes:
 
 def _told(error: Exception) -> str:
     """An error in its own words; one that no person can put right with its kind and place."""
-    if isinstance(error, runs.Told):
+    if isinstance(error, runs.UserError):
         return str(error)
     (frame,) = traceback.extract_tb(error.__traceback__)[-1:]
     return f"{type(error).__name__}: {error} ({Path(frame.filename).name}, line {frame.lineno})"

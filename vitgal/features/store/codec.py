@@ -18,7 +18,7 @@ ITEM_BYTES = 150  # of one image beside its features: name and sizes in items.js
 FEATURE_BYTES = 16  # of one feature beside its descriptor: keypoint, score, scale
 
 
-class StoreError(runs.Told, RuntimeError):
+class StoreError(runs.UserError, RuntimeError):
     """A store on disk that is damaged or incomplete; the message names the folder or the item."""
 
 
