@@ -21,7 +21,7 @@ from vitgal.models import descriptors, inference
 from vitgal.models.network import build_model
 from vitgal.models.weights import save_model
 from vitgal.stages import inspection, own
-from vitgal.viz import figures
+from vitgal.viz import figures, photograph_browser
 from vitgal.viz import widgets as viz_widgets
 
 matplotlib.use("agg")
@@ -341,7 +341,9 @@ def photographs(run, tmp_path) -> own.Photographs:
 
 @pytest.mark.slow
 def test_a_box_is_drawn_and_searched(photographs):
-    browser = viz_widgets.PhotographBrowser(photographs, "q.jpg", None, 3, {"max_distance": 0.5})
+    browser = photograph_browser.PhotographBrowser(
+        photographs, "q.jpg", None, 3, {"max_distance": 0.5}
+    )
     assert (browser.across.value, browser.down.value) == ((0, 128), (0, 96))
     assert browser.box is None
     assert browser.found.table["photograph"][0] == "a.jpg"  # the same photograph
@@ -364,13 +366,13 @@ def test_a_box_is_drawn_and_searched(photographs):
 
 def test_a_wrong_first_question_is_raised(photographs):
     with pytest.raises(data_photographs.PhotographError, match="no query z.jpg"):
-        viz_widgets.browse_photographs(photographs, "z.jpg")
+        photograph_browser.browse_photographs(photographs, "z.jpg")
 
 
 @pytest.mark.slow
 def test_no_browser_holds_an_output_widget(lens, photographs):
     # One would answer on the socket where a headless run awaits the cell's end, and may hang there.
-    found = viz_widgets.browse_photographs(photographs, "q.jpg", (0, 0, 90, 90), top=2)
+    found = photograph_browser.browse_photographs(photographs, "q.jpg", (0, 0, 90, 90), top=2)
     for root in (lens.widget, found, viz_widgets.browse_queries(print, ["a"])):
         kinds = {type(widget) for widget in within(root)}
         assert widgets.Image in kinds or root.children[0].children

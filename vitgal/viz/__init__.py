@@ -25,6 +25,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "matches",
         ],
         "paths": ["tensor_path"],
+        "photograph_browser": ["PhotographBrowser", "browse_photographs"],
         "photographs": ["pair_figure", "picture", "ranking_figure", "reduced"],
         "rankings": [
             "before_after",
@@ -41,10 +42,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "widgets": [
             "MatchInspector",
             "Options",
-            "PhotographBrowser",
             "Screen",
             "browse_failures",
-            "browse_photographs",
             "browse_queries",
             "inspect_matches",
             "live_curves",
