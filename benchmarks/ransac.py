@@ -38,10 +38,10 @@ from vitgal.data.revisited import GroundTruth, labelled, load_ground_truth, posi
 from vitgal.evaluation import tuning
 from vitgal.evaluation.protocol import evaluate
 from vitgal.features.store.feature_store import FeatureStore
-from vitgal.retrieval import reranking, shortlists
+from vitgal.retrieval import shortlists
 from vitgal.retrieval.matching import match_shortlist
 from vitgal.retrieval.ranking import Positions
-from vitgal.retrieval.reranking import NOT_VERIFIED
+from vitgal.retrieval.reranking import NOT_VERIFIED, Reranking
 from vitgal.retrieval.verification import ESTIMATORS, verify
 
 SHOWN = ("medium", "hard")
@@ -174,13 +174,11 @@ def count_summary(counts: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
 
 def scores(listed: Shortlists, counts: np.ndarray, top: int) -> dict[str, float]:
     """mAP of each shown protocol after reranking by counts (Q, C)."""
-    options = dict(ranks=listed.ranks, candidates=listed.candidates, ground_truth=listed.truth)
-    options["top"] = top
-    places = {
-        protocol: reranking.rerank_positions(listed.positions, counts, protocol=protocol, **options)
-        for protocol in SHOWN
-    }
-    return {p: one["map"] for p, one in evaluate(places, listed.truth).items()}
+    positions = {}
+    for protocol in SHOWN:
+        reranking = Reranking(listed.candidates, counts, listed.truth, protocol, top)
+        positions[protocol] = listed.positions.reranked(listed.ranks, reranking)
+    return {p: one["map"] for p, one in evaluate(positions, listed.truth).items()}
 
 
 def measure(

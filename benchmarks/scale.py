@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from vitgal.retrieval import faiss_index
+from vitgal.retrieval.exact_ranks import labelled_positions
 from vitgal.retrieval.exact_search import search
-from vitgal.retrieval.ranking import labelled_positions
 
 SIZES = (10**4, 10**5, 10**6, 10**7)
 INDEXES = ("IVF256,Flat:100000", "HNSW32:100000", "IVF1024,PQ48:1000000")

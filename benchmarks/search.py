@@ -28,8 +28,8 @@ import numpy as np
 from vitgal.data.revisited import GroundTruth, ignored, labelled, positives
 from vitgal.evaluation.protocol import evaluate
 from vitgal.retrieval import faiss_index
+from vitgal.retrieval.exact_ranks import labelled_positions
 from vitgal.retrieval.exact_search import search
-from vitgal.retrieval.ranking import labelled_positions
 
 LABELLED = 5_000  # images before the distractors, about as many as ROxford has
 COUNTS = {

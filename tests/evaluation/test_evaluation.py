@@ -13,8 +13,9 @@ from vitgal.evaluation import statistics
 from vitgal.evaluation.protocol import average_precision, evaluate, precision_at
 from vitgal.evaluation.scores import score_table, scores_document
 from vitgal.evaluation.statistics import bootstrap_interval, paired_test
+from vitgal.retrieval.exact_ranks import labelled_positions
 from vitgal.retrieval.exact_search import search
-from vitgal.retrieval.ranking import Positions, labelled_positions
+from vitgal.retrieval.ranking import Positions
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 EXPECTED = Path(__file__).parents[1] / "parity" / "expected_map.json"
@@ -163,7 +164,7 @@ def test_distractors_rank_as_negatives():
     # As RANKS with 7 and 6 in the places of 1 and 3.
     assert evaluate(ranks, ONE)["medium"]["map"] == pytest.approx(1 / 3, abs=1e-15)
     top = ranks[:5]
-    with pytest.raises(ValueError, match="index 7, outside .*give number="):
+    with pytest.raises(ValueError, match="index 7, outside .*size"):
         evaluate(top, ONE)
     assert evaluate(top, ONE, number=8)["medium"]["map"] == pytest.approx(1 / 3, abs=1e-15)
 

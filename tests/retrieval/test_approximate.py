@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vitgal import runs
-from vitgal.retrieval import exact_search, faiss_index, ranking
+from vitgal.retrieval import exact_ranks, exact_search, faiss_index
 from vitgal.retrieval.ranking import Positions
 
 WIDTH = 32
@@ -176,17 +176,17 @@ def test_what_fits_just_so_is_built(tmp_path, database):
 MAPPED = """
 import sys
 import numpy as np
-from vitgal import approximate
+from vitgal.retrieval import faiss_index
 database = np.load(sys.argv[2], mmap_mode="r")
 
 def held():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
-approximate.read(sys.argv[1], database, "HNSW4")
+faiss_index.read(sys.argv[1], database, "HNSW4")
 before = held()
-index = approximate.read(sys.argv[1], database, "HNSW4")
-assert approximate.find(index, database[:1], k=1)[1].shape == (1, 1)
+index = faiss_index.read(sys.argv[1], database, "HNSW4")
+assert faiss_index.find(index, database[:1], k=1)[1].shape == (1, 1)
 print(held() - before)
 """
 
@@ -271,9 +271,9 @@ def test_positions_behind_a_list_by_hand():
     exact = Positions([np.array([0, 2, 3, 4, 6])], [np.array([0, 2, 4, 5, 3])], 7)
     ranks = np.array([[1], [6], [4]], np.int32)
     behind = faiss_index.positions_behind(exact, database[ranks[:, 0]], ranks, query, database)
-    assert behind.positions[0].tolist() == [3, 4, 5, 2, 1]
+    assert behind.ranks[0].tolist() == [3, 4, 5, 2, 1]
     empty = faiss_index.positions_behind(exact, database[:0], ranks[:0], query, database)
-    assert empty.positions[0].tolist() == exact.positions[0].tolist()
+    assert empty.ranks[0].tolist() == exact.ranks[0].tolist()
 
 
 def test_positions_behind_a_list_equal_the_ranking_written_out(tmp_path, database):
@@ -282,7 +282,7 @@ def test_positions_behind_a_list_equal_the_ranking_written_out(tmp_path, databas
     labels = [np.sort(generator.choice(3000, 40, replace=False)) for _ in queries]
     index = made(tmp_path, database, "IVF64,Flat; nprobe=4")
     similarities, ranks, _ = faiss_index.find(index, queries, k=30)
-    exact = ranking.labelled_positions(queries, database, labels)
+    exact = exact_ranks.labelled_positions(queries, database, labels)
     full = exact_search.search(queries, database, k=3000)[1]
     written = np.array(
         [
@@ -292,8 +292,8 @@ def test_positions_behind_a_list_equal_the_ranking_written_out(tmp_path, databas
     ).T
     expected = Positions.from_ranks(written, labels)
     behind = faiss_index.positions_behind(exact, similarities, ranks, queries, database)
-    assert any((a != b).any() for a, b in zip(exact.positions, behind.positions, strict=True))
-    for ours, theirs in zip(behind.positions, expected.positions, strict=True):
+    assert any((a != b).any() for a, b in zip(exact.ranks, behind.ranks, strict=True))
+    for ours, theirs in zip(behind.ranks, expected.ranks, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -310,11 +310,11 @@ def test_recall_by_hand():
 FULL_DISK = """
 import resource, signal, sys
 import numpy as np
-from vitgal import approximate
+from vitgal.retrieval import faiss_index
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    approximate.build(sys.argv[1], np.ones((500, 32), np.float32), "Flat")
+    faiss_index.build(sys.argv[1], np.ones((500, 32), np.float32), "Flat")
 except OSError as error:
     print(error)
 """
@@ -331,7 +331,7 @@ def test_a_full_disk_leaves_no_index(tmp_path):
 TORCH_BESIDE = """
 import sys
 import numpy as np
-from vitgal import approximate
+from vitgal.retrieval import faiss_index
 for name in sys.argv[2:]:
     if name == "torch":
         import torch
@@ -340,9 +340,9 @@ for name in sys.argv[2:]:
         assert (a @ a)[0, 0] == 512
     else:
         rows = np.eye(64, dtype=np.float32)
-        approximate.build(sys.argv[1], rows, "IVF4,Flat")
-        index = approximate.read(sys.argv[1], rows, "IVF4,Flat; nprobe=4")
-        assert approximate.find(index, rows, k=1)[1].ravel().tolist() == list(range(64))
+        faiss_index.build(sys.argv[1], rows, "IVF4,Flat")
+        index = faiss_index.read(sys.argv[1], rows, "IVF4,Flat; nprobe=4")
+        assert faiss_index.find(index, rows, k=1)[1].ravel().tolist() == list(range(64))
 print("done")
 """
 

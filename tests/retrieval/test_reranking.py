@@ -24,12 +24,11 @@ from vitgal.evaluation.protocol import evaluate
 from vitgal.evaluation.statistics import bootstrap_interval
 from vitgal.features import store
 from vitgal.features.local import LocalFeatures
-from vitgal.retrieval import exact_search, matching, shortlists, verification
-from vitgal.retrieval import ranking as retrieval_ranking
+from vitgal.retrieval import exact_ranks, exact_search, matching, shortlists, verification
 from vitgal.retrieval.matching import match, match_shortlist
 from vitgal.retrieval.pairs import inspect_pair, inspect_shortlist
 from vitgal.retrieval.ranking import Positions
-from vitgal.retrieval.reranking import query_table, rerank, rerank_positions
+from vitgal.retrieval.reranking import Reranking, rerank
 from vitgal.retrieval.verification import verify
 from vitgal.stages import rerank as rerank_stage
 from vitgal.stages.rerank import rerank_shortlist
@@ -216,19 +215,19 @@ LESS_PRECISE = """
 import sys
 import numpy as np, torch
 from scipy.spatial import cKDTree
-from vitgal import reranking
+from vitgal.retrieval import matching
 
 torch.set_float32_matmul_precision("medium")
 backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 if sys.argv[1] == "each backend":  # torch then raises where it is asked for the one setting
     backends[1].fp32_precision = "ieee"
 before = [backend.fp32_precision for backend in backends]
-with reranking._float32_products():
+with matching._float32_products():
     assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
 rng = np.random.default_rng(9)
 base = rng.standard_normal((1, 128))
 query, gallery = base + 1e-3 * rng.standard_normal((2, 300, 128))
-found = reranking.match(query, gallery, np.inf, device="cpu")
+found = matching.match(query, gallery, np.inf, device="cpu")
 assert (found[:, 1] == cKDTree(gallery).query(query)[1]).all()
 assert [backend.fp32_precision for backend in backends] == before != ["ieee", "ieee"]
 """
@@ -514,8 +513,8 @@ def test_rerank_by_hand(protocol, expected):
     reranked = rerank(RANKING, INLIERS, **options)
     assert reranked[:, 0].tolist() == expected
     before = Positions.from_ranks(RANKING, [np.arange(10)])
-    after = rerank_positions(before, INLIERS, ranks=RANKING, **options)
-    assert after.positions[0].tolist() == np.argsort(expected).tolist()
+    after = before.reranked(RANKING, Reranking(inliers=INLIERS, **options))
+    assert after.ranks[0].tolist() == np.argsort(expected).tolist()
 
 
 def test_rerank_published_ties_are_numpys():
@@ -583,38 +582,13 @@ def test_positions_after_reranking_equal_the_full_reranked_ranking(protocol):
     # Only the beginning of the ranking is given, as in a run.
     depth = shortlists.shortlist_depth(truth, 60, top=15)
     before = Positions.from_ranks(ranking, labelled(truth))
-    after = rerank_positions(before, inliers, ranks=ranking[:depth], **options)
+    after = before.reranked(ranking[:depth], Reranking(inliers=inliers, **options))
     expected = Positions.from_ranks(full, labelled(truth))
-    for ours, theirs in zip(after.positions, expected.positions, strict=True):
+    for ours, theirs in zip(after.ranks, expected.ranks, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     scores, by_full = evaluate(after, truth), evaluate(full, truth)
     for name in ("easy", "medium", "hard"):
         np.testing.assert_array_equal(scores[name]["ap"], by_full[name]["ap"])
-
-
-def test_query_table_by_hand():
-    truth = small_truth()
-    before = Positions.from_ranks(RANKING, labelled(truth))
-    options = dict(candidates=CANDIDATES, ground_truth=truth, protocol="easy", top=4)
-    after = rerank_positions(before, INLIERS, ranks=RANKING, **options)
-    table = query_table(before, after, truth, protocol="easy")
-    # Without 2, 3, 4, 5 the ranking is 6 0 7 1 8 9, and 1 0 6 7 8 9 afterwards. Trapezoid AP of
-    # positives at ranks 1 and 3: ((0 + 1/2) + (1/3 + 2/4)) / 4 = 1/3; at 0 and 1: 1.
-    assert table.index.tolist() == ["query0"]
-    row = table.loc["query0"]
-    assert row["before"] == pytest.approx(1 / 3) and row["after"] == pytest.approx(1)
-    assert row["change"] == pytest.approx(2 / 3)
-    assert (row["image"], row["rank_before"], row["rank_after"]) == ("image1", 4, 1)
-    still = query_table(before, before, truth, protocol="easy").loc["query0"]
-    assert still["change"] == 0 and still.isna()[["image", "rank_before", "rank_after"]].all()
-
-
-def test_query_table_without_positives():
-    truth = small_truth()
-    bare = GroundTruth(**vars(truth) | {"hard": [np.array([], np.int64)]})
-    places = Positions.from_ranks(RANKING, labelled(bare))
-    row = query_table(places, places, bare, protocol="hard").loc["query0"]
-    assert row.isna().all()
 
 
 # The stage
@@ -642,7 +616,7 @@ def make_run(folder: Path, *, drop: tuple = (), failures: tuple = (), poison: tu
             source / "names.json", {"queries": truth.queries, "database": truth.database}
         )
         runs.write_array(source / "ranks.npy", ranks)
-        retrieval_ranking.labelled_positions(queries, database, labelled(truth)).save(
+        exact_ranks.labelled_positions(queries, database, labelled(truth)).save(
             source / "positions.npz"
         )
         lists = shortlists.shortlist(ranks, truth, top=TOP)
@@ -719,9 +693,9 @@ def test_stage_files_hold_what_they_say(finished):
     before = Positions.load(finished / "random" / "global" / "positions.npz")
     for variant in ("easy", "medium", "hard", "published"):
         options = dict(candidates=candidates, ground_truth=truth, protocol=variant, top=TOP)
-        after = rerank_positions(before, inliers, ranks=ranks, **options)
+        after = before.reranked(ranks, Reranking(inliers=inliers, **options))
         loaded = Positions.load(folder / f"positions_{variant}.npz")
-        assert [p.tolist() for p in loaded.positions] == [p.tolist() for p in after.positions]
+        assert [p.tolist() for p in loaded.ranks] == [p.tolist() for p in after.ranks]
         top = np.load(folder / f"top_{variant}.npy")
         np.testing.assert_array_equal(top, rerank(ranks, inliers, **options))
         if variant == "published":

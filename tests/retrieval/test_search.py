@@ -8,8 +8,9 @@ import pytest
 
 from vitgal.data.revisited import GroundTruth, RetrievalDataset, labelled
 from vitgal.evaluation.protocol import evaluate
+from vitgal.retrieval.exact_ranks import _count_ahead, _steps, labelled_positions
 from vitgal.retrieval.exact_search import NEAR_TIES, QUERIES, search
-from vitgal.retrieval.ranking import Positions, _count_ahead, _steps, labelled_positions
+from vitgal.retrieval.ranking import Positions
 from vitgal.retrieval.shortlists import (
     candidates,
     read_global_rank,
@@ -149,7 +150,7 @@ def test_image_that_could_not_be_read_ranks_last():
     for k in (1, 4):
         assert search(queries, database, k=k, block=2)[1].ravel().tolist() == [4, 2, 1, 0][:k]
     places = labelled_positions(queries, database, [np.arange(5)], block=2)
-    assert places.positions[0].tolist() == [3, 2, 1, 4, 0]
+    assert places.ranks[0].tolist() == [3, 2, 1, 4, 0]
 
 
 def test_more_queries_than_are_taken_together():
@@ -187,7 +188,7 @@ def test_empty_database_and_no_queries():
     assert [a.shape for a in search(none, some, k=2)] == [(2, 0), (2, 0)]
     assert labelled_positions(none, some, []).indices == []
     empty = [np.empty(0, np.int64)] * 3
-    assert [a.size for a in labelled_positions(some, none, empty).positions] == [0, 0, 0]
+    assert [a.size for a in labelled_positions(some, none, empty).ranks] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -233,8 +234,8 @@ def test_positions_equal_the_full_sort_with_ties(block):
     for q, index in enumerate(wanted):
         expected = [order[:, q].tolist().index(i) for i in sorted(index)]
         assert places.indices[q].tolist() == sorted(index)
-        assert places.positions[q].tolist() == expected
-    assert places.number == 300
+        assert places.ranks[q].tolist() == expected
+    assert places.database_size == 300
 
 
 def test_positions_and_scores_equal_the_full_sort_at_10000(tmp_path):
@@ -256,7 +257,7 @@ def test_positions_and_scores_equal_the_full_sort_at_10000(tmp_path):
     places = labelled_positions(queries, mapped, labelled(gt))
     expected = Positions.from_ranks(order, labelled(gt))
     for q in range(70):
-        np.testing.assert_array_equal(places.positions[q], expected.positions[q])
+        np.testing.assert_array_equal(places.ranks[q], expected.ranks[q])
     for k in (3, 100, 10_000):
         np.testing.assert_array_equal(search(queries, mapped, k=k, block=500)[1], order[:k])
     ours, theirs = evaluate(places, gt), evaluate(order, gt)
@@ -309,8 +310,8 @@ def test_positions_of_unusual_similarities(shape):
     query = np.full((2, 1), shape != "no query", np.float32)
     order = full_sort(database @ query.T)[:, 0].tolist()
     places = labelled_positions(query, database, [np.arange(500), np.array([0, 499])], block=50)
-    assert places.positions[0].tolist() == [order.index(i) for i in range(500)]
-    assert places.positions[1].tolist() == [order.index(0), order.index(499)]
+    assert places.ranks[0].tolist() == [order.index(i) for i in range(500)]
+    assert places.ranks[1].tolist() == [order.index(0), order.index(499)]
 
 
 def test_labelled_images_outside_or_repeated_are_refused():
@@ -326,16 +327,16 @@ def test_positions_from_ranks_by_hand():
     ranks = np.array([[2, 0], [0, 1], [1, 2]])
     places = Positions.from_ranks(ranks, [np.array([1, 0]), np.array([2])])
     assert [a.tolist() for a in places.indices] == [[0, 1], [2]]
-    assert [a.tolist() for a in places.positions] == [[1, 2], [2]]
-    assert places.number == 3
+    assert [a.tolist() for a in places.ranks] == [[1, 2], [2]]
+    assert places.database_size == 3
 
 
 def test_truncated_ranks_leave_out_what_they_miss():
     ranks = np.array([[7], [2]], np.int32)
     with pytest.raises(ValueError, match="does not reach the labelled image 5"):
-        Positions.from_ranks(ranks, [np.array([2, 5])], number=8)
-    places = Positions.from_ranks(ranks, [np.array([2, 5])], number=8, truncated=True)
-    assert (places.indices[0].tolist(), places.positions[0].tolist()) == ([2], [1])
+        Positions.from_ranks(ranks, [np.array([2, 5])], database_size=8)
+    places = Positions.from_ranks(ranks, [np.array([2, 5])], database_size=8, truncated=True)
+    assert (places.indices[0].tolist(), places.ranks[0].tolist()) == ([2], [1])
 
 
 @pytest.mark.parametrize(
@@ -363,8 +364,8 @@ def test_positions_round_trip(tmp_path):
         places = Positions(arrays, [array[::-1] + 1 for array in arrays], 9)
         again = Positions.load(places.save(tmp_path / "positions.npz"))
         assert [a.tolist() for a in again.indices] == lists
-        assert [a.tolist() for a in again.positions] == [a.tolist() for a in places.positions]
-        assert again.number == 9
+        assert [a.tolist() for a in again.ranks] == [a.tolist() for a in places.ranks]
+        assert again.database_size == 9
 
 
 def test_other_files_are_not_taken_for_positions(tmp_path):

@@ -453,9 +453,7 @@ class TestEvaluateGlobal:
         np.testing.assert_array_equal(ranks, np.argsort(-similarities, axis=1, kind="stable").T)
         assert ranks.dtype == np.int32
         positions = ranking.Positions.load(folder / "positions.npz")
-        for q, (indices, places) in enumerate(
-            zip(positions.indices, positions.positions, strict=True)
-        ):
+        for q, (indices, places) in enumerate(zip(positions.indices, positions.ranks, strict=True)):
             np.testing.assert_array_equal(ranks[places, q], indices)
         assert [index.tolist() for index in positions.indices] == [[0, 2, 5], [1, 3]]
         listed = shortlists.read_shortlist(folder / "shortlist.txt")

@@ -63,12 +63,12 @@ def _positions(
         ranking = np.asarray(ranking)
         least = max(len(ranking) if ranking.ndim else 0, len(ground_truth.database))
         return Positions.from_ranks(
-            ranking, wanted, number=least if number is None else number, truncated=truncated
+            ranking, wanted, database_size=least if number is None else number, truncated=truncated
         )
-    if len(ranking.indices) != len(wanted) or ranking.number < len(ground_truth.database):
+    if len(ranking.indices) != len(wanted) or ranking.database_size < len(ground_truth.database):
         raise ValueError(
-            f"positions of {len(ranking.indices)} queries among {ranking.number} images do not "
-            f"belong to {ground_truth.name}: {len(wanted)} queries, "
+            f"positions of {len(ranking.indices)} queries among {ranking.database_size} images do "
+            f"not belong to {ground_truth.name}: {len(wanted)} queries, "
             f"{len(ground_truth.database)} images"
         )
     for q, (have, want) in enumerate(zip(ranking.indices, wanted, strict=True)):
@@ -90,7 +90,7 @@ def _scores(
     for q, wanted in enumerate(correct):
         if not wanted.size:
             continue
-        index, place = places.indices[q], places.positions[q]
+        index, place = places.indices[q], places.ranks[q]
         found = np.sort(place[np.isin(index, wanted)])
         # Ignored images are taken out of the ranking: what follows moves up.
         found -= np.searchsorted(np.sort(place[np.isin(index, skipped[q])]), found)

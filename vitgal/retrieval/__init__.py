@@ -17,8 +17,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "pairs": ["PairInspection", "inspect_pair", "inspect_shortlist"],
         "products": ["checked"],
-        "ranking": ["Positions", "labelled_positions"],
-        "reranking": ["query_table", "rerank", "rerank_positions"],
+        "exact_ranks": ["labelled_positions"],
+        "ranking": ["Positions", "Ranking"],
+        "reranking": ["Reranking", "padded", "rerank"],
         "shortlists": [
             "candidates",
             "read_global_rank",

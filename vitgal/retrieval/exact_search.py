@@ -20,7 +20,6 @@ from vitgal.retrieval.products import BLOCK, _in_threads, _products, _slices, ch
 QUERIES = 4096  # taken together: their similarities to a block fill 32 MB
 LOOK = 8  # of fewer images than so many times those wanted, float32 products spare nothing
 NEAR_TIES = 4096  # that a query may have at its last place before float64 takes over
-KEYS = ("indices", "positions")
 
 
 def search(

@@ -209,7 +209,7 @@ def positions_behind(
         similarities, ranks: (K, Q), the list that `find` gave for these queries and database.
     """
     places = []
-    for q, (index, place) in enumerate(zip(exact.indices, exact.positions, strict=True)):
+    for q, (index, place) in enumerate(zip(exact.indices, exact.ranks, strict=True)):
         column, values = ranks[:, q].astype(np.int64), similarities[:, q]
         order = np.argsort(column)
         at = np.minimum(np.searchsorted(column, index, sorter=order), max(len(column) - 1, 0))
@@ -224,7 +224,7 @@ def positions_behind(
             )
             place[~listed] += len(column) - ahead.sum(axis=1)
         places.append(place)
-    return Positions(exact.indices, places, exact.number)
+    return Positions(exact.indices, places, exact.database_size)
 
 
 def _split(text: str) -> tuple[str, str]:

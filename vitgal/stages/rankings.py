@@ -10,7 +10,7 @@ from vitgal import runs
 from vitgal.data.revisited import RetrievalDataset, labelled
 from vitgal.evaluation.protocol import evaluate
 from vitgal.evaluation.scores import scores_document
-from vitgal.retrieval import exact_search, faiss_index, ranking, shortlists
+from vitgal.retrieval import exact_ranks, exact_search, faiss_index, shortlists
 
 GLOBAL_OUTPUTS = (  # the files of a global stage
     "database.npy",
@@ -52,7 +52,7 @@ def write_rankings(
     database = np.load(database_file, mmap_mode="r", allow_pickle=False)
     depth = max(settings["display"], shortlists.shortlist_depth(truth, len(database), top=top))
     similarities, ranks = exact_search.search(queries, database, k=depth)
-    positions = ranking.labelled_positions(queries, database, labelled(truth))
+    positions = exact_ranks.labelled_positions(queries, database, labelled(truth))
     scores: dict[str, Any] = {}
     if "index" in settings:
         scores["exact"], exact = evaluate(positions, truth), ranks

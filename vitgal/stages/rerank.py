@@ -20,10 +20,11 @@ from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval import shortlists
 from vitgal.retrieval.matching import check_device, pick_device
 from vitgal.retrieval.pairs import inspect_shortlist
-from vitgal.retrieval.ranking import Positions
-from vitgal.retrieval.reranking import TIES, VARIANTS, _padded, rerank, rerank_positions
+from vitgal.retrieval.ranking import Positions, Ranking
+from vitgal.retrieval.reranking import VARIANTS, Reranking, padded
 from vitgal.retrieval.shortlists import PUBLISHED
 from vitgal.retrieval.verification import _check_options
+from vitgal.settings.sections import TIES
 
 JOURNAL = "partial"  # counts of the queries that are done, until all are
 GLOBAL_NOTEBOOK = "04_global_evaluation"
@@ -174,7 +175,7 @@ class _Shortlist:
     @property
     def candidates(self) -> np.ndarray:
         """(Q, C) int32 database indices, padded with -1."""
-        return _padded(self.images)
+        return padded(self.images)
 
 
 def _verified(
@@ -192,7 +193,7 @@ def _verified(
         rows = _journalled(folder / JOURNAL, listed)
         _verify_queries(folder / JOURNAL, rows, listed, store, options, place, progress)
         runs.write_array(folder / "candidates.npy", listed.candidates)
-        runs.write_array(folder / "inliers.npy", _padded([rows[q] for q in sorted(rows)]))
+        runs.write_array(folder / "inliers.npy", padded([rows[q] for q in sorted(rows)]))
     shutil.rmtree(folder / JOURNAL, ignore_errors=True)
     return np.load(folder / "inliers.npy", allow_pickle=False)
 
@@ -272,13 +273,15 @@ def _write_rankings(
 ) -> list[str]:
     outputs = []
     for variant in VARIANTS:
-        options = dict(candidates=listed.candidates, ground_truth=listed.ground_truth, top=top)
-        options |= dict(protocol=variant, ties=ties if variant == PUBLISHED else "global")
-        ranks = rerank(listed.ranks, inliers, **options)
-        positions = rerank_positions(listed.positions, inliers, ranks=listed.ranks, **options)
-        runs.write_array(folder / f"top_{variant}.npy", ranks)
-        positions.save(folder / f"positions_{variant}.npz")
-        outputs += [f"top_{variant}.npy", f"positions_{variant}.npz"]
+        reranking = Reranking(
+            candidates=listed.candidates,
+            inliers=inliers,
+            ground_truth=listed.ground_truth,
+            protocol=variant,
+            top=top,
+            ties=ties if variant == PUBLISHED else "global",
+        )
+        outputs += Ranking(listed.ranks, listed.positions).reranked(reranking).save(folder, variant)
     return outputs
 
 

@@ -256,12 +256,12 @@ class _Listed:
             for name in ("queries", "easy", "hard", "junk")
         }
         truth = dataclasses.replace(truth, boxes=truth.boxes[chosen], **pick)
-        positions = Positions(
-            [places.indices[q] for q in chosen],
-            [places.positions[q] for q in chosen],
-            places.number,
+        return cls(
+            truth,
+            ranks,
+            places.select(chosen),
+            shortlists.candidates(ranks, truth, PROTOCOL, top=top),
         )
-        return cls(truth, ranks, positions, shortlists.candidates(ranks, truth, PROTOCOL, top=top))
 
 
 def _check_store(store: FeatureStore, listed: _Listed, top: int) -> None:
@@ -367,15 +367,10 @@ def _choose(
     for row, images in zip(candidates, listed.images, strict=True):
         row[: len(images)] = images
     for d, t, c in itertools.product(*map(range, sizes)):
-        places = reranking.rerank_positions(
-            listed.positions,
-            counts[:, d, t],
-            ranks=listed.ranks,
-            candidates=candidates,
-            ground_truth=listed.truth,
-            protocol=PROTOCOL,
-            top=grid["top"][c],
+        verified = reranking.Reranking(
+            candidates, counts[:, d, t], listed.truth, PROTOCOL, top=grid["top"][c]
         )
+        places = listed.positions.reranked(listed.ranks, verified)
         ap[d, t, c] = protocol.evaluate({PROTOCOL: places}, listed.truth)[PROTOCOL]["ap"]
     before = protocol.evaluate({PROTOCOL: listed.positions}, listed.truth)[PROTOCOL]["ap"]
     scored = ~np.isnan(before)

@@ -301,7 +301,7 @@ def _worst(
     images = revisited.positives(truth, protocol)[query]
     if not images.size:
         return None
-    index, place = positions.indices[query], positions.positions[query]
+    index, place = positions.indices[query], positions.ranks[query]
     ranks = place[np.searchsorted(index, images)]
     skipped = np.sort(place[np.isin(index, revisited.ignored(truth, protocol)[query])])
     last = int(np.argmax(ranks))
