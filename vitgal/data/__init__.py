@@ -49,6 +49,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "sample_images",
             "split_landmarks",
             "split_statistics",
+            "validation_ground_truth",
             "write_csv",
             "write_split_txt",
         ],

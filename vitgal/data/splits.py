@@ -8,6 +8,7 @@ import pandas as pd
 
 from vitgal import runs
 from vitgal.data.gldv2 import _check_images, exclude_images, image_path
+from vitgal.data.revisited import GroundTruth
 
 PARTS = ("train", "val", "val_retrieval")
 
@@ -136,6 +137,29 @@ def _roles(val: pd.DataFrame, queries: np.ndarray, database: np.ndarray) -> pd.D
         for role, rows in (("query", queries), ("database", database))
     ]
     return pd.concat(parts, ignore_index=True)
+
+
+def validation_ground_truth(table: pd.DataFrame, boxes: np.ndarray | None = None) -> GroundTruth:
+    """Returns the labels of a retrieval validation: database images of a query's class are easy.
+
+    Nothing is hard or junk; every other database image is negative.
+
+    Args:
+        table: `path`, `label`, `role`, as `retrieval_validation` gives it; the paths become names.
+        boxes: (Q, 4) float64, (x0, y0, x1, y1) in pixels; None: zeros, for use without images.
+    """
+    queries, database = (table[table["role"] == role] for role in ("query", "database"))
+    rows_of_class = database.reset_index(drop=True).groupby("label").indices
+    empty = np.zeros(0, np.int64)
+    return GroundTruth(
+        name="val_retrieval",
+        database=database["path"].tolist(),
+        queries=queries["path"].tolist(),
+        boxes=np.zeros((len(queries), 4)) if boxes is None else boxes,
+        easy=[np.asarray(rows_of_class.get(label, empty)) for label in queries["label"]],
+        hard=[empty] * len(queries),
+        junk=[empty] * len(queries),
+    )
 
 
 def class_table(landmarks: np.ndarray, train: pd.DataFrame, val: pd.DataFrame) -> pd.DataFrame:

@@ -57,7 +57,10 @@ def validation_benchmark(run: Path, image_folder: Path) -> Path:
         )
     for name, path in zip(names, table["path"], strict=True):
         _link(folder / "jpg" / f"{name}.jpg", image_folder / path, run)
-    truth = _ground_truth(names, table["label"].to_numpy(), table["role"].to_numpy(), folder)
+    table = table.assign(path=names)
+    queries = table.loc[table["role"] == "query", "path"]
+    boxes = _whole_images([folder / "jpg" / f"{name}.jpg" for name in queries])
+    truth = splits.validation_ground_truth(table, boxes)
     target = folder / f"gnd_{DATASET}.pkl"
     if not target.exists() or _differs(target, truth):
         revisited.write_ground_truth(target, truth)
@@ -78,25 +81,13 @@ def _link(link: Path, image: Path, run: Path) -> None:
     link.symlink_to(target)
 
 
-def _ground_truth(
-    names: Sequence[str], labels: np.ndarray, roles: np.ndarray, folder: Path
-) -> GroundTruth:
-    """Every database image of a query's landmark is easy; nothing else is labelled."""
-    asked, listed = np.flatnonzero(roles == "query"), np.flatnonzero(roles == "database")
+def _whole_images(paths: Sequence[Path]) -> np.ndarray:
+    """The box of each whole photograph, (Q, 4) float64; reads the headers alone."""
     boxes = []
-    for place in asked:
-        with Image.open(folder / "jpg" / f"{names[place]}.jpg") as image:  # its header alone
+    for path in paths:
+        with Image.open(path) as image:
             boxes.append((0.0, 0.0, *map(float, image.size)))
-    nothing = [np.zeros(0, np.int64)] * len(asked)
-    return GroundTruth(
-        name=DATASET,
-        database=[names[place] for place in listed],
-        queries=[names[place] for place in asked],
-        boxes=np.array(boxes),
-        easy=[np.flatnonzero(labels[listed] == label) for label in labels[asked]],
-        hard=nothing,
-        junk=list(nothing),
-    )
+    return np.array(boxes)
 
 
 def _differs(path: Path, truth: GroundTruth) -> bool:

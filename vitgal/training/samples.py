@@ -247,7 +247,7 @@ def read_data(
         validation=TrainingImages(image_folder, shown, recipe, "none"),
         queries=place[queries["path"]].to_numpy(),
         database=place[database["path"]].to_numpy(),
-        ground_truth=_class_ground_truth(queries, database) if len(queries) else None,
+        ground_truth=splits.validation_ground_truth(retrieval) if len(queries) else None,
         classes=classes,
         max_failed_share=max_failed_share,
     )
@@ -270,18 +270,3 @@ def _check_labels(labels: np.ndarray, classes: int, table: Path) -> None:
             "first; a class that is not trained needs no place in the classifier: make the split "
             "anew without it"
         )
-
-
-def _class_ground_truth(queries: pd.DataFrame, database: pd.DataFrame) -> GroundTruth:
-    """Every database image of the query's class is a positive (easy); nothing else is labelled."""
-    of_class = database.reset_index(drop=True).groupby("label").indices
-    nothing = np.zeros(0, np.int64)
-    return GroundTruth(
-        name="val_retrieval",
-        database=tuple(database["path"]),
-        queries=tuple(queries["path"]),
-        boxes=np.zeros((len(queries), 4)),
-        easy=[np.asarray(of_class.get(label, nothing)) for label in queries["label"]],
-        hard=[nothing] * len(queries),
-        junk=[nothing] * len(queries),
-    )
