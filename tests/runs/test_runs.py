@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from vitgal import runs
-from vitgal.runs import inputs as runs_inputs
 from vitgal.runs import manifest as runs_manifest
+from vitgal.runs import paths
 from vitgal.runs.errors import StageError
 
 INPUTS = {"table": "abc"}
@@ -506,7 +506,7 @@ def test_a_run_that_began_to_train_has_to_end_it(stage, tmp_path):
 
 
 def test_a_checkout_without_the_small_model_asks_for_training(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs_inputs, "SMALL_WEIGHTS", "weights/none.safetensors")
+    monkeypatch.setattr(paths, "SMALL_WEIGHTS", "weights/none.safetensors")
     with pytest.raises(StageError, match="has not been run: run notebook 03"):
         runs.model_file(tmp_path, None)
 

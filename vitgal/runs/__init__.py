@@ -19,7 +19,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "write_text",
         ],
         "fingerprints": ["CHUNK", "fingerprint", "fingerprint_file", "fingerprint_images"],
-        "inputs": ["data_folder", "model_file"],
+        "inputs": [
+            "Input",
+            "combined_input",
+            "file_input",
+            "images_input",
+            "input_fingerprints",
+        ],
         "locks": ["ALONE", "LOCK", "WorkerSlot", "disown_locks", "locked"],
         "manifest": [
             "HASH_LIMIT",
@@ -33,6 +39,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "read_stage",
             "stage",
         ],
-        "paths": ["SMALL_WEIGHTS", "checkout", "resolve", "run_folder"],
+        "paths": [
+            "SMALL_WEIGHTS",
+            "checkout",
+            "data_folder",
+            "model_file",
+            "resolve",
+            "run_folder",
+        ],
     },
 )

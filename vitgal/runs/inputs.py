@@ -1,30 +1,76 @@
-"""What a run itself made, for notebooks whose parameter is None."""
+"""Inputs of a stage: their content is read only where their files have changed."""
 
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from vitgal.runs.manifest import read_stage
-from vitgal.runs.paths import SMALL_WEIGHTS, resolve
-
-
-def data_folder(run: Path, given: str | None, part: str = "") -> Path:
-    """The folder that a parameter names, or for None that part of the run's own demo data."""
-    return resolve(given) if given is not None else run / "data" / part
+from vitgal.runs.fingerprints import fingerprint, fingerprint_file, fingerprint_images
 
 
-def model_file(run: Path, given: str | None) -> Path:
-    """The weights that a parameter names, or for None the run's complete model.
+@dataclass(frozen=True)
+class Input:
+    """An input with a fingerprint of its content and a stamp that costs no reading.
 
-    A run in which nothing has been trained takes the small model that the checkout brings, and a
-    printed line says so. What is made with it carries that file's fingerprint, so that a model
-    which is trained in the run later is not mistaken for it. Raises StageError where the training
-    was begun and is not finished.
+    Attributes:
+        stamp: Returns a hash of paths, sizes and times. It changes whenever a file is written.
+        fingerprint: Returns a hash of the content; reads the files.
     """
-    if given is not None:
-        return resolve(given)
-    small = resolve(SMALL_WEIGHTS)
-    trained = any((run / stage).exists() for stage in ("retrieval", "autoencoder"))
-    if not trained and small.is_file():
-        print(f"nothing has been trained in {run.name}: the model is the small {SMALL_WEIGHTS}")
-        return small
-    read_stage(run / "autoencoder", "notebook 03_train_autoencoder (or set weights)")
-    return run / "autoencoder" / "model.safetensors"
+
+    stamp: Callable[[], str]
+    fingerprint: Callable[[], str]
+
+
+def file_input(path: Path) -> Input:
+    """Returns a file as an input; its fingerprint is `fingerprint_file(path)`."""
+    return Input(lambda: _stamp([""], [path]), lambda: fingerprint_file(path))
+
+
+def images_input(names: Sequence[str], paths: Sequence[Path]) -> Input:
+    """Returns a list of images as an input, with the fingerprint of `fingerprint_images`."""
+    return Input(lambda: _stamp(names, paths), lambda: fingerprint_images(names, paths))
+
+
+def combined_input(inputs: Sequence[Input], combine: Callable[..., Any]) -> Input:
+    """Returns one input for several.
+
+    Args:
+        combine: Is called with one fingerprint for each of `inputs` and returns plain values, of
+            which `fingerprint` makes the combined one. What else it puts into them is compared too.
+    """
+    return Input(
+        lambda: fingerprint(combine(*(part.stamp() for part in inputs))),
+        lambda: fingerprint(combine(*(part.fingerprint() for part in inputs))),
+    )
+
+
+def input_stamps(inputs: Mapping[str, str | Input]) -> dict[str, str]:
+    """Returns the present stamps of a stage's inputs; FileNotFoundError names a missing file."""
+    return {name: value.stamp() for name, value in inputs.items() if isinstance(value, Input)}
+
+
+def input_fingerprints(
+    inputs: Mapping[str, str | Input], recorded: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Returns the fingerprint of each input.
+
+    Args:
+        recorded: Fingerprints that hold still, by the input's name: these files are not read.
+    """
+    recorded = recorded or {}
+    return {
+        name: value if isinstance(value, str) else recorded.get(name) or value.fingerprint()
+        for name, value in inputs.items()
+    }
+
+
+def _stamp(names: Iterable[str], paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for name, path in zip(names, paths, strict=True):
+        status = os.stat(path)
+        # The second time is the kernel's: it reveals a new file that was given an old file's date.
+        facts = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        digest.update("\0".join(map(str, (name, os.path.abspath(path), *facts, ""))).encode())
+    return digest.hexdigest()

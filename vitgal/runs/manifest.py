@@ -13,7 +13,7 @@ import platform
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from vitgal.runs.environment import commit, versions
 from vitgal.runs.errors import StageError
 from vitgal.runs.files import TEMPORARY, plain, read_json, write_json
 from vitgal.runs.fingerprints import fingerprint, fingerprint_file
+from vitgal.runs.inputs import Input, input_fingerprints, input_stamps
 from vitgal.runs.locks import ALONE, LOCK, WorkerSlot, locked
 
 STAGE_FORMAT = 1
@@ -41,6 +42,7 @@ class Stage:
     name: str
     finished: bool
     settings: dict
+    stamps: dict[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
     def finish(self, outputs: Iterable[str | Path], **recorded: Any) -> Path:
@@ -64,6 +66,7 @@ class Stage:
                 "python": platform.python_version(),
                 "machine": platform.machine(),
                 "commit": commit(),
+                "stamps": self.stamps,
                 **recorded,
             },
         }
@@ -85,7 +88,7 @@ def stage(
     name: str,
     *,
     parameters: dict,
-    inputs: dict[str, str],
+    inputs: Mapping[str, str | Input],
     overwrite: bool = False,
     repair: bool = False,
     slot: WorkerSlot = ALONE,
@@ -94,7 +97,8 @@ def stage(
 
     Args:
         parameters: everything that affects the result, in plain values.
-        inputs: what each input is called -> its fingerprint (content, never a path).
+        inputs: By name, fingerprints of the content, never paths. An `Input` is read only where
+            its files have changed since the stage was finished.
         overwrite: throw away what the folder holds and start anew.
         repair: a finished stage whose outputs have changed is opened as an interrupted one; else it
             is refused.
@@ -110,15 +114,20 @@ def stage(
             "overwrite would throw away what the other workers write: delete the folder first"
         )
     folder = Path(folder)
-    settings = plain(
-        {"format": STAGE_FORMAT, "stage": name, "parameters": parameters, "inputs": inputs}
-    )
+    # Stamps come before fingerprints: a file that changes in between must differ from its stamp.
+    stamps = input_stamps(inputs)
     with locked(folder, slot):
         if overwrite:
             _clear(folder)
+        inputs = input_fingerprints(inputs, _unchanged_inputs(folder, stamps))
+        settings = plain(
+            {"format": STAGE_FORMAT, "stage": name, "parameters": parameters, "inputs": inputs}
+        )
+        if overwrite:
+            pass
         elif slot != ALONE or not _just_begun(folder):
             _refuse_other(folder, settings)
-        opened = Stage(folder, name, (folder / MANIFEST).exists(), settings)
+        opened = Stage(folder, name, (folder / MANIFEST).exists(), settings, stamps)
         if opened.finished:
             try:
                 _check_outputs(folder)
@@ -192,6 +201,20 @@ def _settings_on_disk(folder: Path) -> dict | None:
         else:
             return {key: found.get(key) for key in SETTINGS}
     return None
+
+
+def _unchanged_inputs(folder: Path, stamps: dict[str, str]) -> dict[str, str]:
+    """Returns a finished stage's fingerprints of the inputs whose stamps are still the same."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except StageError:  # missing; `_refuse_other` reports a torn one
+        return {}
+    recorded = manifest["recorded"].get("stamps", {})
+    return {
+        name: manifest["inputs"][name]
+        for name, stamp in stamps.items()
+        if recorded.get(name) == stamp
+    }
 
 
 def _just_begun(folder: Path) -> bool:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from vitgal.runs.errors import StageError
+from vitgal.runs.manifest import read_stage
 
 SMALL_WEIGHTS = "weights/vitgal_nano.safetensors"  # in the checkout; made by small_weights.yaml
 
@@ -31,3 +32,28 @@ def run_folder(run_dir: str | os.PathLike) -> Path:
     than the command line that ran it.
     """
     return resolve(os.environ.get("VITGAL_RUNS") or "runs") / Path(run_dir).expanduser()
+
+
+def data_folder(run: Path, folder: str | None, part: str = "") -> Path:
+    """Returns the folder that a parameter names, or for None a part of the run's own demo data."""
+    return resolve(folder) if folder is not None else run / "data" / part
+
+
+def model_file(run: Path, weights: str | None) -> Path:
+    """Returns the weight file that a parameter names, or for None the run's complete model.
+
+    A run without any training takes the small model of the checkout and prints a line about it. Its
+    fingerprint keeps the results apart from those of a model that is trained later.
+
+    Raises:
+        StageError: A training has begun and is not finished, or there is no small model.
+    """
+    if weights is not None:
+        return resolve(weights)
+    small = resolve(SMALL_WEIGHTS)
+    trained = any((run / stage).exists() for stage in ("retrieval", "autoencoder"))
+    if not trained and small.is_file():
+        print(f"nothing has been trained in {run.name}: the model is the small {SMALL_WEIGHTS}")
+        return small
+    read_stage(run / "autoencoder", "notebook 03_train_autoencoder (or set weights)")
+    return run / "autoencoder" / "model.safetensors"
