@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 
 from vitgal import runs
-from vitgal.runs import manifest as runs_manifest
-from vitgal.runs import paths
+from vitgal.runs import manifest, paths, stage_folder
 from vitgal.runs.errors import StageError
 
 INPUTS = {"table": "abc"}
@@ -180,7 +179,7 @@ def test_read_json_names_what_is_wrong(tmp_path):
         runs.read_json(tmp_path / "none.json")
     for torn in (b'{"a": ', b"", b"\xff"):
         path.write_bytes(torn)
-        with pytest.raises(StageError, match="a.json is not whole JSON"):
+        with pytest.raises(StageError, match="a.json is not complete JSON"):
             runs.read_json(path)
 
 
@@ -343,7 +342,7 @@ def test_other_inputs_stage_and_format_are_refused(tmp_path, monkeypatch):
         with pytest.raises(StageError, match=word):
             with runs.stage(tmp_path, name, parameters={}, inputs=inputs):
                 pass
-    monkeypatch.setattr(runs_manifest, "STAGE_FORMAT", runs.STAGE_FORMAT + 1)
+    monkeypatch.setattr(stage_folder, "STAGE_FORMAT", runs.STAGE_FORMAT + 1)
     with pytest.raises(StageError, match="format: 1 there, 2 now"):
         work(tmp_path)
 
@@ -467,7 +466,7 @@ def test_a_temporary_folder_is_swept(tmp_path):
 
 def test_outputs_too_large_to_hash_still_differ(tmp_path, monkeypatch):
     # database.npy of a million images is larger than the limit and equally long for every model.
-    monkeypatch.setattr(runs_manifest, "HASH_LIMIT", 1)
+    monkeypatch.setattr(manifest, "HASH_LIMIT", 1)
     work(tmp_path / "a", model="s12", text="aaaa")
     work(tmp_path / "b", model="s24", text="bbbb")
     found = {runs.output_fingerprint(tmp_path / name, "out.txt", "04") for name in "ab"}

@@ -1,11 +1,11 @@
-"""Run folders: where a run's files live, how a stage begins, ends, is reused or refused."""
+"""Run folders: files and locks, manifests and their fingerprints, reuse and refusal of stages."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "environment": ["VERSIONED", "commit", "versions"],
+        "environment": ["commit", "versions"],
         "errors": ["StageError", "UserError"],
         "files": [
             "TEMPORARY",
@@ -19,25 +19,15 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "write_text",
         ],
         "fingerprints": ["CHUNK", "fingerprint", "fingerprint_file", "fingerprint_images"],
-        "inputs": [
-            "Input",
-            "combined_input",
-            "file_input",
-            "images_input",
-            "input_fingerprints",
-        ],
+        "inputs": ["Input", "combined_input", "file_input", "images_input", "input_fingerprints"],
         "locks": ["ALONE", "LOCK", "WorkerSlot", "disown_locks", "locked"],
         "manifest": [
-            "HASH_LIMIT",
             "MANIFEST",
-            "SETTINGS",
             "STAGE_FORMAT",
             "STARTED",
-            "Stage",
             "differences",
             "output_fingerprint",
             "read_stage",
-            "stage",
         ],
         "paths": [
             "SMALL_WEIGHTS",
@@ -47,5 +37,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "resolve",
             "run_folder",
         ],
+        "stage_folder": ["Stage", "stage"],
     },
 )

@@ -1,11 +1,11 @@
-"""The software that a result was made with."""
+"""The software that a result is made with."""
 
 import contextlib
 import importlib.metadata
 import subprocess
 from pathlib import Path
 
-VERSIONED = (
+LIBRARIES = (
     "numpy",
     "torch",
     "torchvision",
@@ -18,16 +18,16 @@ VERSIONED = (
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of the libraries that results depend on."""
-    found = {}
-    for name in VERSIONED:
+    """Returns the installed versions of the libraries that results depend on, by name."""
+    installed = {}
+    for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def commit() -> str | None:
-    """The checkout's commit, with `+` where tracked files are changed; None outside git."""
+    """Returns the checkout's commit, with `+` where tracked files are changed; None without git."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)

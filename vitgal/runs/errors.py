@@ -4,12 +4,12 @@
 class UserError(Exception):
     """A mistake that the user can correct: a notebook shows its message without a traceback.
 
-    Subclasses inherit it before a built-in exception. IPython prints the lines of
-    `_render_traceback_` in place of the traceback; the cell still fails, and so does a headless
-    run.
+    Subclasses inherit it before a built-in exception. The notebook's cell still fails, and so does
+    a headless run.
     """
 
     def _render_traceback_(self) -> list[str]:
+        """Returns the lines that IPython prints in place of the traceback."""
         return str(self).splitlines()
 
 

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the plain JSON that they hold."""
+"""Files that are written completely or not at all, and JSON with plain values."""
 
 import contextlib
 import errno
@@ -19,14 +19,16 @@ TEMPORARY = ".tmp-"
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; renames it on success, removes it on any failure.
+    """Yields a temporary path beside `path`, which replaces `path` on success.
 
-    A reader of `path` sees the old content or the new, never a part; a full disk leaves the old and
-    raises OSError with a message that says what to do.
+    A failure removes the temporary file: readers see the old content or the new, never a part.
+
+    Raises:
+        OSError: The disk is full; the message says what to do.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not the process's number: on several machines that share the folder it may be the same.
+    # Random, since machines that share the folder may have processes of the same number.
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
     try:
         yield temporary
@@ -38,8 +40,8 @@ def atomic(path: Path) -> Iterator[Path]:
             raise
         raise OSError(
             error.errno or errno.ENOSPC,
-            f"no space left to write {path.name}; make room and run the same command again, what "
-            "is whole there is kept",
+            f"no space left to write {path.name}; make room and run the same command again: "
+            "complete files are kept",
             str(path.parent),
         ) from error
     finally:
@@ -47,53 +49,52 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def disk_full(error: OSError) -> bool:
-    """Whether a write failed for want of space: on the disk, in a quota, or a limit on files."""
+    """Returns whether a write met a full disk, a quota or a limit on the size of files."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     # NumPy gives no error number, only "4096 requested and 1024 written".
-    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or " requested and " in str(
-        error
-    )
+    return error.errno in full or " requested and " in str(error)
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Writes `text` (UTF-8) atomically and returns the path."""
+    """Writes `text` as UTF-8, atomically; returns the path."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """Writes `value` as JSON atomically; arrays become lists, nan and infinities null."""
+    """Writes `plain(value)` as JSON, atomically; returns the path."""
     return write_text(path, json.dumps(plain(value), indent=1, allow_nan=False) + "\n")
 
 
 def write_array(path: Path, array: np.ndarray) -> Path:
-    """Writes one `.npy` atomically and returns the path."""
+    """Writes an array of any shape as `.npy`, atomically; returns the path."""
     with atomic(path) as temporary, open(temporary, "wb") as handle:
         np.save(handle, array, allow_pickle=False)
     return Path(path)
 
 
 def write_arrays(path: Path, **arrays: np.ndarray) -> Path:
-    """Writes one `.npz` atomically (same arrays, same bytes) and returns the path."""
+    """Writes arrays of any shapes as `.npz`, atomically; equal arrays give equal bytes."""
     with atomic(path) as temporary, open(temporary, "wb") as handle:
         np.savez(handle, **arrays)
     return Path(path)
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file; raises StageError naming it where it is missing or torn."""
+    """Reads a JSON file; StageError names one that is missing or incomplete."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StageError(f"{path} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise StageError(
-            f"{path} is not whole JSON ({error}); set overwrite: true to make it again"
+            f"{path} is not complete JSON ({error}); set overwrite: true to make it again"
         ) from None
 
 
 def plain(value: Any) -> Any:
-    """`value` in JSON's own types: arrays and tuples as lists, nan and infinities as None."""
+    """Returns `value` in JSON's own types: arrays, tuples as lists, nan and infinities as None."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):

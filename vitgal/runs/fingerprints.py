@@ -1,4 +1,4 @@
-"""Fingerprints of files, values and image lists: their content, never their paths."""
+"""Fingerprints of files, values and image lists, made of their content and never of paths."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ CHUNK = 1 << 20  # bytes read at once when hashing
 
 
 def fingerprint_file(path: Path) -> str:
-    """The sha256 of a file's bytes, in hex."""
+    """Returns the sha256 of a file's bytes, in hex."""
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
         while block := handle.read(CHUNK):
@@ -22,16 +22,16 @@ def fingerprint_file(path: Path) -> str:
 
 
 def fingerprint(value: Any) -> str:
-    """The sha256 of plain values (names, numbers, nested lists and dicts), in hex."""
+    """Returns the sha256 of plain values (names, numbers, nested lists and dicts), in hex."""
     text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprint_images(names: Iterable[str], paths: Iterable[Path]) -> str:
-    """A fingerprint of an image list: each name with its file's size, first and last 4 KiB.
+    """Returns the sha256 of each image's name, file size, first and last 4 KiB, in hex.
 
-    Reading a million photographs whole would take an hour; a replaced or truncated one changes its
-    size or its ends. Raises FileNotFoundError naming the first missing file.
+    To read a million photographs completely would take an hour, and a replaced or truncated one
+    differs in its size or at its ends. FileNotFoundError names the first missing file.
     """
     digest = hashlib.sha256()
     for name, path in zip(names, paths, strict=True):

@@ -1,4 +1,4 @@
-"""Where the checkout, a run and its files are."""
+"""Paths of the checkout, of a run and of what a run made itself."""
 
 import os
 from pathlib import Path
@@ -6,11 +6,11 @@ from pathlib import Path
 from vitgal.runs.errors import StageError
 from vitgal.runs.manifest import read_stage
 
-SMALL_WEIGHTS = "weights/vitgal_nano.safetensors"  # in the checkout; made by small_weights.yaml
+SMALL_WEIGHTS = "weights/vitgal_nano.safetensors"  # made by params/small_weights.yaml
 
 
 def checkout() -> Path:
-    """The checkout's top folder, the one that holds `notebooks/` and `params/`."""
+    """Returns the checkout's top folder, which holds `notebooks/` and `params/`."""
     top = Path(__file__).resolve().parents[2]
     if not (top / "notebooks").is_dir():
         raise StageError(
@@ -21,15 +21,15 @@ def checkout() -> Path:
 
 
 def resolve(path: str | os.PathLike) -> Path:
-    """An absolute path as it is, a relative one below the checkout; `~` is expanded."""
+    """Returns a path as absolute: a relative one counts from the checkout; `~` is expanded."""
     return checkout() / Path(path).expanduser()
 
 
 def run_folder(run_dir: str | os.PathLike) -> Path:
-    """A run's folder: absolute, else relative to $VITGAL_RUNS if that is set, else to `runs/`.
+    """Returns a run's folder; a relative one counts from $VITGAL_RUNS, or `runs/` without it.
 
-    A relative $VITGAL_RUNS counts from the checkout: a notebook's kernel starts in another folder
-    than the command line that ran it.
+    A relative $VITGAL_RUNS counts from the checkout, not from the current folder, which is another
+    one for a notebook's kernel than for the command line that starts it.
     """
     return resolve(os.environ.get("VITGAL_RUNS") or "runs") / Path(run_dir).expanduser()
 

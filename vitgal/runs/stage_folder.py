@@ -1,0 +1,226 @@
+"""Folders of stages: how a stage begins, resumes, ends, is reused or refused.
+
+Neither a finished nor an interrupted stage is ever continued with other settings.
+"""
+
+import contextlib
+import os
+import platform
+import shutil
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vitgal.runs.environment import commit, versions
+from vitgal.runs.errors import StageError
+from vitgal.runs.files import TEMPORARY, plain, read_json, write_json
+from vitgal.runs.inputs import Input, input_fingerprints, input_stamps
+from vitgal.runs.locks import ALONE, LOCK, WorkerSlot, locked
+from vitgal.runs.manifest import (
+    MANIFEST,
+    SETTINGS,
+    STAGE_FORMAT,
+    STARTED,
+    check_output,
+    describe_output,
+    differences,
+    read_settings,
+)
+
+
+@dataclass
+class Stage:
+    """A stage's folder while it is open.
+
+    Attributes:
+        finished: Whether all outputs are there already.
+        settings: What the result depends on, as in the manifest.
+        stamps: The stamp of each input that has one.
+        began: Seconds, on the monotonic clock.
+    """
+
+    folder: Path
+    name: str
+    finished: bool
+    settings: dict
+    stamps: dict[str, str] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+
+    def finish(self, outputs: Iterable[str | Path], **recorded: Any) -> Path:
+        """Writes the manifest, which makes the stage a finished one; returns the folder.
+
+        Args:
+            outputs: Files relative to the folder.
+            recorded: Facts to keep (counts, device, workers, ...), which are never compared.
+        """
+        facts = {
+            "seconds": round(time.monotonic() - self.began, 1),
+            "versions": versions(),
+            "python": platform.python_version(),
+            "machine": platform.machine(),
+            "commit": commit(),
+            "stamps": self.stamps,
+        }
+        manifest = self.settings | {
+            "outputs": {
+                name: describe_output(self.folder / name) for name in sorted(map(str, outputs))
+            },
+            "recorded": facts | recorded,
+        }
+        write_json(self.folder / MANIFEST, manifest)
+        (self.folder / STARTED).unlink(missing_ok=True)
+        self.finished = True
+        return self.folder
+
+    def reopen(self) -> None:
+        """Turns a finished stage into an interrupted one, to make missing outputs again."""
+        with contextlib.suppress(FileNotFoundError):  # another worker was faster
+            os.replace(self.folder / MANIFEST, self.folder / STARTED)
+        self.finished = False
+
+
+@contextlib.contextmanager
+def stage(
+    folder: Path,
+    name: str,
+    *,
+    parameters: dict,
+    inputs: Mapping[str, str | Input],
+    overwrite: bool = False,
+    repair: bool = False,
+    slot: WorkerSlot = ALONE,
+) -> Iterator[Stage]:
+    """Opens and locks a stage's folder; yields the stage, which may be finished already.
+
+    Args:
+        parameters: Everything else that the result depends on, in plain values.
+        inputs: By name, fingerprints of the content, never paths. An `Input` is read only where
+            its files have changed since the stage was finished.
+        overwrite: Deletes what the folder holds and starts anew.
+        repair: Opens a finished stage whose outputs have changed as an interrupted one, in place of
+            refusing it.
+        slot: This process among those that work in the folder at once. Each writes only its own
+            files, and all must have the same `slot.count`.
+
+    Raises:
+        StageError: The folder cannot be written, another process works in it, or it holds a stage
+            with other settings; the message names the differences.
+        FileNotFoundError: A file of an input is missing.
+        ValueError: Several workers would overwrite the folder.
+    """
+    if overwrite and slot != ALONE:
+        raise ValueError(
+            "overwrite would delete what the other workers write: delete the folder first"
+        )
+    folder = Path(folder)
+    # Stamps come before fingerprints: a file that changes in between must differ from its stamp.
+    stamps = input_stamps(inputs)
+    with locked(folder, slot):
+        if overwrite:
+            _clear(folder)
+        fingerprints = input_fingerprints(inputs, _unchanged_inputs(folder, stamps))
+        compared = (STAGE_FORMAT, name, parameters, fingerprints)
+        settings = plain(dict(zip(SETTINGS, compared, strict=True)))
+        if slot != ALONE or not _is_empty(folder):
+            _refuse_other_settings(folder, settings)
+        opened = Stage(folder, name, (folder / MANIFEST).exists(), settings, stamps)
+        if opened.finished:
+            try:
+                _check_finished(folder)
+            except StageError:
+                if not repair:
+                    raise
+                opened.reopen()
+        if not opened.finished:
+            if slot == ALONE:  # else a temporary file may be another worker's
+                _remove_temporary(folder)
+            write_json(folder / STARTED, settings)
+        yield opened
+
+
+def _unchanged_inputs(folder: Path, stamps: dict[str, str]) -> dict[str, str]:
+    """Returns a finished stage's fingerprints of the inputs whose stamps are still the same."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except StageError:  # missing; `_refuse_other_settings` reports an incomplete one
+        return {}
+    recorded = manifest["recorded"].get("stamps", {})
+    return {
+        name: manifest["inputs"][name]
+        for name, stamp in stamps.items()
+        if recorded.get(name) == stamp
+    }
+
+
+def _is_empty(folder: Path) -> bool:
+    """Returns whether a stage began here and stopped before its first output."""
+    return [path.name for path in _contents(folder)] == [STARTED]
+
+
+def _refuse_other_settings(folder: Path, wanted: dict) -> None:
+    recorded = read_settings(folder)
+    if recorded is None:
+        if files := _contents(folder):
+            raise StageError(
+                f"{folder} holds files ({files[0].name}, ...) but neither {MANIFEST} nor "
+                f"{STARTED}, so their settings are unknown; move them away or use another run_dir"
+            )
+        return
+    if lines := differences(recorded, wanted):
+        raise StageError(
+            f"{folder} holds a {wanted['stage']} stage with other settings:\n  "
+            + "\n  ".join(lines)
+            + "\nuse another run_dir, or set overwrite: true to delete the old result"
+        )
+
+
+def _check_finished(folder: Path) -> None:
+    """Raises StageError for a changed output, and warns once of changed versions of libraries."""
+    manifest = read_json(folder / MANIFEST)
+    for output, recorded in manifest["outputs"].items():
+        check_output(folder / output, recorded)
+    now = versions()
+    changed = [
+        f"{name} {version} then, {now[name]} now"
+        for name, version in manifest["recorded"]["versions"].items()
+        if name in now and now[name] != version
+    ]
+    if changed:
+        warnings.warn(f"{folder.name} was made with {'; '.join(changed)}", stacklevel=4)
+
+
+def _clear(folder: Path) -> None:
+    """Empties a stage's folder; StageError for files that no stage wrote."""
+    has_stage = (folder / MANIFEST).exists() or (folder / STARTED).exists()
+    if not has_stage and _contents(folder):
+        raise StageError(
+            f"{folder} holds files but no stage: overwrite will not delete them; use another "
+            "run_dir or move them away"
+        )
+    # STARTED goes last: a kill half-way must leave neither a manifest without its files nor files
+    # without a stage.
+    if (folder / MANIFEST).exists():
+        os.replace(folder / MANIFEST, folder / STARTED)
+    for path in list(folder.iterdir()):
+        if not path.name.startswith(LOCK) and path.name != STARTED:
+            _remove(path)
+    (folder / STARTED).unlink(missing_ok=True)
+
+
+def _remove_temporary(folder: Path) -> None:
+    """Removes temporary files and folders that a killed process left."""
+    for path in sorted(folder.rglob(f"{TEMPORARY}*")):
+        if path.exists() or path.is_symlink():  # not removed with the folder that held it
+            _remove(path)
+
+
+def _contents(folder: Path) -> list[Path]:
+    """Returns what a folder holds besides locks and temporary files."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith((LOCK, TEMPORARY)))
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
