@@ -4,10 +4,17 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import nbformat
 import pytest
 
 TOP = Path(__file__).resolve().parent.parent
+
+# The same examples in every run; no time limit an example, for a machine that is shared.
+hypothesis.settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, database=None, max_examples=60
+)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

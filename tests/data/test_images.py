@@ -8,8 +8,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from vitgal.data import images
+from vitgal.settings.sections import RESIZE_MODES
+
+COORDINATES = st.floats(-2, 70) | st.floats()
+MARKERS = [b"\xff", b"\xff\xd8", b"\xff\xd9", b"\xff\xda\0\2", b"\xff\xc0\0\x0b\x08", b"\xff\x01"]
 
 
 @pytest.fixture
@@ -80,12 +86,12 @@ class TestReadImage:
             images.read_image(tmp_path)
         assert not isinstance(caught.value, images.ReadError)
 
-    def test_what_may_pass_is_told_apart(self, tmp_path, monkeypatch):
+    def test_a_passing_failure_has_a_type_of_its_own(self, tmp_path, monkeypatch):
         def fails(path):
             raise OSError(errno.EMFILE, "Too many open files")
 
         monkeypatch.setattr(Path, "read_bytes", fails)
-        with pytest.raises(images.ReadError, match="a.jpg: .*just now .Too many.*same command ag"):
+        with pytest.raises(images.ReadError, match="a.jpg: .*Too many.*same command again"):
             images.read_image(tmp_path / "a.jpg")
 
     @pytest.mark.parametrize("progressive", [0, 1])
@@ -93,8 +99,8 @@ class TestReadImage:
         noisy = np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8)
         path = write(tmp_path / "a.jpg", noisy, cv2.IMWRITE_JPEG_PROGRESSIVE, progressive)
         whole = path.read_bytes()
-        for share in (0.1, 0.5, 0.9):
-            path.write_bytes(whole[: int(len(whole) * share)])
+        for fraction in (0.1, 0.5, 0.9):
+            path.write_bytes(whole[: int(len(whole) * fraction)])
             with pytest.raises(images.ImageError, match="cut short"):
                 images.read_image(path)
         path.write_bytes(whole[:-2])  # all the pixels, but no end marker
@@ -143,7 +149,60 @@ class TestReadImage:
             images.read_image(path)
 
 
+class TestDamagedBytes:
+    """No bytes make the walk over a JPEG's segments raise or hang."""
+
+    @given(st.lists(st.binary(max_size=8) | st.sampled_from(MARKERS), max_size=12).map(b"".join))
+    def test_any_bytes(self, tail):
+        for head in (b"", b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"RIFF"):
+            shape = images.jpeg_shape(head + tail)
+            assert shape is None or (len(shape) == 2 and min(shape) >= 0)
+            assert images.is_whole(head + tail) in (True, False)
+
+    @given(st.data())
+    def test_a_changed_or_shortened_photograph(self, data):
+        _, encoded = cv2.imencode(".jpg", np.full((24, 40, 3), 90, np.uint8))
+        jpeg = bytearray(encoded.tobytes())
+        assert images.jpeg_shape(bytes(jpeg)) == (24, 40) and images.is_whole(bytes(jpeg))
+        position = data.draw(st.integers(0, len(jpeg) - 1))
+        assert not images.is_whole(bytes(jpeg[:position])) or position < 2
+        jpeg[position] = data.draw(st.integers(0, 255))
+        images.jpeg_shape(bytes(jpeg))
+        images.is_whole(bytes(jpeg))
+
+
+@given(st.integers(1, 8), st.integers(2, 12), st.integers(2, 12))
+def test_oriented_pixels_are_the_stored_ones_turned(tmp_path_factory, orientation, height, width):
+    stored = np.arange(height * width, dtype=np.uint8).reshape(height, width)
+    path = tmp_path_factory.getbasetemp() / "oriented.png"
+    png = cv2.imencode(".png", stored)[1].tobytes()
+    tiff = b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, 0x0112, 3, 1, orientation, 0, 0)
+    chunk = b"eXIf" + tiff
+    chunk = struct.pack(">I", len(tiff)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    path.write_bytes(png[:33] + chunk + png[33:])  # after the header
+    np.testing.assert_array_equal(images.read_image(path)[..., 0], stored)
+    upright = images.read_image(path, ignore_orientation=False)[..., 0]
+    turned = stored[:, ::-1] if orientation in (2, 4, 5, 7) else stored
+    turned = np.rot90(turned, {1: 0, 2: 0, 3: 2, 4: 2, 5: 1, 6: -1, 7: -1, 8: 1}[orientation])
+    np.testing.assert_array_equal(upright, turned)
+
+
 class TestCropBox:
+    @given(st.integers(0, 60), st.integers(0, 60), st.lists(COORDINATES, min_size=4, max_size=4))
+    @example(48, 64, [0.0, 0.0, 65.0, 49.0])
+    def test_a_crop_has_the_shape_of_its_box(self, height, width, box):
+        image = np.zeros((height, width, 3), np.uint8)
+        try:
+            crop, cut = images.crop_box(image, box)
+        except ValueError:
+            return
+        x0, y0, x1, y1 = cut
+        assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height
+        assert crop.shape == (y1 - y0, x1 - x0, 3) and np.shares_memory(crop, image)
+        assert all(0 <= given - whole < 2 for given, whole in zip(box, cut, strict=True))
+        again, same = images.crop_box(image, cut)
+        assert same == cut and again.shape == crop.shape
+
     def test_fractions_are_truncated(self, photograph):
         crop, box = images.crop_box(photograph, (3.9, 5.1, 20.99, 30.5))
         assert box == (3, 5, 20, 30)
@@ -182,6 +241,17 @@ class TestCropBox:
 
 
 class TestResize:
+    @given(st.integers(1, 9000), st.integers(1, 9000), st.integers(16, 2048))
+    def test_shapes_of_every_mode(self, height, width, size):
+        shapes = {mode: images.resized_shape(height, width, size, mode) for mode in RESIZE_MODES}
+        assert shapes["squash"] == (size, size)
+        assert max(shapes["longest"]) == size and min(shapes["longest"]) >= 1
+        tall, wide = shapes["area"]
+        assert tall % 16 == wide % 16 == 0 and min(tall, wide) >= 16
+        assert tall * wide <= size * size * (1 + 1e-9) or min(tall, wide) == 16
+        for mode, shape in shapes.items():  # a turned photograph gives the turned shape
+            assert images.resized_shape(width, height, size, mode) == shape[::-1]
+
     @pytest.mark.parametrize(
         ("height", "width", "mode", "expected"),
         [

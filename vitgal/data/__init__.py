@@ -19,6 +19,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "ReadError",
             "crop_box",
             "is_whole",
+            "jpeg_shape",
             "normalise",
             "read_image",
             "resize",

@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "environment": ["commit", "versions"],
-        "errors": ["StageError", "UserError"],
+        "errors": ["StageError", "UserError", "abbreviate"],
         "files": [
             "TEMPORARY",
             "atomic",

@@ -1,5 +1,7 @@
 """Errors that the user can act on."""
 
+from collections.abc import Sequence
+
 
 class UserError(Exception):
     """A mistake that the user can correct: a notebook shows its message without a traceback.
@@ -15,3 +17,8 @@ class UserError(Exception):
 
 class StageError(UserError, RuntimeError):
     """A stage cannot begin, continue or be read; the message says why and what to do."""
+
+
+def abbreviate(names: Sequence[str], limit: int = 3) -> str:
+    """Joins names for a message: the first few, and an ellipsis where there are more."""
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
