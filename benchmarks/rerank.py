@@ -21,7 +21,7 @@ import numpy as np
 import pydegensac
 from scipy.spatial import cKDTree
 
-from vitgal.engines import cluster
+from vitgal import engines
 from vitgal.features.local import LocalFeatures
 from vitgal.retrieval.matching import match_shortlist
 from vitgal.retrieval.pairs import inspect_shortlist
@@ -119,7 +119,7 @@ def over_processes(pairs: int, count: int, queries: int, repeats: int) -> None:
     seconds, results = {}, {}
     for workers in (1, 2) * repeats:
         place = dict(engine="local", address=None, workers=workers, tasks=queries)
-        with cluster.parallel(**place) as pool:
+        with engines.parallel(**place) as pool:
             list(pool(joblib.delayed(one_query)(q, 1, 10) for q in range(workers)))  # imports
             began = time.perf_counter()
             tasks = (joblib.delayed(one_query)(q, pairs, count) for q in range(queries))

@@ -1,4 +1,4 @@
-"""`engine: ray`: equal to the local engine, also where a machine is lost in the middle of it.
+"""`engine: ray`: results equal those of the local engine, even where a machine is lost.
 
 The cluster is real: two Ray nodes on this machine, a CPU and the smallest object store each.
 """
@@ -20,9 +20,10 @@ import psutil
 import pytest
 
 from tests.stages import test_extraction
-from vitgal import runs
+from vitgal import engines, runs
 from vitgal.data import revisited
-from vitgal.engines import cluster
+from vitgal.engines import pipeline as engines_pipeline
+from vitgal.engines.connection import import_ray
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.models.network import build_model
 from vitgal.models.weights import save_model
@@ -38,7 +39,7 @@ STORE = 200 * 1024 * 1024
 
 
 def test_engines(tmp_path):
-    cluster.check_engine("local")
+    engines.check_engine("local")
     with pytest.raises(ValueError, match="unknown engine 'spark'; known: local, ray"):
         stages_describe.evaluate_global(
             tmp_path, dataset="mini", data_folder=tmp_path, model="", engine="spark"
@@ -50,8 +51,8 @@ def test_engines(tmp_path):
 
 
 def test_without_ray_the_extra_is_named():
-    code = "import sys; sys.modules['ray'] = None\nfrom vitgal.engines import cluster\n"
-    code += "cluster.check_engine('local')\ncluster.check_engine('ray')"
+    code = "import sys; sys.modules['ray'] = None\nfrom vitgal import engines\n"
+    code += "engines.check_engine('local')\nengines.check_engine('ray')"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert child.returncode == 1
     assert 'pip install -e ".[scale]"' in child.stderr.splitlines()[-1]
@@ -59,13 +60,14 @@ def test_without_ray_the_extra_is_named():
 
 @pytest.mark.slow
 def test_importing_leaves_ray_alone():
-    code = "import sys, vitgal.cluster, vitgal.extraction; print('ray' in sys.modules)"
+    modules = "vitgal.engines.pipeline, vitgal.engines.pool, vitgal.stages.extract"
+    code = f"import sys, {modules}; print('ray' in sys.modules)"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert child.stdout.split() == ["False"]
 
 
 @pytest.mark.parametrize(
-    ("nodes", "about", "wanted"),
+    ("nodes", "options", "wanted"),
     [
         # actors, CPUs and GPUs of each, tasks at once
         ([{"CPU": 1.0}, {"CPU": 1.0}], {}, (2, 1, 0, 2)),
@@ -76,24 +78,24 @@ def test_importing_leaves_ray_alone():
         ([{"GPU": 1.0}], {}, (1, 1, 1, 1)),
     ],
 )
-def test_shares(nodes, about, wanted):
-    share = cluster.Share.among(nodes, **({"threads": None, "workers": 1} | about))
-    assert (share.actors, share.cpus, share.gpus, share.tasks) == wanted
+def test_actor_plans(nodes, options, wanted):
+    plan = engines.ActorPlan.for_nodes(nodes, **({"threads": None, "workers": 1} | options))
+    assert (plan.actors, plan.cpus, plan.gpus, plan.tasks) == wanted
 
 
 @pytest.mark.parametrize(("nodes", "device"), [([], None), ([{}], "cpu"), ([{"CPU": 2}], "cuda")])
-def test_nothing_to_share(nodes, device):
-    with pytest.raises(cluster.ClusterError, match="the Ray cluster has no .PUs"):
-        cluster.Share.among(nodes, threads=1, workers=1, device=device)
+def test_a_cluster_without_the_device_is_refused(nodes, device):
+    with pytest.raises(engines.ClusterError, match="the Ray cluster has no .PUs"):
+        engines.ActorPlan.for_nodes(nodes, threads=1, workers=1, device=device)
 
 
-def test_nobody_at_the_address():
-    with pytest.raises(cluster.ClusterError, match="nothing answers at ray_address 127.0.0.1:1 "):
-        with cluster.connected("127.0.0.1:1"):
+def test_an_address_without_a_cluster_is_refused():
+    with pytest.raises(engines.ClusterError, match="nothing answers at ray_address 127.0.0.1:1 "):
+        with engines.connected("127.0.0.1:1"):
             pass
     for address in ("head", "head:port", "ray://head:10001"):
-        with pytest.raises(cluster.ClusterError, match="is not HOST:PORT"):
-            with cluster.connected(address):
+        with pytest.raises(engines.ClusterError, match="is not HOST:PORT"):
+            with engines.connected(address):
                 pass
 
 
@@ -106,7 +108,7 @@ class Two:
     """A cluster of a head and one other node."""
 
     def __init__(self):
-        cluster._ray()
+        import_ray()
         from ray.cluster_utils import Cluster
 
         args = dict(num_cpus=1, object_store_memory=STORE, include_dashboard=False)
@@ -123,7 +125,7 @@ def two():
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the nodes cannot import it
     before = set(psutil.Process().children(recursive=True))
     made = Two()
-    with cluster.connected(made.address):
+    with engines.connected(made.address):
         yield made
     made.nodes.shutdown()
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -198,9 +200,8 @@ class TestTwoNodes:
     pytestmark = slow
 
     def test_a_step_s_own_error_arrives(self, two):
-        def wrong(piece):
-            print(f"looking at {piece}")
-            raise runs.StageError(f"{piece} is wrong")
+        def wrong(number):
+            raise runs.StageError(f"{number} is wrong")
 
         pipeline = self.pipeline(read=wrong)
         with pytest.raises(runs.StageError, match="^7 is wrong$"):
@@ -211,38 +212,39 @@ class TestTwoNodes:
         """The process that describes 3 dies once: the pipeline goes on, nothing is lost."""
 
         def describe(folder):
-            def step(piece):
-                if piece == 3 and not (folder / "died").exists():
+            def step(number):
+                if number == 3 and not (folder / "died").exists():
                     (folder / "died").touch()
                     os._exit(1)
-                print(f"described {piece}")
-                return 10 * piece
+                print(f"described {number}")
+                return 10 * number
 
             return step
 
-        pipeline = self.pipeline(describe=partial(describe, tmp_path), ordered=True)
+        pipeline = self.pipeline(make_describer=partial(describe, tmp_path), ordered=True)
         assert list(pipeline.run(range(6))) == [0, 10, 20, 30, 40, 50]
-        said = capsys.readouterr().out.splitlines()
-        assert said.count("a Ray process or machine was lost (ActorDiedError): going on") == 1
-        assert [line for line in said if line.startswith("described")] == [
-            f"described {piece}" for piece in range(6)
+        lines = capsys.readouterr().out.splitlines()
+        assert sum("was lost (ActorDiedError)" in line for line in lines) == 1
+        assert [line for line in lines if line.startswith("described")] == [
+            f"described {number}" for number in range(6)
         ]
 
-    def test_what_kills_every_process_is_named(self, two, monkeypatch):
-        """A piece that ends whoever describes it ends the run, not for ever begun again."""
-        monkeypatch.setattr(cluster, "RETRIES", 1)
+    def test_an_item_that_kills_every_process_is_named(self, two, monkeypatch):
+        """A work item that crashes every actor ends the run; it is not retried for ever."""
+        monkeypatch.setattr(engines_pipeline, "RETRIES", 1)
 
         def describe():
-            return lambda piece: os._exit(1) if piece == 2 else piece
+            return lambda number: os._exit(1) if number == 2 else number
 
-        pipeline = self.pipeline(describe=describe, name=lambda piece: f"piece number {piece}")
-        with pytest.raises(cluster.ClusterError, match="broke 2 times in a row, at piece number 2"):
+        label = "work item {}".format
+        pipeline = self.pipeline(make_describer=describe, label=label)
+        with pytest.raises(engines.ClusterError, match="broke 2 times in a row, at work item 2"):
             list(pipeline.run(range(9)))
 
     def pipeline(self, **steps):
-        share = cluster.Share(actors=1, cpus=1, gpus=0, tasks=1)
-        same = dict(read=lambda piece: piece, describe=lambda: lambda piece: piece, write=None)
-        return cluster.Pipeline(**(same | steps), share=lambda: share)
+        plan = engines.ActorPlan(actors=1, cpus=1, gpus=0, tasks=1)
+        same = dict(read=lambda value: value, make_describer=lambda: lambda value: value)
+        return engines.Pipeline(**(same | dict(write=None, plan=lambda: plan) | steps))
 
     def test_global_descriptors(self, two, local, run, data):
         folder = evaluate(run, data, engine="ray", ray_address=two.address)
@@ -269,7 +271,7 @@ class TestTwoNodes:
         assert not list(folder.glob(".partial*"))
         # What was whole when the node went was not made again.
         assert {name: (folder / name).stat().st_ino for name in found} == found
-        assert len(cluster.resources()) == 1
+        assert len(engines.node_resources()) == 1
         opened = FeatureStore.open(folder, verify=True)
         assert len(opened) == 11 and list(opened.failures) == ["image9"]
 
@@ -278,19 +280,28 @@ class TestTwoNodes:
 
     def test_reranking(self, two, local, run, data):
         """On two processes of the machine that is left; the driver's own is not one of them."""
-        with cluster.parallel("ray", two.address, workers=9, tasks=9) as pool:
+        with engines.parallel("ray", two.address, workers=9, tasks=9) as pool:
             assert sorted(pool(joblib.delayed(abs)(-i) for i in range(9))) == list(range(9))
         folder = rerank(run, data, engine="ray", ray_address=two.address)
         assert contents(folder) == contents(local / "mini/rerank")
         assert np.load(folder / "inliers.npy").max() > 4
         assert runs.read_json(folder / "stage.json")["recorded"]["engine"] == "ray"
 
-    def test_what_a_worker_meets_is_told(self, two, local, tmp_path, data):
+    def test_the_error_of_a_worker_is_raised_here(self, two, local, tmp_path, data):
         """Too many unreadable images stop the stage as they do on one machine."""
         shutil.copytree(local / "mini/global", tmp_path / "mini/global")
         with pytest.raises(runs.StageError, match="1 of 12 images cannot be read.*image9"):
             extract(tmp_path, data, engine="ray", ray_address=two.address, max_failed_share=0)
         assert not (tmp_path / "mini/local/stage.json").exists()
+
+    def test_a_shard_on_a_disk_of_the_node(self, two, local, tmp_path, data, monkeypatch):
+        """A node that does not see the run folder writes somewhere else."""
+        shutil.copytree(local / "mini/global", tmp_path / "mini/global")
+        monkeypatch.setattr(
+            stages_cluster, "_write_piece", partial(_elsewhere, stages_cluster._write_piece)
+        )
+        with pytest.raises(engines.ClusterError, match=r"shard-0\d to a disk of its own"):
+            extract(tmp_path, data, engine="ray", ray_address=two.address)
 
 
 def _held(real, doomed: str, folder: Path, runner, read, *, options):
@@ -319,15 +330,6 @@ def _kill(two: Two, folder: Path, stage: Path, found: dict) -> None:
     found |= {path.name: path.stat().st_ino for path in whole}
     os.write(go, b"1")
 
-    def test_a_shard_on_a_disk_of_the_node(self, two, local, tmp_path, data, monkeypatch):
-        """A node that does not see the run folder writes somewhere else."""
-        shutil.copytree(local / "mini/global", tmp_path / "mini/global")
-        monkeypatch.setattr(
-            stages_cluster, "_write_piece", partial(_elsewhere, stages_cluster._write_piece)
-        )
-        with pytest.raises(cluster.ClusterError, match=r"shard-0\d to a disk of its own"):
-            extract(tmp_path, data, engine="ray", ray_address=two.address)
-
 
 def _elsewhere(real, described, *, made):
     where, *found = real(described, made=made)
@@ -341,16 +343,17 @@ def test_an_interrupt_while_ray_starts():
     """Ctrl-C as soon as Ray's first process is there: it is heard, and nothing is left."""
     code = """
 import os, signal, threading, psutil
-from vitgal.engines import cluster
+from vitgal import engines
+from vitgal.engines.connection import import_ray
 me = psutil.Process()
-cluster._ray()
+import_ray()
 def interrupt():
     while not me.children(recursive=True):
         pass
     os.kill(os.getpid(), signal.SIGINT)
 threading.Thread(target=interrupt, daemon=True).start()
 try:
-    with cluster.connected():
+    with engines.connected():
         print("inside")
 except KeyboardInterrupt:
     print("interrupted")
@@ -366,11 +369,16 @@ print(len(left), signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 def test_an_instance_of_its_own():
     """Without an address Ray is started here and leaves no process behind."""
     code = """
-from vitgal.engines import cluster
-share = cluster.Share(1, 1, 0, 1)
-with cluster.connected():
-    same = dict(read=lambda x: x + 1, describe=lambda: lambda x: 2 * x, write=lambda x: -x)
-    print(sorted(cluster.Pipeline(**same, share=lambda: share).run([1, 2])))
+from vitgal import engines
+plan = engines.ActorPlan(actors=1, cpus=1, gpus=0, tasks=1)
+pipeline = engines.Pipeline(
+    read=lambda x: x + 1,
+    make_describer=lambda: lambda x: 2 * x,
+    write=lambda x: -x,
+    plan=lambda: plan,
+)
+with engines.connected():
+    print(sorted(pipeline.run([1, 2])))
 import psutil
 _, left = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=30)
 print(len(left))

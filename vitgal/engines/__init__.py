@@ -1,19 +1,12 @@
-"""Where work is done: on this machine, or on a Ray cluster."""
+"""Engines that do the work of a stage: this machine, or a Ray cluster."""
 
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "cluster": [
-            "ClusterError",
-            "Pipeline",
-            "Share",
-            "ask",
-            "check_engine",
-            "connected",
-            "parallel",
-            "resources",
-        ],
+        "connection": ["ENGINES", "ClusterError", "check_engine", "connected"],
+        "pipeline": ["ActorPlan", "Pipeline", "call_remotely", "node_resources"],
+        "pool": ["parallel"],
     },
 )

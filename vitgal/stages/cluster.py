@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from vitgal import engines
 from vitgal.data.revisited import RetrievalDataset
-from vitgal.engines import cluster
 from vitgal.features import store
 from vitgal.models.inference import UNTRAINED, inference, resolve_precision
 from vitgal.models.network import ViTGaL
@@ -44,7 +44,7 @@ def _engine(
         return
     # Here the model tells its widths and nothing else; a mistake in it is found before Ray starts.
     with _runner(model, **(how | {"device": "cpu", "precision": "fp32"})) as here:
-        with cluster.connected(address):
+        with engines.connected(address):
             yield OnCluster.of(here.model, model, how)
 
 
@@ -67,7 +67,7 @@ class OnCluster:
         how = how | {"device": "cuda" if share.gpus else "cpu", "threads": how["threads"] or 1}
         if how["precision"] == "auto":
             question = partial(resolve_precision, "auto", how["device"])
-            how["precision"] = cluster.ask(question, share)
+            how["precision"] = engines.call_remotely(question, share)
         return cls(model, name, how)
 
     @property
@@ -77,9 +77,9 @@ class OnCluster:
     def run(self, pieces: Sequence, read: Callable, describe: Callable, **more: Any) -> Iterator:
         """Results of a pipeline; `describe` is given the Runner of its actor first."""
         make = partial(_Describer, describe, self.source, self.how)
-        steps = dict(read=read, describe=make, share=partial(_share, self.how))
-        steps |= dict(write=None, name=_named)
-        return cluster.Pipeline(**(steps | more)).run(pieces)
+        steps = dict(read=read, make_describer=make, plan=partial(_share, self.how))
+        steps |= dict(write=None, label=_named)
+        return engines.Pipeline(**(steps | more)).run(pieces)
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -93,9 +93,9 @@ class OnCluster:
         return {"engine": "ray", "actors": _share(self.how).actors} | kept
 
 
-def _share(how: dict) -> cluster.Share:
+def _share(how: dict) -> engines.ActorPlan:
     about = dict(threads=how["threads"], workers=how["workers"], device=how["device"])
-    return cluster.Share.among(cluster.resources(), **about)
+    return engines.ActorPlan.for_nodes(engines.node_resources(), **about)
 
 
 class _Describer:
@@ -176,7 +176,7 @@ def _shards_on_cluster(
             for where, images, failed, node in found:
                 # Listed: what a network file system remembers of one name may be old.
                 if not where.is_dir() and where.name not in os.listdir(where.parent):
-                    raise cluster.ClusterError(
+                    raise engines.ClusterError(
                         f"the node {node} has written {where} to a disk of its own: the run folder "
                         "must lie where every node finds it under the same path"
                     )

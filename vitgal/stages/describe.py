@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from vitgal import runs
+from vitgal import engines, runs
 from vitgal.data import revisited
 from vitgal.data.revisited import RetrievalDataset
-from vitgal.engines import cluster
 from vitgal.features import store
 from vitgal.models.descriptors import _check_scales
 from vitgal.models.inference import weights_fingerprint
@@ -71,7 +70,7 @@ def evaluate_global(
         distractors, distractor_list: see `revisited.open_dataset`.
         max_failed_share: share of database images that may fail to decode; they rank last.
         threads: torch's CPU threads.  workers: decoding threads.
-        engine, ray_address: "local", or "ray": on a Ray cluster (see `cluster.connected`). One
+        engine, ray_address: "local", or "ray": on a Ray cluster (see `engines.connected`). One
             process a GPU describes, without GPUs one for every `threads` (None: 1) CPUs. Where
             threads are the same the result is too; else sums differ in their last bits.
         size, resize, scales, batch_size, precision: see `extract_global`.
@@ -84,7 +83,7 @@ def evaluate_global(
         FileNotFoundError, ValueError: data set or weights are missing or not what they should be.
     """
     _check_scales(scales)
-    cluster.check_engine(engine, ray_address)
+    engines.check_engine(engine, ray_address)
     data = revisited.open_dataset(
         dataset, data_folder, distractors=distractors, distractor_list=distractor_list
     )

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from vitgal import runs
+from vitgal import engines, runs
 from vitgal.data import revisited
 from vitgal.data.revisited import RetrievalDataset
-from vitgal.engines import cluster
 from vitgal.features import store
 from vitgal.features.selection import LADDER, SCALES
 from vitgal.models.inference import weights_fingerprint
@@ -76,7 +75,7 @@ def extract_shortlist(
             many images cannot be read, or this worker is done and others are not.
         FileNotFoundError, ValueError: as `evaluate_global`; a model without autoencoder.
     """
-    cluster.check_engine(engine, ray_address)
+    engines.check_engine(engine, ray_address)
     data = revisited.open_dataset(
         dataset, data_folder, distractors=distractors, distractor_list=distractor_list
     )

@@ -9,9 +9,8 @@ import joblib
 import numpy as np
 from tqdm.auto import tqdm
 
-from vitgal import runs
+from vitgal import engines, runs
 from vitgal.data.revisited import PROTOCOLS, GroundTruth, load_ground_truth
-from vitgal.engines import cluster
 from vitgal.evaluation.protocol import evaluate
 from vitgal.evaluation.scores import scores_document
 from vitgal.features.local import LocalFeatures
@@ -65,7 +64,7 @@ def rerank_shortlist(
             finds one. The result does not depend on it.
         workers: processes (None: one a core). The result does not depend on it.
         engine, ray_address: "local", or "ray": the processes are those of a Ray cluster (see
-            `cluster.connected`), which all see the run folder. Nor does it depend on that.
+            `engines.connected`), which all see the run folder. Nor does it depend on that.
     Returns:
         `<dataset>/rerank` with candidates.npy, inliers.npy, and for easy, medium, hard and
         published positions_*.npz and top_*.npy, and scores.json.
@@ -77,7 +76,7 @@ def rerank_shortlist(
     Interrupted, it keeps the queries that are done. An image that could not be read counts 0.
     """
     run = Path(run)
-    cluster.check_engine(engine, ray_address)
+    engines.check_engine(engine, ray_address)
     options = dict(estimator=estimator, threshold=threshold, iterations=iterations)
     options |= dict(confidence=confidence, seed=seed)
     _check_options(**options)
@@ -241,7 +240,7 @@ def _verify_queries(
     ]
     bar = dict(total=len(listed.images), initial=len(rows), desc="verifying short lists")
     # Processes, not threads: pydegensac draws from one random state a process.
-    with cluster.parallel(**place, tasks=len(tasks)) as pool:
+    with engines.parallel(**place, tasks=len(tasks)) as pool:
         results = pool(joblib.delayed(_verify_query)(store, *task, options) for task in tasks)
         for q, counts in tqdm(results, **bar, unit="query", disable=not progress):
             runs.write_array(journal / f"{q}.npy", counts)

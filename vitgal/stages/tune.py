@@ -20,10 +20,9 @@ import numpy as np
 from PIL import Image
 from tqdm.auto import tqdm
 
-from vitgal import runs
+from vitgal import engines, runs
 from vitgal.data import revisited, splits
 from vitgal.data.revisited import GroundTruth
-from vitgal.engines import cluster
 from vitgal.evaluation import protocol
 from vitgal.evaluation.tuning import DATASET, PROTOCOL, TuningError, _best, _grid
 from vitgal.features.local import LocalFeatures
@@ -190,7 +189,7 @@ def tune(
         StageError: a stage is missing or holds other settings.  TuningError: an empty grid, or a
         value that makes no sense.
     """
-    cluster.check_engine(engine, ray_address)
+    engines.check_engine(engine, ray_address)
     grid = _grid(max_distances, thresholds, tops, current)
     truth = revisited.load_ground_truth(Path(data_folder) / f"gnd_{DATASET}.pkl")
     folder = run / DATASET
@@ -285,7 +284,7 @@ def _counted(
     ]
     bar = dict(total=len(queries), initial=len(done), desc="tuning", unit="query")
     count = joblib.delayed(_count_query)
-    with cluster.parallel(**place, tasks=len(tasks)) as pool:
+    with engines.parallel(**place, tasks=len(tasks)) as pool:
         found = pool(count(store, *task, dict(grid), options) for task in tasks)
         for q, counts in tqdm(found, **bar, disable=not progress):
             runs.write_array(folder / JOURNAL / f"{q}.npy", counts)
