@@ -26,8 +26,8 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from vitgal.data import gldv2, images
+from vitgal.settings import Recipe
 from vitgal.training import augmentation, samples
-from vitgal.training import recipe as training_recipe
 
 ROUNDS = 3
 
@@ -116,8 +116,8 @@ def measure(
     composition = plain_composition(options.size)
 
     def ours(augment: str) -> Callable[[int], object]:
-        recipe = training_recipe.Recipe(image_size=options.size, augment=augment)
-        dataset = samples.TrainingImages(folder, table, recipe)
+        settings = Recipe(image_size=options.size, augment=augment)
+        dataset = samples.TrainingImages(folder, table, settings)
         return lambda index: dataset[0, index]
 
     def plain(index: int) -> torch.Tensor:

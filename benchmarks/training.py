@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitgal.models.heads import ArcFace
+from vitgal.models.inference import resolve_precision
 from vitgal.models.network import build_model
-from vitgal.training import augmentation, networks, recipe
+from vitgal.settings import TrainingSettings
+from vitgal.training import augmentation, networks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS = {
@@ -64,7 +66,7 @@ def make(kind: type, options: argparse.Namespace) -> nn.Module:
 def published_step(options: argparse.Namespace) -> Callable[[Tensor, Tensor], float]:
     """One step of the published loop."""
     network = make(OneHotArcFace, options)
-    plain = recipe.Recipe(weight_decay=0.005)
+    plain = TrainingSettings(weight_decay=0.005)
     optimizer = networks.create_optimizer_v2(network, opt="adamw", lr=plain.lr, weight_decay=0.005)
     half = DEVICE.type == "cuda"
     scaler = torch.amp.GradScaler(enabled=half)
@@ -86,7 +88,7 @@ def published_step(options: argparse.Namespace) -> Callable[[Tensor, Tensor], fl
 
 
 def our_step(
-    options: argparse.Namespace, settings: recipe.Recipe, *, fused: bool | None = None
+    options: argparse.Namespace, settings: TrainingSettings, *, fused: bool | None = None
 ) -> Callable[[Tensor, Tensor], float]:
     """One step of ours, without what accelerate adds around it."""
     network = make(ArcFace, options)
@@ -97,7 +99,7 @@ def our_step(
         optimizer = torch.optim.AdamW(optimizer.param_groups, lr=settings.lr, fused=fused)
     if settings.compile:
         network.compile()
-    half = recipe.resolve_precision(settings.precision) == "bf16"
+    half = resolve_precision(settings.precision, DEVICE) == "bf16"
     holes = torch.zeros(options.batch, 3, dtype=torch.int64)
 
     def step(pictures: Tensor, labels: Tensor) -> Tensor:
@@ -116,11 +118,11 @@ def our_step(
 
 def steps(options: argparse.Namespace) -> None:
     """The median step of each variant, taken in turns."""
-    auto = recipe.Recipe()
+    auto = TrainingSettings()
     variants = {
         "published": published_step(options),
         "ours, fp32": our_step(options, replace(auto, precision="fp32")),
-        f"ours, auto ({recipe.resolve_precision('auto')})": our_step(options, auto),
+        f"ours, auto ({resolve_precision('auto', DEVICE)})": our_step(options, auto),
         "  + channels_last": our_step(options, replace(auto, channels_last=True)),
         "  + fused AdamW": our_step(options, auto, fused=True),
     }

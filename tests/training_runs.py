@@ -16,23 +16,32 @@ import torch
 from vitgal.data import gldv2
 from vitgal.models.heads import ArcFace
 from vitgal.models.network import build_model
+from vitgal.settings import AutoencoderSettings, MachineSettings, TrainingSettings
 from vitgal.stages import split as stages_split
 from vitgal.stages import train
 from vitgal.training import loop, networks, samples
-from vitgal.training import recipe as training_recipe
 
 CLASSES, IMAGES = 3, 6  # images of each class
 NANO = "xcit_nano_12_p16_224"
-RECIPE = training_recipe.Recipe(
+SETTINGS = TrainingSettings(
+    architecture=NANO,
     image_size=32,
     epochs=2,
     batch_size=4,
     lr=1e-3,
     augment="fast",
     precision="fp32",
-    threads=1,
-    data_workers=0,
 )
+AUTOENCODER = AutoencoderSettings(
+    image_size=32,
+    epochs=2,
+    batch_size=4,
+    lr=1e-3,
+    augment="fast",
+    precision="fp32",
+    code_dim=8,
+)
+MACHINE = MachineSettings(threads=1, data_workers=0)
 CLOCK = ["images_per_second", "hours_left"]  # columns of the log that depend on it
 
 
@@ -66,17 +75,27 @@ def split(run: Path, images: Path) -> Path:
     return run
 
 
-def fit(run: Path, images: Path, recipe: training_recipe.Recipe = RECIPE, **options) -> Path:
-    options = {"drop_path": 0.1} | options
+def fit(
+    run: Path,
+    images: Path,
+    settings: TrainingSettings = SETTINGS,
+    machine: MachineSettings = MACHINE,
+    **options,
+) -> Path:
+    """Trains the retrieval model without a bar."""
     return train.fit_retrieval(
-        run, image_folder=images, architecture=NANO, recipe=recipe, progress=False, **options
+        run, settings, machine, image_folder=images, progress=False, **options
     )
 
 
-def fit_autoencoder(run: Path, images: Path, recipe: training_recipe.Recipe = RECIPE) -> Path:
-    return train.fit_autoencoder(
-        run, image_folder=images, code_dim=8, recipe=recipe, progress=False
-    )
+def fit_autoencoder(
+    run: Path,
+    images: Path,
+    settings: AutoencoderSettings = AUTOENCODER,
+    machine: MachineSettings = MACHINE,
+) -> Path:
+    """Trains the autoencoder without a bar."""
+    return train.fit_autoencoder(run, settings, machine, image_folder=images, progress=False)
 
 
 def rows(folder: Path) -> list[dict]:
@@ -85,11 +104,12 @@ def rows(folder: Path) -> list[dict]:
     return [{key: row[key] for key in row if key not in CLOCK} for row in found]
 
 
-def make_trainer(run: Path, images: Path, recipe: training_recipe.Recipe) -> loop.Trainer:
-    data = samples.read_data(run / "split", images, recipe)
+def make_trainer(run: Path, images: Path, settings: TrainingSettings = SETTINGS) -> loop.Trainer:
+    """A trainer of the retrieval model in this process, at its beginning."""
+    data = samples.read_data(run / "split", images, settings)
     network = networks.RetrievalNetwork(build_model(NANO, seed=0), ArcFace(128, data.classes))
     torch.set_num_threads(1)
-    return loop.Trainer(network, recipe, run / "retrieval", data)
+    return loop.Trainer(network, settings, MACHINE, run / "retrieval", data)
 
 
 def in_child(work: Callable[[], object]) -> multiprocessing.Process:

@@ -25,7 +25,7 @@ from vitgal.models.network import build_model
 from vitgal.models.weights import save_model
 from vitgal.retrieval import pairs
 from vitgal.stages import own
-from vitgal.training import loop, recipe
+from vitgal.training import errors
 from vitgal.viz import photographs as viz_photographs
 
 matplotlib.use("agg")
@@ -153,7 +153,7 @@ def test_a_notebook_shows_the_message_alone():
     error = data_photographs.PhotographError("one\ntwo")
     assert error._render_traceback_() == ["one", "two"]
     assert runs.StageError("x")._render_traceback_() == ["x"]
-    for kind in (store.StoreError, recipe.TrainingError, loop.Preempted):
+    for kind in (store.StoreError, errors.TrainingError, errors.Preempted):
         assert kind("y")._render_traceback_() == ["y"]
     assert images.ImageError("a.jpg", "it is empty")._render_traceback_() == [
         "a.jpg: it is empty; replace the file or take it out of the image list"

@@ -12,10 +12,11 @@ import torch
 
 from tests.training_runs import (
     NANO,
-    RECIPE,
+    SETTINGS,
     die_after_step,
     exit_code,
     fit,
+    fit_autoencoder,
     make_trainer,
     split,
     write_images,
@@ -23,12 +24,12 @@ from tests.training_runs import (
 from vitgal import runs
 from vitgal.data import images as data_images
 from vitgal.data import splits
-from vitgal.models import weights
+from vitgal.models import inference, weights
 from vitgal.models.network import build_model
+from vitgal.settings import MachineSettings, TrainingSettings
 from vitgal.stages import split as stages_split
 from vitgal.stages import train as stages_train
-from vitgal.training import augmentation, diagnostics, launch, samples
-from vitgal.training import recipe as training_recipe
+from vitgal.training import augmentation, diagnostics, errors, launch, samples, schedule
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def run(tmp_path: Path, images: Path) -> Path:
 
 
 def test_learning_rates_are_the_published_ones():
-    rates = training_recipe.learning_rates(training_recipe.Recipe())
+    rates = schedule.learning_rates(TrainingSettings())
     assert len(rates) == 40
     # The published run's values, to the digits in which they are known
     assert rates[0] == rates[1] == 3e-5
@@ -59,11 +60,11 @@ def test_learning_rates_are_the_published_ones():
 
 
 def test_one_epoch_trains_at_the_warm_up_rate():
-    assert training_recipe.learning_rates(training_recipe.Recipe(epochs=1)) == [3e-5]
+    assert schedule.learning_rates(TrainingSettings(epochs=1)) == [3e-5]
 
 
 def test_no_warm_up_starts_at_the_full_rate():
-    rates = training_recipe.learning_rates(training_recipe.Recipe(epochs=3, warmup_epochs=0))
+    rates = schedule.learning_rates(TrainingSettings(epochs=3, warmup_epochs=0))
     assert rates[:2] == [5e-5, 5e-5]
 
 
@@ -73,14 +74,15 @@ def test_no_warm_up_starts_at_the_full_rate():
 def test_a_recipe_names_its_wrong_value(wrong):
     (value,) = wrong.values()
     with pytest.raises(ValueError, match=str(value)):
-        training_recipe.Recipe(**wrong)
+        TrainingSettings(**wrong)
 
 
 def test_auto_precision_is_resolved_and_recorded():
-    resolved = training_recipe.resolve_precision("auto")
+    resolved = inference.resolve_precision("auto", forks=True)
     assert resolved in ("bf16", "fp32")
-    assert training_recipe.Recipe().affecting()["precision"] == resolved
-    assert "data_workers" not in training_recipe.Recipe().affecting()
+    compared = stages_train.compared(TrainingSettings(), MachineSettings())
+    assert compared["precision"] == resolved
+    assert "data_workers" not in compared
 
 
 # Order and randomness
@@ -106,7 +108,7 @@ def test_no_whole_batch_is_no_batch():
 
 @pytest.mark.parametrize("augment", ["published", "fast"])
 def test_a_sample_depends_on_seed_epoch_and_index_alone(augment, images, run):
-    recipe = replace(RECIPE, augment=augment)
+    recipe = replace(SETTINGS, augment=augment)
     first, again = (samples.read_data(run / "split", images, recipe).train for _ in range(2))
     other = samples.read_data(run / "split", images, replace(recipe, seed=1)).train
     np.random.seed(1)  # the global generators must not matter
@@ -121,7 +123,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(augment, images, run):
 
 
 def test_large_photographs_are_decoded_at_a_reduced_scale_for_fast_alone(images, run):
-    recipe = replace(RECIPE, image_size=64)  # never enlarged: 1.6 * 64 = 102.4 pixels a side
+    recipe = replace(SETTINGS, image_size=64)  # never enlarged: 1.6 * 64 = 102.4 pixels a side
     train = samples.read_data(run / "split", images, recipe).train
     image = np.full((412, 640, 3), (0, 100, 200), np.uint8)
     cv2.imwrite(str(train.path(0)), image)
@@ -191,7 +193,7 @@ def test_the_network_sees_normalised_pictures_with_holes():
 def test_the_published_hole_is_black_and_the_fast_one_of_the_mean_colour(images, run):
     # As published the hole is zero before the normalisation: (0 - 0.485) / 0.229 = -2.1179 in red.
     for augment, wanted in (("published", -2.1179), ("fast", 0.0)):
-        recipe = replace(RECIPE, image_size=64, augment=augment)
+        recipe = replace(SETTINGS, image_size=64, augment=augment)
         train = samples.read_data(run / "split", images, recipe).train
         train.transform = augmentation.squash  # nothing is drawn but the hole
         picture, hole = train.change(np.full((64, 64, 3), 255, np.uint8), HoleAt())
@@ -220,7 +222,7 @@ def test_a_fit_writes_a_model_without_classifier_and_is_reused(images, run):
     assert fit(run, images) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(runs.StageError, match=r"lr: 0\.001 there, 0\.002 now"):
-        fit(run, images, replace(RECIPE, lr=0.002))
+        fit(run, images, replace(SETTINGS, lr=0.002))
 
 
 @pytest.mark.slow
@@ -236,7 +238,7 @@ def test_retrieval_is_scored_on_landmarks_that_are_not_trained(tmp_path, images)
         val_database=4,
         expected=None,
     )
-    data = samples.read_data(run / "split", images, RECIPE)
+    data = samples.read_data(run / "split", images, SETTINGS)
     assert (len(data.queries), len(data.database)) == (2, 4)
     assert set(data.validation.labels[[*data.queries, *data.database]]) == {-1}  # held out
     # All of one landmark: every database image is right, in whatever order.
@@ -255,14 +257,14 @@ def test_retrieval_is_scored_on_landmarks_that_are_not_trained(tmp_path, images)
     scores = data.score([(np.arange(len(features)), {"features": features})])
     assert scores == {"val_map": 0.5625, "val_map_low": 0.125, "val_map_high": 1.0}
     # The retrieval set is looked at after every epoch, all validation images after every second.
-    log = stages_train.read_log(fit(run, images, replace(RECIPE, epochs=3, validate_every=2)))
+    log = stages_train.read_log(fit(run, images, replace(SETTINGS, epochs=3, validate_every=2)))
     assert log["val_map"].between(0, 1).all()
     assert (log["val_map_low"] <= log["val_map_high"]).all()
     assert log["val_accuracy"].notna().tolist() == [False, True, True]
 
 
 def test_a_replaced_validation_image_keeps_its_place(images, run, fresh_accelerate, monkeypatch):
-    one = make_trainer(run, images, RECIPE)
+    one = make_trainer(run, images, SETTINGS)
     count = len(one.data.validation)
     one.data.validation.path(count - 1).write_bytes(b"")  # image 0 stands for it
     places = []
@@ -292,7 +294,7 @@ def test_a_state_of_other_settings_is_refused(images, run):
     with pytest.raises(runs.StageError, match="was interrupted"):
         stages_train.read_log(folder)
     with pytest.raises(runs.StageError, match="seed: 0 there, 1 now"):
-        fit(run, images, replace(RECIPE, seed=1))
+        fit(run, images, replace(SETTINGS, seed=1))
 
 
 @pytest.fixture
@@ -302,12 +304,12 @@ def fresh_accelerate():
 
 
 def test_a_state_within_an_epoch_resumes_there(images, run, fresh_accelerate):
-    one = make_trainer(run, images, RECIPE)
+    one = make_trainer(run, images, SETTINGS)
     batches = list(one.read(one.batches(0)))
     one.network.train()
     one.run_step(batches[:1])
     one.save_state()
-    other = make_trainer(run, images, RECIPE)
+    other = make_trainer(run, images, SETTINGS)
     other.load_state()
     assert other.progress.step == 1
     other.network.train()
@@ -319,39 +321,35 @@ def test_a_state_within_an_epoch_resumes_there(images, run, fresh_accelerate):
 
 
 def test_a_loss_that_is_not_finite_names_its_images(images, run, fresh_accelerate):
-    broken = make_trainer(run, images, RECIPE)
+    broken = make_trainer(run, images, SETTINGS)
     with torch.no_grad():
         broken.network.head.weight.fill_(float("nan"))
-    with pytest.raises(
-        training_recipe.TrainingError, match=r"step 0 of epoch 0, images [\w/]+\.jpg"
-    ):
+    with pytest.raises(errors.TrainingError, match=r"step 0 of epoch 0, images [\w/]+\.jpg"):
         broken.run(None, False)
     assert not broken.state_file.exists()
 
 
 def test_an_unreadable_image_is_replaced_and_counted(images, run):
-    data = samples.read_data(run / "split", images, RECIPE)
+    data = samples.read_data(run / "split", images, SETTINGS)
     data.train.path(2).write_bytes(b"not an image")
     _, _, label, index, unreadable = data.train[0, 2]
     assert (index, unreadable) == (3, 2)
     assert label == data.train.labels[3]
-    with pytest.raises(
-        training_recipe.TrainingError, match=f"1 training images.*{data.train.path(2)}"
-    ):
+    with pytest.raises(errors.TrainingError, match=f"1 training images.*{data.train.path(2)}"):
         fit(run, images)
 
 
 def test_no_readable_image_at_all_is_said(images, run):
-    data = samples.read_data(run / "split", images, RECIPE)
+    data = samples.read_data(run / "split", images, SETTINGS)
     for index in range(len(data.train)):
         data.train.path(index).write_bytes(b"")
-    with pytest.raises(training_recipe.TrainingError, match="none of the"):
+    with pytest.raises(errors.TrainingError, match="none of the"):
         data.train[0, 0]
 
 
 def test_a_batch_larger_than_the_data_is_said(images, run):
-    with pytest.raises(training_recipe.TrainingError, match="make batch_size smaller"):
-        fit(run, images, replace(RECIPE, batch_size=100))
+    with pytest.raises(errors.TrainingError, match="make batch_size smaller"):
+        fit(run, images, replace(SETTINGS, batch_size=100))
     assert not (run / "retrieval" / "stage.json").exists()
 
 
@@ -365,7 +363,7 @@ def test_labels_with_a_gap_are_refused(images, run):
     table["label"] = table["label"].replace(1, 7)
     splits.write_csv(run / "split" / "train.csv", table)
     with pytest.raises(ValueError, match="has the label 7 in row .*classes 0 to 2"):
-        samples.read_data(run / "split", images, RECIPE)
+        samples.read_data(run / "split", images, SETTINGS)
 
 
 def test_training_without_a_split_says_which_notebook(tmp_path, images):
@@ -379,9 +377,7 @@ def test_training_without_a_split_says_which_notebook(tmp_path, images):
 @pytest.mark.slow
 def test_the_autoencoder_leaves_the_backbone_alone(images, run):
     retrieval = fit(run, images)
-    folder = stages_train.fit_autoencoder(
-        run, image_folder=images, code_dim=8, recipe=RECIPE, progress=False
-    )
+    folder = fit_autoencoder(run, images)
     model = weights.load_model(folder / "model.safetensors")
     assert model.code_dim == 8
     assert diagnostics.same_backbone(model, retrieval / "model.safetensors")
@@ -394,7 +390,7 @@ def test_the_autoencoder_leaves_the_backbone_alone(images, run):
 
 def test_the_autoencoder_without_a_model_says_which_notebook(images, run):
     with pytest.raises(runs.StageError, match="02_train"):
-        stages_train.fit_autoencoder(run, image_folder=images, recipe=RECIPE, progress=False)
+        fit_autoencoder(run, images)
 
 
 def test_lost_variance_is_one_for_the_mean_token_and_zero_for_a_copy():

@@ -14,7 +14,9 @@ import pytest
 import torch
 
 from tests.training_runs import (
-    RECIPE,
+    AUTOENCODER,
+    MACHINE,
+    SETTINGS,
     after_step,
     die_after_step,
     die_before_rename,
@@ -30,14 +32,14 @@ from tests.training_runs import (
     write_images,
 )
 from vitgal import runs
-from vitgal.app import train_command
+from vitgal.app import pipeline, train_command
 from vitgal.data import splits
-from vitgal.training import launch, loop, networks, samples
-from vitgal.training import recipe as training_recipe
+from vitgal.settings import MachineSettings
+from vitgal.training import errors, launch, loop, networks, samples
 
 # Every option that holds a state of its own or draws at random, and a state after each step.
 MODERN = replace(
-    RECIPE,
+    SETTINGS,
     epochs=3,
     clip_grad=1.0,
     accumulate=2,
@@ -50,8 +52,8 @@ MODERN = replace(
     sub_centres=2,
     sampled_classes=2,
     precision="bf16",
-    checkpoint_minutes=0.0,
 )
+EAGER = replace(MACHINE, checkpoint_minutes=0.0)
 STEPS = 3  # in an epoch of the small data
 
 
@@ -78,7 +80,7 @@ def whole(tmp_path_factory) -> tuple[Path, Path]:
     images = write_images(folder / "images")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "LOG_EVERY", 1)
-        return images, fit(split(folder / "run", images), images, MODERN)
+        return images, fit(split(folder / "run", images), images, MODERN, EAGER)
 
 
 def drawn(seed: int, last: int) -> int:
@@ -100,10 +102,10 @@ def test_a_killed_run_ends_in_the_same_bytes(die, number, whole, tmp_path, monke
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
     images, uninterrupted = whole
     run = split(tmp_path / "run", images)
-    assert exit_code(lambda: (die(number), fit(run, images, MODERN))) == -signal.SIGKILL
+    assert exit_code(lambda: (die(number), fit(run, images, MODERN, EAGER))) == -signal.SIGKILL
     folder = run / "retrieval"
     assert not (folder / "stage.json").exists()
-    assert fit(run, images, MODERN) == folder
+    assert fit(run, images, MODERN, EAGER) == folder
     for name in ("model.safetensors", "state/best.safetensors"):
         assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes(), name
     assert rows(folder) == rows(uninterrupted)
@@ -113,7 +115,14 @@ def test_a_killed_run_ends_in_the_same_bytes(die, number, whole, tmp_path, monke
 
 # What the autoencoder's fit shares of these options; its last batch norm is the frozen backbone's.
 CODES = replace(
-    MODERN, layer_decay=None, sub_centres=1, sampled_classes=None, epochs=2, balanced=False
+    AUTOENCODER,
+    clip_grad=1.0,
+    accumulate=2,
+    batch_size=2,
+    ema_decay=0.9,
+    rand_augment=1,
+    label_smoothing=0.1,
+    precision="bf16",
 )
 
 
@@ -123,7 +132,7 @@ def whole_codes(whole) -> tuple[Path, Path]:
     images, retrieval = whole
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "LOG_EVERY", 1)
-        return images, fit_autoencoder(retrieval.parent, images, CODES)
+        return images, fit_autoencoder(retrieval.parent, images, CODES, EAGER)
 
 
 # Six steps, and 8 states: after each of the first two steps of an epoch, before its validation and
@@ -145,11 +154,11 @@ def test_a_killed_autoencoder_ends_in_the_same_bytes(
     run = tmp_path / "run"
     for part in ("split", "retrieval"):
         shutil.copytree(uninterrupted.parent / part, run / part)
-    killed = exit_code(lambda: (die(number), fit_autoencoder(run, images, CODES)))
+    killed = exit_code(lambda: (die(number), fit_autoencoder(run, images, CODES, EAGER)))
     assert killed == -signal.SIGKILL
     folder = run / "autoencoder"
     assert not (folder / "stage.json").exists()
-    assert fit_autoencoder(run, images, CODES) == folder
+    assert fit_autoencoder(run, images, CODES, EAGER) == folder
     for name in ("model.safetensors", "state/best.safetensors"):
         assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes(), name
     assert rows(folder) == rows(uninterrupted)
@@ -173,27 +182,27 @@ def test_the_last_two_states_and_the_best_are_kept(whole):
 # Told to end
 
 
-def preempted(run: Path, images: Path, recipe: training_recipe.Recipe, step: int) -> None:
+def preempted(run: Path, images: Path, machine: MachineSettings, step: int) -> None:
     """SIGTERM to the whole process group after a step, as a cluster sends it."""
     after_step(step, lambda: os.killpg(0, signal.SIGTERM))
     try:
-        fit(run, images, recipe)
-    except loop.Preempted:
-        os._exit(train_command.RESTART)
+        fit(run, images, machine=machine)
+    except errors.Preempted:
+        os._exit(pipeline.RESTART)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 def test_sigterm_saves_and_asks_for_a_restart(workers, images, run, tmp_path):
-    recipe = replace(RECIPE, data_workers=workers)
-    uninterrupted = fit(split(tmp_path / "other", images), images, recipe)
-    assert exit_code(lambda: preempted(run, images, recipe, step=1)) == 75
+    machine = replace(MACHINE, data_workers=workers)
+    uninterrupted = fit(split(tmp_path / "other", images), images, machine=machine)
+    assert exit_code(lambda: preempted(run, images, machine, step=1)) == 75
     folder = run / "retrieval"
     state = torch.load(folder / "state" / "last.pt", weights_only=True)
     # the step in which the signal is heard is the second, in the middle of a row of the log
     assert (state["progress"]["epoch"], state["progress"]["step"]) == (0, 2)
     assert len(state["progress"]["pending"][0]) == 2 and not state["progress"]["rows"]
-    fit(run, images, recipe)
+    fit(run, images, machine=machine)
     assert (folder / "model.safetensors").read_bytes() == (
         uninterrupted / "model.safetensors"
     ).read_bytes()
@@ -209,7 +218,7 @@ def test_sigterm_is_the_processs_own_again_after_a_fit(images, run):
 
 def test_the_command_line_asks_for_a_restart(monkeypatch, capsys, tmp_path):
     def stop(*_):
-        raise loop.Preempted("asked to end")
+        raise errors.Preempted("asked to end")
 
     monkeypatch.setattr(train_command, "train", stop)
     params = Path(__file__).parents[2] / "params" / "tiny.yaml"
@@ -232,11 +241,9 @@ def test_a_loss_that_is_not_finite_keeps_the_state_before(images, run, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(networks.RetrievalNetwork, "forward", broken)
-        with pytest.raises(
-            training_recipe.TrainingError, match="step 1 of epoch 1, images "
-        ) as error:
+        with pytest.raises(errors.TrainingError, match="step 1 of epoch 1, images ") as error:
             fit(run, images)
-    data = samples.read_data(run / "split", images, RECIPE)
+    data = samples.read_data(run / "split", images, SETTINGS)
     order = list(samples.Batches(data.train_count, 4, 1, 0, seed=0, epoch=1))
     for _, index in order[1]:
         assert data.train.names[index] in str(error.value)
@@ -249,12 +256,10 @@ def test_a_loss_that_is_not_finite_keeps_the_state_before(images, run, tmp_path,
 
 
 def test_weights_that_are_not_finite_are_not_saved(images, run, fresh_accelerate):
-    broken = make_trainer(run, images, RECIPE)
+    broken = make_trainer(run, images, SETTINGS)
     with torch.no_grad():
         broken.network.head.weight.fill_(float("nan"))
-    with pytest.raises(
-        training_recipe.TrainingError, match=r"step 0 of epoch 0, images [\w/]+\.jpg"
-    ):
+    with pytest.raises(errors.TrainingError, match=r"step 0 of epoch 0, images [\w/]+\.jpg"):
         broken.run(None, False)
     assert not broken.state_file.exists()
 
@@ -276,16 +281,16 @@ def in_worker(action):
 
 def test_a_dead_data_worker_ends_the_run(images, run, monkeypatch):
     monkeypatch.setattr(samples.TrainingImages, "read", in_worker(kill))
-    with pytest.raises(training_recipe.TrainingError, match="no longer read.* worker .*pid"):
-        fit(run, images, replace(RECIPE, data_workers=1))
+    with pytest.raises(errors.TrainingError, match="no longer read.* worker .*pid"):
+        fit(run, images, machine=replace(MACHINE, data_workers=1))
 
 
 @pytest.mark.slow
 def test_a_silent_data_worker_ends_the_run(images, run, monkeypatch):
     monkeypatch.setattr(samples.TrainingImages, "read", in_worker(lambda: time.sleep(10_000)))
     before = set(multiprocessing.active_children())
-    with pytest.raises(training_recipe.TrainingError, match="timed out after"):
-        fit(run, images, replace(RECIPE, data_workers=1, timeout_minutes=1 / 60))
+    with pytest.raises(errors.TrainingError, match="timed out after"):
+        fit(run, images, machine=replace(MACHINE, data_workers=1, timeout_minutes=1 / 60))
     # The worker is killed: one that waits for a disk hears no request, and the run would not end.
     assert set(multiprocessing.active_children()) <= before
 
@@ -297,9 +302,7 @@ def test_a_worker_that_dies_during_a_step_is_told_alike(images, run, monkeypatch
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
 
     monkeypatch.setattr(loop.torch, "save", dead)
-    with pytest.raises(
-        training_recipe.TrainingError, match="no longer read: DataLoader worker .pid 1."
-    ):
+    with pytest.raises(errors.TrainingError, match="no longer read: DataLoader worker .pid 1."):
         fit(run, images)
 
 
@@ -316,7 +319,7 @@ def full_disk(run: Path, images: Path) -> None:
     after_step(STEPS + 1, limit)
     try:
         fit(run, images)
-    except training_recipe.TrainingError as error:
+    except errors.TrainingError as error:
         os._exit(41 if "make room on the disk" in str(error) else 42)
 
 
@@ -357,7 +360,7 @@ def test_without_a_whole_state_the_run_says_so(images, run):
     state = interrupted(run, images)
     for path in (state, state.with_name("previous.pt")):
         path.write_bytes(b"no state")
-    with pytest.raises(training_recipe.TrainingError, match="previous.pt cannot.*take state/ away"):
+    with pytest.raises(errors.TrainingError, match="previous.pt cannot.*take state/ away"):
         fit(run, images)
 
 
@@ -367,11 +370,11 @@ def test_without_a_whole_state_the_run_says_so(images, run):
 @pytest.mark.slow
 def test_the_state_of_another_run_is_refused(images, run, tmp_path):
     other = interrupted(split(tmp_path / "other", images), images)
-    recipe = replace(RECIPE, seed=1)
-    assert exit_code(lambda: (die_after_step(1), fit(run, images, recipe))) == -signal.SIGKILL
+    settings = replace(SETTINGS, seed=1)
+    assert exit_code(lambda: (die_after_step(1), fit(run, images, settings))) == -signal.SIGKILL
     shutil.copytree(other.parent, run / "retrieval" / "state", dirs_exist_ok=True)
-    with pytest.raises(training_recipe.TrainingError, match="made by a run with other settings"):
-        fit(run, images, recipe)
+    with pytest.raises(errors.TrainingError, match="made by a run with other settings"):
+        fit(run, images, settings)
 
 
 @pytest.mark.slow
@@ -428,31 +431,31 @@ def change_labels(run: Path, change: dict[int, int]) -> None:
 def test_a_label_beyond_the_classes(images, run):
     change_labels(run, {1: 7})
     with pytest.raises(ValueError, match="label 7 in row 4, .* classes 0 to 2"):
-        samples.read_data(run / "split", images, RECIPE)
+        samples.read_data(run / "split", images, SETTINGS)
 
 
 def test_a_negative_label(images, run):
     change_labels(run, {0: -1})
     with pytest.raises(ValueError, match="label -1 in row 0"):
-        samples.read_data(run / "split", images, RECIPE)
+        samples.read_data(run / "split", images, SETTINGS)
 
 
 def test_an_empty_class(images, run):
     change_labels(run, {1: 2})
     with pytest.raises(ValueError, match="1 of the 3 classes have no image .*class 1 first"):
-        samples.read_data(run / "split", images, RECIPE)
+        samples.read_data(run / "split", images, SETTINGS)
 
 
 def test_a_split_without_images(images, run):
     table = splits.read_split(run / "split", "train")
     splits.write_csv(run / "split" / "train.csv", table[:0])
     with pytest.raises(ValueError, match="lists no image"):
-        samples.read_data(run / "split", images, RECIPE)
+        samples.read_data(run / "split", images, SETTINGS)
 
 
 def test_a_batch_larger_than_the_data(images, run):
-    with pytest.raises(training_recipe.TrainingError, match="make batch_size smaller"):
-        fit(run, images, replace(RECIPE, batch_size=6, accumulate=3))
+    with pytest.raises(errors.TrainingError, match="make batch_size smaller"):
+        fit(run, images, replace(SETTINGS, batch_size=6, accumulate=3))
 
 
 # Memory
@@ -467,15 +470,15 @@ def test_fitting_batch_follows_the_line():
 
 
 def test_the_dry_run_names_the_batch_that_fits(images, run, fresh_accelerate):
-    one = make_trainer(run, images, replace(RECIPE, batch_size=64))
-    with pytest.raises(training_recipe.TrainingError, match="batch of 64 .* about 40 would fit"):
+    one = make_trainer(run, images, replace(SETTINGS, batch_size=64))
+    with pytest.raises(errors.TrainingError, match="batch of 64 .* about 40 would fit"):
         one.dry_run(lambda count: 100 + 10 * count, 500)
     one.dry_run(lambda count: 100 + 10 * count, 740)  # 64 images exactly
     one.dry_run()  # a processor is not measured
 
 
 def test_trying_a_step_leaves_no_trace(images, run, fresh_accelerate):
-    one = make_trainer(run, images, RECIPE)
+    one = make_trainer(run, images, SETTINGS)
     before = {key: value.clone() for key, value in one.bare.state_dict().items()}
     one.try_step(2)
     after = one.bare.state_dict()
@@ -488,7 +491,5 @@ def test_running_out_of_memory_is_told(images, run, fresh_accelerate, monkeypatc
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     monkeypatch.setattr(networks.RetrievalNetwork, "forward", full)
-    with pytest.raises(
-        training_recipe.TrainingError, match="step 0 of epoch 0 with batch_size 4; halve"
-    ):
-        make_trainer(run, images, RECIPE).run(None, False)
+    with pytest.raises(errors.TrainingError, match="step 0 of epoch 0 with batch_size 4; halve"):
+        make_trainer(run, images, SETTINGS).run(None, False)

@@ -16,7 +16,9 @@ from nbclient import NotebookClient
 from torch.multiprocessing import ProcessContext
 
 from tests.training_runs import (
-    RECIPE,
+    AUTOENCODER,
+    MACHINE,
+    SETTINGS,
     exit_code,
     fit,
     fit_autoencoder,
@@ -26,17 +28,16 @@ from tests.training_runs import (
     write_images,
 )
 from vitgal import runs
-from vitgal import runs as training
-from vitgal.app import parameters, train_command
+from vitgal.app import pipeline, train_command
 from vitgal.models import weights
-from vitgal.training import diagnostics, loop, networks, recipe, samples
-from vitgal.training import launch as training_launch
+from vitgal.settings import AutoencoderSettings, MachineSettings, TrainingSettings
+from vitgal.training import diagnostics, errors, launch, loop, networks, samples
 
 TOP = Path(__file__).resolve().parents[2]
 # On one thread in both: where a gradient is rounding alone, AdamW makes a step of the learning rate
 # of it, and another number of threads rounds otherwise.
-FOUR = replace(RECIPE, epochs=1, batch_size=2, lr=1e-3, warmup_lr=1e-3)
-FORKED = replace(FOUR, num_processes=2)
+FOUR = replace(SETTINGS, epochs=1, batch_size=2, lr=1e-3, warmup_lr=1e-3)
+TWO = replace(MACHINE, num_processes=2)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def state(folder: Path) -> dict:
 
 @pytest.mark.slow
 def test_two_processes_equal_one_that_accumulates(images, run, tmp_path, monkeypatch):
-    two = fit(run, images, FORKED, drop_path=0.0)
+    two = fit(run, images, replace(FOUR, drop_path=0.0), TWO)
     # BatchNorm's statistics are those of rank 0, which sees the first half of every step: followed
     # here by hand, from what goes into the layer.
     seen, forward = [], networks.RetrievalNetwork.forward
@@ -70,7 +71,7 @@ def test_two_processes_equal_one_that_accumulates(images, run, tmp_path, monkeyp
 
     monkeypatch.setattr(networks.RetrievalNetwork, "forward", watched)
     other = split(tmp_path / "other", images)
-    one = fit(other, images, replace(FOUR, accumulate=2), drop_path=0.0)
+    one = fit(other, images, replace(FOUR, accumulate=2, drop_path=0.0))
     found, expected = state(two)["network"], state(one)["network"]
     assert rows(two)[-1]["step"] == 5
     trained = [name for name in found if "running_" not in name and "batches" not in name]
@@ -91,12 +92,12 @@ def test_two_processes_equal_one_that_accumulates(images, run, tmp_path, monkeyp
 @pytest.mark.slow
 def test_forked_processes_write_one_log_and_can_be_watched(images, run, capfd):
     logs = []
-    folder = fit(run, images, FORKED, watch=lambda log: logs.append(len(log)))
+    folder = fit(run, images, FOUR, TWO, watch=lambda log: logs.append(len(log)))
     assert logs[-1] == len(rows(folder)) == 1  # one epoch, written once
     assert len(list((folder / "tensorboard").iterdir())) == 1
-    assert not training_launch.PartialState._shared_state  # the notebook's own process stays free
+    assert not launch.PartialState._shared_state  # the notebook's own process stays free
     # a second launch in one kernel works
-    model = fit_autoencoder(run, images, FORKED)
+    model = fit_autoencoder(run, images, replace(AUTOENCODER, epochs=1, batch_size=2), TWO)
     assert diagnostics.same_backbone(
         weights.load_model(model / "model.safetensors"), folder / "model.safetensors"
     )
@@ -112,15 +113,15 @@ def test_a_dead_process_ends_the_others(images, run, monkeypatch):
         return step(self, batches)
 
     monkeypatch.setattr(loop.Trainer, "run_step", dying)
-    with pytest.raises(recipe.TrainingError, match="process 1 .* was killed .SIGKILL"):
-        fit(run, images, FORKED)
+    with pytest.raises(errors.TrainingError, match="process 1 .* was killed .SIGKILL"):
+        fit(run, images, FOUR, TWO)
     monkeypatch.undo()
-    assert (fit(run, images, FORKED) / "stage.json").exists()
+    assert (fit(run, images, FOUR, TWO) / "stage.json").exists()
 
 
 @pytest.mark.slow
 def test_the_process_that_died_is_named_though_another_noticed(images, run, tmp_path, monkeypatch):
-    step, wait, join = loop.Trainer.run_step, training_launch._await_launcher, ProcessContext.join
+    step, wait, join = loop.Trainer.run_step, launch._await_launcher, ProcessContext.join
     noticed = tmp_path / "noticed"
 
     def dying(self, batches):
@@ -140,10 +141,10 @@ def test_the_process_that_died_is_named_though_another_noticed(images, run, tmp_
         return join(self, *given)
 
     monkeypatch.setattr(loop.Trainer, "run_step", dying)
-    monkeypatch.setattr(training_launch, "_await_launcher", waiting)
+    monkeypatch.setattr(launch, "_await_launcher", waiting)
     monkeypatch.setattr(ProcessContext, "join", late)
-    with pytest.raises(recipe.TrainingError, match="process 1 .* was killed .SIGKILL"):
-        fit(run, images, FORKED)
+    with pytest.raises(errors.TrainingError, match="process 1 .* was killed .SIGKILL"):
+        fit(run, images, FOUR, TWO)
     assert noticed.exists()
 
 
@@ -159,9 +160,9 @@ def test_a_process_that_is_told_to_end_does_not_wait_to_be_told(images, run, tmp
         return step(self, batches)
 
     monkeypatch.setattr(loop.Trainer, "run_step", dying)
-    monkeypatch.setattr(training_launch, "_await_launcher", waited.touch)
-    with pytest.raises(recipe.TrainingError):  # the one's error or the other's
-        fit(run, images, FORKED)
+    monkeypatch.setattr(launch, "_await_launcher", waited.touch)
+    with pytest.raises(errors.TrainingError):  # the one's error or the other's
+        fit(run, images, FOUR, TWO)
     assert not waited.exists()
 
 
@@ -171,14 +172,14 @@ def test_a_bad_loss_on_one_process_stops_all(images, run, monkeypatch):
 
     def broken(self, pictures, labels):
         result = forward(self, pictures, labels)
-        bad = training_launch.PartialState().process_index == 1
+        bad = launch.PartialState().process_index == 1
         return result | {"loss": result["loss"] * (float("nan") if bad else 1)}
 
     monkeypatch.setattr(networks.RetrievalNetwork, "forward", broken)
-    with pytest.raises(recipe.TrainingError) as error:
-        fit(run, images, FORKED)
+    with pytest.raises(errors.TrainingError) as error:
+        fit(run, images, FOUR, TWO)
     assert "the loss is not finite at step 0 of epoch 0" in str(error.value)
-    data = samples.read_data(run / "split", images, FORKED)
+    data = samples.read_data(run / "split", images, FOUR)
     (_, *_), second = (
         list(samples.Batches(data.train_count, 2, 2, rank, seed=0, epoch=0)) for rank in (0, 1)
     )
@@ -188,7 +189,7 @@ def test_a_bad_loss_on_one_process_stops_all(images, run, monkeypatch):
 
 @pytest.mark.slow
 def test_sigterm_to_one_process_saves_all(images, run, tmp_path, monkeypatch):
-    uninterrupted = fit(split(tmp_path / "other", images), images, FORKED)
+    uninterrupted = fit(split(tmp_path / "other", images), images, FOUR, TWO)
     step = loop.Trainer.run_step
 
     def told(self, batches):
@@ -199,11 +200,11 @@ def test_sigterm_to_one_process_saves_all(images, run, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "run_step", told)
-        with pytest.raises(loop.Preempted):
-            fit(run, images, FORKED)
+        with pytest.raises(errors.Preempted):
+            fit(run, images, FOUR, TWO)
     pending = state(run / "retrieval")["progress"]["pending"]
     assert [len(rank) for rank in pending] == [3, 3]  # both stopped after the third step
-    folder = fit(run, images, FORKED)
+    folder = fit(run, images, FOUR, TWO)
     name = "model.safetensors"
     assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes()
     assert rows(folder) == rows(uninterrupted)
@@ -211,22 +212,22 @@ def test_sigterm_to_one_process_saves_all(images, run, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_sigterm_during_validation_ends_all(images, run, tmp_path, monkeypatch):
-    uninterrupted = fit(split(tmp_path / "other", images), images, FORKED)
+    uninterrupted = fit(split(tmp_path / "other", images), images, FOUR, TWO)
     validate = networks.RetrievalNetwork.validate
 
     def told(self, pictures, labels):
-        if training_launch.PartialState().process_index == 1:
+        if launch.PartialState().process_index == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return validate(self, pictures, labels)
 
     with monkeypatch.context() as patch:
         patch.setattr(networks.RetrievalNetwork, "validate", told)
-        with pytest.raises(loop.Preempted, match="while validating"):
-            fit(run, images, FORKED)
+        with pytest.raises(errors.Preempted, match="while validating"):
+            fit(run, images, FOUR, TWO)
     progress = state(run / "retrieval")["progress"]
     assert (progress["epoch"], progress["step"]) == (0, 5)  # saved before the validation
     name = "model.safetensors"
-    assert (fit(run, images, FORKED) / name).read_bytes() == (uninterrupted / name).read_bytes()
+    assert (fit(run, images, FOUR, TWO) / name).read_bytes() == (uninterrupted / name).read_bytes()
     assert rows(run / "retrieval") == rows(uninterrupted)
 
 
@@ -242,9 +243,9 @@ def test_a_silent_process_ends_the_run(images, run, monkeypatch):
 
     monkeypatch.setattr(loop.Trainer, "run_step", silent)
     with pytest.raises(
-        recipe.TrainingError, match="(?si)process 0 of the launch failed.*time(d )?out"
+        errors.TrainingError, match="(?si)process 0 of the launch failed.*time(d )?out"
     ):
-        fit(run, images, replace(FORKED, timeout_minutes=0.2))
+        fit(run, images, FOUR, replace(TWO, timeout_minutes=0.2))
 
 
 @pytest.mark.slow
@@ -261,38 +262,38 @@ def test_sigterm_to_the_notebook_reaches_its_processes(images, run, monkeypatch)
 
     def work() -> None:
         try:
-            fit(run, images, FORKED)
-        except loop.Preempted:
-            os._exit(train_command.RESTART)
+            fit(run, images, FOUR, TWO)
+        except errors.Preempted:
+            os._exit(pipeline.RESTART)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "run_step", told)
-        assert exit_code(work) == train_command.RESTART
+        assert exit_code(work) == pipeline.RESTART
     assert [len(rank) for rank in state(run / "retrieval")["progress"]["pending"]] == [3, 3]
-    assert (fit(run, images, FORKED) / "stage.json").exists()
+    assert (fit(run, images, FOUR, TWO) / "stage.json").exists()
 
 
 # The traps of forking from a notebook
 
 
 def test_an_accelerator_left_over_is_refused(images, run):
-    training_launch.PartialState(cpu=True)
+    launch.PartialState(cpu=True)
     try:
-        with pytest.raises(recipe.TrainingError, match="accelerate was already started"):
-            fit(run, images, FORKED)
+        with pytest.raises(errors.TrainingError, match="accelerate was already started"):
+            fit(run, images, FOUR, TWO)
     finally:
-        training_launch.AcceleratorState._reset_state(reset_partial_state=True)
+        launch.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_used_gpu_is_refused(images, run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    with pytest.raises(recipe.TrainingError, match="GPU was already used in this process"):
-        fit(run, images, FORKED)
+    with pytest.raises(errors.TrainingError, match="GPU was already used in this process"):
+        fit(run, images, FOUR, TWO)
 
 
 def test_threads_of_forked_processes_are_refused(images, run):
-    with pytest.raises(recipe.TrainingError, match="threads: 2 with num_processes: 2"):
-        fit(run, images, replace(FORKED, threads=2))
+    with pytest.raises(errors.TrainingError, match="threads is 2 with num_processes 2"):
+        fit(run, images, FOUR, replace(TWO, threads=2))
 
 
 @pytest.mark.slow
@@ -302,11 +303,12 @@ def test_a_launch_from_a_notebook(images, run):
     cells = [
         f"import sys\nsys.path.insert(0, {str(TOP / 'tests')!r})\n%matplotlib inline\n"
         "from dataclasses import replace\nfrom pathlib import Path\nimport torch\n"
-        "from tests.training_runs import NANO, RECIPE\nfrom vitgal.viz import widgets as explore\n"
+        "from tests.training_runs import MACHINE, SETTINGS\n"
+        "from vitgal.viz import widgets as explore\n"
         "from vitgal.stages import train as training",
         "torch.set_num_threads(2)\nx = torch.randn(2000, 500)\nprint((x @ x.T).relu().shape)",
-        f"folder = training.fit_retrieval(Path({str(run)!r}), image_folder=Path({str(images)!r}), "
-        "architecture=NANO, recipe=replace(RECIPE, num_processes=2, batch_size=2), "
+        f"folder = training.fit_retrieval(Path({str(run)!r}), replace(SETTINGS, batch_size=2), "
+        f"replace(MACHINE, num_processes=2), image_folder=Path({str(images)!r}), "
         "watch=explore.live_curves())",
         "print(len(training.read_log(folder)))",
     ]
@@ -323,17 +325,17 @@ def test_a_launch_from_a_notebook(images, run):
 # The command line
 
 
-@pytest.mark.parametrize("name", ["demo", "tiny", "s12_train", "s24_train"])
-def test_the_command_line_reads_what_the_notebooks_do(name):
-    _, found = train_command.read_parameters(TOP / "params" / f"{name}.yaml")
-    for number, values in found.items():
-        (path,) = (TOP / "notebooks").glob(f"{number}_*.ipynb")
-        cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
-        (cell,) = (source for source in cells if source.startswith("recipe = "))
-        scope = dict(values, training=training)
-        exec(cell, scope)
-        assert train_command.recipe_from(values) == scope["recipe"]
-        assert set(values) == set(parameters.declared(path))
+def test_flat_values_become_settings():
+    """`ae_` names and shared ones, an int for a float, what other sections own."""
+    values = {"epochs": 3, "ae_epochs": 5, "seed": 7, "augment": "fast", "lr": 1, "margin": 0.2}
+    values |= {"ae_image_size": 64, "code_dim": 16, "threads": 1, "num_processes": 2, "top": 9}
+    assert TrainingSettings.build(values) == TrainingSettings(
+        epochs=3, seed=7, augment="fast", lr=1.0, margin=0.2
+    )
+    assert AutoencoderSettings.build(values) == AutoencoderSettings(
+        epochs=5, seed=7, augment="fast", image_size=64, code_dim=16
+    )
+    assert MachineSettings.build(values) == MachineSettings(threads=1, num_processes=2)
 
 
 def test_wrong_parameters_are_told(tmp_path, capsys):
@@ -357,7 +359,7 @@ def arguments(run: Path, images: Path, **given) -> list[str]:
     return [*start, *pairs]
 
 
-def launch(run: Path, images: Path, *options: str, **given) -> list[str]:
+def launch_command(run: Path, images: Path, *options: str, **given) -> list[str]:
     """The command that trains in launched processes."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", *options]
@@ -376,12 +378,12 @@ def started(command: list[str], output: Path | None = None) -> subprocess.Popen:
 
 @pytest.mark.slow
 def test_two_launches_are_two_nodes(images, run, tmp_path):
-    port = str(training_launch._free_port())
+    port = str(launch._free_port())
     nodes = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
     nodes += ["--main_process_port", port]
     said = [tmp_path / f"node{rank}.txt" for rank in (0, 1)]  # a full pipe would stop its node
     children = [
-        started(launch(run, images, *nodes, "--machine_rank", str(rank)), said[rank])
+        started(launch_command(run, images, *nodes, "--machine_rank", str(rank)), said[rank])
         for rank in (0, 1)
     ]
     codes = [child.wait() for child in children]
@@ -403,7 +405,7 @@ def test_two_launches_are_two_nodes(images, run, tmp_path):
 @pytest.mark.slow
 def test_launched_processes_hear_why_the_first_cannot_begin(images, run):
     with runs.locked(run / "retrieval"):
-        child = started(launch(run, images, "--num_machines", "1", "--num_processes", "2"))
+        child = started(launch_command(run, images, "--num_machines", "1", "--num_processes", "2"))
         said = child.communicate()[0]
     assert child.returncode != 0
     assert "another process is working in" in said
@@ -413,11 +415,11 @@ def test_launched_processes_hear_why_the_first_cannot_begin(images, run):
 @pytest.mark.slow
 def test_as_many_processes_as_the_parameters_say(images, run):
     child = started(
-        launch(run, images, "--num_machines", "1", "--num_processes", "2", num_processes=3)
+        launch_command(run, images, "--num_machines", "1", "--num_processes", "2", num_processes=3)
     )
     said = child.communicate()[0]
     assert child.returncode != 0
-    assert "2 processes were launched, the parameters say num_processes: 3" in said
+    assert "2 processes were launched, but num_processes is 3" in said
 
 
 @pytest.mark.slow
@@ -425,7 +427,7 @@ def test_as_many_processes_as_the_parameters_say(images, run):
 def test_synchronised_statistics_are_those_of_the_whole_batch(images, run, tmp_path):
     given = {"drop_path": 0.0, "threads": "null"}
     options = ["--num_machines", "1", "--num_processes", "2"]
-    two = started(launch(run, images, *options, **given))
+    two = started(launch_command(run, images, *options, **given))
     assert two.communicate() and two.returncode == 0
     other = split(tmp_path / "other", images)
     whole = arguments(other, images, num_processes=1, batch_size=4, **given)

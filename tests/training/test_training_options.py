@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from tests.training_runs import (
     NANO,
-    RECIPE,
+    SETTINGS,
     die_after_step,
     exit_code,
     fit,
@@ -27,9 +27,9 @@ from tests.training_runs import (
 from vitgal.models import weights
 from vitgal.models.heads import ArcFace
 from vitgal.models.network import build_model
+from vitgal.settings import AutoencoderSettings, MachineSettings, Recipe, TrainingSettings
 from vitgal.stages import train
 from vitgal.training import diagnostics, launch, loop, networks, samples
-from vitgal.training import recipe as training_recipe
 
 
 @pytest.fixture
@@ -64,26 +64,36 @@ def fresh_accelerate():
 )
 def test_a_recipe_names_the_wrong_option(wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(ValueError, match=f"{name} {value}"):
-        training_recipe.Recipe(**wrong)
+    with pytest.raises(ValueError, match=f"{name} .*{value}"):
+        TrainingSettings(**wrong)
 
 
 def test_chunks_and_samples_exclude_each_other():
     with pytest.raises(ValueError, match="not both"):
-        training_recipe.Recipe(class_chunk=5, sampled_classes=5)
+        TrainingSettings(class_chunk=5, sampled_classes=5)
 
 
 def test_an_option_that_is_off_is_no_part_of_the_settings():
-    off = training_recipe.Recipe().affecting()
+    machine = MachineSettings()
+    off = train.compared(TrainingSettings(), machine)
     assert "ema_decay" not in off and "accumulate" not in off and off["clip_grad"] is None
-    assert training_recipe.Recipe(ema_decay=0.9).affecting() == off | {"ema_decay": 0.9}
-    assert training_recipe.Recipe(timeout_minutes=1, dry_run=False).affecting() == off
+    assert train.compared(TrainingSettings(ema_decay=0.9), machine) == off | {"ema_decay": 0.9}
+    fast = MachineSettings(timeout_minutes=1, dry_run=False, data_workers=9)
+    assert train.compared(TrainingSettings(), fast) == off
 
 
-def test_the_autoencoder_refuses_what_only_the_retrieval_model_knows(images, run):
-    with pytest.raises(ValueError, match="layer_decay, sub_centres: only the retrieval"):
-        recipe = replace(RECIPE, layer_decay=0.5, sub_centres=2)
-        train.fit_autoencoder(run, image_folder=images, recipe=recipe)
+def test_batchnorm_over_processes_is_compared_where_there_are_several():
+    separate, two = TrainingSettings(sync_batchnorm=False), MachineSettings(num_processes=2)
+    assert "sync_batchnorm" not in train.compared(separate, MachineSettings())
+    assert "sync_batchnorm" not in train.compared(TrainingSettings(), two)
+    assert train.compared(separate, two)["sync_batchnorm"] is False
+
+
+def test_the_autoencoder_has_settings_of_its_own():
+    values = {"lr": 0.5, "ae_lr": 0.25, "layer_decay": 0.5, "ema_decay": 0.5, "seed": 3}
+    settings = AutoencoderSettings.build(values)
+    assert (settings.lr, settings.seed, settings.ema_decay) == (0.25, 3, None)
+    assert settings.layer_decay is None
 
 
 # ArcFace
@@ -221,7 +231,7 @@ def test_the_autoencoders_loss_by_hand():
 
 
 def test_the_optimizer_is_the_published_one():
-    made = networks.build_optimizer(network(), training_recipe.Recipe())
+    made = networks.build_optimizer(network(), TrainingSettings())
     assert type(made) is torch.optim.AdamW
     for group in made.param_groups:
         assert (group["lr"], group["eps"], group["betas"]) == (5e-5, 1e-8, (0.9, 0.999))
@@ -231,7 +241,7 @@ def test_the_optimizer_is_the_published_one():
 @pytest.mark.slow
 def test_the_last_epoch_is_validated_whatever_its_number(images, run):
     # Epochs 2 and, being the last, 3; the published loop leaves out its last, 39 % 4 being 3.
-    folder = fit(run, images, replace(RECIPE, epochs=3, validate_every=2))
+    folder = fit(run, images, replace(SETTINGS, epochs=3, validate_every=2))
     assert train.read_log(folder)["val_accuracy"].notna().tolist() == [False, True, True]
 
 
@@ -242,16 +252,16 @@ def network() -> networks.RetrievalNetwork:
     return networks.RetrievalNetwork(build_model(NANO, seed=0), ArcFace(128, 3))
 
 
-def groups(recipe: training_recipe.Recipe) -> dict[str, dict]:
+def groups(settings: Recipe) -> dict[str, dict]:
     made = network()
-    optimizer = networks.build_optimizer(made, recipe)
+    optimizer = networks.build_optimizer(made, settings)
     names = {id(parameter): name for name, parameter in made.named_parameters()}
     return {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
 def test_vectors_biases_and_class_tokens_do_not_decay(layer_decay):
-    found = groups(replace(RECIPE, weight_decay=0.25, layer_decay=layer_decay))
+    found = groups(replace(SETTINGS, weight_decay=0.25, layer_decay=layer_decay))
     assert found["model.backbone.cls_token"]["weight_decay"] == 0
     assert found["model.backbone.blocks.3.mlp.fc1.bias"]["weight_decay"] == 0
     assert found["model.local_atrous.gamma"]["weight_decay"] == 0
@@ -261,7 +271,7 @@ def test_vectors_biases_and_class_tokens_do_not_decay(layer_decay):
 
 
 def test_layer_decay_halves_from_block_to_block(images, run, fresh_accelerate):
-    found = groups(replace(RECIPE, layer_decay=0.5))
+    found = groups(replace(SETTINGS, layer_decay=0.5))
     # twelve blocks: what is new on top at the full rate, the last block at half of it, the stem
     # below the first at 0.5 ** 13
     scales = {
@@ -274,7 +284,7 @@ def test_layer_decay_halves_from_block_to_block(images, run, fresh_accelerate):
         "model.backbone.patch_embed.proj.0.0.weight": 0.5**13,
     }
     assert {name: found[name]["lr_scale"] for name in scales} == scales
-    one = make_trainer(run, images, replace(RECIPE, epochs=1, layer_decay=0.5))
+    one = make_trainer(run, images, replace(SETTINGS, epochs=1, layer_decay=0.5))
     one.run(None, False)
     rates = {group["lr"] / group["lr_scale"] for group in one.optimizer.param_groups}
     assert [*rates] == [pytest.approx(one.rates[0], rel=1e-12)] * len(rates)
@@ -284,7 +294,7 @@ def test_layer_decay_halves_from_block_to_block(images, run, fresh_accelerate):
 
 
 def test_the_average_follows_the_weights(images, run, fresh_accelerate):
-    one = make_trainer(run, images, replace(RECIPE, ema_decay=0.9))
+    one = make_trainer(run, images, replace(SETTINGS, ema_decay=0.9))
     name = "head.weight"
     batches = list(one.read(one.batches(0)))
     one.network.train()
@@ -300,7 +310,7 @@ def test_the_average_follows_the_weights(images, run, fresh_accelerate):
 
 @pytest.mark.slow
 def test_the_average_is_what_is_written(images, run):
-    folder = fit(run, images, replace(RECIPE, ema_decay=0.5))
+    folder = fit(run, images, replace(SETTINGS, ema_decay=0.5))
     state = torch.load(folder / "state" / "last.pt", weights_only=True)
     written = weights.load_model(folder / "model.safetensors").state_dict()
     key = "backbone.cls_token"
@@ -309,7 +319,7 @@ def test_the_average_is_what_is_written(images, run):
 
 
 def test_gradients_are_clipped_to_the_norm(images, run, fresh_accelerate, monkeypatch):
-    one = make_trainer(run, images, replace(RECIPE, clip_grad=0.5))
+    one = make_trainer(run, images, replace(SETTINGS, clip_grad=0.5))
     norms = []
     monkeypatch.setattr(
         one.optimizer,
@@ -356,7 +366,7 @@ def test_balanced_epochs_show_every_class_equally_often():
 @pytest.mark.parametrize("option", [{"channels_last": True}, {"class_chunk": 2}])
 def test_formats_and_chunks_only_round(option, images, run, tmp_path):
     plain = rows(fit(run, images))
-    other = rows(fit(split(tmp_path / "other", images), images, replace(RECIPE, **option)))
+    other = rows(fit(split(tmp_path / "other", images), images, replace(SETTINGS, **option)))
     # the first epoch, at the warm-up rate: sums in another order
     assert other[0]["loss"] == pytest.approx(plain[0]["loss"], rel=1e-3)
 
@@ -422,7 +432,7 @@ def test_the_table_of_epochs_by_hand():
 
 
 def test_the_time_left_by_hand(images, run, fresh_accelerate):
-    one = make_trainer(run, images, replace(RECIPE, epochs=4, validate_every=3))
+    one = make_trainer(run, images, replace(SETTINGS, epochs=4, validate_every=3))
     one.validation_seconds = 0.7  # an image
     assert len(one.data.validation) == 5
     # 3 steps an epoch: 12 in all, 2 done, 0.5 s each; validation is due after epochs 3 and 4
@@ -433,7 +443,7 @@ def test_the_time_left_by_hand(images, run, fresh_accelerate):
 
 @pytest.mark.slow
 def test_unreadable_images_are_replaced_and_listed(images, run, monkeypatch):
-    data = samples.read_data(run / "split", images, RECIPE)
+    data = samples.read_data(run / "split", images, SETTINGS)
     data.train.path(2).write_bytes(b"not an image")
     data.validation.path(1).write_bytes(b"")
     patient = functools.partial(samples.read_data, max_failed_share=0.5)

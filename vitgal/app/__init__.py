@@ -31,6 +31,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "pipeline": ["plan", "run", "run_own"],
         "summary": ["own_summary", "score_lines"],
-        "train_command": ["read_parameters", "recipe_from", "train"],
+        "train_command": ["read_parameters", "train"],
     },
 )

@@ -1,6 +1,8 @@
 """A network as it is run: device, precision, threads, batches."""
 
 import contextlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,27 +18,41 @@ from vitgal import runs
 from vitgal.data.images import MEAN, STD
 from vitgal.models.network import ViTGaL, build_model
 from vitgal.models.weights import load_model
+from vitgal.settings import PRECISIONS, TRAINING_PRECISIONS
 
-PRECISIONS = ("fp32", "bf16", "auto")
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # Linux's names for native bf16 products
 UNTRAINED = "untrained:"
 
 
-def resolve_precision(precision: str, device: torch.device | str = "cpu") -> str:
-    """ "fp32" or "bf16"; "auto" is bf16 where the device computes it natively, else fp32.
+def resolve_precision(
+    precision: str, device: torch.device | str = "cpu", *, forks: bool = False
+) -> str:
+    """Resolves "auto": bf16 where the device computes it natively, else fp32.
 
-    Raises ValueError for any other precision.
+    Args:
+        forks: ask a GPU in another process, since a process that has used CUDA cannot be forked.
+    Raises:
+        ValueError: an unknown precision.
     """
-    if precision not in PRECISIONS:
+    if precision not in TRAINING_PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     if precision != "auto":
         return precision
     if torch.device(device).type == "cuda":
-        native = torch.cuda.get_device_capability(device)[0] >= 8
+        capability = _forked_capability() if forks else torch.cuda.get_device_capability(device)[0]
+        native = capability >= 8
     else:
         info = Path("/proc/cpuinfo")
         native = info.exists() and bool(BF16_FLAGS & set(info.read_text().split()))
     return "bf16" if native else "fp32"
+
+
+def _forked_capability() -> int:
+    code = "import torch; print(torch.cuda.get_device_capability()[0])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if answer.returncode:
+        raise RuntimeError(f"the GPU does not answer: {answer.stderr.strip()[-300:]}")
+    return int(answer.stdout)
 
 
 def pick_device(device: torch.device | str | None = None) -> torch.device:
@@ -75,6 +91,8 @@ def weights_fingerprint(model: str | Path, *, seed: int = 0) -> str:
 def inference(model: ViTGaL, precision: str = "fp32") -> Iterator[None]:
     """The model in eval mode, without gradients, in the precision; afterwards as it was."""
     device, training = _device(model), model.training
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     bf16 = resolve_precision(precision, device) == "bf16"
     # fp32 means fp32: cuDNN would round convolutions' inputs to 10 bits (TF32) by default.
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)

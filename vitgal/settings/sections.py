@@ -127,53 +127,48 @@ class Recipe(Section):
     ema_decay: float | None = setting(
         None, "moving average of the weights, then validated and written", above=0, below=1
     )
-    layer_decay: float | None = setting(
-        None, "learning rate's factor from a block to the one below", above=0, below=1
-    )
     rand_augment: int = setting(0, "RandAugment's operations an image", low=0)
     rand_augment_magnitude: int = setting(9, "their strength", low=0, high=30)
     balanced: bool = setting(False, "an epoch shows every class equally often")
     label_smoothing: float = setting(0.0, "fraction of the target for all classes", low=0, below=1)
-    sub_centres: int = setting(1, "directions of a class in ArcFace", low=1)
-    class_chunk: int | None = setting(None, "classes that ArcFace takes at a time", low=1)
-    sampled_classes: int | None = setting(None, "classes that ArcFace draws a batch", low=1)
     channels_last: bool = setting(False, "torch's memory format")
     compile: bool = setting(False, "torch's compiler")
 
+    layer_decay: ClassVar[float | None] = None  # a setting of the retrieval model's training alone
+
     # Options that the published recipe lacks. Left off, an option is no part of a manifest, so
     # that a run from before the option existed stays valid.
-    OPTIONS: ClassVar[tuple[str, ...]] = (
-        "accumulate",
-        "ema_decay",
-        "layer_decay",
-        "rand_augment",
-        "rand_augment_magnitude",
-        "balanced",
-        "label_smoothing",
-        "sub_centres",
-        "class_chunk",
-        "sampled_classes",
-        "channels_last",
-        "compile",
-    )
-    RETRIEVAL_ONLY: ClassVar[tuple[str, ...]] = (
-        "layer_decay",
-        "sub_centres",
-        "class_chunk",
-        "sampled_classes",
+    OPTIONS: ClassVar[frozenset[str]] = frozenset(
+        {
+            "accumulate",
+            "ema_decay",
+            "layer_decay",
+            "rand_augment",
+            "rand_augment_magnitude",
+            "balanced",
+            "label_smoothing",
+            "sub_centres",
+            "class_chunk",
+            "sampled_classes",
+            "channels_last",
+            "compile",
+        }
     )
 
     def check(self) -> None:
-        """Raises SettingsError for a size between patches, and for two ways of saving memory."""
+        """Raises SettingsError for a size between patches."""
         if self.image_size % 16 or self.image_size < 32:
             name = self.PREFIX + "image_size"
             raise SettingsError(f"{name} {self.image_size} is not a multiple of 16 above 16")
-        if self.class_chunk and self.sampled_classes:
-            raise SettingsError("set class_chunk or sampled_classes, not both")
 
-    def off(self, name: str) -> bool:
-        """Whether an option has its default."""
-        return getattr(self, name) == type(self).__dataclass_fields__[name].default
+    def compared(self) -> dict[str, Any]:
+        """As every section's, without the options that are off."""
+        defaults = {entry.name: entry.default for entry in dataclasses.fields(self)}
+        return {
+            name: value
+            for name, value in super().compared().items()
+            if name not in self.OPTIONS or value != defaults[name]
+        }
 
 
 @dataclass(frozen=True)
@@ -187,24 +182,45 @@ class TrainingSettings(Recipe):
     drop_path: float = setting(0.1, "stochastic depth", low=0, below=1)
     margin: float = setting(0.15, "ArcFace's angle; paper: 0.1", unit="radians", low=0)
     scale: float = setting(30.0, "ArcFace's factor", above=0)
+    layer_decay: float | None = setting(
+        None, "learning rate's factor from a block to the one below", above=0, below=1
+    )
+    sub_centres: int = setting(1, "directions of a class in ArcFace", low=1)
+    class_chunk: int | None = setting(None, "classes that ArcFace takes at a time", low=1)
+    sampled_classes: int | None = setting(None, "classes that ArcFace draws a batch", low=1)
     teacher: str | None = setting(None, "network of timm to learn from besides the labels")
     teacher_weights: str | None = setting(None, "the teacher's file", path=True, result=False)
     distill_weight: float = setting(0.8, "the teacher's fraction of the loss", above=0, high=1)
 
     def check(self) -> None:
-        """Raises SettingsError also where a teacher lacks its weights, or weights a teacher."""
+        """Raises SettingsError also for two ways of saving memory, and for half a teacher."""
         super().check()
+        if self.class_chunk and self.sampled_classes:
+            raise SettingsError("set class_chunk or sampled_classes, not both")
         if (self.teacher is None) != (self.teacher_weights is None):
             raise SettingsError("teacher is a network's name, teacher_weights its file: set both")
+
+    def compared(self) -> dict[str, Any]:
+        """As a recipe's, without distillation where there is no teacher."""
+        values = super().compared()
+        if self.teacher is None:
+            del values["teacher"], values["distill_weight"]
+        return values
 
 
 @dataclass(frozen=True)
 class AutoencoderSettings(Recipe):
-    """Training of the autoencoder on the frozen retrieval model."""
+    """Training of the autoencoder on the frozen retrieval model.
+
+    What is not shared with the retrieval model's training has a flat name that begins with `ae_`.
+    """
 
     PREFIX: ClassVar[str] = "ae_"
-    PREFIXED: ClassVar[frozenset[str]] = frozenset(
-        "image_size epochs warmup_epochs batch_size lr warmup_lr min_lr weight_decay".split()
+    SHARED: ClassVar[frozenset[str]] = frozenset(
+        {"augment", "precision", "seed", "accumulate", "channels_last", "compile"}
+    )
+    PREFIXED: ClassVar[frozenset[str]] = (
+        frozenset(entry.name for entry in dataclasses.fields(Recipe)) - SHARED
     )
 
     epochs: int = setting(25, "passes over the training images; its README says 30", low=1)
@@ -460,7 +476,7 @@ class MachineSettings(Section):
     num_processes: int = setting(1, "training processes, one a GPU", low=1)
     data_workers: int = setting(4, "processes that read training images", low=0, result=False)
     checkpoint_minutes: float = setting(
-        10.0, "between two saved states within an epoch", above=0, result=False
+        10.0, "between two saved states within an epoch", low=0, result=False
     )
     timeout_minutes: float = setting(
         30.0, "after which a silent process is given up", above=0, result=False

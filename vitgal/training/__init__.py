@@ -30,9 +30,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "validation_photographs",
         ],
         "distillation": ["DistilledNetwork", "disagreement"],
-        "loop": ["Preempted", "Progress", "Trainer", "fitting_batch", "timeout"],
+        "errors": ["Preempted", "TrainingError"],
+        "loop": ["Progress", "Trainer", "fitting_batch", "timeout"],
         "networks": ["AutoencoderNetwork", "RetrievalNetwork", "build_optimizer"],
-        "recipe": ["Recipe", "TrainingError", "learning_rates", "resolve_precision"],
+        "schedule": ["learning_rates"],
         "samples": ["Batches", "Sample", "SplitData", "TrainingImages", "read_data"],
     },
 )

@@ -10,13 +10,14 @@ import torch
 from vitgal.data import images, splits
 from vitgal.models import weights
 from vitgal.models.network import ViTGaL
+from vitgal.settings import Recipe
 from vitgal.training.augmentation import squashed
-from vitgal.training.recipe import Recipe, learning_rates
+from vitgal.training.schedule import learning_rates
 
 
-def schedule_table(recipe: Recipe) -> pd.DataFrame:
+def schedule_table(settings: Recipe) -> pd.DataFrame:
     """The learning rate of each epoch, as `plots.training_curves` draws it: epoch, lr."""
-    rates = learning_rates(recipe)
+    rates = learning_rates(settings)
     return pd.DataFrame({"epoch": range(len(rates)), "lr": rates})
 
 

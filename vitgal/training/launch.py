@@ -1,10 +1,11 @@
-"""One fit in this process, in forked ones, or in those that a launcher started."""
+"""Runs one training in this process, in forked ones, or in those that a launcher started."""
 
 import contextlib
 import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -13,46 +14,76 @@ import torch
 from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import patch_environment
+from torch import nn
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from vitgal import runs
 from vitgal.models import weights
-from vitgal.training.loop import Preempted, Trainer, timeout
-from vitgal.training.recipe import Recipe, TrainingError
-from vitgal.training.samples import read_data
+from vitgal.settings import MachineSettings, Recipe
+from vitgal.training.errors import Preempted, TrainingError
+from vitgal.training.loop import Trainer, timeout
+from vitgal.training.samples import SplitData, read_data
 
-PEER_SECONDS = 30  # that a process which lost another one waits, for that one to be reported
+PEER_SECONDS = 30  # that a process waits after it lost another, so that the launcher reports that
 WATCH_SECONDS = 5  # between two looks at the log that forked processes write
 
 
-def _launched() -> bool:
-    """Whether a launcher has started this process as one of several."""
+@dataclass(frozen=True)
+class Fit:
+    """What every process of one training needs to know.
+
+    Attributes:
+        build: makes the network for a number of classes.
+        folder: the stage's folder, where the model, the log and the states go.
+        owner: fingerprint of the stage's settings; a state of another owner is refused.
+        watch: called with the log so far.
+        progress: whether a bar is shown.
+    """
+
+    build: Callable[[int], nn.Module]
+    settings: Recipe
+    machine: MachineSettings
+    folder: Path
+    split: Path
+    image_folder: Path
+    owner: str = ""
+    watch: Callable[[pd.DataFrame], None] | None = None
+    progress: bool = True
+
+    def read_data(self) -> SplitData:
+        """Reads the split's tables; raises as `samples.read_data` does."""
+        return read_data(self.split, self.image_folder, self.settings)
+
+
+def launched() -> bool:
+    """Returns whether a launcher has started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def _rank() -> int:
-    return PartialState().process_index if _launched() else 0
+def rank() -> int:
+    """Returns this process's number among the launched ones; 0 where it is alone."""
+    return PartialState().process_index if launched() else 0
 
 
-def _join(recipe: Recipe) -> None:
-    """Joins the launched processes; TrainingError where they are not as many as the recipe says."""
+def join(machine: MachineSettings) -> None:
+    """Joins the launched processes; raises TrainingError where num_processes is another number."""
     world = int(os.environ["WORLD_SIZE"])
-    if world != recipe.num_processes:
+    if world != machine.num_processes:
         raise TrainingError(
-            f"{world} processes were launched, the parameters say num_processes: "
-            f"{recipe.num_processes}; batch_size counts for each of them, so make the two agree"
+            f"{world} processes were launched, but num_processes is {machine.num_processes}; "
+            "batch_size counts for each of them, so make the two agree"
         )
-    PartialState(cpu=torch.cuda.device_count() == 0, timeout=timeout(recipe))
+    PartialState(cpu=torch.cuda.device_count() == 0, timeout=timeout(machine))
 
 
-def _launch(
-    work: Callable, arguments: tuple, watch: Callable[[pd.DataFrame], None] | None, show: bool
-) -> None:
-    """Runs the fit here, or in `num_processes` forked processes that accelerate joins."""
-    recipe, folder = arguments[1:3]
-    if _launched():
-        work(*arguments, watch, show)
+def launch(fit: Fit) -> None:
+    """Trains here, or in `num_processes` forked processes that accelerate joins.
+
+    Raises Preempted after SIGTERM, TrainingError for anything else that stops the training.
+    """
+    if launched():
+        train(fit)
         AcceleratorState._reset_state()
         return
     if PartialState._shared_state:
@@ -60,24 +91,49 @@ def _launch(
             "accelerate was already started in this process; restart the kernel and run the "
             "training cell once"
         )
-    if recipe.num_processes == 1:
+    if fit.machine.num_processes == 1:
         try:
-            work(*arguments, watch, show)
+            train(fit)
         finally:
             AcceleratorState._reset_state(reset_partial_state=True)
         return
-    _refuse_fork(recipe)
+    _check_fork(fit.machine)
     threads = patch_environment(omp_num_threads=os.environ.get("OMP_NUM_THREADS", "1"))
-    with _watching(folder, watch), _child_errors(), threads:
+    with _watched_log(fit), _errors_of_children(), threads:
         notebook_launcher(
-            _forked,
-            (work, arguments, show),
-            num_processes=recipe.num_processes,
-            use_port=str(_free_port()),  # two runs on one machine must not meet
+            _train_forked,
+            (fit,),
+            num_processes=fit.machine.num_processes,
+            use_port=str(_free_port()),  # so that two runs on one machine do not meet
         )
 
 
-def _refuse_fork(recipe: Recipe) -> None:
+def train(fit: Fit, *, forked: bool = False) -> None:
+    """Trains as one process of the fit; rank 0 writes model.safetensors and failures.json."""
+    threads = 1 if forked else fit.machine.threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    data = fit.read_data()
+    network = fit.build(data.classes)
+    trainer = Trainer(network, fit.settings, fit.machine, fit.folder, data, fit.owner)
+    torch.set_num_threads(threads)  # accelerate sets another number
+    trainer.load_state()
+    try:
+        trainer.run(fit.watch, fit.progress)
+    except RuntimeError as error:
+        if trainer.asked and _is_lost_peer(error):
+            raise Preempted(
+                "asked to end (SIGTERM) after another process had gone: nothing could be saved, "
+                "the last saved state is valid"
+            ) from error
+        raise
+    if trainer.accelerator.is_main_process:
+        weights.save_model(trainer.result.model, fit.folder / "model.safetensors")
+        runs.write_json(fit.folder / "failures.json", trainer.progress.unreadable)
+    if not launched() or forked:
+        trainer.accelerator.end_training()
+
+
+def _check_fork(machine: MachineSettings) -> None:
     """Raises TrainingError where forked processes could not compute."""
     # torch otherwise asks the CUDA driver whether there is a GPU, after which no fork can use one.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
@@ -86,35 +142,34 @@ def _refuse_fork(recipe: Recipe) -> None:
             "the GPU was already used in this process, and the processes of a launch are forked "
             "from it; restart the kernel and run the training cell before anything on the GPU"
         )
-    if recipe.threads not in (None, 1):
+    if machine.threads not in (None, 1):
         raise TrainingError(
-            f"threads: {recipe.threads} with num_processes: {recipe.num_processes}: processes that "
-            "are forked compute on one thread each; set threads: null, or start the processes by "
+            f"threads is {machine.threads} with num_processes {machine.num_processes}, but forked "
+            "processes compute on one thread each; set threads: null, or start the processes by "
             "accelerate launch -m vitgal.training"
         )
 
 
-def _forked(work: Callable, arguments: tuple, show: bool) -> None:
-    """One forked process's fit."""
+def _train_forked(fit: Fit) -> None:
     # Threads do not survive a fork, and OpenMP would wait for its own for ever.
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     try:
-        work(*arguments, None, show, forked=True)
+        train(replace(fit, watch=None), forked=True)
     except RuntimeError as error:
-        if _lost_peer(error):
+        if _is_lost_peer(error):
             _await_launcher()
         raise
 
 
-def _lost_peer(error: RuntimeError) -> bool:
-    """Whether another process of the launch has gone: gloo's words for it, or NCCL's."""
-    gone = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
-    return any(words in str(error) for words in gone)
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Whether gloo or NCCL reports that another process of the launch has gone."""
+    messages = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
+    return any(message in str(error) for message in messages)
 
 
 def _await_launcher() -> None:
-    """Lets the launcher see the process that died, with the cause, before those that lost it.
+    """Gives the launcher time to find the process that died before those that lost it.
 
     The launcher reports the first ended process that it finds and ends the others by SIGTERM.
     """
@@ -122,91 +177,60 @@ def _await_launcher() -> None:
 
 
 @contextlib.contextmanager
-def _child_errors() -> Iterator[None]:
-    """The first failed process's own error, in place of the launcher's report."""
+def _errors_of_children() -> Iterator[None]:
+    """Raises the first failed process's own error in place of the launcher's report."""
     try:
         yield
     except SignalException as error:
         raise Preempted(f"asked to end ({error}); the processes have saved their state") from error
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        said = failure.message
-        said = said["message"] if isinstance(said, dict) else said
+        number, failure = error.get_first_failure()
+        message = failure.message
+        message = message["message"] if isinstance(message, dict) else message
         if failure.exitcode < 0:
-            said = f"it was killed ({failure.signal_name()}), perhaps for memory"
-        kind = Preempted if "Preempted" in said else TrainingError
-        raise kind(f"process {rank} of the launch failed: {said}") from error
+            message = f"it was killed ({failure.signal_name()}), perhaps for memory"
+        kind = Preempted if "Preempted" in message else TrainingError
+        raise kind(f"process {number} of the launch failed: {message}") from error
 
 
 @contextlib.contextmanager
-def _watching(folder: Path, watch: Callable[[pd.DataFrame], None] | None) -> Iterator[None]:
-    """Hands the log to `watch` while forked processes write it: they have no notebook."""
-    if watch is None:
+def _watched_log(fit: Fit) -> Iterator[None]:
+    """Passes the log to `fit.watch` while forked processes, which have no notebook, write it."""
+    if fit.watch is None:
         yield
         return
-    log, done = folder / "log.jsonl", threading.Event()
+    log, done = fit.folder / "log.jsonl", threading.Event()
 
-    def written() -> int | None:
+    def changed() -> int | None:
         return log.stat().st_mtime_ns if log.exists() else None
 
-    # The log of a run that goes on is shown here and not by the thread: a fork in the middle of a
-    # drawing would leave its locks locked for ever. Later it is the forked processes who write it.
-    begun = written()
-    if begun is not None:
-        watch(pd.read_json(log, lines=True))
+    def show() -> None:
+        fit.watch(pd.read_json(log, lines=True))
 
-    def look() -> None:
-        seen = begun
+    # The log of a resumed run is shown here and not by the thread: a fork in the middle of a
+    # drawing would leave the drawing's locks locked for ever.
+    shown = changed()
+    if shown is not None:
+        show()
+
+    def follow() -> None:
+        last = shown
         while not done.wait(WATCH_SECONDS):
-            if written() != seen:
-                seen = written()
-                watch(pd.read_json(log, lines=True))
+            if changed() != last:
+                last = changed()
+                show()
 
-    thread = threading.Thread(target=look, daemon=True)
+    thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
-    watch(pd.read_json(log, lines=True))
+    show()
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def _fit(
-    build: Callable,
-    recipe: Recipe,
-    folder: Path,
-    split: Path,
-    image_folder: Path,
-    owner: str,
-    watch: Callable[[pd.DataFrame], None] | None,
-    show: bool,
-    forked: bool = False,
-) -> None:
-    """One process's fit: trains, and on rank 0 writes the model."""
-    threads = 1 if forked else recipe.threads or torch.get_num_threads()
-    torch.set_num_threads(threads)
-    data = read_data(split, image_folder, recipe)
-    trainer = Trainer(build(classes=data.classes), recipe, folder, data, owner)
-    torch.set_num_threads(threads)  # accelerate has its own idea
-    trainer.load_state()
-    try:
-        trainer.run(watch, show)
-    except RuntimeError as error:
-        if trainer.asked and _lost_peer(error):
-            raise Preempted(
-                "asked to end (SIGTERM) after another process had gone: nothing could be saved, "
-                "the last saved state holds"
-            ) from error
-        raise
-    if trainer.accelerator.is_main_process:
-        weights.save_model(trainer.result.model, folder / "model.safetensors")
-        runs.write_json(folder / "failures.json", trainer.progress.unreadable)
-    if not _launched() or forked:
-        trainer.accelerator.end_training()

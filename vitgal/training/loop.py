@@ -36,17 +36,16 @@ from tqdm.std import tqdm as text_bar
 
 from vitgal import runs
 from vitgal.models import weights
+from vitgal.models.inference import resolve_precision
+from vitgal.settings import MachineSettings, Recipe
 from vitgal.training.augmentation import network_input
+from vitgal.training.errors import Preempted, TrainingError
 from vitgal.training.networks import NAMED, build_optimizer
-from vitgal.training.recipe import Recipe, TrainingError, learning_rates, resolve_precision
 from vitgal.training.samples import Batches, Sample, SplitData
+from vitgal.training.schedule import learning_rates
 
 LOG_EVERY = 50  # steps between two rows of the log
 GRACE = 30  # seconds that a data worker outlives a request to end, for the step to finish
-
-
-class Preempted(TrainingError):
-    """The process was asked to end (SIGTERM); its state is saved, a restart goes on from there."""
 
 
 @dataclass
@@ -69,17 +68,24 @@ class Trainer:
     """
 
     def __init__(
-        self, network: nn.Module, recipe: Recipe, folder: Path, data: SplitData, owner: str = ""
+        self,
+        network: nn.Module,
+        settings: Recipe,
+        machine: MachineSettings,
+        folder: Path,
+        data: SplitData,
+        owner: str = "",
     ):
-        precision = resolve_precision(recipe.precision)
+        precision = training_precision(settings)
         self.accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,
             cpu=torch.cuda.device_count() == 0,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout(recipe))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout(machine))],
         )
-        self.recipe, self.folder, self.data, self.owner = recipe, folder, data, owner
+        self.settings, self.machine = settings, machine
+        self.folder, self.data, self.owner = folder, data, owner
         self.progress = Progress()
-        self.rates = learning_rates(recipe)
+        self.rates = learning_rates(settings)
         self.steps = self.batches(0).steps
         self.pending: list[dict[str, Tensor]] = []
         self.replaced: list[str] = []
@@ -90,20 +96,20 @@ class Trainer:
         self._prepare(network)
 
     def _prepare(self, network: nn.Module) -> None:
-        recipe, accelerator = self.recipe, self.accelerator
+        settings, accelerator = self.settings, self.accelerator
         on_gpu = accelerator.device.type == "cuda"
-        if recipe.channels_last:
+        if settings.channels_last:
             network = network.to(memory_format=torch.channels_last)
-        if recipe.sync_batchnorm and on_gpu and accelerator.num_processes > 1:
+        if settings.sync_batchnorm and on_gpu and accelerator.num_processes > 1:
             network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
         network = network.to(accelerator.device)
         self.average = None
-        if recipe.ema_decay is not None:
-            self.average = ModelEmaV3(network, decay=recipe.ema_decay, use_warmup=True)
-        if recipe.compile:
+        if settings.ema_decay is not None:
+            self.average = ModelEmaV3(network, decay=settings.ema_decay, use_warmup=True)
+        if settings.compile:
             network.compile()
         self.network, self.optimizer = accelerator.prepare(
-            network, build_optimizer(network, recipe)
+            network, build_optimizer(network, settings)
         )
 
     @property
@@ -214,10 +220,10 @@ class Trainer:
         Raises Preempted after SIGTERM, TrainingError for what else stops it.
         """
         if self.steps == 0:
-            recipe = self.recipe
+            settings = self.settings
             raise TrainingError(
                 f"{self.data.train_count} training images are fewer than one step of "
-                f"{recipe.batch_size} x {recipe.accumulate} on each of "
+                f"{settings.batch_size} x {settings.accumulate} on each of "
                 f"{self.accelerator.num_processes} processes; make batch_size smaller"
             )
         done = self.steps * self.progress.epoch + self.progress.step
@@ -225,15 +231,15 @@ class Trainer:
         # A forked or launched process has no notebook to show a widget in, but it can write text.
         alone = self.accelerator.num_processes == 1
         bar = (tqdm if alone else text_bar)(
-            total=self.steps * self.recipe.epochs,
+            total=self.steps * self.settings.epochs,
             initial=done,
             disable=not (show and main),
             unit="step",
         )
         with self._until_sigterm(), self._boards(), bar:
-            if done == 0 and self.recipe.dry_run:
+            if done == 0 and self.machine.dry_run:
                 self.dry_run()
-            while self.progress.epoch < self.recipe.epochs:
+            while self.progress.epoch < self.settings.epochs:
                 with self._told_errors():
                     self.run_epoch(bar)
                 if watch is not None and main:
@@ -243,19 +249,19 @@ class Trainer:
     def batches(self, epoch: int, first: int = 0) -> Batches:
         return Batches(
             count=self.data.train_count,
-            batch_size=self.recipe.batch_size,
+            batch_size=self.settings.batch_size,
             processes=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
-            seed=self.recipe.seed,
+            seed=self.settings.seed,
             epoch=epoch,
             first=first,
-            accumulate=self.recipe.accumulate,
-            labels=self.data.train.labels if self.recipe.balanced else None,
+            accumulate=self.settings.accumulate,
+            labels=self.data.train.labels if self.settings.balanced else None,
         )
 
     def run_epoch(self, bar: tqdm) -> None:
         """One epoch (or what is left of it), its validation, its row in the log, its state."""
-        progress, recipe = self.progress, self.recipe
+        progress, settings = self.progress, self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[progress.epoch] * group.get("lr_scale", 1.0)
         began = saved = time.monotonic()
@@ -263,7 +269,7 @@ class Trainer:
         self.network.train()
         batches = self.read(self.batches(progress.epoch, progress.step))
         while progress.step < self.steps:
-            self.pending.append(self.run_step([next(batches) for _ in range(recipe.accumulate)]))
+            self.pending.append(self.run_step([next(batches) for _ in range(settings.accumulate)]))
             done += 1
             bar.update()
             last = progress.step == self.steps
@@ -271,7 +277,7 @@ class Trainer:
                 self.add_row(done, time.monotonic() - began)
                 began, done = time.monotonic(), 0
                 bar.set_postfix(epoch=progress.epoch, loss=f"{progress.rows[-1]['loss']:.3f}")
-                if not last and time.monotonic() - saved > 60 * recipe.checkpoint_minutes:
+                if not last and time.monotonic() - saved > 60 * self.machine.checkpoint_minutes:
                     saved = time.monotonic()
                     self.save_state()
             if self.stop:
@@ -310,7 +316,7 @@ class Trainer:
         """Seeds torch anew for each batch: drop path then draws the same in a resumed run."""
         progress, accelerator = self.progress, self.accelerator
         part = place * accelerator.num_processes + accelerator.process_index
-        draw = (self.recipe.seed, progress.epoch, progress.step, part)
+        draw = (self.settings.seed, progress.epoch, progress.step, part)
         torch.manual_seed(int(np.random.SeedSequence(draw).generate_state(1, np.uint64)[0] >> 1))
 
     def moved(self, batch: Sample) -> tuple[Tensor, Tensor]:
@@ -318,7 +324,7 @@ class Trainer:
         device = self.accelerator.device
         labels = batch.label.to(device, non_blocking=True)
         pictures = network_input(batch.picture.to(device, non_blocking=True), batch.hole)
-        if self.recipe.channels_last:
+        if self.settings.channels_last:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
         return pictures, labels
 
@@ -346,8 +352,8 @@ class Trainer:
         return wait
 
     def _update(self) -> None:
-        if self.recipe.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.network.parameters(), self.recipe.clip_grad)
+        if self.settings.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.network.parameters(), self.settings.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
@@ -358,14 +364,13 @@ class Trainer:
         self, batches: Sequence[list[tuple[int, int]]], dataset: Dataset | None = None
     ) -> Iterator[Sample]:
         """Batches of training images (or of `dataset`), read by the data workers."""
-        recipe = self.recipe
         loader = DataLoader(
             self.data.train if dataset is None else dataset,
             batch_sampler=batches,
-            num_workers=recipe.data_workers,
+            num_workers=self.machine.data_workers,
             pin_memory=self.accelerator.device.type == "cuda",
             worker_init_fn=_start_worker,
-            timeout=60 * recipe.timeout_minutes if recipe.data_workers else 0,
+            timeout=60 * self.machine.timeout_minutes if self.machine.data_workers else 0,
         )
         others = set(multiprocessing.active_children())
         batches = iter(loader)
@@ -395,7 +400,7 @@ class Trainer:
         means = accelerator.reduce({key: value.mean() for key, value in table.items()}, "mean")
         self.pending, progress.pending = [], []
         self._share_unreadable()
-        images = self.recipe.batch_size * self.recipe.accumulate * accelerator.num_processes
+        images = self.settings.batch_size * self.settings.accumulate * accelerator.num_processes
         finished = progress.epoch * self.steps + progress.step
         progress.rows.append(
             {
@@ -411,9 +416,9 @@ class Trainer:
 
     def _seconds_left(self, finished: int, each: float) -> float:
         """At this pace, with the images that are still to validate as fast as the last ones."""
-        epochs = range(self.progress.epoch + 1, self.recipe.epochs + 1)
+        epochs = range(self.progress.epoch + 1, self.settings.epochs + 1)
         due = sum(len(self.due(epoch)) for epoch in epochs)
-        left = self.steps * self.recipe.epochs - finished
+        left = self.steps * self.settings.epochs - finished
         return left * each + due * self.validation_seconds
 
     def _share_unreadable(self) -> None:
@@ -447,8 +452,8 @@ class Trainer:
         All of them every `validate_every` epochs and at the end, otherwise those of the retrieval
         set: far fewer, and the number to watch. The autoencoder has no such number.
         """
-        recipe, data = self.recipe, self.data
-        if finished % recipe.validate_every == 0 or finished == recipe.epochs:
+        settings, data = self.settings, self.data
+        if finished % settings.validate_every == 0 or finished == settings.epochs:
             return np.arange(len(data.validation))
         if self.bare.retrieves and data.ground_truth is not None:
             return np.union1d(data.queries, data.database)
@@ -472,7 +477,7 @@ class Trainer:
         network.eval()
         mine = images[accelerator.process_index :: accelerator.num_processes].tolist()
         parts = []
-        size = self.recipe.batch_size
+        size = self.settings.batch_size
         keys = [[(0, index) for index in mine[at : at + size]] for at in range(0, len(mine), size)]
         batches = self.read(keys, data.validation)
         for _ in range(-(-len(images) // (size * accelerator.num_processes))):
@@ -570,14 +575,14 @@ class Trainer:
             if isinstance(error, torch.OutOfMemoryError) or "CPUAllocator" in str(error):
                 raise TrainingError(
                     f"out of memory at step {self.progress.step} of epoch {self.progress.epoch} "
-                    f"with batch_size {self.recipe.batch_size}; halve it and double accumulate, "
+                    f"with batch_size {self.settings.batch_size}; halve it and double accumulate, "
                     f"which is the same step but for BatchNorm ({first})"
                 ) from error
             if _of_data_worker(error):
                 raise TrainingError(
                     f"the images are no longer read: {error}; a worker that dies without a word "
                     "was most likely killed for memory (lower data_workers), one silent for "
-                    f"timeout_minutes = {self.recipe.timeout_minutes:g} waits for the disk; run "
+                    f"timeout_minutes = {self.machine.timeout_minutes:g} waits for the disk; run "
                     "the same again to go on"
                 ) from error
             raise
@@ -598,7 +603,7 @@ class Trainer:
             if self.accelerator.device.type != "cuda":
                 return
             measure, available = self._peak_memory, self._memory()
-        size = self.recipe.batch_size
+        size = self.settings.batch_size
         fits = fitting_batch({count: measure(count) for count in (2, 4)}, available)
         if size > fits:
             raise TrainingError(
@@ -625,7 +630,7 @@ class Trainer:
 
     def try_step(self, count: int) -> None:
         """Forward and backward of `count` grey images, which leave no trace in the network."""
-        network, size = self.bare, self.recipe.image_size
+        network, size = self.bare, self.settings.image_size
         kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
         network.train()
         blank = torch.zeros(count, dtype=torch.int64)
@@ -663,9 +668,15 @@ class Trainer:
                 self.board.add_scalar(key, row[key], row["step"])
 
 
-def timeout(recipe: Recipe) -> datetime.timedelta:
+def timeout(machine: MachineSettings) -> datetime.timedelta:
     """How long the processes of a run wait for each other."""
-    return datetime.timedelta(minutes=recipe.timeout_minutes)
+    return datetime.timedelta(minutes=machine.timeout_minutes)
+
+
+def training_precision(settings: Recipe) -> str:
+    """Returns the precision of training, "auto" resolved without initialising CUDA."""
+    device = "cuda" if torch.cuda.device_count() else "cpu"  # device_count asks NVML, not CUDA
+    return resolve_precision(settings.precision, device, forks=True)
 
 
 def fitting_batch(peaks: dict[int, int], available: int) -> int:

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 
 from vitgal.models.heads import ArcFace
 from vitgal.models.network import ViTGaL
-from vitgal.training.recipe import Recipe, TrainingError
+from vitgal.settings import Recipe
+from vitgal.training.errors import TrainingError
 
 NAMED = 8  # how many images an error names
 
@@ -98,7 +99,7 @@ class AutoencoderNetwork(nn.Module):
         return {f"model.{name}" for name in self.model.no_weight_decay()}
 
 
-def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def build_optimizer(network: nn.Module, settings: Recipe) -> torch.optim.Optimizer:
     """AdamW in timm's groups: no decay for vectors, biases and class tokens; perhaps by layer.
 
     A group's `lr_scale`, where it has one, is the factor that layer-wise decay gives its rate.
@@ -108,10 +109,10 @@ def build_optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer
     return create_optimizer_v2(
         network,
         opt="adamw",
-        lr=recipe.lr,
-        weight_decay=recipe.weight_decay,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
         eps=1e-8,
         filter_bias_and_bn=True,
-        layer_decay=recipe.layer_decay,
+        layer_decay=settings.layer_decay,
         fused=torch.cuda.device_count() > 0 or None,
     )

@@ -16,8 +16,9 @@ from vitgal.data import gldv2, images, splits
 from vitgal.data.revisited import GroundTruth
 from vitgal.evaluation import protocol, statistics
 from vitgal.retrieval import exact_search
+from vitgal.settings import Recipe
 from vitgal.training import augmentation
-from vitgal.training.recipe import Recipe, TrainingError
+from vitgal.training.errors import TrainingError
 
 SHOWN = 3  # how many missing images an error lists
 
@@ -40,14 +41,14 @@ class TrainingImages(Dataset):
     """
 
     def __init__(
-        self, folder: Path, table: pd.DataFrame, recipe: Recipe, augment: str | None = None
+        self, folder: Path, table: pd.DataFrame, settings: Recipe, augment: str | None = None
     ):
-        self.folder, self.recipe = Path(folder), recipe
+        self.folder, self.settings = Path(folder), settings
         # Arrays, not lists of objects: workers that are forked share them with their parent, while
         # every object that is looked at costs each worker a copy of its page.
         self.names = table["path"].to_numpy(dtype=str)
         self.labels = table["label"].to_numpy()
-        self.augment = augment or recipe.augment
+        self.augment = augment or settings.augment
         self.transform = {
             "published": augmentation.augment_published,
             "fast": augmentation.augment_fast,
@@ -62,7 +63,7 @@ class TrainingImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, index = key
-        rng = np.random.default_rng((self.recipe.seed, epoch, index))
+        rng = np.random.default_rng((self.settings.seed, epoch, index))
         unreadable = -1
         for used in (*range(index, len(self)), *range(index)):
             try:
@@ -84,22 +85,22 @@ class TrainingImages(Dataset):
         """The photograph; for the fast augmentation at a reduced scale where nothing is lost."""
         least = None
         if self.augment == "fast":
-            least = math.ceil(augmentation.FAST_MARGIN * self.recipe.image_size)
+            least = math.ceil(augmentation.FAST_MARGIN * self.settings.image_size)
         return images.read_image(self.path(index), least_side=least)
 
     def change(
         self, image: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, tuple[int, int, int]]:
         """The augmented picture (S, S, 3) uint8 and its hole; the published one is cut already."""
-        recipe = self.recipe
-        picture = self.transform(image, recipe.image_size, rng)
+        settings = self.settings
+        picture = self.transform(image, settings.image_size, rng)
         if self.augment == "none":
             return picture, (0, 0, 0)
-        if recipe.rand_augment:
+        if settings.rand_augment:
             picture = augmentation.rand_augment(
-                picture, recipe.rand_augment, recipe.rand_augment_magnitude, rng
+                picture, settings.rand_augment, settings.rand_augment_magnitude, rng
             )
-        hole = augmentation.draw_hole(recipe.image_size, rng)
+        hole = augmentation.draw_hole(settings.image_size, rng)
         if self.augment != "published":
             return picture, hole
         augmentation.cut_hole(picture, hole)
@@ -224,7 +225,7 @@ class SplitData:
 
 
 def read_data(
-    split: Path, image_folder: Path, recipe: Recipe, max_failed_share: float = 0.001
+    split: Path, image_folder: Path, settings: Recipe, max_failed_share: float = 0.001
 ) -> SplitData:
     """The training and validation images of a split folder, ready for the loop.
 
@@ -243,8 +244,8 @@ def read_data(
     queries, database = (retrieval[retrieval["role"] == role] for role in ("query", "database"))
     shown = val.assign(label=val["label"].where(val["label"] < classes, -1))
     return SplitData(
-        train=TrainingImages(image_folder, train, recipe),
-        validation=TrainingImages(image_folder, shown, recipe, "none"),
+        train=TrainingImages(image_folder, train, settings),
+        validation=TrainingImages(image_folder, shown, settings, "none"),
         queries=place[queries["path"]].to_numpy(),
         database=place[database["path"]].to_numpy(),
         ground_truth=splits.validation_ground_truth(retrieval) if len(queries) else None,
