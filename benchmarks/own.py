@@ -4,7 +4,7 @@
 
 FOLDER has one sub-folder a place; DISTRACTORS, if given, holds photographs of none of them. Every
 photograph of a place is searched for among all others, the other photographs of its place being
-right. Recall at 5 is the share of the right photographs, of five at most, that are among the first
+right. Recall at 5 is the fraction of the right photographs, of five at most, among the first
 five; average precision is the benchmark's; both are means over a place's queries, then over places.
 
 SIFT is the plain baseline: OpenCV's 1000 best keypoints of the photograph resized to the same area,
@@ -22,31 +22,37 @@ import numpy as np
 from tqdm import tqdm
 
 from vitgal import runs
-from vitgal.data import photographs as data_photographs
 from vitgal.data.images import resize
+from vitgal.data.photographs import read_upright
 from vitgal.evaluation.protocol import average_precision
 from vitgal.evaluation.statistics import bootstrap_interval
 from vitgal.retrieval.verification import verify
+from vitgal.settings import (
+    GlobalSettings,
+    LocalSettings,
+    MachineSettings,
+    MatchingSettings,
+    RerankingSettings,
+)
 from vitgal.stages import own
+from vitgal.stages.own_descriptions import Describer
 
 RATIO = 0.8
 FEATURES = 1000
-VERIFICATION = dict(estimator="degensac", threshold=16.0, iterations=2000, confidence=1.0, seed=0)
 
 
-def gathered(folder: Path, distractors: Path | None, target: Path) -> Path:
-    """A folder of links to both, in a fresh place: `place/<place>/…` and `distractor/…`."""
+def link_folders(folder: Path, distractors: Path | None, target: Path) -> Path:
+    """Makes `target` a folder of links: `place/<place>/…` and `distractor/…`."""
+    target.mkdir(parents=True, exist_ok=True)
     for source, name in ((folder, "place"), (distractors, "distractor")):
         if source is not None:
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            link = target / name
-            link.unlink(missing_ok=True)
-            link.symlink_to(source.resolve(), target_is_directory=True)
+            (target / name).unlink(missing_ok=True)
+            (target / name).symlink_to(source.resolve(), target_is_directory=True)
     return target
 
 
-def place(name: str) -> str | None:
-    """The place that a photograph shows; None for a distractor."""
+def shown_place(name: str) -> str | None:
+    """Returns the place that a photograph shows; None for a distractor."""
     parts = Path(name).parts
     return parts[1] if parts[0] == "place" else None
 
@@ -54,53 +60,58 @@ def place(name: str) -> str | None:
 class Sift:
     """SIFT features of every photograph, and the inliers of a pair."""
 
-    def __init__(self, photographs: own.Photographs, size: int):
+    def __init__(self, photographs: own.Photographs, size: int) -> None:
         detector = cv2.SIFT_create(FEATURES)
         self.features = {}
         for name in tqdm(photographs.names, desc="SIFT", unit="image"):
-            image = data_photographs.read_upright(photographs.path(name))
+            image = read_upright(photographs.path(name))
             grey = cv2.cvtColor(resize(image, size, "area"), cv2.COLOR_RGB2GRAY)
-            points, codes = detector.detectAndCompute(grey, None)
-            places = np.array([point.pt for point in points], np.float32).reshape(-1, 2)
-            self.features[name] = places, codes
+            points, descriptors = detector.detectAndCompute(grey, None)
+            keypoints = np.array([point.pt for point in points], np.float32).reshape(-1, 2)
+            self.features[name] = keypoints, descriptors
         self.matcher = cv2.BFMatcher()
 
     def inliers(self, query: str, other: str) -> int:
-        (left, codes), (right, others) = self.features[query], self.features[other]
-        if codes is None or others is None or len(others) < 2:
+        """Counts the inliers of two photographs."""
+        (left, left_descriptors), (right, right_descriptors) = map(
+            self.features.get, (query, other)
+        )
+        if left_descriptors is None or right_descriptors is None or len(right_descriptors) < 2:
             return 0
-        nearest = self.matcher.knnMatch(codes, others, k=2)
-        kept = [one for one, two in nearest if one.distance < RATIO * two.distance]
-        ends = [(match.queryIdx, match.trainIdx) for match in kept]
-        ends = np.array(ends, np.int64).reshape(-1, 2)
-        return verify(left[ends[:, 0]], right[ends[:, 1]], **VERIFICATION).count
+        nearest = self.matcher.knnMatch(left_descriptors, right_descriptors, k=2)
+        passed = [best for best, second in nearest if best.distance < RATIO * second.distance]
+        pairs = [(match.queryIdx, match.trainIdx) for match in passed]
+        pairs = np.array(pairs, np.int64).reshape(-1, 2)
+        return verify(left[pairs[:, 0]], right[pairs[:, 1]]).count
 
     def ranking(self, query: str) -> list[str]:
+        """Ranks all other photographs by falling number of inliers."""
         others = [name for name in self.features if name != query]
         counts = np.array([self.inliers(query, other) for other in others])
-        return [others[at] for at in np.argsort(-counts, kind="stable")]
+        return [others[index] for index in np.argsort(-counts, kind="stable")]
 
 
 def score(rankings: dict[str, list[str]]) -> dict[str, tuple[float, float]]:
-    """Place -> mean recall at 5 and mean average precision of its queries."""
-    found: dict[str, list] = {}
+    """Returns for each place the mean recall at 5 and mean average precision of its queries."""
+    scores: dict[str, list] = {}
     for query, ranking in rankings.items():
-        right = np.array([place(name) == place(query) for name in ranking])
+        right = np.array([shown_place(name) == shown_place(query) for name in ranking])
         if right.any():
             recall = right[:5].sum() / min(5, right.sum())
             precision = average_precision(np.flatnonzero(right), int(right.sum()))
-            found.setdefault(place(query), []).append((recall, precision))
-    return {name: tuple(np.mean(values, axis=0)) for name, values in sorted(found.items())}
+            scores.setdefault(shown_place(query), []).append((recall, precision))
+    return {name: tuple(np.mean(values, axis=0)) for name, values in sorted(scores.items())}
 
 
-def timed(queries: list[str], work: Callable[[str], list[str]]) -> tuple[dict, float]:
-    """Each query's ranking, and milliseconds of processor time a query."""
-    began = time.process_time()
-    rankings = {query: work(query) for query in tqdm(queries, unit="query")}
-    return rankings, 1000 * (time.process_time() - began) / max(1, len(queries))
+def timed(queries: list[str], rank: Callable[[str], list[str]]) -> tuple[dict, float]:
+    """Returns each query's ranking, and milliseconds of processor time a query."""
+    start = time.process_time()
+    rankings = {query: rank(query) for query in tqdm(queries, unit="query")}
+    return rankings, 1000 * (time.process_time() - start) / max(1, len(queries))
 
 
-def main() -> None:
+def read_options() -> argparse.Namespace:
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("distractors", type=Path, nargs="?")
@@ -110,40 +121,47 @@ def main() -> None:
     parser.add_argument("--global-size", type=int, default=224)
     parser.add_argument("--local-size", type=int, default=320)
     parser.add_argument("--max-distance", type=float, default=0.95)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Describes, searches and prints the table."""
+    options = read_options()
     run = runs.run_folder(options.run)
-    folder = gathered(options.folder, options.distractors, run / "own" / "benchmark")
-    describer = own.Describer(
+    describer = Describer(
         run,
         runs.model_file(run, options.weights),
-        global_size=options.global_size,
-        global_resize="area",
-        global_scales=(0.5, 0.7071, 1.0),
-        local_size=options.local_size,
-        threads=1,
+        GlobalSettings(size=options.global_size, resize="area", scales=(0.5, 0.7071, 1.0)),
+        LocalSettings(size=options.local_size),
+        MachineSettings(threads=1),
     )
-    began = time.perf_counter()
+    folder = link_folders(options.folder, options.distractors, run / "own" / "benchmark")
+    start = time.perf_counter()
     photographs = own.describe_folder(folder, describer)
-    seconds = time.perf_counter() - began
-    queries = [name for name in photographs.names if place(name)]
+    seconds = time.perf_counter() - start
+    queries = [name for name in photographs.names if shown_place(name)]
     print(
         f"{len(photographs.names)} photographs, {len(queries)} queries; described "
         f"{photographs.extracted} in {seconds:.1f} s"
     )
-    matching = VERIFICATION | dict(top=options.top, max_distance=options.max_distance)
+    matching = MatchingSettings(max_distance=options.max_distance)
+    settings = RerankingSettings(top=options.top, matching=matching)
     tables = {}
 
-    def ours(query: str) -> list[str]:
-        tables[query] = own.search_folder(photographs, query, **matching).table
+    def rerank(query: str) -> list[str]:
+        tables[query] = own.search_folder(photographs, query, None, settings).table
         return tables[query]["photograph"].tolist()
 
-    systems = {f"reranked, top {options.top}": timed(queries, ours)}
+    reranked = timed(queries, rerank)
     by_similarity = {
         query: table.sort_values("global_rank")["photograph"].tolist()
         for query, table in tables.items()
     }
-    systems = {"global": (by_similarity, float("nan"))} | systems
-    systems["SIFT"] = timed(queries, Sift(photographs, options.local_size).ranking)
+    systems = {
+        "global": (by_similarity, float("nan")),
+        f"reranked, top {options.top}": reranked,
+        "SIFT": timed(queries, Sift(photographs, options.local_size).ranking),
+    }
     report({name: (score(rankings), spent) for name, (rankings, spent) in systems.items()})
 
 

@@ -9,6 +9,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 
@@ -24,7 +25,15 @@ from vitgal.models import descriptors, inference
 from vitgal.models.network import build_model
 from vitgal.models.weights import save_model
 from vitgal.retrieval import pairs
+from vitgal.settings import (
+    GlobalSettings,
+    LocalSettings,
+    MachineSettings,
+    MatchingSettings,
+    RerankingSettings,
+)
 from vitgal.stages import own
+from vitgal.stages.own_descriptions import Describer
 from vitgal.training import errors
 from vitgal.viz import photographs as viz_photographs
 
@@ -53,13 +62,22 @@ def weights(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def describer(weights, tmp_path) -> own.Describer:
+def describer(weights, tmp_path) -> Describer:
     return describer_of(weights, tmp_path)
 
 
-def describer_of(weights: Path, run: Path, **settings) -> own.Describer:
-    sizes = dict(global_size=64, local_size=96, threads=1, options={"scales": (1.0,)})
-    return own.Describer(run, weights, **(sizes | settings))
+def describer_of(weights: Path, run: Path, local_size: int = 96) -> Describer:
+    return Describer(
+        run,
+        weights,
+        GlobalSettings(size=64),
+        LocalSettings(size=local_size, scales=(1.0,)),
+        MachineSettings(threads=1),
+    )
+
+
+def reranking(top: int = 100, max_distance: float = 0.5) -> RerankingSettings:
+    return RerankingSettings(top=top, matching=MatchingSettings(max_distance=max_distance))
 
 
 @pytest.fixture
@@ -73,7 +91,7 @@ def folder(tmp_path) -> Path:
     return tmp_path / "photos"
 
 
-def describe(folder: Path, describer: own.Describer) -> own.Photographs:
+def describe(folder: Path, describer: Describer) -> own.Photographs:
     return own.describe_folder(folder, describer, progress=False)
 
 
@@ -84,7 +102,10 @@ def test_listing(folder):
     write(folder / ".thumbnails/1.png", texture(1))
     (folder / "b/film.heic").write_bytes(b"x")
     assert data_photographs.list_photographs(folder) == data_photographs.Listing(
-        folder, ["a/1.png", "a/2.png", "b/1.JPG"], ["b/film.heic"], 1
+        folder,
+        ["a/1.png", "a/2.png", "b/1.JPG"],
+        {"b/film.heic": ".heic is not read here: convert it to .jpg or .png"},
+        1,
     )
 
 
@@ -106,7 +127,7 @@ def test_a_folder_without_photographs_is_told(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(data_photographs.PhotographError, match="1 files, such as notes.txt"):
         data_photographs.list_photographs(tmp_path)
-    with pytest.raises(data_photographs.PhotographError, match="is no folder"):
+    with pytest.raises(data_photographs.PhotographError, match="is not a folder"):
         data_photographs.list_photographs(tmp_path / "notes.txt")
 
 
@@ -124,7 +145,7 @@ def test_what_cannot_be_used_is_left_out_and_named(folder, describer):
         "text.png": "not an image that OpenCV can decode",
         "new.heic": ".heic is not read here",
     }
-    assert list(found.remarks) == ["wide.png"] and "6 times the other" in found.remarks["wide.png"]
+    assert list(found.notes) == ["wide.png"] and "6 times the other" in found.notes["wide.png"]
     report = found.report().splitlines()
     assert report[0] == "4 photographs described, 1 other files passed over"
     assert "left out: dot.png: 1 x 1 pixels" in report[2] and report[-1].startswith("note: wide")
@@ -136,9 +157,9 @@ def test_a_photograph_20000_pixels_wide_is_used_with_a_note(tmp_path, describer)
     write(tmp_path / "photos/panorama.png", np.zeros((64, 20_000, 3), np.uint8))
     found = describe(tmp_path / "photos", describer)
     assert found.names == ["a.png", "panorama.png"]
-    assert "20000 x 64 pixels, one side 312 times" in found.remarks["panorama.png"]
-    assert "vanishes" in data_photographs.remark(15_000, 20_000)
-    assert data_photographs.remark(3000, 4000) is None
+    assert "20000 x 64 pixels, one side 312 times" in found.notes["panorama.png"]
+    assert "vanishes" in data_photographs.size_note(15_000, 20_000)
+    assert data_photographs.size_note(3000, 4000) is None
 
 
 def test_nothing_that_can_be_used_stops(tmp_path, describer):
@@ -235,7 +256,7 @@ def test_a_damaged_description_is_made_again(folder, weights, tmp_path):
 
 def test_a_model_without_autoencoder_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="no autoencoder"):
-        describe(folder, own.Describer(tmp_path, "untrained:xcit_nano_12_p16_224"))
+        describe(folder, Describer(tmp_path, "untrained:xcit_nano_12_p16_224"))
 
 
 # Search
@@ -243,7 +264,7 @@ def test_a_model_without_autoencoder_is_refused(folder, tmp_path):
 
 def test_the_other_view_comes_first_and_never_the_query(folder, describer):
     photographs = describe(folder, describer)
-    found = own.search_folder(photographs, "a/1.png", max_distance=0.5)
+    found = own.search_folder(photographs, "a/1.png", None, reranking())
     assert found.table["photograph"].tolist() == ["a/2.png", "b/1.JPG"]
     assert found.table["rank"].tolist() == [1, 2]
     assert sorted(found.table["global_rank"]) == [1, 2]
@@ -256,7 +277,7 @@ def test_the_other_view_comes_first_and_never_the_query(folder, describer):
 
 
 def test_beyond_the_short_list_nothing_is_verified(folder, describer):
-    found = own.search_folder(describe(folder, describer), "a/1.png", top=1, max_distance=0.5)
+    found = own.search_folder(describe(folder, describer), "a/1.png", None, reranking(top=1))
     assert found.table["inliers"].isna().tolist() == [False, True]
     assert found.table["global_rank"].tolist() == [1, 2]
 
@@ -264,15 +285,15 @@ def test_beyond_the_short_list_nothing_is_verified(folder, describer):
 def test_a_query_from_elsewhere_and_with_a_box(folder, describer, tmp_path):
     photographs = describe(folder, describer)
     outside = write(tmp_path / "query.png", texture(0, (96, 144)))
-    found = own.search_folder(photographs, str(outside), max_distance=0.5)
+    found = own.search_folder(photographs, str(outside), None, reranking())
     assert found.query == "query.png" and len(found.table) == 3
-    boxed = own.search_folder(photographs, str(outside), (16, 0, 144, 96), max_distance=0.5)
+    boxed = own.search_folder(photographs, str(outside), (16, 0, 144, 96), reranking())
     # just what a/2 shows: the same pixels, hence the same descriptor
     assert boxed.table["photograph"][0] == "a/2.png"
     assert boxed.table["similarity"][0] == pytest.approx(1, abs=1e-6)
-    assert boxed.described.features.box == (16, 0, 144, 96)
+    assert boxed.description.features.box == (16, 0, 144, 96)
     assert describer.extracted == 5
-    inside = own.search_folder(photographs, str(folder / "a/1.png"))
+    inside = own.search_folder(photographs, str(folder / "a/1.png"), None, reranking())
     assert inside.query == "a/1.png" and len(inside.table) == 2
 
 
@@ -291,25 +312,25 @@ def test_a_query_from_elsewhere_and_with_a_box(folder, describer, tmp_path):
 def test_a_wrong_question_is_told(folder, describer, query, box, message):
     write(folder / "dot.png", np.zeros((1, 1, 3), np.uint8))
     with pytest.raises(data_photographs.PhotographError, match=message):
-        own.search_folder(describe(folder, describer), query, box)
+        own.search_folder(describe(folder, describer), query, box, reranking())
 
 
 def test_a_folder_with_the_query_alone_is_told(tmp_path, describer):
     write(tmp_path / "photos/a.png", texture(0))
     photographs = describe(tmp_path / "photos", describer)
     with pytest.raises(data_photographs.PhotographError, match="nothing but the query"):
-        own.search_folder(photographs, "a.png")
+        own.search_folder(photographs, "a.png", None, reranking())
 
 
 def test_ranking_is_written(folder, describer, tmp_path):
-    found = own.search_folder(describe(folder, describer), "a/1.png", top=1, max_distance=0.5)
+    found = own.search_folder(describe(folder, describer), "a/1.png", None, reranking(top=1))
     lines = own.write_ranking(found, tmp_path / "ranking.csv").read_text().splitlines()
     assert lines[0] == "photograph,rank,global_rank,similarity,matches,inliers"
     assert lines[2].startswith("b/1.JPG,2,2,") and lines[2].endswith(",,")
 
 
 def test_figures(folder, describer):
-    found = own.search_folder(describe(folder, describer), "a/1.png", max_distance=0.5)
+    found = own.search_folder(describe(folder, describer), "a/1.png", None, reranking())
     axes = viz_photographs.ranking_figure(found, columns=2)
     assert axes.shape == (2, 3)
     assert axes[1, 1].get_title().startswith("1   a/2.png\n")
@@ -322,15 +343,15 @@ def test_figures(folder, describer):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_features_return_to_the_stored_photograph(tmp_path, orientation):
-    """A bright dot is found upright by OpenCV; `as_stored` must give its place in the file."""
+    """A bright dot is found upright by OpenCV; `undo_orientation` must find it in the file."""
     stored = np.zeros((64, 96, 3), np.uint8)
     stored[20:24, 70:74] = 255  # its centre: (71.5, 21.5)
     exif = PIL.Image.Exif()
-    exif[data_photographs.ORIENTATION] = orientation
+    exif[PIL.ExifTags.Base.Orientation] = orientation
     path = tmp_path / "a.jpg"
     PIL.Image.fromarray(stored).save(path, quality=100, exif=exif)
     upright = data_photographs.read_upright(path)
-    assert data_photographs._orientation(path) == orientation
+    assert data_photographs.exif_orientation(path) == orientation
     height, width = upright.shape[:2]
     y, x = (place.mean() for place in np.nonzero(upright[..., 0] > 128))
     none = np.ones(1, np.float32)
@@ -344,7 +365,7 @@ def test_features_return_to_the_stored_photograph(tmp_path, orientation):
         (0, 0, width, height),
         (height, width),
     )
-    back = own.as_stored(features, orientation)
+    back = own.undo_orientation(features, orientation)
     np.testing.assert_allclose(back.original_keypoints(), [[71.5, 21.5]], atol=0.1)
     assert back.image_size == (64, 96) and back.box == (0, 0, 96, 64)
 

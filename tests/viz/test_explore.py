@@ -20,7 +20,15 @@ from vitgal.features import store
 from vitgal.models import descriptors, inference
 from vitgal.models.network import build_model
 from vitgal.models.weights import save_model
+from vitgal.settings import (
+    GlobalSettings,
+    LocalSettings,
+    MachineSettings,
+    MatchingSettings,
+    RerankingSettings,
+)
 from vitgal.stages import inspection, own
+from vitgal.stages.own_descriptions import Describer
 from vitgal.viz import figures, photograph_browser
 from vitgal.viz import widgets as viz_widgets
 
@@ -333,8 +341,12 @@ def test_other_weights_are_refused(lens, run, tmp_path):
 
 @pytest.fixture
 def photographs(run, tmp_path) -> own.Photographs:
-    describer = own.Describer(
-        *(tmp_path, run / "model.safetensors"), global_size=64, local_size=96, threads=1
+    describer = Describer(
+        tmp_path,
+        run / "model.safetensors",
+        GlobalSettings(size=64),
+        LocalSettings(size=96),
+        MachineSettings(threads=1),
     )
     return own.describe_folder(run / "jpg", describer, progress=False)
 
@@ -342,38 +354,44 @@ def photographs(run, tmp_path) -> own.Photographs:
 @pytest.mark.slow
 def test_a_box_is_drawn_and_searched(photographs):
     browser = photograph_browser.PhotographBrowser(
-        photographs, "q.jpg", None, 3, {"max_distance": 0.5}
+        photographs,
+        "q.jpg",
+        None,
+        RerankingSettings(matching=MatchingSettings(max_distance=0.5)),
+        columns=3,
     )
     assert (browser.across.value, browser.down.value) == ((0, 128), (0, 96))
     assert browser.box is None
-    assert browser.found.table["photograph"][0] == "a.jpg"  # the same photograph
-    assert len(browser.result.options) == 6
+    assert browser.result.table["photograph"][0] == "a.jpg"  # the same photograph
+    assert len(browser.partner.options) == 6
     before, outline = bytes(browser.pair.pictures.children[0].value), bytes(browser.preview.value)
-    browser.result.value = "c.jpg"
+    browser.partner.value = "c.jpg"
     assert bytes(browser.pair.pictures.children[0].value) != before
     browser.across.value, browser.down.value = (10, 100), (20, 90)
-    assert bytes(browser.preview.value) != outline and browser.found.box is None
+    assert bytes(browser.preview.value) != outline and browser.result.box is None
     browser.button.click()
-    assert browser.found.box == browser.box == (10, 20, 100, 90)
+    assert browser.result.box == browser.box == (10, 20, 100, 90)
     browser.across.value = (10, 12)
     browser.button.click()
     assert "2 x 70 pixels is less than one patch" in browser.ranking.words.value
     browser.query.value = "b.jpg"
     assert browser.box is None
     browser.button.click()
-    assert browser.found.query == "b.jpg" and browser.ranking.pictures.children
+    assert browser.result.query == "b.jpg" and browser.ranking.pictures.children
 
 
 def test_a_wrong_first_question_is_raised(photographs):
     with pytest.raises(data_photographs.PhotographError, match="no query z.jpg"):
-        photograph_browser.browse_photographs(photographs, "z.jpg")
+        photograph_browser.browse_photographs(photographs, "z.jpg", None, RerankingSettings())
 
 
 @pytest.mark.slow
 def test_no_browser_holds_an_output_widget(lens, photographs):
     # One would answer on the socket where a headless run awaits the cell's end, and may hang there.
-    found = photograph_browser.browse_photographs(photographs, "q.jpg", (0, 0, 90, 90), top=2)
-    for root in (lens.widget, found, viz_widgets.browse_queries(print, ["a"])):
+    browser = photograph_browser.browse_photographs(
+        photographs, "q.jpg", (0, 0, 90, 90), RerankingSettings(top=2)
+    )
+    for root in (lens.widget, browser, viz_widgets.browse_queries(print, ["a"])):
         kinds = {type(widget) for widget in within(root)}
         assert widgets.Image in kinds or root.children[0].children
         assert widgets.Output not in kinds

@@ -25,7 +25,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "resize",
             "resized_shape",
         ],
-        "photographs": ["Listing", "PhotographError", "list_photographs", "read_upright", "remark"],
+        "photographs": ["Listing", "PhotographError", "list_photographs", "read_upright"],
         "revisited": [
             "GroundTruth",
             "QueryError",

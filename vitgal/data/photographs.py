@@ -1,4 +1,4 @@
-"""A folder of one's own photographs: what is in it, read upright."""
+"""A folder of one's own photographs: which of its files can be searched, and how they are read."""
 
 import os
 from collections.abc import Iterator
@@ -6,75 +6,86 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 
 from vitgal import runs
 from vitgal.data.images import PATCH, ImageError, read_image
 
-READ = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".pgm"}
-UNREAD = {".heic", ".heif", ".avif", ".gif", ".cr2", ".nef", ".arw", ".dng"}  # OpenCV has no reader
-ELONGATED = 4.0  # sides in a greater ratio: squashed to a square, little of it is recognisable
-LARGE = 10_000  # pixels; what is small in so large a photograph vanishes in the network's input
-ORIENTATION = 0x0112  # EXIF
-SHOWN = 3  # names in a message
+SUPPORTED = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".pgm"}
+UNSUPPORTED = {".heic", ".heif", ".avif", ".gif", ".cr2", ".nef", ".arw", ".dng"}  # by OpenCV
+ELONGATED = 4.0  # ratio of the sides; beyond it little is recognisable once squashed to a square
+LARGE = 10_000  # pixels; small details of a larger photograph vanish in the network's input
 
 
 class PhotographError(runs.UserError, ValueError):
-    """A folder, a photograph or a box that nothing can be searched with; the message says why."""
+    """A folder, a photograph or a box cannot be searched; the message says why."""
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a folder and its sub-folders, by name relative to it, sorted.
+    """The files of a folder and its sub-folders, sorted by name.
 
-    names: photographs to read. unread: photographs of formats that are not read here. others: the
-    number of all other files.
+    Attributes:
+        folder: the folder; all names are relative to it.
+        names: photographs in formats that are supported.
+        unsupported: photographs in other formats, each with the remedy.
+        other_files: number of files that are no photographs.
     """
 
     folder: Path
     names: list[str]
-    unread: list[str]
-    others: int
+    unsupported: dict[str, str]
+    other_files: int
 
 
 def list_photographs(folder: Path) -> Listing:
-    """Lists a folder's photographs, sub-folders included, hidden files and folders left out.
+    """Lists the photographs of a folder and its sub-folders, without hidden files and folders.
 
-    Raises PhotographError where there is no such folder or no photograph in it.
+    Raises PhotographError where the folder does not exist or holds no supported photograph.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise PhotographError(f"{folder} is no folder: give the folder of your photographs")
-    names = sorted(path.relative_to(folder).as_posix() for path in _files(folder))
-    kinds = {name: Path(name).suffix.lower() for name in names}
-    read = [name for name in names if kinds[name] in READ]
-    unread = [name for name in names if kinds[name] in UNREAD]
-    if not read:
-        there = f"{len(names)} files, such as {names[0]}" if names else "nothing"
+        raise PhotographError(f"{folder} is not a folder: name the folder of your photographs")
+    files = sorted(visible_files(folder))
+    suffixes = {name: Path(name).suffix.lower() for name in files}
+    names = [name for name in files if suffixes[name] in SUPPORTED]
+    unsupported = {
+        name: f"{suffix} is not read here: convert it to .jpg or .png"
+        for name, suffix in suffixes.items()
+        if suffix in UNSUPPORTED
+    }
+    if not names:
+        content = f"{len(files)} files, such as {files[0]}" if files else "nothing"
         raise PhotographError(
-            f"{folder} holds no photograph that can be read ({there}); photographs end in "
-            f"{' '.join(sorted(READ))}: convert others to one of these"
+            f"{folder} holds no photograph that can be read ({content}); photographs end in "
+            f"{' '.join(sorted(SUPPORTED))}: convert others to one of these"
         )
-    return Listing(folder, read, unread, len(names) - len(read) - len(unread))
+    return Listing(folder, names, unsupported, len(files) - len(names) - len(unsupported))
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder that are not hidden; links are followed, each folder once."""
-    seen = set()
+def visible_files(folder: Path) -> Iterator[str]:
+    """Yields every file below a folder that is not hidden, relative to it, with forward slashes.
+
+    Links are followed; a folder that several links lead to is visited once.
+    """
+    visited = set()
     for root, folders, files in os.walk(folder, followlinks=True):
-        place = os.path.realpath(root)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if place in seen:
+        resolved = os.path.realpath(root)
+        if resolved in visited:
             folders.clear()
-        else:
-            yield from (Path(root) / name for name in files if not name.startswith("."))
-        seen.add(place)
+            continue
+        visited.add(resolved)
+        prefix = "" if Path(root) == folder else f"{Path(root).relative_to(folder).as_posix()}/"
+        yield from (prefix + name for name in files if not name.startswith("."))
 
 
 def read_upright(path: Path) -> np.ndarray:
-    """A photograph (H, W, 3) uint8 RGB, turned by its EXIF tag; PhotographError says what is wrong.
+    """Reads a photograph as (H, W, 3) uint8 RGB, turned by its EXIF orientation.
 
-    One with a side below 16 pixels, a patch of the network, is refused.
+    Raises PhotographError where it is missing, cannot be decoded or has a side below 16 pixels,
+    one patch of the network.
     """
     try:
         image = read_image(path, ignore_orientation=False)
@@ -91,8 +102,8 @@ def read_upright(path: Path) -> np.ndarray:
     return image
 
 
-def remark(height: int, width: int) -> str | None:
-    """What to know of a photograph (or box) of unusual shape or size; None for all others."""
+def size_note(height: int, width: int) -> str | None:
+    """Returns a warning for a photograph of unusual shape or size in pixels, None for others."""
     ratio, longest = max(height, width) / min(height, width), max(height, width)
     if ratio > ELONGATED:
         return (
@@ -107,7 +118,8 @@ def remark(height: int, width: int) -> str | None:
     return None
 
 
-def _digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Returns the sha256 of a photograph's file in hex; PhotographError where it is unreadable."""
     try:
         return runs.fingerprint_file(path)
     except FileNotFoundError:
@@ -116,15 +128,11 @@ def _digest(path: Path) -> str:
         raise PhotographError(f"{Path(path).name}: cannot be read ({error.strerror})") from None
 
 
-def _orientation(path: Path) -> int:
-    """The EXIF tag by which OpenCV has turned the photograph; 1 where there is none."""
+def exif_orientation(path: Path) -> int:
+    """Returns the EXIF orientation, 1 to 8, by which OpenCV turns a photograph; 1 without a tag."""
     try:
         with PIL.Image.open(path) as image:
-            found = image.getexif().get(ORIENTATION, 1)
+            orientation = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
     except (OSError, SyntaxError, PIL.Image.DecompressionBombError):
-        return 1  # a format that only OpenCV reads has no tag that it would obey
-    return found if found in range(1, 9) else 1
-
-
-def _unread(name: str) -> str:
-    return f"{Path(name).suffix.lower()} is not read here: convert it to .jpg or .png"
+        return 1  # OpenCV reads the format and Pillow does not: such formats carry no tag
+    return orientation if orientation in range(1, 9) else 1

@@ -26,7 +26,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         ],
         "paths": ["tensor_path"],
         "photograph_browser": ["PhotographBrowser", "browse_photographs"],
-        "photographs": ["pair_figure", "picture", "ranking_figure", "reduced"],
+        "photographs": ["pair_figure", "ranking_figure", "reduce_image"],
         "rankings": [
             "before_after",
             "contact_sheet",

@@ -9,17 +9,17 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from vitgal.data.photographs import read_upright
-from vitgal.stages.own import Found
+from vitgal.stages.own import SearchResult
 from vitgal.viz import matching, rankings
 
-
-def picture(path: Path, longest: int = 1200) -> tuple[np.ndarray, float]:
-    """An upright photograph, reduced to at most `longest` pixels, and by what factor."""
-    return reduced(read_upright(path), longest)
+THUMBNAIL = 1200  # pixels, the longer side of a photograph in a ranking
 
 
-def reduced(image: np.ndarray, longest: int) -> tuple[np.ndarray, float]:
-    """An image with at most `longest` pixels a side, and by what factor it was reduced."""
+def reduce_image(image: np.ndarray, longest: int) -> tuple[np.ndarray, float]:
+    """Reduces an image (H, W, 3) to at most `longest` pixels a side.
+
+    Returns the image and the factor; smaller images keep their size, with factor 1.
+    """
     factor = min(1.0, longest / max(image.shape[:2]))
     if factor == 1:
         return image, factor
@@ -27,53 +27,57 @@ def reduced(image: np.ndarray, longest: int) -> tuple[np.ndarray, float]:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), factor
 
 
-def ranking_figure(found: Found, *, columns: int = 7) -> np.ndarray:
-    """The query, its first photographs by similarity, and its first ones after reranking.
+def _thumbnail(path: Path) -> np.ndarray:
+    return reduce_image(read_upright(path), THUMBNAIL)[0]
 
-    Returns the axes of `plots.two_rankings`.
+
+def ranking_figure(result: SearchResult, *, columns: int = 7) -> np.ndarray:
+    """Draws the query with the first photographs by similarity, and below after reranking.
+
+    Returns the axes (2, 1 + columns), as `two_rankings` does.
     """
-    image, factor = picture(found.path)
-    box = None if found.box is None else [side * factor for side in found.box]
-    before = found.table.sort_values("global_rank").head(columns)
-    after = found.table.head(columns)
-    shown = {
-        name: picture(found.photographs.path(name))[0]
+    image, factor = reduce_image(read_upright(result.path), THUMBNAIL)
+    box = None if result.box is None else [side * factor for side in result.box]
+    before = result.table.sort_values("global_rank").head(columns)
+    after = result.table.head(columns)
+    thumbnails = {
+        name: _thumbnail(result.photographs.path(name))
         for name in {*before["photograph"], *after["photograph"]}
     }
     return rankings.two_rankings(
         image,
         box,
-        [(shown[row.photograph], _before(row)) for row in before.itertuples()],
-        [(shown[row.photograph], _after(row)) for row in after.itertuples()],
-        query_title=found.query,
+        [(thumbnails[row.photograph], _similarity(row)) for row in before.itertuples()],
+        [(thumbnails[row.photograph], _inliers(row)) for row in after.itertuples()],
+        query_title=result.query,
         columns=columns,
     )
 
 
-def _before(row: Any) -> str:
+def _similarity(row: Any) -> str:
     return f"{row.global_rank}   {row.photograph}\nsimilarity {row.similarity:.2f}"
 
 
-def _after(row: Any) -> str:
+def _inliers(row: Any) -> str:
     counts = "" if pd.isna(row.inliers) else f"\n{row.inliers} inliers of {row.matches}"
     return f"{row.rank}   {row.photograph}{counts}"
 
 
-def pair_figure(found: Found, name: str, *, max_lines: int = 60) -> Axes:
-    """The query and one photograph with their matches; returns the axes of `plots.matches`."""
-    features, pair = found.pair(name)
+def pair_figure(result: SearchResult, name: str, *, max_lines: int = 60) -> Axes:
+    """Draws the query and one photograph with their matches; returns the axes."""
+    query, (features, pair) = result.description.features, result.pair(name)
     homography = pair.verification.homography
     if homography is not None:
-        homography = matching.homography_to_pixels(homography, found.described.features, features)
+        homography = matching.homography_to_pixels(homography, query, features)
     return matching.matches(
-        read_upright(found.path),
-        read_upright(found.photographs.path(name)),
-        found.described.features.original_keypoints(),
+        read_upright(result.path),
+        read_upright(result.photographs.path(name)),
+        query.original_keypoints(),
         features.original_keypoints(),
         pair.matches,
         pair.verification.inliers,
         homography=homography,
-        box=found.box,
+        box=result.box,
         max_lines=max_lines,
-        titles=(found.query, name),
+        titles=(result.query, name),
     )
