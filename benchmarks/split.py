@@ -26,6 +26,7 @@ import pandas as pd
 
 from vitgal.data.gldv2 import CLEAN, image_path, read_landmark_table
 from vitgal.data.splits import split_landmarks, write_split_txt
+from vitgal.settings.sections import SplitSettings
 from vitgal.stages.split import make_split
 
 SIDES = ("published", "ours")
@@ -73,15 +74,16 @@ def run_published(table: Path, out: Path) -> dict:
 
 
 def run_ours(table: Path, out: Path) -> dict:
-    """The same with vitgal.landmarks, which also checks every id of the table."""
+    """The same with vitgal.data, which also checks every id of the table."""
     began = time.process_time()
     frame = read_landmark_table(table)
     read = time.process_time()
-    train, val = split_landmarks(frame, val_share=VAL_SHARE)
+    divided = split_landmarks(frame, val_share=VAL_SHARE)
     split = time.process_time()
-    write_split_txt(out / "train.txt", train)
-    write_split_txt(out / "val.txt", val)
-    return _times(began, read, split) | {"train": len(train), "val": len(val)}
+    counts = {name: len(getattr(divided, name)) for name in ("train", "val")}
+    for name in counts:
+        write_split_txt(out / f"{name}.txt", getattr(divided, name))
+    return _times(began, read, split) | counts
 
 
 def run_stage(table: Path, out: Path) -> dict:
@@ -92,9 +94,13 @@ def run_stage(table: Path, out: Path) -> dict:
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True)
         os.close(os.open(path, os.O_CREAT))
-    expected = (len(frame), frame["landmark_id"].nunique())
+    settings = SplitSettings(
+        val_share=VAL_SHARE,
+        expected_images=len(frame),
+        expected_classes=int(frame["landmark_id"].nunique()),
+    )
     began = time.process_time()
-    make_split(out, train_table=table, image_folder=out / "images", expected=expected)
+    make_split(out, settings, train_table=table, image_folder=out / "images")
     return {"total": time.process_time() - began}
 
 
@@ -133,17 +139,17 @@ def main() -> None:
     parser.add_argument("--stage", action="store_true", help="also time the stage (many files)")
     parser.add_argument("--side", choices=(*SIDES, "stage"), help=argparse.SUPPRESS)
     parser.add_argument("--table", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.side:
-        run_side(given.side, given.table)
+    arguments = parser.parse_args()
+    if arguments.side:
+        run_side(arguments.side, arguments.table)
         return
     with tempfile.TemporaryDirectory() as folder:
         table = Path(folder) / "train.csv"
-        make_table(table, images=given.images, classes=given.classes)
+        make_table(table, images=arguments.images, classes=arguments.classes)
         results = {side: measure(side, table) for side in SIDES}
-        if given.stage:
+        if arguments.stage:
             results["stage"] = measure("stage", table)
-    print(f"{given.images:,} images of {given.classes:,} classes, {platform.machine()}")
+    print(f"{arguments.images:,} images of {arguments.classes:,} classes, {platform.machine()}")
     for side, result in results.items():
         print(f"{side:10}", "  ".join(f"{key} {value:,.2f}" for key, value in result.items()))
     for step in ("split", "total"):

@@ -16,7 +16,12 @@ import torch
 from vitgal.data import gldv2
 from vitgal.models.heads import ArcFace
 from vitgal.models.network import build_model
-from vitgal.settings import AutoencoderSettings, MachineSettings, TrainingSettings
+from vitgal.settings import (
+    AutoencoderSettings,
+    MachineSettings,
+    SplitSettings,
+    TrainingSettings,
+)
 from vitgal.stages import split as stages_split
 from vitgal.stages import train
 from vitgal.training import loop, networks, samples
@@ -66,11 +71,9 @@ def split(run: Path, images: Path) -> Path:
     """Splits the images into `<run>/split`; returns the run."""
     stages_split.make_split(
         run,
+        SplitSettings(val_share=0.2, val_queries=0),
         train_table=images / "train.csv",
         image_folder=images,
-        val_share=0.2,
-        val_queries=0,
-        expected=None,
     )
     return run
 

@@ -26,7 +26,7 @@ from vitgal.data import images as data_images
 from vitgal.data import splits
 from vitgal.models import inference, weights
 from vitgal.models.network import build_model
-from vitgal.settings import MachineSettings, TrainingSettings
+from vitgal.settings import MachineSettings, SplitSettings, TrainingSettings
 from vitgal.stages import split as stages_split
 from vitgal.stages import train as stages_train
 from vitgal.training import augmentation, diagnostics, errors, launch, samples, schedule
@@ -230,13 +230,9 @@ def test_retrieval_is_scored_on_landmarks_that_are_not_trained(tmp_path, images)
     run = tmp_path / "retrieval"
     stages_split.make_split(
         run,
+        SplitSettings(val_share=0.2, held_out_classes=1, val_queries=2, val_database=4),
         train_table=images / "train.csv",
         image_folder=images,
-        val_share=0.2,
-        held_out_classes=1,
-        val_queries=2,
-        val_database=4,
-        expected=None,
     )
     data = samples.read_data(run / "split", images, SETTINGS)
     assert (len(data.queries), len(data.database)) == (2, 4)

@@ -7,12 +7,15 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=["demo", "download"],
     submod_attrs={
         "gldv2": [
+            "check_images",
+            "check_table_size",
             "exclude_images",
             "image_path",
             "missing_images",
             "overlap_audit",
             "read_exclusions",
             "read_landmark_table",
+            "read_overlap",
         ],
         "images": [
             "ImageError",
@@ -40,6 +43,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "write_ground_truth",
         ],
         "splits": [
+            "LandmarkSplit",
             "class_counts",
             "class_table",
             "order_classes",

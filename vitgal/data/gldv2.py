@@ -1,4 +1,4 @@
-"""Google Landmarks v2: its tables, its image folders, and lists of images to leave out."""
+"""Google Landmarks v2: its tables, its image folder, and lists of images to leave out."""
 
 import os
 import re
@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-CLEAN = (1_580_470, 81_313)  # images and classes of the clean table, both of its forms
+from vitgal import runs
+
+CLEAN = (1_580_470, 81_313)  # images and classes of the clean table, in both of its forms
 NOISY_IMAGES = 4_132_914
 ID_CHARACTERS = re.compile(r"[0-9A-Za-z_-]*")
-SHOWN = 3  # how many missing or repeated names an error lists
 _REMEDY = (
     "use the Kaggle 2021 train.csv (id, landmark_id) or train_clean.csv (landmark_id, images), "
     f"which list {CLEAN[0]:,} images of {CLEAN[1]:,} classes"
@@ -20,11 +21,14 @@ _REMEDY = (
 
 
 def read_landmark_table(path: str | os.PathLike) -> pd.DataFrame:
-    """Reads a table of landmark images: `id` (str), `landmark_id` (int64), in the file's order.
+    """Reads a table of landmark images.
 
-    Two forms are known by their columns: id, landmark_id (Kaggle 2021, and the demo), and
-    landmark_id, images (`train_clean.csv`, ids separated by spaces). Further columns of the first
-    form are dropped, but one named url marks the noisy table.
+    The columns tell two forms apart: id, landmark_id (Kaggle 2021 and the demo), and landmark_id,
+    images (`train_clean.csv`, ids separated by spaces). Further columns of the first form are
+    dropped, except that a column url marks the noisy table.
+
+    Returns:
+        `id` (str), `landmark_id` (int64), one row an image in the file's order.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -34,16 +38,16 @@ def read_landmark_table(path: str | os.PathLike) -> pd.DataFrame:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no landmark table {path}; {_REMEDY}")
-    columns = _columns(path)
+    columns = set(_read_csv(path, nrows=0).columns)
     if "url" in columns:
         raise ValueError(
             f"{path} is the noisy table of all {NOISY_IMAGES:,} images (it has a url column), "
             f"not the clean one that training uses; {_REMEDY}"
         )
     if {"landmark_id", "images"} <= columns:
-        table = _images_by_class(_read_csv(path, ["landmark_id", "images"]))
+        table = _images_by_class(_read_csv(path, usecols=["landmark_id", "images"]))
     elif {"id", "landmark_id"} <= columns:
-        table = _read_csv(path, ["id", "landmark_id"])[["id", "landmark_id"]]
+        table = _read_csv(path, usecols=["id", "landmark_id"])[["id", "landmark_id"]]
     else:
         raise ValueError(f"{path} has the columns {', '.join(sorted(columns))}; {_REMEDY}")
     if len(table) >= NOISY_IMAGES:
@@ -52,21 +56,14 @@ def read_landmark_table(path: str | os.PathLike) -> pd.DataFrame:
     return table
 
 
-def _columns(path: Path) -> set[str]:
+def _read_csv(path: Path, **options) -> pd.DataFrame:
+    # Everything but a class is text: an id may look like a number (1e10000000000000, nan). Plain
+    # objects: pandas' string type would check every id again at each selection.
+    types = {"id": object, "images": object, "test_set": object, "landmark_id": np.int64}
     try:
-        return set(pd.read_csv(path, nrows=0).columns)
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no table ({error}); {_REMEDY}") from None
-
-
-def _read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
-    # An id such as 1e10000000000000 or nan is text. Plain objects: pandas' string type would check
-    # all of them again at every selection.
-    types = {name: np.int64 if name == "landmark_id" else object for name in columns}
-    try:
-        return pd.read_csv(path, usecols=columns, dtype=types, keep_default_na=False)
-    except (ValueError, pd.errors.ParserError) as error:
-        raise ValueError(f"{path} cannot be read as a table: {error}") from None
+        return pd.read_csv(path, dtype=types, keep_default_na=False, **options)
+    except (ValueError, OverflowError) as error:  # among them the errors of pandas' parser
+        raise ValueError(f"{path} cannot be read as a table ({error}); {_REMEDY}") from None
 
 
 def _images_by_class(table: pd.DataFrame) -> pd.DataFrame:
@@ -86,23 +83,36 @@ def _check_ids(ids: pd.Series, path: Path) -> None:
     if short:
         raise ValueError(f"{path}: the id {short[0]!r} has fewer than the 3 characters of a path")
     if not ID_CHARACTERS.fullmatch("".join(ids)):
-        strange = next(image for image in ids if not ID_CHARACTERS.fullmatch(image))
-        raise ValueError(f"{path}: the id {strange!r} holds other than letters, digits, _ and -")
-    twice = ids.duplicated().to_numpy()
-    if twice.any():
-        names = ", ".join(ids[twice].unique()[:SHOWN])
-        raise ValueError(f"{path} lists {int(twice.sum()):,} ids more than once: {names}")
+        wrong = next(image for image in ids if not ID_CHARACTERS.fullmatch(image))
+        raise ValueError(f"{path}: the id {wrong!r} has other than letters, digits, _ and -")
+    repeated = ids.duplicated().to_numpy()
+    if repeated.any():
+        names = runs.abbreviate(ids[repeated].unique())
+        raise ValueError(f"{path} lists {int(repeated.sum()):,} ids more than once: {names}")
+
+
+def check_table_size(
+    table: pd.DataFrame, path: Path, *, images: int | None, classes: int | None
+) -> None:
+    """Raises ValueError where a table has other numbers of images or classes; None: any number."""
+    counts = (len(table), int(table["landmark_id"].nunique()))
+    expected = (counts[0] if images is None else images, counts[1] if classes is None else classes)
+    if counts != expected:
+        raise ValueError(
+            f"{path} lists {counts[0]:,} images of {counts[1]:,} classes, not {expected[0]:,} of "
+            f"{expected[1]:,}; {_REMEDY}, or correct expected_images and expected_classes"
+        )
 
 
 def image_path(image: str) -> str:
-    """Where an image lies in the image folder: `a/b/c/<id>.jpg`, the id's first three letters."""
+    """Returns an image's path in the image folder: `a/b/c/<id>.jpg`, by the id's first letters."""
     return f"{image[0]}/{image[1]}/{image[2]}/{image}.jpg"
 
 
 def missing_images(folder: Path, ids: Iterable[str]) -> list[str]:
-    """The ids whose image is not in the folder, sorted.
+    """Returns the ids whose image is not in the folder, sorted.
 
-    Lists each of the at most 4,096 leaf folders once: asking for 1.58 million files one by one
+    Each of the at most 4,096 leaf folders is listed once: 1.58 million look-ups of single files
     would take minutes on a network disk.
     """
     missing = []
@@ -115,87 +125,103 @@ def missing_images(folder: Path, ids: Iterable[str]) -> list[str]:
     return missing
 
 
-def _check_images(folder: Path, table: pd.DataFrame) -> None:
-    folder = Path(folder)
+def check_images(folder: Path, ids: Iterable[str]) -> None:
+    """Raises FileNotFoundError, with the remedy, where the folder or an image is missing."""
+    folder, ids = Path(folder), list(ids)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"there is no image folder {folder}; it is the one that holds 0/, 1/, ... f/ with "
             "images as a/b/c/<id>.jpg"
         )
-    missing = missing_images(folder, table["id"])
+    missing = missing_images(folder, ids)
     if missing:
-        shown = ", ".join(image_path(image) for image in missing[:SHOWN])
+        first = runs.abbreviate([image_path(image) for image in missing])
         raise FileNotFoundError(
-            f"{len(missing):,} of {len(table):,} listed images are not in {folder}, first {shown}; "
-            "unpack every archive of the training set there (a/b/c/<id>.jpg), or list the missing "
-            "ids in the exclude file"
+            f"{len(missing):,} of {len(ids):,} listed images are not in {folder}: {first}; unpack "
+            "every archive of the training set there (a/b/c/<id>.jpg), or list the missing ids in "
+            "the exclude file"
         )
 
 
 def read_exclusions(path: str | os.PathLike) -> list[str]:
-    """Image or landmark ids from a text file, one a line; blank lines and # comments are skipped.
+    """Reads image or landmark ids from a text file, one a line, without # comments.
 
-    Raises FileNotFoundError, and ValueError where it lists nothing.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no UTF-8 text or lists nothing.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no exclude file {path}")
-    lines = (line.split("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
-    entries = [line for line in lines if line]
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the exclude file {path} is no text: {error}") from None
+    entries = [entry for line in lines if (entry := line.split("#")[0].strip())]
     if not entries:
         raise ValueError(f"the exclude file {path} lists no image and no landmark")
     return entries
 
 
-def exclude_images(table: pd.DataFrame, entries: Iterable[str | int]) -> pd.DataFrame:
-    """The table without the listed images and without every image of the listed landmarks.
+def exclude_images(table: pd.DataFrame, entries: Iterable[str]) -> pd.DataFrame:
+    """Returns the table without the listed images and without every image of listed landmarks.
 
     An entry that is an image's id names that image, else a landmark_id. ValueError names entries
-    that are neither, since a mistyped list would let images through that were to be removed.
+    that are neither: a mistyped list would keep images that were to be removed.
     """
-    entries = [str(entry) for entry in entries]
+    entries = list(entries)
     images = set(entries) & set(table["id"])
-    others = [entry for entry in entries if entry not in images]
-    known = set(np.unique(table["landmark_id"]).astype(str))
-    unknown = [entry for entry in others if entry not in known]
+    classes = [entry for entry in entries if entry not in images]
+    listed_classes = set(np.unique(table["landmark_id"]).astype(str))
+    unknown = [entry for entry in classes if entry not in listed_classes]
     if unknown:
         raise ValueError(
             f"{len(unknown)} of {len(entries)} entries to exclude are neither an image id nor a "
-            f"landmark_id of the table: {', '.join(unknown[:SHOWN])}"
+            f"landmark_id of the table: {runs.abbreviate(unknown)}"
         )
-    classes = np.array([int(entry) for entry in others], np.int64)
-    gone = table["id"].isin(images) | table["landmark_id"].isin(classes)
-    return table[~gone].reset_index(drop=True)
+    excluded = table["id"].isin(images)
+    excluded |= table["landmark_id"].isin(np.array([int(entry) for entry in classes], np.int64))
+    return table[~excluded].reset_index(drop=True)
+
+
+def read_overlap(path: str | os.PathLike) -> pd.DataFrame:
+    """Reads images (`id`) or else classes (`landmark_id`) of the test sets, and `test_set`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no table, or has neither id nor landmark_id.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no overlap table {path}")
+    columns = _read_csv(path, nrows=0).columns
+    key = next((name for name in ("id", "landmark_id") if name in columns), None)
+    if key is None:
+        raise ValueError(f"the overlap table {path} needs a column id or landmark_id")
+    return _read_csv(path, usecols=[key, *{"test_set"}.intersection(columns)])
 
 
 def overlap_audit(table: pd.DataFrame, overlap: pd.DataFrame) -> pd.DataFrame:
-    """Which of the table's classes are known to show landmarks of the test sets.
+    """Lists the table's classes that are known to show landmarks of the test sets.
 
     Args:
         table: `id`, `landmark_id`.
-        overlap: rows that name an image (`id`) or a class (`landmark_id`); `test_set` is optional.
+        overlap: `id` or `landmark_id`, optionally `test_set`, see `read_overlap`.
+
     Returns:
-        landmark_id, images (of the class, in the table), listed (of these, named by the overlap
-        table, a class naming all), test_sets (joined by spaces); by landmark_id. Empty where
-        nothing overlaps.
-    Raises:
-        ValueError: the overlap table has neither id nor landmark_id.
+        landmark_id, images (of the class, in the table), listed (those of them that the overlap
+        table names; a class stands for all its images), test_sets (joined by spaces); by
+        landmark_id. Empty where nothing overlaps.
     """
-    if not {"id", "landmark_id"} & set(overlap.columns):
-        raise ValueError("the overlap table needs a column id or landmark_id")
-    listed = overlap.assign(
-        test_set=overlap["test_set"] if "test_set" in overlap else "",
-        key=overlap["id"].astype(object) if "id" in overlap else overlap["landmark_id"],
-    )
-    on = "id" if "id" in overlap else "landmark_id"
-    found = table.merge(listed[["key", "test_set"]], left_on=on, right_on="key")
-    sizes = table["landmark_id"].value_counts()
-    groups = found.groupby("landmark_id")
+    key = "id" if "id" in overlap else "landmark_id"
+    listed = overlap[[key]].assign(test_set=overlap.get("test_set", ""))
+    groups = table.merge(listed, on=key).groupby("landmark_id")
     audit = pd.DataFrame(
         {
             "listed": groups["id"].nunique(),
             "test_sets": groups["test_set"].agg(lambda sets: " ".join(sorted(set(sets) - {""}))),
         }
     ).reset_index()
+    sizes = table["landmark_id"].value_counts()
     audit.insert(1, "images", sizes.reindex(audit["landmark_id"]).to_numpy())
     return audit

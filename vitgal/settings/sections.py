@@ -61,8 +61,10 @@ class DemoSettings(Section):
     """The simulated views of the bundled photographs."""
 
     seed: int = setting(0, SEED_MEANING, low=0)
-    demo_views: int = setting(24, "views of each training photograph", low=1)
-    demo_view_size: int = setting(256, "longer side of a view", unit="pixels", low=32)
+    view_size: int = setting(
+        256, "longer side of a view", flat="demo_view_size", unit="pixels", low=32
+    )
+    train_views: int = setting(24, "views of each training photograph", flat="demo_views", low=1)
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,12 @@ class SplitSettings(Section):
     val_queries: int = setting(1000, "queries of retrieval validation, at most", low=0)
     val_database: int = setting(5000, "database images of retrieval validation, at most", low=0)
     min_val_images: int = setting(4, "images that a class needs to give a query", low=2)
-    expected_images: int | None = setting(None, "refuse a table of another size", low=1)
-    expected_classes: int | None = setting(None, "refuse a table of other classes", low=1)
+    expected_images: int | None = setting(
+        None, "refuse a table of another size", low=1, result=False
+    )
+    expected_classes: int | None = setting(
+        None, "refuse a table of other classes", low=1, result=False
+    )
 
 
 AUGMENTATIONS = ("published", "fast", "none")
