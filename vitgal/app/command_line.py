@@ -58,7 +58,8 @@ def _run(options: argparse.Namespace) -> int:
     # Before torch is loaded, for the kernels that inherit it: threads that wait asleep. With the
     # default, spinning, two busy processes on one machine slow each other tenfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from vitgal.app import execution, parameters, pipeline, summary
+    from vitgal.app import execution, pipeline, summary
+    from vitgal.settings.section import SettingsError
 
     try:
         folder = pipeline.run(
@@ -69,7 +70,7 @@ def _run(options: argparse.Namespace) -> int:
             overrides=dict(options.overrides),
             output=options.output,
         )
-    except (parameters.ParameterError, FileNotFoundError) as error:
+    except (SettingsError, FileNotFoundError) as error:
         print(f"vitgal: {error}", file=sys.stderr)
         return 2
     except execution.Interrupted as error:
@@ -101,7 +102,8 @@ def _own_parser(parser: argparse.ArgumentParser) -> None:
 
 def _own(options: argparse.Namespace) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in _run
-    from vitgal.app import execution, parameters, pipeline, summary
+    from vitgal.app import execution, pipeline, summary
+    from vitgal.settings.section import SettingsError
 
     try:
         folder = pipeline.run_own(
@@ -111,7 +113,7 @@ def _own(options: argparse.Namespace) -> int:
             overrides=dict(options.overrides),
             output=options.output,
         )
-    except (parameters.ParameterError, FileNotFoundError) as error:
+    except (SettingsError, FileNotFoundError) as error:
         print(f"vitgal: {error}", file=sys.stderr)
         return 2
     except execution.Interrupted as error:

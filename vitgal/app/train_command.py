@@ -1,4 +1,4 @@
-"""`accelerate launch -m vitgal.training PARAMS.yaml`: trains what notebooks 02 and 03 train.
+"""The command that trains: the retrieval model (notebook 02) and the autoencoder (notebook 03).
 
 On several nodes every node starts the same command, with a file as `vitgal run` takes it:
 
@@ -16,10 +16,12 @@ import torch
 
 from vitgal import runs
 from vitgal.app import parameters, pipeline
-from vitgal.settings import AutoencoderSettings, MachineSettings, TrainingSettings
+from vitgal.settings.reader import Settings, read_file
+from vitgal.settings.section import SettingsError
 from vitgal.stages.train import fit_autoencoder, fit_retrieval
 from vitgal.training.errors import Preempted
 
+RESTART = pipeline.RESTART
 STAGES = {"02": "retrieval", "03": "autoencoder"}  # by the notebook that trains it
 
 
@@ -34,17 +36,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="runs/NAME", help="the run folder")
     options = parser.parse_args(arguments)
     try:
-        run, stages = read_parameters(
+        run, chosen = read_notebook_settings(
             options.params,
             only=options.only,
             overrides=dict(options.overrides),
             output=options.output,
         )
-        for number, values in stages.items():
-            train(number, run, values)
+        for number, settings in chosen.items():
+            train(number, run, settings)
     except Preempted as error:
-        return _report(error, pipeline.RESTART)
-    except parameters.ParameterError as error:
+        return _report(error, RESTART)
+    except SettingsError as error:
         return _report(error, 2)
     except (ValueError, OSError, RuntimeError) as error:
         return _report(error, 1)
@@ -59,40 +61,29 @@ def _report(error: Exception, status: int) -> int:
     return status
 
 
-def read_parameters(
+def read_notebook_settings(
     params: Path,
     *,
     only: str | None = None,
     overrides: dict[str, Any] | None = None,
     output: Path | None = None,
-) -> tuple[Path, dict[str, dict[str, Any]]]:
-    """Returns the run folder, and by notebook ("02", "03") the flat settings it would run with.
+) -> tuple[Path, dict[str, Settings]]:
+    """The run folder, and by notebook ("02", "03") the settings that it would run with.
 
-    Reads and checks the file as `vitgal run` does; raises ParameterError, FileNotFoundError.
+    Reads and checks the file as `vitgal run` does; raises SettingsError, FileNotFoundError.
     """
-    notebooks = parameters.chain(runs.checkout() / "notebooks")
-    selected = parameters.select(notebooks, only=[only] if only else list(STAGES))
-    run, changed = pipeline.plan(
-        parameters.own_range(parameters.read_params(params))[0],
-        notebooks,
-        selected,
-        overrides=overrides or {},
-        output=output,
-        source=str(params),
-    )
-    values = {}
-    for path in selected:
-        defaults = {name: line.default for name, line in parameters.declared(path).items()}
-        values[path.name[:2]] = defaults | changed[path]
-    return run, values
+    every = parameters.chain(runs.checkout() / "notebooks")
+    chosen = parameters.select(every, only=[only] if only else list(STAGES))
+    values = read_file(params)
+    run, injected = pipeline.plan(values, every, chosen, overrides=overrides, output=output)
+    settings = {path.name[:2]: parameters.settings_in(path, injected[path]) for path in chosen}
+    return run, settings
 
 
-def train(notebook: str, run: Path, values: dict[str, Any]) -> Path:
-    """Trains what notebook "02" or "03" trains with flat settings; returns the stage's folder."""
-    images = runs.data_folder(run, values["image_folder"], "train")
-    machine, overwrite = MachineSettings.build(values), values["overwrite"]
+def train(notebook: str, run: Path, settings: Settings) -> Path:
+    """Fits what notebook "02" or "03" fits with these settings; returns the stage's folder."""
+    images = runs.data_folder(run, settings.run.image_folder, "train")
+    shared = {"image_folder": images, "overwrite": settings.run.overwrite}
     if notebook == "02":
-        settings = TrainingSettings.build(values)
-        return fit_retrieval(run, settings, machine, image_folder=images, overwrite=overwrite)
-    settings = AutoencoderSettings.build(values)
-    return fit_autoencoder(run, settings, machine, image_folder=images, overwrite=overwrite)
+        return fit_retrieval(run, settings.training, settings.machine, **shared)
+    return fit_autoencoder(run, settings.autoencoder, settings.machine, **shared)
