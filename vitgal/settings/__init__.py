@@ -5,6 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "reader": ["Settings", "Values", "read_file", "read_settings", "settings_of"],
         "section": ["Fact", "Section", "SettingsError", "conform", "fact", "guess", "setting"],
         "sections": [
             "AutoencoderSettings",

@@ -7,7 +7,7 @@ notebook's cell says, the files that `extends` names, what was injected or typed
 import ast
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -131,30 +131,33 @@ class Settings(Values):
         """What is drawn and what is asserted."""
         return self.section(sections.ShowSettings)
 
-    def recorded(self, folder: Path, kind: type[S], notebook: str) -> S:
-        """A section as a finished stage of the run recorded it in its manifest.
+    def recorded(
+        self, folder: Path, kind: type[S], notebook: str, names: Iterable[str] | None = None
+    ) -> S:
+        """A section with the values that a finished stage's manifest holds.
 
-        Raises SettingsError where a setting was given another value here, StageError where the
-        stage is not finished.
+        Args:
+            folder: of the stage.
+            notebook: which one makes the stage, for messages.
+            names: the flat settings that are taken; None takes all that the manifest has.
+        Raises:
+            SettingsError: a setting was given another value here.
+            StageError: the stage is not finished.
         """
         parameters = runs.read_stage(folder, notebook)["parameters"]
-        merged = dict(self.values)
-        wanted = kind.build(self.values).compared()
-        for name, entry in _compared_fields(kind):
-            if entry.name not in parameters:
+        values, wanted = dict(self.values), self.section(kind).compared()
+        for name in kind.flat() if names is None else names:
+            field_name = kind.flat()[name].name
+            if field_name not in parameters:
                 continue
-            there, here = parameters[entry.name], runs.plain(wanted.get(entry.name))
-            if name in self.sources and here != there:
+            recorded, here = parameters[field_name], runs.plain(wanted[field_name])
+            if name in self.sources and here != recorded:
                 raise SettingsError(
                     f"{name} is {here} ({self.sources[name]}), but {folder / runs.MANIFEST} was "
-                    f"made with {there}: change it in {notebook}, or leave it out here"
+                    f"made with {recorded}: change it in {notebook}, or leave it out here"
                 )
-            merged[name] = there
-        return kind.build(merged)
-
-
-def _compared_fields(kind: type[Section]) -> Iterator[tuple[str, Any]]:
-    return ((name, entry) for name, entry in kind.flat().items() if fact(entry).result)
+            values[name] = recorded
+        return kind.build(values)
 
 
 # YAML files

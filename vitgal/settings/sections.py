@@ -22,9 +22,9 @@ SIZE = dict(unit="pixels", low=16)
 class RunSettings(Section):
     """Where a run's inputs and outputs are. Contents are compared by fingerprint, never paths."""
 
-    run_dir: str = setting("demo", "run folder, below runs/ or $VITGAL_RUNS", result=False)
+    run_dir: str = setting("", "run folder, below runs/ or $VITGAL_RUNS", result=False)
     overwrite: bool = setting(False, "delete finished stages and make them again", result=False)
-    dataset: str = setting("demo", "benchmark: its labels are gnd_<dataset>.pkl", result=False)
+    dataset: str = setting("", "benchmark: its labels are gnd_<dataset>.pkl", result=False)
     dataset_dir: str | None = setting(
         None,
         "folder of jpg/ and gnd_<dataset>.pkl; None: the run's own benchmark",
@@ -439,13 +439,10 @@ class OwnSettings(Section):
     photographs_folder: str = setting(
         "third_party/landmarks", "with its sub-folders", path=True, result=False
     )
-    query_image: str = setting(
-        "neuschwanstein/1.jpg", "a name in the folder, or any file", result=False
-    )
+    query_image: str = setting("", "a name in the folder, or any file", result=False)
     query_box: tuple[int, ...] | None = setting(
         None, "x0, y0, x1, y1 of the query; None: all of it", unit="pixels", result=False
     )
-    top: int = setting(20, "photographs that are compared patch by patch", flat="own_top", low=1)
     export_pairs: int = setting(0, "similar photographs a photograph in pairs.txt", low=0)
     export_features: bool = setting(False, "write features.h5 for hloc and COLMAP")
 
@@ -507,7 +504,7 @@ class ShowSettings(Section):
     shown_images: tuple[int, ...] = setting(
         (), "queries whose features are drawn", low=0, result=False
     )
-    shown_pairs: int = setting(2, "pairs drawn", low=0, result=False)
+    shown_pairs: int = setting(3, "pairs drawn", low=0, result=False)
     query_index: int = setting(0, "query that is looked at", result=False)
     image_index: int | None = setting(
         None, "database image; None: the best verified hard one", result=False

@@ -5,6 +5,14 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
+        "benchmark": [
+            "VALIDATION",
+            "image_folder",
+            "local_settings",
+            "model_path",
+            "open_benchmark",
+            "reranking_settings",
+        ],
         "cluster": ["OnCluster"],
         "demo": ["make_demo"],
         "describe": ["evaluate_global"],

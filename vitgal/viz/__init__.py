@@ -6,6 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "failure_figure": ["failure"],
+        "figure_folder": ["FigureFolder"],
         "figures": [
             "failure_table",
             "global_path",

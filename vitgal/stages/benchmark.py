@@ -1,0 +1,82 @@
+"""The benchmark and the model of a run, as its settings or its earlier stages name them."""
+
+from pathlib import Path
+from typing import Any
+
+from vitgal import runs
+from vitgal.data import revisited
+from vitgal.data.revisited import RetrievalDataset
+from vitgal.evaluation.tuning import DATASET as VALIDATION
+from vitgal.settings.reader import Settings
+from vitgal.settings.sections import LocalSettings, RerankingSettings
+from vitgal.stages.tune import validation_benchmark
+
+GLOBAL_NOTEBOOK = "04_global_evaluation"
+
+
+def open_benchmark(settings: Settings) -> RetrievalDataset:
+    """The data set that the settings name; where they name no folder, the one of the global stage.
+
+    Without either it is the run's own benchmark; `val_retrieval` is laid out from the run's split.
+    Raises as `revisited.open_dataset` does.
+    """
+    run = runs.run_folder(settings.run.run_dir)
+    distractors = _path(settings, "distractors")
+    if settings.run.dataset == VALIDATION:
+        folder = validation_benchmark(run, image_folder(settings))
+    else:
+        folder = runs.data_folder(run, _path(settings, "dataset_dir"), "benchmark")
+    return revisited.open_dataset(
+        settings.run.dataset, folder, distractors=distractors and runs.resolve(distractors)
+    )
+
+
+def model_path(settings: Settings) -> Path:
+    """The weights that the settings name, else those of the global stage, else the run's model.
+
+    Raises StageError where the run's training was begun and is not finished.
+    """
+    return runs.model_file(runs.run_folder(settings.run.run_dir), _path(settings, "weights"))
+
+
+def image_folder(settings: Settings) -> Path:
+    """The folder of the training images: as the settings name it, else the run's own."""
+    return runs.data_folder(
+        runs.run_folder(settings.run.run_dir), settings.run.image_folder, "train"
+    )
+
+
+def local_settings(settings: Settings) -> LocalSettings:
+    """The settings of local features, with the queries cropped as the global stage did.
+
+    Raises SettingsError where `crop_queries` was given another value, StageError where the global
+    stage is not finished.
+    """
+    folder = _stage_folder(settings, "global")
+    return settings.recorded(folder, LocalSettings, GLOBAL_NOTEBOOK, ["crop_queries"])
+
+
+def reranking_settings(settings: Settings) -> RerankingSettings:
+    """The settings that the reranking stage was made with, for drawing what it counted.
+
+    Raises SettingsError where one was given another value, StageError where the stage is not
+    finished.
+    """
+    return settings.recorded(_stage_folder(settings, "rerank"), RerankingSettings, "06_rerank")
+
+
+def _path(settings: Settings, name: str) -> str | None:
+    """A path as it was set, else as the global stage recorded it; None for the run's own."""
+    path = getattr(settings.run, name)
+    return path if path is not None else _recorded(settings).get(name)
+
+
+def _recorded(settings: Settings) -> dict[str, Any]:
+    folder = _stage_folder(settings, "global")
+    if not (folder / runs.MANIFEST).exists():
+        return {}
+    return runs.read_json(folder / runs.MANIFEST)["recorded"]
+
+
+def _stage_folder(settings: Settings, stage: str) -> Path:
+    return runs.run_folder(settings.run.run_dir) / settings.run.dataset / stage
