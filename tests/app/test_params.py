@@ -8,6 +8,7 @@ from vitgal import runs
 from vitgal.app import parameters, pipeline
 from vitgal.data.demo import photographs
 from vitgal.data.download import sources
+from vitgal.settings import reader, sections
 
 TOP = Path(__file__).resolve().parents[2]
 FILES = {path.stem: path for path in sorted((TOP / "params").glob("*.yaml"))}
@@ -19,89 +20,150 @@ TEST = [
     for dataset in ("roxford5k", "rparis6k")
     for distractors in ("", "_r1m")
 ]
-# What says how to run and not what comes out, and what only the demo data has.
-MACHINE = {"overwrite", "workers", "threads", "data_workers", "batch_size_inference"}
-MACHINE |= {"engine", "ray_address", "checkpoint_minutes", "timeout_minutes", "dry_run"}
-MACHINE |= {"match_device", "read_threads", "local_batch_size", "worker", "worker_count"}
-DEMO = {"demo_views", "demo_view_size"}
 
 
 def read(name: str) -> dict:
-    return parameters.own_range(parameters.read_params(FILES[name]))[0]
+    """A file's settings, those of the files it extends included."""
+    return dict(reader.read_file(FILES[name]).without("notebooks").values)
+
+
+def effective(name: str) -> dict:
+    """What the notebooks that a file is made for run with, by flat name."""
+    values = reader.read_file(FILES[name])
+    chosen = parameters.select(
+        NOTEBOOKS, **dict(zip(("first", "last"), parameters.notebook_range(values), strict=True))
+    )
+    _, injected = pipeline.plan(values, NOTEBOOKS, chosen)
+    found = {}
+    for path in chosen:
+        whole = parameters.settings_in(path, injected[path])
+        for section in sections.NOTEBOOKS[path.stem]:
+            built = whole.section(section)
+            found |= flat_values(built)
+    return found
+
+
+def flat_values(section) -> dict:
+    """The values of a section by flat name; tuples as lists, as YAML has them."""
+    parts = [section]
+    if isinstance(section, sections.RerankingSettings):
+        parts += [section.verification, section.matching]
+    values = {}
+    for part in parts:
+        for name, entry in type(part).flat().items():
+            if hasattr(part, entry.name):
+                value = getattr(part, entry.name)
+                values[name] = list(value) if isinstance(value, tuple) else value
+    return values
 
 
 def differing(one: str, other: str) -> set[str]:
     """The names whose values differ between two files."""
-    a, b = read(one), read(other)
+    a, b = effective(one), effective(other)
     return {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)}
 
 
 def test_the_files_are_those_that_are_documented():
-    assert set(FILES) == {*TRAIN, *TEST, "demo", "tiny", "small_weights"}
+    assert set(FILES) == {*TRAIN, *TEST, "demo", "tiny", "small_weights", "published"}
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_parameter_is_declared_and_of_its_type(name):
-    folder, _ = pipeline.plan(read(name), NOTEBOOKS, NOTEBOOKS, overrides={}, source=name)
-    assert folder.name == name.removesuffix("_train")
+def test_every_setting_is_known_and_of_its_type(name):
+    folder, _ = pipeline.plan(reader.read_file(FILES[name]), NOTEBOOKS, NOTEBOOKS)
+    if name != "published":  # names no run: the files that extend it do
+        assert folder.name == name.removesuffix("_train")
+
+
+@pytest.mark.parametrize("path", sorted((TOP / "params").glob("*/*.yaml")), ids=lambda p: p.stem)
+def test_recipes_hold_training_and_machines_hold_speed(path):
+    values = reader.read_file(path).values
+    kinds = {"recipes": (sections.TrainingSettings, sections.AutoencoderSettings)}
+    kinds |= {"machines": (sections.MachineSettings,)}
+    names = {name for kind in kinds[path.parent.name] for name in kind.flat()}
+    if path.parent.name == "recipes":
+        names.add("num_processes")  # batch_size counts for each of them
+    assert set(values) <= names
+    reader.settings_of(reader.checked(reader.Values.of(values, path.name)))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_real_file_names_the_notebooks_it_is_made_for(name):
     # Without it, an evaluation would first train the demo, and a week's training end in an error.
-    _, first, last = parameters.own_range(parameters.read_params(FILES[name]))
-    training = [*TRAIN, "small_weights"]
-    wanted = ("01", "03") if name in training else ("04", "07") if name in TEST else (None, None)
-    assert (first, last) == wanted
+    wanted = (None, None)
+    if name in (*TRAIN, "small_weights"):
+        wanted = ("01", "03")
+    if name in TEST:
+        wanted = ("04", "07")
+    assert parameters.notebook_range(reader.read_file(FILES[name])) == wanted
 
 
 def test_the_demo_changes_no_notebook():
-    _, taken = pipeline.plan(read("demo"), NOTEBOOKS, NOTEBOOKS, overrides={})
-    assert not any(taken.values())
+    _, injected = pipeline.plan(reader.read_file(FILES["demo"]), NOTEBOOKS, NOTEBOOKS)
+    assert not any(injected.values())
 
 
 def test_run_folders_are_distinct():
-    folders = [read(name)["run_dir"] for name in FILES]
+    folders = [read(name)["run_dir"] for name in FILES if name != "published"]
     assert len(set(folders)) == len(folders)
+
+
+def test_an_evaluation_says_little():
+    for name in TEST:
+        lines = [line for line in FILES[name].read_text().splitlines() if line[:1] not in ("", "#")]
+        assert len(lines) <= 12, name
 
 
 def test_notebooks_agree_on_what_they_share():
     # One file feeds them all, and a run of the defaults must find its own earlier stages.
-    found: dict[str, parameters.Declaration] = {}
+    first: dict[str, parameters.Declaration] = {}
     for path in NOTEBOOKS:
         for name, declaration in parameters.declared(path).items():
-            first = found.setdefault(name, declaration)
-            assert (declaration.kind, declaration.default) == (first.kind, first.default), (
-                f"{name} in {declaration.notebook} and in {first.notebook}"
-            )
-    assert found["run_dir"].default == read("demo")["run_dir"]
+            assert first.setdefault(name, declaration) == declaration, f"{name} in {path.stem}"
+    assert first["run_dir"].default == read("demo")["run_dir"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_cell_repeats_no_default_and_leaves_recipes_alone(path):
+    """None, True and False say only that something is on, off or left to the setting's default."""
+    files = [path for path in sorted((TOP / "params").glob("*/*.yaml"))]
+    layered = {name for file in files for name in reader.read_file(file).values}
+    for name, line in parameters.declared(path).items():
+        (kind, *_) = [k for k in sections.NOTEBOOKS[path.stem] if name in k.flat()]
+        assert name not in layered, f"{name} would beat every recipe and machine"
+        default = kind.flat()[name].default
+        plain = list(default) if isinstance(default, tuple) else default
+        assert line.default in (None, True, False) or line.default != plain, name
+        declared = str(line.kind).replace("list[", "tuple[").replace("]", ", ...]")
+        assert declared.replace(" ", "") == str(kind.types()[name]).replace(" ", ""), name
 
 
 @pytest.mark.parametrize("name", [*TRAIN, *TEST])
 def test_a_real_file_leaves_nothing_to_the_demo(name):
-    numbers = ("01", "02", "03") if name in TRAIN else ("04", "05", "06", "07")
-    declared = set()
-    for path in NOTEBOOKS:
-        if path.name.startswith(numbers):
-            declared |= parameters.declared(path).keys()
-    # Distractors are for _r1m alone, and their absence is the notebook's default.
-    assert declared - set(read(name)) - MACHINE - DEMO <= {"distractors"}
+    values = reader.read_file(FILES[name])
+    first, last = parameters.notebook_range(values)
+    for path in parameters.select(NOTEBOOKS, first=first, last=last):
+        for setting, line in parameters.declared(path).items():
+            (kind, *_) = [k for k in sections.NOTEBOOKS[path.stem] if setting in k.flat()]
+            default = kind.flat()[setting].default
+            demo = line.default != (list(default) if isinstance(default, tuple) else default)
+            assert not demo or setting in values.values, f"{setting} of {path.stem}"
 
 
 @pytest.mark.parametrize("name", [*TRAIN, *TEST])
 def test_data_paths_are_what_download_brings(name):
-    paths = {key: value for key, value in read(name).items() if parameters.is_path(key) and value}
+    found = effective(name)
+    paths = {key: value for key, value in found.items() if parameters.is_path(key) and value}
     assert paths
     for key, value in paths.items():
         assert value.startswith("data/"), key
         assert sources.hint(runs.resolve(value)), f"{key}: {value}"
-    data = {key for key, value in read(name).items() if str(value).startswith("data/")}
+    data = {key for key, value in found.items() if str(value).startswith("data/")}
     assert data == set(paths)
 
 
 @pytest.mark.parametrize("model", ["s12", "s24"])
 def test_training_is_as_published(model):
-    found = read(f"{model}_train")
+    found = effective(f"{model}_train")
     # The paper's section 4 and the published command lines; where they differ, the code's value.
     published = {
         "architecture": f"xcit_small_{model[1:]}_p16_224",
@@ -149,7 +211,7 @@ def test_training_is_as_published(model):
 
 @pytest.mark.parametrize("name", TEST)
 def test_evaluation_is_as_published(name):
-    found = read(name)
+    found = effective(name)
     published = {
         "global_size": 512,
         "global_resize": "squash",
@@ -178,16 +240,14 @@ def test_evaluation_is_as_published(name):
 
 def test_the_small_weights_never_saw_what_the_demo_tests_or_tunes_on():
     # the held-out landmarks follow from seed and number alone, notebook 06 tunes on them
-    found, every = read("small_weights"), {}
-    for path in NOTEBOOKS:
-        every |= {name: line.default for name, line in parameters.declared(path).items()}
+    small, demo = effective("small_weights"), effective("demo")
     for name in ("seed", "held_out_classes", "code_dim", "architecture", "exclude", "train_table"):
-        assert found.get(name, every[name]) == every[name]
+        assert small[name] == demo[name]
     assert {"notre_dame_paris", "arc_du_carrousel"} <= set(photographs.BENCHMARK_LANDMARKS)
 
 
 def test_variants_differ_in_nothing_else():
-    assert differing(*TRAIN) == {"run_dir", "architecture", "initial_weights"}
+    assert differing(*TRAIN) == {"run_dir", "recipe", "architecture", "initial_weights"}
     for name in TEST[::2]:
         assert differing(name, f"{name}_r1m") == {"run_dir", "distractors"}
     for dataset in ("roxford5k", "rparis6k"):
@@ -202,14 +262,9 @@ def test_variants_differ_in_nothing_else():
 
 
 def test_only_the_demo_checks_scores():
-    every = {name: d for path in NOTEBOOKS for name, d in parameters.declared(path).items()}
-    bounds = {
-        name
-        for name, declaration in every.items()
-        if declaration.kind == "float | None" and declaration.default is not None
-    }
-    assert len(bounds) >= 3  # Medium mAP, its gain by training, Hard mAP's gain by reranking
-    for file in ("tiny", "s12_train", "s12_roxford5k"):
-        found = read(file)
-        assert all(found[name] is None for name in bounds & found.keys())
-    assert bounds <= read("tiny").keys()
+    bounds = {name for name in sections.ShowSettings.flat() if name.startswith(("min_", "max_"))}
+    demo = effective("demo")
+    assert all(demo[name] is not None for name in bounds)
+    for file in ("tiny", *TRAIN, *TEST):
+        found = effective(file)
+        assert all(found[name] is None for name in bounds), file

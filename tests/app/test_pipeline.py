@@ -10,11 +10,9 @@ import nbformat
 import pytest
 
 from vitgal import runs
-from vitgal.app import command_line as command_line
-from vitgal.app import execution, pipeline, summary
-from vitgal.app import parameters as app_parameters
+from vitgal.app import command_line, execution, pipeline, summary
 from vitgal.app.execution import NotebookError
-from vitgal.app.parameters import ParameterError
+from vitgal.settings.section import SettingsError
 
 FIRST = "run_dir: str = 'demo'\nsize: int = 4  # pixels\nrate: float = 0.5\nname: str | None = None"
 SECOND = "run_dir: str = 'demo'\nscales: list[float] = [1.0]\nweights: str | None = None"
@@ -38,192 +36,7 @@ def codes(notebook: Path) -> list:
     return [cell for cell in cells if cell.cell_type == "code"]
 
 
-# Declarations and types
-
-
-def test_declared_reads_name_type_default(two):
-    found = app_parameters.declared(two / "01_first.ipynb")
-    assert [(d.name, d.kind, d.default) for d in found.values()] == [
-        ("run_dir", "str", "demo"),
-        ("size", "int", 4),
-        ("rate", "float", 0.5),
-        ("name", "str | None", None),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("line", "complaint"),
-    [
-        ("size = 4", "name: type = value"),
-        ("size: int", "name: type = value"),
-        ("import os", "name: type = value"),
-        ("size: int = 2 * 2", "malformed"),
-        ("size: int = 'four'", "declared is `int`"),
-        ("size: Path = 'x'", "is none of int"),
-        ("size: list[list[int]] = []", "is none of int"),
-        ("%matplotlib inline", "invalid syntax"),
-    ],
-)
-def test_declared_refuses_what_papermill_cannot_inject(scratch, line, complaint):
-    with pytest.raises(ValueError, match="01_a.ipynb") as error:
-        app_parameters.declared(scratch("01_a.ipynb", line))
-    assert complaint in str(error.value)
-
-
-def test_declared_needs_exactly_one_tagged_cell(scratch):
-    path = scratch("01_a.ipynb", "a: int = 1", "a: int = 2")
-    notebook = nbformat.read(path, as_version=4)
-    for tags, count in ([], 0), (["parameters"], 2):
-        notebook.cells[0].metadata["tags"] = notebook.cells[1].metadata["tags"] = tags
-        nbformat.write(notebook, path)
-        with pytest.raises(ValueError, match=f"has {count} cells tagged"):
-            app_parameters.declared(path)
-
-
-@pytest.mark.parametrize(
-    ("value", "kind", "kept"),
-    [
-        (3, "float", 3.0),
-        (3, "int | float", 3),
-        (None, "float | None", None),
-        ([1, 0.5], "list[float]", [1.0, 0.5]),
-        ([], "list[int]", []),
-        ("null", "str | None", "null"),
-        (False, "bool", False),
-    ],
-)
-def test_conform_keeps(value, kind, kept):
-    found = app_parameters.conform(value, kind)
-    assert found == kept
-    assert type(found) is type(kept)  # 3 == 3.0, and True == 1
-
-
-@pytest.mark.parametrize(
-    ("value", "kind", "complaint"),
-    [
-        (True, "int", "True is bool"),
-        (1, "bool", "1 is int"),
-        (3.0, "int", "3.0 is float"),
-        (None, "float", "null is only for"),
-        ("1e-3", "float", "write 1.0e-3"),
-        ("1e3", "float | None", "write 1.0e+3"),
-        ("1.5e3", "float", "write 1.5e+3"),
-        ("0.5", "float", "write 0.5"),
-        (float("nan"), "float", "nan"),
-        (float("inf"), "float", "inf"),
-        ([1.5], "list[int]", "1.5 is float"),
-        (1.5, "list[float]", "declared is `list[float]`"),
-        ("text", "int", "'text' is str"),
-    ],
-)
-def test_conform_refuses(value, kind, complaint):
-    with pytest.raises(ValueError) as error:
-        app_parameters.conform(value, kind)
-    assert complaint in str(error.value)
-
-
-@pytest.mark.parametrize("text", ["1e-3", "1e3", "1.5e3", "2.e+1", ".5e1"])
-def test_the_remedy_is_a_number_to_yaml(text, tmp_path):
-    file = tmp_path / "a.yaml"
-    file.write_text(f"rate: {app_parameters.yaml_number(text)}\n")
-    assert app_parameters.read_params(file) == {"rate": float(text)}
-
-
-@pytest.mark.parametrize(
-    ("text", "kind", "value"),
-    [
-        ("1e-3", "float", 0.001),
-        ("2", "float", 2.0),
-        ("-1", "int", -1),
-        ("007", "str", "007"),
-        ("null", "str | None", None),
-        ("none", "str | None", "none"),
-        ("true", "bool", True),
-        ("0.7071,1,1.4142", "list[float]", [0.7071, 1.0, 1.4142]),
-        ("[0.5, 1]", "list[float]", [0.5, 1.0]),
-        ("['a', b]", "list[str]", ["a", "b"]),
-        ("[]", "list[int]", []),
-    ],
-)
-def test_parse_reads_by_declared_type(text, kind, value):
-    assert app_parameters.parse(text, kind) == value
-
-
-@pytest.mark.parametrize(
-    ("text", "kind"), [("1.5", "int"), ("yes", "bool"), ("null", "float"), ("nan", "float")]
-)
-def test_parse_refuses(text, kind):
-    with pytest.raises(ValueError, match=text):
-        app_parameters.parse(text, kind)
-
-
-# Parameter files
-
-
-def test_a_missing_file_names_those_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing.yaml is not there.*demo.yaml"):
-        app_parameters.read_params(tmp_path / "nothing.yaml")
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("", "is empty"),
-        ("# only a comment\n", "is empty"),
-        ("- a\n- b\n", "is a list"),
-        ("just text\n", "is a str"),
-        ("a: 1\nb: {c: 2}\n", "b is a mapping"),
-        ("a: 1\na: 2\n", "gives a 2 times"),
-        ("a: [1\n", "no YAML"),
-        ("a: 1\n\tb: 2\n", "no YAML"),
-    ],
-)
-def test_a_file_that_is_no_flat_mapping(tmp_path, text, complaint):
-    file = tmp_path / "a.yaml"
-    file.write_text(text)
-    with pytest.raises(ParameterError, match="a.yaml") as error:
-        app_parameters.read_params(file)
-    assert complaint in str(error.value)
-
-
-def test_bytes_that_are_no_text(tmp_path):
-    (tmp_path / "a.yaml").write_bytes(b"a: \xff\xfe")
-    with pytest.raises(ParameterError, match="no YAML"):
-        app_parameters.read_params(tmp_path / "a.yaml")
-
-
 # Choosing notebooks
-
-
-@pytest.mark.parametrize(
-    ("choice", "numbers"),
-    [
-        ({}, "01 02 03 05"),
-        ({"only": ["05", "2"]}, "02 05"),
-        ({"only": ["03_c"]}, "03"),
-        ({"first": "02"}, "02 03 05"),
-        ({"last": "2"}, "01 02"),
-        ({"first": "03", "last": "03"}, "03"),
-    ],
-)
-def test_select(choice, numbers):
-    there = [Path(name) for name in ("01_a.ipynb", "02_b.ipynb", "03_c.ipynb", "05_e.ipynb")]
-    assert [path.name[:2] for path in app_parameters.select(there, **choice)] == numbers.split()
-
-
-@pytest.mark.parametrize(
-    ("choice", "complaint"),
-    [
-        ({"only": ["04"]}, "no notebook '04'; there are 01, 02"),
-        ({"only": [""]}, "no notebook ''"),
-        ({"first": "x"}, "no notebook 'x'"),
-        ({"first": "02", "last": "01"}, "--from 02 comes after --to 01"),
-        ({"only": ["01"], "last": "02"}, "--only excludes"),
-    ],
-)
-def test_select_refuses(choice, complaint):
-    with pytest.raises(ParameterError, match=complaint):
-        app_parameters.select([Path("01_a.ipynb"), Path("02_b.ipynb")], **choice)
 
 
 @pytest.mark.slow
@@ -257,43 +70,21 @@ def test_evaluation_from_a_fresh_folder_lets_the_data_come_first(scratch, tmp_pa
     assert executed("made", first="04") == {"04"}
 
 
-@pytest.mark.parametrize("value", [4, "04", "04:07", "four-five", ["04"], "04-"])
-def test_own_range_refuses_what_is_none(value):
-    with pytest.raises(app_parameters.ParameterError, match="04-07"):
-        app_parameters.own_range({"notebooks": value})
-
-
-def test_own_range_leaves_the_parameters_alone():
-    assert app_parameters.own_range({"seed": 1}) == ({"seed": 1}, None, None)
-    assert app_parameters.own_range({"notebooks": "4-07", "seed": 1}) == ({"seed": 1}, "4", "07")
-
-
-def test_notebooks_outside_the_chain_are_left_out(scratch):
-    for name in ("01_a.ipynb", "08_own.ipynb", "Untitled.ipynb"):
-        folder = scratch(name, "a: int = 1").parent
-    assert [path.name for path in app_parameters.chain(folder)] == ["01_a.ipynb"]
-
-
-def test_an_empty_chain_is_an_error(tmp_path):
-    with pytest.raises(ParameterError, match="holds no numbered notebook"):
-        app_parameters.chain(tmp_path)
-
-
 # Nothing starts on a wrong parameter
 
 
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
-        ({"sizes": "3"}, "no notebook declares sizes; did you mean size"),
-        ({"zzz": "3"}, "no notebook declares zzz$"),
+        ({"sizes": "3"}, "no setting sizes; did you mean size"),
+        ({"zzz": "3"}, "no setting zzz$"),
         ({"size": "big"}, "size: `big` is no int"),
         ({"size": True}, "size: True is bool"),
         ({"rate": "nan"}, "rate: "),
     ],
 )
 def test_wrong_parameters_stop_before_anything_starts(two, tmp_path, overrides, complaint):
-    with pytest.raises(ParameterError, match=complaint):
+    with pytest.raises(SettingsError, match=complaint):
         pipeline.run(overrides=overrides, notebooks=two, output=tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
@@ -301,47 +92,22 @@ def test_wrong_parameters_stop_before_anything_starts(two, tmp_path, overrides, 
 def test_every_fault_is_named_at_once(two, tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("sise: 3\nrate: 1e-3\nsize: 5\n")
-    with pytest.raises(ParameterError) as error:
-        pipeline.run(file, overrides={"size": "x"}, notebooks=two, progress=False)
+    with pytest.raises(SettingsError) as error:
+        pipeline.run(file, notebooks=two, progress=False)
     lines = str(error.value).splitlines()
-    assert [line.split(": ", 1)[1][:20] for line in lines] == [
-        "no notebook declares",
-        "rate: `1e-3` is text",
-        "size: `x` is no int",
-    ]
-    assert lines[0].startswith(str(file))
-    assert lines[2].startswith("the command line")
+    assert ["sise" in lines[0], "rate" in lines[1], len(lines)] == [True, True, 2]
+    assert all(line.startswith(str(file)) for line in lines)
+    assert "did you mean size" in lines[0] and "write 1.0e-3" in lines[1]
 
 
 def test_what_is_typed_for_a_notebook_that_is_not_chosen(two):
-    with pytest.raises(ParameterError, match="scales has no effect here: only 02_second reads it"):
+    with pytest.raises(SettingsError, match="scales has no effect here: only 02_second reads it"):
         pipeline.run(only=["01"], overrides={"scales": "1"}, notebooks=two, progress=False)
 
 
 def test_output_and_run_dir_exclude_each_other(two, tmp_path):
-    with pytest.raises(ParameterError, match="not both"):
+    with pytest.raises(SettingsError, match="not both"):
         pipeline.run(overrides={"run_dir": "x"}, output=tmp_path, notebooks=two, progress=False)
-
-
-def test_paths_on_the_command_line_are_relative_to_the_current_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    kinds = {"weights": "str | None", "image_folder": "str", "run_dir": "str", "name": "str"}
-    declarations = {
-        name: [app_parameters.Declaration(name, kind, None, "01_a")] for name, kind in kinds.items()
-    }
-    given = dict.fromkeys(kinds, "a/b")
-    assert app_parameters.combine({}, given, declarations) == {
-        "weights": str(tmp_path / "a/b"),
-        "image_folder": str(tmp_path / "a/b"),
-        "run_dir": "a/b",  # a run's name, not a path
-        "name": "a/b",
-    }
-    assert (
-        app_parameters.combine(given, {}, declarations) == given
-    )  # a file's: the checkout's matter
-    untrained = {"weights": "untrained:xcit_nano_12_p16_224"}
-    assert app_parameters.combine({}, untrained, declarations) == untrained
-    assert app_parameters.combine({}, {"weights": "null"}, declarations) == {"weights": None}
 
 
 def test_absent_data_comes_with_the_command_that_brings_it(scratch, tmp_path):

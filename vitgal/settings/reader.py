@@ -23,7 +23,6 @@ from vitgal.settings.section import (
     alternatives,
     conform,
     fact,
-    field_types,
     guess,
 )
 
@@ -256,8 +255,7 @@ def checked(values: Values, names: Mapping[str, Any] | None = None) -> Values:
         try:
             if name in known:
                 for kind in known[name]:
-                    entry = kind.flat()[name]
-                    conformed[name] = conform(name, value, field_types(kind)[entry.name])
+                    conformed[name] = conform(name, value, kind.types()[name])
             elif name in further:
                 conformed[name] = conform(name, value, further[name])
             else:
@@ -354,7 +352,7 @@ def from_command_line(texts: Mapping[str, str], types: Mapping[str, Any]) -> Val
         if name in known:
             section = known[name][0]
             entry = section.flat()[name]
-            kind = field_types(section)[entry.name]
+            kind = section.types()[name]
         if kind is None or not isinstance(text, str):
             values[name] = text
             continue

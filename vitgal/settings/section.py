@@ -71,14 +71,20 @@ class Section:
         return {cls.flat_name(entry): entry for entry in fields(cls) if "fact" in entry.metadata}
 
     @classmethod
+    @functools.cache
+    def types(cls) -> dict[str, Any]:
+        """Flat name -> type, for every setting of the section."""
+        return {name: field_types(cls)[entry.name] for name, entry in cls.flat().items()}
+
+    @classmethod
     def build(cls, values: Mapping[str, Any]) -> Self:
         """The section with the values given under flat names; names of other sections pass by.
 
         Raises SettingsError naming a value of the wrong type or out of range.
         """
-        hints = field_types(cls)
+        types = cls.types()
         chosen = {
-            entry.name: conform(name, values[name], hints[entry.name])
+            entry.name: conform(name, values[name], types[name])
             for name, entry in cls.flat().items()
             if name in values
         }

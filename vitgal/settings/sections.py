@@ -397,13 +397,16 @@ class RerankingSettings(Section):
         return super().flat() | VerificationSettings.flat() | MatchingSettings.flat()
 
     @classmethod
+    @functools.cache
+    def types(cls) -> dict[str, Any]:
+        """Flat name -> type, those of matching and verification included."""
+        own = {name: field_types(cls)[name] for name in ("top", "ties")}
+        return own | VerificationSettings.types() | MatchingSettings.types()
+
+    @classmethod
     def build(cls, values: Mapping[str, Any]) -> Self:
         """As every section's, with matching and verification."""
-        own = {
-            name: conform(name, values[name], field_types(cls)[name])
-            for name in ("top", "ties")
-            if name in values
-        }
+        own = {n: conform(n, values[n], cls.types()[n]) for n in ("top", "ties") if n in values}
         verification = VerificationSettings.build(values)
         return cls(**own, verification=verification, matching=MatchingSettings.build(values))
 
