@@ -9,6 +9,7 @@ from vitgal.app import parameters, pipeline
 from vitgal.data.demo import photographs
 from vitgal.data.download import sources
 from vitgal.settings import reader, sections
+from vitgal.settings.section import conform
 
 TOP = Path(__file__).resolve().parents[2]
 FILES = {path.stem: path for path in sorted((TOP / "params").glob("*.yaml"))}
@@ -133,8 +134,7 @@ def test_a_cell_repeats_no_default_and_leaves_recipes_alone(path):
         default = kind.flat()[name].default
         plain = list(default) if isinstance(default, tuple) else default
         assert line.default in (None, True, False) or line.default != plain, name
-        declared = str(line.kind).replace("list[", "tuple[").replace("]", ", ...]")
-        assert declared.replace(" ", "") == str(kind.types()[name]).replace(" ", ""), name
+        conform(name, line.default, kind.types()[name])  # raises for another type
 
 
 @pytest.mark.parametrize("name", [*TRAIN, *TEST])
@@ -262,9 +262,10 @@ def test_variants_differ_in_nothing_else():
 
 
 def test_only_the_demo_checks_scores():
-    bounds = {name for name in sections.ShowSettings.flat() if name.startswith(("min_", "max_"))}
-    demo = effective("demo")
-    assert all(demo[name] is not None for name in bounds)
+    cells = [line for path in NOTEBOOKS for line in parameters.declared(path).values()]
+    bounds = {line.name for line in cells if line.name in sections.BOUNDS}
+    assert bounds == set(sections.BOUNDS)
+    assert all(line.default is not None for line in cells if line.name in bounds)
     for file in ("tiny", *TRAIN, *TEST):
         found = effective(file)
         assert all(found[name] is None for name in bounds), file

@@ -529,6 +529,8 @@ class ShowSettings(Section):
     min_rerank_gain: float | None = setting(None, "mAP gained by reranking", result=False)
 
 
+# Of ShowSettings: what the demo's notebooks assert of their results.
+BOUNDS = ("min_train_gain", "max_reconstruction", "min_medium_map", "min_gain", "min_rerank_gain")
 NOTEBOOKS: dict[str, tuple[type[Section], ...]] = {
     "01_data_split": (RunSettings, DemoSettings, SplitSettings),
     "02_train": (RunSettings, TrainingSettings, MachineSettings, ShowSettings),
