@@ -24,8 +24,8 @@ from torch import Tensor
 
 from vitgal.data.images import MEAN, STD
 from vitgal.features.local import LocalFeatures
-from vitgal.features.selection import SCALES
 from vitgal.models.network import ViTGaL, build_model
+from vitgal.settings.sections import LocalSettings
 from vitgal.stages import images
 
 PHOTOGRAPHS = Path(__file__).parent.parent / "third_party" / "landmarks"
@@ -76,7 +76,7 @@ def published_local(model: ViTGaL, path: Path, network: Clock) -> tuple[np.ndarr
     """Locations (y, x) and descriptors of one image."""
     image = published_input(path, squash=False)
     boxes, scores, codes = [], [], []
-    for scale in SCALES:
+    for scale in LocalSettings.scales:
         wanted = [-(-int(side * scale) // 16) * 16 for side in image.shape[2:]]
         factors = [new / old for new, old in zip(wanted, image.shape[2:], strict=True)]
         with network:

@@ -46,7 +46,7 @@ def stored_as(run: Path, made: Path, dtype: str) -> None:
     features = store.FeatureStore.open(made / DEMO / "local")
     folder = run / DEMO / "local"
     shard = store.shard_folder(folder, 0, 1)
-    store.write_shard(shard, ((key, features[key]) for key in features.names), dtype=dtype)
+    store.write_shard(shard, features.items(), store.ShardFormat(dtype))
     store.write_index(folder)
     stage = runs.read_json(made / DEMO / "local" / "stage.json")
     runs.write_json(folder / "stage.json", stage)

@@ -134,7 +134,7 @@ def count_query(
     max_distance = options.pop("max_distance")
     counts = np.zeros((len(COUNTED), len(estimators), len(seeds), len(names)), np.int32)
     readable = [place for place, name in enumerate(names) if name in store]
-    ours, theirs = store.query(query), [store[names[place]] for place in readable]
+    ours, theirs = store[query], [store[names[place]] for place in readable]
     times = [time.process_time()]
     galleries = [features.descriptors for features in theirs]
     matches = match_shortlist(ours.descriptors, galleries, max_distance)

@@ -28,6 +28,7 @@ import numpy as np
 from vitgal import runs
 from vitgal.features import interchange, store
 from vitgal.features.local import LocalFeatures
+from vitgal.settings.sections import FEATURE_DTYPES
 
 WIDTH, FEATURES = 128, 877
 OPEN = """
@@ -58,7 +59,7 @@ def write_store(folder: Path, items: dict[str, LocalFeatures], dtype: str, size:
     parts = store.partition(items, size)
     for number, keys in enumerate(parts):
         shard = store.shard_folder(folder, number, len(parts))
-        store.write_shard(shard, ((key, items[key]) for key in keys), dtype=dtype)
+        store.write_shard(shard, ((key, items[key]) for key in keys), store.ShardFormat(dtype))
     store.write_index(folder)
     return folder
 
@@ -104,7 +105,7 @@ def reads(images: int, number: int, folder: Path) -> None:
     rng = np.random.default_rng(0)
     items = {f"image_{i:06d}": features(FEATURES, rng) for i in range(images)}
     asked = [str(key) for key in rng.choice(list(items), number)]
-    stores = {dtype: write_store(folder / dtype, items, dtype, 64) for dtype in store.DTYPES}
+    stores = {dtype: write_store(folder / dtype, items, dtype, 64) for dtype in FEATURE_DTYPES}
     hdf5 = interchange.export_hloc(
         store.FeatureStore.open(stores["float16"]), folder / "features.h5"
     )

@@ -82,7 +82,7 @@ def described(run: Path, tmp_path: Path) -> Path:
         items |= {name: features(0.5) for name in ("a1", "a2")}
         items |= {name: turned(features(0.5)) for name in ("b1", "b2")}
         keys = sorted((f"val_retrieval/{name}", item) for name, item in items.items())
-        store.write_shard(local / "shard-00", keys, dtype="float32")
+        store.write_shard(local / "shard-00", keys, store.ShardFormat("float32"))
         stage.finish(["shard-00/items.json"])
     return run
 
@@ -265,7 +265,7 @@ def test_tuning_refuses_what_makes_no_sense(described):
     path = described / "val_retrieval" / "local" / "shard-00" / "items.json"
     shutil.rmtree(path.parent)
     keys = [("val_retrieval/a1", features(0.5))]
-    store.write_shard(path.parent, keys, dtype="float32")
+    store.write_shard(path.parent, keys, store.ShardFormat("float32"))
     with pytest.raises(TuningError, match=r"top=3 needs val_retrieval/a2, .*try fewer candidates"):
         tune(described)
     shutil.rmtree(described / "val_retrieval" / "local")

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -14,6 +15,7 @@ import pytest
 from vitgal import runs
 from vitgal.features import interchange, store
 from vitgal.features.local import LocalFeatures
+from vitgal.settings.sections import FEATURE_DTYPES
 
 
 def features(count: int, seed: int = 0, code_dim: int = 10) -> LocalFeatures:
@@ -30,6 +32,7 @@ def features(count: int, seed: int = 0, code_dim: int = 10) -> LocalFeatures:
     )
 
 
+FP32 = store.ShardFormat(settings={"precision": "fp32"})
 ITEMS = {"b": features(5, 1), "query/b": features(3, 2), "ähre/1": features(0, 3), "c": features(7)}
 
 
@@ -37,9 +40,14 @@ ITEMS = {"b": features(5, 1), "query/b": features(3, 2), "ähre/1": features(0, 
 def folder(tmp_path) -> Path:
     """A store of two shards, one image of which could not be read."""
     first, second = list(ITEMS.items())[:2], list(ITEMS.items())[2:]
-    store.write_shard(tmp_path / "shard-00", first, settings={"precision": "fp32"})
-    made = dict(failures=[{"name": "d", "reason": "the file is empty"}])
-    store.write_shard(tmp_path / "shard-01", second, **made, settings={"precision": "fp32"})
+    store.write_shard(tmp_path / "shard-00", first, FP32)
+    failed = [{"name": "d", "reason": "the file is empty"}]
+    store.write_shard(
+        tmp_path / "shard-01",
+        second,
+        failures=failed,
+        shard_format=FP32,
+    )
     return tmp_path
 
 
@@ -80,7 +88,7 @@ class TestCodes:
             store.decode(stored, "bit", 10)[0], signs / np.sqrt(10), rtol=1e-6
         )
 
-    @pytest.mark.parametrize("dtype", store.DTYPES)
+    @pytest.mark.parametrize("dtype", FEATURE_DTYPES)
     def test_none_and_zero(self, dtype):
         assert store.decode(store.encode(np.zeros((0, 9), np.float32), dtype), dtype, 9).shape == (
             0,
@@ -91,7 +99,7 @@ class TestCodes:
         assert dtype == "bit" or not zero.any()
 
     def test_errors(self):
-        with pytest.raises(ValueError, match="float16, float32, int8, bit"):
+        with pytest.raises(ValueError, match="float32, float16, int8, bit"):
             store.encode(np.zeros((1, 2)), "half")
         with pytest.raises(ValueError, match="nan"):
             store.encode(np.array([[np.nan, 1]]), "float16")
@@ -124,17 +132,6 @@ class TestStore:
             assert_same(opened[key], wanted, 5e-4)  # half precision
         assert opened.failures == {"d": "the file is empty"}
 
-    def test_a_query_and_a_database_image_of_one_name(self, folder):
-        opened = store.FeatureStore.open(folder)
-        assert len(opened.query("b")) == 3
-        assert len(opened["b"]) == 5
-        assert len(opened.query("c")) == 7  # no database image of that name: under its own
-
-    def test_query_keys(self):
-        assert store.query_key("b", {"a", "b"}) == "query/b"
-        assert store.query_key("c", {"a", "b"}) == "c"
-        assert store.query_key("c", {"query/c"}) == "query/c"  # refused later as repeated
-
     def test_raw(self, folder):
         raw = store.FeatureStore.open(folder).raw("c")
         np.testing.assert_array_equal(raw["descriptors"], ITEMS["c"].descriptors.astype(np.float16))
@@ -157,7 +154,7 @@ class TestStore:
             store.FeatureStore.open(tmp_path)
 
     def test_an_empty_shard(self, tmp_path):
-        store.write_shard(tmp_path / "shard-00", [], code_dim=10)
+        store.write_shard(tmp_path / "shard-00", [], store.ShardFormat(code_dim=10))
         store.write_shard(tmp_path / "shard-01", [("a", features(2))])
         opened = store.FeatureStore.open(tmp_path, verify=True)
         assert opened.names == ["a"]
@@ -208,9 +205,7 @@ class TestStore:
 
     def test_same_items_same_bytes(self, folder, tmp_path_factory):
         again = tmp_path_factory.mktemp("again")
-        store.write_shard(
-            again / "shard-00", list(ITEMS.items())[:2], settings={"precision": "fp32"}
-        )
+        store.write_shard(again / "shard-00", list(ITEMS.items())[:2], FP32)
         for path in (again / "shard-00").iterdir():
             assert path.read_bytes() == (folder / "shard-00" / path.name).read_bytes()
 
@@ -221,7 +216,7 @@ class TestStore:
             narrow = features(1, code_dim=4)
             store.write_shard(tmp_path / "shard-00", [("a", features(1)), ("b", narrow)])
         with pytest.raises(ValueError, match="halb"):
-            store.write_shard(tmp_path / "shard-00", [], dtype="halb")
+            store.write_shard(tmp_path / "shard-00", [], store.ShardFormat("halb"))
         store.write_shard(tmp_path / "shard-00", [("a", features(1))])
         store.write_shard(tmp_path / "shard-01", [("a", features(1))])
         with pytest.raises(store.StoreError, match="shard-01 holds a key"):
@@ -237,11 +232,11 @@ class TestStore:
         assert list(tmp_path.iterdir()) == []
 
     def test_forecast_is_within_five_per_cent(self, tmp_path):
-        for dtype in store.DTYPES:
+        for dtype in FEATURE_DTYPES:
             shard = store.write_shard(
                 tmp_path / f"{dtype}/shard-00",
                 ((f"image_{i:04}", features(100, i, 128)) for i in range(40)),
-                dtype=dtype,
+                store.ShardFormat(dtype),
             )
             size = sum(path.stat().st_size for path in shard.iterdir())
             # A header of 128 bytes a file, and names in JSON, are what is guessed.
@@ -256,13 +251,16 @@ class TestIndex:
         store.write_index(folder)
         return folder
 
-    @pytest.mark.parametrize("dtype", store.DTYPES)
+    @pytest.mark.parametrize("dtype", FEATURE_DTYPES)
     def test_says_the_same(self, tmp_path, dtype):
         items = list(ITEMS.items())
         failures = [{"name": "d", "reason": "the file is empty"}]
-        store.write_shard(tmp_path / "shard-00", items[:2], dtype=dtype, failures=failures)
-        store.write_shard(tmp_path / "shard-01", [("ü", features(0))], dtype=dtype)
-        store.write_shard(tmp_path / "shard-02", items[2:], dtype=dtype)
+        kind = store.ShardFormat(dtype)
+        store.write_shard(
+            tmp_path / "shard-00", items[:2], store.ShardFormat(dtype), failures=failures
+        )
+        store.write_shard(tmp_path / "shard-01", [("ü", features(0))], kind)
+        store.write_shard(tmp_path / "shard-02", items[2:], kind)
         plain = store.FeatureStore.open(tmp_path)
         listed = store.write_index(tmp_path)
         assert listed and all((tmp_path / name).is_file() for name in listed)
@@ -288,8 +286,7 @@ class TestIndex:
             opened["c"]
 
     def test_a_shard_written_anew_takes_the_index_away(self, indexed):
-        made = dict(settings={"precision": "fp32"})
-        store.write_shard(indexed / "shard-01", [("new", features(2))], **made)
+        store.write_shard(indexed / "shard-01", [("new", features(2))], FP32)
         opened = store.FeatureStore.open(indexed)
         assert opened.names == ["b", "query/b", "new"] and len(opened["new"]) == 2
 
@@ -327,14 +324,14 @@ class TestIndex:
         (folder / "shard-01").rename(folder / "shard-02")
         with pytest.raises(store.StoreError, match="not numbered from 0 on"):
             store.write_index(folder)
-        made = dict(settings={"precision": "fp32"})
-        store.write_shard(folder / "shard-01", [("b", features(1))], **made)
+        store.write_shard(folder / "shard-01", [("b", features(1))], FP32)
         with pytest.raises(store.StoreError, match=r"shard-01 holds a key of an earlier .*\('b'\)"):
             store.write_index(folder)
-        store.write_shard(folder / "shard-01", [("x", features(1, code_dim=12))], **made)
+        store.write_shard(folder / "shard-01", [("x", features(1, code_dim=12))], FP32)
         with pytest.raises(store.StoreError, match="shard-00: 10 values as.*shard-01: 12 values"):
             store.write_index(folder)
-        store.write_shard(folder / "shard-01", [("x", features(1))], settings={"precision": "bf16"})
+        other = replace(FP32, settings={"precision": "bf16"})
+        store.write_shard(folder / "shard-01", [("x", features(1))], other)
         with pytest.raises(store.StoreError, match="float16, precision fp32; .*precision bf16"):
             store.write_index(folder)
         assert not (folder / "index" / "index.json").exists()
@@ -364,42 +361,42 @@ print(store.most_open())
 class TestWholeShard:
     def test_reused_only_when_whole(self, folder):
         shard = folder / "shard-01"
-        same = {"dtype": "float16", "settings": {"precision": "fp32"}}
-        assert store.whole_shard(shard, ["c", "d", "ähre/1"], **same) is not None
-        assert store.whole_shard(shard, ["c", "ähre/1"], **same) is None
+        same = store.ShardFormat("float16", 10, {"precision": "fp32"})
+        assert store.whole_shard(shard, ["c", "d", "ähre/1"], same) is not None
+        assert store.whole_shard(shard, ["c", "ähre/1"], same) is None
         for other in (
             {"dtype": "float32"},
             {"settings": {"precision": "bf16"}},
-            {"settings": None},
+            {"settings": {}},
         ):
-            assert store.whole_shard(shard, ["c", "d", "ähre/1"], **(same | other)) is None
-        assert store.whole_shard(folder / "shard-07", ["c"], **same) is None
+            assert store.whole_shard(shard, ["c", "d", "ähre/1"], replace(same, **other)) is None
+        assert store.whole_shard(folder / "shard-07", ["c"], same) is None
 
     def test_damage_means_not_whole(self, folder):
         path = folder / "shard-01" / "scores.npy"
-        how = {"dtype": "float16", "settings": {"precision": "fp32"}}
-        assert store.whole_shard(path.parent, ["c", "d", "ähre/1"], **how) is not None
+        same = store.ShardFormat("float16", 10, {"precision": "fp32"})
+        assert store.whole_shard(path.parent, ["c", "d", "ähre/1"], same) is not None
         path.write_bytes(path.read_bytes()[:-1] + b"x")
-        assert store.whole_shard(path.parent, ["c", "d", "ähre/1"], **how) is None
+        assert store.whole_shard(path.parent, ["c", "d", "ähre/1"], same) is None
         (path.parent / "items.json").write_text("{")
-        assert store.whole_shard(path.parent, ["c", "d", "ähre/1"], **how) is None
+        assert store.whole_shard(path.parent, ["c", "d", "ähre/1"], same) is None
 
     @pytest.mark.parametrize("name", [*(f"{n}.npy" for n in store.ARRAYS), *DOCUMENTS])
     def test_any_byte_changed(self, folder, name):
         """Never an error of another kind, never another image than was written."""
         shard, names = folder / "shard-01", ["c", "d", "ähre/1"]
-        how = {"dtype": "float16", "settings": {"precision": "fp32"}}
-        whole = store.salvage(shard, code_dim=10, **how)
+        same = store.ShardFormat("float16", 10, {"precision": "fp32"})
+        whole = store.salvage(shard, same)
         assert list(whole) == ["ähre/1", "c"]
         content, kept = (shard / name).read_bytes(), 0
         for at in range(len(content)):
             changed = bytearray(content)
             changed[at] ^= 1 << at % 7
             (shard / name).write_bytes(changed)
-            found = store.whole_shard(shard, names, **how)
+            found = store.whole_shard(shard, names, same)
             if name.endswith(".npy") and at >= 128:  # behind NumPy's header
                 assert found is None
-            for key, stored in store.salvage(shard, code_dim=10, **how).items():
+            for key, stored in store.salvage(shard, same).items():
                 kept += 1
                 assert stored.checksum == whole[key].checksum
         assert kept
@@ -415,27 +412,24 @@ class TestWholeShard:
 class TestSalvage:
     """A shard of which one file is cut short at every byte."""
 
-    MADE = {"dtype": "int8", "code_dim": 5, "settings": {"precision": "fp32"}}
+    MADE = store.ShardFormat("int8", 5, {"precision": "fp32"})
 
     @pytest.fixture
     def shard(self, tmp_path) -> Path:
         items = [(f"a{i}", features(i % 3 + 1, i, code_dim=5)) for i in range(4)]
-        return store.write_shard(tmp_path / "shard-00", items, **self.MADE)
+        return store.write_shard(tmp_path / "shard-00", items, self.MADE)
 
     @pytest.mark.parametrize("name", [*(f"{each}.npy" for each in store.ARRAYS), "items.json"])
     def test_truncated_at_any_byte(self, shard, name):
         """What is kept equals what was written, and grows with what is left of the file."""
-        whole = store.salvage(shard, **self.MADE)
+        whole = store.salvage(shard, self.MADE)
         assert list(whole) == ["a0", "a1", "a2", "a3"]
         content, names, sizes = (shard / name).read_bytes(), ["a0", "a1", "a2", "a3"], []
         for length in range(len(content)):
             (shard / name).write_bytes(content[:length])
             if name != "items.json" or length < len(content) - 1:  # the last is a line break
-                assert (
-                    store.whole_shard(shard, names, dtype="int8", settings=self.MADE["settings"])
-                    is None
-                )
-            kept = store.salvage(shard, **self.MADE)
+                assert store.whole_shard(shard, names, self.MADE) is None
+            kept = store.salvage(shard, self.MADE)
             sizes.append(len(kept))
             for key, stored in kept.items():
                 assert stored.checksum == whole[key].checksum
@@ -445,25 +439,25 @@ class TestSalvage:
         assert {0, 3} <= set(sizes)  # nothing at first, all but the last image in the end
 
     def test_kept_images_are_written_as_they_were(self, shard, tmp_path):
-        kept = store.salvage(shard, **self.MADE)
-        again = store.write_shard(tmp_path / "shard-01", kept.items(), **self.MADE)
+        kept = store.salvage(shard, self.MADE)
+        again = store.write_shard(tmp_path / "shard-01", kept.items(), self.MADE)
         for path in shard.iterdir():
             assert (again / path.name).read_bytes() == path.read_bytes()
 
     def test_nothing_of_another_making_is_kept(self, shard, tmp_path):
         for other in ({"dtype": "float16"}, {"code_dim": 6}, {"settings": {"precision": "bf16"}}):
-            assert store.salvage(shard, **(self.MADE | other)) == {}
-        assert store.salvage(tmp_path / "shard-09", **self.MADE) == {}
+            assert store.salvage(shard, replace(self.MADE, **other)) == {}
+        assert store.salvage(tmp_path / "shard-09", self.MADE) == {}
 
     def test_changed_bytes_and_missing_files(self, shard):
         path = shard / "scores.npy"
         content = path.read_bytes()
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        assert list(store.salvage(shard, **self.MADE)) == ["a0", "a1", "a2"]
+        assert list(store.salvage(shard, self.MADE)) == ["a0", "a1", "a2"]
         path.write_bytes(content[:20] + b"((((" + content[24:])  # the header is no header
-        assert store.salvage(shard, **self.MADE) == {}
+        assert store.salvage(shard, self.MADE) == {}
         path.unlink()
-        assert store.salvage(shard, **self.MADE) == {}
+        assert store.salvage(shard, self.MADE) == {}
 
 
 class TestBadFeatures:

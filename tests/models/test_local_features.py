@@ -7,6 +7,7 @@ import torch
 from vitgal.features import selection
 from vitgal.models import local_features
 from vitgal.models.network import TokenCodes, build_model
+from vitgal.settings.sections import SelectionSettings
 
 FRAME = ((0, 0, 64, 48), (48, 64))
 
@@ -111,9 +112,9 @@ class TestScales:
 
     def test_elsewhere_the_two_agree(self):
         images = torch.rand(1, 3, 432, 576, generator=torch.Generator().manual_seed(0))
-        for scale in selection.SCALES:
+        for scale in SelectionSettings.scales:
             ours, theirs = (
-                local_features.rescale(images, scale, how)[0] for how in selection.INTERPOLATIONS
+                local_features.rescale(images, scale, how)[0] for how in ("size", "published")
             )
             assert ours.shape == theirs.shape
             # sampling positions that differ in the last bit of about 600 (6e-5 pixels)

@@ -626,7 +626,7 @@ def make_run(folder: Path, *, drop: tuple = (), failures: tuple = (), poison: tu
             source / "scores.json", {"protocol": {"queries": "cropped"}, "failed_images": 2}
         )
         stage.finish([path.name for path in source.glob("[!s]*.*")] + ["shortlist.txt"])
-    items = {store.query_key(name, truth.database): image_pair(24, 6)[0] for name in truth.queries}
+    items = {name: image_pair(24, 6)[0] for name in truth.queries}
     for number, name in enumerate(truth.database):
         rest = slice(6 * (number % 5), None) if number % 5 < 4 else []
         items[name] = image_pair(24, 6)[1].subset(rest)
@@ -635,7 +635,8 @@ def make_run(folder: Path, *, drop: tuple = (), failures: tuple = (), poison: tu
     with runs.stage(local, "local", parameters={}, inputs={}) as stage:
         failed = [{"name": name, "reason": "torn"} for name in failures]
         store.write_shard(
-            local / "shard-00", sorted(items.items()), dtype="float32", failures=failed
+            *(local / "shard-00", sorted(items.items()), store.ShardFormat("float32")),
+            failures=failed,
         )
         stage.finish(["shard-00/items.json"])
     shard = store.Shard.open(local / "shard-00")

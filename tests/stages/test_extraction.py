@@ -1,7 +1,6 @@
 """Extraction: parity with the published code, images in memory, both stages and their resume."""
 
 import contextlib
-import dataclasses
 import errno
 import itertools
 import json
@@ -601,7 +600,7 @@ class TestExtractShortlist:
         expected = models_descriptors.extract_local(
             model, photo, (8.5, 4, 150, 76), size=64, max_keypoints=9, scales=(0.7071, 1.0)
         )
-        found = opened.query("query1")
+        found = opened["query1"]
         assert isinstance(found, LocalFeatures)
         assert found.box == (8, 4, 150, 76)
         np.testing.assert_array_equal(found.keypoints, expected.keypoints)
@@ -906,18 +905,6 @@ def test_a_disk_that_fails_for_a_while_costs_no_image(run, benchmark, weight_fil
     assert not opened.failures and "image3" in opened
 
 
-def test_a_name_that_a_query_needs(run, benchmark, weight_file):
-    """Query query0's features would go by query/query0, which is a database image here."""
-    (benchmark / "jpg" / "query").mkdir()
-    shutil.copy(benchmark / "jpg" / "image5.jpg", benchmark / "jpg" / "query" / "query0.jpg")
-    truth = revisited.load_ground_truth(benchmark / "gnd_mini.pkl")
-    truth = dataclasses.replace(truth, database=[*truth.database[:-1], "query/query0"])
-    revisited.write_ground_truth(benchmark / "gnd_mini.pkl", truth)
-    evaluate(run, benchmark, weight_file, top=6)
-    with pytest.raises(runs.StageError, match="query/query0 of mini has the name .* query query0"):
-        extract(run, benchmark, weight_file)
-
-
 def test_shards_of_workers_are_a_partition(tmp_path):
     keys = [f"{i:02d}" for i in range(11)]
     whole = stages_shards.shards_of(tmp_path, keys, 2)
@@ -1036,19 +1023,14 @@ def test_one_image_that_does_not_fit(model, benchmark):
             runner.global_rows(results, 1, scales=(1.0,))
 
 
-def test_a_query_named_like_a_database_image(benchmark):
-    """`open_dataset` refuses such a set; the jobs keep the two apart all the same."""
+def test_jobs_of_a_short_list(benchmark):
     data = revisited.open_dataset("mini", benchmark)
-    renamed = revisited.GroundTruth(**(vars(data.ground_truth) | {"queries": ["image0", "query1"]}))
-    data = revisited.RetrievalDataset(**(vars(data) | {"ground_truth": renamed}))
     listed = benchmark / "shortlist.txt"
-    listed.write_text("image0\timage0\nimage0\timage2\nquery1\timage0\n")
+    listed.write_text("query0\timage0\nquery0\timage2\nquery1\timage0\n")
     jobs = stages_extract.shortlist_jobs(data, listed, crop=True)
     assert [(job.key, job.path.name, job.query) for job in jobs] == [
-        ("image0", "image0.jpg", False),
-        ("image2", "image2.jpg", False),
-        ("query/image0", "query0.jpg", True),
-        ("query1", "query1.jpg", True),
+        (name, f"{name}.jpg", name.startswith("query"))
+        for name in ("image0", "image2", "query0", "query1")
     ]
     listed.write_text("query1\tnowhere\n")
     with pytest.raises(runs.StageError, match="nowhere"):

@@ -226,7 +226,9 @@ def _stages(folder: Path, described: list) -> None:
     parameters = OPTIONS | {"precision": "fp32"}
     local = dict(parameters=parameters, inputs={"weights": weights})
     with runs.stage(folder / "tiny" / "local", "local", **local) as stage:
-        store.write_shard(stage.folder / "shard-00", sorted(described), dtype="float32")
+        store.write_shard(
+            stage.folder / "shard-00", sorted(described), store.ShardFormat("float32")
+        )
         stage.finish([], precision="fp32")
     with runs.stage(folder / "tiny" / "rerank", "rerank", parameters={}, inputs={}) as stage:
         candidates = np.array([[3, 1, 0, 2], [-1, -1, -1, -1]], np.int32)

@@ -8,7 +8,7 @@ import numpy as np
 from vitgal import runs
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store.feature_store import FeatureStore
-from vitgal.features.store.shard import _item
+from vitgal.features.store.shard import item_entry
 
 
 def export_hloc(store: FeatureStore, path: Path, *, suffix: str = ".jpg") -> Path:
@@ -78,7 +78,7 @@ def export_published(store: FeatureStore, folder: Path, paths: Mapping[str, str]
         )
         runs.write_array(folder / "Locations" / name, points[:, ::-1])
         runs.write_array(folder / "Descriptions" / name, features.descriptors)
-        index[name] |= _item(key, features)
+        index[name] |= item_entry(key, features)
     runs.write_json(folder / "index.json", index)
     return folder
 

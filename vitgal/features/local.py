@@ -54,6 +54,11 @@ class LocalFeatures:
         """The descriptors' width."""
         return self.descriptors.shape[1]
 
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Input size, box and image size as eight integers, as they are stored."""
+        return *self.input_size, *self.box, *self.image_size
+
     @classmethod
     def empty(
         cls,

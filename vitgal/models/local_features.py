@@ -17,10 +17,7 @@ from torch import Tensor
 from vitgal.data.images import PATCH
 from vitgal.features.local import LocalFeatures
 from vitgal.features.selection import (
-    LADDER,
-    SCALES,
     Frame,
-    _check_options,
     centres,
     patch_boxes,
     scaled_size,
@@ -28,6 +25,7 @@ from vitgal.features.selection import (
     suppress,
 )
 from vitgal.models.network import ViTGaL
+from vitgal.settings.sections import SelectionSettings
 
 
 def local_features(
@@ -35,13 +33,13 @@ def local_features(
     images: Tensor,
     frames: Sequence[Frame],
     *,
-    scales: Sequence[float] = SCALES,
-    max_keypoints: int = 1000,
-    nms_candidates: int = 1200,
-    nms_overlap: float = 0.5,
-    target_per_scale: float = 400,
-    ladder: Sequence[float] = LADDER,
-    interpolation: str = "size",
+    scales: Sequence[float] = SelectionSettings.scales,
+    max_keypoints: int = SelectionSettings.max_keypoints,
+    nms_candidates: int = SelectionSettings.nms_candidates,
+    nms_overlap: float = SelectionSettings.nms_overlap,
+    target_per_scale: float = SelectionSettings.target_per_scale,
+    ladder: Sequence[float] = SelectionSettings.ladder,
+    interpolation: str = SelectionSettings.interpolation,
 ) -> list[LocalFeatures]:
     """Finds the local features of images of one size, at all scales together.
 
@@ -63,7 +61,9 @@ def local_features(
         ValueError: the model has no autoencoder, an option is out of range, or the attention is
             not finite.
     """
-    _check_options(scales, ladder, interpolation)
+    SelectionSettings(  # raises for values out of range
+        scales=tuple(scales), ladder=tuple(ladder), interpolation=interpolation
+    )
     require_codes(model)
     found: list[list[tuple]] = [[] for _ in frames]
     codes, passed = [], 0  # of the scales so far: the codes, and how many tokens there were

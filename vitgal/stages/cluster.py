@@ -164,7 +164,7 @@ def _describe_block(
 
 
 def _shards_on_cluster(
-    remote: OnCluster, pieces: Sequence[Piece], made: dict, options: dict, bar: dict
+    remote: OnCluster, pieces: Sequence[Piece], made: store.ShardFormat, options: dict, bar: dict
 ) -> Iterator[list[dict]]:
     """Has the shards written, in any order; yields the failures of each that is whole."""
     pieces = [Piece(piece.where.absolute(), _absolute(piece.jobs)) for piece in pieces]
@@ -190,14 +190,13 @@ class _Filled:
 
     piece: Piece
     content: list | None
-    kept: dict[str, store.Stored] = field(default_factory=dict)
+    kept: dict[str, store.EncodedFeatures] = field(default_factory=dict)
     failed: list[dict] = field(default_factory=list)
 
 
-def _read_piece(piece: Piece, *, made: dict, reading: dict) -> _Filled:
-    how = {name: made[name] for name in ("dtype", "settings")}
+def _read_piece(piece: Piece, *, made: store.ShardFormat, reading: dict) -> _Filled:
     # Whole where the machine that wrote it died before it could say so.
-    if shard := store.whole_shard(piece.where, piece.keys, **how):
+    if shard := store.whole_shard(piece.where, piece.keys, made):
         return _Filled(piece, None, failed=shard.failures)
     return _Filled(piece, _read(piece.jobs, **reading), piece.salvaged(made))
 
@@ -211,7 +210,9 @@ def _describe_piece(runner: Runner, read: _Filled, *, options: dict) -> _Filled:
     return _Filled(piece, items, failed=failed)
 
 
-def _write_piece(described: _Filled, *, made: dict) -> tuple[Path, int, list[dict], str]:
+def _write_piece(
+    described: _Filled, *, made: store.ShardFormat
+) -> tuple[Path, int, list[dict], str]:
     """Writes a shard under a name of its own and moves it: a second writer may be at it.
 
     (A machine that is given up may still be writing.) Returns the shard's folder, the number of
@@ -220,7 +221,7 @@ def _write_piece(described: _Filled, *, made: dict) -> tuple[Path, int, list[dic
     where = described.piece.where
     if described.content is not None:
         own = where.with_name(f"{store.PARTIAL}{uuid.uuid4().hex}")
-        store.write_shard(own / where.name, described.content, failures=described.failed, **made)
+        store.write_shard(own / where.name, described.content, made, failures=described.failed)
         store.drop_index(where.parent)
         shutil.rmtree(where, ignore_errors=True)
         try:

@@ -3,17 +3,16 @@
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from vitgal import engines, runs
 from vitgal.data import revisited
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features import store
-from vitgal.features.selection import LADDER, SCALES
 from vitgal.models.inference import weights_fingerprint
 from vitgal.models.local_features import require_codes
 from vitgal.retrieval import shortlists
+from vitgal.settings.sections import LocalSettings
 from vitgal.stages.cluster import OnCluster, _engine, _shards_on_cluster
 from vitgal.stages.images import Job, Runner, _refuse_failures, _report, query_jobs
 from vitgal.stages.shards import Piece, _refuse_other_precision, _shard_outputs, _whole, shards_of
@@ -28,12 +27,12 @@ def extract_shortlist(
     data_folder: Path,
     model: Path | str,
     size: int = 512,
-    scales: Sequence[float] = SCALES,
+    scales: Sequence[float] = LocalSettings.scales,
     max_keypoints: int = 1000,
     nms_candidates: int = 1200,
     nms_overlap: float = 0.5,
     target_per_scale: float = 400,
-    ladder: Sequence[float] = LADDER,
+    ladder: Sequence[float] = LocalSettings.ladder,
     interpolation: str = "size",
     crop_queries: bool = True,
     batch_size: int = 8,
@@ -103,7 +102,7 @@ def extract_shortlist(
         with _engine(engine, ray_address, model, how) as runner:
             _announce(require_codes(runner.model), len(jobs), parameters)
             _write_shards(runner, jobs, stage.folder, slot=slot, **shards)
-            made = dict(dtype=dtype, settings={"precision": runner.precision})
+            made = _shard_format(runner, dtype)
             recorded = runner.recorded()
         _refuse_unfinished(stage.folder, jobs, shard_size, slot, made)
         index = store.write_index(stage.folder)  # first: with it the store is opened at once
@@ -128,7 +127,11 @@ def _opened(stage: runs.Stage) -> store.FeatureStore | None:
 
 
 def _refuse_unfinished(
-    folder: Path, jobs: Sequence[Job], shard_size: int, slot: runs.WorkerSlot, made: dict
+    folder: Path,
+    jobs: Sequence[Job],
+    shard_size: int,
+    slot: runs.WorkerSlot,
+    made: store.ShardFormat,
 ) -> None:
     """StageError where shards of other workers are missing or damaged; these are read whole."""
     keys = [job.key for job in jobs]
@@ -142,7 +145,7 @@ def _refuse_unfinished(
             "the stage; if none is at work, run this again with worker_count=1"
         )
     for where in theirs:
-        _refuse_other_precision(where, made["settings"]["precision"])
+        _refuse_other_precision(where, made.settings["precision"])
     damaged = [where.name for where, names in theirs.items() if not _whole(where, names, made)]
     if damaged:
         raise runs.StageError(
@@ -164,13 +167,7 @@ def shortlist_jobs(data: RetrievalDataset, path: Path, crop: bool) -> list[Job]:
         raise runs.StageError(
             f"{path} names {unknown[0]}, which {data.name} lacks: run {GLOBAL_NOTEBOOK} again"
         )
-    queries = [replace(job, key=store.query_key(job.key, paths)) for job in query_jobs(data, crop)]
-    if clash := names & {query.key for query in queries}:
-        name = min(clash)
-        raise runs.StageError(
-            f"the database image {name} of {data.name} has the name under which the features of "
-            f"query {name.removeprefix(store.QUERY)} are kept: rename one of them"
-        )
+    queries = query_jobs(data, crop)
     return sorted(queries + [Job(name, paths[name]) for name in names], key=lambda job: job.key)
 
 
@@ -204,15 +201,14 @@ def _write_shards(
 ) -> None:
     """Writes those of a worker's shards that are missing or damaged."""
     by_key = {job.key: job for job in jobs}
-    how = dict(dtype=dtype, settings={"precision": runner.precision})
-    made = how | {"code_dim": runner.model.code_dim}
+    made = _shard_format(runner, dtype)
     if slot == runs.ALONE:
         store.clear_partial(folder)
     failures, missing = [], {}
     mine = shards_of(folder, [job.key for job in jobs], shard_size, slot)
     for where, keys in mine.items():
         _refuse_other_precision(where, runner.precision)
-        if shard := store.whole_shard(where, keys, **how):
+        if shard := store.whole_shard(where, keys, made):
             failures += shard.failures
         else:
             missing[where] = keys
@@ -228,8 +224,12 @@ def _write_shards(
         store.clear_partial(folder)
 
 
+def _shard_format(runner: "Runner | OnCluster", dtype: str) -> store.ShardFormat:
+    return store.ShardFormat(dtype, runner.model.code_dim, {"precision": runner.precision})
+
+
 def _shards_here(
-    runner: Runner, pieces: Sequence[Piece], made: dict, options: dict, bar: dict
+    runner: Runner, pieces: Sequence[Piece], made: store.ShardFormat, options: dict, bar: dict
 ) -> Iterator[list[dict]]:
     """Writes one shard after the other; yields the failures of each."""
     todo = [job for piece in pieces for job in piece.jobs]
@@ -239,5 +239,5 @@ def _shards_here(
             block = itertools.islice(results, len(piece.jobs))
             items, failed = runner.local_items(block, piece.keys, kept, **options)
             piece.refuse_failed_query(failed)
-            store.write_shard(piece.where, items, failures=failed, **made)
+            store.write_shard(piece.where, items, made, failures=failed)
             yield failed

@@ -160,16 +160,16 @@ class Runner:
         self,
         results: Results,
         keys: Sequence[str],
-        kept: Mapping[str, store.Stored] | None = None,
+        kept: Mapping[str, store.EncodedFeatures] | None = None,
         **options: Any,
-    ) -> tuple[list[tuple[str, LocalFeatures | store.Stored]], list[dict]]:
+    ) -> tuple[list[tuple[str, LocalFeatures | store.EncodedFeatures]], list[dict]]:
         """Local features of streamed images as (key, features), in order; the failures.
 
         kept: what a damaged shard still held is taken as it is. Batches are those of all images,
         so that what is made anew comes out as it did the first time.
         """
         kept, failures = kept or {}, []
-        found: dict[int, LocalFeatures | store.Stored] = {}
+        found: dict[int, LocalFeatures | store.EncodedFeatures] = {}
         inputs = (
             ((position, loaded.frame), loaded.image)
             for position, loaded in _usable(results, failures)

@@ -19,10 +19,10 @@ from vitgal.data.images import crop_box, read_image
 from vitgal.data.images import resize as resize_image
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features.local import LocalFeatures
-from vitgal.features.store.codec import query_key
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval.pairs import PairInspection, inspect_pair
 from vitgal.retrieval.verification import MIN_MATCHES
+from vitgal.settings.sections import SelectionSettings
 from vitgal.stages.rerank import inlier_counts
 from vitgal.viz import rankings
 
@@ -75,11 +75,10 @@ def look(
     box, size, precision, options: of `extraction.extract_local`, whose features are `kept`. Raises
     ValueError as it does.
     """
-    from vitgal.features import selection
     from vitgal.models import inference, local_features
 
-    defaults = dict(scales=selection.SCALES, max_keypoints=1000, nms_candidates=1200)
-    defaults |= dict(nms_overlap=0.5, target_per_scale=400, ladder=selection.LADDER)
+    defaults = dict(scales=SelectionSettings.scales, max_keypoints=1000, nms_candidates=1200)
+    defaults |= dict(nms_overlap=0.5, target_per_scale=400, ladder=SelectionSettings.ladder)
     options = defaults | dict(interpolation="size") | options
     local_features.require_codes(model)
     crop, taken = crop_box(image, box)
@@ -332,13 +331,12 @@ class Inspector:
         Raises InspectionError for a database image of no short list, which 05 has not visited.
         """
         name = self.name(side, index)
-        key = query_key(name, self.benchmark.database) if side == "query" else name
-        if key in self.features:
-            return self.features[key]
+        if name in self.features:
+            return self.features[name]
         if (side, index) in self.looks:
             return self.looks[side, index].kept
-        if key in self.features.failures:
-            raise InspectionError(f"{name} could not be read: {self.features.failures[key]}")
+        if name in self.features.failures:
+            raise InspectionError(f"{name} could not be read: {self.features.failures[name]}")
         raise InspectionError(
             f"{name} is on no short list, so {LOCAL_NOTEBOOK} extracted no features of it: look at "
             "it with the network, which takes one pass"
@@ -347,12 +345,10 @@ class Inspector:
     def look(self, side: str, index: int) -> Look:
         """One pass of the network over the photograph, the first time it is asked for."""
         if (side, index) not in self.looks:
-            from vitgal.features import selection
-
             given = self._manifest["parameters"]
             known = ("scales", "max_keypoints", "nms_candidates", "nms_overlap")
             known += ("target_per_scale", "ladder", "interpolation", "size", "precision")
-            options = {"ladder": selection.LADDER} | {
+            options = {"ladder": SelectionSettings.ladder} | {
                 name: given[name] for name in known if name in given
             }
             options["precision"] = self._manifest["recorded"].get("precision", "fp32")

@@ -150,17 +150,9 @@ class Describer:
         with inference.limited_threads(self.machine.threads):
             descriptor = self._global_descriptor(crop)
             features = self._local_features(image, box)
-        runs.write_arrays(
-            file,
-            descriptor=descriptor,
-            keypoints=features.keypoints,
-            descriptors=store.encode(features.descriptors, "float16"),
-            scores=features.scores,
-            scales=features.scales,
-            sizes=np.array(
-                [*features.input_size, *features.box, *features.image_size, exif_orientation(path)]
-            ),
-        )
+        arrays = {"descriptor": descriptor} | store.encode_features(features, "float16")
+        sizes = np.array([*features.sizes, exif_orientation(path)])
+        runs.write_arrays(file, **arrays, sizes=sizes)
 
     def _global_descriptor(self, crop: np.ndarray) -> np.ndarray:
         settings = self.global_settings
@@ -200,14 +192,6 @@ def _read(file: Path, digest: str) -> Description | None:
     except (FileNotFoundError, zipfile.BadZipFile, EOFError, ValueError):
         return None
     sizes = [int(value) for value in arrays["sizes"]]
-    codes = arrays["descriptors"]
-    features = LocalFeatures(
-        keypoints=arrays["keypoints"],
-        descriptors=store.decode(codes, "float16", codes.shape[1]),
-        scores=arrays["scores"],
-        scales=arrays["scales"],
-        input_size=tuple(sizes[:2]),
-        box=tuple(sizes[2:6]),
-        image_size=tuple(sizes[6:8]),
-    )
+    code_dim = arrays["descriptors"].shape[1]
+    features = store.decode_features(arrays, sizes, "float16", code_dim)
     return Description(digest, arrays["descriptor"], features, orientation=sizes[8])

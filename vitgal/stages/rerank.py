@@ -14,7 +14,6 @@ from vitgal.data.revisited import PROTOCOLS, GroundTruth, load_ground_truth
 from vitgal.evaluation.protocol import evaluate
 from vitgal.evaluation.scores import scores_document
 from vitgal.features.local import LocalFeatures
-from vitgal.features.store.codec import query_key
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval import shortlists
 from vitgal.retrieval.matching import check_device, pick_device
@@ -200,8 +199,7 @@ def _verified(
 def _check_store(store: FeatureStore, listed: _Shortlist) -> None:
     """Raises StageError where a query or a candidate has no entry in the store."""
     unreadable = store.failures
-    database = set(listed.database)
-    wanted = {query_key(query, database): query for query in listed.ground_truth.queries}
+    wanted = {query: query for query in listed.ground_truth.queries}
     wanted |= {
         listed.database[image]: listed.database[image]
         for images in listed.images
@@ -255,7 +253,7 @@ def _verify_query(
     options = options | {"device": pick_device(options.get("device"))}
     readable = [place for place, name in enumerate(names) if name in store]
     features = (store[names[place]] for place in readable)
-    pairs = inspect_shortlist(store.query(query), features, **options)
+    pairs = inspect_shortlist(store[query], features, **options)
     for place in readable:
         try:
             counts[place] = next(pairs).verification.count
@@ -335,5 +333,4 @@ def pair_features(
     features: FeatureStore, ground_truth: GroundTruth, query: int, image: int
 ) -> tuple[LocalFeatures, LocalFeatures]:
     """The stored features of a query and of a database image, both given by index."""
-    key = query_key(ground_truth.queries[query], ground_truth.database)
-    return features[key], features[ground_truth.database[image]]
+    return features[ground_truth.queries[query]], features[ground_truth.database[image]]

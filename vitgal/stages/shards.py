@@ -13,8 +13,8 @@ from vitgal.stages.images import Job, _refuse_failed_query
 SHARD_OUTPUTS = ("items.json", "failures.json", "offsets.npy", "checksums.npy")
 
 
-def _whole(where: Path, names: Sequence[str], made: dict) -> bool:
-    return store.whole_shard(where, names, **made) is not None
+def _whole(where: Path, names: Sequence[str], made: store.ShardFormat) -> bool:
+    return store.whole_shard(where, names, made) is not None
 
 
 def _refuse_other_precision(where: Path, precision: str) -> None:
@@ -25,7 +25,8 @@ def _refuse_other_precision(where: Path, precision: str) -> None:
         return
     if made != precision:
         raise runs.StageError(
-            f"{where} was made in {made}, and here it would be {precision}: {store.AUTO}"
+            f"{where} was made in {made}, and here it would be {precision}: "
+            f"{store.PRECISION_REMEDY}"
         )
 
 
@@ -45,9 +46,9 @@ class Piece:
         queries = {job.key for job in self.jobs if job.query}
         _refuse_failed_query([failure for failure in failed if failure["name"] in queries])
 
-    def salvaged(self, made: dict) -> dict[str, store.Stored]:
+    def salvaged(self, made: store.ShardFormat) -> dict[str, store.EncodedFeatures]:
         """What a damaged shard still holds; says how much."""
-        kept = store.salvage(self.where, **made)
+        kept = store.salvage(self.where, made)
         if self.where.exists():
             print(f"{self.where} is damaged: {len(kept)} of {len(self.jobs)} images are kept")
         return kept

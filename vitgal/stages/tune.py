@@ -301,7 +301,7 @@ def _count_query(
     store: FeatureStore, q: int, query: str, names: list[str], grid: dict, options: dict
 ) -> tuple[int, np.ndarray]:
     """One query's inlier counts (D, T, candidates); an image that could not be read counts 0."""
-    ours = store.query(query)
+    ours = store[query]
     counts = np.zeros((len(grid["max_distance"]), len(grid["threshold"]), len(names)), np.int32)
     for place, name in enumerate(names):
         if name in store:

@@ -15,7 +15,6 @@ from vitgal import runs
 from vitgal.data import revisited
 from vitgal.data.revisited import GroundTruth, RetrievalDataset
 from vitgal.evaluation import protocol as evaluation_protocol
-from vitgal.features.store.codec import query_key
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval import matching as retrieval_matching
 from vitgal.retrieval import pairs as retrieval_pairs
@@ -358,7 +357,7 @@ class _Evidence:
             return cls(similarities, {}, {}, set())
         inliers = rerank.inlier_counts(folder / "rerank", query)
         store = FeatureStore.open(folder / "local")
-        ours = store[query_key(truth.queries[query], truth.database)]
+        ours = store[truth.queries[query]]
         options = runs.read_stage(folder / "rerank", "notebook 06_rerank")["parameters"]
         matches, bare = {}, set()
         for image in sorted(images & inliers.keys()):
@@ -464,7 +463,7 @@ def rerank_path(benchmark: RetrievalDataset, folder: Path, query: int, **options
     truth = benchmark.ground_truth
     query = revisited.check_query(truth, query)
     store = FeatureStore.open(folder / "local")
-    ours = store.query(truth.queries[query])
+    ours = store[truth.queries[query]]
     ranks = np.load(folder / "global" / "ranks.npy", mmap_mode="r")[:, query].tolist()
     image = next((image for image in ranks if benchmark.database[image] in store), None)
     theirs = ours if image is None else store[benchmark.database[image]]

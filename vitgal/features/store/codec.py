@@ -1,41 +1,44 @@
-"""How descriptors are stored: types, widths and sizes."""
+"""How local features are encoded for storage, and how much space they take."""
 
 import functools
-from collections.abc import Container, Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from vitgal import runs
+from vitgal.features.local import LocalFeatures
+from vitgal.settings.sections import FEATURE_DTYPES, LocalSettings
 
 FORMAT = 1
-DTYPES = ("float16", "float32", "int8", "bit")
-QUERY = "query/"
-AUTO = (
+FEATURE_ARRAYS = ("keypoints", "descriptors", "scores", "scales")
+ITEM_BYTES = 150  # of one image beside its features: name and sizes in items.json, offset, checksum
+FEATURE_BYTES = 16  # of one feature beside its descriptor: keypoint, score, scale
+REMEDY = "run 05_local_extraction again: it makes what is missing or damaged"
+PRECISION_REMEDY = (
     "inference_precision auto depends on the machine: go on with one like the first, or set "
     "overwrite: true and a precision by name to begin anew"
 )
-ITEM_BYTES = 150  # of one image beside its features: name and sizes in items.json, offset, checksum
-FEATURE_BYTES = 16  # of one feature beside its descriptor: keypoint, score, scale
 
 
 class StoreError(runs.UserError, RuntimeError):
-    """A store on disk that is damaged or incomplete; the message names the folder or the item."""
-
-
-def query_key(name: str, database: Container[str]) -> str:
-    """The key under which a query's features are stored beside those of `database`'s images."""
-    # The second case is none that can be stored; it becomes a repeated key, which is refused.
-    return QUERY + name if name in database or QUERY + name in database else name
+    """A store on disk is damaged or incomplete; the message names the folder or the image."""
 
 
 def encode(descriptors: np.ndarray, dtype: str) -> np.ndarray:
-    """Descriptors (N, C) float32 as stored: (N, C) of that type, for "bit" (N, ceil(C / 8)) uint8.
+    """Encodes descriptors for storage.
 
-    int8 is scaled to each descriptor's largest value and "bit" keeps signs alone: the length is not
-    stored, since `decode` brings every descriptor back to length 1. Raises ValueError for an
-    unknown dtype or values that are not finite.
+    int8 is scaled to each descriptor's largest value and "bit" keeps signs alone. The length is not
+    stored, since `decode` brings every descriptor back to length 1.
+
+    Args:
+        descriptors: (N, C) float32; N may be 0.
+        dtype: one of FEATURE_DTYPES.
+    Returns:
+        (N, C) of that type; for "bit" (N, ceil(C / 8)) uint8.
+    Raises:
+        ValueError: an unknown dtype, or values that are not finite.
     """
-    _check_dtype(dtype)
+    check_dtype(dtype)
     if not np.isfinite(descriptors).all():
         raise ValueError("descriptors hold nan or infinity")
     if dtype == "bit":
@@ -47,7 +50,7 @@ def encode(descriptors: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def decode(stored: np.ndarray, dtype: str, code_dim: int) -> np.ndarray:
-    """Stored descriptors back as (N, code_dim) float32 of length 1 (all-zero ones stay zero)."""
+    """Decodes what `encode` returned to (N, code_dim) float32 of length 1; zero stays zero."""
     if dtype == "bit":
         decoded = _signs()[stored].reshape(len(stored), 8 * stored.shape[1])[:, :code_dim]
     elif dtype == "float16":
@@ -76,32 +79,75 @@ def _single(half: np.ndarray) -> np.ndarray:
     return single
 
 
-def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise ValueError(f"unknown descriptor dtype {dtype!r}; known: {', '.join(DTYPES)}")
+def encode_features(features: LocalFeatures, dtype: str) -> dict[str, np.ndarray]:
+    """Encodes the arrays of one image's features; `LocalFeatures.sizes` are stored beside them.
+
+    Returns:
+        "keypoints" (N, 2) float32, "descriptors" as `encode` gives them, "scores" and "scales"
+        (N,) float32.
+    Raises:
+        ValueError: an unknown dtype, or keypoints or descriptors that are not finite.
+    """
+    if not np.isfinite(features.keypoints).all():
+        raise ValueError("keypoints hold nan or infinity")
+    return {
+        "keypoints": np.asarray(features.keypoints, np.float32),
+        "descriptors": encode(np.asarray(features.descriptors, np.float32), dtype),
+        "scores": np.asarray(features.scores, np.float32),
+        "scales": np.asarray(features.scales, np.float32),
+    }
+
+
+def decode_features(
+    arrays: Mapping[str, np.ndarray], sizes: Sequence[int], dtype: str, code_dim: int
+) -> LocalFeatures:
+    """Decodes one image's features; the arrays are copied.
+
+    Args:
+        arrays: as `encode_features` returned them; others are ignored.
+        sizes: the eight integers of `LocalFeatures.sizes`.
+        dtype: of the stored descriptors.
+        code_dim: dimension of a descriptor.
+    """
+    return LocalFeatures(
+        keypoints=np.array(arrays["keypoints"]),
+        descriptors=decode(arrays["descriptors"], dtype, code_dim),
+        scores=np.array(arrays["scores"]),
+        scales=np.array(arrays["scales"]),
+        input_size=tuple(sizes[:2]),
+        box=tuple(sizes[2:6]),
+        image_size=tuple(sizes[6:8]),
+    )
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises ValueError for a type that descriptors cannot be stored in."""
+    if dtype not in FEATURE_DTYPES:
+        raise ValueError(f"unknown descriptor dtype {dtype!r}; known: {', '.join(FEATURE_DTYPES)}")
 
 
 def stored_width(code_dim: int, dtype: str) -> int:
-    """Columns of a stored descriptor array."""
+    """Returns the number of columns of a stored descriptor array."""
     return -(-code_dim // 8) if dtype == "bit" else code_dim
 
 
 def stored_type(dtype: str) -> np.dtype:
-    """numpy's type of a stored descriptor array."""
+    """Returns NumPy's type of a stored descriptor array."""
     return np.dtype("uint8" if dtype == "bit" else dtype)
 
 
-def forecast(images: int, mean_features: float, code_dim: int, dtype: str = "float16") -> int:
-    """Bytes that a store of so many images will take, to within a few per cent.
+def forecast(
+    images: int, mean_features: float, code_dim: int, dtype: str = LocalSettings.dtype
+) -> int:
+    """Predicts the size of a store in bytes, to within a few per cent.
 
     Args:
+        images: number of images.
         mean_features: features an image (published: at most 1000, 877 on average at five scales
             and 251 at one).
+        code_dim: dimension of a descriptor.
+        dtype: of the stored descriptors.
     """
-    _check_dtype(dtype)
+    check_dtype(dtype)
     code = stored_width(code_dim, dtype) * stored_type(dtype).itemsize
     return round(images * (mean_features * (code + FEATURE_BYTES) + ITEM_BYTES))
-
-
-def _shown(settings: Mapping) -> str:
-    return "".join(f", {name} {settings[name]}" for name in sorted(settings))

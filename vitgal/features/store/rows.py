@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 
 from vitgal import runs
-from vitgal.features.store.codec import AUTO
+from vitgal.features.store.codec import PRECISION_REMEDY
+from vitgal.features.store.shard import is_failure_list
 
 
 @dataclass
 class RowFile:
     """A (rows, width) float32 `.npy` that grows block by block and survives a kill.
 
-    Blocks are appended to `<name>.partial`; after each a small journal says how many rows are whole
-    and what their checksum is. Opened again, the file is cut back to what the journal vouches for.
-    Plain appends, not a mapped file: on a full disk they raise an error, a mapped file kills the
-    process. `finish` gives the file its name.
+    Blocks are appended to `<name>.partial`. After each block a small journal records how many rows
+    are whole, and their checksum. Opened again, the file is cut back to the rows of the journal.
+    The file is not mapped: on a full disk an append raises an error, but a write to mapped memory
+    kills the process. `finish` gives the file its name.
     """
 
     path: Path
@@ -29,35 +30,37 @@ class RowFile:
 
     @classmethod
     def open(cls, path: Path, shape: tuple[int, int], *, settings: Mapping) -> "RowFile":
-        """Continues the file where it stands; begins anew where there is none to continue.
+        """Continues the file after its last whole row; begins anew where there is none.
 
         Args:
+            path: the `.npy` to be written.
+            shape: (rows, width) of the complete array.
             settings: plain values that must be equal for rows to be continued.
         Raises:
-            runs.StageError: there are rows with other settings; they are left as they are.
+            runs.StageError: there are rows with other settings, which are left as they are, or the
+                journal is not whole JSON.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = {"settings": runs.plain(dict(settings)), "shape": list(shape)}
         fresh |= {"rows": 0, "checksum": 0, "failures": []}
         file = cls(path, shape, fresh)
-        if file._journal_path.exists():
-            found = runs.read_json(file._journal_path)
-            if found.get("rows") and found.get("settings") != fresh["settings"]:
+        journal = runs.read_json(file._journal_path) if file._journal_path.exists() else {}
+        if _is_journal(journal):
+            if journal["rows"] and journal["settings"] != fresh["settings"]:
+                changes = "; ".join(runs.differences(journal["settings"], fresh["settings"]))
                 raise runs.StageError(
-                    f"{path} was begun with other settings "
-                    f"({'; '.join(runs.differences(found['settings'], fresh['settings']))}): "
-                    f"{AUTO}"
+                    f"{path} was begun with other settings ({changes}): {PRECISION_REMEDY}"
                 )
-            if found.get("shape") == fresh["shape"] and file._whole(found):
-                file.journal = found
+            if journal["shape"] == fresh["shape"] and file._is_whole(journal):
+                file.journal = journal
                 return file
         file._begin()
         return file
 
     @property
     def rows(self) -> int:
-        """Rows that are whole on disk."""
+        """Number of rows that are whole on disk."""
         return self.journal["rows"]
 
     @property
@@ -66,12 +69,16 @@ class RowFile:
         return self.journal["failures"]
 
     def append(self, block: np.ndarray, failures: Sequence[Mapping[str, str]] = ()) -> None:
-        """Adds rows (n, width) after those that are there; they are on disk when this returns."""
+        """Appends a block (n, width); the rows are on disk when this returns.
+
+        Raises ValueError where the block has another width or is longer than the rows that are
+        left, OSError where the disk is full.
+        """
         block = np.ascontiguousarray(block, np.float32)
         if block.shape[1:] != self.shape[1:] or self.rows + len(block) > self.shape[0]:
             raise ValueError(f"a block of {block.shape} after row {self.rows} of {self.shape}")
         with open(self._partial, "rb+") as handle:
-            handle.truncate(self._bytes(self.rows))  # what an append that failed has left
+            handle.truncate(self._bytes(self.rows))  # drops the rest of an append that failed
             handle.seek(0, os.SEEK_END)
             handle.write(block)
             handle.flush()
@@ -92,7 +99,7 @@ class RowFile:
         return self.path
 
     def forget(self) -> None:
-        """Removes the journal, once something else vouches for the file."""
+        """Removes the journal, once a stage's manifest holds the file's checksum."""
         self._journal_path.unlink(missing_ok=True)
 
     @property
@@ -118,10 +125,10 @@ class RowFile:
         self._partial.write_bytes(self._header())
         runs.write_json(self._journal_path, self.journal)
 
-    def _whole(self, found: dict) -> bool:
-        """True where the rows that the journal counts are on disk, byte for byte."""
+    def _is_whole(self, journal: dict) -> bool:
+        """Tells whether the rows that a journal counts are on disk, byte for byte."""
         file = self._partial if self._partial.exists() else self.path
-        end = self._bytes(found["rows"])
+        end = self._bytes(journal["rows"])
         if not file.exists() or file.stat().st_size < end:
             return False
         checksum = 0
@@ -130,4 +137,14 @@ class RowFile:
                 return False
             while handle.tell() < end:
                 checksum = zlib.crc32(handle.read(min(runs.CHUNK, end - handle.tell())), checksum)
-        return checksum == found["checksum"]
+        return checksum == journal["checksum"]
+
+
+def _is_journal(value: object) -> bool:
+    types = {"settings": dict, "shape": list, "rows": int, "checksum": int}
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(name), kind) for name, kind in types.items())
+        and value["rows"] >= 0
+        and is_failure_list(value.get("failures"))
+    )
