@@ -178,7 +178,7 @@ def test_hygiene(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_parameters_are_plain_typed_literals(path):
     found = app_parameters.declared(path)
-    assert path not in CHAIN or found["run_dir"].kind == "str"
+    assert path not in CHAIN or found["run_dir"].kind is str
 
 
 # The rules themselves

@@ -1,0 +1,37 @@
+"""The table in docs/settings.md: `python -m vitgal.settings.table > docs/settings.md`."""
+
+from vitgal.settings.section import Section, fact
+from vitgal.settings.sections import NOTEBOOKS, SECTIONS
+
+HEAD = """# Settings
+
+Every setting with its default. A notebook's first cell shows those that are turned most often; every
+other one can be added there, given in a YAML file (`params/`), or typed as `-p NAME VALUE`. The last
+column says whether a setting changes results; the others change speed, paths or pictures.
+"""
+
+
+def settings_table() -> str:
+    """All sections as Markdown, a table each."""
+    return "\n".join([HEAD, *(_section_table(section) for section in SECTIONS)])
+
+
+def _section_table(section: type[Section]) -> str:
+    notebooks = ", ".join(name[:2] for name, used in NOTEBOOKS.items() if section in used)
+    title = (section.__doc__ or "").splitlines()[0]
+    lines = [f"## {section.__name__}", "", f"{title} Notebooks {notebooks}.", ""]
+    lines += ["| setting | default | meaning | changes |", "|---|---|---|---|"]
+    for name, entry in section.flat().items():
+        facts = fact(entry)
+        meaning = facts.meaning + (f" ({facts.unit})" if facts.unit else "")
+        if facts.published is not None:
+            meaning += f"; published: {facts.published}"
+        if facts.choices:
+            meaning += f"; one of {', '.join(facts.choices)}"
+        default = "" if entry.default == "" else f"`{entry.default}`"
+        lines.append(f"| `{name}` | {default} | {meaning} | {'results' if facts.result else '-'} |")
+    return "\n".join([*lines, ""])
+
+
+if __name__ == "__main__":
+    print(settings_table(), end="")
