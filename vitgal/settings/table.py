@@ -5,8 +5,8 @@ from vitgal.settings.sections import NOTEBOOKS, SECTIONS
 
 HEAD = """# Settings
 
-Every setting with its default. A notebook's first cell shows those that are turned most often; every
-other one can be added there, given in a YAML file (`params/`), or typed as `-p NAME VALUE`. The last
+Every setting with its default. A notebook's first cell shows those that are turned most often. Any
+other can be added there, given in a YAML file (`params/`), or typed as `-p NAME VALUE`. The last
 column says whether a setting changes results; the others change speed, paths or pictures.
 """
 
@@ -19,7 +19,7 @@ def settings_table() -> str:
 def _section_table(section: type[Section]) -> str:
     notebooks = ", ".join(name[:2] for name, used in NOTEBOOKS.items() if section in used)
     title = (section.__doc__ or "").splitlines()[0]
-    lines = [f"## {section.__name__}", "", f"{title} Notebooks {notebooks}.", ""]
+    lines = [f"## {section.__name__}", "", f"{title} In notebooks {notebooks}.", ""]
     lines += ["| setting | default | meaning | changes |", "|---|---|---|---|"]
     for name, entry in section.flat().items():
         facts = fact(entry)
