@@ -21,12 +21,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from vitgal.data.images import MEAN, STD
 from vitgal.features.local import LocalFeatures
 from vitgal.models.network import ViTGaL, build_model
-from vitgal.settings.sections import LocalSettings
-from vitgal.stages import images
+from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings
+from vitgal.stages.images import ImageTask, load_image
+from vitgal.stages.local_describer import LocalDescriber
 
 PHOTOGRAPHS = Path(__file__).parent.parent / "third_party" / "landmarks"
 
@@ -120,12 +122,14 @@ def timed(work: Callable, repeats: int) -> tuple[float, object]:
 def ours(
     model: ViTGaL, paths: list[Path], precision: str, batch: int, resize: str
 ) -> list[LocalFeatures] | np.ndarray:
-    runner = images.Runner(model, precision, 512, resize, batch_size=batch, workers=1)
-    jobs = [images.Job(str(path), path) for path in paths]
-    with runner.stream(jobs, disable=True) as results:
+    machine = MachineSettings(batch_size=batch, local_batch_size=batch, read_threads=1)
+    settings = GlobalSettings(resize=resize) if resize == "squash" else LocalSettings()
+    describer = LocalDescriber(model, settings, machine, precision)
+    tasks = [ImageTask(str(path), path) for path in paths]
+    with tqdm(disable=True) as bar, describer.stream(tasks, bar) as images:
         if resize == "squash":
-            return runner.global_rows(results, len(jobs), scales=(1.0,))[0]
-        return [item for _, item in runner.local_items(results, [job.key for job in jobs])[0]]
+            return describer.global_rows(images, len(tasks))[0]
+        return [item for _, item in describer.local_items(images, [t.key for t in tasks], {})[0]]
 
 
 def agreement(found: list[LocalFeatures], wanted: list[tuple]) -> str:
@@ -156,9 +160,9 @@ def compare(
 
 def loader(paths: list[Path]) -> None:
     """Processor time to read, decode and resize an image."""
-    jobs = [images.Job(str(path), path) for path in paths]
+    tasks = [ImageTask(str(path), path) for path in paths]
     for resize in ("area", "squash"):
-        spent, _ = timed(lambda r=resize: [images.load(j, size=512, resize=r) for j in jobs], 3)
+        spent, _ = timed(lambda mode=resize: [load_image(task, 512, mode) for task in tasks], 3)
         each = 1000 * spent / len(paths)
         print(f"loader, {resize}: {each:.2f} ms an image, {1000 / each:.0f} images/s a core")
     pixels = np.mean([np.prod(cv2.imread(str(path)).shape[:2]) for path in paths]) / 1e6

@@ -16,7 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from vitgal import runs
+from vitgal.data import revisited
 from vitgal.features import store
+from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings
 from vitgal.stages import describe as stages_describe
 from vitgal.stages import extract, rerank
 
@@ -25,18 +27,15 @@ DEMO = "demo"
 
 def describe(source: Path, run: Path, precision: str) -> None:
     """Notebooks 04 and 05 of the demo, in a folder of their own."""
-    shared = dict(
-        dataset=DEMO,
-        data_folder=source / "data" / "benchmark",
-        model=source / "autoencoder" / "model.safetensors",
-        precision=precision,
-        threads=1,
-        progress=False,
+    dataset = revisited.open_dataset(DEMO, source / "data" / "benchmark")
+    model = source / "autoencoder" / "model.safetensors"
+    machine = MachineSettings(threads=1)
+    settings = GlobalSettings(
+        size=224, resize="area", scales=(0.5, 0.7071, 1.0), precision=precision
     )
-    stages_describe.evaluate_global(
-        run, size=224, resize="area", scales=(0.5, 0.7071, 1.0), **shared
-    )
-    extract.extract_shortlist(run, size=320, dtype="float32", **shared)
+    stages_describe.evaluate_global(run, dataset, settings, machine, model=model, progress=False)
+    local = LocalSettings(size=320, dtype="float32", precision=precision)
+    extract.extract_shortlist(run, dataset, local, machine, model=model, progress=False)
 
 
 def stored_as(run: Path, made: Path, dtype: str) -> None:

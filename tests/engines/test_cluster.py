@@ -27,8 +27,7 @@ from vitgal.engines.connection import import_ray
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.models.network import build_model
 from vitgal.models.weights import save_model
-from vitgal.stages import cluster as stages_cluster
-from vitgal.stages import describe as stages_describe
+from vitgal.stages import ray_describer
 from vitgal.stages import rerank as stages_rerank
 
 SHARD = 2  # images: the twelve make six shards
@@ -41,9 +40,7 @@ STORE = 200 * 1024 * 1024
 def test_engines(tmp_path):
     engines.check_engine("local")
     with pytest.raises(ValueError, match="unknown engine 'spark'; known: local, ray"):
-        stages_describe.evaluate_global(
-            tmp_path, dataset="mini", data_folder=tmp_path, model="", engine="spark"
-        )
+        engines.check_engine("spark")
     with pytest.raises(ValueError, match="ray_address 'head:6379' needs engine: ray"):
         stages_rerank.rerank_shortlist(
             tmp_path, dataset="mini", data_folder=tmp_path, ray_address="head:6379"
@@ -254,8 +251,8 @@ class TestTwoNodes:
 
     def test_a_node_lost_while_extracting(self, two, local, run, data, tmp_path, monkeypatch):
         """The other node is killed while it describes its second shard."""
-        held = partial(_held, stages_cluster._describe_piece, two.other.node_id, tmp_path)
-        monkeypatch.setattr(stages_cluster, "_describe_piece", held)
+        held = partial(_held, ray_describer._describe_shard, two.other.node_id, tmp_path)
+        monkeypatch.setattr(ray_describer, "_describe_shard", held)
         os.mkfifo(tmp_path / "holds")
         os.mkfifo(tmp_path / "go")
         found: dict = {}
@@ -298,13 +295,13 @@ class TestTwoNodes:
         """A node that does not see the run folder writes somewhere else."""
         shutil.copytree(local / "mini/global", tmp_path / "mini/global")
         monkeypatch.setattr(
-            stages_cluster, "_write_piece", partial(_elsewhere, stages_cluster._write_piece)
+            ray_describer, "_write_shard", partial(_elsewhere, ray_describer._write_shard)
         )
         with pytest.raises(engines.ClusterError, match=r"shard-0\d to a disk of its own"):
             extract(tmp_path, data, engine="ray", ray_address=two.address)
 
 
-def _held(real, doomed: str, folder: Path, runner, read, *, options):
+def _held(real, doomed: str, folder: Path, describer, state):
     """Describes a shard, but the second on each node waits: on the doomed one for ever."""
     import ray
 
@@ -317,7 +314,7 @@ def _held(real, doomed: str, folder: Path, runner, read, *, options):
         else:
             with open(folder / "go", "rb") as handle:
                 handle.read(1)
-    return real(runner, read, options=options)
+    return real(describer, state)
 
 
 def _kill(two: Two, folder: Path, stage: Path, found: dict) -> None:
@@ -331,8 +328,8 @@ def _kill(two: Two, folder: Path, stage: Path, found: dict) -> None:
     os.write(go, b"1")
 
 
-def _elsewhere(real, described, *, made):
-    where, *found = real(described, made=made)
+def _elsewhere(real, state):
+    where, *found = real(state)
     shutil.rmtree(where)
     return where, *found
 

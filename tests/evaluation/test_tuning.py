@@ -18,6 +18,7 @@ from vitgal.evaluation.tuning import TuningError
 from vitgal.features import store
 from vitgal.features.local import LocalFeatures
 from vitgal.retrieval import pairs
+from vitgal.settings import GlobalSettings
 from vitgal.stages import descriptors
 from vitgal.stages import tune as stages_tune
 from vitgal.viz import tuning as viz_tuning
@@ -73,8 +74,8 @@ def described(run: Path, tmp_path: Path) -> Path:
     rows = np.array([[0.3, 0.2, 0.9, 0.1], [0.9, 0.1, 0.3, 0.2], *np.eye(4)], np.float32)
     np.save(tmp_path / "x.npy", rows)
     (tmp_path / "x.txt").write_text("\n".join(names))
-    options = dict(dataset="val_retrieval", data_folder=folder)
-    descriptors.evaluate_descriptors(run, descriptors=tmp_path / "x.npy", **options)
+    dataset = revisited.open_dataset("val_retrieval", folder)
+    descriptors.evaluate_descriptors(run, dataset, GlobalSettings(), descriptors=tmp_path / "x.npy")
     local = run / "val_retrieval" / "local"
     with runs.stage(local, "local", parameters={}, inputs={}) as stage:
         # To qa: a1, a2 at 0.5; to qb, whose features are turned by 90 degrees: b1, b2 at 0.5.

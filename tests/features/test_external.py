@@ -13,6 +13,7 @@ from vitgal.data import revisited
 from vitgal.evaluation import protocol as evaluation_protocol
 from vitgal.features.descriptors import DescriptorError, read_descriptors
 from vitgal.retrieval import faiss_index
+from vitgal.settings import GlobalSettings
 from vitgal.stages import rankings
 from vitgal.stages.descriptors import evaluate_descriptors
 
@@ -170,12 +171,17 @@ def larger(tmp_path: Path) -> tuple[Path, Path]:
 def test_a_ranking_that_begins_with_what_an_index_finds(larger, tmp_path):
     data, path = larger
     truth = revisited.load_ground_truth(data / "gnd_larger.pkl")
-    options = dict(dataset="larger", data_folder=data, descriptors=path, top=5, display=5)
-    plain = evaluate_descriptors(tmp_path / "plain", **options)
+    dataset = revisited.open_dataset("larger", data)
+
+    def rank(run: Path, index: str | None) -> Path:
+        settings = GlobalSettings(top=5, display=5, index=index)
+        return evaluate_descriptors(run, dataset, settings, descriptors=path)
+
+    plain = rank(tmp_path / "plain", None)
     exact = runs.read_json(plain / "scores.json")
     assert "recall" not in exact and "exact" not in exact
     text = "IVF16,Flat; nprobe=4"
-    folder = evaluate_descriptors(tmp_path / "run", index=text, **options)
+    folder = rank(tmp_path / "run", text)
     scores = runs.read_json(folder / "scores.json")
     assert scores["parameters"]["index"] == text
     assert 0.2 < scores["recall"]["10"] < 1 and scores["recall"]["searched exactly"] == 0
@@ -198,26 +204,29 @@ def test_a_ranking_that_begins_with_what_an_index_finds(larger, tmp_path):
     np.testing.assert_array_equal(faiss_index.find(found, queries, k=len(ranks))[1], ranks)
     # Reused as it is; another index, or none, is another ranking.
     before = (folder / "stage.json").read_bytes()
-    evaluate_descriptors(tmp_path / "run", index=text, **options)
+    rank(tmp_path / "run", text)
     assert (folder / "stage.json").read_bytes() == before
     for other in (None, "Flat"):
         with pytest.raises(runs.StageError, match="index"):
-            evaluate_descriptors(tmp_path / "run", index=other, **options)
+            rank(tmp_path / "run", other)
 
 
 def test_an_index_that_does_not_fit_stops_before_anything_is_written(larger, tmp_path):
     data, path = larger
-    options = dict(dataset="larger", data_folder=data, descriptors=path)
+    dataset = revisited.open_dataset("larger", data)
     for text in ("nonsense", "PQ3"):  # 3 does not divide 8
         with pytest.raises(ValueError, match=f"no index '{text}'"):
-            evaluate_descriptors(tmp_path / "run", index=text, **options)
+            evaluate_descriptors(
+                tmp_path / "run", dataset, GlobalSettings(index=text), descriptors=path
+            )
     assert not (tmp_path / "run").exists()
 
 
 def test_the_stage_ranks_and_scores(benchmark, tmp_path):
     path, run = save_npy(tmp_path / "x.npy"), tmp_path / "run"
-    options = dict(dataset="small", data_folder=benchmark, top=2, crop_queries=False)
-    folder = evaluate_descriptors(run, descriptors=path, **options)
+    stage = (run, revisited.open_dataset("small", benchmark))
+    stage += (GlobalSettings(top=2, crop_queries=False),)
+    folder = evaluate_descriptors(*stage, descriptors=path)
     assert {file.name for file in folder.glob("[a-z]*")} == {
         *rankings.GLOBAL_OUTPUTS,
         "stage.json",
@@ -232,11 +241,11 @@ def test_the_stage_ranks_and_scores(benchmark, tmp_path):
     assert str(tmp_path) not in (folder / "scores.json").read_text()
     # The same descriptors in the other layout are the same stage; other ones are not.
     before = (folder / "stage.json").read_bytes()
-    again = evaluate_descriptors(run, descriptors=save_hloc(tmp_path / "x.h5"), **options)
+    again = evaluate_descriptors(*stage, descriptors=save_hloc(tmp_path / "x.h5"))
     assert (again / "stage.json").read_bytes() == before
     save_npy(path, ROWS[:, ::-1])
     with pytest.raises(runs.StageError, match="inputs.descriptors"):
-        evaluate_descriptors(run, descriptors=path, **options)
+        evaluate_descriptors(*stage, descriptors=path)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Extraction: parity with the published code, images in memory, both stages and their resume."""
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import json
@@ -18,25 +19,29 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from tests.models import test_parity
 from vitgal import runs
-from vitgal import runs as extraction
 from vitgal.data import images as data_images
 from vitgal.data import revisited
+from vitgal.features import store
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.features.store.rows import RowFile
 from vitgal.models import descriptors as models_descriptors
-from vitgal.models import inference, local_features
+from vitgal.models import inference
 from vitgal.models.network import build_model
 from vitgal.models.weights import load_model, save_model
 from vitgal.retrieval import ranking, shortlists
-from vitgal.stages import describe, rankings
+from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings
+from vitgal.stages import describe, describers, local_describer, rankings
 from vitgal.stages import extract as stages_extract
 from vitgal.stages import images as stages_images
-from vitgal.stages import shards as stages_shards
+from vitgal.stages.local_describer import LocalDescriber
+from vitgal.stages.shards import shard_tasks
 
+HIDDEN = tqdm(disable=True)
 TOP = Path(__file__).resolve().parents[2]
 NANO = "xcit_nano_12_p16_224"
 
@@ -310,8 +315,8 @@ class TestStream:
                 raise data_images.ImageError(job.path, "cut")
             return job.key * 2
 
-        jobs = [stages_images.Job(str(i), Path("x")) for i in range(40)]
-        found = list(stages_images.prefetch(work, jobs, workers=workers))
+        jobs = [stages_images.ImageTask(str(i), Path("x")) for i in range(40)]
+        found = list(stages_images.prefetch(work, jobs, threads=workers))
         assert [job for job, _ in found] == jobs
         assert isinstance(found[5][1], data_images.ImageError)
         assert [result for job, result in found if job.key != "5"] == [
@@ -326,18 +331,18 @@ class TestStream:
         def jobs():
             for i in range(1000):
                 taken.append(i)
-                yield stages_images.Job(str(i), Path("x"))
+                yield stages_images.ImageTask(str(i), Path("x"))
 
-        stream = stages_images.prefetch(lambda job: job.key, jobs(), workers=workers)
+        stream = stages_images.prefetch(lambda job: job.key, jobs(), threads=workers)
         next(stream)
         assert len(taken) <= stages_images.AHEAD * workers + 1
         stream.close()
 
     def test_the_bar_counts_every_image(self, model, benchmark, capsys):
-        runner = stages_images.Runner(model, "fp32", 32, "squash", batch_size=4, workers=1)
-        jobs = [stages_images.Job(f"{i}", benchmark / f"jpg/image{i}.jpg") for i in range(6)]
-        with runner.stream(jobs, total=6) as results:
-            rows, failures = runner.global_rows(results, 6, scales=(1.0,))
+        describer = LocalDescriber(model, GlobalSettings(size=32), MACHINE, "fp32")
+        tasks = [stages_images.ImageTask(f"{i}", benchmark / f"jpg/image{i}.jpg") for i in range(6)]
+        with tqdm(total=6) as bar:
+            ((rows, failures),) = describer.describe_blocks([tasks], bar)
         assert rows.any(axis=1).all() and failures == []
         assert "6/6" in capsys.readouterr().err
 
@@ -346,7 +351,7 @@ class TestStream:
             raise FileNotFoundError("gone")
 
         with pytest.raises(FileNotFoundError, match="gone"):
-            list(stages_images.prefetch(work, [stages_images.Job("a", Path("x"))], workers=2))
+            list(stages_images.prefetch(work, [stages_images.ImageTask("a", Path("x"))], threads=2))
 
     def test_precision(self):
         assert inference.resolve_precision("fp32") == "fp32"
@@ -399,17 +404,35 @@ def run(tmp_path) -> Path:
     return tmp_path / "runs" / "one"
 
 
-def evaluate(run, benchmark, weight_file, **changed) -> Path:
-    options = dict(dataset="mini", data_folder=benchmark, model=weight_file, size=64, top=2)
-    options |= dict(batch_size=2, threads=1, workers=1, progress=False, max_failed_share=0)
-    return describe.evaluate_global(run, **(options | changed))
+MACHINE = MachineSettings(batch_size=2, local_batch_size=2, threads=1, read_threads=1)
+GLOBAL = GlobalSettings(size=64, top=2, max_failed_share=0)
+LOCAL = LocalSettings(
+    size=64, shard_size=3, max_failed_share=0, max_keypoints=9, scales=(0.7071, 1.0)
+)
+
+
+def split_options(settings, options: dict):
+    """Settings and machine settings with these values; what is left are the stage's own options."""
+
+    def pop(section):
+        names = [field.name for field in dataclasses.fields(section) if field.name in options]
+        return dataclasses.replace(section, **{name: options.pop(name) for name in names})
+
+    return pop(settings), pop(MACHINE), options
+
+
+def evaluate(run, benchmark, weight_file, distractors=None, **changed) -> Path:
+    dataset = revisited.open_dataset("mini", benchmark, distractors=distractors)
+    settings, machine, options = split_options(GLOBAL, changed)
+    options = {"progress": False, "model": weight_file} | options
+    return describe.evaluate_global(run, dataset, settings, machine, **options)
 
 
 def extract(run, benchmark, weight_file, **changed) -> Path:
-    options = dict(dataset="mini", data_folder=benchmark, model=weight_file, size=64, shard_size=3)
-    options |= dict(batch_size=2, threads=1, workers=1, progress=False, max_failed_share=0)
-    options |= dict(max_keypoints=9, scales=(0.7071, 1.0))
-    return stages_extract.extract_shortlist(run, **(options | changed))
+    dataset = revisited.open_dataset("mini", benchmark)
+    settings, machine, options = split_options(LOCAL, changed)
+    options = {"progress": False, "model": weight_file} | options
+    return stages_extract.extract_shortlist(run, dataset, settings, machine, **options)
 
 
 def interrupt(folder: Path) -> None:
@@ -472,13 +495,13 @@ class TestEvaluateGlobal:
 
     def test_twice_the_same_bytes(self, run, benchmark, weight_file, tmp_path):
         first = contents(evaluate(run, benchmark, weight_file))
-        again = contents(evaluate(tmp_path / "other", benchmark, weight_file, workers=3))
+        again = contents(evaluate(tmp_path / "other", benchmark, weight_file, read_threads=3))
         assert first == again
 
     def test_finished_is_reused_and_other_settings_refused(self, run, benchmark, weight_file):
         folder = evaluate(run, benchmark, weight_file)
         before = (folder / "stage.json").stat().st_mtime_ns
-        evaluate(run, benchmark, weight_file, workers=0, batch_size=5, threads=2)
+        evaluate(run, benchmark, weight_file, read_threads=0, batch_size=5, threads=2)
         assert (folder / "stage.json").stat().st_mtime_ns == before
         with pytest.raises(runs.StageError, match="parameters.size: 64 there, 48 now"):
             evaluate(run, benchmark, weight_file, size=48)
@@ -487,13 +510,13 @@ class TestEvaluateGlobal:
         evaluate(run, benchmark, weight_file, size=48, overwrite=True)
         assert (folder / "stage.json").stat().st_mtime_ns != before
 
-    def test_another_model_beside_it(self, run, benchmark, weight_file):
-        ours = np.load(evaluate(run, benchmark, weight_file) / "database.npy")
-        folder = evaluate(run, benchmark, f"untrained:{NANO}", folder="untrained", seed=1)
-        assert folder == run / "mini" / "untrained"
-        assert np.abs(np.load(folder / "database.npy") - ours).max() > 1e-3
-        with pytest.raises(runs.StageError, match="seed 1.* there.*seed 2"):
-            evaluate(run, benchmark, f"untrained:{NANO}", folder="untrained", seed=2)
+    def test_another_model_beside_it(self, run, benchmark, weight_file, tmp_path):
+        ours = evaluate(run, benchmark, weight_file)
+        other = save_model(build_model(NANO, seed=1), tmp_path / "other.safetensors")
+        folder = evaluate(run, benchmark, other, folder="other")
+        assert folder == run / "mini" / "other"
+        rows, other_rows = (np.load(path / "database.npy") for path in (ours, folder))
+        assert np.abs(rows - other_rows).max() > 1e-3
 
     def test_uncropped_queries(self, run, benchmark, weight_file, model):
         folder = evaluate(run, benchmark, weight_file, crop_queries=False)
@@ -518,7 +541,7 @@ class TestEvaluateGlobal:
 
     def test_continues_where_it_stopped(self, run, benchmark, weight_file, tmp_path, monkeypatch):
         """Stopped after the second block of two images, it keeps both and ends the same."""
-        monkeypatch.setattr(stages_images, "BLOCK", 2)
+        monkeypatch.setattr(describe, "BLOCK", 2)
         (benchmark / "jpg/image3.jpg").write_bytes(b"")
         wanted = evaluate(tmp_path / "whole", benchmark, weight_file, max_failed_share=1)
         with pytest.raises(runs.StageError, match="what is done so far is kept"):
@@ -620,7 +643,7 @@ class TestExtractShortlist:
         evaluate(run, benchmark, weight_file)
         first = contents(extract(run, benchmark, weight_file))
         evaluate(tmp_path / "other", benchmark, weight_file)
-        again = contents(extract(tmp_path / "other", benchmark, weight_file, workers=3))
+        again = contents(extract(tmp_path / "other", benchmark, weight_file, read_threads=3))
         assert first == again
 
     def test_only_missing_and_damaged_shards_are_made(self, run, benchmark, weight_file):
@@ -677,9 +700,9 @@ def killed(run, benchmark, weight_file, call: str, number: int, monkeypatch) -> 
     The child is forked by a server that has imported torch and computed nothing, so that it starts
     at once and no thread is lost.
     """
-    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{TOP}")
+    monkeypatch.setenv("PYTHONPATH", str(TOP))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_extraction"])
+    context.set_forkserver_preload(["tests.stages.test_extraction"])
     child = context.Process(target=_kill_at, args=(run, benchmark, weight_file, call, number))
     child.start()
     child.join()
@@ -688,9 +711,9 @@ def killed(run, benchmark, weight_file, call: str, number: int, monkeypatch) -> 
 
 def _kill_at(run, benchmark, weight_file, call: str, number: int) -> None:
     owner, name = {
-        "load": (extraction, "load"),
-        "network": (extraction, "local_features"),
-        "describe": (extraction, "describe"),
+        "load": (local_describer, "load_image"),
+        "network": (local_describer, "local_features"),
+        "describe": (local_describer, "describe"),
         "write": (np, "save"),
         "replace": (os, "replace"),
     }[call]
@@ -744,9 +767,9 @@ def test_a_torn_shard_is_mended(run, benchmark, weight_file, monkeypatch, capsys
     wanted = contents(folder)
     torn = folder / "shard-00" / "descriptors.npy"
     torn.write_bytes(torn.read_bytes()[:-1])  # the last of three images
-    described, real = [], local_features.local_features
+    described, real = [], local_describer.local_features
     monkeypatch.setattr(
-        local_features,
+        local_describer,
         "local_features",
         lambda model, images, frames, **options: (
             described.append(len(frames)) or real(model, images, frames, **options)
@@ -763,22 +786,22 @@ def test_a_torn_shard_is_mended(run, benchmark, weight_file, monkeypatch, capsys
 
 def _work(run, benchmark, weight_file, worker: int, meeting, done) -> None:
     """One of two workers: notes every image that it reads, and waits for the other to begin."""
-    real = stages_images.load
+    real = local_describer.load_image
 
     def noted(job, **options):
         done.put((worker, job.key))
         return real(job, **options)
 
-    stages_images.load = noted
-    real_runner = stages_images._runner
+    local_describer.load_image = noted
+    open_local = describers.open_local
 
-    def together(*arguments, **options):
+    def together(*arguments):
         meeting.wait(60)  # both are in the stage before either extracts
-        return real_runner(*arguments, **options)
+        return open_local(*arguments)
 
-    stages_images._runner = together
+    describers.open_local = together
     try:
-        extract(run, benchmark, weight_file, worker=worker, worker_count=2, workers=0)
+        extract(run, benchmark, weight_file, worker=worker, worker_count=2, read_threads=0)
     except runs.StageError as error:
         assert "are for other workers" in str(error)
 
@@ -788,9 +811,9 @@ def test_two_processes_share_the_work(run, benchmark, weight_file, tmp_path, mon
     evaluate(run, benchmark, weight_file)
     shutil.copytree(run, tmp_path / "alone")
     wanted = contents(extract(tmp_path / "alone", benchmark, weight_file))
-    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{TOP}")
+    monkeypatch.setenv("PYTHONPATH", str(TOP))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_extraction"])
+    context.set_forkserver_preload(["tests.stages.test_extraction"])
     meeting, done = context.Barrier(2), context.Queue()
     options = (run, benchmark, weight_file)
     workers = [context.Process(target=_work, args=(*options, i, meeting, done)) for i in (0, 1)]
@@ -813,7 +836,7 @@ def test_workers_one_after_the_other(run, benchmark, weight_file):
         extract(run, benchmark, weight_file, worker=1, worker_count=2)
     folder = extract(run, benchmark, weight_file, worker=0, worker_count=2)
     assert len(FeatureStore.open(folder, verify=True)) == 6
-    with pytest.raises(ValueError, match="2 workers have the numbers from 0"):
+    with pytest.raises(ValueError, match="worker is 2: 2 workers"):
         extract(run, benchmark, weight_file, worker=2, worker_count=2)
     with pytest.raises(ValueError, match="overwrite"):
         extract(run, benchmark, weight_file, worker=0, worker_count=2, overwrite=True)
@@ -847,7 +870,7 @@ def test_auto_is_not_mixed(run, benchmark, weight_file, monkeypatch):
     """Machines that resolve precision auto in two ways: nothing is mixed, nothing is lost."""
 
     def resolves_to(precision: str) -> None:
-        monkeypatch.setattr(inference, "resolve_precision", lambda *_: precision)
+        monkeypatch.setattr(local_describer, "resolve_precision", lambda *_: precision)
 
     auto = dict(precision="auto")
     resolves_to("bf16")
@@ -880,7 +903,7 @@ def stopped_after(monkeypatch, images: int):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages_images, "BLOCK", images)
+        patch.setattr(describe, "BLOCK", images)
         patch.setattr(RowFile, "append", once)
         yield
 
@@ -905,16 +928,14 @@ def test_a_disk_that_fails_for_a_while_costs_no_image(run, benchmark, weight_fil
     assert not opened.failures and "image3" in opened
 
 
-def test_shards_of_workers_are_a_partition(tmp_path):
-    keys = [f"{i:02d}" for i in range(11)]
-    whole = stages_shards.shards_of(tmp_path, keys, 2)
-    assert [path.name for path in whole] == [f"shard-{i:02d}" for i in range(6)]
-    for workers in (2, 3, 7):
-        slots = [runs.WorkerSlot(number, workers) for number in range(workers)]
-        parts = [stages_shards.shards_of(tmp_path, keys, 2, slot) for slot in slots]
-        assert sum(map(len, parts)) == 6
-        assert {path: keys for part in parts for path, keys in part.items()} == whole
-    assert stages_shards.shards_of(tmp_path, [], 2) == {tmp_path / "shard-00": []}
+def test_shards_are_a_partition_of_the_sorted_keys(tmp_path):
+    images = [stages_images.ImageTask(f"{i:02d}", Path("x")) for i in range(11)]
+    shards = shard_tasks(tmp_path, images[::-1], 4, store.ShardFormat())
+    assert [shard.folder.name for shard in shards] == [f"shard-{i:02d}" for i in range(3)]
+    assert [key for shard in shards for key in shard.keys] == [image.key for image in images]
+    assert [len(shard.images) for shard in shards] == [4, 4, 3]
+    (empty,) = shard_tasks(tmp_path, [], 4, store.ShardFormat())
+    assert (empty.folder, empty.keys) == (tmp_path / "shard-00", [])
 
 
 # Bad input
@@ -959,16 +980,16 @@ def test_a_model_that_gives_nan(run, benchmark, weight_file, tmp_path):
     ],
 )
 def test_the_size_of_a_million_images_is_announced(capsys, dtype, said):
-    parameters = dict(max_keypoints=1000, dtype=dtype, scales=(0.35, 0.5, 0.71, 1.0, 1.41))
-    stages_extract._announce(128, 1_004_993, parameters)
+    stages_extract._announce(128, 1_004_993, LocalSettings(dtype=dtype))
     shown = capsys.readouterr().out
     assert shown.startswith(f"local features of 1,004,993 images, 5 scales, {dtype}: {said} (1,000")
 
 
 def test_no_images_at_all(model, tmp_path):
-    runner = stages_images.Runner(model, "fp32", 64, "area", batch_size=2, workers=1)
-    how = dict(dtype="float16", shard_size=4, options={}, limit=0)
-    stages_extract._write_shards(runner, [], tmp_path, **how)
+    describer = LocalDescriber(model, LOCAL, MACHINE, "fp32")
+    shard_format = store.ShardFormat(code_dim=8, settings={"precision": "fp32"})
+    shards = shard_tasks(tmp_path, [], 4, shard_format)
+    stages_extract.write_shards(describer, shards, runs.ALONE, 0, progress=False)
     opened = FeatureStore.open(tmp_path, verify=True)
     assert len(opened) == 0
     assert opened.code_dim == 8
@@ -995,46 +1016,45 @@ class Cramped(torch.nn.Module):
 
 def test_out_of_memory_halves_the_batch(model, benchmark, capsys):
     """Seven images in one batch go through as 7, 3, 1, 1, …: said twice, for 7 and for 3."""
-    jobs = [stages_images.Job(f"{i}", benchmark / "jpg/image0.jpg") for i in range(7)] * 2
-    how = dict(precision="fp32", size=64, resize="squash", batch_size=7, workers=0)
+    task = stages_images.ImageTask("a", benchmark / "jpg/image0.jpg")
+    machine = MachineSettings(batch_size=7, local_batch_size=4, read_threads=0)
     found = []
     for network in (Cramped(model, 2), model):
-        runner = stages_images.Runner(network, **how)
-        with runner.stream(jobs, disable=True) as results:
-            found.append(runner.global_rows(results, 14, scales=(1.0,))[0])
+        describer = LocalDescriber(network, GlobalSettings(size=64), machine, "fp32")
+        ((rows, _),) = describer.describe_blocks([[task] * 14], HIDDEN)
+        found.append(rows)
     np.testing.assert_allclose(*found, atol=1e-5)  # sums of batches of another size
     said = capsys.readouterr().out.splitlines()
     assert said == [
         "out of memory with 7 images at once: going on with 3",
         "out of memory with 3 images at once: going on with 1",
     ]
-    runner = stages_images.Runner(Cramped(model, 2), **(how | {"resize": "area", "batch_size": 4}))
-    with runner.stream(jobs[:4], disable=True) as results:
-        items, _ = runner.local_items(results, list("abcd"), max_keypoints=5, scales=(1.0,))
+    describer = LocalDescriber(Cramped(model, 2), LOCAL, machine, "fp32")
+    with describer.stream([task] * 4, HIDDEN) as images:
+        items, _ = describer.local_items(images, list("abcd"), {})
     assert [key for key, _ in items] == list("abcd")
     assert all(len(features) > 0 for _, features in items)
 
 
 def test_one_image_that_does_not_fit(model, benchmark):
-    runner = stages_images.Runner(Cramped(model, 0), "fp32", 64, "squash", batch_size=2, workers=0)
-    jobs = [stages_images.Job("a", benchmark / "jpg/image0.jpg")]
-    with runner.stream(jobs, disable=True) as results:
-        with pytest.raises(RuntimeError, match="one image alone does not fit"):
-            runner.global_rows(results, 1, scales=(1.0,))
+    describer = LocalDescriber(Cramped(model, 0), GlobalSettings(size=64), MACHINE, "fp32")
+    tasks = [stages_images.ImageTask("a", benchmark / "jpg/image0.jpg")]
+    with pytest.raises(RuntimeError, match="one image alone does not fit"):
+        list(describer.describe_blocks([tasks], HIDDEN))
 
 
-def test_jobs_of_a_short_list(benchmark):
+def test_images_of_a_short_list(benchmark):
     data = revisited.open_dataset("mini", benchmark)
     listed = benchmark / "shortlist.txt"
     listed.write_text("query0\timage0\nquery0\timage2\nquery1\timage0\n")
-    jobs = stages_extract.shortlist_jobs(data, listed, crop=True)
-    assert [(job.key, job.path.name, job.query) for job in jobs] == [
+    tasks = stages_extract.shortlist_tasks(data, listed, crop=True)
+    assert [(task.key, task.path.name, task.is_query) for task in tasks] == [
         (name, f"{name}.jpg", name.startswith("query"))
         for name in ("image0", "image2", "query0", "query1")
     ]
     listed.write_text("query1\tnowhere\n")
     with pytest.raises(runs.StageError, match="nowhere"):
-        stages_extract.shortlist_jobs(data, listed, crop=True)
+        stages_extract.shortlist_tasks(data, listed, crop=True)
 
 
 @pytest.mark.slow
@@ -1045,7 +1065,7 @@ def test_a_full_disk(run, benchmark, weight_file, stage):
     if stage == "extract":
         evaluate(run, benchmark, weight_file)
     child = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, *map(str, (TOP / "tests", stage, run)), str(benchmark)]
+        [sys.executable, "-c", FULL_DISK, *map(str, (TOP, stage, run)), str(benchmark)]
         + [str(weight_file)],
         capture_output=True,
         text=True,

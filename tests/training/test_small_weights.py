@@ -9,6 +9,7 @@ from vitgal import runs
 from vitgal.app import parameters, pipeline
 from vitgal.data import revisited
 from vitgal.models import weights
+from vitgal.settings import GlobalSettings, MachineSettings
 from vitgal.stages import describe
 
 SMALL = runs.checkout() / runs.SMALL_WEIGHTS
@@ -62,13 +63,14 @@ def test_a_fresh_run_evaluates_the_small_model(tmp_path):
 def test_the_stated_scores_come_out(finished_run, tmp_path):
     folder = describe.evaluate_global(
         tmp_path,
-        dataset="demo",
-        data_folder=finished_run / "data" / "benchmark",
+        revisited.open_dataset("demo", finished_run / "data" / "benchmark"),
+        GlobalSettings(
+            size=default("04", "global_size"),
+            resize=default("04", "global_resize"),
+            scales=tuple(default("04", "global_scales")),
+        ),
+        MachineSettings(threads=1),
         model=SMALL,
-        size=default("04", "global_size"),
-        resize=default("04", "global_resize"),
-        scales=tuple(default("04", "global_scales")),
-        threads=1,
     )
     scores = runs.read_json(folder / "scores.json")
     # Decoders of JPEG and orders of float sums differ between machines: less than a point of mAP.

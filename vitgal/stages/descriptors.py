@@ -1,64 +1,67 @@
-"""The global stage for descriptors that another system made."""
+"""The global stage for descriptors of another system."""
 
 import hashlib
 from pathlib import Path
 
 from vitgal import runs
-from vitgal.data import revisited
+from vitgal.data.revisited import RetrievalDataset
 from vitgal.features.descriptors import read_descriptors
 from vitgal.retrieval import faiss_index
-from vitgal.stages import rankings
+from vitgal.settings import GlobalSettings
+from vitgal.stages.rankings import global_outputs, write_rankings
+
+PARAMETERS = ("crop_queries", "top", "display", "index")  # the settings that matter here
 
 
 def evaluate_descriptors(
     run: Path,
+    dataset: RetrievalDataset,
+    settings: GlobalSettings,
     *,
-    dataset: str,
-    data_folder: Path,
     descriptors: Path,
-    folder: str = "global",
-    top: int = 100,
-    display: int = 1000,
-    index: str | None = None,
-    crop_queries: bool = True,
-    distractors: Path | None = None,
-    distractor_list: Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Ranks and scores a benchmark by another system's descriptors: `<run>/<dataset>/global`.
+    """Ranks a benchmark by another system's descriptors and scores the ranking.
 
-    The stage has the files and the meaning of `extraction.evaluate_global`'s, so that local
-    features, reranking and comparison follow as ever; no network is needed.
+    The stage `<run>/<dataset>/global` has the files of `evaluate_global`, so that local features,
+    reranking and comparison follow as usual. No network is needed.
 
     Args:
+        settings: `crop_queries` states whether the other system cropped the queries; it is recorded
+            in the scores' protocol. `top`, `display` and `index` as in `evaluate_global`; all else
+            is ignored.
         descriptors: see `read_descriptors`.
-        crop_queries: whether the queries were described cropped; only their maker knows, and it
-            stands in the scores' protocol.
-        folder, top, display, index, distractors, distractor_list: as `extraction.evaluate_global`.
     Returns:
         The stage's folder.
     Raises:
-        StageError: the folder holds a ranking made otherwise.
-        FileNotFoundError, DescriptorError: see `read_descriptors`; the data set is not there.
+        StageError: the folder holds other settings or descriptors.
+        FileNotFoundError, DescriptorError: see `read_descriptors`.
     """
-    data = revisited.open_dataset(
-        dataset, data_folder, distractors=distractors, distractor_list=distractor_list
-    )
-    queries = data.ground_truth.queries
-    rows = read_descriptors(descriptors, [*queries, *data.database])
-    parameters = {"crop_queries": crop_queries, "top": top, "display": display}
-    if index is not None:
-        faiss_index.check(index, rows.shape[1], len(data.database))
-        parameters["index"] = index
-    inputs = {"dataset": data.fingerprint, "descriptors": hashlib.sha256(rows.data).hexdigest()}
+    queries, count = dataset.ground_truth.queries, len(dataset.database)
+    rows = read_descriptors(descriptors, [*queries, *dataset.database])
+    if settings.index is not None:
+        faiss_index.check(settings.index, rows.shape[1], count)
+    compared = settings.compared()
     with runs.stage(
-        run / dataset / folder, "global", parameters=parameters, inputs=inputs, overwrite=overwrite
+        run / dataset.name / "global",
+        "global",
+        parameters={name: compared[name] for name in PARAMETERS if name in compared},
+        inputs={
+            "dataset": dataset.fingerprint,
+            "descriptors": hashlib.sha256(rows.data).hexdigest(),
+        },
+        overwrite=overwrite,
     ) as stage:
         if stage.finished:
             return stage.folder
-        database = runs.write_array(stage.folder / "database.npy", rows[len(queries) :])
-        protocol = {"crop_queries": crop_queries, "descriptors": "made elsewhere"}
-        rankings.write_rankings(
-            stage, data, rows[: len(queries)], database, failures=[], protocol=protocol
+        database_file = runs.write_array(stage.folder / "database.npy", rows[len(queries) :])
+        write_rankings(
+            stage,
+            dataset,
+            settings,
+            rows[: len(queries)],
+            database_file,
+            failures=[],
+            protocol={"crop_queries": settings.crop_queries, "descriptors": "made elsewhere"},
         )
-        return stage.finish(rankings.global_outputs(parameters), images=len(data.database))
+        return stage.finish(global_outputs(settings), images=count)

@@ -11,6 +11,7 @@ from vitgal.data.revisited import RetrievalDataset, labelled
 from vitgal.evaluation.protocol import evaluate
 from vitgal.evaluation.scores import scores_document
 from vitgal.retrieval import exact_ranks, exact_search, faiss_index, shortlists
+from vitgal.settings import GlobalSettings
 
 GLOBAL_OUTPUTS = (  # the files of a global stage
     "database.npy",
@@ -27,68 +28,66 @@ GLOBAL_OUTPUTS = (  # the files of a global stage
 
 def write_rankings(
     stage: runs.Stage,
-    data: RetrievalDataset,
+    dataset: RetrievalDataset,
+    settings: GlobalSettings,
     queries: np.ndarray,
     database_file: Path,
     *,
     failures: Sequence[Mapping[str, str]],
     protocol: Mapping[str, Any],
 ) -> None:
-    """Writes everything that follows from global descriptors: rankings, short lists, scores.
+    """Writes all that follows from global descriptors: rankings, short lists and scores.
+
+    With an index, the ranking begins with what the index returns. The scores are then those of that
+    ranking; the exact scores are stored as `exact`, the recall of the index as `recall`.
 
     Args:
-        stage: its parameters name `top`, the short list's length, and `display`, the ranks kept;
-            `index`, where there is one, as `approximate.check` has it, makes the ranking begin with
-            what that index finds. The scores are then those of that ranking, and the exact ones
-            stand beside it as `exact`, the list's recall as `recall`.
-        queries: (Q, D) floats.  database_file: `.npy` (N, D), in the order of `data`.
+        queries: (Q, D) floats.
+        database_file: a `.npy` (N, D), in the order of `dataset.database`.
         failures: database images that could not be read, {"name": ..., "reason": ...}.
-        protocol: how the descriptors came about; data set and distractors are added.
-    Raises:
-        ValueError: see `search.search`.
+        protocol: how the descriptors were made; dataset and distractors are added.
     """
-    folder, truth, settings = stage.folder, data.ground_truth, stage.settings["parameters"]
-    top, names = settings["top"], {"queries": truth.queries, "database": data.database}
+    folder, truth = stage.folder, dataset.ground_truth
+    names = {"queries": truth.queries, "database": dataset.database}
     database = np.load(database_file, mmap_mode="r", allow_pickle=False)
-    depth = max(settings["display"], shortlists.shortlist_depth(truth, len(database), top=top))
+    shortlist_depth = shortlists.shortlist_depth(truth, len(database), top=settings.top)
+    depth = max(settings.display, shortlist_depth)
     similarities, ranks = exact_search.search(queries, database, k=depth)
     positions = exact_ranks.labelled_positions(queries, database, labelled(truth))
-    scores: dict[str, Any] = {}
-    if "index" in settings:
-        scores["exact"], exact = evaluate(positions, truth), ranks
-        index = _index(folder, database, settings["index"])
+    further: dict[str, Any] = {}
+    if settings.index is not None:
+        further["exact"], exact_order = evaluate(positions, truth), ranks
+        faiss_index.build(folder, database, settings.index)
+        index = faiss_index.read(folder, database, settings.index)
         similarities, ranks, unanswered = faiss_index.find(index, queries, k=depth)
-        found = similarities, ranks
-        positions = faiss_index.positions_behind(positions, *found, queries, database)
-        scores["recall"] = faiss_index.recall(ranks, exact) | {"searched exactly": unanswered}
+        positions = faiss_index.positions_behind(positions, similarities, ranks, queries, database)
+        recall = faiss_index.recall(ranks, exact_order)
+        further["recall"] = recall | {"searched exactly": unanswered}
     runs.write_array(folder / "queries.npy", queries)
     runs.write_json(folder / "names.json", names)
     runs.write_array(folder / "ranks.npy", ranks)
     runs.write_array(folder / "similarities.npy", similarities)
     positions.save(folder / "positions.npz")
-    shortlists.write_shortlist(
-        folder / "shortlist.txt", shortlists.shortlist(ranks, truth, top=top), **names
-    )
+    listed = shortlists.shortlist(ranks, truth, top=settings.top)
+    shortlists.write_shortlist(folder / "shortlist.txt", listed, **names)
     runs.write_json(folder / "failures.json", failures)
-    further = {"dataset": data.name, "reranked": False}
-    further |= {"distractors": len(database) - len(truth.database)}
     document = scores_document(
         evaluate(positions, truth),
-        protocol=dict(protocol) | further,
-        parameters=settings,
+        protocol={
+            **protocol,
+            "dataset": dataset.name,
+            "reranked": False,
+            "distractors": len(database) - len(truth.database),
+        },
+        parameters=stage.settings["parameters"],
         inputs=stage.settings["inputs"],
         failed=len(failures),
         ground_truth=truth,
-        **scores,
+        **further,
     )
     runs.write_json(folder / "scores.json", document)
 
 
-def _index(folder: Path, database: np.ndarray, text: str) -> faiss_index.Index:
-    faiss_index.build(folder, database, text)
-    return faiss_index.read(folder, database, text)
-
-
-def global_outputs(parameters: Mapping[str, Any]) -> tuple[str, ...]:
-    """The files of a global stage with these parameters."""
-    return GLOBAL_OUTPUTS + (faiss_index.OUTPUTS if "index" in parameters else ())
+def global_outputs(settings: GlobalSettings) -> tuple[str, ...]:
+    """Lists the files of a global stage with these settings."""
+    return GLOBAL_OUTPUTS + (() if settings.index is None else faiss_index.OUTPUTS)

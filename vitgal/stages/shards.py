@@ -1,74 +1,82 @@
-"""Shards of the local stage: which there are, and how one is made."""
+"""The shards of the local stage: which images belong to each, and how it is written."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from vitgal import runs
 from vitgal.features import store
-from vitgal.stages.images import Job, _refuse_failed_query
+from vitgal.stages.images import Failure, ImageTask, refuse_failed_query
 
-# Hashed when the stage ends and again when it is reused. The large arrays of a shard are not: they
-# are checked by length on opening, and byte for byte by the checksums that stand here.
+# The stage hashes these files when it ends and again when it is reused. The large arrays of a shard
+# are checked by length on opening, and byte for byte by the checksums in checksums.npy.
 SHARD_OUTPUTS = ("items.json", "failures.json", "offsets.npy", "checksums.npy")
 
 
-def _whole(where: Path, names: Sequence[str], made: store.ShardFormat) -> bool:
-    return store.whole_shard(where, names, made) is not None
-
-
-def _refuse_other_precision(where: Path, precision: str) -> None:
-    """StageError where a shard that is there was made in another precision."""
-    try:
-        made = store.Shard.open(where).header["settings"].get("precision", precision)
-    except store.StoreError:  # not there, or damaged
-        return
-    if made != precision:
-        raise runs.StageError(
-            f"{where} was made in {made}, and here it would be {precision}: "
-            f"{store.PRECISION_REMEDY}"
-        )
-
-
 @dataclass(frozen=True, eq=False)
-class Piece:
-    """A shard to be made: its folder, and the images that belong there."""
+class ShardTask:
+    """A shard to write: its folder, its images sorted by key, and the format of their features."""
 
-    where: Path
-    jobs: list[Job]
+    folder: Path
+    images: Sequence[ImageTask]
+    format: store.ShardFormat
 
     @property
     def keys(self) -> list[str]:
-        return [job.key for job in self.jobs]
+        """The keys of the images."""
+        return [image.key for image in self.images]
 
-    def refuse_failed_query(self, failed: Sequence[dict]) -> None:
-        """StageError where one of the failures is a query."""
-        queries = {job.key for job in self.jobs if job.query}
-        _refuse_failed_query([failure for failure in failed if failure["name"] in queries])
+    def written(self) -> store.Shard | None:
+        """Opens the shard if it is complete on disk and every checksum is right, else None."""
+        return store.whole_shard(self.folder, self.keys, self.format)
 
-    def salvaged(self, made: store.ShardFormat) -> dict[str, store.EncodedFeatures]:
-        """What a damaged shard still holds; says how much."""
-        kept = store.salvage(self.where, made)
-        if self.where.exists():
-            print(f"{self.where} is damaged: {len(kept)} of {len(self.jobs)} images are kept")
+    def salvage(self) -> dict[str, store.EncodedFeatures]:
+        """Reads the undamaged images of a damaged shard and prints how many there are."""
+        kept = store.salvage(self.folder, self.format)
+        if self.folder.exists():
+            print(f"{self.folder} is damaged: {len(kept)} of {len(self.images)} images are kept")
         return kept
 
+    def refuse_failed_query(self, failures: Sequence[Failure]) -> None:
+        """Raises StageError if one of the failed images is a query."""
+        queries = {image.key for image in self.images if image.is_query}
+        refuse_failed_query([failure for failure in failures if failure["name"] in queries])
 
-def shards_of(
-    folder: Path, keys: Iterable[str], shard_size: int, slot: runs.WorkerSlot = runs.ALONE
-) -> dict[Path, list[str]]:
-    """The shards that one of several workers writes: folder -> keys of its images.
+    def refuse_other_precision(self) -> None:
+        """Raises StageError if the shard on disk was extracted in another precision."""
+        try:
+            settings = store.Shard.open(self.folder).header["settings"]
+        except store.StoreError:  # missing or damaged: it will be written again
+            return
+        wanted = self.format.settings["precision"]
+        precision = settings.get("precision", wanted)
+        if precision != wanted:
+            raise runs.StageError(
+                f"{self.folder} was made in {precision}, and here it would be {wanted}: "
+                f"{store.PRECISION_REMEDY}"
+            )
 
-    Worker `slot.number` takes the shards number, number + count, …. The shards are those of
-    `store.partition`, whatever the number of workers; without images there is an empty one.
+
+def shard_tasks(
+    folder: Path, images: Sequence[ImageTask], shard_size: int, shard_format: store.ShardFormat
+) -> list[ShardTask]:
+    """Divides images into the shards of a store: a fixed partition of the sorted keys.
+
+    Without images there is one empty shard.
     """
-    parts = store.partition(keys, shard_size) or [[]]
-    return {
-        store.shard_folder(folder, index, len(parts)): parts[index]
-        for index in slot.indices(len(parts))
-    }
+    by_key = {image.key: image for image in images}
+    parts = store.partition(by_key, shard_size) or [[]]
+    return [
+        ShardTask(
+            store.shard_folder(folder, index, len(parts)),
+            [by_key[key] for key in keys],
+            shard_format,
+        )
+        for index, keys in enumerate(parts)
+    ]
 
 
-def _shard_outputs(folder: Path) -> list[str]:
+def shard_outputs(folder: Path) -> list[str]:
+    """Lists the files of all shards that the stage's manifest records."""
     shards = store.shard_folders(folder)
     return [f"{shard.name}/{name}" for shard in shards for name in SHARD_OUTPUTS]

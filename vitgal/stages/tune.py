@@ -29,6 +29,7 @@ from vitgal.features.local import LocalFeatures
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval import matching, reranking, shortlists, verification
 from vitgal.retrieval.ranking import Positions
+from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings
 from vitgal.stages import rerank
 
 JOURNAL = "partial"  # counts of the queries that are done, until all are
@@ -124,26 +125,28 @@ def prepare(
         )
     data_folder = validation_benchmark(run, image_folder)
     from vitgal.models import inference
-    from vitgal.stages import (
-        describe,
-        extract,  # brings torch along
-    )
+    from vitgal.stages import describe, extract  # brings torch along
 
-    shared = dict(dataset=DATASET, data_folder=data_folder, model=model, threads=threads)
-    shared |= dict(engine=engine, ray_address=ray_address)
-    for name, make in (
-        ("global", describe.evaluate_global),
-        ("local", extract.extract_shortlist),
+    dataset = revisited.open_dataset(DATASET, data_folder)
+    machine = MachineSettings(threads=threads, engine=engine, ray_address=ray_address)
+    for name, make, section in (
+        ("global", describe.evaluate_global, GlobalSettings),
+        ("local", extract.extract_shortlist, LocalSettings),
     ):
         if stages[name]["inputs"]["weights"] != inference.weights_fingerprint(model):
             raise TuningError(f"{run / like / name} was made with other weights than {model}")
-        options = shared | stages[name]["parameters"]
+        settings = section(
+            **{
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in stages[name]["parameters"].items()
+            }
+        )
         try:
-            make(run, **options)
+            make(run, dataset, settings, machine, model=model)
         except runs.StageError:
             if not overwrite:
                 raise
-            make(run, **options, overwrite=True)
+            make(run, dataset, settings, machine, model=model, overwrite=True)
     return run / DATASET
 
 

@@ -1,0 +1,212 @@
+"""Describes images on this machine: images go through the network in batches."""
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from vitgal.data.images import ImageError
+from vitgal.features import store
+from vitgal.features.local import LocalFeatures
+from vitgal.features.selection import Frame
+from vitgal.models.descriptors import describe
+from vitgal.models.inference import (
+    Room,
+    _device,
+    batches,
+    inference,
+    limited_threads,
+    network_input,
+    open_model,
+    pick_device,
+    resolve_precision,
+)
+from vitgal.models.local_features import local_features
+from vitgal.models.network import ViTGaL
+from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings
+from vitgal.stages.images import Failure, ImageTask, LoadedImage, LoadedImages, load_image, prefetch
+from vitgal.stages.shards import ShardTask
+
+StageSettings = GlobalSettings | LocalSettings
+
+
+def load_images(
+    tasks: Iterable[ImageTask], settings: StageSettings, machine: MachineSettings
+) -> Iterator[tuple[ImageTask, LoadedImage | ImageError]]:
+    """Yields each task with its network input or its ImageError, in order."""
+    # Local features need patches of equal shape: their input always keeps the aspect.
+    mode = settings.resize if isinstance(settings, GlobalSettings) else "area"
+    load = partial(load_image, size=settings.size, resize_mode=mode)
+    return prefetch(load, tasks, machine.read_threads)
+
+
+@dataclass(frozen=True, eq=False)
+class LocalDescriber:
+    """A network on this machine with its settings.
+
+    Attributes:
+        model: the network, on its device.
+        settings: of the global or the local stage.
+        machine: decoding threads and batch size.
+        precision: "fp32" or "bf16".
+        memory: the batch size that fits the device; a batch that does not fit is halved, as are
+            all after it.
+    """
+
+    model: ViTGaL
+    settings: StageSettings
+    machine: MachineSettings
+    precision: str
+    memory: Room = field(default_factory=Room)
+
+    @property
+    def batch_size(self) -> int:
+        """The images in a batch."""
+        is_global = isinstance(self.settings, GlobalSettings)
+        return self.machine.batch_size if is_global else self.machine.local_batch_size
+
+    def describe_blocks(
+        self, blocks: Sequence[Sequence[ImageTask]], bar: tqdm
+    ) -> Iterator[tuple[np.ndarray, list[Failure]]]:
+        """Yields the global descriptors (n, D) float32 of each block, and its failures.
+
+        The row of a failed image is zero.
+        """
+        with self.stream(itertools.chain.from_iterable(blocks), bar) as images:
+            for block in blocks:
+                yield self.global_rows(itertools.islice(images, len(block)), len(block))
+
+    def write_shards(self, shards: Sequence[ShardTask], bar: tqdm) -> Iterator[list[Failure]]:
+        """Writes one shard after the other and yields the failures of each."""
+        tasks = itertools.chain.from_iterable(shard.images for shard in shards)
+        with self.stream(tasks, bar) as images:
+            for shard in shards:
+                kept = shard.salvage()
+                block = itertools.islice(images, len(shard.images))
+                items, failures = self.local_items(block, shard.keys, kept)
+                shard.refuse_failed_query(failures)
+                store.write_shard(shard.folder, items, shard.format, failures=failures)
+                yield failures
+
+    def recorded(self) -> dict[str, Any]:
+        """Lists what a stage's manifest records of the machine; no result depends on it."""
+        return {
+            "engine": "local",
+            "device": str(_device(self.model)),
+            "precision": self.precision,
+            "batch_size": self.batch_size,
+            "workers": self.machine.read_threads,
+            "threads": torch.get_num_threads(),
+        }
+
+    @contextlib.contextmanager
+    def stream(self, tasks: Iterable[ImageTask], bar: tqdm) -> Iterator[LoadedImages]:
+        """Opens an iterator over the loaded images that counts them, within `inference`."""
+        images = load_images(tasks, self.settings, self.machine)
+        with contextlib.closing(images), inference(self.model, self.precision):
+            yield _counted(images, bar)
+
+    def global_rows(self, images: LoadedImages, count: int) -> tuple[np.ndarray, list[Failure]]:
+        """Computes global descriptors within `inference`.
+
+        Args:
+            images: `count` loaded images.
+        Returns:
+            (count, D) float32, zero where an image failed; and the failures.
+        """
+        failures: list[Failure] = []
+        rows = np.zeros((count, self.model.embed_dim), np.float32)
+        scales = self.settings.scales
+        inputs = ((position, image.pixels) for position, image in _readable(images, failures))
+        for positions, batch in batches(inputs, self.batch_size):
+            rows[positions] = self.memory.run(
+                lambda part, batch=batch: describe(self.model, np.stack(batch[part]), scales),
+                len(batch),
+            )
+        return rows, failures
+
+    def local_items(
+        self, images: LoadedImages, keys: Sequence[str], kept: Mapping[str, store.EncodedFeatures]
+    ) -> tuple[list[tuple[str, LocalFeatures | store.EncodedFeatures]], list[Failure]]:
+        """Computes local features within `inference`.
+
+        The batches are those of all images, including the kept ones, so that the features of the
+        others come out as they did the first time.
+
+        Args:
+            images: the loaded images, in the order of `keys`.
+            kept: features that are stored already, by key.
+        Returns:
+            (key, features) in order, without the images that failed; and the failures.
+        """
+        failures: list[Failure] = []
+        features: dict[int, LocalFeatures | store.EncodedFeatures] = {}
+        inputs = (
+            ((position, image.frame), image.pixels)
+            for position, image in _readable(images, failures)
+        )
+        for labels, batch in batches(inputs, self.batch_size):
+            positions, frames = zip(*labels, strict=True)
+            items = [kept.get(keys[position]) for position in positions]
+            if not all(items):
+                computed = self._local_batch(batch, frames)
+                items = [old or new for old, new in zip(items, computed, strict=True)]
+            features.update(zip(positions, items, strict=True))
+        return [(keys[position], features[position]) for position in sorted(features)], failures
+
+    def _local_batch(self, batch: list[np.ndarray], frames: Sequence[Frame]) -> list[LocalFeatures]:
+        settings = self.settings
+
+        def compute(part: slice) -> list[LocalFeatures]:
+            return local_features(
+                self.model,
+                network_input(np.stack(batch[part]), _device(self.model)),
+                frames[part],
+                scales=settings.scales,
+                max_keypoints=settings.max_keypoints,
+                nms_candidates=settings.nms_candidates,
+                nms_overlap=settings.nms_overlap,
+                target_per_scale=settings.target_per_scale,
+                ladder=settings.ladder,
+                interpolation=settings.interpolation,
+            )
+
+        return self.memory.run(compute, len(batch))
+
+
+def _counted(images: LoadedImages, bar: tqdm) -> LoadedImages:
+    for image in images:
+        bar.update()
+        yield image
+
+
+def _readable(images: LoadedImages, failures: list[Failure]) -> Iterator[tuple[int, LoadedImage]]:
+    """Yields the position and content of each readable image; adds the others to `failures`."""
+    for position, (task, image) in enumerate(images):
+        if isinstance(image, ImageError):
+            failures.append({"name": task.key, "reason": image.reason})
+        else:
+            yield position, image
+
+
+@contextlib.contextmanager
+def open_local(
+    source: Path | str, settings: StageSettings, machine: MachineSettings
+) -> Iterator[LocalDescriber]:
+    """Loads a model on its device, with its number of threads.
+
+    Args:
+        source: a weight file, or "untrained:<architecture>".
+    """
+    device = pick_device(machine.device)
+    with limited_threads(machine.threads):
+        model = open_model(source, device)
+        precision = resolve_precision(settings.precision, device)
+        yield LocalDescriber(model, settings, machine, precision)
