@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vitgal.data import revisited
 from vitgal.data.revisited import (
@@ -194,20 +196,22 @@ def test_missing_ground_truth_names_the_download(tmp_path):
         (published(imlist=["a", 7]), "imlist must be a list of image names"),
         (published(imlist=["a", "b", "c", "a", "e", "f"]), "database list names an image twice: a"),
         (published(qimlist=["q0", "q0"]), "query list names an image twice: q0"),
-        (published(qimlist=["q0"]), "one entry for each of 1 queries"),
-        (with_entry(bbx=None), r"query 0 \(q0\) has no box"),
-        (with_entry(bbx=[1, 2, 3]), r"query 0 \(q0\) has a box of 3 numbers"),
-        (with_entry(bbx="1 2 3 4"), "bbx must be a list of numbers"),
+        (published(qimlist=["q0"]), "each of 1 queries"),
+        (published(gnd=[[], []]), "one dict for each of 2 queries"),
+        (with_entry(bbx=None), r"query 0 \(q0\) needs a box .*None"),
+        (with_entry(bbx=[1, 2, 3]), r"query 0 \(q0\) needs a box .*\[1, 2, 3\]"),
+        (with_entry(bbx="1 2 3 4"), "needs a box .*'1 2 3 4'"),
+        (with_entry(bbx=[0, 0, 1, 10**400]), r"query 0 \(q0\) .*beyond any image"),
         (with_entry(bbx=[-1, 0, 5, 5]), r"query 0 \(q0\) has the box .*negative"),
         (with_entry(bbx=[0, 0, float("nan"), 5]), "nan"),
         (with_entry(bbx=[30, 2, 1, 40]), "holds no pixel"),
         (with_entry(bbx=[1, 2, 1.9, 40]), "holds no pixel"),
-        (with_entry(junk=None), r"query 0 \(q0\) has no junk list"),
-        (with_entry(easy=[0, 1.0]), "easy must be a list of numbers"),
-        (with_entry(easy=[True]), "easy must be a list of numbers"),
+        (with_entry(junk=None), r"query 0 \(q0\) needs a list junk"),
+        (with_entry(easy=[0, 1.0]), "needs a list easy of integers"),
+        (with_entry(easy=[True]), "needs a list easy of integers"),
         (with_entry(easy=[6]), r"query 0 \(q0\) has the easy index 6.*6 images \(0 to 5\)"),
         (with_entry(hard=[-1]), "hard index -1"),
-        (with_entry(easy=[1 << 80]), "beyond any database"),
+        (with_entry(easy=[1 << 80]), r"query 0 \(q0\) .*beyond any image"),
         (with_entry(easy=[2], hard=[2]), r"query 0 \(q0\) labels the database image 2 twice"),
     ],
 )
@@ -216,6 +220,63 @@ def test_wrong_ground_truth_is_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_ground_truth(path)
     assert str(path) in str(caught.value)
+
+
+WHOLE = pickle.dumps(published(), protocol=revisited.PICKLE_PROTOCOL)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.just("gnd"),
+    lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(max_size=3), values),
+    max_leaves=8,
+)
+EDITS = st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.binary(max_size=5)), max_size=4)
+
+
+def check_read_or_refused(path, data):
+    path.write_bytes(data)
+    try:
+        gt = load_ground_truth(path)
+    except ValueError as error:
+        assert path.name in str(error)
+    else:
+        revisited.check_ground_truth(gt)
+        assert len(gt.boxes) == len(gt.queries) == len(labelled(gt))
+
+
+@given(head=st.sampled_from([b"", b"\x80\x04"]), data=st.binary(max_size=60))
+def test_any_bytes_are_read_or_refused(tmp_path_factory, head, data):
+    check_read_or_refused(tmp_path_factory.getbasetemp() / "gnd_bytes.pkl", head + data)
+
+
+@settings(max_examples=200)
+@given(edits=EDITS, length=st.integers(0, len(WHOLE)) | st.just(len(WHOLE)))
+def test_a_changed_file_is_read_or_refused(tmp_path_factory, edits, length):
+    data = bytearray(WHOLE)
+    for position, replacement in edits:
+        data[position : position + len(replacement)] = replacement
+    path = tmp_path_factory.getbasetemp() / "gnd_changed.pkl"
+    check_read_or_refused(path, bytes(data[:length]))
+
+
+@given(st.sampled_from(["imlist", "qimlist", "gnd", "bbx", "easy", "hard", "junk"]), VALUES)
+def test_any_value_in_place_of_another_is_read_or_refused(tmp_path_factory, key, value):
+    content = published(**{key: value}) if key in published() else with_entry(**{key: value})
+    path = tmp_path_factory.getbasetemp() / "gnd_value.pkl"
+    check_read_or_refused(path, pickle.dumps(content))
+
+
+def test_a_file_cannot_ask_for_memory_or_depth(tmp_path):
+    named = pickle.dumps(with_entry(easy="DEEP"), protocol=3)
+    deep = named.replace(b"X\x04\0\0\0DEEP", b"]" * 5000 + b"a" * 4999)
+    assert len(deep) > len(named)
+    for data in (
+        deep,
+        b"\x80\x04" + b"(" * 100_000 + b".",
+        b"K\x01r\xff\xff\xff\x7f.",  # the compiled unpickler's table would take 34 GB
+        b"\x80\x04\x8e" + (1 << 50).to_bytes(8, "little") + b".",
+    ):
+        (tmp_path / "gnd_greedy.pkl").write_bytes(data)
+        with pytest.raises(ValueError, match="gnd_greedy.pkl"):
+            load_ground_truth(tmp_path / "gnd_greedy.pkl")
 
 
 def test_what_could_not_be_read_back_is_not_written(tmp_path):
@@ -296,7 +357,7 @@ def test_missing_query_and_missing_distractor_are_named(tmp_path):
 
 
 def test_missing_folder_names_the_download(tmp_path):
-    with pytest.raises(FileNotFoundError, match="is not there; `vitgal download roxford5k`"):
+    with pytest.raises(FileNotFoundError, match="does not exist; `vitgal download roxford5k`"):
         open_dataset("roxford5k", tmp_path / "absent")
     (tmp_path / "half" / "jpg").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="gnd_roxford5k.*`vitgal download roxford5k`"):
@@ -335,3 +396,14 @@ def test_data_set_fingerprint_follows_content_not_place(tmp_path):
     more = make_distractors(tmp_path / "more")
     with_more = open_dataset("small", tmp_path / "one", distractors=more)
     assert with_more.fingerprint != dataset.fingerprint
+
+
+def test_a_data_set_as_input_is_stamped_without_reading_its_images(tmp_path):
+    dataset = open_dataset("small", make_folder(tmp_path / "one"))
+    as_input = dataset.as_input
+    stamp = as_input.stamp()
+    assert dataset.as_input.stamp() == stamp
+    assert as_input.fingerprint() == dataset.fingerprint
+    dataset.database_paths[0].write_text("another image")
+    assert as_input.stamp() != stamp
+    assert as_input.fingerprint() != dataset.fingerprint  # the latter was computed before
