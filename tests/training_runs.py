@@ -24,7 +24,7 @@ from vitgal.settings import (
 )
 from vitgal.stages import split as stages_split
 from vitgal.stages import train
-from vitgal.training import loop, networks, samples
+from vitgal.training import checkpoints, loop, networks, samples
 
 CLASSES, IMAGES = 3, 6  # images of each class
 NANO = "xcit_nano_12_p16_224"
@@ -179,7 +179,7 @@ def die_before_rename(number: int) -> None:
 
 def die_inside_file(number: int) -> None:
     """SIGKILL when half of the number-th state is on the disk."""
-    save, seen = loop.torch.save, 0
+    save, seen = checkpoints.torch.save, 0
 
     def counted(state, handle):
         nonlocal seen
@@ -192,4 +192,4 @@ def die_inside_file(number: int) -> None:
             kill()
         save(state, handle)
 
-    loop.torch.save = counted
+    checkpoints.torch.save = counted

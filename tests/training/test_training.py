@@ -322,7 +322,7 @@ def test_a_loss_that_is_not_finite_names_its_images(images, run, fresh_accelerat
         broken.network.head.weight.fill_(float("nan"))
     with pytest.raises(errors.TrainingError, match=r"step 0 of epoch 0, images [\w/]+\.jpg"):
         broken.run(None, False)
-    assert not broken.state_file.exists()
+    assert not broken.checkpoints.last.exists()
 
 
 def test_an_unreadable_image_is_replaced_and_counted(images, run):

@@ -35,7 +35,7 @@ from vitgal import runs
 from vitgal.app import pipeline, train_command
 from vitgal.data import splits
 from vitgal.settings import MachineSettings
-from vitgal.training import errors, launch, loop, networks, samples
+from vitgal.training import checkpoints, errors, launch, loop, memory, networks, samples
 
 # Every option that holds a state of its own or draws at random, and a state after each step.
 MODERN = replace(
@@ -261,7 +261,7 @@ def test_weights_that_are_not_finite_are_not_saved(images, run, fresh_accelerate
         broken.network.head.weight.fill_(float("nan"))
     with pytest.raises(errors.TrainingError, match=r"step 0 of epoch 0, images [\w/]+\.jpg"):
         broken.run(None, False)
-    assert not broken.state_file.exists()
+    assert not broken.checkpoints.last.exists()
 
 
 # Data workers
@@ -301,7 +301,7 @@ def test_a_worker_that_dies_during_a_step_is_told_alike(images, run, monkeypatch
     def dead(*_):
         raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
 
-    monkeypatch.setattr(loop.torch, "save", dead)
+    monkeypatch.setattr(checkpoints.torch, "save", dead)
     with pytest.raises(errors.TrainingError, match="no longer read: DataLoader worker .pid 1."):
         fit(run, images)
 
@@ -348,7 +348,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(images, run, tmp_path
     uninterrupted = fit(split(tmp_path / "other", images), images)
     state = interrupted(run, images)
     state.write_bytes(state.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match="last.pt cannot be read.*going on from previous.pt"):
+    with pytest.warns(UserWarning, match="last.pt cannot be read.*continuing from previous.pt"):
         folder = fit(run, images)
     assert (folder / "model.safetensors").read_bytes() == (
         uninterrupted / "model.safetensors"
@@ -463,18 +463,16 @@ def test_a_batch_larger_than_the_data(images, run):
 
 def test_fitting_batch_follows_the_line():
     # 100 bytes for the network and 10 an image: (500 - 100) / 10
-    assert loop.fitting_batch({2: 120, 4: 140}, 500) == 40
-    assert loop.fitting_batch({2: 120, 4: 140}, 509) == 40
-    assert loop.fitting_batch({2: 120, 4: 140}, 100) == 0
-    assert loop.fitting_batch({2: 120, 4: 140}, 10) == 0
+    assert memory.fitting_batch({2: 120, 4: 140}, 500) == 40
+    assert memory.fitting_batch({2: 120, 4: 140}, 509) == 40
+    assert memory.fitting_batch({2: 120, 4: 140}, 100) == 0
+    assert memory.fitting_batch({2: 120, 4: 140}, 10) == 0
 
 
-def test_the_dry_run_names_the_batch_that_fits(images, run, fresh_accelerate):
-    one = make_trainer(run, images, replace(SETTINGS, batch_size=64))
+def test_the_dry_run_names_the_batch_that_fits():
     with pytest.raises(errors.TrainingError, match="batch of 64 .* about 40 would fit"):
-        one.dry_run(lambda count: 100 + 10 * count, 500)
-    one.dry_run(lambda count: 100 + 10 * count, 740)  # 64 images exactly
-    one.dry_run()  # a processor is not measured
+        memory.check_batch_size(64, lambda count: 100 + 10 * count, 500)
+    memory.check_batch_size(64, lambda count: 100 + 10 * count, 740)  # 64 images exactly
 
 
 def test_trying_a_step_leaves_no_trace(images, run, fresh_accelerate):

@@ -256,7 +256,7 @@ def test_sigterm_to_the_notebook_reaches_its_processes(images, run, monkeypatch)
         result = step(self, batches)
         if self.accelerator.process_index == 0 and self.progress.step == 2:
             os.kill(os.getppid(), signal.SIGTERM)
-            while not self.asked:  # until the launcher passes it on
+            while not self.termination.requested:  # until the launcher passes it on
                 time.sleep(0.01)
         return result
 

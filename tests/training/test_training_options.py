@@ -433,12 +433,13 @@ def test_the_table_of_epochs_by_hand():
 
 def test_the_time_left_by_hand(images, run, fresh_accelerate):
     one = make_trainer(run, images, replace(SETTINGS, epochs=4, validate_every=3))
-    one.validation_seconds = 0.7  # an image
+    one.seconds_per_validation_image = 0.7
     assert len(one.data.validation) == 5
     # 3 steps an epoch: 12 in all, 2 done, 0.5 s each; validation is due after epochs 3 and 4
-    assert one._seconds_left(2, 0.5) == pytest.approx(10 * 0.5 + 2 * 5 * 0.7, abs=1e-9)
-    one.progress.epoch = 3
-    assert one._seconds_left(12, 0.5) == pytest.approx(5 * 0.7, abs=1e-9)
+    one.progress.step = 2
+    assert one._seconds_left(0.5) == pytest.approx(10 * 0.5 + 2 * 5 * 0.7, abs=1e-9)
+    one.progress.epoch, one.progress.step = 3, 3
+    assert one._seconds_left(0.5) == pytest.approx(5 * 0.7, abs=1e-9)
 
 
 @pytest.mark.slow
@@ -446,8 +447,7 @@ def test_unreadable_images_are_replaced_and_listed(images, run, monkeypatch):
     data = samples.read_data(run / "split", images, SETTINGS)
     data.train.path(2).write_bytes(b"not an image")
     data.validation.path(1).write_bytes(b"")
-    patient = functools.partial(samples.read_data, max_failed_share=0.5)
-    monkeypatch.setattr(samples, "read_data", patient)
+    monkeypatch.setattr(loop, "MAX_UNREADABLE", 0.5)
     folder = fit(run, images)
     listed = json.loads((folder / "failures.json").read_text())
     assert listed == sorted([str(data.train.names[2]), str(data.validation.names[1])])

@@ -20,7 +20,7 @@ from vitgal.models.teacher import Teacher
 from vitgal.settings import AutoencoderSettings, MachineSettings, Recipe, TrainingSettings
 from vitgal.training.distillation import DistilledNetwork
 from vitgal.training.errors import TrainingError
-from vitgal.training.launch import Fit, join, launch, launched, rank
+from vitgal.training.launch import Fit, join, launched, rank, run_fit
 from vitgal.training.loop import training_precision
 from vitgal.training.networks import AutoencoderNetwork, RetrievalNetwork
 
@@ -165,7 +165,7 @@ def _fit_stage(fit: Fit, inputs: dict[str, str], overwrite: bool) -> Path:
         join(fit.machine)
     with _open_stage(fit, inputs, overwrite) as stage:
         if not stage.finished:
-            launch(replace(fit, owner=runs.fingerprint(stage.settings)))
+            run_fit(replace(fit, owner=runs.fingerprint(stage.settings)))
             if rank() == 0:
                 stage.finish(
                     ["model.safetensors", "log.jsonl", "failures.json"],

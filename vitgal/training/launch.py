@@ -22,7 +22,8 @@ from vitgal import runs
 from vitgal.models import weights
 from vitgal.settings import MachineSettings, Recipe
 from vitgal.training.errors import Preempted, TrainingError
-from vitgal.training.loop import Trainer, timeout
+from vitgal.training.loop import Trainer
+from vitgal.training.processes import timeout
 from vitgal.training.samples import SplitData, read_data
 
 PEER_SECONDS = 30  # that a process waits after it lost another, so that the launcher reports that
@@ -77,7 +78,7 @@ def join(machine: MachineSettings) -> None:
     PartialState(cpu=torch.cuda.device_count() == 0, timeout=timeout(machine))
 
 
-def launch(fit: Fit) -> None:
+def run_fit(fit: Fit) -> None:
     """Trains here, or in `num_processes` forked processes that accelerate joins.
 
     Raises Preempted after SIGTERM, TrainingError for anything else that stops the training.
@@ -120,7 +121,7 @@ def train(fit: Fit, *, forked: bool = False) -> None:
     try:
         trainer.run(fit.watch, fit.progress)
     except RuntimeError as error:
-        if trainer.asked and _is_lost_peer(error):
+        if trainer.termination.requested and _is_lost_peer(error):
             raise Preempted(
                 "asked to end (SIGTERM) after another process had gone: nothing could be saved, "
                 "the last saved state is valid"

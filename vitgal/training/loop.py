@@ -1,70 +1,66 @@
-"""The training loop: networks with their losses, steps, validation, saved states.
+"""The training loop: steps, epochs, validation, and the log.
 
 What is random about a sample is a function of (seed, epoch, image index), what is random about a
-step one of (seed, step, batch of the step), and the learning rate one of the epoch, so that a state
-file needs no generator's state and a run that was killed continues to the same bytes as one that
-was not.
+step one of (seed, epoch, step, batch of the step), and the learning rate one of the epoch. A state
+therefore holds no generator's state, and a run that was killed and resumed gives the same bytes as
+one that was not.
 """
 
 import contextlib
-import datetime
-import json
 import math
-import multiprocessing
-import os
-import pickle
 import shutil
-import signal
-import threading
 import time
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast, gather_object
+from accelerate.tracking import TensorBoardTracker
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as text_bar
 
-from vitgal import runs
-from vitgal.models import weights
 from vitgal.models.inference import resolve_precision
 from vitgal.settings import MachineSettings, Recipe
 from vitgal.training.augmentation import network_input
+from vitgal.training.checkpoints import Checkpoints, Progress
 from vitgal.training.errors import Preempted, TrainingError
-from vitgal.training.networks import NAMED, build_optimizer
+from vitgal.training.memory import available_memory, check_batch_size, peak_memory
+from vitgal.training.networks import build_optimizer
+from vitgal.training.processes import (
+    Termination,
+    any_rank,
+    begin_agreement,
+    is_worker_error,
+    read_batches,
+    share_buffers,
+    timeout,
+)
 from vitgal.training.samples import Batches, Sample, SplitData
 from vitgal.training.schedule import learning_rates
 
 LOG_EVERY = 50  # steps between two rows of the log
-GRACE = 30  # seconds that a data worker outlives a request to end, for the step to finish
+NAMED = 8  # images that an error names
+MAX_UNREADABLE = 0.001  # fraction of the training images that may be unreadable
 
 
-@dataclass
-class Progress:
-    """How far a run is: what a state file holds beside weights and optimizer."""
-
-    epoch: int = 0
-    step: int = 0  # finished steps of this epoch
-    rows: list[dict] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)  # names
-    best: float = -math.inf
-    # Of each rank, the scalars of the steps since the last row.
-    pending: list[list[dict[str, float]]] = field(default_factory=list)
+def training_precision(settings: Recipe) -> str:
+    """Returns the precision of training; resolves "auto" without initialising CUDA."""
+    device = "cuda" if torch.cuda.device_count() else "cpu"  # device_count asks NVML, not CUDA
+    return resolve_precision(settings.precision, device, forks=True)
 
 
 class Trainer:
-    """One process's share of a run: network, optimizer, data and the state folder.
+    """One process of a training: network, optimizer, data and progress.
 
-    owner: the fingerprint of the run's settings; a state of another owner is refused.
+    Args:
+        folder: the stage's folder, where the log and the states go.
+        owner: fingerprint of the stage's settings; a state of another owner is refused.
     """
 
     def __init__(
@@ -82,18 +78,24 @@ class Trainer:
             cpu=torch.cuda.device_count() == 0,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout(machine))],
         )
-        self.settings, self.machine = settings, machine
-        self.folder, self.data, self.owner = folder, data, owner
+        self.settings, self.machine, self.folder, self.data = settings, machine, folder, data
         self.progress = Progress()
         self.rates = learning_rates(settings)
         self.steps = self.batches(0).steps
-        self.pending: list[dict[str, Tensor]] = []
-        self.replaced: list[str] = []
-        self.asked = False  # by SIGTERM, this process
-        self.stop = False  # agreed among all
-        self.validation_seconds = 0.0  # an image
-        self.board = None
+        self.pending: list[dict[str, Tensor]] = []  # scalars of the steps since the last row
+        self.replaced: list[str] = []  # names of unreadable images that the log lacks
+        self.termination = Termination()
+        self.stop = False  # whether any rank was asked to end
+        self.seconds_per_validation_image = 0.0
+        self.board: TensorBoardTracker | None = None
         self._prepare(network)
+        parts = {
+            "network": self.bare,
+            "optimizer": self.optimizer,
+            "average": None if self.average is None else self.average.module,
+            "scaler": self.accelerator.scaler,
+        }
+        self.checkpoints = Checkpoints(folder, owner, parts)
 
     def _prepare(self, network: nn.Module) -> None:
         settings, accelerator = self.settings, self.accelerator
@@ -114,7 +116,7 @@ class Trainer:
 
     @property
     def bare(self) -> nn.Module:
-        """The network that trains, without what distributes it."""
+        """The network that trains, without its wrapper for several processes."""
         return self.accelerator.unwrap_model(self.network)
 
     @property
@@ -122,131 +124,145 @@ class Trainer:
         """The network that is validated and written: the moving average where there is one."""
         return self.bare if self.average is None else self.average.module
 
-    # States
-
     @property
-    def state_file(self) -> Path:
-        return self.folder / "state" / "last.pt"
-
-    def load_state(self) -> bool:
-        """Continues from the last saved state; False where there is none.
-
-        A damaged one is passed over, with a warning, for the one before. Raises TrainingError for
-        the state of another run, and where no state is whole.
-        """
-        state = self._read_state()
-        if state is None:
-            return False
-        if state.get("owner") != self.owner:
-            raise TrainingError(
-                f"{self.state_file} was made by a run with other settings or data; take the "
-                "folder state/ away, or set overwrite: true to start anew"
-            )
-        self.bare.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.average is not None:
-            self.average.module.load_state_dict(state["average"])
-        if self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        if self.progress.pending:
-            mine = self.progress.pending[self.accelerator.process_index]
-            self.pending = [_tensors(step) for step in mine]
-        return True
-
-    def _read_state(self) -> dict | None:
-        damaged = []
-        for path in (self.state_file, self.state_file.with_name("previous.pt")):
-            if not path.exists():
-                continue
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
-            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-                damaged.append(f"{path} cannot be read ({str(error).splitlines()[0][:100]})")
-                continue
-            for text in damaged:
-                warnings.warn(f"{text}; going on from {path.name}", stacklevel=3)
-            return state
-        if damaged:
-            raise TrainingError("; ".join(damaged) + "; take state/ away to start anew")
-        return None
-
-    def save_state(self) -> None:
-        """Writes log and state atomically, keeping the state before as `previous.pt` (rank 0).
-
-        Only after a row of the log, or after `share_pending`. A disk that is full leaves both
-        states as they are.
-        """
-        if not self.accelerator.is_main_process:
-            return
-        scaler = self.accelerator.scaler
-        state = {
-            "owner": self.owner,
-            "network": self.bare.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.module.state_dict() if self.average is not None else {},
-            "scaler": scaler.state_dict() if scaler is not None else {},
-            "progress": dict(self.progress.__dict__),
-        }
-        try:
-            self._write_log()
-            with runs.atomic(self.state_file) as temporary:
-                with open(temporary, "wb") as handle:  # the file's own errors, not torch's
-                    torch.save(state, handle)
-                self._keep_previous()
-        except (OSError, RuntimeError) as error:
-            if _of_data_worker(error):
-                raise
-            raise TrainingError(
-                f"the state cannot be written to {self.state_file} ({error}); the one before it is "
-                "whole: make room on the disk and run the same again"
-            ) from error
-
-    def _write_log(self) -> None:
-        """Before the state: the log may be ahead of it, and a restart then writes it anew."""
-        lines = [json.dumps(runs.plain(row)) + "\n" for row in self.progress.rows]
-        runs.write_text(self.folder / "log.jsonl", "".join(lines))
-
-    def _keep_previous(self) -> None:
-        if self.state_file.exists():
-            with runs.atomic(self.state_file.with_name("previous.pt")) as temporary:
-                os.link(self.state_file, temporary)
+    def finished_steps(self) -> int:
+        """Steps since the beginning of the run."""
+        return self.progress.epoch * self.steps + self.progress.step
 
     # A run
 
-    def run(self, watch: Callable[[pd.DataFrame], None] | None, show: bool) -> None:
-        """Trains from where the state stands to the last epoch.
+    def load_state(self) -> bool:
+        """Continues from the last saved state; returns False where there is none.
 
-        Raises Preempted after SIGTERM, TrainingError for what else stops it.
+        Raises TrainingError as `Checkpoints.load` does.
+        """
+        progress = self.checkpoints.load()
+        if progress is None:
+            return False
+        self.progress = progress
+        if progress.pending:
+            own = progress.pending[self.accelerator.process_index]
+            self.pending = [
+                {key: torch.tensor(value, dtype=torch.float32) for key, value in step.items()}
+                for step in own
+            ]
+        return True
+
+    def save_state(self) -> None:
+        """Saves log and state (rank 0); only after a row of the log or `_share_pending`."""
+        if self.accelerator.is_main_process:
+            self.checkpoints.save(self.progress)
+
+    def run(self, watch: Callable[[pd.DataFrame], None] | None, show: bool) -> None:
+        """Trains from the current state to the last epoch.
+
+        Args:
+            watch: called on rank 0 with the log so far after each epoch.
+            show: whether rank 0 shows a bar.
+        Raises:
+            Preempted: SIGTERM came; the state is saved.
+            TrainingError: anything else that stops the run.
         """
         if self.steps == 0:
-            settings = self.settings
             raise TrainingError(
                 f"{self.data.train_count} training images are fewer than one step of "
-                f"{settings.batch_size} x {settings.accumulate} on each of "
+                f"{self.settings.batch_size} x {self.settings.accumulate} on each of "
                 f"{self.accelerator.num_processes} processes; make batch_size smaller"
             )
-        done = self.steps * self.progress.epoch + self.progress.step
-        main = self.accelerator.is_main_process
-        # A forked or launched process has no notebook to show a widget in, but it can write text.
-        alone = self.accelerator.num_processes == 1
-        bar = (tqdm if alone else text_bar)(
-            total=self.steps * self.settings.epochs,
-            initial=done,
-            disable=not (show and main),
-            unit="step",
-        )
-        with self._until_sigterm(), self._boards(), bar:
-            if done == 0 and self.machine.dry_run:
+        with self.termination, self._tensorboard(), self._bar(show) as bar:
+            if self.finished_steps == 0 and self.machine.dry_run:
                 self.dry_run()
             while self.progress.epoch < self.settings.epochs:
-                with self._told_errors():
+                try:
                     self.run_epoch(bar)
-                if watch is not None and main:
+                except RuntimeError as error:
+                    self._explain(error)
+                    raise
+                if watch is not None and self.accelerator.is_main_process:
                     watch(pd.DataFrame(self.progress.rows))
         self.accelerator.wait_for_everyone()
 
+    def run_epoch(self, bar: tqdm) -> None:
+        """Runs one epoch, or what is left of it: steps, validation, log and state."""
+        progress = self.progress
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rates[progress.epoch] * group.get("lr_scale", 1.0)
+        began = saved = time.monotonic()
+        done = 0
+        self.network.train()
+        batches = self.read(self.batches(progress.epoch, progress.step))
+        while progress.step < self.steps:
+            accumulated = [next(batches) for _ in range(self.settings.accumulate)]
+            self.pending.append(self.run_step(accumulated))
+            done += 1
+            bar.update()
+            last = progress.step == self.steps
+            if last or progress.step % LOG_EVERY == 0:
+                self.add_row(done, time.monotonic() - began)
+                began, done = time.monotonic(), 0
+                bar.set_postfix(epoch=progress.epoch, loss=f"{progress.rows[-1]['loss']:.3f}")
+                minutes = (time.monotonic() - saved) / 60
+                if not last and minutes > self.machine.checkpoint_minutes:
+                    saved = time.monotonic()
+                    self.save_state()
+            if self.stop:
+                self._stop_preempted()
+        batches.close()
+        self.end_epoch()
+
+    def run_step(self, batches: Sequence[Sample]) -> dict[str, Tensor]:
+        """Runs forward and backward of each batch and one update; returns the mean scalars.
+
+        A loss that is not finite on any rank stops all of them before the update.
+        """
+        accelerator, results = self.accelerator, []
+        buffers = [buffer.clone() for buffer in self.bare.buffers()]
+        for number, batch in enumerate(batches):
+            last = number + 1 == len(batches)
+            self._seed(number)
+            # Ranks exchange gradients once, when those of all batches are summed.
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.network):
+                result = self.network(*self.to_device(batch))
+                results.append({key: value.detach() for key, value in result.items()})
+                agreement = self._begin_agreement(results) if last else None
+                accelerator.backward(result["loss"] / len(batches))
+        not_finite, self.stop = agreement()
+        if not_finite:
+            for buffer, value in zip(self.bare.buffers(), buffers, strict=True):
+                buffer.copy_(value)  # BatchNorm's statistics have seen the batch
+            self._stop_not_finite(batches, results)
+        self._update()
+        for batch in batches:
+            self._note_unreadable(batch, self.data.train)
+        self.progress.step += 1
+        return {key: torch.stack([result[key] for result in results]).mean() for key in results[0]}
+
+    def _seed(self, number: int) -> None:
+        """Seeds torch for each batch, so that drop path draws the same in a resumed run."""
+        progress, accelerator = self.progress, self.accelerator
+        part = number * accelerator.num_processes + accelerator.process_index
+        draw = (self.settings.seed, progress.epoch, progress.step, part)
+        torch.manual_seed(int(np.random.SeedSequence(draw).generate_state(1, np.uint64)[0] >> 1))
+
+    def _begin_agreement(self, results: list[dict[str, Tensor]]) -> Callable[[], list[bool]]:
+        """Starts asking all ranks whether a loss is not finite, and whether any is to stop."""
+        losses = torch.stack([result["loss"] for result in results])
+        not_finite = (~torch.isfinite(losses)).any().float()
+        stop = torch.tensor(float(self.termination.requested), device=losses.device)
+        return begin_agreement(self.accelerator, torch.stack([not_finite, stop]))
+
+    def _update(self) -> None:
+        if self.settings.clip_grad is not None:
+            self.accelerator.clip_grad_norm_(self.network.parameters(), self.settings.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.bare, step=self.finished_steps + 1)
+
+    # Data
+
     def batches(self, epoch: int, first: int = 0) -> Batches:
+        """Returns this rank's batches of an epoch from step `first` on."""
         return Batches(
             count=self.data.train_count,
             batch_size=self.settings.batch_size,
@@ -259,68 +275,16 @@ class Trainer:
             labels=self.data.train.labels if self.settings.balanced else None,
         )
 
-    def run_epoch(self, bar: tqdm) -> None:
-        """One epoch (or what is left of it), its validation, its row in the log, its state."""
-        progress, settings = self.progress, self.settings
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rates[progress.epoch] * group.get("lr_scale", 1.0)
-        began = saved = time.monotonic()
-        done = 0
-        self.network.train()
-        batches = self.read(self.batches(progress.epoch, progress.step))
-        while progress.step < self.steps:
-            self.pending.append(self.run_step([next(batches) for _ in range(settings.accumulate)]))
-            done += 1
-            bar.update()
-            last = progress.step == self.steps
-            if last or progress.step % LOG_EVERY == 0:
-                self.add_row(done, time.monotonic() - began)
-                began, done = time.monotonic(), 0
-                bar.set_postfix(epoch=progress.epoch, loss=f"{progress.rows[-1]['loss']:.3f}")
-                if not last and time.monotonic() - saved > 60 * self.machine.checkpoint_minutes:
-                    saved = time.monotonic()
-                    self.save_state()
-            if self.stop:
-                self.stop_preempted()
-        batches.close()
-        self.end_epoch()
+    def read(
+        self, batches: Sequence[list[tuple[int, int]]], dataset: Dataset | None = None
+    ) -> Iterator[Sample]:
+        """Yields batches of training images, or of `dataset`, read by the data workers."""
+        dataset = self.data.train if dataset is None else dataset
+        pin_memory = self.accelerator.device.type == "cuda"
+        return read_batches(dataset, batches, self.machine, pin_memory=pin_memory)
 
-    def run_step(self, batches: Sequence[Sample]) -> dict[str, Tensor]:
-        """Forward and backward of each batch, one update; returns the detached mean scalars.
-
-        A loss that is not finite on any rank stops all of them before the update.
-        """
-        accelerator, results = self.accelerator, []
-        before = [buffer.clone() for buffer in self.bare.buffers()]
-        for place, batch in enumerate(batches):
-            last = place + 1 == len(batches)
-            self._seed(place)
-            # The gradients of the last batch alone are exchanged, with those before in them.
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.network):
-                result = self.network(*self.moved(batch))
-                results.append({key: value.detach() for key, value in result.items()})
-                agreed = self._agree(results) if last else None
-                accelerator.backward(result["loss"] / len(batches))
-        finite, self.stop = agreed()
-        if not finite:
-            for buffer, value in zip(self.bare.buffers(), before, strict=True):
-                buffer.copy_(value)  # BatchNorm's statistics have seen the batch
-            self.stop_not_finite(batches, results)
-        self._update()
-        for batch in batches:
-            self._note_unreadable(batch, self.data.train)
-        self.progress.step += 1
-        return {key: torch.stack([one[key] for one in results]).mean() for key in results[0]}
-
-    def _seed(self, place: int) -> None:
-        """Seeds torch anew for each batch: drop path then draws the same in a resumed run."""
-        progress, accelerator = self.progress, self.accelerator
-        part = place * accelerator.num_processes + accelerator.process_index
-        draw = (self.settings.seed, progress.epoch, progress.step, part)
-        torch.manual_seed(int(np.random.SeedSequence(draw).generate_state(1, np.uint64)[0] >> 1))
-
-    def moved(self, batch: Sample) -> tuple[Tensor, Tensor]:
-        """A batch on the device as the network takes it: normalised pictures, labels."""
+    def to_device(self, batch: Sample) -> tuple[Tensor, Tensor]:
+        """Returns a batch as network input (B, 3, S, S) float32 and labels (B,) on the device."""
         device = self.accelerator.device
         labels = batch.label.to(device, non_blocking=True)
         pictures = network_input(batch.picture.to(device, non_blocking=True), batch.hole)
@@ -328,129 +292,41 @@ class Trainer:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
         return pictures, labels
 
-    def _agree(self, results: list[dict[str, Tensor]]) -> Callable[[], tuple[bool, bool]]:
-        """Asks all ranks whether every loss is finite and whether any is to stop.
-
-        Call what it returns for the answer. On a GPU the question is copied back while the backward
-        pass already runs, so that nothing waits for it.
-        """
-        bad = (~torch.isfinite(torch.stack([result["loss"] for result in results]))).any()
-        stop = torch.tensor(float(self.asked), device=bad.device)
-        flags = torch.stack([bad.float(), stop])
-        if self.accelerator.num_processes > 1:
-            flags = self.accelerator.reduce(flags, "sum")
-        if flags.device.type != "cuda":
-            return lambda: (not flags[0], bool(flags[1]))
-        answer = torch.empty(2, pin_memory=True).copy_(flags, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-
-        def wait() -> tuple[bool, bool]:
-            arrived.synchronize()
-            return not answer[0], bool(answer[1])
-
-        return wait
-
-    def _update(self) -> None:
-        if self.settings.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.network.parameters(), self.settings.clip_grad)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.average is not None:
-            finished = self.progress.epoch * self.steps + self.progress.step + 1
-            self.average.update(self.bare, step=finished)
-
-    def read(
-        self, batches: Sequence[list[tuple[int, int]]], dataset: Dataset | None = None
-    ) -> Iterator[Sample]:
-        """Batches of training images (or of `dataset`), read by the data workers."""
-        loader = DataLoader(
-            self.data.train if dataset is None else dataset,
-            batch_sampler=batches,
-            num_workers=self.machine.data_workers,
-            pin_memory=self.accelerator.device.type == "cuda",
-            worker_init_fn=_start_worker,
-            timeout=60 * self.machine.timeout_minutes if self.machine.data_workers else 0,
-        )
-        others = set(multiprocessing.active_children())
-        batches = iter(loader)
-        workers = set(multiprocessing.active_children()) - others
-        try:
-            yield from batches
-        except RuntimeError as error:
-            if _of_data_worker(error):
-                _kill(workers)
-            raise
-
     def _note_unreadable(self, batch: Sample, dataset: Dataset) -> None:
-        found = batch.unreadable[batch.unreadable >= 0].tolist()
-        self.replaced += [str(dataset.names[index]) for index in found]
-
-    def add_row(self, steps: int, seconds: float) -> None:
-        """Adds the mean of the pending steps to the log.
-
-        steps, seconds: what this process has just done and how long it took; after a resumption
-        fewer steps than are pending.
-        """
-        progress, accelerator = self.progress, self.accelerator
-        table = {
-            key: torch.stack([step[key] for step in self.pending]).float()
-            for key in self.pending[0]
-        }
-        means = accelerator.reduce({key: value.mean() for key, value in table.items()}, "mean")
-        self.pending, progress.pending = [], []
-        self._share_unreadable()
-        images = self.settings.batch_size * self.settings.accumulate * accelerator.num_processes
-        finished = progress.epoch * self.steps + progress.step
-        progress.rows.append(
-            {
-                "epoch": progress.epoch,
-                "step": finished,
-                "lr": self.rates[progress.epoch],
-                **{key: float(value) for key, value in means.items()},
-                "images_per_second": steps * images / seconds,
-                "hours_left": self._seconds_left(finished, seconds / steps) / 3600,
-            }
-        )
-        self._show_row(progress.rows[-1])
-
-    def _seconds_left(self, finished: int, each: float) -> float:
-        """At this pace, with the images that are still to validate as fast as the last ones."""
-        epochs = range(self.progress.epoch + 1, self.settings.epochs + 1)
-        due = sum(len(self.due(epoch)) for epoch in epochs)
-        left = self.steps * self.settings.epochs - finished
-        return left * each + due * self.validation_seconds
+        indices = batch.unreadable[batch.unreadable >= 0].tolist()
+        self.replaced += [str(dataset.names[index]) for index in indices]
 
     def _share_unreadable(self) -> None:
-        found = gather_object(self.replaced)
-        self.progress.unreadable = sorted({*self.progress.unreadable, *found})
+        names = gather_object(self.replaced)
+        self.progress.unreadable = sorted({*self.progress.unreadable, *names})
         self.replaced = []
 
+    # Validation
+
     def end_epoch(self) -> None:
-        """Validation where it is due, the best weights, the state at the epoch's end."""
-        progress = self.progress
-        failed = progress.unreadable
-        if len(failed) > self.data.max_failed_share * self.data.train_count:
-            names = ", ".join(str(self.data.train.folder / name) for name in failed[:5])
-            raise TrainingError(f"{len(failed)} training images cannot be read: {names}")
+        """Validates where that is due, keeps the best model, saves the state."""
+        progress, unreadable = self.progress, self.progress.unreadable
+        if len(unreadable) > MAX_UNREADABLE * self.data.train_count:
+            names = ", ".join(str(self.data.train.folder / name) for name in unreadable[:5])
+            raise TrainingError(f"{len(unreadable)} training images cannot be read: {names}")
         finished = progress.epoch + 1
         images = self.due(finished)
         if len(images):
             self.save_state()  # validation can be long
             began = time.monotonic()
             scores = self.validate(images)
-            self.validation_seconds = (time.monotonic() - began) / len(images)
+            self.seconds_per_validation_image = (time.monotonic() - began) / len(images)
             progress.rows[-1] |= scores
-            self._show_row(scores | {"step": progress.rows[-1]["step"]})
+            self._draw(scores, progress.rows[-1]["step"])
             self._keep_best()
         progress.epoch, progress.step = finished, 0
         self.save_state()
 
     def due(self, finished: int) -> np.ndarray:
-        """Positions of the images that are validated after so many epochs.
+        """Returns the positions (V,) of the images that are validated after so many epochs.
 
         All of them every `validate_every` epochs and at the end, otherwise those of the retrieval
-        set: far fewer, and the number to watch. The autoencoder has no such number.
+        set, which are far fewer. The autoencoder is not validated by retrieval.
         """
         settings, data = self.settings, self.data
         if finished % settings.validate_every == 0 or finished == settings.epochs:
@@ -460,77 +336,122 @@ class Trainer:
         return np.arange(0)
 
     def _keep_best(self) -> None:
-        """Writes the model as state/best.safetensors where it scores higher than ever before."""
         row, progress = self.progress.rows[-1], self.progress
         score = row.get("val_map", row.get("val_accuracy", math.nan))
         if score > progress.best:
             progress.best = score
             if self.accelerator.is_main_process:
-                weights.save_model(self.result.model, self.folder / "state" / "best.safetensors")
+                self.checkpoints.save_best(self.result.model)
 
     def validate(self, images: np.ndarray | None = None) -> dict[str, float]:
-        """Scores of validation images, by position (None: all), each rank taking its share."""
+        """Returns scores of validation images, of which each rank describes a part.
+
+        images: positions (V,) among the validation images; None for all.
+        """
         accelerator, data = self.accelerator, self.data
         images = np.arange(len(data.validation)) if images is None else images
-        self._share_statistics()
         network = self.result
+        share_buffers(accelerator, network)
         network.eval()
-        mine = images[accelerator.process_index :: accelerator.num_processes].tolist()
-        parts = []
+        own = images[accelerator.process_index :: accelerator.num_processes].tolist()
         size = self.settings.batch_size
-        keys = [[(0, index) for index in mine[at : at + size]] for at in range(0, len(mine), size)]
+        keys = [[(0, index) for index in own[at : at + size]] for at in range(0, len(own), size)]
         batches = self.read(keys, data.validation)
+        results = []
         for _ in range(-(-len(images) // (size * accelerator.num_processes))):
-            batch = next(batches, None)  # some ranks have one less
+            batch = next(batches, None)  # some ranks have one batch less
             if batch is not None:
                 with accelerator.autocast():
-                    result = network.validate(*self.moved(batch))
-                found = {key: value.cpu() for key, value in result.items()}
-                replaced = batch.unreadable >= 0  # by another image, which stands in this place
-                place = torch.where(replaced, batch.unreadable, batch.index)
-                parts.append((place.numpy(), found))
+                    result = network.validate(*self.to_device(batch))
+                # A result belongs to the image that was asked for, also where it was replaced.
+                replaced = batch.unreadable >= 0
+                positions = torch.where(replaced, batch.unreadable, batch.index)
+                values = {key: value.cpu() for key, value in result.items()}
+                results.append((positions.numpy(), values))
                 self._note_unreadable(batch, data.validation)
-            if self._any_asked():
+            if any_rank(accelerator, self.termination.requested):
                 raise Preempted("asked to end (SIGTERM) while validating; the epoch is saved")
         batches.close()
         self._share_unreadable()
-        return data.score(gather_object(parts))
+        return data.score(gather_object(results))
 
-    def _any_asked(self) -> bool:
-        """Whether any rank was asked to end; all ranks ask together, and wait for the answer."""
-        if self.accelerator.num_processes == 1:
-            return self.asked
-        asked = torch.tensor(float(self.asked), device=self.accelerator.device)
-        return bool(self.accelerator.reduce(asked, "sum"))
+    # The log
 
-    def _share_statistics(self) -> None:
-        """Gives every rank rank 0's BatchNorm statistics, which are the ones that are written."""
-        if self.accelerator.num_processes > 1:
-            for buffer in self.result.buffers():
-                buffer.copy_(broadcast(buffer))
+    def add_row(self, steps: int, seconds: float) -> None:
+        """Adds the mean of the pending steps over all ranks to the log.
 
-    # What stops a run
+        steps, seconds: what this process has just done and how long it took; in a resumed run
+        fewer steps than are pending.
+        """
+        progress, accelerator = self.progress, self.accelerator
+        means = {
+            key: torch.stack([step[key] for step in self.pending]).float().mean()
+            for key in self.pending[0]
+        }
+        means = accelerator.reduce(means, "mean")
+        self.pending, progress.pending = [], []
+        self._share_unreadable()
+        images = self.settings.batch_size * self.settings.accumulate * accelerator.num_processes
+        row = {
+            "epoch": progress.epoch,
+            "step": self.finished_steps,
+            "lr": self.rates[progress.epoch],
+            **{key: float(value) for key, value in means.items()},
+            "images_per_second": steps * images / seconds,
+            "hours_left": self._seconds_left(seconds / steps) / 3600,
+        }
+        progress.rows.append(row)
+        self._draw(row, row["step"])
+
+    def _seconds_left(self, seconds_per_step: float) -> float:
+        epochs = range(self.progress.epoch + 1, self.settings.epochs + 1)
+        images = sum(len(self.due(epoch)) for epoch in epochs)
+        steps = self.steps * self.settings.epochs - self.finished_steps
+        return steps * seconds_per_step + images * self.seconds_per_validation_image
+
+    def _bar(self, show: bool) -> tqdm:
+        # A forked or launched process has no notebook for a widget, but it can write text.
+        alone = self.accelerator.num_processes == 1
+        return (tqdm if alone else text_bar)(
+            total=self.steps * self.settings.epochs,
+            initial=self.finished_steps,
+            disable=not (show and self.accelerator.is_main_process),
+            unit="step",
+        )
 
     @contextlib.contextmanager
-    def _until_sigterm(self) -> Iterator[None]:
-        """Notes SIGTERM instead of dying of it; the step that runs is finished and saved."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # Python hands signals to the main thread alone
+    def _tensorboard(self) -> Iterator[None]:
+        """Writes the log as TensorBoard's files too, anew in a resumed run."""
+        if not self.accelerator.is_main_process:
+            yield
             return
-
-        def note(*_: object) -> None:
-            self.asked = True
-
-        before = signal.signal(signal.SIGTERM, note)
+        if (self.folder / "tensorboard").exists():
+            shutil.rmtree(self.folder / "tensorboard")  # it may be ahead of the state
+        self.board = TensorBoardTracker("tensorboard", self.folder)
+        self.board.start()
+        for row in self.progress.rows:
+            self._draw(row, row["step"])
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            self.board.finish()
+            self.board = None
 
-    def stop_preempted(self) -> None:
-        """Saves the state in the middle of an epoch, what each rank has pending included."""
+    def _draw(self, row: dict[str, float], step: int) -> None:
+        if self.board is not None:
+            values = {key: value for key, value in row.items() if key not in ("epoch", "step")}
+            self.board.log(values, step)
+
+    # What stops a run
+
+    def _share_pending(self) -> None:
+        """Collects the pending steps of all ranks; all must take part, or the others would hang."""
         steps = [{key: float(value) for key, value in step.items()} for step in self.pending]
         self.progress.pending = gather_object([steps])
+
+    def _stop_preempted(self) -> None:
+        """Saves the state in the middle of an epoch and raises Preempted."""
+        self._share_pending()
         self._share_unreadable()
         self.save_state()
         self.accelerator.wait_for_everyone()
@@ -539,184 +460,70 @@ class Trainer:
             f"{self.progress.epoch}; the state is saved: start the same again to go on"
         )
 
-    def stop_not_finite(self, batches: Sequence[Sample], results: list[dict[str, Tensor]]) -> None:
-        """Stops every rank, with the images of all; keeps the weights where they are still good."""
-        names = [
-            str(self.data.train.names[index])
-            for batch, result in zip(batches, results, strict=True)
-            if not torch.isfinite(result["loss"])
-            for index in batch.index.tolist()
-        ]
-        names = gather_object(names)
-        # Gathered before anything is decided: a rank that did not take part would hang the others.
-        steps = [{key: float(value) for key, value in step.items()} for step in self.pending]
-        self.progress.pending = gather_object([steps])
-        shown = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
-        kept = f"the last whole state, if any, stands in {self.state_file}"
+    def _stop_not_finite(self, batches: Sequence[Sample], results: list[dict[str, Tensor]]) -> None:
+        """Raises TrainingError with the images of all ranks; saves weights that are still good."""
+        names = gather_object(
+            [
+                str(self.data.train.names[index])
+                for batch, result in zip(batches, results, strict=True)
+                if not torch.isfinite(result["loss"])
+                for index in batch.index.tolist()
+            ]
+        )
+        self._share_pending()
+        listed = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+        kept = f"the last whole state, if any, is {self.checkpoints.last}"
         if all(bool(torch.isfinite(value).all()) for value in self.bare.state_dict().values()):
             self.save_state()
-            kept = f"the state before this step is saved in {self.state_file}"
+            kept = f"the state before this step is saved in {self.checkpoints.last}"
         self.accelerator.wait_for_everyone()  # a rank that ends now would take rank 0 with it
         raise TrainingError(
             f"the loss is not finite at step {self.progress.step} of epoch {self.progress.epoch}, "
-            f"images {shown}; {kept}: lower lr, set clip_grad, or train in fp32"
+            f"images {listed}; {kept}: lower lr, set clip_grad, or train in fp32"
         )
 
-    @contextlib.contextmanager
-    def _told_errors(self) -> Iterator[None]:
-        """Says what to do about too little memory and about data workers that are lost.
-
-        A worker's death is raised wherever the process then is, by the signal that tells of it.
-        """
-        try:
-            yield
-        except RuntimeError as error:
-            first = str(error).split("\n")[0]
-            if isinstance(error, torch.OutOfMemoryError) or "CPUAllocator" in str(error):
-                raise TrainingError(
-                    f"out of memory at step {self.progress.step} of epoch {self.progress.epoch} "
-                    f"with batch_size {self.settings.batch_size}; halve it and double accumulate, "
-                    f"which is the same step but for BatchNorm ({first})"
-                ) from error
-            if _of_data_worker(error):
-                raise TrainingError(
-                    f"the images are no longer read: {error}; a worker that dies without a word "
-                    "was most likely killed for memory (lower data_workers), one silent for "
-                    f"timeout_minutes = {self.machine.timeout_minutes:g} waits for the disk; run "
-                    "the same again to go on"
-                ) from error
-            raise
-
-    def dry_run(
-        self, measure: Callable[[int], int] | None = None, available: int | None = None
-    ) -> None:
-        """Raises TrainingError with the batch size that fits, where the recipe's does not.
-
-        Two small batches are tried, and the memory that their steps need grows with the batch along
-        a line. Without arguments only a GPU is measured.
-
-        Args:
-            measure: bytes at the peak of a step with so many images; None measures.
-            available: bytes that a step may take.
-        """
-        if measure is None:
-            if self.accelerator.device.type != "cuda":
-                return
-            measure, available = self._peak_memory, self._memory()
-        size = self.settings.batch_size
-        fits = fitting_batch({count: measure(count) for count in (2, 4)}, available)
-        if size > fits:
+    def _explain(self, error: RuntimeError) -> None:
+        """Raises TrainingError with the remedy for too little memory and for lost data workers."""
+        first = str(error).split("\n")[0]
+        if isinstance(error, torch.OutOfMemoryError) or "CPUAllocator" in str(error):
             raise TrainingError(
-                f"a batch of {size} images needs more memory than the {available / 2**30:.1f} GiB "
-                f"there are; about {fits} would fit: set batch_size {fits} or lower, and "
-                "accumulate for the same number of images in a step (dry_run: false skips this)"
+                f"out of memory at step {self.progress.step} of epoch {self.progress.epoch} "
+                f"with batch_size {self.settings.batch_size}; halve it and double accumulate, "
+                f"which is the same step but for BatchNorm ({first})"
+            ) from error
+        # torch raises a worker's death in a signal handler, wherever this process is then.
+        if is_worker_error(error):
+            raise TrainingError(
+                f"the images are no longer read: {error}; a worker that dies without a message "
+                "was most likely killed for memory (lower data_workers), one silent for "
+                f"timeout_minutes = {self.machine.timeout_minutes:g} waits for the disk; run "
+                "the same again to go on"
+            ) from error
+
+    def dry_run(self) -> None:
+        """Raises TrainingError with the batch size that fits, where the settings' does not.
+
+        Only a GPU is measured.
+        """
+        device = self.accelerator.device
+        if device.type == "cuda":
+            check_batch_size(
+                self.settings.batch_size,
+                lambda count: peak_memory(device, self.try_step, count),
+                available_memory(device, self.bare),
             )
 
-    def _memory(self) -> int:
-        """Bytes of the GPU that a step may take, with a reserve for what is scattered about."""
-        device = self.accelerator.device
-        free, _ = torch.cuda.mem_get_info(device)
-        moments = 2 * sum(
-            value.numel() * value.element_size()
-            for value in self.bare.parameters()
-            if value.requires_grad
-        )
-        return int(0.94 * (free + torch.cuda.memory_reserved(device))) - moments
-
-    def _peak_memory(self, count: int) -> int:
-        torch.cuda.reset_peak_memory_stats(self.accelerator.device)
-        self.try_step(count)
-        return torch.cuda.max_memory_allocated(self.accelerator.device)
-
     def try_step(self, count: int) -> None:
-        """Forward and backward of `count` grey images, which leave no trace in the network."""
+        """Runs forward and backward of `count` grey images without a trace in the network."""
         network, size = self.bare, self.settings.image_size
-        kept = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         network.train()
-        blank = torch.zeros(count, dtype=torch.int64)
+        zeros = torch.zeros(count, dtype=torch.int64)
         grey = torch.full((count, 3, size, size), 128, dtype=torch.uint8)
-        batch = Sample(grey, torch.zeros(count, 3, dtype=torch.int64), blank, blank, blank - 1)
+        batch = Sample(grey, torch.zeros(count, 3, dtype=torch.int64), zeros, zeros, zeros - 1)
         with self.accelerator.autocast():
-            network(*self.moved(batch))["loss"].backward()
+            network(*self.to_device(batch))["loss"].backward()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, buffer in network.named_buffers():
-                buffer.copy_(kept[name])
-
-    # TensorBoard
-
-    @contextlib.contextmanager
-    def _boards(self) -> Iterator[None]:
-        """The log as TensorBoard's files while the run is on; written anew after a restart."""
-        if not self.accelerator.is_main_process:
-            yield
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        folder = self.folder / "tensorboard"
-        if folder.exists():
-            shutil.rmtree(folder)  # it may be ahead of the state
-        with SummaryWriter(str(folder)) as self.board:
-            for row in self.progress.rows:
-                self._show_row(row)
-            yield
-        self.board = None
-
-    def _show_row(self, row: dict) -> None:
-        if self.board is not None:
-            for key in row.keys() - {"epoch", "step"}:
-                self.board.add_scalar(key, row[key], row["step"])
-
-
-def timeout(machine: MachineSettings) -> datetime.timedelta:
-    """How long the processes of a run wait for each other."""
-    return datetime.timedelta(minutes=machine.timeout_minutes)
-
-
-def training_precision(settings: Recipe) -> str:
-    """Returns the precision of training, "auto" resolved without initialising CUDA."""
-    device = "cuda" if torch.cuda.device_count() else "cpu"  # device_count asks NVML, not CUDA
-    return resolve_precision(settings.precision, device, forks=True)
-
-
-def fitting_batch(peaks: dict[int, int], available: int) -> int:
-    """The largest batch whose step stays within `available` bytes; 0 where none does.
-
-    peaks: bytes at the peak of a step, of two batch sizes; the rest of the line follows.
-    """
-    (small, low), (large, high) = sorted(peaks.items())
-    each = max((high - low) / (large - small), 1)
-    return max(int((available - low) // each) + small, 0)
-
-
-def _tensors(step: dict[str, float]) -> dict[str, Tensor]:
-    return {key: torch.tensor(value, dtype=torch.float32) for key, value in step.items()}
-
-
-def _of_data_worker(error: Exception) -> bool:
-    """Whether torch says that a data worker has died or is silent."""
-    return isinstance(error, RuntimeError) and "DataLoader" in str(error)
-
-
-def _kill(workers: Iterable[multiprocessing.Process]) -> None:
-    """Ends data workers for good: one that waits for a disk does not hear a request to end."""
-    alone = threading.current_thread() is threading.main_thread()
-    # torch's handler would raise each death here, in place of the error that is on its way.
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL) if alone else None
-    try:
-        for worker in workers:
-            worker.kill()
-        for worker in workers:
-            worker.join(timeout=GRACE)
-    finally:
-        if alone:
-            signal.signal(signal.SIGCHLD, handler)
-
-
-def _start_worker(_worker: int) -> None:
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
-    runs.disown_locks()  # or a killed run could not be started again before its workers notice
-    # A cluster sends SIGTERM to every process of a job: the worker lets the step that runs finish,
-    # and still ends when it alone is told to.
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
+                buffer.copy_(buffers[name])

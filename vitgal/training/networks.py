@@ -10,8 +10,6 @@ from vitgal.models.network import ViTGaL
 from vitgal.settings import Recipe
 from vitgal.training.errors import TrainingError
 
-NAMED = 8  # how many images an error names
-
 
 class RetrievalNetwork(nn.Module):
     """The retrieval model under ArcFace: images and labels to loss and accuracy."""

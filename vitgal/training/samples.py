@@ -170,7 +170,6 @@ class SplitData:
     database: np.ndarray
     ground_truth: GroundTruth | None
     classes: int
-    max_failed_share: float = 0.001
 
     @property
     def train_count(self) -> int:
@@ -224,9 +223,7 @@ class SplitData:
                 )
 
 
-def read_data(
-    split: Path, image_folder: Path, settings: Recipe, max_failed_share: float = 0.001
-) -> SplitData:
+def read_data(split: Path, image_folder: Path, settings: Recipe) -> SplitData:
     """The training and validation images of a split folder, ready for the loop.
 
     Raises FileNotFoundError where the image folder is missing, ValueError where training labels
@@ -250,7 +247,6 @@ def read_data(
         database=place[database["path"]].to_numpy(),
         ground_truth=splits.validation_ground_truth(retrieval) if len(queries) else None,
         classes=classes,
-        max_failed_share=max_failed_share,
     )
 
 

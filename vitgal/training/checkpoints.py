@@ -1,0 +1,138 @@
+"""States of a run: what they hold, how they are written, and how a run continues from them."""
+
+import json
+import math
+import os
+import pickle
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from vitgal import runs
+from vitgal.models import weights
+from vitgal.models.network import ViTGaL
+from vitgal.training.errors import TrainingError
+from vitgal.training.processes import is_worker_error
+
+
+class Stateful(Protocol):
+    """A part of a run with a state: network, optimizer, moving average, gradient scaler."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Takes a state over."""
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes:
+        step: finished steps of this epoch.
+        rows: the log so far.
+        unreadable: names of the images that could not be read, sorted.
+        best: the highest validation score so far.
+        pending: for each rank, the scalars of the steps since the last row of the log.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    rows: list[dict] = field(default_factory=list)
+    unreadable: list[str] = field(default_factory=list)
+    best: float = -math.inf
+    pending: list[list[dict[str, float]]] = field(default_factory=list)
+
+
+class Checkpoints:
+    """The last two states of a run, its log and its best model, in the stage's folder.
+
+    Args:
+        owner: fingerprint of the stage's settings; a state of another owner is refused.
+        parts: name -> part of the run; None for a part that this run lacks.
+    """
+
+    def __init__(self, folder: Path, owner: str, parts: Mapping[str, Stateful | None]):
+        self.folder, self.owner, self.parts = folder, owner, parts
+
+    @property
+    def last(self) -> Path:
+        """The file of the last state."""
+        return self.folder / "state" / "last.pt"
+
+    @property
+    def previous(self) -> Path:
+        """The file of the state before the last one."""
+        return self.last.with_name("previous.pt")
+
+    def load(self) -> Progress | None:
+        """Loads the last state into the parts; returns its progress, None where there is no state.
+
+        A damaged state is replaced by the one before, with a warning. Raises TrainingError for the
+        state of another run, and where no state can be read.
+        """
+        state = self._read()
+        if state is None:
+            return None
+        if state.get("owner") != self.owner:
+            raise TrainingError(
+                f"{self.last} was made by a run with other settings or data; take the folder "
+                "state/ away, or set overwrite: true to start anew"
+            )
+        for name, part in self.parts.items():
+            if part is not None:
+                part.load_state_dict(state[name])
+        return Progress(**state["progress"])
+
+    def _read(self) -> dict[str, Any] | None:
+        damaged = []
+        for path in (self.last, self.previous):
+            if not path.exists():
+                continue
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+                damaged.append(f"{path} cannot be read ({str(error).splitlines()[0][:100]})")
+                continue
+            for message in damaged:
+                warnings.warn(f"{message}; continuing from {path.name}", stacklevel=3)
+            return state
+        if damaged:
+            raise TrainingError("; ".join(damaged) + "; take state/ away to start anew")
+        return None
+
+    def save(self, progress: Progress) -> None:
+        """Writes log and state atomically and keeps the state before as `previous.pt`.
+
+        Raises TrainingError where the disk is full; both states are then as they were.
+        """
+        state = {"owner": self.owner}
+        for name, part in self.parts.items():
+            state[name] = {} if part is None else part.state_dict()
+        state["progress"] = dict(vars(progress))
+        try:
+            # The log is written first: it may be ahead of the state, and a resumed run rewrites it.
+            lines = [json.dumps(runs.plain(row)) + "\n" for row in progress.rows]
+            runs.write_text(self.folder / "log.jsonl", "".join(lines))
+            with runs.atomic(self.last) as temporary:
+                with open(temporary, "wb") as handle:  # so that errors are the file's, not torch's
+                    torch.save(state, handle)
+                if self.last.exists():
+                    with runs.atomic(self.previous) as link:
+                        os.link(self.last, link)
+        except (OSError, RuntimeError) as error:
+            if is_worker_error(error):
+                raise
+            raise TrainingError(
+                f"the state cannot be written to {self.last} ({error}); the one before it is "
+                "whole: make room on the disk and run the same again"
+            ) from error
+
+    def save_best(self, model: ViTGaL) -> None:
+        """Writes the best model so far as state/best.safetensors."""
+        weights.save_model(model, self.last.with_name("best.safetensors"))

@@ -1,0 +1,54 @@
+"""Whether a batch fits into a GPU's memory: two small batches are measured before training."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from vitgal.training.errors import TrainingError
+
+RESERVE = 0.06  # fraction of the memory that is left for fragments
+
+
+def fitting_batch(peaks: dict[int, int], available: int) -> int:
+    """Returns the largest batch whose step stays within `available` bytes; 0 where none does.
+
+    peaks: bytes at the peak of a step, for two batch sizes; memory grows along a line.
+    """
+    (small, low), (large, high) = sorted(peaks.items())
+    bytes_per_image = max((high - low) / (large - small), 1)
+    return max(int((available - low) // bytes_per_image) + small, 0)
+
+
+def check_batch_size(size: int, measure: Callable[[int], int], available: int) -> None:
+    """Raises TrainingError naming a batch size that fits, where `size` images do not.
+
+    Args:
+        measure: returns the bytes at the peak of a step with a number of images.
+        available: bytes that a step may take.
+    """
+    largest = fitting_batch({count: measure(count) for count in (2, 4)}, available)
+    if size > largest:
+        raise TrainingError(
+            f"a batch of {size} images needs more memory than the {available / 2**30:.1f} GiB "
+            f"there are; about {largest} would fit: set batch_size {largest} or lower, and "
+            "accumulate for the same number of images in a step (dry_run: false skips this)"
+        )
+
+
+def available_memory(device: torch.device, network: nn.Module) -> int:
+    """Returns the bytes of a GPU that a step may take, without those for AdamW's moments."""
+    free, _ = torch.cuda.mem_get_info(device)
+    moments = 2 * sum(
+        value.numel() * value.element_size()
+        for value in network.parameters()
+        if value.requires_grad
+    )
+    return int((1 - RESERVE) * (free + torch.cuda.memory_reserved(device))) - moments
+
+
+def peak_memory(device: torch.device, step: Callable[[int], None], count: int) -> int:
+    """Returns the bytes at the peak of a step with `count` images on a GPU."""
+    torch.cuda.reset_peak_memory_stats(device)
+    step(count)
+    return torch.cuda.max_memory_allocated(device)
