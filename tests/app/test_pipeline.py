@@ -231,15 +231,15 @@ def test_a_dead_kernel_is_told_as_such(scratch, tmp_path):
     assert (tmp_path / "out" / "notebooks" / "01_a.ipynb").exists()
 
 
-def test_last_words_are_the_fatal_line_else_the_last(tmp_path):
+def test_the_last_output_is_the_fatal_line_else_the_last(tmp_path):
     log = tmp_path / "a.log"
-    assert execution._last_words(log) == ""
+    assert execution.last_output(log) == ""
     log.write_text("[IPKernelApp] WARNING | noise\n\n")
-    assert execution._last_words(log) == ""
+    assert execution.last_output(log) == ""
     log.write_text("Traceback\nModuleNotFoundError: no x\n\n")
-    assert execution._last_words(log) == "the kernel's last words: ModuleNotFoundError: no x\n"
+    assert execution.last_output(log) == "the kernel's last output: ModuleNotFoundError: no x\n"
     log.write_text("Fatal Python error: Segmentation fault\n  File x\n")
-    assert "Segmentation fault" in execution._last_words(log)
+    assert "Segmentation fault" in execution.last_output(log)
 
 
 def test_two_runs_do_not_share_a_folder(two, tmp_path):
@@ -289,7 +289,7 @@ def test_cells_with_widgets_do_not_wait_for_ever(scratch, tmp_path):
 
 def test_command_line_exit_codes(tmp_path, capsys):
     assert command_line.main(["run", str(tmp_path / "none.yaml")]) == 2
-    assert "none.yaml is not there" in capsys.readouterr().err
+    assert "none.yaml" in capsys.readouterr().err
     (tmp_path / "list.yaml").write_text("- 1\n")
     assert command_line.main(["run", str(tmp_path / "list.yaml")]) == 2
     assert command_line.main(["download"]) == 2

@@ -3,13 +3,18 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from vitgal import runs
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns 0, 1 where the work failed, 2 where it was asked wrongly."""
+    """Runs a command and returns its exit status.
+
+    0: success. 1: the work failed. 2: the command was wrong. 75: SIGTERM came, start it again.
+    130: Ctrl-C was pressed.
+    """
     options = _parser().parse_args(arguments)
     try:
         return options.command(options)
@@ -41,6 +46,14 @@ def _run_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--only", metavar="04,05", help="just these notebooks")
     parser.add_argument("--from", dest="first", metavar="02", help="begin with this notebook")
     parser.add_argument("--to", dest="last", metavar="06", help="end with this notebook")
+    _add_overrides(
+        parser, "a parameter that beats the file; relative paths are relative to this folder"
+    )
+    parser.add_argument("--output", type=Path, metavar="runs/NAME", help="the run folder")
+    parser.set_defaults(command=_run)
+
+
+def _add_overrides(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument(
         "-p",
         dest="overrides",
@@ -48,20 +61,14 @@ def _run_parser(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar=("NAME", "VALUE"),
-        help="a parameter that beats the file; relative paths are relative to this folder",
+        help=text,
     )
-    parser.add_argument("--output", type=Path, metavar="runs/NAME", help="the run folder")
-    parser.set_defaults(command=_run)
 
 
 def _run(options: argparse.Namespace) -> int:
-    # Before torch is loaded, for the kernels that inherit it: threads that wait asleep. With the
-    # default, spinning, two busy processes on one machine slow each other tenfold.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from vitgal.app import execution, pipeline, summary
-    from vitgal.settings.section import SettingsError
+    def execute() -> str:
+        from vitgal.app import pipeline, summary
 
-    try:
         folder = pipeline.run(
             options.params,
             only=options.only.split(",") if options.only else None,
@@ -70,16 +77,31 @@ def _run(options: argparse.Namespace) -> int:
             overrides=dict(options.overrides),
             output=options.output,
         )
+        return summary.summary(folder)
+
+    return _execute_notebooks(execute)
+
+
+def _execute_notebooks(execute: Callable[[], str]) -> int:
+    """Prints what `execute` returns, or its error; returns the exit status."""
+    # Set before torch is loaded, for the kernels that inherit it: their waiting threads sleep. By
+    # default they spin, and two busy processes on one machine slow each other tenfold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from vitgal.app.execution import Interrupted, Preempted
+    from vitgal.app.pipeline import RESTART
+    from vitgal.settings.section import SettingsError
+
+    try:
+        print(execute())
     except (SettingsError, FileNotFoundError) as error:
         print(f"vitgal: {error}", file=sys.stderr)
         return 2
-    except execution.Interrupted as error:
+    except Interrupted as error:
         print(f"\nvitgal: {error}", file=sys.stderr)
         return 130
-    except execution.Preempted as error:
+    except Preempted as error:
         print(f"vitgal: {error}", file=sys.stderr)
-        return pipeline.RESTART
-    print(summary.summary(folder))
+        return RESTART
     return 0
 
 
@@ -87,25 +109,15 @@ def _own_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="photographs, any sub-folders")
     parser.add_argument("--query", required=True, metavar="IMAGE", help="one of them, or any file")
     parser.add_argument("--box", metavar="x0,y0,x1,y1", help="what of it, in pixels")
-    parser.add_argument(
-        "-p",
-        dest="overrides",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="another parameter of notebook 08, such as weights",
-    )
+    _add_overrides(parser, "another parameter of notebook 08, such as weights")
     parser.add_argument("--output", type=Path, metavar="runs/NAME", help="the run with the model")
     parser.set_defaults(command=_own)
 
 
 def _own(options: argparse.Namespace) -> int:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in _run
-    from vitgal.app import execution, pipeline, summary
-    from vitgal.settings.section import SettingsError
+    def execute() -> str:
+        from vitgal.app import pipeline, summary
 
-    try:
         folder = pipeline.run_own(
             options.folder,
             options.query,
@@ -113,17 +125,9 @@ def _own(options: argparse.Namespace) -> int:
             overrides=dict(options.overrides),
             output=options.output,
         )
-    except (SettingsError, FileNotFoundError) as error:
-        print(f"vitgal: {error}", file=sys.stderr)
-        return 2
-    except execution.Interrupted as error:
-        print(f"\nvitgal: {error}", file=sys.stderr)
-        return 130
-    except execution.Preempted as error:
-        print(f"vitgal: {error}", file=sys.stderr)
-        return pipeline.RESTART
-    print(summary.own_summary(folder))
-    return 0
+        return summary.own_summary(folder)
+
+    return _execute_notebooks(execute)
 
 
 def _download_parser(parser: argparse.ArgumentParser) -> None:
@@ -162,8 +166,8 @@ def _weights(options: argparse.Namespace) -> int:
 
 
 def _compare_parser(parser: argparse.ArgumentParser) -> None:
-    about = "a run, a data set's folder in it, or a stage's, as runs/demo/demo/global"
-    parser.add_argument("first", metavar="runs/A", help=about)
+    level = "a run, a data set's folder in it, or a stage's, as runs/demo/demo/global"
+    parser.add_argument("first", metavar="runs/A", help=level)
     parser.add_argument("second", metavar="runs/B", help="the same, compared with the first")
     parser.add_argument("--queries", type=int, default=5, metavar="5", help="how many are listed")
     parser.add_argument("--seed", type=int, default=0, metavar="0", help="of the resampling")
@@ -173,9 +177,9 @@ def _compare_parser(parser: argparse.ArgumentParser) -> None:
 def _compare(options: argparse.Namespace) -> int:
     from vitgal.evaluation import comparison
 
-    found = comparison.compare(options.first, options.second, seed=options.seed)
+    results = comparison.compare(options.first, options.second, seed=options.seed)
     shown = max(0, options.queries)
-    reports = [comparison.report(each, label, shown=shown) for label, each in found.items()]
+    reports = [comparison.report(each, label, shown=shown) for label, each in results.items()]
     print("\n\n\n".join(reports))
     print("\np: sign-flip permutation test over queries; ~ marks a sample of all flips")
     return 0

@@ -1,4 +1,4 @@
-"""One notebook executed by papermill, with its kernel's signals and last words."""
+"""Execution of a notebook by papermill: progress, signals, and messages about failures."""
 
 import contextlib
 import html
@@ -23,35 +23,42 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 KERNEL = "python3"
-AUTOSAVE = 300  # seconds; a save rewrites the whole notebook, figures and all
+AUTOSAVE = 300  # seconds; each save rewrites the whole notebook with its figures
 
 
 class NotebookError(RuntimeError):
-    """A notebook stopped; the message has the cell, the error and the partial notebook's path."""
+    """A notebook stopped; the message has the cell, the error and the path of the partial copy."""
 
 
 class Preempted(NotebookError):
-    """SIGTERM came, a cluster's request to end; the same command goes on, see RESTART."""
+    """The process received SIGTERM, as from a cluster's scheduler; the same command continues."""
 
 
 class Interrupted(NotebookError):
-    """A notebook was stopped by hand (Ctrl-C)."""
+    """The user pressed Ctrl-C."""
 
 
 def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progress: bool) -> None:
-    """Executes one notebook into `target`; raises NotebookError and keeps what there is of it.
+    """Executes a notebook and writes the executed copy to `target`, also where a cell fails.
 
-    What the kernel process itself writes (a library's complaint, a crash report) goes to a passing
-    .log beside the target; the message quotes it where the kernel died.
+    Args:
+        parameters: What papermill injects, by name.
+        progress: Whether to show a bar on a terminal, and elsewhere a line for the notebook.
+
+    Raises:
+        NotebookError: A cell failed, or the kernel died or did not start.
+        Interrupted: Ctrl-C was pressed.
+        Preempted: SIGTERM came.
     """
+    # Crash reports and warnings of the kernel's process, which messages quote.
     log = target.with_suffix(".log")
-    asked = threading.Event()
+    sigterm = threading.Event()
     papermill_engines.register("vitgal", Engine)
     try:
-        with _quiet(), _reported(notebook.stem, progress) as bar:
+        with _silent_papermill(), _progress_bar(notebook.stem, progress) as bar:
             papermill.execute_notebook(
-                _literally(notebook),
-                _literally(target),
+                _escaped(notebook),
+                _escaped(target),
                 parameters=parameters,
                 engine_name="vitgal",
                 kernel_name=KERNEL,
@@ -59,7 +66,7 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progres
                 progress_bar=bar,
                 autosave_cell_every=AUTOSAVE,
                 kernel_log=log,
-                asked=asked,
+                sigterm=sigterm,
             )
     except KeyboardInterrupt:
         raise Interrupted(
@@ -67,24 +74,29 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progres
             "run the same command again to go on: finished stages return at once"
         ) from None
     except (PapermillExecutionError, NoSuchKernel, RuntimeError, TimeoutError) as error:
-        if asked.is_set():
-            raise Preempted(_ended(notebook, target, getattr(error, "evalue", ""))) from None
-        raise NotebookError(_told(error, notebook, target, log)) from None
+        if sigterm.is_set():
+            reason = getattr(error, "evalue", "")
+            raise Preempted(_preemption_message(notebook, target, reason)) from None
+        raise NotebookError(_failure_message(error, notebook, target, log)) from None
     else:
-        if asked.is_set():  # the last cell caught it: it is meant for the whole chain
-            raise Preempted(_ended(notebook, target, "it is finished"))
+        if sigterm.is_set():  # a cell handled the signal, but it is meant for the whole chain
+            raise Preempted(_preemption_message(notebook, target, "it is finished"))
     finally:
         log.unlink(missing_ok=True)
 
 
-def _ended(notebook: Path, target: Path, said: str) -> str:
-    """What to know after SIGTERM."""
-    lines = [f"{notebook.name} was asked to end (SIGTERM) {_last_cell(target)}", said]
-    lines += [_partial(target), "run the same command again to go on: finished stages return at"]
-    return "\n".join(filter(None, lines)) + " once, others go on from what they have saved"
+def _preemption_message(notebook: Path, target: Path, reason: str) -> str:
+    lines = [
+        f"{notebook.name} was asked to end (SIGTERM) {_last_cell(target)}",
+        reason,
+        _partial(target),
+        "run the same command again to go on: finished stages return at once, others go on from "
+        "what they have saved",
+    ]
+    return "\n".join(filter(None, lines))
 
 
-def _told(error: Exception, notebook: Path, target: Path, log: Path) -> str:
+def _failure_message(error: Exception, notebook: Path, target: Path, log: Path) -> str:
     if isinstance(error, PapermillExecutionError):
         return (
             f"{notebook.name} stopped at In [{error.exec_count}]:\n{head(error.source)}\n"
@@ -94,56 +106,51 @@ def _told(error: Exception, notebook: Path, target: Path, log: Path) -> str:
         return (
             f"{notebook.name}: the kernel died {_last_cell(target)}\nmost likely the machine ran "
             "out of memory: lower the batch size or the number of workers\n"
-            f"{_last_words(log)}{_partial(target)}"
+            f"{last_output(log)}{_partial(target)}"
         )
-    return f"{notebook.name}: {error}\n{_last_words(log)}{_partial(target)}"
+    return f"{notebook.name}: {error}\n{last_output(log)}{_partial(target)}"
 
 
 def head(source: str, lines: int = 3) -> str:
-    """The first lines of a cell, indented, with an ellipsis where there are more."""
-    kept = [f"    {line}" for line in source.splitlines() if line.strip()]
-    return "\n".join(kept[:lines] + (["    ..."] if len(kept) > lines else []))
+    """Returns the first lines of a cell, indented, with an ellipsis where there are more."""
+    text = [f"    {line}" for line in source.splitlines() if line.strip()]
+    return "\n".join(text[:lines] + (["    ..."] if len(text) > lines else []))
 
 
 def _last_cell(target: Path) -> str:
-    """Where an executed notebook stands: its last cell that was begun."""
+    """Returns the number and source of the last cell that an executed notebook began."""
     if not target.exists():
         return "before its first cell"
     cells = nbformat.read(target, as_version=4).cells
-    begun = [
-        index
-        for index, cell in enumerate(cells)
-        if cell.cell_type == "code" and cell.metadata.get("papermill", {}).get("start_time")
+    code_cells = [cell for cell in cells if cell.cell_type == "code"]
+    started = [
+        f"in In [{number}]:\n{head(cell.source)}"
+        for number, cell in enumerate(code_cells, start=1)
+        if cell.metadata.get("papermill", {}).get("start_time")
     ]
-    if not begun:
-        return "before its first cell"
-    number = sum(cell.cell_type == "code" for cell in cells[: begun[-1] + 1])
-    return f"in In [{number}]:\n{head(cells[begun[-1]].source)}"
+    return started[-1] if started else "before its first cell"
 
 
 def _partial(target: Path) -> str:
     return f"the notebook as far as it got: {target}"
 
 
-def _last_words(log: Path) -> str:
-    """What a kernel process wrote before it died, in one line: the fatal one, else the last."""
-    said = log.read_text(errors="replace").splitlines() if log.exists() else []
-    said = [line.strip() for line in said if line.strip() and "IPKernelApp" not in line]
-    fatal = [line for line in said if line.startswith("Fatal")]
-    return f"the kernel's last words: {(fatal or said)[-1]}\n" if said else ""
+def last_output(log: Path) -> str:
+    """Returns the last line that a kernel's process wrote, or the fatal one; "" without any."""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    lines = [line.strip() for line in lines if line.strip() and "IPKernelApp" not in line]
+    fatal = [line for line in lines if line.startswith("Fatal")]
+    return f"the kernel's last output: {(fatal or lines)[-1]}\n" if lines else ""
 
 
-def _literally(path: Path) -> str:
-    """A path that papermill's own `{name}` substitution gives back as it is."""
+def _escaped(path: Path) -> str:
+    """Returns a path that papermill's substitution of `{name}` leaves unchanged."""
     return str(path).replace("{", "{{").replace("}", "}}")
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences papermill's log: its warnings repeat what has been checked, or are wrong.
-
-    It does not know `X | None` and warns of every such parameter as unknown.
-    """
+def _silent_papermill() -> Iterator[None]:
+    """Silences papermill's log, which reports each parameter declared `X | None` as unknown."""
     logger = logging.getLogger("papermill")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -154,11 +161,11 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _reported(name: str, progress: bool) -> Iterator[dict | bool]:
-    """Yields papermill's progress_bar: a bar on a terminal, else one line when it is done."""
+def _progress_bar(name: str, progress: bool) -> Iterator[dict | bool]:
+    """Yields papermill's option `progress_bar`; without a terminal, prints a line instead."""
     if progress and sys.stderr.isatty():
-        form = "{desc}: {n_fmt}/{total_fmt} cells [{elapsed}]{postfix}"
-        yield {"desc": name, "bar_format": form, "dynamic_ncols": True}
+        bar_format = "{desc}: {n_fmt}/{total_fmt} cells [{elapsed}]{postfix}"
+        yield {"desc": name, "bar_format": bar_format, "dynamic_ncols": True}
         return
     began = time.monotonic()
     if progress:
@@ -173,31 +180,31 @@ def _reported(name: str, progress: bool) -> Iterator[dict | bool]:
 
 
 class Client(PapermillNotebookClient):
-    """papermill's client that shows beside its bar what the running cell last said."""
+    """papermill's client, which also shows the running cell's last output beside its bar."""
 
-    shown = 0.0  # when, on the monotonic clock
+    last_shown = 0.0  # seconds on the monotonic clock
     label = ""  # of the tqdm bar that moved last
 
     def process_message(self, message: dict, *args: Any, **kwargs: Any) -> Any:
-        """Passes a kernel's message on, after showing its text five times a second at most."""
+        """Processes a kernel's message and shows its text, at most five times a second."""
         text = self.activity(message)
-        due = time.monotonic() - self.shown > 0.2 or text == ""
+        due = time.monotonic() - self.last_shown > 0.2 or text == ""
         if text is not None and self.nb_man.pbar is not None and due:
-            self.shown = time.monotonic()
+            self.last_shown = time.monotonic()
             self.nb_man.pbar.set_postfix_str(text[:60])
         try:
             return super().process_message(message, *args, **kwargs)
         finally:
-            # What a widget shows is answered on the socket where the cell's end is awaited, and
-            # sending there can swallow the sign that something has come in (zmq tells only once):
-            # about one cell in a hundred with a widget then waited for ever. Asking looks again.
+            # Replies to a widget are sent on the socket where the end of the cell is awaited, and
+            # sending can consume zmq's single notice of an incoming message: about one cell with a
+            # widget in a hundred then waited for ever. Reading the events renews the notice.
             self.kc.shell_channel.socket.get(zmq.EVENTS)
 
     def activity(self, message: dict) -> str | None:
-        """What a message says of the cell's progress: text, "" for a new cell, None for nothing.
+        """Returns the text by which a message shows progress, "" for a new cell, None otherwise.
 
-        Text is the last line of a stream, or the count of a tqdm bar, which in a notebook is three
-        widgets: a label `name:  40%`, the bar, a text ` 2/5 [00:01<...]`.
+        The text is the last line of a stream, or the count of a tqdm bar. In a notebook such a bar
+        is three widgets: a label `name:  40%`, the bar, a text ` 2/5 [00:01<...]`.
         """
         content = message["content"]
         if message["msg_type"] == "execute_input":
@@ -214,7 +221,7 @@ class Client(PapermillNotebookClient):
 
 
 class Engine(NBClientEngine):
-    """papermill's engine with that client; the kernel's own stdout and stderr go to a file."""
+    """papermill's engine with our client; the kernel's own stdout and stderr go to a file."""
 
     @classmethod
     def execute_managed_notebook(
@@ -223,36 +230,36 @@ class Engine(NBClientEngine):
         kernel_name: str,
         *,
         kernel_log: Path,
-        asked: threading.Event,
+        sigterm: threading.Event,
         **ignored: Any,
     ) -> None:
-        """Executes the cells without any limit of time; `asked` is set where SIGTERM came."""
+        """Executes the cells without a time limit; sets `sigterm` when that signal comes."""
         client = Client(
             nb_man,
             kernel_name=kernel_name,
             timeout=None,
             startup_timeout=300,
-            iopub_timeout=60,  # a loaded machine may need long to hand a figure over
+            iopub_timeout=60,  # a busy machine may be slow to deliver a figure
             log=logging.getLogger("papermill"),
         )
-        with open(kernel_log, "wb") as handle, _sigterm_passed_on(client, asked):
+        with open(kernel_log, "wb") as handle, _forwarded_sigterm(client, sigterm):
             client.execute(stdout=handle, stderr=handle)
 
 
 @contextlib.contextmanager
-def _sigterm_passed_on(client: Client, asked: threading.Event) -> Iterator[None]:
-    """SIGTERM goes to the kernel, in which training saves its state and raises; others just end."""
+def _forwarded_sigterm(client: Client, sigterm: threading.Event) -> Iterator[None]:
+    """Forwards SIGTERM to the kernel, where training saves its state before it ends."""
 
-    def pass_on(*_: object) -> None:
-        asked.set()
+    def forward(*_: object) -> None:
+        sigterm.set()
         if client.km is None or not client.km.has_kernel:
             raise NotebookError("SIGTERM came before the kernel had started")
         os.kill(client.km.provisioner.pid, signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python hands signals to the main thread alone
+        yield  # Python handles signals in the main thread only
         return
-    before = signal.signal(signal.SIGTERM, pass_on)
+    before = signal.signal(signal.SIGTERM, forward)
     try:
         yield
     finally:

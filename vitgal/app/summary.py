@@ -1,4 +1,4 @@
-"""A run's scores as a table for the terminal."""
+"""Tables of a run's results for the terminal."""
 
 import csv
 from pathlib import Path
@@ -11,47 +11,45 @@ KAPPAS = ("1", "5", "10")
 
 
 def summary(run: Path) -> str:
-    """A run's scores as a table (percent), one block a data set, and where to look."""
+    """Returns a run's scores in percent, a table for each data set, and where to look further."""
     run = Path(run)
-    rows = []
+    lines = []
     for folder in sorted({path.parent.parent for path in run.glob("*/*/scores.json")}):
-        rows += ["", *score_lines(folder)]
+        lines += [*score_lines(folder), ""]
+    lines.append(f"executed notebooks: {run / 'notebooks'}")
     figures = sorted(path for path in run.glob("**/figures*") if path.is_dir())
-    rows += ["", f"executed notebooks: {run / 'notebooks'}"]
-    rows += [f"figures: {path}" for path in figures]
-    return "\n".join(rows[1:])
+    return "\n".join(lines + [f"figures: {path}" for path in figures])
 
 
 def own_summary(run: Path, lines: int = 10) -> str:
-    """The first photographs that the last search found, and where to look."""
+    """Returns the first photographs of the last search in a run, and the paths of its files."""
     with open(Path(run) / "own" / "ranking.csv", encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle))
     width = max([len("photograph"), *(len(row["photograph"]) for row in rows[:lines])])
-    found = [f"rank  {'photograph':<{width}}  similarity  inliers"]
+    table = [f"rank  {'photograph':<{width}}  similarity  inliers"]
     for row in rows[:lines]:
-        shown = f"{row['rank']:>4}  {row['photograph']:<{width}}  {float(row['similarity']):>10.2f}"
-        found.append(f"{shown}  {row['inliers'] or '-':>7}")
-    found += ["", f"all of it: {Path(run) / 'own' / 'ranking.csv'}"]
-    return "\n".join([*found, f"executed notebook: {Path(run) / 'notebooks' / OWN}"])
+        name, similarity = f"{row['photograph']:<{width}}", float(row["similarity"])
+        table.append(f"{row['rank']:>4}  {name}  {similarity:>10.2f}  {row['inliers'] or '-':>7}")
+    table += ["", f"all of it: {Path(run) / 'own' / 'ranking.csv'}"]
+    return "\n".join([*table, f"executed notebook: {Path(run) / 'notebooks' / OWN}"])
 
 
 def score_lines(folder: Path) -> list[str]:
-    """The scores below `<run>/<dataset>`, aligned: a line a system and protocol, global first.
+    """Returns the table of the scores below `<run>/<dataset>`, a line for each system and protocol.
 
-    mAP comes with its interval as it stands in the file; what a file does not hold is a dash.
+    Other systems come first, then the global and the reranked results. A missing value is a dash.
     """
-    found = {
+    scores_of = {
         path.parent.name: runs.read_json(path) for path in sorted(folder.glob("*/scores.json"))
     }
-    order = {"global": "global", "rerank": "reranked"}
-    tables = {name: found[name] for name in found if name not in order}
-    tables |= {label: found[name] for name, label in order.items() if name in found}
-    published = found.get("rerank", {}).get("published")
-    if published:
+    labels = {"global": "global", "rerank": "reranked"}
+    tables = {name: scores for name, scores in scores_of.items() if name not in labels}
+    tables |= {label: scores_of[name] for name, label in labels.items() if name in scores_of}
+    if published := scores_of.get("rerank", {}).get("published"):
         tables["reranked, published"] = published
     width = max(map(len, [*tables, folder.name]))
-    heads = "".join(f"{f'mP@{kappa}':>7}" for kappa in KAPPAS)
-    lines = [f"{folder.name:<{width}}  {'':6}{'mAP':>7}{'95 % interval':>16}{heads}"]
+    columns = "".join(f"{f'mP@{kappa}':>7}" for kappa in KAPPAS)
+    lines = [f"{folder.name:<{width}}  {'':6}{'mAP':>7}{'95 % interval':>16}{columns}"]
     for label, scores in tables.items():
         for protocol in [protocol for protocol in PROTOCOLS if protocol in scores]:
             lines.append(f"{label:<{width}}  {protocol:<6}{_cells(scores[protocol])}")
@@ -60,11 +58,11 @@ def score_lines(folder: Path) -> list[str]:
 
 
 def _cells(scores: dict) -> str:
-    """One protocol's mAP, its interval and mP@k in percent, each in its column."""
+    """Returns the columns of one protocol, in percent: mAP, its interval, mP@k."""
     low, high = scores.get("interval") or (None, None)
     interval = "-" if low is None else f"{100 * low:.1f} to {100 * high:.1f}"
-    at = "".join(_percent(scores.get("mp_at", {}).get(kappa)) for kappa in KAPPAS)
-    return f"{_percent(scores.get('map'))}{interval:>16}{at}"
+    precisions = "".join(_percent(scores.get("mp_at", {}).get(kappa)) for kappa in KAPPAS)
+    return f"{_percent(scores.get('map'))}{interval:>16}{precisions}"
 
 
 def _percent(value: float | None) -> str:
