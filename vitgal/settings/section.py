@@ -1,4 +1,4 @@
-"""What a section of settings is: fields with facts, flat names, strict types and ranges."""
+"""Sections of settings: fields with a meaning, a flat name, a strict type and a range."""
 
 import dataclasses
 import difflib
@@ -18,35 +18,35 @@ class SettingsError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Fact:
-    """What is known of one setting besides its type and default."""
+    """What a setting declares besides its type and default."""
 
     meaning: str
-    flat: str | None = None  # the flat name; None: the field's
+    flat: str | None = None  # in YAML files and notebooks; None: the field's name
     unit: str | None = None
-    published: Any = None  # where the published code differs from the default
+    published: Any = None  # the published code's value, where the default differs
     choices: tuple = ()
-    low: float = -math.inf  # the least value
-    high: float = math.inf  # the greatest value
-    above: float = -math.inf  # the value itself is excluded
+    low: float = -math.inf  # smallest value
+    high: float = math.inf  # greatest value
+    above: float = -math.inf  # limits that are excluded themselves
     below: float = math.inf
-    result: bool = True  # False: the setting changes speed, or what is shown, and no result
+    result: bool = True  # False: results do not depend on the setting, only speed or display
     path: bool = False  # a file or folder
 
 
 def setting(default: Any, meaning: str, **facts: Any) -> Any:
-    """Declares a field of a section: its default, its meaning, and facts as `Fact` has them."""
+    """Declares a field of a section; `facts` are further attributes of `Fact`."""
     return field(default=default, metadata={"fact": Fact(meaning, **facts)})
 
 
 def fact(entry: dataclasses.Field) -> Fact:
-    """The facts of a section's field."""
+    """Returns the facts of a section's field."""
     return entry.metadata["fact"]
 
 
 class Section:
-    """What all sections share: flat names, validation, and the parameters a manifest compares."""
+    """A group of settings; a frozen dataclass that inherits it is validated when it is built."""
 
-    PREFIX: ClassVar[str] = ""  # of the flat names of PREFIXED fields
+    PREFIX: ClassVar[str] = ""  # starts the flat names of the fields in PREFIXED
     PREFIXED: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
@@ -56,31 +56,31 @@ class Section:
         self.check()
 
     def check(self) -> None:
-        """Raises SettingsError where settings contradict each other."""
+        """Raises SettingsError where settings contradict each other; sections override it."""
 
     @classmethod
     def flat_name(cls, entry: dataclasses.Field) -> str:
-        """The flat name of one of the section's fields."""
+        """Returns the flat name of one of the section's fields."""
         name = fact(entry).flat or entry.name
         return cls.PREFIX + name if entry.name in cls.PREFIXED else name
 
     @classmethod
     @functools.cache
     def flat(cls) -> dict[str, dataclasses.Field]:
-        """Flat name -> field, for every setting of the section."""
+        """Returns the field of each setting, by flat name."""
         return {cls.flat_name(entry): entry for entry in fields(cls) if "fact" in entry.metadata}
 
     @classmethod
     @functools.cache
     def types(cls) -> dict[str, Any]:
-        """Flat name -> type, for every setting of the section."""
+        """Returns the type of each setting, by flat name."""
         return {name: field_types(cls)[entry.name] for name, entry in cls.flat().items()}
 
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> Self:
-        """The section with the values given under flat names; names of other sections pass by.
+        """Builds the section from values by flat name; ignores the names of other sections.
 
-        Raises SettingsError naming a value of the wrong type or out of range.
+        SettingsError names a value of the wrong type or out of range.
         """
         types = cls.types()
         chosen = {
@@ -91,7 +91,7 @@ class Section:
         return cls(**chosen)
 
     def compared(self) -> dict[str, Any]:
-        """The parameters that the result depends on, as a stage's manifest compares them."""
+        """Returns the parameters that results depend on, which manifests of stages compare."""
         return {
             entry.name: getattr(self, entry.name)
             for entry in fields(self)
@@ -101,11 +101,12 @@ class Section:
 
 @functools.cache
 def field_types(section: type) -> dict[str, Any]:
+    """Returns the type of each field of a dataclass, by the field's name."""
     return typing.get_type_hints(section)
 
 
 def check_range(name: str, value: Any, facts: Fact) -> None:
-    """Raises SettingsError where a value is none of its choices or outside its range."""
+    """Raises SettingsError for a value that is none of the choices or out of range; None passes."""
     if value is None:
         return
     if facts.choices and value not in facts.choices:
@@ -128,10 +129,10 @@ def _range(facts: Fact) -> str:
 
 
 def conform(name: str, value: Any, kind: Any) -> Any:
-    """`value` as the type `kind` holds it: an int becomes a float, a list a tuple, where declared.
+    """Returns `value` as the declared type `kind`: ints become floats and lists tuples.
 
     Nothing else is converted: a bool is no int, null needs `X | None`, a float must be finite.
-    Raises SettingsError with the remedy.
+    SettingsError names the setting and the remedy.
     """
     import pydantic
 
@@ -151,7 +152,7 @@ def _adapter(kind: Any) -> Any:
 
 
 def alternatives(kind: Any) -> tuple:
-    """The alternatives of a type: `float | None` gives (float, NoneType)."""
+    """Returns the alternatives of a type: (float, NoneType) for `float | None`."""
     return typing.get_args(kind) if typing.get_origin(kind) in UNIONS else (kind,)
 
 
@@ -173,7 +174,7 @@ def _complaint(value: Any, kind: Any) -> str:
 
 
 def yaml_number(text: str) -> str:
-    """A number that YAML takes for text, as YAML wants it: 1e-3 -> 1.0e-3, 1.e5 -> 1.0e+5."""
+    """Rewrites a number that YAML reads as text: 1e-3 becomes 1.0e-3, 1.e5 becomes 1.0e+5."""
     mantissa, _, exponent = text.strip().lower().partition("e")
     if not exponent:
         return mantissa
@@ -183,6 +184,6 @@ def yaml_number(text: str) -> str:
 
 
 def guess(name: str, names: Iterable[str]) -> str:
-    """A hint at known names that resemble an unknown one; empty where none does."""
+    """Returns a hint at the names that resemble an unknown one; "" where none does."""
     close = difflib.get_close_matches(str(name), list(names), n=2)
     return f"; did you mean {' or '.join(close)}?" if close else ""
