@@ -156,7 +156,7 @@ def test_data_paths_are_what_download_brings(name):
     assert paths
     for key, value in paths.items():
         assert value.startswith("data/"), key
-        assert sources.hint(runs.resolve(value)), f"{key}: {value}"
+        assert sources.source_of(runs.resolve(value)), f"{key}: {value}"
     data = {key for key, value in found.items() if str(value).startswith("data/")}
     assert data == set(paths)
 

@@ -166,7 +166,7 @@ def _refuse_absent(values: dict[str, Any]) -> None:
     absent = []
     for name, value in sorted(values.items()):
         if is_path(name) and isinstance(value, str) and not runs.resolve(value).exists():
-            source = sources.hint(runs.resolve(value))
+            source = sources.source_of(runs.resolve(value))
             if source:
                 absent.append(f"{name}: {value} is not there; `vitgal download {source}` brings it")
     if absent:

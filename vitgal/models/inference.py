@@ -77,7 +77,7 @@ def weights_fingerprint(model: str | Path, *, seed: int = 0) -> str:
     if not Path(model).is_file():
         from vitgal.data.download import sources  # slow to import, and needed for this error alone
 
-        source = sources.hint(model)
+        source = sources.source_of(model)
         remedy = (
             f"`vitgal download {source}` brings them"
             if source

@@ -1,4 +1,4 @@
-"""Data sets and weights from their publishers."""
+"""Downloads of data sets and weights from their publishers, and checks of their folders."""
 
 import lazy_loader
 
@@ -6,7 +6,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "checks": ["Report", "check"],
-        "sources": ["Item", "Source", "hint", "list_sources", "read_sources"],
+        "sources": ["RemoteFile", "Source", "list_sources", "read_sources", "source_of"],
         "transfer": ["download"],
     },
 )

@@ -1,97 +1,114 @@
-"""Archives unpacked without trust in what they hold."""
+"""Archives of photographs, unpacked without trust in their content."""
 
+import errno
+import gzip
+import lzma
 import os
 import platform
 import shutil
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
-from vitgal import runs
 from vitgal.data import gldv2
-from vitgal.data.download.fetch import STAGING
-from vitgal.data.download.sources import _size
+from vitgal.data.download.fetch import format_size
 
-# Photographs hardly compress: an archive that unpacks to far more than its size is no set of them.
-UNPACKED_RATIO, UNPACKED_SPARE, MAX_MEMBERS = 10, 16 << 20, 2_000_000
+STAGING = ".unpacking"  # inside the image folder: on the same disk, even where that is a link
+# Photographs hardly compress: an archive that unpacks to far more than its size holds others.
+MAX_RATIO, MAX_EXTRA_BYTES, MAX_MEMBERS = 10, 16 << 20, 2_000_000
+DAMAGE = (
+    *(tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError),
+    *(RecursionError, FileExistsError, IsADirectoryError, NotADirectoryError),
+)
 
 
-def _unpack(archive: Path, folder: Path, *, arrange: str, label: str, progress: bool) -> int:
-    """Unpacks plain files into `folder` and returns how many; all of them, or none.
+def unpack(archive: Path, folder: Path, *, arrange: str, label: str, progress: bool) -> int:
+    """Unpacks the plain files of a tar archive, all of them or none.
 
-    Raises ValueError on a member that is no plain file or folder or leads out of the folder, on two
-    members with one place, and on sizes that no archive of photographs has; what tarfile and gzip
-    raise on a damaged archive; OSError on a full disk.
+    Args:
+        arrange: how files are named below `folder`, a key of ARRANGEMENTS.
+        label: name of the archive on the progress bar.
+    Returns:
+        The number of files.
+    Raises:
+        ValueError: the archive is damaged, unpacks to far more than its size, has two files of one
+            name, or a member that is not a plain file or folder or leads out of the folder.
+        OSError: the disk is full.
     """
+    if not hasattr(tarfile, "data_filter"):  # Python 3.11.0 to 3.11.3
+        raise RuntimeError(
+            f"Python {platform.python_version()} cannot check archives (tarfile.data_filter is "
+            "missing): download with Python 3.11.4 or newer, or unpack the archive by hand"
+        )
     staging = folder / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        places = _extract(archive, staging, arrange=arrange, label=label, progress=progress)
-        for place in places:
-            (folder / place).parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staging / place, folder / place)
+        targets = _extract(archive, staging, arrange=arrange, label=label, progress=progress)
+        for target in targets:
+            (folder / target).parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / target, folder / target)
+    except DAMAGE as error:
+        raise ValueError(str(error) or type(error).__name__) from error
+    except OSError as error:
+        if error.errno not in (None, errno.ENAMETOOLONG):  # None: the bytes of a .bz2
+            raise
+        raise ValueError(str(error)) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return len(places)
+    return len(targets)
 
 
 def _extract(
     archive: Path, staging: Path, *, arrange: str, label: str, progress: bool
 ) -> list[PurePosixPath]:
-    limit = UNPACKED_RATIO * archive.stat().st_size + UNPACKED_SPARE
+    limit = MAX_RATIO * archive.stat().st_size + MAX_EXTRA_BYTES
     unpacked = 0
-    places = []
+    targets = []
     with (
         tarfile.open(archive) as tar,
         tqdm(desc=f"unpacking {label}", unit=" files", leave=False, disable=not progress) as bar,
     ):
         for count, member in enumerate(tar, 1):
-            _vet(member, staging)
+            _check_member(member)
             unpacked += member.size
             if unpacked > limit or count > MAX_MEMBERS:
-                raise ValueError(f"it unpacks to more than {_size(limit)} or {MAX_MEMBERS:,} files")
-            place = None if member.isdir() else ARRANGEMENTS[arrange](PurePosixPath(member.name))
-            if place is None:
+                raise ValueError(
+                    f"it unpacks to more than {format_size(limit)} or {MAX_MEMBERS:,} files"
+                )
+            target = None if member.isdir() else ARRANGEMENTS[arrange](PurePosixPath(member.name))
+            if target is None:
                 continue
-            path = staging / place
-            if path.exists():
-                raise ValueError(f"it holds two files for {place} (the second is {member.name})")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tar.extractfile(member) as content, open(path, "wb") as handle:
-                shutil.copyfileobj(content, handle, runs.CHUNK)
-            places.append(place)
+            if (staging / target).exists():
+                raise ValueError(f"it holds two files for {target} (the second is {member.name})")
+            renamed = member.replace(name=str(target), deep=False)
+            tar.extract(renamed, staging, set_attrs=False, filter="data")
+            targets.append(target)
             bar.update()
-    return places
+    return targets
 
 
-def _vet(member: tarfile.TarInfo, staging: Path) -> None:
-    """Raises ValueError on all but plain files and folders inside; links pass the data filter."""
+def _check_member(member: tarfile.TarInfo) -> None:
+    """Raises ValueError for all but plain files and folders, and for paths that lead outside."""
     plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE)
     if not plain or member.issparse():
         raise ValueError(f"{member.name} in it is a link, a device or another special file")
     name = PurePosixPath(member.name)
     if name.is_absolute() or ".." in name.parts:
         raise ValueError(f"{member.name} in it leads out of the folder")
-    if not hasattr(tarfile, "data_filter"):  # Python 3.11.0 to 3.11.3
-        raise RuntimeError(
-            f"Python {platform.python_version()} cannot check archives (tarfile.data_filter is "
-            "missing): download with Python 3.11.4 or newer, or unpack the archive by hand"
-        )
-    try:
-        tarfile.data_filter(member, str(staging))
-    except tarfile.FilterError as error:
-        raise ValueError(f"{member.name} in it is not safe to unpack ({error})") from error
+    if member.size < 0:
+        raise ValueError(f"{member.name} in it has a negative size")
 
 
-def _photograph(name: PurePosixPath) -> bool:
+def _is_photograph(name: PurePosixPath) -> bool:
     return name.suffix.lower() == ".jpg" and not name.name.startswith(".")
 
 
 def _flat(name: PurePosixPath) -> PurePosixPath | None:
-    return PurePosixPath(name.name) if _photograph(name) else None
+    return PurePosixPath(name.name) if _is_photograph(name) else None
 
 
 def _tree(name: PurePosixPath) -> PurePosixPath | None:
@@ -99,14 +116,14 @@ def _tree(name: PurePosixPath) -> PurePosixPath | None:
 
 
 def _by_id(name: PurePosixPath) -> PurePosixPath | None:
-    if not _photograph(name):
+    if not _is_photograph(name):
         return None
     if len(name.stem) < 3:
         raise ValueError(f"{name} in it has no id of 3 or more letters")
     return PurePosixPath(gldv2.image_path(name.stem))
 
 
-# A member's place below the image folder; None leaves it out (read-me files, hidden files).
+# Path of a member below the image folder, or None to leave it out (read-me files, hidden files)
 ARRANGEMENTS: dict[str, Callable[[PurePosixPath], PurePosixPath | None]] = {
     "flat": _flat,
     "tree": _tree,

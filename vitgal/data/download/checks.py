@@ -1,53 +1,49 @@
 """Verification of data folders against what their publisher lists."""
 
-import dataclasses
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
 
 from vitgal import runs
 from vitgal.data import gldv2
-from vitgal.data import images as data_images
-from vitgal.data.download.fetch import BATCH
-from vitgal.data.download.sources import (
-    Source,
-    _chosen,
-    _images,
-    _listed,
-    _read_record,
-    _some,
-    _walk,
-    read_sources,
-)
+from vitgal.data.download.folders import SourceFolder
+from vitgal.data.download.sources import Source, read_sources, select_sources
+from vitgal.data.images import ImageError, read_image
+from vitgal.data.photographs import visible_files
+
+BATCH = 4096  # images handed to the reading threads at once
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
-    """What `check` found; `str` gives it line by line, every missing or unreadable image named.
+    """The state of a source's folder; `str` gives it line by line.
 
-    images: files in the image folder.  listed: how many the list names (None: there is no list).
-    missing: listed images that are not there.  unreadable: (place, reason) of listed images, or of
-    all where there is no list.  unlisted: the same of images that no result depends on.
-    problems: everything else that is wrong, a line each.
+    Attributes:
+        images: number of files in the image folder.
+        listed: number of images that the list names, None without a list.
+        missing: listed images that are not there.
+        unreadable: (path, reason) of listed images, or of all images without a list.
+        unlisted: (path, reason) of unreadable images that no result depends on.
+        problems: everything else that is wrong, a line each.
+        notes: what else to know, a line each.
     """
 
     name: str
     folder: Path
-    problems: tuple[str, ...] = ()
+    problems: list[str] = field(default_factory=list)
     images: int | None = None
     listed: int | None = None
-    missing: tuple[str, ...] = ()
-    unreadable: tuple[tuple[str, str], ...] = ()
-    unlisted: tuple[tuple[str, str], ...] = ()
-    notes: tuple[str, ...] = ()
+    missing: list[str] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    unlisted: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """True where nothing is wrong that a result depends on."""
+        """Whether everything is right that a result depends on."""
         return not (self.problems or self.missing or self.unreadable)
 
     def __str__(self) -> str:
@@ -57,9 +53,9 @@ class Report:
             lines.append(f"  {self.images:,} images ({listed})")
         lines += [f"  {note}" for note in self.notes]
         lines += [f"  problem: {problem}" for problem in self.problems]
-        lines += [f"  missing: {place}" for place in self.missing]
-        lines += [f"  unreadable: {place}: {reason}" for place, reason in self.unreadable]
-        lines += [f"  unreadable, not listed: {place}: {reason}" for place, reason in self.unlisted]
+        lines += [f"  missing: {path}" for path in self.missing]
+        lines += [f"  unreadable: {path}: {reason}" for path, reason in self.unreadable]
+        lines += [f"  unreadable, not listed: {path}: {reason}" for path, reason in self.unlisted]
         return "\n".join(lines)
 
 
@@ -74,141 +70,147 @@ def check(
     """Verifies a folder without changing it: checksums, counts, layout, every image decoded.
 
     Args:
-        folder: the folder that `download` was given as target, or the source's own folder.
-        threads: that decode at once; by default one a processor.
-    Raises ValueError on an unknown name; all that is wrong with the folder is in the report.
+        folder: the target folder of `download`, or the source's own folder.
+        threads: number of threads that decode images; by default one a processor.
+    Raises:
+        ValueError: an unknown name. All that is wrong with the folder is in the report.
     """
-    known = read_sources(sources)
-    (source,) = _chosen(name, known)
-    folder = _own_folder(source, Path(folder).expanduser())
-    if not folder.is_dir():
-        return Report(name, folder, (f"it is not there; `vitgal download {name}` brings it",))
-    report = Report(name, folder, (*_check_files(source, folder), *_check_archives(source, folder)))
-    if source.tables:
-        report = _check_tables(source, report)
-    if not source.image_folder:
+    (source,) = select_sources(name, read_sources(sources))
+    own = SourceFolder(source, _own_folder(source, Path(folder).expanduser()))
+    report = Report(name, own.path)
+    if not own.path.is_dir():
+        report.problems.append(f"it is not there; {_remedy(source)}")
         return report
-    return _check_images(source, report, threads=threads, progress=progress)
+    try:
+        _check_files(own, report)
+        _check_archives(own, report)
+    except ValueError as error:  # a damaged record
+        report.problems.append(str(error))
+    if source.tables:
+        _check_tables(own, report)
+    if source.image_folder:
+        _check_images(own, report, threads=threads, progress=progress)
+    return report
 
 
 def _own_folder(source: Source, folder: Path) -> Path:
     inside = folder / source.folder
-    if inside.is_dir():
-        return inside
-    marks = [item.to for item in source.files] + [*source.tables, source.image_folder or ""]
-    own = any(mark and (folder / mark).exists() for mark in marks)
-    return folder if own else inside
+    content = [*(file.to for file in source.files), *source.tables, source.image_folder]
+    is_own = any(name and (folder / name).exists() for name in content)
+    return folder if is_own and not inside.is_dir() else inside
 
 
-def _check_files(source: Source, folder: Path) -> Iterator[str]:
-    entries = _read_record(source, folder)["files"]
-    for item in source.files:
-        if not (folder / item.to).is_file():
-            if item.to not in source.tables:  # one of several tables will do: see _check_tables
-                yield f"{item.to} is missing; `vitgal download {source.name}` brings it"
-            continue
-        expected = item.sha256 or entries.get(item.to, {}).get("sha256")
-        found = runs.fingerprint_file(folder / item.to)
-        if expected and found != expected:
-            kind = "published" if item.sha256 else "recorded"
-            yield f"{item.to} has the sha256 {found}, the {kind} one is {expected}"
+def _remedy(source: Source) -> str:
+    return f"`vitgal download {source.name}` brings it"
 
 
-def _check_archives(source: Source, folder: Path) -> Iterator[str]:
-    entries = _read_record(source, folder)["archives"]
-    left = [i.name for i in source.archives if not entries.get(i.name, {}).get("unpacked")]
-    if entries and left:
-        yield (
-            f"{len(left)} of {len(source.archives)} archives are not unpacked yet ({_some(left)}); "
-            f"`vitgal download {source.name}` goes on with them"
+def _check_files(folder: SourceFolder, report: Report) -> None:
+    for file in folder.source.files:
+        path = folder.path / file.to
+        expected = file.sha256 or folder.record.files.get(file.to, {}).get("sha256")
+        if not path.is_file():
+            if file.to not in folder.source.tables:  # any of the tables will do
+                report.problems.append(f"{file.to} is missing; {_remedy(folder.source)}")
+        elif expected and expected != (actual := runs.fingerprint_file(path)):
+            origin = "published" if file.sha256 else "recorded"
+            report.problems.append(
+                f"{file.to} has the sha256 {actual}, the {origin} one is {expected}"
+            )
+
+
+def _check_archives(folder: SourceFolder, report: Report) -> None:
+    archives = folder.source.archives
+    pending = [archive.name for archive in archives if not folder.is_unpacked(archive)]
+    if folder.record.archives and pending:
+        report.problems.append(
+            f"{len(pending)} of {len(archives)} archives are not unpacked yet "
+            f"({runs.abbreviate(pending)}); `vitgal download {folder.source.name}` continues"
         )
 
 
-def _check_tables(source: Source, report: Report) -> Report:
-    problems, notes = [], []
-    present = [table for table in source.tables if (report.folder / table).is_file()]
-    if not present:
-        problems.append(
+def _check_tables(folder: SourceFolder, report: Report) -> None:
+    source = folder.source
+    tables = [name for name in source.tables if (folder.path / name).is_file()]
+    if not tables:
+        report.problems.append(
             f"neither of {', '.join(source.tables)} is there; `vitgal download {source.name}` "
             "brings the first"
         )
-    for name in present:
+    for name in tables:
         try:
-            table = gldv2.read_landmark_table(report.folder / name)
+            table = gldv2.read_landmark_table(folder.path / name)
         except ValueError as error:
-            problems.append(str(error))
+            report.problems.append(str(error))
             continue
-        counts = (len(table), table["landmark_id"].nunique())
-        notes.append(f"{name}: {counts[0]:,} images of {counts[1]:,} classes")
-        if source.rows is not None and counts != (source.rows, source.classes):
-            problems.append(
-                f"{name} lists {counts[0]:,} images of {counts[1]:,} classes; the clean set has "
+        rows, classes = len(table), table["landmark_id"].nunique()
+        report.notes.append(f"{name}: {rows:,} images of {classes:,} classes")
+        if source.rows is not None and (rows, classes) != (source.rows, source.classes):
+            report.problems.append(
+                f"{name} lists {rows:,} images of {classes:,} classes; the clean set has "
                 f"{source.rows:,} of {source.classes:,}"
             )
-    return dataclasses.replace(
-        report, problems=(*report.problems, *problems), notes=(*report.notes, *notes)
-    )
 
 
-def _check_images(source: Source, report: Report, *, threads: int | None, progress: bool) -> Report:
-    folder = _images(source, report.folder)
-    if not folder.is_dir():
-        problem = f"{source.image_folder}/ is missing; `vitgal download {source.name}` brings it"
-        return dataclasses.replace(report, problems=(*report.problems, problem), images=0)
-    present = sorted(_walk(folder))
-    problems = list(report.problems)
+def _check_images(
+    folder: SourceFolder, report: Report, *, threads: int | None, progress: bool
+) -> None:
+    source = folder.source
+    if not folder.images.is_dir():
+        report.images = 0
+        report.problems.append(f"{source.image_folder}/ is missing; {_remedy(source)}")
+        return
+    images = sorted(visible_files(folder.images))
+    report.images, required = len(images), set(images)
     try:
-        listed = _listed(source, report.folder)
+        listed = folder.listed_images()
     except ValueError as error:
-        problems.append(str(error))
+        report.problems.append(str(error))
         listed = None
-    missing = sorted(set(listed or ()) - set(present))
-    problems += _misplaced(source, missing, present=present)
-    if listed is None and source.images is not None and len(present) != source.images:
-        problems.append(f"{len(present):,} images; the whole set has {source.images:,}")
-    failures = _unreadable(folder, present, threads=threads, progress=progress)
-    wanted = set(present if listed is None else listed)
-    return dataclasses.replace(
-        report,
-        problems=tuple(problems),
-        images=len(present),
-        listed=None if listed is None else len(listed),
-        missing=tuple(missing),
-        unreadable=tuple(failure for failure in failures if failure[0] in wanted),
-        unlisted=tuple(failure for failure in failures if failure[0] not in wanted),
-    )
+    if listed is not None:
+        report.listed, required = len(listed), set(listed)
+        report.missing = sorted(required.difference(images))
+        _check_misplaced(report, images, source.image_folder)
+    elif source.images is not None and len(images) != source.images:
+        report.problems.append(f"{len(images):,} images; the whole set has {source.images:,}")
+    for failure in _unreadable(folder.images, images, threads=threads, progress=progress):
+        (report.unreadable if failure[0] in required else report.unlisted).append(failure)
 
 
-def _misplaced(source: Source, missing: list[str], *, present: list[str]) -> Iterator[str]:
-    """Listed images that lie in another sub-folder: the usual slip of unpacking by hand."""
-    elsewhere = {PurePosixPath(place).name: place for place in present} if missing else {}
-    found = [(place, elsewhere.get(PurePosixPath(place).name)) for place in missing]
-    moved = [f"{there} for {place}" for place, there in found if there]
-    if moved:
-        yield (
-            f"{len(moved):,} missing images lie elsewhere in {source.image_folder}/ "
-            f"({_some(moved)}): move them"
+def _check_misplaced(report: Report, images: list[str], image_folder: str) -> None:
+    """Reports missing images that are in another sub-folder, as after unpacking by hand."""
+    by_name = {PurePosixPath(path).name: path for path in images} if report.missing else {}
+    misplaced = [
+        f"{by_name[PurePosixPath(path).name]} for {path}"
+        for path in report.missing
+        if PurePosixPath(path).name in by_name
+    ]
+    if misplaced:
+        report.problems.append(
+            f"{len(misplaced):,} missing images are elsewhere in {image_folder}/ "
+            f"({runs.abbreviate(misplaced)}): move them"
         )
 
 
 def _unreadable(
-    folder: Path, places: list[str], *, threads: int | None, progress: bool
+    folder: Path, images: list[str], *, threads: int | None, progress: bool
 ) -> list[tuple[str, str]]:
-    def failure(place: str) -> str | None:
+    """Returns (path, reason) of the images that cannot be decoded."""
+
+    def failure(path: str) -> str | None:
         try:
-            data_images.read_image(folder / place)
-        except data_images.ImageError as error:
+            read_image(folder / path)
+        except ImageError as error:
             return error.reason
         return None
 
     failures = []
-    bar = tqdm(desc="reading", total=len(places), unit=" images", disable=not progress)
+    bar = tqdm(desc="reading", total=len(images), unit=" images", disable=not progress)
     with bar, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
         # In batches: a future for each of four million images would fill the memory.
-        for start in range(0, len(places), BATCH):
-            batch = places[start : start + BATCH]
-            for place, reason in zip(batch, pool.map(failure, batch), strict=True):
+        for start in range(0, len(images), BATCH):
+            batch = images[start : start + BATCH]
+            for path, reason in zip(batch, pool.map(failure, batch), strict=True):
                 bar.update()
                 if reason is not None:
-                    failures.append((place, reason))
+                    failures.append((path, reason))
     return failures

@@ -1,266 +1,266 @@
-"""Files from web servers and Google Drive: resumed, limited and checked."""
+"""Files from web servers and Google Drive: resumed where a transfer stopped, and verified."""
 
-import contextlib
-import gzip
+import hashlib
 import os
 import re
 import shutil
-import tarfile
 import time
-import zlib
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-import pooch
 import requests
 import urllib3
 from tqdm.auto import tqdm
 
 from vitgal import runs
-from vitgal.data.download.sources import SOURCES, Item, _Job, _record_path, _size
+from vitgal.data.download.sources import SOURCES, RemoteFile
 
-AGENT = {"User-Agent": "vitgal", "Accept-Encoding": "identity"}  # bytes as they are on the server
-TIMEOUT = (20, 120)  # seconds without an answer: to connect, between two pieces
-# Seconds before each further try after a transfer brought nothing. One that brought something is
-# taken up at once; one where nothing ever came fails at once, so that a missing network shows.
+HEADERS = {"User-Agent": "vitgal", "Accept-Encoding": "identity"}  # the bytes as on the server
+TIMEOUT = (20, 120)  # seconds without an answer: to connect, between two chunks
+# Seconds before each further attempt after one that brought nothing. An attempt that brought
+# something is continued at once. The very first one is not repeated, so that a missing network
+# shows immediately.
 WAITS = (1, 5, 20, 60)
-DAMAGED = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
-STAGING = ".unpacking"  # inside the image folder: on the same disk, even where that is a link
-BATCH = 4096  # images handed to the reading threads at once
 
 
-def _sweep(job: _Job) -> None:
-    """Removes what a killed process left that nothing can be resumed from."""
-    shutil.rmtree(job.images / STAGING, ignore_errors=True)
-    record = _record_path(job.source, job.folder).name
-    for path in (*job.work.glob("tmp*"), *job.folder.glob(f"{runs.TEMPORARY}*-{record}")):
-        path.unlink()
+class Checksum(NamedTuple):
+    """The hex digest that a file must have, and where it comes from."""
+
+    algorithm: str
+    digest: str
+    origin: str
 
 
-def _free(folder: Path) -> int:
+def matches(path: Path, checksum: Checksum | None) -> bool:
+    """Whether a file has a checksum; None is matched by all."""
+    return checksum is None or file_digest(path, checksum.algorithm) == checksum.digest
+
+
+def file_digest(path: Path, algorithm: str) -> str:
+    """Returns a file's checksum in hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, algorithm).hexdigest()
+
+
+@dataclass(frozen=True)
+class PartialFile:
+    """A file under way, and beside it the server's tag of the version that is transferred."""
+
+    path: Path
+
+    @property
+    def tag(self) -> Path:
+        """The file of the tag."""
+        return self.path.with_name(f"{self.path.name}.etag")
+
+    @property
+    def length(self) -> int:
+        """The number of bytes that have arrived."""
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def delete(self) -> None:
+        """Deletes the file and its tag."""
+        self.path.unlink(missing_ok=True)
+        self.tag.unlink(missing_ok=True)
+
+
+@dataclass
+class Fetcher:
+    """Fetches the files of one source into its work folder.
+
+    Attributes:
+        page: web page of the source, for errors.
+        reached: whether the network has answered, so that a later failure may be temporary.
+    """
+
+    work: Path
+    page: str
+    progress: bool
+    reached: bool = False
+
+    def fetch(self, file: RemoteFile, checksum: Checksum | None, *, label: str) -> Path:
+        """Fetches one file, or what is missing of it, and returns its path in the work folder.
+
+        Raises:
+            ValueError: it has another checksum, or is a web page; it is deleted.
+            ConnectionError: the address cannot be reached, or refuses.
+            OSError: the disk is full.
+        """
+        path = self.work / file.name
+        if path.is_file() and matches(path, checksum):
+            return path
+        self.work.mkdir(parents=True, exist_ok=True)
+        part = PartialFile(self.work / f"{file.name}.part")
+        receive = fetch_from_drive if file.drive else fetch_over_http
+        receive(file.address, part, label=label, progress=self.progress, patient=self.reached)
+        self.reached = True
+        if error := self._refusal(part.path, file, checksum):
+            part.delete()
+            raise ValueError(error)
+        os.replace(part.path, path)
+        part.delete()
+        return path
+
+    def _refusal(self, path: Path, file: RemoteFile, checksum: Checksum | None) -> str | None:
+        """Returns why a file that has arrived is refused, None where it is not."""
+        if not matches(path, checksum):
+            return (
+                f"{file.address}: expected {checksum.algorithm} {checksum.digest}, got "
+                f"{file_digest(path, checksum.algorithm)}. The expected sum is {checksum.origin}; "
+                f"run the same command again, and if it differs again see {self.page}"
+            )
+        with open(path, "rb") as handle:
+            beginning = handle.read(512).lstrip().lower()
+        if beginning.startswith((b"<!doctype html", b"<html")):
+            return (
+                f"{file.address} gave a web page in place of {file.name} (a sign-in page of the "
+                "network, or a file that has moved); open the address in a browser to see why"
+            )
+        return None
+
+
+def fetch_over_http(
+    url: str, part: PartialFile, *, label: str, progress: bool, patient: bool
+) -> None:
+    """Fetches the rest of a file from a web server, as often as something arrives.
+
+    Raises ConnectionError once attempts bring nothing more: after `WAITS` if `patient` or if
+    something had arrived, else at once.
+    """
+    furthest, waits = part.length, list(WAITS if patient else ())
+    while True:
+        try:
+            return _receive(url, part, label=label, progress=progress)
+        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            reason = _innermost(error)
+        if part.length > furthest:  # a server without ranges begins anew each time
+            furthest, waits = part.length, list(WAITS)
+        elif waits:
+            time.sleep(waits.pop(0))
+        else:
+            kept = f"; {format_size(part.length)} of it are kept" if part.length else ""
+            raise ConnectionError(
+                f"{url} cannot be fetched ({reason}){kept}. Check the network (a proxy is taken "
+                "from HTTPS_PROXY and HTTP_PROXY) and run the same command again"
+            )
+
+
+def _receive(url: str, part: PartialFile, *, label: str, progress: bool) -> None:
+    """Makes one request and appends the answer; RequestException where the file is not whole."""
+    offset = part.length
+    headers = HEADERS | ({"Range": f"bytes={offset}-"} if offset else {})
+    if offset and part.tag.is_file() and (tag := part.tag.read_text()):
+        headers["If-Range"] = tag  # else a changed file would be appended to bytes of the old one
+    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+        total = total_length(response.status_code, response.headers, offset)
+        if response.status_code == 416:
+            if total == offset:
+                return
+            part.delete()  # longer than the file: the beginning of another one
+            raise requests.RequestException("the file has changed")
+        _check_status(response)
+        if response.status_code == 200:  # the whole file, not a range
+            offset = 0
+        free = free_space(part.path.parent)
+        if total is not None and total - offset > free:
+            raise OSError(
+                f"{url} needs {format_size(total - offset)} in {part.path.parent}, where "
+                f"{format_size(free)} are free; make room and run the same command again"
+            )
+        tag = response.headers.get("ETag", "W/")  # a weak tag, W/, does not promise the same bytes
+        part.tag.write_text(response.headers.get("Last-Modified", "") if tag[:2] == "W/" else tag)
+        bar = tqdm(
+            desc=label,
+            total=total,
+            initial=offset,
+            unit="B",
+            unit_scale=True,
+            leave=False,
+            disable=not progress,
+        )
+        with bar, open(part.path, "ab" if offset else "wb") as handle:
+            for chunk in response.raw.stream(runs.CHUNK, decode_content=False):
+                handle.write(chunk)
+                bar.update(len(chunk))
+    if total is not None and part.length > total:
+        part.delete()
+        raise requests.RequestException("more came than the server had announced")
+    if total is not None and part.length < total:
+        raise requests.RequestException("the connection was cut")
+
+
+def total_length(status: int, headers: Mapping[str, str], offset: int) -> int | None:
+    """Returns the whole file's length in bytes from an answer's headers, None where unknown.
+
+    Raises requests.RequestException where a range (status 206) does not begin at `offset`.
+    """
+    number = "[0-9]{1,18}"
+    if status not in (206, 416):
+        length = re.fullmatch(number, headers.get("Content-Length", ""))
+        return int(length[0]) if length else None
+    pattern = rf"bytes (?:({number})-{number}|\*)/({number}|\*)"
+    content_range = re.fullmatch(pattern, headers.get("Content-Range", ""))
+    start = int(content_range[1] or -1) if content_range else None
+    if status == 206 and start != offset:
+        raise requests.RequestException("the server sends another range than was asked for")
+    return int(content_range[2]) if content_range and content_range[2] != "*" else None
+
+
+def _check_status(response: requests.Response) -> None:
+    """Raises RequestException for an error that may pass, ConnectionError for another one."""
+    answer = f"the server answers {response.status_code} {response.reason}"
+    if response.status_code >= 500 or response.status_code in (408, 429):
+        raise requests.RequestException(answer)
+    if response.status_code not in (200, 206):
+        raise ConnectionError(
+            f"{response.url} cannot be fetched: {answer}. The file may have moved: correct its "
+            f"address in {SOURCES}"
+        )
+
+
+def fetch_from_drive(
+    url: str, part: PartialFile, *, label: str, progress: bool, patient: bool = False
+) -> None:
+    """Fetches the rest of a file from Google Drive; `patient` has no effect.
+
+    Raises ConnectionError where it cannot be fetched.
+    """
+    import gdown  # slow to import
+
+    try:
+        gdown.download(url, str(part.path), quiet=not progress, resume=True)
+    except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
+            raise  # an error of the disk
+        path = part.path.parent.parent / part.path.name.removesuffix(".part")
+        raise ConnectionError(
+            f"{label} cannot be fetched from Google Drive ({_innermost(error)}). Run the same "
+            f"command again, or open {url} in a browser, save the file as {path} and run the "
+            "command then: it takes the file as it is"
+        ) from error
+
+
+def _innermost(error: BaseException) -> str:
+    """Returns the innermost cause in one short line: requests wraps what urllib3 wraps."""
+    cause: object = error
+    while isinstance(cause, BaseException):
+        error = cause
+        cause = error.__cause__ or error.__context__ or getattr(error, "reason", None)
+    return " ".join((str(error) or type(error).__name__).split())[:200]
+
+
+def free_space(folder: Path) -> int:
+    """Returns the free bytes on the disk of a folder, which need not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
 
-@contextlib.contextmanager
-def _disk_errors(name: str, folder: Path) -> Iterator[None]:
-    """Says in one line what a full disk means here; any other error passes through."""
-    try:
-        yield
-    except OSError as error:
-        if not runs.disk_full(error):
-            raise
-        raise OSError(
-            f"no space left for {name} in {folder} ({error.strerror}); make room and run the same "
-            "command again: it goes on from what has arrived"
-        ) from error
-
-
-def _fetch(job: _Job, item: Item, *, known: str | None, origin: str, label: str) -> Path:
-    """Brings one item into the work folder, whole and with the known checksum, and its path."""
-    part = job.work / f"{item.name}.part"
-
-    def transfer(url: str, output: str, _: Any) -> None:
-        # Google Drive differs from other servers in this one function, nowhere else.
-        bring = _fetch_drive if item.drive else _fetch_http
-        bring(url, part, label=label, progress=job.progress, patient=job.reached)
-        job.reached = True
-        # A link, not a move: a kill while the checksum is worked out must not lose the file.
-        os.unlink(output)
-        try:
-            os.link(part, output)
-        except OSError:  # a file system without hard links
-            os.replace(part, output)
-
-    with _quiet_pooch():
-        try:
-            pooch.retrieve(item.url, known, fname=item.name, path=job.work, downloader=transfer)
-        except ValueError as error:
-            _forget(part)
-            raise ValueError(
-                f"{item.url}: {error} The expected sum is {origin}; run the same command again, "
-                f"and if it differs again see {job.source.page}"
-            ) from None
-    _forget(part)
-    _refuse_web_page(job.work / item.name, item)
-    return job.work / item.name
-
-
-def _fetch_http(url: str, part: Path, *, label: str, progress: bool, patient: bool) -> None:
-    """Brings a URL's bytes to `part`, from where it ends; tries on while something arrives."""
-    furthest, waits = _length(part), list(WAITS if patient else ())
-    while True:
-        problem = _stream(url, part, label=label, progress=progress)
-        if problem is None:
-            return
-        if _length(part) > furthest:  # a server without ranges begins anew each time
-            furthest, waits = _length(part), list(WAITS)
-            continue
-        if not waits:
-            kept = f"; {_size(_length(part))} of it are kept" if _length(part) else ""
-            raise ConnectionError(
-                f"{url} cannot be fetched ({problem}){kept}. Check the network (a proxy is taken "
-                "from HTTPS_PROXY and HTTP_PROXY) and run the same command again"
-            )
-        time.sleep(waits.pop(0))
-
-
-def _stream(url: str, part: Path, *, label: str, progress: bool) -> str | None:
-    """One request, appended to `part`; None once the file is whole, else what went wrong."""
-    offset = _length(part)
-    try:
-        with requests.get(
-            url, headers=_range(part, offset), stream=True, timeout=TIMEOUT
-        ) as response:
-            total = _total(response, offset)
-            if response.status_code == 416:
-                if total == offset:
-                    return None
-                _forget(part)  # longer than the file: it is another file's beginning
-                return "the file has changed"
-            _refuse_status(response)
-            offset = offset if response.status_code == 206 else 0
-            _check_room(url, part, total=total, offset=offset)
-            _save(response, part, offset=offset, total=total, label=label, progress=progress)
-    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-        return _reason(error)
-    if total is not None and _length(part) > total:  # never twice: it would grow without end
-        _forget(part)
-        return "more came than the server had announced"
-    return None if total is None or _length(part) == total else "the connection was cut"
-
-
-def _save(
-    response: requests.Response,
-    part: Path,
-    *,
-    offset: int,
-    total: int | None,
-    label: str,
-    progress: bool,
-) -> None:
-    validator = response.headers.get("ETag", "")
-    if validator.startswith("W/"):  # a weak one does not promise the same bytes
-        validator = ""
-    _validator(part).write_text(validator or response.headers.get("Last-Modified", ""))
-    bar = tqdm(
-        desc=label,
-        total=total,
-        initial=offset,
-        unit="B",
-        unit_scale=True,
-        leave=False,
-        disable=not progress,
-    )
-    with bar, open(part, "ab" if offset else "wb") as handle:
-        for chunk in response.raw.stream(runs.CHUNK, decode_content=False):
-            handle.write(chunk)
-            bar.update(len(chunk))
-
-
-def _range(part: Path, offset: int) -> dict[str, str]:
-    if not offset:
-        return AGENT
-    validator = _validator(part)
-    same = validator.read_text() if validator.is_file() else ""
-    # With If-Range a file that has changed on the server comes whole, not spliced onto old bytes.
-    return AGENT | {"Range": f"bytes={offset}-"} | ({"If-Range": same} if same else {})
-
-
-def _total(response: requests.Response, offset: int) -> int | None:
-    """The whole file's length, as far as the server tells."""
-    if response.status_code in (206, 416):
-        found = re.fullmatch(
-            r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", "")
-        )
-        if response.status_code == 206 and (found is None or int(found[1] or -1) != offset):
-            raise requests.RequestException("the server sends another range than was asked for")
-        return int(found[2]) if found and found[2] != "*" else None
-    length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdigit() else None
-
-
-def _refuse_status(response: requests.Response) -> None:
-    status = response.status_code
-    if status >= 500 or status in (408, 429):  # may pass: worth another try
-        raise requests.RequestException(f"the server answers {status} {response.reason}")
-    if status not in (200, 206):
-        raise ConnectionError(
-            f"{response.url} cannot be fetched: the server answers {status} {response.reason}. The "
-            f"file may have moved: correct its address in {SOURCES}"
-        )
-
-
-def _check_room(url: str, part: Path, *, total: int | None, offset: int) -> None:
-    free = _free(part.parent)
-    if total is not None and total - offset > free:
-        raise OSError(
-            f"{url} needs {_size(total - offset)} in {part.parent}, where {_size(free)} are free; "
-            "make room and run the same command again"
-        )
-
-
-def _fetch_drive(url: str, part: Path, *, label: str, progress: bool, patient: bool) -> None:
-    """Brings a file of Google Drive to `part`; gdown asks for its confirmations and resumes."""
-    import gdown  # slow to import, and needed for two files alone
-
-    try:
-        gdown.download(url, str(part), quiet=not progress, resume=True)
-    except Exception as error:
-        if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
-            raise  # the disk's
-        name = part.name.removesuffix(".part")
-        raise ConnectionError(
-            f"{label} cannot be fetched from Google Drive ({_reason(error)}). Run the same command "
-            f"again, or open {url} in a browser, save the file as {part.parent.parent / name} and "
-            "run the command then: it takes the file as it is"
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
-    """The innermost cause in one short line: requests wraps what urllib3 wraps."""
-    inner = error
-    while inner.__cause__ or inner.__context__ or getattr(inner, "reason", None):
-        following = inner.__cause__ or inner.__context__ or inner.reason
-        if not isinstance(following, BaseException):
-            break
-        inner = following
-    return " ".join((str(inner) or type(inner).__name__).split())[:200]
-
-
-def _refuse_web_page(path: Path, item: Item) -> None:
-    """A sign-in page in place of the file must not become the recorded first download."""
-    with open(path, "rb") as handle:
-        head = handle.read(512).lstrip().lower()
-    if head.startswith((b"<!doctype html", b"<html")):
-        path.unlink()
-        raise ValueError(
-            f"{item.url} gave a web page in place of {item.name} (a sign-in page of the network, "
-            "or a file that has moved); open the address in a browser to see why"
-        )
-
-
-@contextlib.contextmanager
-def _quiet_pooch() -> Iterator[None]:
-    """Without pooch's own lines: the checksum it advises to note is recorded by us."""
-    logger = pooch.get_logger()
-    level = logger.level
-    logger.setLevel("WARNING")
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _validator(part: Path) -> Path:
-    return part.with_name(f"{part.name}.etag")
-
-
-def _forget(part: Path) -> None:
-    part.unlink(missing_ok=True)
-    _validator(part).unlink(missing_ok=True)
-
-
-def _length(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
+def format_size(count: float) -> str:
+    """Formats a number of bytes, as in 12 MB."""
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"

@@ -1,8 +1,7 @@
-"""Data sets and weights: from the addresses in third_party/sources.toml to checked local files.
+"""Downloads of data sets and weights, which a repeated command continues.
 
-What a source has brought is kept in `<folder>/<name>.download.json`: each file's checksum, and
-which archives are unpacked. What is still under way lies in `<folder>/.download-<name>/`. A kill, a
-cut line or a full disk at any moment leaves these as they are; the same command goes on from there.
+What is under way lies in `<folder>/.download-<name>/`. After a kill, a cut connection or a full
+disk, the same command goes on from what has arrived.
 """
 
 import contextlib
@@ -12,26 +11,12 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
-
-import pooch
 
 from vitgal import runs
-from vitgal.data.download.archives import _unpack
-from vitgal.data.download.fetch import DAMAGED, _disk_errors, _fetch, _free, _sweep
-from vitgal.data.download.sources import (
-    Item,
-    Source,
-    _chosen,
-    _Job,
-    _missing,
-    _pending,
-    _read_record,
-    _record_path,
-    _size,
-    _some,
-    read_sources,
-)
+from vitgal.data.download.archives import STAGING, unpack
+from vitgal.data.download.fetch import Checksum, Fetcher, format_size, free_space, matches
+from vitgal.data.download.folders import Entry, SourceFolder
+from vitgal.data.download.sources import RemoteFile, read_sources, select_sources
 
 
 def download(
@@ -41,165 +26,187 @@ def download(
     progress: bool = True,
     sources: Path | None = None,
 ) -> dict[str, Path]:
-    """Brings data sets and weights by name and returns each one's folder.
+    """Downloads data sets and weights by name and returns each one's folder.
 
-    What is whole is not asked for again (no request is made), what is half there is taken up where
-    it stopped. A set of images that was unpacked by hand is recognised once its list is there.
+    What is complete is not asked for again, without any request. A transfer that was interrupted
+    is continued. Images that were unpacked by hand are recognised once their list is there.
 
     Args:
-        target: the folder that all sources' folders lie in; by default data/ of the checkout.
+        target: folder of all sources' folders; by default data/ of the checkout.
         sources: another list of sources than third_party/sources.toml.
     Raises:
-        ValueError: an unknown name, a wrong checksum (both sums are named; the file is removed), a
-            damaged archive or one with links, devices or paths that lead out (it is set aside).
-        ConnectionError: an address cannot be reached or refuses.
-        OSError: there is not disk space enough, before or in the middle of it.
+        ValueError: an unknown name, a wrong checksum (the file is deleted), a damaged or unsafe
+            archive (it is set aside).
+        ConnectionError: an address cannot be reached, or refuses.
+        OSError: the disk has too little space.
         FileNotFoundError: all archives are unpacked, yet listed images are missing.
     """
     target = runs.resolve("data") if target is None else Path(target).expanduser()
-    chosen = _chosen(names, read_sources(sources))
-    _check_space(chosen, target, progress=progress)
-    return {
-        source.name: _bring(source, target / source.folder, progress=progress) for source in chosen
-    }
+    selected = select_sources(names, read_sources(sources))
+    folders = [SourceFolder(source, target / source.folder) for source in selected]
+    _check_space(folders, target, progress=progress)
+    for folder in folders:
+        _download_source(folder, progress=progress)
+    return {folder.source.name: folder.path for folder in folders}
 
 
-def _bring(source: Source, folder: Path, *, progress: bool) -> Path:
-    with _disk_errors(source.name, folder), _locked(folder, source.name):
-        job = _Job(source, folder, _read_record(source, folder), progress)
-        _sweep(job)
-        for item in source.files:
-            _bring_file(job, item)
+def _check_space(folders: list[SourceFolder], target: Path, *, progress: bool) -> None:
+    """Raises OSError before anything is fetched where the disk cannot hold what is pending."""
+    pending = [file for folder in folders for file in folder.pending()]
+    if not pending:
+        return
+    download_size = sum(file.bytes for file in pending)
+    # Archives are fetched, unpacked and deleted one by one: only the largest is there as well.
+    needed = download_size + max((file.bytes for file in pending if file.arrange), default=0)
+    free = free_space(target)
+    if progress:
+        print(
+            f"about {format_size(download_size)} to download in {len(pending)} files, "
+            f"{format_size(needed)} of disk space; {format_size(free)} are free in {target}"
+        )
+    if needed > free:
+        raise OSError(
+            f"{', '.join(folder.source.name for folder in folders)} need about "
+            f"{format_size(needed)} of disk space in {target}, where {format_size(free)} are free; "
+            "make room or choose another folder (--to)"
+        )
+
+
+def _download_source(folder: SourceFolder, *, progress: bool) -> None:
+    source = folder.source
+    work = folder.path / f".download-{source.name}"
+    with _disk_errors(folder), _locked(folder):
+        # A killed process leaves these behind.
+        shutil.rmtree(folder.images / STAGING, ignore_errors=True)
+        for path in folder.path.glob(f"{runs.TEMPORARY}*-{folder.record_path.name}"):
+            path.unlink()
+        fetcher = Fetcher(work, source.page, progress)
+        for file in source.files:
+            _download_file(folder, file, fetcher)
         if source.archives:
-            _bring_archives(job)
-        shutil.rmtree(job.work, ignore_errors=True)
+            _download_archives(folder, fetcher)
+        shutil.rmtree(work, ignore_errors=True)
     if source.note and progress:
         print(f"{source.name}: {source.note}")
-    return folder
 
 
-def _bring_file(job: _Job, item: Item) -> None:
-    """One file of its own: verified where it is there already, else fetched and recorded."""
-    path = job.folder / item.to
-    known, origin = _known_sum(job, item, entry=job.record["files"].get(item.to))
-    if path.is_file() and not pooch.hashes.hash_matches(path, known):
+@contextlib.contextmanager
+def _disk_errors(folder: SourceFolder) -> Iterator[None]:
+    """Explains a full disk in one line; other errors pass."""
+    try:
+        yield
+    except OSError as error:
+        if not runs.disk_full(error):
+            raise
+        raise OSError(
+            f"no space left for {folder.source.name} in {folder.path} ({error.strerror}); make "
+            "room and run the same command again: it goes on from what has arrived"
+        ) from error
+
+
+@contextlib.contextmanager
+def _locked(folder: SourceFolder) -> Iterator[None]:
+    """Lets one process at a time download a source; the kernel frees the lock after a kill."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with open(folder.path / f".download-{folder.source.name}.lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(
+                f"another process is downloading {folder.source.name} to {folder.path}; wait for it"
+            ) from None
+        yield
+
+
+def _download_file(folder: SourceFolder, file: RemoteFile, fetcher: Fetcher) -> None:
+    path = folder.path / file.to
+    checksum = _expected_checksum(folder, file, folder.record.files.get(file.to), fetcher)
+    if path.is_file() and not matches(path, checksum):
         aside = path.with_name(f"{path.name}.bad")
         os.replace(path, aside)
-        print(f"{path} does not have the checksum {origin}: kept as {aside.name}, fetched anew")
+        print(
+            f"{path} does not have the checksum {checksum.origin}: kept as {aside.name}, "
+            "fetched anew"
+        )
     if path.is_file():
-        if item.to not in job.record["files"]:
-            job.record["files"][item.to] = _sums(path)
-            job.save()
+        if file.to not in folder.record.files:
+            folder.record.files[file.to] = _entry(path)
+            folder.save_record()
         return
-    fetched = _fetch(job, item, known=known, origin=origin, label=item.name)
-    # The record first: what a kill leaves between the two is found whole in the work folder.
-    job.record["files"][item.to] = _sums(fetched)
-    job.save()
+    fetched = fetcher.fetch(file, checksum, label=file.name)
+    # The record comes first: after a kill between the two, the file is whole in the work folder.
+    folder.record.files[file.to] = _entry(fetched)
+    folder.save_record()
     path.parent.mkdir(parents=True, exist_ok=True)
     os.replace(fetched, path)
 
 
-def _bring_archives(job: _Job) -> None:
-    entries = job.record["archives"]
-    if not job.images.is_dir():  # removed to have it anew: the sums stay, and are checked
-        for entry in entries.values():
+def _download_archives(folder: SourceFolder, fetcher: Fetcher) -> None:
+    archives, record = folder.source.archives, folder.record
+    if not folder.images.is_dir():  # deleted, to be downloaded anew: the checksums still hold
+        for entry in record.archives.values():
             entry["unpacked"] = False
-    if not entries and _missing(job.source, job.folder) == []:
-        for item in job.source.archives:  # unpacked by hand, and whole
-            entries[item.name] = {"unpacked": True}
-        job.save()
-    total = len(job.source.archives)
-    for number, item in enumerate(job.source.archives, 1):
-        if not entries.get(item.name, {}).get("unpacked"):
-            label = f"{item.name} ({number}/{total})" if total > 1 else item.name
-            _bring_archive(job, item, label=label)
-    missing = _missing(job.source, job.folder)
+    if folder.unpacked_by_hand():
+        record.archives = {archive.name: {"unpacked": True} for archive in archives}
+        folder.save_record()
+    for number, archive in enumerate(archives, 1):
+        if not folder.is_unpacked(archive):
+            of_several = f" ({number}/{len(archives)})" if len(archives) > 1 else ""
+            _download_archive(folder, archive, fetcher, label=archive.name + of_several)
+    missing = folder.missing_images()
     if missing:
         raise FileNotFoundError(
-            f"every archive of {job.source.name} is unpacked, yet {len(missing):,} listed images "
-            f"are missing in {job.images}: {_some(missing)}; put them back, or delete that folder "
-            "and run the same command again"
+            f"every archive of {folder.source.name} is unpacked, yet {len(missing):,} listed "
+            f"images are missing in {folder.images}: {runs.abbreviate(missing)}; put them back, or "
+            "delete that folder and run the same command again"
         )
 
 
-def _bring_archive(job: _Job, item: Item, *, label: str) -> None:
-    entry = job.record["archives"].get(item.name, {})
-    known, origin = _known_sum(job, item, entry=entry)
-    archive = _fetch(job, item, known=known, origin=origin, label=label)
-    sums = {"md5": known.partition(":")[2]} if item.md5 else _sums(archive)
+def _download_archive(
+    folder: SourceFolder, archive: RemoteFile, fetcher: Fetcher, *, label: str
+) -> None:
+    recorded = folder.record.archives.get(archive.name)
+    checksum = _expected_checksum(folder, archive, recorded, fetcher)
+    path = fetcher.fetch(archive, checksum, label=label)
+    entry = {"md5": checksum.digest} if archive.md5 else _entry(path)
     try:
-        count = _unpack(
-            archive, job.images, arrange=item.arrange, label=label, progress=job.progress
+        count = unpack(
+            path, folder.images, arrange=archive.arrange, label=label, progress=fetcher.progress
         )
-    except (*DAMAGED, ValueError) as error:
-        aside = job.folder / f"{item.name}.bad"
-        os.replace(archive, aside)
+    except ValueError as error:
+        aside = folder.path / f"{archive.name}.bad"
+        os.replace(path, aside)
         raise ValueError(
-            f"{item.url} is refused: {error or type(error).__name__}; nothing of it was unpacked, "
-            f"and the archive is kept as {aside}. See {job.source.page}, delete it, and run the "
-            "same command again to fetch it anew"
+            f"{archive.address} is refused: {error}; nothing of it was unpacked, and the archive "
+            f"is kept as {aside}. See {folder.source.page}, delete it, and run the same command "
+            "again to fetch it anew"
         ) from error
-    job.record["archives"][item.name] = sums | {"images": count, "unpacked": True}
-    job.save()
-    archive.unlink()
-
-
-def _known_sum(job: _Job, item: Item, *, entry: dict | None) -> tuple[str | None, str]:
-    """The checksum a file must have as `algorithm:hex`, and where it comes from."""
-    if item.sha256:
-        return f"sha256:{item.sha256}", "published with its address"
-    if item.md5:
-        return f"md5:{_published_md5(job, item)}", f"published in {item.md5}"
-    if entry and "sha256" in entry:
-        record = _record_path(job.source, job.folder)
-        return f"sha256:{entry['sha256']}", f"recorded at the first download in {record}"
-    return None, "none"
-
-
-def _published_md5(job: _Job, item: Item) -> str:
-    listed = Item(name=f"{item.name}.md5", url=item.md5, drive=False, bytes=0)
-    path = _fetch(job, listed, known=None, origin="none", label=listed.name)
-    text = path.read_text(encoding="utf-8", errors="replace")
+    folder.record.archives[archive.name] = entry | {"images": count, "unpacked": True}
+    folder.save_record()
     path.unlink()
-    found = re.match(r"\s*([0-9a-fA-F]{32})\b", text)
-    if found is None:
-        raise ValueError(f"{item.md5} holds no md5 sum but {text[:60]!r}; see {job.source.page}")
-    return found[1].lower()
 
 
-def _sums(path: Path) -> dict[str, Any]:
+def _entry(path: Path) -> Entry:
     return {"bytes": path.stat().st_size, "sha256": runs.fingerprint_file(path)}
 
 
-@contextlib.contextmanager
-def _locked(folder: Path, name: str) -> Iterator[None]:
-    """Lets one process at a time bring a source; the kernel frees the lock after a kill."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / f".download-{name}.lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(f"another process is bringing {name} to {folder}; wait for it") from None
-        yield
-
-
-def _check_space(chosen: list[Source], target: Path, *, progress: bool) -> None:
-    """Raises OSError before anything is fetched where the disk cannot hold what is to come."""
-    pending = [item for source in chosen for item in _pending(source, target / source.folder)]
-    if not pending:
-        return
-    # Archives are fetched, unpacked and deleted one by one: only the largest comes on top.
-    largest = max((item.bytes for item in pending if item.arrange), default=0)
-    needed = sum(item.bytes for item in pending) + largest
-    free = _free(target)
-    if progress:
-        print(
-            f"about {_size(sum(item.bytes for item in pending))} to download in {len(pending)} "
-            f"files, {_size(needed)} of disk space; {_size(free)} are free in {target}"
-        )
-    if needed > free:
-        raise OSError(
-            f"{', '.join(source.name for source in chosen)} need about {_size(needed)} of disk "
-            f"space in {target}, where {_size(free)} are free; make room or choose another folder "
-            "(--to)"
-        )
+def _expected_checksum(
+    folder: SourceFolder, file: RemoteFile, recorded: Entry | None, fetcher: Fetcher
+) -> Checksum | None:
+    """Returns the published checksum of a file, else the recorded one, else None."""
+    if file.sha256:
+        return Checksum("sha256", file.sha256, "published with its address")
+    if file.md5:
+        path = fetcher.fetch(RemoteFile(url=file.md5), None, label=f"{file.name}.md5")
+        text = path.read_text(encoding="utf-8", errors="replace")
+        path.unlink()
+        digest = re.match(r"\s*([0-9a-fA-F]{32})\b", text)
+        if digest is None:
+            raise ValueError(
+                f"{file.md5} holds no md5 sum but {text[:60]!r}; see {folder.source.page}"
+            )
+        return Checksum("md5", digest[1].lower(), f"published in {file.md5}")
+    if recorded and "sha256" in recorded:
+        origin = f"recorded at the first download in {folder.record_path}"
+        return Checksum("sha256", str(recorded["sha256"]), origin)
+    return None
