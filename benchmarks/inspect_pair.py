@@ -1,11 +1,11 @@
-"""The match inspector: how long a turn of a knob takes, on a finished run.
+"""The match inspector: how long it takes from a slider's move to its picture, on a finished run.
 
     python benchmarks/inspect_pair.py [--run demo] [--dataset demo] [--turns 40]
 
-A turn is what happens when a slider moves: the stored features of both images are read, some are
-hidden, the rest is matched and verified, and the figure is drawn and encoded. Its parts are timed
-apart, in processor time, which other work on the machine disturbs least; a pass of the network over
-one photograph, which a button starts, is timed beside.
+When a slider moves, the stored features of both images are read, some are hidden, the rest is
+matched and verified, and the figure is drawn and encoded. These parts are timed apart, in processor
+time, which other work on the machine disturbs least; a pass of the network over one photograph,
+which a button starts, is timed beside.
 """
 
 import argparse
@@ -19,21 +19,20 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from vitgal import runs
+from vitgal import runs, stages, viz
 from vitgal.data import revisited
-from vitgal.stages import inspection
-from vitgal.viz import matching
+from vitgal.settings import RerankingSettings
 
 
-def spent(work: Callable[[], object], turns: int) -> np.ndarray:
-    """Milliseconds of processor time of each of so many calls, after one that is not counted."""
+def milliseconds(work: Callable[[], object], turns: int) -> np.ndarray:
+    """Returns the processor time of each of so many calls, after one that is not counted."""
     work()
-    found = []
+    times = []
     for _ in range(turns):
         began = time.process_time()
         work()
-        found.append(1000 * (time.process_time() - began))
-    return np.array(found)
+        times.append(1000 * (time.process_time() - began))
+    return np.array(times)
 
 
 def main() -> None:
@@ -45,33 +44,32 @@ def main() -> None:
     options = parser.parse_args()
     run = runs.run_folder(options.run)
     benchmark = revisited.open_dataset(options.dataset, run / "data" / "benchmark")
-    inspector = inspection.Inspector(run, benchmark)
+    settings = RerankingSettings.build({"max_distance": options.max_distance})
+    inspector = stages.Inspector(run, benchmark)
     image = inspector.choose(0)
-    sides = (("query", 0), ("database", image))
 
-    def compare() -> inspection.Pair:
-        return inspector.pair(0, image, max_distance=options.max_distance)
+    def compare() -> stages.ComparedPair:
+        return inspector.pair(0, image, settings)
 
     pair = compare()
-    found = pair.found.verification
 
     def draw() -> None:
-        axes = matching.inspection(
-            *(inspector.image(*side) for side in sides),
-            *(pair.query, pair.database, pair.found.matches, found.inliers),
-            homography=found.homography,
-        )
+        axes = viz.inspected_matches(inspector, 0, image, pair, viz.Layers())
         axes.figure.savefig(io.BytesIO(), format="png", pil_kwargs={"compress_level": 1})
         plt.close(axes.figure)
 
-    def look() -> None:
-        inspector.looks.clear()
-        inspector.look("query", 0)
+    def run_network() -> None:
+        inspector.selections.clear()
+        inspector.selection("query", 0)
 
     print(f"{len(pair.query)} x {len(pair.database)} features, {pair.sentence()}")
-    ways = {"matching and verification": compare, "drawing": draw, "a pass of the network": look}
-    for name, work in ways.items():
-        times = spent(work, options.turns)
+    parts = {
+        "matching and verification": compare,
+        "drawing": draw,
+        "a pass of the network": run_network,
+    }
+    for name, work in parts.items():
+        times = milliseconds(work, options.turns)
         print(f"{name:<26} median {np.median(times):6.0f} ms, at most {times.max():6.0f} ms")
 
 

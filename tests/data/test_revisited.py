@@ -407,3 +407,19 @@ def test_a_data_set_as_input_is_stamped_without_reading_its_images(tmp_path):
     dataset.database_paths[0].write_text("another image")
     assert as_input.stamp() != stamp
     assert as_input.fingerprint() != dataset.fingerprint  # the latter was computed before
+
+
+def test_relevance_reads_the_ground_truth():
+    truth = revisited.GroundTruth(
+        name="hand",
+        database=list("abcde"),
+        queries=["q", "r"],
+        boxes=np.zeros((2, 4)),
+        easy=[np.array([3]), np.array([], int)],
+        hard=[np.array([0, 1]), np.array([4])],
+        junk=[np.array([4]), np.array([], int)],
+    )
+    labels = revisited.relevance_labels(truth, 0, np.array([4, 3, 2, 1, 0]))
+    assert labels == ["junk", "easy", "negative", "hard", "hard"]
+    assert revisited.relevance_labels(truth, 1, [4, 3]) == ["hard", "negative"]
+    assert revisited.relevance_labels(truth, 1, []) == []

@@ -304,12 +304,12 @@ def test_a_launch_from_a_notebook(images, run):
         f"import sys\nsys.path.insert(0, {str(TOP / 'tests')!r})\n%matplotlib inline\n"
         "from dataclasses import replace\nfrom pathlib import Path\nimport torch\n"
         "from tests.training_runs import MACHINE, SETTINGS\n"
-        "from vitgal.viz import widgets as explore\n"
+        "from vitgal.viz import live_curves\n"
         "from vitgal.stages import train as training",
         "torch.set_num_threads(2)\nx = torch.randn(2000, 500)\nprint((x @ x.T).relu().shape)",
         f"folder = training.fit_retrieval(Path({str(run)!r}), replace(SETTINGS, batch_size=2), "
         f"replace(MACHINE, num_processes=2), image_folder=Path({str(images)!r}), "
-        "watch=explore.live_curves())",
+        "watch=live_curves())",
         "print(len(training.read_log(folder)))",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])

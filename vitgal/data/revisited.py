@@ -100,6 +100,26 @@ def labelled(ground_truth: GroundTruth) -> list[np.ndarray]:
     return _images_with_labels(ground_truth, {"all": LABELS}, "all")
 
 
+def relevance_labels(ground_truth: GroundTruth, query: int, images: Sequence[int]) -> list[str]:
+    """Returns the labels of some database images for one query.
+
+    Args:
+        ground_truth: of the data set.
+        query: index of the query.
+        images: database indices.
+    Returns:
+        "easy", "hard", "junk" or "negative" (in no list) for each image.
+    Raises:
+        IndexError: there is no such query.
+    """
+    labels = {
+        int(index): label
+        for label in ("junk", "hard", "easy")
+        for index in getattr(ground_truth, label)[query]
+    }
+    return [labels.get(int(image), "negative") for image in images]
+
+
 def _images_with_labels(
     ground_truth: GroundTruth, labels: dict[str, tuple[str, ...]], protocol: str
 ) -> list[np.ndarray]:

@@ -1,21 +1,28 @@
-"""Where a notebook keeps its figures besides showing them."""
+"""The folder that a notebook saves its figures to."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from vitgal.settings.sections import ShowSettings
-from vitgal.viz.style import keep
+from vitgal.viz.style import save_figure
 
 
 @dataclass(frozen=True)
 class FigureFolder:
-    """A folder that figures are written to where `save_figures` says so."""
+    """A folder that figures are written to where `show.save_figures` is set."""
 
     folder: Path
     show: ShowSettings
 
-    def keep(self, drawing: Any, name: str) -> None:
-        """Writes a figure, or the figure of some axes, as `<name>.<figure_format>`."""
-        folder = self.folder if self.show.save_figures else None
-        keep(drawing, folder, name, self.show.figure_format)
+    def keep(self, drawing: Axes | np.ndarray | Figure, name: str) -> None:
+        """Writes a figure, or the figure of some axes, as `<name>.<figure_format>`.
+
+        To be called before the figure is shown. Raises ValueError for an unknown format.
+        """
+        if self.show.save_figures:
+            axes = drawing.axes[0] if isinstance(drawing, Figure) else drawing
+            save_figure(axes, self.folder / f"{name}.{self.show.figure_format}")

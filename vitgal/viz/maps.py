@@ -1,4 +1,4 @@
-"""Maps over photographs: attention, reconstruction, dropped features."""
+"""Maps over photographs: attention, reconstruction error, dropped features."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -12,224 +12,208 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
 from vitgal.features.local import LocalFeatures
-from vitgal.viz.style import (
-    DROPPED,
-    DROPPED_BY,
-    HEAT,
-    INLIER,
-    INLIER_EDGE,
-    PANELS,
-    STYLE,
-    Image,
-    _bare,
-    _only_says,
-    _outlined,
-    _photograph,
-    _pixels,
-    _say,
-    _shrink,
-    _span,
-    _tighten,
+from vitgal.viz.drawing import (
+    ImageSource,
+    draw_photograph,
+    hide_frame,
+    outlined,
+    pixel_extent,
+    read_pixels,
+    sentence_figure,
+    shrink,
+    tighten,
+    write_sentence,
 )
-from vitgal.viz.training_curves import _curves, _present
+from vitgal.viz.style import (
+    DROPPED_COLOURS,
+    HEAT_MAP,
+    INLIER_COLOUR,
+    INLIER_EDGE_COLOUR,
+    STYLE,
+)
+from vitgal.viz.training import PANELS, draw_curves, filled_columns
 
 
-def _maps(maps: Sequence[np.ndarray], count: int, name: str) -> list[np.ndarray]:
-    """Maps (h, w), one a photograph, finite and not empty."""
-    maps = [np.asarray(one, dtype=float) for one in maps]
-    if len(maps) != count:
-        raise ValueError(f"{len(maps)} {name} for {count} images: give one each")
-    for one in maps:
-        if one.ndim != 2 or not one.size or not np.isfinite(one).all():
-            raise ValueError(f"{name} must be (h, w), finite and not empty, not {one.shape}")
-    return maps
-
-
-def _percentiles(maps: Sequence[np.ndarray], cut: float) -> Normalize:
-    """One colour scale for several maps, without the lowest and highest `cut` percent."""
-    values = np.concatenate([one.ravel() for one in maps])
+def percentile_range(maps: Sequence[np.ndarray], cut: float) -> Normalize:
+    """Returns one colour range for maps of any shape, without the lowest and highest `cut` %."""
+    values = np.concatenate([heat.ravel() for heat in maps])
     low, high = np.percentile(values, (cut, 100 - cut))
     return Normalize(low, high if high > low else low + 1)
 
 
-def _heat(axes: Axes, image: np.ndarray, heat: np.ndarray, norm: Normalize, inches: float) -> None:
-    """A map of patches over the photograph in grey; the map spans the whole photograph."""
-    grey = cv2.cvtColor(_shrink(image, inches), cv2.COLOR_RGB2GRAY)
-    axes.imshow(grey, extent=_span(image), cmap="gray", vmin=0, vmax=255)
-    style = {"cmap": HEAT, "norm": norm, "alpha": 0.6, "interpolation": "nearest"}
-    axes.imshow(heat, extent=_span(image), **style)
-    _bare(axes)
+def mix_heat(picture: np.ndarray, heat: np.ndarray, box: Sequence[int]) -> np.ndarray:
+    """Mixes a map into one box of a grey copy of a photograph.
 
-
-def _heat_bar(cells: Sequence[Axes], norm: Normalize, label: str) -> None:
-    """The scale of the maps, beside them all; the photographs stay where they are."""
-    bar = cells[0].figure.colorbar(
-        ScalarMappable(norm, HEAT), ax=cells, extend="max", aspect=25, pad=0.02, panchor=False
+    Args:
+        picture: (H, W, 3) uint8 RGB.
+        heat: (h, w) >= 0, drawn relative to its peak.
+        box: (x0, y0, x1, y1) in pixels of the photograph, which the map spans.
+    Returns:
+        (H, W, 3) uint8 RGB.
+    Raises:
+        ValueError: the map is not (h, w) and finite.
+    """
+    (heat,) = _check_maps([heat], 1, "attention maps")
+    x0, y0, x1, y1 = box
+    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
+    picture = np.repeat(grey[:, :, None], 3, axis=2)
+    levels = cv2.resize(
+        heat / (heat.max() or 1.0), (x1 - x0, y1 - y0), interpolation=cv2.INTER_NEAREST
     )
-    bar.outline.set_visible(False)
-    bar.set_label(label)
+    colours = (plt.get_cmap(HEAT_MAP)(levels)[..., :3] * 255).astype(np.uint8)
+    picture[y0:y1, x0:x1] = cv2.addWeighted(picture[y0:y1, x0:x1], 0.4, colours, 0.6, 0)
+    return picture
 
 
 def reconstruction_error(
     log: pd.DataFrame,
-    images: Sequence[Image] = (),
+    images: Sequence[ImageSource] = (),
     errors: Sequence[np.ndarray] = (),
     *,
     width: float = 10.0,
 ) -> np.ndarray:
-    """The autoencoder's reconstruction error over the steps, and where in photographs it is large.
+    """Draws the autoencoder's reconstruction error over the steps, and its maps over photographs.
 
-    log: rows of log.jsonl with `step`, `reconstruction`, `val_reconstruction`. images, errors: per
-    photograph the error (h, w) of each token, row by row, spanning the photograph; all maps share
-    one scale, from the 1st to the 99th percentile. Returns the axes: the curves, then the
-    photographs, then their maps. A log without values says so; no images: curves alone. Raises
-    ValueError for maps that are not (h, w) and finite.
+    Args:
+        log: rows of log.jsonl with `step`, `reconstruction`, `val_reconstruction`.
+        images: photographs; none: the curves alone.
+        errors: per photograph the error (h, w) of each token, row by row, spanning the photograph.
+            All maps share one colour range, from the 1st to the 99th percentile.
+        width: of the figure, in inches.
+    Returns:
+        The axes: the curves, then the photographs, then their maps. A log without values says so.
+    Raises:
+        ValueError: the maps are not (h, w) and finite, or their number differs from the images'.
     """
-    pictures = [_pixels(image) for image in images]
-    errors = _maps(errors, len(pictures), "error maps")
+    pictures = [read_pixels(image) for image in images]
+    errors = _check_maps(errors, len(pictures), "error maps")
     columns = PANELS["reconstruction error"]
-    known = _present(log, columns)
     ratios = [1.4] + [1.0] * len(pictures)
     with plt.rc_context(STYLE):
         size = (width if pictures else width / 2, 3.1)
         figure = plt.figure(figsize=size, layout="constrained")
         grid = figure.add_gridspec(2, len(ratios), width_ratios=ratios)
         curves = figure.add_subplot(grid[:, 0])
-        if known:
-            _curves(curves, log, columns, percent=False)
+        if filled_columns(log, columns):
+            draw_curves(curves, log, columns, percent=False)
             curves.set_title("reconstruction error", loc="left")
         else:
-            _say(curves, "the log holds no\nreconstruction error")
+            write_sentence(curves, "the log holds no\nreconstruction error")
         cells = [figure.add_subplot(grid[row, i]) for row in (0, 1) for i in range(1, len(ratios))]
         if pictures:
-            norm, inches = _percentiles(errors, 1), width / sum(ratios)
+            norm, inches = percentile_range(errors, 1), width / sum(ratios)
             for index, (picture, error) in enumerate(zip(pictures, errors, strict=True)):
-                _photograph(cells[index], picture, inches)
-                _heat(cells[len(pictures) + index], picture, error, norm, inches)
-            _heat_bar(cells, norm, "squared error per token")
+                draw_photograph(cells[index], picture, inches)
+                _draw_heat(cells[len(pictures) + index], picture, error, norm, inches)
+            _add_heat_bar(cells, norm, "squared error per token")
     return np.array([curves, *cells])
 
 
 def attention_maps(
-    images: Image | Sequence[Image],
+    images: ImageSource | Sequence[ImageSource],
     before: np.ndarray | Sequence[np.ndarray],
     after: np.ndarray | Sequence[np.ndarray],
     *,
-    names: tuple[str, str] = ("backbone", "autoencoder"),
     width: float = 8.0,
 ) -> np.ndarray:
-    """Class attention before and after the autoencoder as heat over each photograph.
+    """Draws the class attention before and after the autoencoder over each photograph.
 
-    images: one photograph or several. before, after: (h, w) each (or one a photograph): the
-    attention that the class token pays to each token, summed or averaged over heads. Each map is
-    divided by its mean: 1 = what every token would get if all got the same. One scale for all, cut
-    at the 99th percentile. Returns the axes (photographs, 3). No photograph: one axes that says
-    so. Raises ValueError for maps that are not (h, w), finite, and of one number with the images.
+    Each map is divided by its mean: 1 = what every token would get if all got the same. All maps
+    share one colour range, cut at the 99th percentile.
+
+    Args:
+        images: one photograph or several.
+        before, after: (h, w), one a photograph: the attention that the class token pays to each
+            token, summed or averaged over heads, of the backbone and of the autoencoder.
+        width: of the figure, in inches.
+    Returns:
+        The axes (photographs, 3); a sentence where there is no photograph.
+    Raises:
+        ValueError: the maps are not (h, w) and finite, or their number differs from the images'.
     """
     if isinstance(images, str | os.PathLike | np.ndarray):
         images, before, after = [images], [before], [after]
-    pictures = [_pixels(image) for image in images]
-    first, second = (_maps(maps, len(pictures), "attention maps") for maps in (before, after))
+    pictures = [read_pixels(image) for image in images]
+    before, after = (
+        [heat / (heat.mean() or 1.0) for heat in _check_maps(maps, len(pictures), "attention maps")]
+        for maps in (before, after)
+    )
     with plt.rc_context(STYLE):
         if not pictures:
-            return np.array([[_only_says("no photographs", width=width / 2)]])
-        first, second = ([one / (one.mean() or 1.0) for one in maps] for maps in (first, second))
-        norm = Normalize(0, _percentiles(first + second, 1).vmax)
-        axes, inches = _photograph_rows(pictures, 3, width)
-        for index, (row, picture) in enumerate(zip(axes, pictures, strict=True)):
-            _photograph(row[0], picture, inches)
-            _heat(row[1], picture, first[index], norm, inches)
-            _heat(row[2], picture, second[index], norm, inches)
-        for cell, title in zip(axes[0], ("photograph", *names), strict=True):
+            return np.array([[sentence_figure("no photographs", width=width / 2)]])
+        norm = Normalize(0, percentile_range(before + after, 1).vmax)
+        inches = 0.88 * width / 3  # the colour bar takes the rest
+        heights = [min(1.4, picture.shape[0] / picture.shape[1]) * inches for picture in pictures]
+        figure, axes = plt.subplots(
+            *(len(pictures), 3),
+            figsize=(width, sum(heights) + 0.06 * len(heights) + 0.25),
+            height_ratios=heights,
+            squeeze=False,
+            layout="constrained",
+        )
+        tighten(figure)
+        for row, picture, *maps in zip(axes, pictures, before, after, strict=True):
+            draw_photograph(row[0], picture, inches)
+            for cell, heat in zip(row[1:], maps, strict=True):
+                _draw_heat(cell, picture, heat, norm, inches)
+        for cell, title in zip(axes[0], ("photograph", "backbone", "autoencoder"), strict=True):
             cell.set_title(title)
-        _heat_bar(list(axes.flat), norm, "attention / mean attention")
+        _add_heat_bar(list(axes.flat), norm, "attention / mean attention")
     return axes
 
 
-def _photograph_rows(
-    pictures: Sequence[np.ndarray], columns: int, width: float
-) -> tuple[np.ndarray, float]:
-    """Axes (photographs, columns), rows as high as their photograph needs; a column's inches."""
-    inches = 0.88 * width / columns  # a scale beside them takes the rest
-    heights = [min(1.4, picture.shape[0] / picture.shape[1]) * inches for picture in pictures]
-    figure, axes = plt.subplots(
-        *(len(pictures), columns),
-        figsize=(width, sum(heights) + 0.06 * len(heights) + 0.25),
-        height_ratios=heights,
-        squeeze=False,
-        layout="constrained",
-    )
-    _tighten(figure)
-    return axes, inches
-
-
-def _heated(picture: np.ndarray, heat: np.ndarray, box: Sequence[int]) -> np.ndarray:
-    """A photograph with a map over one box of it, mixed into a grey copy as `_heat` draws it."""
-    (heat,) = _maps([heat], 1, "attention maps")
-    x0, y0, x1, y1 = box
-    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
-    picture = np.repeat(grey[:, :, None], 3, axis=2)
-    shares = cv2.resize(
-        heat / (heat.max() or 1.0), (x1 - x0, y1 - y0), interpolation=cv2.INTER_NEAREST
-    )
-    colours = (plt.get_cmap(HEAT)(shares)[..., :3] * 255).astype(np.uint8)
-    picture[y0:y1, x0:x1] = cv2.addWeighted(picture[y0:y1, x0:x1], 0.4, colours, 0.6, 0)
-    return picture
-
-
-def _crosses(axes: Axes, points: np.ndarray) -> None:
-    """Small marks at features that were dropped; points: (N, 2) inches."""
-    style = {"color": DROPPED, "markersize": 3.2, "markeredgewidth": 0.8}
-    (marks,) = axes.plot(*points.T, "x", scalex=False, scaley=False, zorder=2, **style)
-    marks.set_path_effects(_outlined("black", 1.6))
-
-
 def attention_heads(
-    image: Image,
+    image: ImageSource,
     attention: Mapping[float, np.ndarray],
     scores: Mapping[float, np.ndarray],
     *,
     box: Sequence[int] | None = None,
-    scales: Sequence[float] | None = None,
     width: float = 10.0,
 ) -> np.ndarray:
-    """The class attention of every head at every scale, and the score that they make together.
+    """Draws the class attention of every head at every scale, and the score of all heads.
 
-    attention: scale -> (heads, h, w), each head over its peak. scores: scale -> (h, w), of mean 1.
-    box: what of the photograph was given to the network, None: all. scales: the rows; None: all.
-    Every map is drawn over its own peak. Returns the axes (scales, 1 + heads), the scores first. No
-    scale: one axes that says so. Raises ValueError for maps that are not finite.
+    Every map is drawn relative to its own peak.
+
+    Args:
+        image: the photograph.
+        attention: scale -> (heads, h, w).
+        scores: scale -> (h, w).
+        box: (x0, y0, x1, y1), the pixels of the photograph that the network saw; None: all.
+        width: of the figure, in inches.
+    Returns:
+        The axes (scales, 1 + heads), the scores first; a sentence where there is no scale.
+    Raises:
+        ValueError: a map is not finite.
     """
-    scales = list(attention) if scales is None else list(scales)
-    picture = _pixels(image)
+    picture = read_pixels(image)
     if box is not None:
         x0, y0, x1, y1 = (int(side) for side in box)
         picture = picture[y0:y1, x0:x1]
     with plt.rc_context(STYLE):
-        if not scales:
-            return np.array([[_only_says("no scale", width=width / 2)]])
-        columns = 1 + len(attention[scales[0]])
+        if not attention:
+            return np.array([[sentence_figure("no scale", width=width / 2)]])
+        columns = 1 + len(next(iter(attention.values())))
         inches = width / columns
         height = min(1.4, picture.shape[0] / picture.shape[1]) * inches
-        size = (width, len(scales) * (height + 0.08) + 0.3)
+        size = (width, len(attention) * (height + 0.08) + 0.3)
         figure, axes = plt.subplots(
-            len(scales), columns, figsize=size, squeeze=False, layout="constrained"
+            len(attention), columns, figsize=size, squeeze=False, layout="constrained"
         )
-        _tighten(figure)
-        small = _shrink(picture, inches)
+        tighten(figure)
+        small = shrink(picture, inches)
         whole = (0, 0, small.shape[1], small.shape[0])
-        for row, scale in zip(axes, scales, strict=True):
-            for cell, heat in zip(row, (scores[scale], *attention[scale]), strict=True):
-                _photograph(cell, _heated(small, heat, whole), inches)
+        for row, (scale, heads) in zip(axes, attention.items(), strict=True):
+            for cell, heat in zip(row, (scores[scale], *heads), strict=True):
+                draw_photograph(cell, mix_heat(small, heat, whole), inches)
             row[0].set_ylabel(f"scale {scale:g}")
-        heads = (f"head {number}" for number in range(1, columns))
-        for cell, title in zip(axes[0], ("score: all heads", *heads), strict=True):
+        titles = ["score: all heads", *(f"head {number}" for number in range(1, columns))]
+        for cell, title in zip(axes[0], titles, strict=True):
             cell.set_title(title)
     return axes
 
 
 def dropped_features(
-    image: Image,
+    image: ImageSource,
     kept: LocalFeatures,
     dropped: LocalFeatures,
     reasons: Sequence[str],
@@ -237,31 +221,72 @@ def dropped_features(
     titles: Mapping[str, str] | None = None,
     width: float = 9.0,
 ) -> np.ndarray:
-    """The features that were kept, and those that were dropped, by reason.
+    """Draws the features that were kept, and those that were dropped, by reason.
 
-    reasons: one a dropped feature. titles: reason -> what it means, for the legend. Returns the two
-    axes, kept and dropped. Raises ValueError for another number of reasons than of features.
+    Args:
+        image: the photograph.
+        kept, dropped: its features.
+        reasons: one a dropped feature.
+        titles: reason -> its meaning, for the legend.
+        width: of the figure, in inches.
+    Returns:
+        The two axes, kept and dropped.
+    Raises:
+        ValueError: the number of reasons differs from that of dropped features.
     """
     reasons = np.asarray(reasons, dtype=str)
     if reasons.shape != (len(dropped),):
         raise ValueError(f"{len(dropped)} dropped features, but {reasons.shape} reasons")
-    picture = _pixels(image)
+    picture = read_pixels(image)
     with plt.rc_context(STYLE):
         height = width / 2 * min(1.3, picture.shape[0] / picture.shape[1])
         figure, axes = plt.subplots(1, 2, figsize=(width, height + 0.6), layout="constrained")
         for panel in axes:
-            _photograph(panel, picture, width / 2)
+            draw_photograph(panel, picture, width / 2)
         style = {"markersize": 3.5, "scalex": False, "scaley": False}
-        axes[0].plot(*kept.original_keypoints().T, "o", color=INLIER, mec=INLIER_EDGE, **style)
+        inlier = {"color": INLIER_COLOUR, "markeredgecolor": INLIER_EDGE_COLOUR}
+        axes[0].plot(*kept.original_keypoints().T, "o", **inlier, **style)
         axes[0].set_title(f"{len(kept)} kept")
         axes[1].set_title(f"{len(dropped)} dropped")
         points = dropped.original_keypoints()
-        for name, marker, colour in zip(sorted(set(reasons)), "x+1", DROPPED_BY, strict=False):
+        for name, marker, colour in zip(sorted(set(reasons)), "x+1", DROPPED_COLOURS, strict=False):
             label = f"{(reasons == name).sum()}: {(titles or {}).get(name, name)}"
             (marks,) = axes[1].plot(
                 *points[reasons == name].T, marker, color=colour, label=label, **style
             )
-            marks.set_path_effects(_outlined("black", 2.2))
+            marks.set_path_effects(outlined("black", 2.2))
         if len(dropped):
             figure.legend(loc="outside lower right")
     return axes
+
+
+def _check_maps(maps: Sequence[np.ndarray], count: int, name: str) -> list[np.ndarray]:
+    """Maps (h, w), one a photograph, finite and not empty."""
+    maps = [np.asarray(heat, dtype=float) for heat in maps]
+    if len(maps) != count:
+        raise ValueError(f"{len(maps)} {name} for {count} images: give one each")
+    for heat in maps:
+        if heat.ndim != 2 or not heat.size or not np.isfinite(heat).all():
+            raise ValueError(f"{name} must be (h, w), finite and not empty, not {heat.shape}")
+    return maps
+
+
+def _draw_heat(
+    axes: Axes, image: np.ndarray, heat: np.ndarray, norm: Normalize, inches: float
+) -> None:
+    """A map of tokens over a grey copy of the photograph, which it spans."""
+    grey = cv2.cvtColor(shrink(image, inches), cv2.COLOR_RGB2GRAY)
+    extent = pixel_extent(image)
+    axes.imshow(grey, extent=extent, cmap="gray", vmin=0, vmax=255)
+    style = {"cmap": HEAT_MAP, "norm": norm, "alpha": 0.6, "interpolation": "nearest"}
+    axes.imshow(heat, extent=extent, **style)
+    hide_frame(axes)
+
+
+def _add_heat_bar(cells: Sequence[Axes], norm: Normalize, label: str) -> None:
+    """The colour bar of the maps, beside them all; the photographs stay where they are."""
+    bar = cells[0].figure.colorbar(
+        ScalarMappable(norm, HEAT_MAP), ax=cells, extend="max", aspect=25, pad=0.02, panchor=False
+    )
+    bar.outline.set_visible(False)
+    bar.set_label(label)

@@ -9,8 +9,8 @@ import numpy as np
 from vitgal.data.photographs import PhotographError, read_upright
 from vitgal.settings import RerankingSettings
 from vitgal.stages.own import Photographs, SearchResult, find_query, search_folder
+from vitgal.viz.controls import LABELLED, WIDE, FigureOutput, refill, unobserved
 from vitgal.viz.photographs import pair_figure, ranking_figure, reduce_image
-from vitgal.viz.widgets import LABELLED, WIDE, Screen, refill, unobserved
 
 PREVIEW = 480  # pixels, the longer side of the photograph on which a box is drawn
 LISTED = 50  # photographs that can be chosen for their matches
@@ -47,7 +47,7 @@ class PhotographBrowser:
             description="search with this box", button_style="primary", layout=WIDE
         )
         self.partner = widgets.Dropdown(options=[], description="matches with", **LABELLED)
-        self.ranking, self.pair = Screen(), Screen()
+        self.ranking, self.pair = FigureOutput(), FigureOutput()
         self._open_query(box)
         self._connect()
         self.ranking.draw(self._search)
@@ -77,7 +77,7 @@ class PhotographBrowser:
         try:
             image = read_upright(find_query(self.photographs, self.query.value)[1])
         except PhotographError as error:
-            self.ranking.show([], str(error), failed=True)
+            self.ranking.show_error(str(error))
             return
         height, width = image.shape[:2]
         x0, y0, x1, y1 = (0, 0, width, height) if box is None else map(int, box)

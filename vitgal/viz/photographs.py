@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 
 from vitgal.data.photographs import read_upright
 from vitgal.stages.own import SearchResult
-from vitgal.viz import matching, rankings
+from vitgal.viz.galleries import QueryImage, RankedImage, stacked_rankings
+from vitgal.viz.matching import MatchedImage, match_lines
 
 THUMBNAIL = 1200  # pixels, the longer side of a photograph in a ranking
 
@@ -34,7 +35,7 @@ def _thumbnail(path: Path) -> np.ndarray:
 def ranking_figure(result: SearchResult, *, columns: int = 7) -> np.ndarray:
     """Draws the query with the first photographs by similarity, and below after reranking.
 
-    Returns the axes (2, 1 + columns), as `two_rankings` does.
+    Returns the axes (2, 1 + columns).
     """
     image, factor = reduce_image(read_upright(result.path), THUMBNAIL)
     box = None if result.box is None else [side * factor for side in result.box]
@@ -44,14 +45,17 @@ def ranking_figure(result: SearchResult, *, columns: int = 7) -> np.ndarray:
         name: _thumbnail(result.photographs.path(name))
         for name in {*before["photograph"], *after["photograph"]}
     }
-    return rankings.two_rankings(
-        image,
-        box,
-        [(thumbnails[row.photograph], _similarity(row)) for row in before.itertuples()],
-        [(thumbnails[row.photograph], _inliers(row)) for row in after.itertuples()],
-        query_title=result.query,
-        columns=columns,
-    )
+    rankings = {
+        "by similarity": [
+            RankedImage(row.photograph, thumbnails[row.photograph], caption=_similarity(row))
+            for row in before.itertuples()
+        ],
+        "by inliers": [
+            RankedImage(row.photograph, thumbnails[row.photograph], caption=_inliers(row))
+            for row in after.itertuples()
+        ],
+    }
+    return stacked_rankings(QueryImage(image, box, result.query), rankings, columns=columns)
 
 
 def _similarity(row: Any) -> str:
@@ -66,18 +70,9 @@ def _inliers(row: Any) -> str:
 def pair_figure(result: SearchResult, name: str, *, max_lines: int = 60) -> Axes:
     """Draws the query and one photograph with their matches; returns the axes."""
     query, (features, pair) = result.description.features, result.pair(name)
-    homography = pair.verification.homography
-    if homography is not None:
-        homography = matching.homography_to_pixels(homography, query, features)
-    return matching.matches(
-        read_upright(result.path),
-        read_upright(result.photographs.path(name)),
-        query.original_keypoints(),
-        features.original_keypoints(),
-        pair.matches,
-        pair.verification.inliers,
-        homography=homography,
-        box=result.box,
+    return match_lines(
+        MatchedImage(read_upright(result.path), query, result.query),
+        MatchedImage(read_upright(result.photographs.path(name)), features, name),
+        pair,
         max_lines=max_lines,
-        titles=(result.query, name),
     )

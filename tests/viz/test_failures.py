@@ -1,0 +1,110 @@
+"""The table of failures and the figure that explains one, on rankings written by hand."""
+
+import dataclasses
+import shutil
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from tests.viz.tiny_run import ranking_of, truth_of
+from vitgal import runs
+from vitgal.retrieval.ranking import Ranking
+from vitgal.viz import failures
+
+
+def test_failure_table_by_hand(failing):
+    table = failures.failure_table(*failing, protocol="medium")
+    # Medium without the junk c: d b a, then b d a. AP by trapezoids: (0 + 1/2)/4 + (1/2 + 2/3)/4
+    # and (1 + 1)/4 + (1/2 + 2/3)/4.
+    assert table.index.tolist() == [0, 1]
+    first = table.loc[0]
+    assert first["before"] == pytest.approx(5 / 12, abs=1e-12)
+    assert first["after"] == pytest.approx(19 / 24, abs=1e-12)
+    assert first["change"] == pytest.approx(3 / 8, abs=1e-12)
+    assert (first["query"], first["positives"], first["worst"], first["worst_rank"]) == (
+        *("q", 2, "a", 3),
+    )
+    assert table.loc[1, ["after", "worst", "worst_rank"]].isna().all()
+
+
+def test_failure_table_without_reranking_and_with_wrong_names(failing):
+    run, benchmark = failing
+    shutil.rmtree(run / "tiny" / "rerank")
+    table = failures.failure_table(run, benchmark, "miss")
+    assert table.loc[0, "after"] == table.loc[0, "before"] == pytest.approx(5 / 12, abs=1e-12)
+    assert table.loc[0, "change"] == 0
+    with pytest.raises(ValueError, match="by is 'worst'; .* ap, change, miss"):
+        failures.failure_table(run, benchmark, "worst")
+    with pytest.raises(ValueError, match="unknown protocol 'soft'"):
+        failures.failure_table(run, benchmark, protocol="soft")
+    shutil.rmtree(run / "tiny" / "global")
+    with pytest.raises(runs.StageError, match="04_global_evaluation first"):
+        failures.failure_table(run, benchmark)
+
+
+@pytest.mark.parametrize("by, order", [("ap", [1, 0]), ("change", [1, 0]), ("miss", [0, 1])])
+def test_failure_table_starts_with_the_greatest_failure(failing, by, order):
+    # Query r: a b c d both times, d easy, a and b junk: d is second, AP (0 + 1/2) / 2 = 1/4, no
+    # change. Query q: 5/12, then 19/24, its last positive third.
+    run, benchmark = failing
+    truth = truth_of(2)
+    truth.easy[1], truth.junk[1] = np.array([3]), np.array([0, 1])
+    for name, variant in (("global", None), ("rerank", "medium")):
+        stored = np.array(Ranking.load(run / "tiny" / name, variant).order)
+        ranking_of(stored, truth).save(run / "tiny" / name, variant)
+    benchmark = dataclasses.replace(benchmark, ground_truth=truth)
+    table = failures.failure_table(run, benchmark, by)
+    assert table["worst_rank"].to_dict() == {0: 3, 1: 2}
+    assert table.loc[1, "after"] == 0.25
+    assert table.index.tolist() == order
+
+
+def test_failure_figure_says_what_moved_and_why(failing):
+    figure = failures.failure_figure(*failing, 0, protocol="medium", columns=4)
+    lines = [text.get_text() for text in figure.findobj(plt.Text)]
+    # Captions: rank and similarity; rank, origin, inliers of matches; junk without a rank.
+    for wanted in ("1   0.90", "–   0.80", "1 ▲2   9/9", "2 ▼1   0/3", "3 =   0/0"):
+        assert wanted in lines, lines
+    assert "up past 1 with fewer inliers" in lines
+    assert "fewer than 5 matches count as no inlier; down, 1 with more inliers pass" in lines
+    assert "no local features, so no inlier" in lines
+
+
+def test_failure_figure_without_reranking_has_one_row(failing):
+    run, benchmark = failing
+    shutil.rmtree(run / "tiny" / "rerank")
+    figure = failures.failure_figure(run, benchmark, 0, columns=4)
+    lines = [text.get_text() for text in figure.findobj(plt.Text)]
+    assert {"1   0.90", "ranking", "rank"} <= set(lines)
+    assert not {"before", "after", "rank before", "why", "inliers"} & set(lines)
+
+
+def test_failure_figure_of_a_query_without_positives(failing):
+    figure = failures.failure_figure(*failing, 1, columns=4)
+    assert "not on the short list: nothing verified" in [
+        text.get_text() for text in figure.findobj(plt.Text)
+    ]
+
+
+@pytest.mark.parametrize("query", [2, -1])
+def test_failure_figure_of_an_unknown_query_states_the_range(failing, query):
+    with pytest.raises(ValueError, match=rf"query_index {query}: tiny has the queries 0 to 1"):
+        failures.failure_figure(*failing, query)
+
+
+def test_failure_figure_opens_a_run_of_its_own_benchmark_by_name(failing, tmp_path):
+    run, _ = failing
+    (run / "data").mkdir()
+    (tmp_path / "jpg").rename(run / "data" / "jpg")
+    shutil.copytree(run / "data", run / "data" / "benchmark")
+    shutil.move(tmp_path / "gnd_tiny.pkl", run / "data" / "benchmark")
+    assert failures.failure_table(run, "tiny").loc[0, "query"] == "q"
+
+
+def test_failures_of_the_global_ranking_alone(failing):
+    run, benchmark = failing
+    table = failures.failure_table(run, benchmark, reranked=False)
+    assert table.loc[0, "after"] == table.loc[0, "before"] == pytest.approx(5 / 12, abs=1e-12)
+    figure = failures.failure_figure(run, benchmark, 0, columns=4, reranked=False)
+    assert "why" not in [text.get_text() for text in figure.findobj(plt.Text)]

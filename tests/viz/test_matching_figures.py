@@ -1,0 +1,181 @@
+"""Keypoints, matches and inliers on photographs."""
+
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+
+from tests.viz.drawn_samples import features, picture, texts
+from vitgal.features.local import LocalFeatures
+from vitgal.retrieval.pairs import PairInspection
+from vitgal.retrieval.verification import Verification
+from vitgal.viz import matching
+from vitgal.viz.matching import MatchedImage
+
+
+def test_keypoints_are_squares_of_a_patch():
+    drawn = features([(8, 8), (100, 50)], scales=np.array([1.0, 0.5], np.float32))
+    axes = matching.keypoints(picture(150, 240), drawn)
+    # An input pixel is half a pixel wide and one high. The first patch is the crop's corner: its
+    # 16 x 16 input pixels cover 8 x 16 pixels from the corner's edge (29.5, 39.5).
+    best, second = (path.get_extents().extents for path in axes.collections[0].get_paths()[::-1])
+    assert best == pytest.approx([29.5, 39.5, 37.5, 55.5])
+    # twice as large round (30 + 50 - 0.5, 40 + 50 - 0.5)
+    assert second == pytest.approx([79.5 - 8, 89.5 - 16, 79.5 + 8, 89.5 + 16])
+    assert axes.get_title() == "2 of 2 local features"
+    assert axes.child_axes  # the scale of the scores
+
+
+def test_keypoints_draw_the_best_and_cope_with_unknowns():
+    many = features([(8, 8), (24, 8), (40, 8)])
+    axes = matching.keypoints(picture(150, 240), many, max_keypoints=2)
+    assert axes.get_title() == "2 of 3 local features"
+    assert len(axes.collections[0].get_paths()) == 2
+    nans = np.full(3, np.nan, np.float32)
+    axes = matching.keypoints(picture(150, 240), features([(8, 8)] * 3, scores=nans, scales=nans))
+    assert axes.collections[0].get_paths()[0].get_extents().width == pytest.approx(8)
+    assert not axes.child_axes
+    axes = matching.keypoints(picture(150, 240), features([]))
+    assert axes.get_title() == "0 of 0 local features" and not axes.collections
+
+
+def test_feature_counts_are_counted():
+    counts = [0, 10, 10, 300]
+    images, by_scale = matching.feature_counts(counts, np.float32([0.7071, 0.5, 0.7071, np.nan]))
+    assert [bar.get_height() for bar in images.patches if bar.get_height()] == [1, 2, 1]
+    assert images.get_title("left") == "320 features of 4 images"
+    assert [bar.get_height() for bar in by_scale.patches] == [1, 2, 1]
+    by_scale.figure.draw_without_rendering()
+    labels = [tick.get_text() for tick in by_scale.get_xticklabels()]
+    assert labels == ["0.5", "0.7071", "nan"]
+    assert matching.feature_counts([], [])[1].get_title("left").startswith("0 features")
+
+
+def test_homography_to_pixels_agrees_with_the_keypoints():
+    rng = np.random.default_rng(0)
+    homography = np.array([[0.9, 0.1, 12], [-0.2, 1.1, 3], [1e-4, -2e-4, 1]])
+    points = rng.uniform(0, 90, (20, 2))
+    mapped = np.array([cv2.perspectiveTransform(points[None], homography)])[0, 0]
+    query = features(points)
+    database = features(mapped, input_size=(64, 96), box=(3, 0, 50, 77), image_size=(80, 60))
+    result = matching.homography_to_pixels(homography, query, database)
+    projected = cv2.perspectiveTransform(query.original_keypoints()[None].astype(float), result)[0]
+    # keypoints are float32: 1e-5 of coordinates up to 100, magnified a little
+    assert projected == pytest.approx(database.original_keypoints(), abs=1e-3)
+
+
+def points_of(image: np.ndarray, points: list, box: tuple | None = None) -> LocalFeatures:
+    """Features at these pixels of a photograph that the network saw in its own size."""
+    height, width = image.shape[:2]
+    sizes = {"input_size": (height, width), "image_size": (height, width)}
+    shifted = np.array(points, float).reshape(-1, 2) + 0.5
+    if box is not None:
+        sizes["input_size"] = (box[3] - box[1], box[2] - box[0])
+        shifted -= box[:2]
+    return features(shifted, box=box or (0, 0, width, height), **sizes)
+
+
+def compared(pairs: object, inliers: object, homography: np.ndarray | None) -> PairInspection:
+    inliers = np.array(inliers, bool)
+    verification = Verification(inliers, homography)
+    return PairInspection(np.array(pairs, int).reshape(-1, 2), verification)
+
+
+def draw_matches(homography: np.ndarray | None = None, box=None, **options) -> plt.Axes:
+    """A photograph of 100 x 50 pixels beside one of 50 x 50, at one height."""
+    first, second = picture(50, 100), picture(50, 50)
+    query = points_of(first, [[0, 0], [99, 49], [49.5, 24.5]], box)
+    database = points_of(second, [[24.5, 24.5], [0, 0]])
+    return matching.match_lines(
+        MatchedImage(first, query, "query"),
+        MatchedImage(second, database, "database image"),
+        compared([[2, 0], [1, 1]], [True, False], homography),
+        width=6.08,
+        **options,
+    )
+
+
+def test_matches_join_the_right_places():
+    axes = draw_matches(outline=False)
+    # 6 inches for 150 columns: 0.04 inches a pixel; the second photograph starts at 4.08
+    extents = [image.get_extent() for image in axes.images]
+    assert np.array(extents) == pytest.approx(np.array([[0, 4, 2, 0], [4.08, 6.08, 2, 0]]))
+    rejected, accepted = (np.array(lines.get_segments()) for lines in axes.collections)
+    assert accepted == pytest.approx(np.array([[[2, 1], [5.08, 1]]]))  # centre to centre
+    assert rejected == pytest.approx(np.array([[[3.98, 1.98], [4.1, 0.02]]]))
+    assert axes.get_title() == "1 inliers of 2 matches"
+    assert not axes.patches
+    assert texts(axes) == ["query", "database image"]
+
+
+def test_matches_project_the_box():
+    # From the input frame of the box, whose corner is (0, 0), to half its coordinates
+    halve = np.array([[0.5, 0, 5], [0, 0.5, 5], [0, 0, 1]])
+    query, database = draw_matches(halve, box=(10, 10, 50, 30)).patches
+    expected = np.array([[10, 10], [50, 10], [50, 30], [10, 30], [10, 10]]) * 0.04
+    assert query.get_xy() == pytest.approx(expected)
+    assert database.get_xy() == pytest.approx(expected / 2 + [4.08, 0])
+    axes = draw_matches(np.eye(3))
+    whole, cut = axes.patches
+    assert whole.get_xy()[2] == pytest.approx([4, 2])
+    # twice as wide as the database image: cut off at its edges
+    assert cut.get_xy()[2] == pytest.approx([8.08, 2])
+    edges = axes.transData.inverted().transform(cut.get_clip_box().corners()[[0, 3]])
+    assert np.sort(edges, axis=0) == pytest.approx(np.array([[4.08, 0], [6.08, 2]]))
+
+
+def test_matches_without_a_sensible_outline():
+    horizon = np.array([[1, 0, 0], [0, 1, 0], [-0.02, 0, 1]])  # w = 0 at x = 50
+    assert len(draw_matches(horizon).patches) == 1
+    assert len(draw_matches(np.full((3, 3), np.nan)).patches) == 1
+    assert len(draw_matches(-np.eye(3)).patches) == 2  # scale and sign are free
+    assert len(draw_matches().patches) == 1  # the query's box alone
+
+
+def test_matches_beside_a_panorama_stay_legible():
+    first, second = picture(10, 1000), picture(100, 100)
+    axes = matching.match_lines(
+        MatchedImage(first, points_of(first, []), "a"),
+        MatchedImage(second, points_of(second, []), "b"),
+        compared([], [], None),
+        width=10.08,
+    )
+    assert axes.get_title() == "0 inliers of 0 matches"
+    widths = [image.get_extent()[1] - image.get_extent()[0] for image in axes.images]
+    assert widths == pytest.approx([8, 2])  # at one height it would be 9.9 and 0.1
+    top, bottom = (image.get_extent()[2:] for image in axes.images)
+    assert sum(top) == pytest.approx(sum(bottom))  # centred on one line
+
+
+def test_matches_are_thinned_evenly_and_checked():
+    image, points = picture(50, 50), np.random.default_rng(0).uniform(0, 40, (30, 2))
+    side = MatchedImage(image, points_of(image, points), "a")
+    pairs = np.column_stack([np.arange(30)] * 2)
+    axes = matching.match_lines(side, side, compared(pairs, np.arange(30) < 20, None), max_lines=8)
+    assert [len(lines.get_segments()) for lines in axes.collections] == [8, 8]
+    assert axes.get_title() == "20 inliers (8 drawn) of 30 matches"
+    ends = [segment[0] for segment in axes.collections[1].get_segments()]
+    scale = axes.images[0].get_extent()[1] / 50
+    first, last = (points[place] + 0.5 for place in (0, 19))
+    np.testing.assert_allclose([ends[0], ends[-1]], np.array([first, last]) * scale, atol=1e-4)
+    with pytest.raises(ValueError, match="30 matches, but inliers of shape"):
+        matching.match_lines(side, side, compared(pairs, np.ones(29), None))
+
+
+def test_layers_are_drawn_on_request():
+    photo = np.full((48, 64, 3), 200, np.uint8)
+    side = MatchedImage(photo, points_of(photo, [[8, 8], [24, 24], [40, 8]]), "a")
+    pair = compared([[0, 0], [1, 1], [2, 2]], [True, True, False], np.eye(3))
+    axes = matching.match_lines(side, side, pair)
+    assert axes.get_title() == "2 inliers of 3 matches"
+    assert len(axes.patches) == 2  # the box, and its image under the homography
+    assert len(axes.collections) == 2
+    bare = matching.match_lines(side, side, pair, outline=False, rejected=False)
+    assert len(bare.patches) == 0 and len(bare.collections) == 1
+    heat = np.array([[1.0, 0.0]])
+    crossed = MatchedImage(photo, side.features, "a", dropped=side.features, heat=heat)
+    axes = matching.match_lines(crossed, side, pair)
+    (marks,) = [line for line in axes.lines if line.get_marker() == "x"]
+    assert len(marks.get_xdata()) == 3
+    heated, plain = (image.get_array() for image in axes.images)
+    assert (plain == 200).all() and not (heated == 200).any()

@@ -1,0 +1,265 @@
+"""The match inspector: any query against any database image, with the parameters of matching."""
+
+from dataclasses import dataclass, replace
+
+import ipywidgets as widgets
+from matplotlib.axes import Axes
+
+from vitgal.retrieval.verification import ESTIMATORS
+from vitgal.settings import RerankingSettings
+from vitgal.stages.inspection import ComparedPair, InspectionError, Inspector
+from vitgal.viz.controls import LABELLED, WIDE, Chooser, FigureOutput, Options, refill, unobserved
+from vitgal.viz.matching import MatchedImage, match_lines
+
+LAYERS = {"rejected matches": "rejected", "outline": "outline", "dropped features": "dropped"}
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What `inspected_matches` draws besides the inliers.
+
+    Attributes:
+        rejected: the matches that are no inliers.
+        outline: the query's box, and its image under the homography.
+        dropped: crosses at tokens that were dropped, where the network has looked.
+        attention: scale and head (from 0; None: all) of the attention map, where the network has
+            looked; None: no map.
+    """
+
+    rejected: bool = True
+    outline: bool = True
+    dropped: bool = False
+    attention: tuple[float, int | None] | None = None
+
+    @property
+    def needs_network(self) -> bool:
+        """Whether a layer is drawn that is not stored."""
+        return self.dropped or self.attention is not None
+
+
+def inspected_matches(
+    inspector: Inspector,
+    query: int,
+    image: int,
+    pair: ComparedPair,
+    layers: Layers,
+    *,
+    max_lines: int = 100,
+) -> Axes:
+    """Draws a compared pair over what the network attends to and has dropped.
+
+    Args:
+        inspector: of the run. Attention and dropped tokens are drawn of those images for which
+            `inspector.selection` has been called.
+        query, image: indices of the query and of the database image.
+        pair: both, compared.
+        layers: what is drawn besides inliers.
+        max_lines: most inliers, and most rejected matches, that are drawn.
+    Returns:
+        The axes, in inches.
+    """
+    sides = []
+    for side, features in ((("query", query), pair.query), (("database", image), pair.database)):
+        selection = inspector.selections.get(side)
+        matched = MatchedImage(inspector.image(*side), features, inspector.name(*side))
+        if selection and layers.dropped:
+            matched = replace(matched, dropped=selection.dropped)
+        if selection and layers.attention:
+            matched = replace(matched, heat=selection.heat(*layers.attention))
+        sides.append(matched)
+    outline, rejected = layers.outline, layers.rejected
+    return match_lines(*sides, pair.result, outline=outline, rejected=rejected, max_lines=max_lines)
+
+
+class MatchInspector:
+    """The controls and the picture of `inspect_matches`.
+
+    Attributes:
+        inspector: of the run.
+        settings: of matching and verification, where no control stands for them.
+        widget: what a notebook shows.
+    """
+
+    def __init__(
+        self, inspector: Inspector, query: int, image: int | None, settings: RerankingSettings
+    ) -> None:
+        self.inspector, self.settings, self.output = inspector, settings, FigureOutput()
+        names = inspector.dataset.ground_truth.queries
+        options = [(f"{index}  {name}", index) for index, name in enumerate(names)]
+        self.query = Chooser("query", options, query)
+        entries = self._candidates()
+        first = inspector.choose(query, image)
+        if first not in [value for _, value in entries]:
+            entries = [self._entry(first), *entries]
+        self.image = Chooser("image", entries, first)
+        self.other_image = widgets.Text(placeholder="or another: name or index, Enter")
+        self.other_image.continuous_update = False
+        self._make_parameters()
+        self._make_layers()
+        self._connect()
+        self.output.draw(self._draw)
+        images = widgets.HBox([*self.image.widget.children, self.other_image])
+        parameters = widgets.VBox([self.distance, self.threshold, self.count, self.estimator])
+        layers = widgets.VBox([self.hidden_scales, self.layers, self.attention, self.button])
+        controls = widgets.HBox([parameters, layers])
+        self.widget = widgets.VBox([self.query.widget, images, controls, self.output.widget])
+
+    def _candidates(self) -> Options:
+        """The query's verified images, most inliers first; others are typed in."""
+        counts = self.inspector.counts(self.query.value)
+        order = sorted(counts, key=lambda image: (-counts[image], image))
+        return [self._entry(image, f", {counts[image]} inliers") for image in order]
+
+    def _entry(self, image: int, note: str = "") -> tuple[str, int]:
+        label = self.inspector.relevance(self.query.value, image)
+        return f"{self.inspector.name('database', image)}  ({label}{note})", image
+
+    def _make_parameters(self) -> None:
+        matching, verification = self.settings.matching, self.settings.verification
+        most = self.inspector.settings.max_keypoints
+        self.distance = widgets.FloatSlider(
+            matching.max_distance, min=0, max=1.5, step=0.01, description="max_distance"
+        )
+        self.threshold = widgets.FloatSlider(
+            verification.threshold, min=0.5, max=64, step=0.5, description="threshold (px)"
+        )
+        self.count = widgets.IntSlider(
+            matching.max_keypoints or most, min=5, max=most, step=5, description="features"
+        )
+        self.estimator = widgets.Dropdown(
+            options=list(ESTIMATORS), value=verification.estimator, description="estimator"
+        )
+        for control in (self.distance, self.threshold, self.count, self.estimator):
+            control.style.description_width, control.layout = "9em", WIDE
+
+    def _make_layers(self) -> None:
+        scales = [(f"{scale:g}", scale) for scale in self.inspector.settings.scales]
+        self.hidden_scales = widgets.SelectMultiple(
+            options=scales, description="hidden scales", rows=len(scales), **LABELLED
+        )
+        self.layers = widgets.SelectMultiple(
+            options=LAYERS.items(),
+            value=("rejected", "outline"),
+            description="drawn",
+            rows=len(LAYERS),
+            **LABELLED,
+        )
+        self.attention = widgets.Dropdown(
+            options=[("none", None)], description="attention", **LABELLED
+        )
+        self.button = widgets.Button(
+            description="look with the network (one pass a photograph)", layout=WIDE
+        )
+
+    def _connect(self) -> None:
+        self.query.list.observe(self._change_query, "value")
+        self.other_image.observe(self._add_image, "value")
+        parameters = (self.distance, self.threshold, self.count, self.estimator)
+        layers = (self.hidden_scales, self.layers, self.attention)
+        for control in (self.image.list, *parameters, *layers):
+            control.observe(self._redraw, "value")
+        self.button.on_click(lambda _: self.output.redraw(self._run_network))
+
+    def _redraw(self, _: object = None) -> None:
+        self.output.redraw(self._draw)
+
+    def _change_query(self, _: object) -> None:
+        with unobserved(self.image.list, self._redraw):
+            refill(self.image.list, self._candidates())
+        self._redraw()
+
+    def _add_image(self, _: object) -> None:
+        """Adds the database image that was typed to the list and chooses it."""
+        if not self.other_image.value.strip():
+            return
+        try:
+            image = self.inspector.find(self.other_image.value.strip())
+        except InspectionError as error:
+            self.output.show_error(str(error))
+            return
+        images = self.image.list
+        if image not in [value for _, value in images.options]:
+            with unobserved(images, self._redraw):
+                images.options = [self._entry(image), *images.options]
+        if images.value == image:
+            self._redraw()
+        else:
+            images.value = image
+
+    def pair(self) -> ComparedPair:
+        """Compares the chosen pair under the parameters as the controls stand."""
+        if self.image.value is None:
+            raise InspectionError("this query has no verified image: type any database image")
+        matching = replace(
+            self.settings.matching,
+            max_distance=self.distance.value,
+            max_keypoints=self.count.value,
+        )
+        verification = replace(
+            self.settings.verification,
+            threshold=self.threshold.value,
+            estimator=self.estimator.value,
+        )
+        return self.inspector.pair(
+            *(self.query.value, self.image.value),
+            replace(self.settings, matching=matching, verification=verification),
+            hidden_scales=self.hidden_scales.value,
+        )
+
+    def _sides(self) -> tuple[tuple[str, int], tuple[str, int]]:
+        return ("query", self.query.value), ("database", self.image.value)
+
+    def _run_network(self) -> None:
+        """Computes attention and dropped tokens of both photographs and draws them."""
+        selection, _ = [self.inspector.selection(*side) for side in self._sides()]
+        if len(self.attention.options) == 1:
+            heads = len(next(iter(selection.attention.values())))
+            names = {None: "all heads"} | {head: f"head {head + 1}" for head in range(heads)}
+            maps = [
+                (f"{name}, scale {scale:g}", (scale, head))
+                for scale in selection.attention
+                for head, name in names.items()
+            ]
+            nearest = min(selection.attention, key=lambda scale: abs(scale - 1))
+            with unobserved(self.attention, self._redraw):
+                self.attention.options = [("none", None), *maps]
+                self.attention.value = (nearest, None)
+            with unobserved(self.layers, self._redraw):
+                self.layers.value = (*self.layers.value, "dropped")
+        self._draw()
+
+    def _draw(self) -> None:
+        pair, drawn = self.pair(), self.layers.value
+        print(f"{pair.sentence()}; features: {len(pair.query)} and {len(pair.database)}")
+        if self.hidden_scales.value:
+            scales = ", ".join(f"{scale:g}" for scale in self.hidden_scales.value)
+            print(
+                f"features of scale {scales} are hidden, not extracted anew: the others are those "
+                "that passed suppression beside them"
+            )
+        layers = Layers(
+            "rejected" in drawn, "outline" in drawn, "dropped" in drawn, self.attention.value
+        )
+        missing = [side for side in self._sides() if side not in self.inspector.selections]
+        if layers.needs_network and missing:
+            print("attention and dropped features of this photograph: press the button")
+        inspected_matches(self.inspector, self.query.value, self.image.value, pair, layers)
+
+
+def inspect_matches(
+    inspector: Inspector, query: int, image: int | None, settings: RerankingSettings
+) -> widgets.VBox:
+    """Shows the match inspector; a change compares stored features anew.
+
+    A button looks at both photographs with the network, once each.
+
+    Args:
+        inspector: of the run.
+        query, image: indices drawn at first; image None: the verified one of most inliers.
+        settings: of matching and verification; the controls' first values.
+    Returns:
+        The widget, which shows the first pair at once.
+    Raises:
+        InspectionError: an index does not exist, or the pair cannot be compared.
+    """
+    return MatchInspector(inspector, query, image, settings).widget
