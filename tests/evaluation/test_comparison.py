@@ -154,12 +154,12 @@ def test_other_data_is_refused(other, message):
 
 
 def test_names_are_the_shortest_that_tell_two_apart():
-    assert comparison._names("x/demo/global", "x/demo/rerank") == ("global", "rerank")
-    assert comparison._names("x/demo/global", "y/demo/global") == (
+    assert comparison._distinct_names("x/demo/global", "x/demo/rerank") == ("global", "rerank")
+    assert comparison._distinct_names("x/demo/global", "y/demo/global") == (
         "x/demo/global",
         "y/demo/global",
     )
-    assert comparison._names("x", "x") == ("x (first)", "x (second)")
+    assert comparison._distinct_names("x", "x") == ("x (first)", "x (second)")
 
 
 def test_command_prints_settings_then_results_aligned(two, capsys):

@@ -166,7 +166,7 @@ def test_distractors_rank_as_negatives():
     top = ranks[:5]
     with pytest.raises(ValueError, match="index 7, outside .*size"):
         evaluate(top, ONE)
-    assert evaluate(top, ONE, number=8)["medium"]["map"] == pytest.approx(1 / 3, abs=1e-15)
+    assert evaluate(top, ONE, database_size=8)["medium"]["map"] == pytest.approx(1 / 3, abs=1e-15)
 
 
 @pytest.mark.parametrize(

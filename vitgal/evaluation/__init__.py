@@ -15,7 +15,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "report",
             "setting_table",
         ],
-        "protocol": ["Ranking", "average_precision", "evaluate", "precision_at"],
+        "protocol": ["average_precision", "evaluate", "precision_at"],
         "scores": ["hardest", "intervals", "score_table", "scores_document"],
         "statistics": ["PairedTest", "bootstrap_interval", "paired_test", "verdict"],
         "tuning": ["Tuning", "TuningError"],

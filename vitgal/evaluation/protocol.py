@@ -1,7 +1,7 @@
-"""Scores of a ranking under the Revisited protocol, their uncertainty and their records.
+"""Scores of a ranking under the Revisited protocol.
 
 AP and mP@k are those of Radenovic et al., "Revisiting Oxford and Paris", CVPR 2018, as the code
-published with the benchmark computes them; every number equals its to 1e-12.
+published with the benchmark computes them; every number agrees with that code's to 1e-12.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,58 +12,67 @@ import numpy as np
 from vitgal.data.revisited import PROTOCOLS, GroundTruth, ignored, labelled, positives
 from vitgal.retrieval.ranking import Positions
 
-Ranking = np.ndarray | Positions
-
 
 def evaluate(
-    ranking: Ranking | Mapping[str, Ranking],
+    ranking: np.ndarray | Positions | Mapping[str, np.ndarray | Positions],
     ground_truth: GroundTruth,
     kappas: Sequence[int] = (1, 5, 10),
     *,
     truncated: bool = False,
-    number: int | None = None,
+    database_size: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Scores a ranking under the Easy, Medium and Hard protocols.
 
     Args:
         ranking: (N, Q) integers, zero-based database indices, best first, one column a query; or
-            Positions of every labelled image; or a dict protocol -> either, which is then scored
-            under its own protocol alone.
+            the Positions of all labelled images; or a dict protocol -> either, each of which is
+            scored under its own protocol only.
         kappas: the k of mP@k.
-        truncated: accept a ranking that misses labelled images; a positive that it misses counts
-            as never found, and the protocol's dict then holds "truncated": True.
-        number: the size of the database, where an array is shorter (top K of a database with
-            distractors). Without it an index must be below the larger of K and the ground truth's
-            database.
+        truncated: accepts a ranking that misses labelled images. A positive that is missing counts
+            as never found, and each protocol's dict then holds "truncated": True.
+        database_size: the number of database images, where a (K, Q) array holds fewer. The default
+            is the larger of K and the size of the ground truth's database.
     Returns:
         protocol -> {"map": float in [0, 1], "mp_at": {k: float in [0, 1]}, "ap": (Q,) float64}.
-        A query without positives has nan and counts in no mean; without any other query (no query
-        at all included) the means are nan.
+        The AP of a query without positives is nan and counts in no mean. Without any query that
+        counts the means are nan.
     Raises:
-        ValueError: an index is repeated or out of range, a labelled image is missing, shapes do
-            not fit the ground truth, or a protocol or k makes no sense.
+        ValueError: an index is repeated or out of range, a labelled image is missing, the ranking
+            does not fit the ground truth, or a protocol or k is unknown.
     """
     if not all(isinstance(k, (int, np.integer)) and k >= 1 for k in kappas):
         raise ValueError(f"kappas are whole numbers from 1 on, not {kappas}")
     if isinstance(ranking, Mapping):
-        unknown = set(ranking) - set(PROTOCOLS)
-        if unknown or not ranking:
+        if set(ranking) - set(PROTOCOLS) or not ranking:
             raise ValueError(f"rankings by protocol are for {PROTOCOLS}, not {sorted(ranking)}")
-        places = {p: _positions(r, ground_truth, truncated, number) for p, r in ranking.items()}
+        positions = {
+            protocol: _positions(one_ranking, ground_truth, truncated, database_size)
+            for protocol, one_ranking in ranking.items()
+        }
     else:
-        places = dict.fromkeys(PROTOCOLS, _positions(ranking, ground_truth, truncated, number))
-    return {p: _scores(places[p], ground_truth, p, kappas) for p in PROTOCOLS if p in places}
+        shared = _positions(ranking, ground_truth, truncated, database_size)
+        positions = dict.fromkeys(PROTOCOLS, shared)
+    return {
+        protocol: _scores(positions[protocol], ground_truth, protocol, kappas)
+        for protocol in PROTOCOLS
+        if protocol in positions
+    }
 
 
 def _positions(
-    ranking: Ranking, ground_truth: GroundTruth, truncated: bool, number: int | None
+    ranking: np.ndarray | Positions,
+    ground_truth: GroundTruth,
+    truncated: bool,
+    database_size: int | None,
 ) -> Positions:
     wanted = labelled(ground_truth)
     if not isinstance(ranking, Positions):
         ranking = np.asarray(ranking)
-        least = max(len(ranking) if ranking.ndim else 0, len(ground_truth.database))
+        if database_size is None:
+            length = len(ranking) if ranking.ndim else 0
+            database_size = max(length, len(ground_truth.database))
         return Positions.from_ranks(
-            ranking, wanted, database_size=least if number is None else number, truncated=truncated
+            ranking, wanted, database_size=database_size, truncated=truncated
         )
     if len(ranking.indices) != len(wanted) or ranking.database_size < len(ground_truth.database):
         raise ValueError(
@@ -71,31 +80,29 @@ def _positions(
             f"not belong to {ground_truth.name}: {len(wanted)} queries, "
             f"{len(ground_truth.database)} images"
         )
-    for q, (have, want) in enumerate(zip(ranking.indices, wanted, strict=True)):
-        missing = np.setdiff1d(want, have)
+    for query, (present, needed) in enumerate(zip(ranking.indices, wanted, strict=True)):
+        missing = np.setdiff1d(needed, present)
         if missing.size and not truncated:
             raise ValueError(
-                f"the positions of query {q} miss the labelled image {missing[0]}; make them from "
-                "revisited.labelled, or set truncated=True to count it as never found"
+                f"the positions of query {query} miss the labelled image {missing[0]}; make them "
+                "from revisited.labelled, or set truncated=True to count it as never found"
             )
     return ranking
 
 
 def _scores(
-    places: Positions, ground_truth: GroundTruth, protocol: str, kappas: Sequence[int]
+    positions: Positions, ground_truth: GroundTruth, protocol: str, kappas: Sequence[int]
 ) -> dict[str, Any]:
-    correct, skipped = positives(ground_truth, protocol), ignored(ground_truth, protocol)
+    correct, junk = positives(ground_truth, protocol), ignored(ground_truth, protocol)
     ap = np.full(len(correct), np.nan)
     precisions = np.full((len(correct), len(kappas)), np.nan)
-    for q, wanted in enumerate(correct):
-        if not wanted.size:
+    for query, images in enumerate(correct):
+        if not images.size:
             continue
-        index, place = places.indices[q], places.ranks[q]
-        found = np.sort(place[np.isin(index, wanted)])
-        # Ignored images are taken out of the ranking: what follows moves up.
-        found -= np.searchsorted(np.sort(place[np.isin(index, skipped[q])]), found)
-        ap[q] = average_precision(found, wanted.size)
-        precisions[q] = [precision_at(found, k) for k in kappas]
+        ranks = np.sort(positions.rank(query, images, ignored=junk[query]))
+        ranks = ranks[ranks >= 0]  # -1: never found
+        ap[query] = average_precision(ranks, images.size)
+        precisions[query] = [precision_at(ranks, k) for k in kappas]
     scored = ~np.isnan(ap)
     means = precisions[scored].mean(axis=0) if scored.any() else np.full(len(kappas), np.nan)
     result = {
@@ -103,18 +110,21 @@ def _scores(
         "mp_at": {int(k): float(mean) for k, mean in zip(kappas, means, strict=True)},
         "ap": ap,
     }
-    known = sum(index.size for index in places.indices)
-    if known < sum(index.size for index in labelled(ground_truth)):
+    ranked = sum(index.size for index in positions.indices)
+    if ranked < sum(index.size for index in labelled(ground_truth)):
         result["truncated"] = True
     return result
 
 
 def average_precision(ranks: np.ndarray, count: int) -> float:
-    """The area under the precision-recall curve by the trapezoid rule, as the benchmark defines it.
+    """Returns the area under the precision-recall curve by the trapezoid rule, as published.
 
-    ranks: (F,) rising zero-based ranks of the positives found.  count: all positives, at least 1.
-    Each positive adds the mean of the precisions just before and at its rank; before rank 0 the
-    precision is 1, so that one positive found second scores 0.25. None found: 0.
+    Each positive adds the mean of the precisions just before and at its rank. Before rank 0 the
+    precision is 1, so that a single positive at rank 1 scores 0.25.
+
+    Args:
+        ranks: (F,) rising zero-based ranks of the positives that were found; none gives 0.
+        count: the number of all positives, at least 1.
     """
     found = np.arange(ranks.size)
     before = np.divide(found, ranks, out=np.ones(ranks.size), where=ranks > 0)
@@ -123,10 +133,13 @@ def average_precision(ranks: np.ndarray, count: int) -> float:
 
 
 def precision_at(ranks: np.ndarray, k: int) -> float:
-    """The share of positives among the first `k`, or up to the last positive where that is nearer.
+    """Returns the fraction of positives among the first k, or up to the last positive if nearer.
 
-    ranks: (F,) zero-based ranks of the positives found; none: 0. The shorter list is the published
-    rule: a query with two positives, ranked first and second, has precision 1 at every k >= 2.
+    The shorter list is the published rule: a query with two positives, ranked first and second, has
+    precision 1 at every k >= 2.
+
+    Args:
+        ranks: (F,) zero-based ranks of the positives that were found; none gives 0.
     """
     if not ranks.size:  # NOTE the published code fails here (the maximum of nothing)
         return 0.0

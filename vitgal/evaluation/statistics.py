@@ -4,24 +4,33 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# How uncertainty is computed wherever nothing else is said; recorded in every scores.json
+# The defaults, which every scores.json records
 BOOTSTRAP = {"level": 0.95, "samples": 10_000, "seed": 0}
 EXACT = 16  # up to this many queries that differ, all sign flips are tried
-SIGNIFICANT = 0.05  # p-values below it are called a difference
-DRAWS = 1 << 18  # queries or signs drawn at once: they stay in the processor's cache
+SIGNIFICANT = 0.05  # systems differ where the p-value is below
+DRAWS = 1 << 18  # numbers drawn at once: they stay in the processor's cache
 
 
 def bootstrap_interval(
-    ap: np.ndarray, *, samples: int = 10_000, seed: int = 0, level: float = 0.95
+    ap: np.ndarray,
+    *,
+    samples: int = BOOTSTRAP["samples"],
+    seed: int = BOOTSTRAP["seed"],
+    level: float = BOOTSTRAP["level"],
 ) -> tuple[float, float]:
-    """A percentile bootstrap interval of the mean AP over queries drawn with replacement.
+    """Computes a percentile bootstrap interval of the mean AP over queries.
 
-    ap: (Q,) with nan for queries that do not count. For two systems give the difference of their
-    APs (`paired_test` does): queries are then drawn in pairs. Without a query (nan, nan), with one
-    that value twice. Raises ValueError for a level or a number of samples out of range.
+    Queries are drawn with replacement. Queries of one landmark resemble each other, which no
+    interval over queries accounts for: with few landmarks the true uncertainty is larger.
 
-    Queries of one landmark resemble each other, which no interval over queries knows: with few
-    landmarks the truth is wider.
+    Args:
+        ap: (Q,) floats, nan for queries that do not count. For two systems it is the difference of
+            their APs, so that queries are drawn in pairs.
+        level: confidence level in (0, 1).
+    Returns:
+        (low, high); (nan, nan) if no query counts.
+    Raises:
+        ValueError: `samples` or `level` is out of range.
     """
     values = np.asarray(ap, np.float64)
     values = values[~np.isnan(values)]
@@ -29,6 +38,8 @@ def bootstrap_interval(
         raise ValueError(f"{samples} samples at level {level}: at least 1, and between 0 and 1")
     if not values.size:
         return float("nan"), float("nan")
+    # scipy.stats.bootstrap draws the same samples but rounds the percentiles differently: the
+    # intervals in every scores.json would change in their last digits.
     generator = np.random.default_rng(seed)
     means, step = np.empty(samples), max(1, DRAWS // values.size)
     for start in range(0, samples, step):
@@ -41,11 +52,15 @@ def bootstrap_interval(
 
 @dataclass(frozen=True)
 class PairedTest:
-    """What the queries that two systems share say about the difference of their mAP.
+    """The difference of two systems' mAP over the same queries.
 
-    difference: mean of second - first, in [-1, 1]; low, high: its paired bootstrap interval.
-    p_value: how often a difference as large arises where each query's sign is tossed; exact: all
-    tosses were tried, not a sample. queries: those that count; won, lost: for the second system.
+    Attributes:
+        difference: the mean AP of the second system minus that of the first, in [-1, 1].
+        low, high: its paired bootstrap interval.
+        p_value: the probability of a difference as large if the sign of each query's were random.
+        exact: whether all combinations of signs were tried, not a sample of them.
+        queries: the number of queries that count.
+        won, lost: the number of queries that the second system improves and worsens.
     """
 
     difference: float
@@ -67,23 +82,22 @@ def paired_test(
     first: np.ndarray,
     second: np.ndarray,
     *,
-    samples: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
+    samples: int = BOOTSTRAP["samples"],
+    seed: int = BOOTSTRAP["seed"],
+    level: float = BOOTSTRAP["level"],
 ) -> PairedTest:
-    """Compares two systems query by query: paired bootstrap interval and sign-flip permutation.
-
-    Args:
-        first, second: (Q,) AP of the same queries in the same order, nan where a query does not
-            count; it must not count in either.
-        samples: bootstrap samples, and sign flips where more than EXACT queries differ.
-    Returns:
-        PairedTest; without a query all numbers are nan, without any difference the p-value is 1.
-    Raises:
-        ValueError: lengths differ, or a query counts in one system alone.
+    """Compares two systems by a paired bootstrap interval and a sign-flip permutation test.
 
     Source: Smucker, Allan, Carterette, "A comparison of statistical significance tests for
     information retrieval evaluation", CIKM 2007.
+
+    Args:
+        first, second: (Q,) AP of the same queries, nan for a query that counts in neither system.
+        samples: of the bootstrap; and of sign flips, where more than EXACT queries differ.
+    Returns:
+        The test; all numbers are nan if no query counts, the p-value is 1 if none differs.
+    Raises:
+        ValueError: the shapes differ, or a query counts in one system only.
     """
     first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
     if first.shape != second.shape or first.ndim != 1:
@@ -107,46 +121,45 @@ def paired_test(
 
 
 def _sign_flips(change: np.ndarray, samples: int, seed: int) -> tuple[float, bool]:
-    """The two-sided p-value of a mean of 0, and whether every flip was tried."""
+    """The two-sided p-value of a mean of 0, and whether all combinations of signs were tried.
+
+    scipy.stats.permutation_test draws other signs, so that printed p-values would change, and takes
+    a hundred times as long where it tries all.
+    """
     if not change.size:
         return float("nan"), True
-    change = change[change != 0]  # flipped or not they are the same
-    # Sums in another order differ in their last bits; what equals the observed one must count.
-    bar = abs(change.sum()) - 1e-9 * np.abs(change).sum()
+    change = change[change != 0]  # a flip of 0 changes nothing
+    # Sums in another order differ in their last bits; what equals the observed sum must count.
+    threshold = abs(change.sum()) - 1e-9 * np.abs(change).sum()
     if change.size <= EXACT:
         sums = np.zeros(1)
         for value in change:
             sums = np.concatenate([sums + value, sums - value])
-        return float(np.mean(np.abs(sums) >= bar)), True
+        return float(np.mean(np.abs(sums) >= threshold)), True
     generator = np.random.default_rng([seed, 1])
     extreme, left, step = 0, samples, max(1, DRAWS // change.size)
     while left > 0:
         signs = generator.integers(0, 2, (min(step, left), change.size), np.int8)
         sums = 2 * (signs @ change) - change.sum()
-        extreme += int((np.abs(sums) >= bar).sum())
+        extreme += int((np.abs(sums) >= threshold).sum())
         left -= step
-    # The observed signs are one of the flips: no p-value is 0.
+    # The observed signs are one of the combinations: no p-value is 0.
     return (extreme + 1) / (samples + 1), False
 
 
 def verdict(test: PairedTest, first: str, second: str) -> str:
-    """One sentence that says whether two systems differ; names as a reader knows them."""
+    """Returns a sentence on whether two systems differ; `first` and `second` are their names."""
     if not test.queries:
         return f"{first} and {second} cannot be compared: no query counts."
+    queries = f"{test.queries} {'query' if test.queries == 1 else 'queries'}"
     if not test.won and not test.lost:
-        same = f"every query has the same AP, {_queries(test.queries)}"
-        return f"{first} and {second} do not differ ({same})."
-    points = f"{100 * test.difference:+.1f} points, 95 % interval {100 * test.low:+.1f} to "
-    points += f"{100 * test.high:+.1f}, p {_p_value(test.p_value)}, {_queries(test.queries)}"
+        return f"{first} and {second} do not differ (every query has the same AP, {queries})."
+    p_value = "< 0.001" if test.p_value < 0.001 else f"= {test.p_value:.3f}"
+    numbers = (
+        f"{100 * test.difference:+.1f} points, 95 % interval {100 * test.low:+.1f} to "
+        f"{100 * test.high:+.1f}, p {p_value}, {queries}"
+    )
     if not test.differ:
-        return f"{first} and {second} do not differ by more than chance explains ({points})."
-    better = (second, first) if test.difference > 0 else (first, second)
-    return f"{better[0]} is better than {better[1]} ({points})."
-
-
-def _p_value(value: float) -> str:
-    return "< 0.001" if value < 0.001 else f"= {value:.3f}"
-
-
-def _queries(number: int) -> str:
-    return f"{number} {'query' if number == 1 else 'queries'}"
+        return f"{first} and {second} do not differ by more than chance explains ({numbers})."
+    better, worse = (second, first) if test.difference > 0 else (first, second)
+    return f"{better} is better than {worse} ({numbers})."
