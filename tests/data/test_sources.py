@@ -1,0 +1,83 @@
+"""The list of sources: names, paths, the project's own entries."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from vitgal.data import revisited
+from vitgal.data.download import archives as download_archives
+from vitgal.data.download import checks, transfer
+from vitgal.data.download import sources as download_sources
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+
+
+def test_an_unknown_name_lists_the_known_ones(world, tmp_path):
+    with pytest.raises(ValueError, match="no source named roxford, paris;.*roxford5k, rparis6k"):
+        transfer.download(["roxford", "xcit", "paris"], target=tmp_path, sources=world)
+    with pytest.raises(ValueError, match="no source named nothing"):
+        checks.check("nothing", folder=tmp_path, sources=world)
+
+
+def test_sources_files_that_are_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no list of sources"):
+        download_sources.read_sources(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("[a]\nfolder = 'x'\n")
+    with pytest.raises(ValueError, match=r"bad\.toml.*about"):
+        download_sources.read_sources(tmp_path / "bad.toml")
+    (tmp_path / "bad.toml").write_text("[a\n")
+    with pytest.raises(ValueError, match=r"bad\.toml is not a list of sources"):
+        download_sources.list_sources(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("data/roxford5k", "roxford5k"),
+        ("/disk/sets/rparis6k/jpg/a.jpg", "rparis6k"),
+        ("data/revisitop1m/jpg", "revisitop1m"),
+        ("data/gldv2/train", "gldv2_train"),
+        ("data/gldv2/train/0/a/1/x.jpg", "gldv2_train"),
+        ("data/gldv2/train_clean.csv", "gldv2_clean"),
+        ("data/gldv2/train.csv", "gldv2_clean"),
+        ("data/weights/vitgal_s12.pth", "vitgal_s12"),
+        ("data/weights/xcit_small_24_p16_224.pth", "xcit_small_24_p16_224"),
+        ("data/rparis6k/old/roxford5k", "roxford5k"),  # the innermost of two
+        ("data/weights", None),
+        ("data/gldv2", None),
+        ("runs/demo/data/benchmark", None),
+        ("data/my_roxford5k", None),
+        ("", None),
+    ],
+)
+def test_hint(path, name):
+    assert download_sources.source_of(path) == name
+
+
+def test_the_projects_own_sources():
+    known = download_sources.read_sources()
+    assert list(known) == list(download_sources.list_sources().index)
+    assert set(revisited.DOWNLOADS) < set(known)
+    counts = {name: len(source.archives) for name, source in known.items() if source.archives}
+    assert counts == {"roxford5k": 1, "rparis6k": 2, "revisitop1m": 100, "gldv2_train": 500}
+    archives = known["gldv2_train"].archives
+    assert archives[7].url == "https://s3.amazonaws.com/google-landmark/train/images_007.tar"
+    assert archives[499].md5.endswith("/md5sum/train/md5.images_499.txt")
+    assert known["revisitop1m"].archives[-1].url.endswith("/jpg/revisitop1m.100.tar.gz")
+    drive = {name for name, source in known.items() if any(item.drive for item in source.files)}
+    assert drive == {"vitgal_s12", "vitgal_s24"}
+    (s12,) = known["vitgal_s12"].files
+    assert s12.address == "https://drive.google.com/uc?id=1IiNwn9HBkL4hHbOfJhxVQf8Plp5ET58m"
+    for source in known.values():
+        assert all(item.arrange in download_archives.ARRANGEMENTS for item in source.archives)
+        assert all(item.to and not item.arrange for item in source.files)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the official labels in ../shared")
+@pytest.mark.parametrize("name", ["roxford5k", "rparis6k"])
+def test_the_sums_of_the_ground_truths_are_those_of_the_official_files(name):
+    (item,) = download_sources.read_sources()[name].files
+    content = (SHARED / "data" / "revisited" / f"gnd_{name}.pkl").read_bytes()
+    assert item.sha256 == hashlib.sha256(content).hexdigest()
+    assert item.bytes == len(content)
