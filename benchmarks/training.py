@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitgal.models.heads import ArcFace
-from vitgal.models.inference import resolve_precision
+from vitgal.models.inference import normalise, resolve_precision
 from vitgal.models.network import build_model
 from vitgal.settings import TrainingSettings
 from vitgal.training import augmentation, networks
@@ -72,7 +72,7 @@ def published_step(options: argparse.Namespace) -> Callable[[Tensor, Tensor], fl
     scaler = torch.amp.GradScaler(enabled=half)
 
     def step(pictures: Tensor, labels: Tensor) -> float:
-        inputs = augmentation.normalised(pictures).to(DEVICE)
+        inputs = normalise(pictures).to(DEVICE)
         with torch.autocast(DEVICE.type, torch.float16, enabled=half):
             loss = network(inputs, labels.to(DEVICE))["loss"]
         value = loss.item()  # the published loop stops here where it is not finite

@@ -6,7 +6,7 @@ import inspect
 import pytest
 
 import vitgal
-from vitgal.models.local_features import local_features
+from vitgal.settings import SelectionSettings
 
 # Each as it is written in a script that gives everything by position, with the defaults.
 SIGNATURES = {
@@ -86,6 +86,6 @@ def test_local_options_are_the_published_ones():
         "target_per_scale": 400,
         "ladder": tuple(60 / 2**step for step in range(7)),  # down to 0.9375
     }
-    found = inspect.signature(local_features).parameters
-    assert {name: found[name].default for name in published} == published
+    defaults = SelectionSettings()
+    assert {name: getattr(defaults, name) for name in published} == published
     assert inspect.signature(vitgal.extract_local).parameters["size"].default == 512

@@ -771,8 +771,8 @@ def test_a_torn_shard_is_mended(run, benchmark, weight_file, monkeypatch, capsys
     monkeypatch.setattr(
         local_describer,
         "local_features",
-        lambda model, images, frames, **options: (
-            described.append(len(frames)) or real(model, images, frames, **options)
+        lambda model, images, frames, selection: (
+            described.append(len(frames)) or real(model, images, frames, selection)
         ),
     )
     capsys.readouterr()

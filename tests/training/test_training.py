@@ -398,7 +398,8 @@ def test_lost_variance_is_one_for_the_mean_token_and_zero_for_a_copy():
             layer.bias.zero_()
     # an identity matrix copies to float32's rounding
     assert diagnostics.lost_variance(model, photographs, size=48) < 1e-10
-    tokens = model.token_features(augmentation.squashed(photographs[0], 48)[None]).tokens[0]
+    inputs = inference.network_input(photographs[0][None], "cpu").contiguous()
+    tokens = model.token_features(inputs).tokens[0]
     with torch.no_grad():
         model.autoencoder.decoder.weight.zero_()
         model.autoencoder.decoder.bias.copy_(tokens.mean(0))

@@ -8,10 +8,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "descriptors": ["describe", "extract_global", "extract_local"],
         "heads": ["ArcFace", "LinearClassifier"],
         "inference": [
-            "Room",
+            "BatchLimit",
             "batches",
+            "device_of",
             "limited_threads",
             "network_input",
+            "normalise",
             "open_model",
             "pick_device",
             "resolve_precision",

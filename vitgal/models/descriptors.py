@@ -10,23 +10,24 @@ import torch.nn.functional as F
 from vitgal.data.images import crop_box
 from vitgal.data.images import resize as resize_image
 from vitgal.features.local import LocalFeatures
-from vitgal.models.inference import _device, batches, inference, network_input
+from vitgal.models.inference import batches, device_of, inference, network_input
 from vitgal.models.local_features import local_features
 from vitgal.models.network import ViTGaL
+from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings, SelectionSettings
 
 
 def extract_global(
     model: ViTGaL,
     images: Sequence[np.ndarray],
     boxes: Sequence[Sequence[float] | None] | None = None,
-    size: int = 512,
-    resize: str = "squash",
-    scales: Sequence[float] = (1.0,),
-    batch_size: int = 16,
+    size: int = GlobalSettings.size,
+    resize: str = GlobalSettings.resize,
+    scales: Sequence[float] = GlobalSettings.scales,
+    batch_size: int = MachineSettings.batch_size,
     *,
-    precision: str = "fp32",
+    precision: str = GlobalSettings.precision,
 ) -> np.ndarray:
-    """Global descriptors of images in memory.
+    """Computes global descriptors of images in memory.
 
     Args:
         images: (H, W, 3) uint8 RGB each, of any sizes.
@@ -37,10 +38,10 @@ def extract_global(
     Returns:
         (len(images), D) float32 of length 1, in the order of `images`; no images give (0, D).
     Raises:
-        ValueError: a box that does not fit its image, an unknown mode or precision, a descriptor
-            that is not finite.
+        ValueError: a box that does not fit its image, an unknown mode or precision, a scale out of
+            range, a descriptor that is not finite.
     """
-    _check_scales(scales)
+    settings = GlobalSettings(size=size, resize=resize, scales=tuple(scales), precision=precision)
     boxes = [None] * len(images) if boxes is None else boxes
     inputs = (
         (position, resize_image(crop_box(image, box)[0], size, resize))
@@ -49,16 +50,18 @@ def extract_global(
     rows = np.zeros((len(images), model.embed_dim), np.float32)
     with inference(model, precision):
         for positions, batch in batches(inputs, batch_size):
-            rows[positions] = describe(model, np.stack(batch), scales)
+            rows[positions] = describe(model, np.stack(batch), settings.scales)
     return rows
 
 
-def describe(model: ViTGaL, batch: np.ndarray, scales: Sequence[float] = (1.0,)) -> np.ndarray:
-    """Global descriptors (B, D) float32 of length 1 of a batch (B, H, W, 3) uint8 RGB.
+def describe(
+    model: ViTGaL, batch: np.ndarray, scales: Sequence[float] = GlobalSettings.scales
+) -> np.ndarray:
+    """Computes global descriptors (B, D) float32 of length 1 of a batch (B, H, W, 3) uint8 RGB.
 
     To be called within `inference`. Raises ValueError where a descriptor is not finite.
     """
-    images = network_input(batch, _device(model))
+    images = network_input(batch, device_of(model))
     total = torch.zeros(len(batch), model.embed_dim, device=images.device)
     for scale in scales:
         scaled = images
@@ -77,27 +80,24 @@ def extract_local(
     image: np.ndarray,
     box: Sequence[float] | None = None,
     *,
-    size: int = 512,
-    precision: str = "fp32",
+    size: int = LocalSettings.size,
+    precision: str = LocalSettings.precision,
     **options: Any,
 ) -> LocalFeatures:
-    """Local features of one image (H, W, 3) uint8 RGB, or of the box (x0, y0, x1, y1) in it.
+    """Computes the local features of one image (H, W, 3) uint8 RGB.
 
     Args:
+        box: (x0, y0, x1, y1) in pixels to cut out first (`images.crop_box`); None: all of it.
         size: the network input has about size x size pixels in the image's shape, sides multiples
             of 16.
-        options: scales, max_keypoints, nms_candidates, nms_overlap, target_per_scale, ladder,
-            interpolation: see `local_features.local_features`; the defaults are the published ones.
+        precision: "fp32", "bf16" or "auto".
+        options: fields of SelectionSettings; the defaults are the published ones.
     Raises:
         ValueError: a box that does not fit, a model without autoencoder, an option out of range.
     """
-    crop, taken = crop_box(image, box)
+    selection = SelectionSettings(**options)
+    crop, crop_frame = crop_box(image, box)
     batch = resize_image(crop, size, "area")[None]
     with inference(model, precision):
-        inputs = network_input(batch, _device(model))
-        return local_features(model, inputs, [(taken, image.shape[:2])], **options)[0]
-
-
-def _check_scales(scales: Sequence[float]) -> None:
-    if not len(scales) or not all(0 < scale <= 16 for scale in scales):
-        raise ValueError(f"scales must be above 0 and at most 16, one at least; got {scales}")
+        inputs = network_input(batch, device_of(model))
+        return local_features(model, inputs, [(crop_frame, image.shape[:2])], selection)[0]

@@ -1,4 +1,4 @@
-"""A network as it is run: device, precision, threads, batches."""
+"""How a network is run: device, precision, threads, batches."""
 
 import contextlib
 import subprocess
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vitgal import runs
@@ -27,7 +27,7 @@ UNTRAINED = "untrained:"
 def resolve_precision(
     precision: str, device: torch.device | str = "cpu", *, forks: bool = False
 ) -> str:
-    """Resolves "auto": bf16 where the device computes it natively, else fp32.
+    """Resolves "auto": "bf16" where the device computes it natively, else "fp32".
 
     Args:
         forks: ask a GPU in another process, since a process that has used CUDA cannot be forked.
@@ -39,15 +39,15 @@ def resolve_precision(
     if precision != "auto":
         return precision
     if torch.device(device).type == "cuda":
-        capability = _forked_capability() if forks else torch.cuda.get_device_capability(device)[0]
-        native = capability >= 8
+        native = (_capability() if forks else torch.cuda.get_device_capability(device)[0]) >= 8
     else:
         info = Path("/proc/cpuinfo")
         native = info.exists() and bool(BF16_FLAGS & set(info.read_text().split()))
     return "bf16" if native else "fp32"
 
 
-def _forked_capability() -> int:
+def _capability() -> int:
+    """The GPU's major compute capability, asked in another process."""
     code = "import torch; print(torch.cuda.get_device_capability()[0])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if answer.returncode:
@@ -56,12 +56,17 @@ def _forked_capability() -> int:
 
 
 def pick_device(device: torch.device | str | None = None) -> torch.device:
-    """The device named, else the GPU if there is one, else the CPU."""
+    """Returns the named device; for None the GPU if there is one, else the CPU."""
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Returns the device of a network's parameters."""
+    return next(network.parameters()).device
+
+
 def open_model(model: str | Path, device: torch.device | str = "cpu", *, seed: int = 0) -> ViTGaL:
-    """The model of a weight file, or for "untrained:<architecture>" one with seeded random weights.
+    """Loads a weight file; builds "untrained:<architecture>" with seeded random weights.
 
     Raises as `load_model` and `build_model` do.
     """
@@ -71,7 +76,10 @@ def open_model(model: str | Path, device: torch.device | str = "cpu", *, seed: i
 
 
 def weights_fingerprint(model: str | Path, *, seed: int = 0) -> str:
-    """What says which weights `open_model` takes: the file's sha256, or architecture and seed."""
+    """Returns the sha256 of the file that `open_model` loads, or architecture and seed.
+
+    Raises FileNotFoundError, with the command that brings the file where there is one.
+    """
     if str(model).startswith(UNTRAINED):
         return f"{model}, seed {seed}"
     if not Path(model).is_file():
@@ -89,10 +97,13 @@ def weights_fingerprint(model: str | Path, *, seed: int = 0) -> str:
 
 @contextlib.contextmanager
 def inference(model: ViTGaL, precision: str = "fp32") -> Iterator[None]:
-    """The model in eval mode, without gradients, in the precision; afterwards as it was."""
-    device, training = _device(model), model.training
+    """Runs the model in eval mode, without gradients, in a precision; restores its mode.
+
+    Raises ValueError for a precision that is not of inference.
+    """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    device, training = device_of(model), model.training
     bf16 = resolve_precision(precision, device) == "bf16"
     # fp32 means fp32: cuDNN would round convolutions' inputs to 10 bits (TF32) by default.
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
@@ -106,43 +117,49 @@ def inference(model: ViTGaL, precision: str = "fp32") -> Iterator[None]:
 
 
 class _OneDNN(TorchFunctionMode):
-    """Linear layers in float32 by oneDNN instead of MKL, the same sums in another order.
+    """Computes float32 linear layers with oneDNN in place of MKL.
 
-    MKL leaves the wide registers of AMD's processors unused: oneDNN is 2.2 times as fast there.
+    MKL does not use the wide registers of AMD processors, where oneDNN is 2.2 times as fast. The
+    sums are the same but for their order.
     """
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        ours = func is F.linear and not kwargs and args[0].dtype == torch.float32
-        if ours and args[0].numel():
+        replaced = func is F.linear and not kwargs and args[0].dtype == torch.float32
+        if replaced and args[0].numel():
             return _one_dnn_linear(*args)
         return func(*args, **(kwargs or {}))
 
 
 def _one_dnn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # NOTE: torch.compile's operation on processors, not documented: `_one_dnn_works` tries it.
+    # NOTE: the operation that torch.compile uses on CPUs. It is not documented, so
+    # `_one_dnn_works` tries it before it is used.
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
 def _one_dnn_works() -> bool:
-    """Whether this PyTorch has the operation, and in float32: tried on a small layer."""
+    """Returns whether this PyTorch has the operation and computes it in float32."""
     inputs = torch.linspace(-1, 1, 3 * 16).reshape(3, 16)
     weight, bias = torch.linspace(0.3, -0.7, 5 * 16).reshape(5, 16), torch.linspace(1, 2, 5)
     try:
-        found = _one_dnn_linear(inputs, weight, bias)
-    except (AttributeError, TypeError, RuntimeError):  # missing, or called in another way
+        outputs = _one_dnn_linear(inputs, weight, bias)
+    except (AttributeError, TypeError, RuntimeError):  # missing, or with other arguments
         return False
-    # Rounding of 16 products is below 1e-5; with factors cut to bf16 it is above 1e-3.
-    return torch.allclose(found, F.linear(inputs, weight, bias), rtol=0, atol=1e-5)
+    # Rounding of 16 products is below 1e-5; with factors rounded to bf16 it is above 1e-3.
+    return torch.allclose(outputs, F.linear(inputs, weight, bias), rtol=0, atol=1e-5)
 
 
 def _linear_layers(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager:
-    wanted = device.type == "cpu" and not bf16
-    return _OneDNN() if wanted and _one_dnn_works() else contextlib.nullcontext()
+    if device.type == "cpu" and not bf16 and _one_dnn_works():
+        return _OneDNN()
+    return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
 def limited_threads(threads: int | None) -> Iterator[None]:
-    """torch on so many CPU threads (None: as it is); float sums differ with their number."""
+    """Limits torch's CPU threads (None: as it is); sums of floats differ with their number.
+
+    threadpoolctl does not see the MKL inside torch.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -151,28 +168,32 @@ def limited_threads(threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _device(model: ViTGaL) -> torch.device:
-    return next(model.parameters()).device
+def normalise(pixels: Tensor) -> Tensor:
+    """Normalises pixels (..., 3, H, W) uint8 to float32 with ImageNet's mean and deviation."""
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
+        for values in (MEAN, STD)
+    )
+    # In place: on a CPU, touching new memory is what takes the time.
+    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 def network_input(batch: np.ndarray, device: torch.device | str) -> Tensor:
-    """A batch (B, H, W, 3) uint8 RGB as the network's (B, 3, H, W) float32, normalised.
+    """Moves a batch (B, H, W, 3) uint8 RGB to the device, as (B, 3, H, W) float32, normalised.
 
-    The same operations as `images.normalise`, on the device: a quarter of the bytes are moved.
+    Normalising on the device moves a quarter of the bytes.
     """
-    # The colours stay last in memory, which convolutions like better (up to 18 % on a CPU).
-    pixels = torch.from_numpy(batch).to(device).permute(0, 3, 1, 2).float() / 255
-    mean, std = (torch.tensor(value, device=device).view(3, 1, 1) for value in (MEAN, STD))
-    return (pixels - mean) / std
+    # The colours stay last in memory, which makes convolutions up to 18 % faster on a CPU.
+    return normalise(torch.from_numpy(batch).to(device).permute(0, 3, 1, 2))
 
 
 def batches(
     inputs: Iterable[tuple[Any, np.ndarray]], batch_size: int
 ) -> Iterator[tuple[list, list[np.ndarray]]]:
-    """Gathers (label, image) into batches of one image size: yields (labels, images).
+    """Gathers (label, image) into batches of one image size; yields (labels, images).
 
-    A batch goes out when it is full, the incomplete ones at the end; at most `batch_size` - 1
-    images of every size wait.
+    A full batch is yielded at once, incomplete ones at the end; at most `batch_size` - 1 images of
+    every size wait. Raises ValueError for a batch size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -187,24 +208,28 @@ def batches(
 
 
 @dataclass(eq=False)
-class Room:
-    """How many images fit on the device at once: learned when a batch does not (0: not yet)."""
+class BatchLimit:
+    """How many images fit on the device at once; learned when a batch does not fit.
+
+    Attributes:
+        images: the limit; 0 while it is unknown.
+    """
 
     images: int = 0
 
-    def run(self, work: Callable[[slice], Sequence], number: int) -> list:
-        """`work` on slices of a batch of `number`, halved until they fit; results in order.
+    def run(self, compute: Callable[[slice], Sequence], count: int) -> list:
+        """Calls `compute` on slices of a batch of `count`, halved until they fit.
 
-        Says so once a halving. Raises RuntimeError where one image alone does not fit.
+        Each halving is printed. Returns the results in order; raises RuntimeError where one image
+        alone does not fit.
         """
-        found: list = []
-        while len(found) < number:
-            most = min(number, self.images or number)
-            part = slice(len(found), min(number, len(found) + most))
+        results: list = []
+        while len(results) < count:
+            size = min(count - len(results), self.images or count)
+            part = slice(len(results), len(results) + size)
             try:
-                found.extend(work(part))
+                results.extend(compute(part))
             except torch.OutOfMemoryError as error:
-                size = part.stop - part.start
                 if size == 1:
                     raise RuntimeError(
                         "one image alone does not fit into the device's memory: use a smaller size "
@@ -216,4 +241,4 @@ class Room:
             # Outside the handler: the exception holds the tensors of the batch that was too large.
             torch.cuda.empty_cache()  # does nothing where there is no GPU
             print(f"out of memory with {size} images at once: going on with {self.images}")
-        return found
+        return results

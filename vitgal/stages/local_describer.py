@@ -18,9 +18,9 @@ from vitgal.features.local import LocalFeatures
 from vitgal.features.selection import Frame
 from vitgal.models.descriptors import describe
 from vitgal.models.inference import (
-    Room,
-    _device,
+    BatchLimit,
     batches,
+    device_of,
     inference,
     limited_threads,
     network_input,
@@ -64,7 +64,7 @@ class LocalDescriber:
     settings: StageSettings
     machine: MachineSettings
     precision: str
-    memory: Room = field(default_factory=Room)
+    memory: BatchLimit = field(default_factory=BatchLimit)
 
     @property
     def batch_size(self) -> int:
@@ -99,7 +99,7 @@ class LocalDescriber:
         """Lists what a stage's manifest records of the machine; no result depends on it."""
         return {
             "engine": "local",
-            "device": str(_device(self.model)),
+            "device": str(device_of(self.model)),
             "precision": self.precision,
             "batch_size": self.batch_size,
             "workers": self.machine.read_threads,
@@ -162,21 +162,9 @@ class LocalDescriber:
         return [(keys[position], features[position]) for position in sorted(features)], failures
 
     def _local_batch(self, batch: list[np.ndarray], frames: Sequence[Frame]) -> list[LocalFeatures]:
-        settings = self.settings
-
         def compute(part: slice) -> list[LocalFeatures]:
-            return local_features(
-                self.model,
-                network_input(np.stack(batch[part]), _device(self.model)),
-                frames[part],
-                scales=settings.scales,
-                max_keypoints=settings.max_keypoints,
-                nms_candidates=settings.nms_candidates,
-                nms_overlap=settings.nms_overlap,
-                target_per_scale=settings.target_per_scale,
-                ladder=settings.ladder,
-                interpolation=settings.interpolation,
-            )
+            pixels = network_input(np.stack(batch[part]), device_of(self.model))
+            return local_features(self.model, pixels, frames[part], self.settings)
 
         return self.memory.run(compute, len(batch))
 

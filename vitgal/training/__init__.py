@@ -15,10 +15,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "displayable",
             "draw_hole",
             "network_input",
-            "normalised",
             "rand_augment",
             "squash",
-            "squashed",
         ],
         "diagnostics": [
             "epoch_table",

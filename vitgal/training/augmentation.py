@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision.transforms import v2 as transforms
 
 from vitgal.data import images
+from vitgal.models.inference import normalise
 
 # The largest magnification that `augment_fast` can draw, 1.3 of its zoom times 1.22 of its crop: a
 # photograph decoded to this many times the network's size is never enlarged.
@@ -221,7 +222,7 @@ def network_input(pictures: Tensor, holes: Tensor) -> Tensor:
     pictures: (B, 3, S, S) uint8. holes: (B, 3) int64 on the CPU: top, left, side. Returns
     (B, 3, S, S) float32, zero (the mean colour) inside the holes.
     """
-    inputs = normalised(pictures)
+    inputs = normalise(pictures)
     for index, (top, left, side) in enumerate(holes.tolist()):
         inputs[index, :, top : top + side, left : left + side] = 0
     return inputs
@@ -230,21 +231,6 @@ def network_input(pictures: Tensor, holes: Tensor) -> Tensor:
 def squash(image: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
     """(size, size, 3) uint8, squashed as at test time; `rng` is not used."""
     return images.resize(image, size, "squash")
-
-
-def squashed(image: np.ndarray, size: int) -> Tensor:
-    """(3, size, size) float32: squashed as at test time, normalised."""
-    return torch.from_numpy(images.normalise(squash(image, size)))
-
-
-def normalised(pictures: Tensor) -> Tensor:
-    """(..., 3, H, W) uint8 -> float32 with ImageNet's mean and deviation."""
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32, device=pictures.device).view(3, 1, 1)
-        for values in (images.MEAN, images.STD)
-    )
-    # In place: on a processor the time goes into touching new memory.
-    return pictures.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
 def displayable(picture: Tensor, hole: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:

@@ -9,9 +9,9 @@ import torch
 
 from vitgal.data import images, splits
 from vitgal.models import weights
+from vitgal.models.inference import network_input
 from vitgal.models.network import ViTGaL
 from vitgal.settings import Recipe
-from vitgal.training.augmentation import squashed
 from vitgal.training.schedule import learning_rates
 
 
@@ -92,7 +92,7 @@ def token_maps(
     """
     maps: dict[str, list[np.ndarray]] = {"error": [], "backbone_attention": [], "attention": []}
     for photograph in photographs:
-        found = model.token_features(squashed(photograph, size)[None])
+        found = model.token_features(_network_input(photograph, size))
         maps["error"].append((found.decoded - found.tokens).square().mean(2)[0])
         maps["backbone_attention"].append(found.backbone_attention.mean(1)[0])
         maps["attention"].append(found.attention.mean(1)[0])
@@ -106,10 +106,15 @@ def lost_variance(model: ViTGaL, photographs: Sequence[np.ndarray], *, size: int
 
     photographs: (H, W, 3) uint8 RGB, each squashed to `size` x `size` pixels.
     """
-    found = [model.token_features(squashed(photograph, size)[None]) for photograph in photographs]
+    found = [model.token_features(_network_input(photograph, size)) for photograph in photographs]
     tokens = torch.cat([one.tokens[0] for one in found])
     decoded = torch.cat([one.decoded[0] for one in found])
     return float((decoded - tokens).square().sum() / (tokens - tokens.mean(0)).square().sum())
+
+
+def _network_input(photograph: np.ndarray, size: int) -> torch.Tensor:
+    """A photograph (H, W, 3) uint8 RGB as (1, 3, size, size) float32, squashed as at test time."""
+    return network_input(images.resize(photograph, size, "squash")[None], "cpu").contiguous()
 
 
 def same_backbone(model: ViTGaL, source: Path) -> bool:
