@@ -2,7 +2,11 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
+from tests.features.examples import properties
 from vitgal.features.local import LocalFeatures
 
 
@@ -46,14 +50,30 @@ def test_subset(index):
     assert part.box == (100, 50, 388, 266)
 
 
-def test_empty():
-    none = LocalFeatures.empty(48, [16, 32], [0, 0, 5, 6], [6, 5])
-    assert len(none) == 0
-    assert none.code_dim == 48
+def test_no_features():
+    none = example().subset(slice(0))
+    assert len(none) == 0 and len(example()) == 3
+    assert none.code_dim == example().code_dim == 4
     assert none.original_keypoints().shape == (0, 2)
-    assert none.input_size == (16, 32)
-    assert len(example()) == 3
-    assert example().code_dim == 4
+    assert none.sizes == (432, 576, 100, 50, 388, 266, 600, 800)
+
+
+@properties
+@given(data=st.data())
+def test_keypoints_to_the_photograph_and_back(data):
+    """Back in the network input within a thousandth of a pixel, and inside the crop."""
+    height, width = (16 * data.draw(st.integers(1, 80)) for _ in range(2))
+    x0, y0 = (data.draw(st.integers(0, 4000)) for _ in range(2))
+    box = (x0, y0, *(start + data.draw(st.integers(1, 4000)) for start in (x0, y0)))
+    points = data.draw(
+        arrays.arrays(np.float32, (3, 2), elements=st.floats(0, 1, width=32))
+    ) * np.float32([width, height])
+    found = example(keypoints=points, box=box, input_size=(height, width)).original_keypoints()
+    lowest, highest = np.array(box[:2]) - 0.5, np.array(box[2:]) - 0.5
+    assert (found >= lowest - 1e-3).all() and (found <= highest + 1e-3).all()
+    scale = np.array([width, height]) / (np.array(box[2:]) - box[:2])
+    # float32 holds pixels of a photograph to 2 ** -12 below 8192
+    np.testing.assert_allclose((found - lowest) * scale, points, atol=scale.max() * 2.0**-11 + 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -7,21 +7,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules=["store"],
     submod_attrs={
         "descriptors": ["DescriptorError", "read_descriptors"],
-        "interchange": [
-            "export_hloc",
-            "export_published",
-            "import_published",
-            "published_name",
-            "published_path",
-        ],
+        "interchange": ["export_hloc", "export_published", "import_published"],
         "local": ["LocalFeatures"],
-        "selection": [
-            "Frame",
-            "centres",
-            "patch_boxes",
-            "scaled_size",
-            "select_tokens",
-            "suppress",
-        ],
     },
 )

@@ -1,31 +1,32 @@
-"""Global descriptors that another system made: read, ranked and scored like our own.
+"""Reads global descriptors of another system, to be ranked and scored like our own.
 
-Two layouts are read. A `.npy` (N, D) of floats with a text file of the same stem beside it, an
-image name a line; or hloc's HDF5, where each image is a group with a dataset `global_descriptor`.
-Names are those of the benchmark's images, with or without `jpg/` before and `.jpg` behind them;
-queries and database images stand in one file.
+There are two layouts: a `.npy` (N, D) of floats beside a text file of the same stem with an image
+name a line, and hloc's HDF5, where each image is a group with a dataset `global_descriptor`. Names
+are those of the benchmark's images, with or without `jpg/` before and `.jpg` after them; queries
+and database images are in one file.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from vitgal import runs
+from vitgal.features.files import map_array
 
 HLOC = "global_descriptor"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-SHOWN = 3  # missing names that an error spells out
+LISTED = 3  # missing names in an error
 
 
 class DescriptorError(runs.UserError, ValueError):
-    """A file of descriptors that cannot be used; the message says which, why and what to do."""
+    """A file of descriptors cannot be used; the message names the file, the reason and a remedy."""
 
 
 def read_descriptors(path: str | os.PathLike, names: Sequence[str]) -> np.ndarray:
-    """The descriptors of these images out of another system's file.
+    """Reads the descriptors of these images from another system's file.
 
     Args:
         path: `.npy` with `.txt` beside it, or `.h5` / `.hdf5` (hloc).
@@ -33,9 +34,10 @@ def read_descriptors(path: str | os.PathLike, names: Sequence[str]) -> np.ndarra
     Returns:
         (len(names), D) float32, each row divided by its length, so that inner products are cosines.
     Raises:
-        FileNotFoundError: the file, or the names of a `.npy`, are not there.
-        DescriptorError: another kind of file, no matrix of floats, names that are not as many as
-            rows or stand twice, an image without descriptor, a row that is zero or not finite.
+        FileNotFoundError: the file, or the list of names of a `.npy`, is missing.
+        DescriptorError: another kind of file, a damaged one, no matrix of floats, another number of
+            names than rows, a repeated name, an image without descriptor, or a row that is zero or
+            not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -60,40 +62,40 @@ def read_descriptors(path: str | os.PathLike, names: Sequence[str]) -> np.ndarra
 
 
 def _read_npy(path: Path, names: Sequence[str]) -> np.ndarray:
-    listed = path.with_suffix(".txt")
-    if not listed.is_file():
+    list_file = path.with_suffix(".txt")
+    if not list_file.is_file():
         raise FileNotFoundError(
-            f"{path} needs the names of its rows: write them to {listed}, one image a line"
+            f"{path} needs the names of its rows: write them to {list_file}, one image a line"
         )
-    lines = [line for line in listed.read_text(encoding="utf-8").splitlines() if line]
     try:
-        rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise DescriptorError(f"{path} is not a whole .npy of numbers ({error})") from None
+        lines = [line for line in list_file.read_text(encoding="utf-8").splitlines() if line]
+        rows = map_array(path)
+    except ValueError as error:
+        raise DescriptorError(f"{path} and {list_file.name} cannot be read: {error}") from None
     if rows.ndim != 2 or len(rows) != len(lines):
-        raise DescriptorError(f"{path} has shape {rows.shape}, {listed} {len(lines)} names")
-    places = _places(lines, path)
-    return np.asarray(rows[[places[key] for key in _wanted(names, places, path)]])
+        raise DescriptorError(f"{path} has shape {rows.shape}, {list_file} {len(lines)} names")
+    return np.asarray(rows[_positions(lines, names, path)])
 
 
 def _read_hloc(path: Path, names: Sequence[str]) -> np.ndarray:
     try:
         with h5py.File(path, "r") as file:
-            found: list[str] = []
-            file.visititems(lambda name, item: found.append(name) if HLOC in _keys(item) else None)
-            places = _places(found, path)
-            chosen = [found[places[key]] for key in _wanted(names, places, path)]
-            rows = [np.asarray(file[name][HLOC]).ravel() for name in chosen]
-    except OSError as error:
+            groups: list[str] = []
+            file.visititems(
+                lambda name, item: (
+                    groups.append(name) if isinstance(item, h5py.Group) and HLOC in item else None
+                )
+            )
+            wanted = [groups[position] for position in _positions(groups, names, path)]
+            rows = [np.asarray(file[name][HLOC]).ravel() for name in wanted]
+    except DescriptorError:
+        raise
+    except Exception as error:  # HDF5's library reports damage by errors of many types
         raise DescriptorError(f"{path} is not a whole HDF5 file ({error})") from None
     widths = {row.size for row in rows}
     if len(widths) > 1:
         raise DescriptorError(f"{path}: descriptors of different lengths {sorted(widths)}")
     return np.array(rows)
-
-
-def _keys(item: h5py.Group | h5py.Dataset) -> Iterable[str]:
-    return item.keys() if isinstance(item, h5py.Group) else ()
 
 
 def _plain(name: str) -> str:
@@ -103,21 +105,17 @@ def _plain(name: str) -> str:
     return stem if suffix.lower() in SUFFIXES else name
 
 
-def _places(names: Sequence[str], path: Path) -> dict[str, int]:
-    places: dict[str, int] = {}
-    for place, name in enumerate(names):
-        if places.setdefault(_plain(name), place) != place:
-            raise DescriptorError(f"{path} names the image {_plain(name)} twice")
-    return places
-
-
-def _wanted(names: Sequence[str], places: dict[str, int], path: Path) -> list[str]:
-    keys = [_plain(name) for name in names]
-    missing = [name for name, key in zip(names, keys, strict=True) if key not in places]
+def _positions(stored: Sequence[str], names: Sequence[str], path: Path) -> list[int]:
+    """Positions of `names` in the list `stored`; DescriptorError where one is missing."""
+    positions: dict[str, int] = {}
+    for position, name in enumerate(map(_plain, stored)):
+        if positions.setdefault(name, position) != position:
+            raise DescriptorError(f"{path} names the image {name} twice")
+    missing = [name for name in names if _plain(name) not in positions]
     if missing:
-        shown = ", ".join(missing[:SHOWN]) + (", …" if len(missing) > SHOWN else "")
+        listed = ", ".join(missing[:LISTED]) + (", …" if len(missing) > LISTED else "")
         raise DescriptorError(
-            f"{path} has no descriptor of {len(missing)} of {len(names)} images: {shown}; describe "
-            "every query and every database image"
+            f"{path} has no descriptor of {len(missing)} of {len(names)} images: {listed}; "
+            "describe every query and every database image"
         )
-    return keys
+    return [positions[_plain(name)] for name in names]

@@ -6,15 +6,19 @@ from pathlib import Path
 import numpy as np
 
 from vitgal import runs
+from vitgal.features.files import conforms, map_array, read_json
 from vitgal.features.local import LocalFeatures
-from vitgal.features.store.feature_store import FeatureStore
 from vitgal.features.store.shard import item_entry
 
+FOLDERS = ("Locations", "Descriptions")  # of the published code
+UNKNOWN_SIZES = {"input_size": [0, 0], "box": [0, 0, 0, 0], "image_size": [0, 0]}
+ENTRY = {"path": str, "input_size": [int] * 2, "box": [int] * 4, "image_size": [int] * 2}
 
-def export_hloc(store: FeatureStore, path: Path, *, suffix: str = ".jpg") -> Path:
+
+def export_hloc(store: Mapping[str, LocalFeatures], path: Path, *, suffix: str = ".jpg") -> Path:
     """Writes an HDF5 file of features as hloc reads them, and returns its path.
 
-    One group an image, named by its key and `suffix` (hloc names images with their extension), with
+    Each image is a group, named by its key and `suffix` (hloc names images with their extension):
     `keypoints` (N, 2) float32 in pixels of the photograph, (0, 0) the centre of the top-left pixel,
     `descriptors` (C, N) float16, `scores` (N,) float32 and `image_size` (2,) as width, height.
     Source: hloc, extract_features.
@@ -25,7 +29,7 @@ def export_hloc(store: FeatureStore, path: Path, *, suffix: str = ".jpg") -> Pat
         for key, features in store.items():
             group = file.create_group(key + suffix)
             group["keypoints"] = features.original_keypoints()
-            # As hloc has it: one pixel of the network input, in pixels of the photograph.
+            # As in hloc: one pixel of the network input, in pixels of the photograph.
             crop = np.subtract(features.box[2:], features.box[:2])
             noise = float(np.mean(crop / features.input_size[::-1]))
             group["keypoints"].attrs["uncertainty"] = noise
@@ -36,32 +40,36 @@ def export_hloc(store: FeatureStore, path: Path, *, suffix: str = ".jpg") -> Pat
 
 
 def published_name(path: str) -> str:
-    """The file name under which the published code stores an image's features."""
+    """Returns the file name under which the published code stores an image's features."""
     return path.replace("../", "").replace("/", "__") + ".npy"
 
 
 def published_path(name: str) -> str:
-    """The image path that the published code makes of such a file name.
+    """Returns the image path that the published code derives from such a file name.
 
-    Right for paths of the form ../folder/image.jpg alone: absolute paths, ./image.jpg and names
-    with __ come out wrong, which is why `export_published` writes an index too.
+    It is right for paths of the form ../folder/image.jpg alone: absolute paths, ./image.jpg and
+    names with __ come out wrong, which is why `export_published` writes an index too.
     """
     return "../" + name.removesuffix(".npy").replace("__", "/")
 
 
-def export_published(store: FeatureStore, folder: Path, paths: Mapping[str, str]) -> Path:
+def export_published(
+    store: Mapping[str, LocalFeatures], folder: Path, paths: Mapping[str, str]
+) -> Path:
     """Writes features as the published code stores them, and returns the folder.
 
-    `Descriptions/` holds (N, C) float32, `Locations/` (N, 2) integers (y, x) in the network input's
-    frame, one `.npy` an image. `index.json` beside them keeps the paths and what the published
-    files lose: sizes, boxes.
+    `Descriptions/` holds (N, C) float32 and `Locations/` (N, 2) integers (y, x) in pixels of the
+    network input, one `.npy` an image. `index.json` beside them keeps paths, sizes and boxes, for
+    which the published files have no space.
 
     Args:
-        paths: key -> the image's path as the published image list has it; every key of the store.
+        store: a `FeatureStore`, or another mapping of keys to features.
+        folder: where to write.
+        paths: key -> the image's path in the published image list; every key of the store.
     Raises:
         ValueError: a key has no path, or two paths get one published file name.
     """
-    index = {}
+    folder, index = Path(folder), {}
     for key in store:
         if key not in paths:
             raise ValueError(f"no path is given for {key!r}")
@@ -70,12 +78,10 @@ def export_published(store: FeatureStore, folder: Path, paths: Mapping[str, str]
         if name in index:
             raise ValueError(f"{path} and {index[name]['path']} would both be stored as {name}")
         index[name] = {"path": path}
-    folder = Path(folder)
     for name, (key, features) in zip(index, store.items(), strict=True):
-        whole = np.rint(features.keypoints)
-        points = (
-            whole.astype(np.int64) if (whole == features.keypoints).all() else features.keypoints
-        )
+        points, whole = features.keypoints, np.rint(features.keypoints)
+        if (whole == points).all():
+            points = whole.astype(np.int64)
         runs.write_array(folder / "Locations" / name, points[:, ::-1])
         runs.write_array(folder / "Descriptions" / name, features.descriptors)
         index[name] |= item_entry(key, features)
@@ -89,37 +95,51 @@ def import_published(
     """Yields (image path, features) from a folder of published files, ready for `write_shard`.
 
     Scores and scales are nan, since the published files lack them; the order is kept, best first.
-    Without our `index.json` boxes and sizes are zero, and a file's path is that of `paths`, the
-    images that may be there, whose published name it has; failing that the one that the published
-    code would read, which is right for `../folder/image.jpg` alone.
+    Without `index.json` boxes and sizes are zero, and a file belongs to the image of `paths` with
+    its published name, or else to `published_path`.
 
-    Raises FileNotFoundError where a folder or one of a pair of files is missing, ValueError where
-    two of `paths` have one published name.
+    Args:
+        folder: holds `Descriptions/` and `Locations/`.
+        paths: of the images whose features may be there.
+    Raises:
+        FileNotFoundError: a folder or one of a pair of files is missing.
+        ValueError: two of `paths` have one published name, or a file is damaged or does not fit
+            its partner; the message names it.
     """
-    known: dict[str, str] = {}
+    folder, images = Path(folder), {}
     for path in map(str, paths):
-        if known.setdefault(published_name(path), path) != path:
+        if images.setdefault(published_name(path), path) != path:
             name = published_name(path)
-            raise ValueError(f"{known[name]} and {path} would both have been stored as {name}")
-    folder = Path(folder)
+            raise ValueError(f"{images[name]} and {path} would both have been stored as {name}")
     names = sorted(path.name for path in (folder / "Locations").glob("*.npy"))
     if not names:
         raise FileNotFoundError(f"{folder / 'Locations'} holds no .npy files")
-    index = runs.read_json(folder / "index.json") if (folder / "index.json").exists() else {}
+    index = {}
+    if (folder / "index.json").exists():
+        index = read_json(folder / "index.json", dict)
     for name in names:
-        item = index.get(name, {"path": known.get(name, published_path(name))})
-        points = np.load(folder / "Locations" / name, allow_pickle=False)
-        codes = np.load(folder / "Descriptions" / name, allow_pickle=False)
+        item = {"path": images.get(name, published_path(name))} | UNKNOWN_SIZES
+        item = index.get(name, item)
+        if not conforms(item, ENTRY):
+            raise ValueError(f"{folder / 'index.json'} is damaged at {name}: export it again")
+        points, codes = (_read_matrix(folder / part / name) for part in FOLDERS)
+        if len(points) != len(codes) or points.shape[1] != 2:
+            raise ValueError(f"{folder}: {name} has {points.shape} locations, {codes.shape} codes")
         unknown = np.full(len(points), np.nan, np.float32)
-        yield (
-            item["path"],
-            LocalFeatures(
-                keypoints=points[:, ::-1].astype(np.float32),
-                descriptors=codes.astype(np.float32),
-                scores=unknown,
-                scales=unknown,
-                input_size=tuple(item.get("input_size", (0, 0))),
-                box=tuple(item.get("box", (0, 0, 0, 0))),
-                image_size=tuple(item.get("image_size", (0, 0))),
-            ),
+        features = LocalFeatures(
+            keypoints=points[:, ::-1].astype(np.float32),
+            descriptors=codes.astype(np.float32),
+            scores=unknown,
+            scales=unknown,
+            input_size=tuple(item["input_size"]),
+            box=tuple(item["box"]),
+            image_size=tuple(item["image_size"]),
         )
+        yield item["path"], features
+
+
+def _read_matrix(path: Path) -> np.ndarray:
+    matrix = map_array(path)
+    if matrix.ndim != 2 or matrix.dtype.kind not in "iuf":
+        raise ValueError(f"{path} holds {matrix.dtype} {matrix.shape}, not a matrix of numbers")
+    return matrix

@@ -1,6 +1,5 @@
-"""LocalFeatures: what extraction writes, the store keeps, and reranking and figures read."""
+"""LocalFeatures: the keypoints and descriptors of one image."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,16 +7,16 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class LocalFeatures:
-    """The local features of one image, best first.
+    """The local features of one image, best first; there may be none.
 
     Attributes:
-        keypoints: (N, 2) float32, (x, y) in the network input's frame: the image's top-left corner
-            is (0, 0), the first patch's centre (8, 8). Matching and verification use these.
+        keypoints: (N, 2) float32, (x, y) in pixels of the network input: the image's top-left
+            corner is (0, 0), the first patch's centre (8, 8). Matching and verification use these.
         descriptors: (N, C) float32, each of length 1.
         scores: (N,) float32, falling; nan where unknown.
-        scales: (N,) float32, the nominal scale each was found at; nan where unknown.
+        scales: (N,) float32, the nominal scale of each feature; nan where unknown.
         input_size: (h, w) of the network input in pixels.
-        box: (x0, y0, x1, y1) in pixels of the photograph, the crop really taken.
+        box: (x0, y0, x1, y1) in pixels of the photograph: the crop that was described.
         image_size: (h, w) of the photograph in pixels.
 
     Raises ValueError where the arrays' shapes do not fit together.
@@ -51,7 +50,7 @@ class LocalFeatures:
 
     @property
     def code_dim(self) -> int:
-        """The descriptors' width."""
+        """Dimension C of the descriptors."""
         return self.descriptors.shape[1]
 
     @property
@@ -59,28 +58,11 @@ class LocalFeatures:
         """Input size, box and image size as eight integers, as they are stored."""
         return *self.input_size, *self.box, *self.image_size
 
-    @classmethod
-    def empty(
-        cls,
-        code_dim: int,
-        input_size: Sequence[int],
-        box: Sequence[int],
-        image_size: Sequence[int],
-    ) -> "LocalFeatures":
-        """Features of an image in which nothing was found."""
-        none = np.zeros(0, np.float32)
-        return cls(
-            keypoints=none.reshape(0, 2),
-            descriptors=none.reshape(0, code_dim),
-            scores=none,
-            scales=none,
-            input_size=tuple(input_size),
-            box=tuple(box),
-            image_size=tuple(image_size),
-        )
-
     def subset(self, index: np.ndarray) -> "LocalFeatures":
-        """The features that `index` (positions, a mask or a slice) picks, in its order."""
+        """Returns the features that an index selects, in its order.
+
+        index: (n,) integers, an (N,) bool mask, or a slice.
+        """
         return replace(
             self,
             keypoints=self.keypoints[index],
@@ -90,17 +72,17 @@ class LocalFeatures:
         )
 
     def original_keypoints(self) -> np.ndarray:
-        """Keypoints (N, 2) float32 on the photograph, for drawing.
+        """Returns the keypoints (N, 2) float32 as (x, y) in pixels of the stored photograph.
 
-        (x, y) in pixels of the stored photograph; (0, 0) is the centre of its top-left pixel, as
-        matplotlib draws. Raises ValueError where the sizes are unknown (all zero), as they are
-        after a plain import of published files.
+        (0, 0) is the centre of the photograph's top-left pixel, as matplotlib draws. Raises
+        ValueError where box and sizes are unknown (all zero), as after a plain import of
+        published files.
         """
         x0, y0, x1, y1 = self.box
         if not (x1 > x0 and y1 > y0 and min(self.input_size) > 0):
             raise ValueError(
-                "the features do not say where on the photograph they are: their box and sizes "
-                "were not stored; extract them again"
+                "the features have no position on the photograph, since their box and sizes were "
+                "not stored: extract them again"
             )
         crop_size = np.array([x1 - x0, y1 - y0], np.float64)
         factor = crop_size / np.array(self.input_size[::-1])

@@ -7,7 +7,7 @@ import numpy as np
 
 from vitgal import runs
 from vitgal.features.local import LocalFeatures
-from vitgal.settings.sections import FEATURE_DTYPES, LocalSettings
+from vitgal.settings.sections import FEATURE_DTYPES
 
 FORMAT = 1
 FEATURE_ARRAYS = ("keypoints", "descriptors", "scores", "scales")
@@ -126,28 +126,17 @@ def check_dtype(dtype: str) -> None:
         raise ValueError(f"unknown descriptor dtype {dtype!r}; known: {', '.join(FEATURE_DTYPES)}")
 
 
-def stored_width(code_dim: int, dtype: str) -> int:
-    """Returns the number of columns of a stored descriptor array."""
-    return -(-code_dim // 8) if dtype == "bit" else code_dim
+def stored_type(code_dim: int, dtype: str) -> tuple[np.dtype, int]:
+    """Returns NumPy's type and the number of columns of a stored descriptor array."""
+    return (
+        (np.dtype(np.uint8), -(-code_dim // 8)) if dtype == "bit" else (np.dtype(dtype), code_dim)
+    )
 
 
-def stored_type(dtype: str) -> np.dtype:
-    """Returns NumPy's type of a stored descriptor array."""
-    return np.dtype("uint8" if dtype == "bit" else dtype)
+def forecast(images: int, mean_features: float, code_dim: int, dtype: str) -> int:
+    """Predicts the bytes that a store takes, to within a few per cent.
 
-
-def forecast(
-    images: int, mean_features: float, code_dim: int, dtype: str = LocalSettings.dtype
-) -> int:
-    """Predicts the size of a store in bytes, to within a few per cent.
-
-    Args:
-        images: number of images.
-        mean_features: features an image (published: at most 1000, 877 on average at five scales
-            and 251 at one).
-        code_dim: dimension of a descriptor.
-        dtype: of the stored descriptors.
+    mean_features: of an image (published: at most 1000, 877 on average at five scales, 251 at one).
     """
-    check_dtype(dtype)
-    code = stored_width(code_dim, dtype) * stored_type(dtype).itemsize
-    return round(images * (mean_features * (code + FEATURE_BYTES) + ITEM_BYTES))
+    kind, width = stored_type(code_dim, dtype)
+    return round(images * (mean_features * (width * kind.itemsize + FEATURE_BYTES) + ITEM_BYTES))

@@ -9,17 +9,19 @@ an `index/` with names, sizes and positions of all its items, with which it open
 An item's key is its image's name. The features of a query are those of its crop.
 """
 
-import bisect
+import resource
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from vitgal.features.files import map_array_as
 from vitgal.features.local import LocalFeatures
-from vitgal.features.npy import map_array_as
 from vitgal.features.store.codec import FEATURE_ARRAYS, REMEDY, StoreError, decode_features
-from vitgal.features.store.index import Index, most_open
-from vitgal.features.store.shard import INDEX, Shard, ShardFormat, shard_folders
+from vitgal.features.store.index import Index, Location
+from vitgal.features.store.shard import INDEX, Shard, shard_folders
+
+OPEN_SHARDS = 1024  # that a store keeps mapped, four files each (a process may map 65,530)
 
 
 class FeatureStore(Mapping[str, LocalFeatures]):
@@ -34,8 +36,7 @@ class FeatureStore(Mapping[str, LocalFeatures]):
     def __init__(self, folder: Path, index: Index):
         self.folder = Path(folder)
         self.index = index
-        header = index.header
-        self._format = ShardFormat(header["dtype"], header["code_dim"])
+        self._format = index.format()
         self._open: dict[int, dict[str, np.ndarray]] = {}
         self._most = most_open()
 
@@ -55,18 +56,19 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         return store
 
     def __getitem__(self, key: str) -> LocalFeatures:
-        position, arrays = self._find(key)
-        sizes = self.index.arrays["sizes"][position].tolist()
-        return decode_features(arrays, sizes, self._format.dtype, self._format.code_dim)
+        location = self._locate(key)
+        sizes = self.index.arrays["sizes"][location.position].tolist()
+        kind = self._format
+        return decode_features(self._stored(location), sizes, kind.dtype, kind.code_dim)
 
     def __iter__(self) -> Iterator[str]:
-        return self.index.names()
+        return iter(self.index.names())
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self._position(key) is not None
+        return isinstance(key, str) and self.index.locate(key) is not None
 
     def __reduce__(self):
         return FeatureStore.open, (self.folder,)
@@ -74,7 +76,7 @@ class FeatureStore(Mapping[str, LocalFeatures]):
     @property
     def names(self) -> list[str]:
         """All keys in the order of the shards."""
-        return list(self.index.names())
+        return self.index.names()
 
     @property
     def failures(self) -> dict[str, str]:
@@ -88,7 +90,7 @@ class FeatureStore(Mapping[str, LocalFeatures]):
 
     def raw(self, key: str) -> dict[str, np.ndarray]:
         """Returns one item's arrays as `encode_features` gave them, mapped from the files."""
-        return self._find(key)[1]
+        return self._stored(self._locate(key))
 
     def verify(self) -> None:
         """Reads everything; raises StoreError naming the items whose bytes have changed."""
@@ -103,37 +105,30 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         if not self.index.same(Index.of(map(Shard.open, shards))):
             raise StoreError(f"{self.folder / INDEX} does not fit the shards; {REMEDY}")
 
-    def _position(self, key: str) -> int | None:
-        try:
-            return self.index.find(key)
-        except IndexError:
-            raise self._damaged_index() from None
+    def _locate(self, key: str) -> Location:
+        location = self.index.locate(key)
+        if location is not None:
+            return location
+        if key in self.failures:
+            reason = self.failures[key]
+            raise KeyError(f"{key} could not be read when {self.folder} was made: {reason}")
+        raise KeyError(
+            f"{key} is not in {self.folder}: the short list that it was made from lacks it"
+        )
 
-    def _find(self, key: str) -> tuple[int, dict[str, np.ndarray]]:
-        """The position of an item and its mapped arrays; KeyError says why there is none."""
-        position = self._position(key)
-        if position is None:
-            raise KeyError(self._why_missing(key))
-        number = bisect.bisect_right(self.index.arrays["firsts"], position) - 1
-        arrays = self._open.pop(number, None)
+    def _stored(self, location: Location) -> dict[str, np.ndarray]:
+        """An item's arrays, mapped; its shard becomes the one used last."""
+        arrays = self._open.pop(location.shard, None)
         if arrays is None:
-            arrays = self._map(number)
+            arrays = self._map(location)
             while len(self._open) >= self._most:
                 self._open.pop(next(iter(self._open)), None)  # unused for the longest time
-        self._open[number] = arrays
-        start, stop = self.index.arrays["rows"][position].tolist()
-        if not 0 <= start <= stop <= len(arrays["scores"]):
-            raise self._damaged_index()
-        return position, {name: array[start:stop] for name, array in arrays.items()}
+        self._open[location.shard] = arrays
+        return {name: array[location.start : location.stop] for name, array in arrays.items()}
 
-    def _map(self, number: int) -> dict[str, np.ndarray]:
+    def _map(self, location: Location) -> dict[str, np.ndarray]:
         """Maps a shard's arrays; StoreError where they are not as long as the index states."""
-        try:
-            last = self.index.arrays["firsts"][number + 1] - 1
-            rows = int(self.index.arrays["rows"][last, 1])
-        except IndexError:
-            raise self._damaged_index() from None
-        folder, layout = self.folder / self.index.shard(number), self._format.layout(rows, 0)
+        folder, layout = self.index.shard(location.shard), self._format.layout(location.rows, 0)
         try:
             return {
                 name: map_array_as(folder / f"{name}.npy", *layout[name]) for name in FEATURE_ARRAYS
@@ -145,11 +140,12 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         except OSError as error:
             raise StoreError(f"the shard {folder} is damaged ({error}); {REMEDY}") from error
 
-    def _damaged_index(self) -> StoreError:
-        folder = self.folder / INDEX
-        return StoreError(f"{folder} is damaged: delete it, and the store opens without it")
 
-    def _why_missing(self, key: str) -> str:
-        if key in self.failures:
-            return f"{key} could not be read when {self.folder} was made: {self.failures[key]}"
-        return f"{key} is not in {self.folder}: the short list that it was made from lacks it"
+def most_open() -> int:
+    """Returns how many shards a store keeps mapped: OPEN_SHARDS, or less by the limit of files.
+
+    Each mapped file counts as an open one. A sixteenth of the limit leaves enough for a few stores
+    in one process, and for whatever else it has open.
+    """
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return OPEN_SHARDS if files == resource.RLIM_INFINITY else min(OPEN_SHARDS, 1 + files // 16)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from vitgal.features.npy import leading_rows
+from vitgal.features.files import leading_rows
 from vitgal.features.store.codec import StoreError
 from vitgal.features.store.shard import ARRAYS, EncodedFeatures, Shard, ShardFormat, split_images
 

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from vitgal import runs
+from vitgal.features.files import read_json
 from vitgal.features.store.codec import PRECISION_REMEDY
-from vitgal.features.store.shard import is_failure_list
+from vitgal.features.store.shard import FAILURES
+
+JOURNAL = {"settings": dict, "shape": list, "rows": int, "checksum": int, "failures": FAILURES}
 
 
 @dataclass
@@ -30,31 +33,29 @@ class RowFile:
 
     @classmethod
     def open(cls, path: Path, shape: tuple[int, int], *, settings: Mapping) -> "RowFile":
-        """Continues the file after its last whole row; begins anew where there is none.
+        """Continues the file after its last whole row; begins anew where none is.
 
         Args:
             path: the `.npy` to be written.
             shape: (rows, width) of the complete array.
             settings: plain values that must be equal for rows to be continued.
         Raises:
-            runs.StageError: there are rows with other settings, which are left as they are, or the
-                journal is not whole JSON.
+            runs.StageError: there are rows with other settings, which are left as they are.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         fresh = {"settings": runs.plain(dict(settings)), "shape": list(shape)}
         fresh |= {"rows": 0, "checksum": 0, "failures": []}
         file = cls(path, shape, fresh)
-        journal = runs.read_json(file._journal_path) if file._journal_path.exists() else {}
-        if _is_journal(journal):
-            if journal["rows"] and journal["settings"] != fresh["settings"]:
-                changes = "; ".join(runs.differences(journal["settings"], fresh["settings"]))
-                raise runs.StageError(
-                    f"{path} was begun with other settings ({changes}): {PRECISION_REMEDY}"
-                )
-            if journal["shape"] == fresh["shape"] and file._is_whole(journal):
-                file.journal = journal
-                return file
+        journal = file._read_journal()
+        if journal and journal["rows"] and journal["settings"] != fresh["settings"]:
+            changes = "; ".join(runs.differences(journal["settings"], fresh["settings"]))
+            raise runs.StageError(
+                f"{path} was begun with other settings ({changes}): {PRECISION_REMEDY}"
+            )
+        if journal and journal["shape"] == fresh["shape"] and file._is_whole(journal):
+            file.journal = journal
+            return file
         file._begin()
         return file
 
@@ -110,6 +111,14 @@ class RowFile:
     def _journal_path(self) -> Path:
         return self.path.with_name(self.path.name + ".journal.json")
 
+    def _read_journal(self) -> dict | None:
+        """The journal on disk; None where it is missing or damaged."""
+        try:
+            journal = read_json(self._journal_path, JOURNAL)
+        except ValueError:
+            return None
+        return journal if journal["rows"] >= 0 else None
+
     def _header(self) -> bytes:
         buffer = io.BytesIO()
         layout = {"descr": "<f4", "fortran_order": False, "shape": tuple(self.shape)}
@@ -129,7 +138,7 @@ class RowFile:
         """Tells whether the rows that a journal counts are on disk, byte for byte."""
         file = self._partial if self._partial.exists() else self.path
         end = self._bytes(journal["rows"])
-        if not file.exists() or file.stat().st_size < end:
+        if journal["rows"] > self.shape[0] or not file.exists() or file.stat().st_size < end:
             return False
         checksum = 0
         with open(file, "rb") as handle:
@@ -138,13 +147,3 @@ class RowFile:
             while handle.tell() < end:
                 checksum = zlib.crc32(handle.read(min(runs.CHUNK, end - handle.tell())), checksum)
         return checksum == journal["checksum"]
-
-
-def _is_journal(value: object) -> bool:
-    types = {"settings": dict, "shape": list, "rows": int, "checksum": int}
-    return (
-        isinstance(value, dict)
-        and all(isinstance(value.get(name), kind) for name, kind in types.items())
-        and value["rows"] >= 0
-        and is_failure_list(value.get("failures"))
-    )

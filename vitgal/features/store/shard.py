@@ -2,7 +2,6 @@
 
 import functools
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from vitgal import runs
+from vitgal.features.files import conforms, map_array, read_json
 from vitgal.features.local import LocalFeatures
-from vitgal.features.npy import map_array
 from vitgal.features.store.codec import (
     FEATURE_ARRAYS,
     FORMAT,
@@ -23,7 +22,6 @@ from vitgal.features.store.codec import (
     check_dtype,
     encode_features,
     stored_type,
-    stored_width,
 )
 from vitgal.settings.sections import FEATURE_DTYPES, LocalSettings
 
@@ -31,8 +29,14 @@ ARRAYS = (*FEATURE_ARRAYS, "offsets", "checksums")
 SHARD = "shard-"
 INDEX, INDEX_HEADER = "index", "index.json"
 PARTIAL = ".partial-"  # begins the name of a shard that is being written, and no other name
-SURROGATE = re.compile("[\ud800-\udfff]")
-SIZES = {"input_size": 2, "box": 4, "image_size": 2}  # of an item: field -> number of integers
+FAILURES = [{"name": str, "reason": str}]  # of a JSON file, see `files.conforms`
+HEADER = {
+    "format": int,
+    "dtype": FEATURE_DTYPES,
+    "code_dim": int,
+    "settings": dict,
+    "items": [{"name": str, "input_size": [int] * 2, "box": [int] * 4, "image_size": [int] * 2}],
+}
 
 
 def partition(names: Iterable[str], shard_size: int) -> list[list[str]]:
@@ -95,6 +99,10 @@ class ShardFormat:
     def __post_init__(self) -> None:
         check_dtype(self.dtype)
 
+    def __str__(self) -> str:
+        settings = (f", {name} {value}" for name, value in sorted(self.settings.items()))
+        return f"{self.code_dim} values as {self.dtype}{''.join(settings)}"
+
     def header(self) -> dict[str, Any]:
         """Returns what `items.json` says of the format, in its order."""
         header = {"format": FORMAT, "dtype": self.dtype, "code_dim": self.code_dim or 0}
@@ -102,10 +110,10 @@ class ShardFormat:
 
     def layout(self, rows: int, items: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Returns type and shape of each array of a shard with so many features and images."""
-        single, width = np.dtype(np.float32), stored_width(self.code_dim or 0, self.dtype)
+        single, (kind, width) = np.dtype(np.float32), stored_type(self.code_dim or 0, self.dtype)
         return {
             "keypoints": (single, (rows, 2)),
-            "descriptors": (stored_type(self.dtype), (rows, width)),
+            "descriptors": (kind, (rows, width)),
             "scores": (single, (rows,)),
             "scales": (single, (rows,)),
             "offsets": (np.dtype(np.int64), (items + 1,)),
@@ -144,8 +152,8 @@ class EncodedFeatures:
 
 def item_entry(key: str, features: LocalFeatures) -> dict[str, Any]:
     """Returns an image's entry in `items.json`: its key as "name", and its sizes as lists."""
-    sizes = {name: [int(side) for side in getattr(features, name)] for name in SIZES}
-    return {"name": key} | sizes
+    names = ("input_size", "box", "image_size")
+    return {"name": key} | {name: [int(side) for side in getattr(features, name)] for name in names}
 
 
 def _checksum(item: Mapping, arrays: Mapping[str, np.ndarray]) -> int:
@@ -240,15 +248,15 @@ class Shard:
         """Opens a shard without reading its features; StoreError where files do not fit."""
         folder = Path(folder)
         try:
-            header = runs.read_json(folder / "items.json")
+            header = read_json(folder / "items.json", {"format": int})
+            if header["format"] != FORMAT:
+                raise StoreError(f"{folder} has store format {header['format']}, not {FORMAT}")
+            if not conforms(header, HEADER):
+                raise ValueError("its items.json")
             arrays = {name: map_array(folder / f"{name}.npy") for name in ARRAYS}
-        except (runs.StageError, OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise StoreError(f"the shard {folder} is damaged ({error}); {REMEDY}") from error
         shard = cls(folder, header, arrays)
-        if isinstance(header, dict) and header.get("format", FORMAT) != FORMAT:
-            raise StoreError(f"{folder} has store format {header['format']}, not {FORMAT}")
-        if not _is_header(header):
-            raise StoreError(f"the shard {folder} is damaged (its items.json); {REMEDY}")
         if not shard._fits():
             raise StoreError(f"the arrays of the shard {folder} do not fit together; {REMEDY}")
         return shard
@@ -276,12 +284,9 @@ class Shard:
     def failures(self) -> list[dict[str, str]]:
         """Images that belong here but could not be read; StoreError where the list is damaged."""
         try:
-            failures = runs.read_json(self.folder / "failures.json")
-        except (runs.StageError, OSError, ValueError, RecursionError) as error:
+            return read_json(self.folder / "failures.json", FAILURES)
+        except ValueError as error:
             raise StoreError(f"the shard {self.folder} is damaged ({error}); {REMEDY}") from error
-        if not is_failure_list(failures):
-            raise StoreError(f"the shard {self.folder} is damaged (its failures.json); {REMEDY}")
-        return failures
 
     def damaged(self) -> list[str]:
         """Returns keys of images whose bytes do not match their checksum; reads everything."""
@@ -305,37 +310,3 @@ def split_images(
         if 0 <= start <= stop <= rows:
             part = {name: arrays[name][start:stop] for name in FEATURE_ARRAYS}
             yield EncodedFeatures(item, part, int(checksum))
-
-
-def _is_header(header: object) -> bool:
-    """Tells whether an items.json has all that is read from it."""
-    types = {"format": int, "dtype": str, "code_dim": int, "settings": dict, "items": list}
-    if not isinstance(header, dict) or header.get("dtype") not in FEATURE_DTYPES:
-        return False
-    if not all(isinstance(header.get(key), kind) for key, kind in types.items()):
-        return False
-    return header["code_dim"] >= 0 and all(map(is_item, header["items"]))
-
-
-def is_failure_list(value: object) -> bool:
-    """Tells whether a value out of a JSON file lists images with the reason of their failure."""
-    return isinstance(value, list) and all(
-        isinstance(entry, dict)
-        and isinstance(entry.get("name"), str)
-        and isinstance(entry.get("reason"), str)
-        for entry in value
-    )
-
-
-def is_item(item: object) -> bool:
-    """Tells whether a value out of a JSON file is an entry as `item_entry` returns it."""
-    if not isinstance(item, dict) or not isinstance(item.get("name"), str):
-        return False
-    if SURROGATE.search(item["name"]):  # no UTF-8
-        return False
-    return all(
-        isinstance(item.get(name), list)
-        and len(item[name]) == count
-        and all(isinstance(side, int) and abs(side) < 1 << 31 for side in item[name])
-        for name, count in SIZES.items()
-    )

@@ -1,126 +1,21 @@
-"""Descriptors made elsewhere: both layouts, what is refused, and the stage that follows."""
+"""The global stage with descriptors that another system made."""
 
 import runpy
 from pathlib import Path
 
 import cv2
-import h5py
 import numpy as np
 import pytest
 
+from tests.features.examples import NAMES, ROWS, save_hloc, save_npy
 from vitgal import runs
 from vitgal.data import revisited
 from vitgal.evaluation import protocol as evaluation_protocol
-from vitgal.features.descriptors import DescriptorError, read_descriptors
+from vitgal.features.descriptors import read_descriptors
 from vitgal.retrieval import faiss_index
 from vitgal.settings import GlobalSettings
 from vitgal.stages import rankings
 from vitgal.stages.descriptors import evaluate_descriptors
-
-NAMES = ["q", "a", "b", "sub/c"]
-ROWS = np.array([[3, 4], [0, 2], [5, 0], [-1, 0]], np.float32)  # lengths 5, 2, 5, 1
-UNIT = np.array([[0.6, 0.8], [0, 1], [1, 0], [-1, 0]], np.float32)
-
-
-def save_npy(path: Path, rows=ROWS, names=NAMES) -> Path:
-    np.save(path, rows)
-    path.with_suffix(".txt").write_text("".join(f"{name}\n" for name in names))
-    return path
-
-
-def save_hloc(path: Path, rows=ROWS, names=NAMES, suffix=".jpg") -> Path:
-    with h5py.File(path, "w") as file:
-        for name, row in zip(names, rows, strict=True):
-            file.create_group(name + suffix).create_dataset("global_descriptor", data=row)
-    return path
-
-
-@pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1], []])
-def test_both_layouts_give_rows_of_length_one_in_the_order_asked(tmp_path, order):
-    wanted = [NAMES[place] for place in order]
-    for path in (save_npy(tmp_path / "x.npy"), save_hloc(tmp_path / "x.h5")):
-        if not order and path.suffix == ".h5":
-            continue  # no row: no width to know
-        rows = read_descriptors(path, wanted)
-        assert rows.dtype == np.float32
-        np.testing.assert_allclose(rows, UNIT[order], atol=1e-7)  # one rounding of float32
-
-
-def test_names_with_folder_and_suffix_and_half_precision(tmp_path):
-    names = [f"jpg/{name}.JPG" for name in NAMES]
-    path = save_npy(tmp_path / "x.npy", ROWS.astype(np.float16), names)
-    np.testing.assert_allclose(read_descriptors(path, NAMES), UNIT, atol=1e-7)
-    # A dot in a name is no suffix.
-    path = save_npy(tmp_path / "y.npy", ROWS[:1], ["st.peter"])
-    assert read_descriptors(path, ["st.peter"]).shape == (1, 2)
-
-
-@pytest.mark.parametrize("save", [save_npy, save_hloc])
-def test_what_is_missing_is_named(tmp_path, save):
-    path = save(tmp_path / ("x.npy" if save is save_npy else "x.hdf5"))
-    with pytest.raises(DescriptorError, match="no descriptor of 2 of 3 images: d, e; describe"):
-        read_descriptors(path, ["a", "d", "e"])
-
-
-def broken(folder: Path, what: str) -> Path:
-    """One broken file of each kind."""
-    path = folder / "x.npy"
-    if what == "text":
-        save_npy(path)
-        path.write_text("not numbers")
-    elif what == "pickled":
-        np.save(path, np.array([{}], object), allow_pickle=True)
-        path.with_suffix(".txt").write_text("a\n")
-    elif what == "fewer names":
-        save_npy(path, names=NAMES[:2])
-    elif what == "twice":
-        save_npy(path, names=["a", "jpg/a.jpg", "b", "q"])
-    elif what == "zero":
-        save_npy(path, ROWS * [[1], [0], [1], [1]])
-    elif what == "nan":
-        save_npy(path, ROWS * [[1], [1], [np.nan], [1]])
-    elif what == "integers":
-        save_npy(path, ROWS.astype(int))
-    elif what == "suffix":
-        path = path.rename(folder / "x.npz") if path.exists() else folder / "x.npz"
-        path.write_bytes(b"")
-    elif what == "hdf5":
-        path = folder / "x.h5"
-        path.write_text("not HDF5")
-    else:
-        path = folder / "x.h5"
-        with h5py.File(path, "w") as file:
-            for name, row in zip(NAMES, ([1.0], [1.0], [1.0], [1.0, 2.0]), strict=True):
-                file.create_group(name).create_dataset("global_descriptor", data=row)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        ("text", "not a whole .npy"),
-        ("pickled", "not a whole .npy"),
-        ("fewer names", r"shape \(4, 2\), .*2 names"),
-        ("twice", "names the image a twice"),
-        ("zero", r"descriptor of a is zero or not finite \(1 such\)"),
-        ("nan", r"descriptor of b is zero or not finite \(1 such\)"),
-        ("integers", "no floats"),
-        ("suffix", "descriptors come as .npy, .h5, .hdf5"),
-        ("hdf5", "not a whole HDF5 file"),
-        ("widths", r"different lengths \[1, 2\]"),
-    ],
-)
-def test_what_cannot_be_read_is_refused(tmp_path, what, message):
-    with pytest.raises(DescriptorError, match=message):
-        read_descriptors(broken(tmp_path, what), NAMES)
-
-
-def test_files_that_are_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there are no descriptors"):
-        read_descriptors(tmp_path / "x.npy", NAMES)
-    np.save(tmp_path / "x.npy", ROWS)
-    with pytest.raises(FileNotFoundError, match="needs the names of its rows"):
-        read_descriptors(tmp_path / "x.npy", NAMES)
 
 
 @pytest.fixture
