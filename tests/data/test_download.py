@@ -296,7 +296,7 @@ def test_too_little_disk_is_said_before_any_request(site, tmp_path):
     text = sources.read_text()
     sources.write_text(re.sub(r"bytes = \d+", f"bytes = {10**18}", text))
     # Twice: the archive, and what it unpacks to.
-    with pytest.raises(OSError, match=r"set need about 2,000,000,000\.0 GB of disk space.*free"):
+    with pytest.raises(OSError, match=r"set need about 2\.00EB of disk space.*free"):
         bring("set", tmp_path, sources)
     assert site.requests == []
     assert not (tmp_path / "data").exists()

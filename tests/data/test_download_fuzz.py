@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data.download_server import tar
-from vitgal.data.download import archives, fetch, folders, sources
+from vitgal.data.download import archives, folders, sources
 from vitgal.data.download.fetch import total_length
 
 NUMBERS = st.integers(0, 10**25).map(str) | st.sampled_from(["*", "²", "٣", "", "-1", "1e3", " 1"])
@@ -124,9 +124,3 @@ def test_bytes_that_are_no_archive_are_refused(tmp_path_factory, content):
     path.write_bytes(content)
     with contextlib.suppress(ValueError):
         archives.unpack(path, path.parent / "jpg", arrange="tree", label="", progress=False)
-
-
-def test_the_size_of_a_file_reads_well():
-    assert [fetch.format_size(size) for size in (0, 999, 1000, 2.5e6, 1.07e9)] == [
-        *("0 bytes", "999 bytes", "1 kB", "2 MB", "1.1 GB")
-    ]

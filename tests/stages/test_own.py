@@ -31,6 +31,7 @@ from vitgal.settings import (
     MachineSettings,
     MatchingSettings,
     RerankingSettings,
+    SettingsError,
 )
 from vitgal.stages import own
 from vitgal.stages.own_descriptions import Describer
@@ -434,7 +435,7 @@ def test_the_command_fills_in_the_notebook(scratch, tmp_path, folder):
 
 @pytest.mark.parametrize("box", ["1,2,x,4", "1.5,2,3,4"])
 def test_a_box_that_is_no_box_stops_before_anything_starts(scratch, tmp_path, folder, box):
-    with pytest.raises(app_parameters.ParameterError, match="query_box"):
+    with pytest.raises(SettingsError, match="query_box"):
         pipeline.run_own(folder, "a/1.png", box, notebooks=own_notebook(scratch), progress=False)
     assert not (tmp_path / "runs").exists()
 

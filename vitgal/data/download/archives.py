@@ -76,9 +76,8 @@ def _extract(
             _check_member(member)
             unpacked += member.size
             if unpacked > limit or count > MAX_MEMBERS:
-                raise ValueError(
-                    f"it unpacks to more than {format_size(limit)} or {MAX_MEMBERS:,} files"
-                )
+                size = format_size(limit)
+                raise ValueError(f"it unpacks to more than {size} or {MAX_MEMBERS:,} files")
             target = None if member.isdir() else ARRANGEMENTS[arrange](PurePosixPath(member.name))
             if target is None:
                 continue

@@ -83,7 +83,6 @@ def check(
         return report
     try:
         _check_files(own, report)
-        _check_archives(own, report)
     except ValueError as error:  # a damaged record
         report.problems.append(str(error))
     if source.tables:
@@ -116,9 +115,6 @@ def _check_files(folder: SourceFolder, report: Report) -> None:
             report.problems.append(
                 f"{file.to} has the sha256 {actual}, the {origin} one is {expected}"
             )
-
-
-def _check_archives(folder: SourceFolder, report: Report) -> None:
     archives = folder.source.archives
     pending = [archive.name for archive in archives if not folder.is_unpacked(archive)]
     if folder.record.archives and pending:

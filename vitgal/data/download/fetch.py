@@ -257,10 +257,6 @@ def free_space(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def format_size(count: float) -> str:
-    """Formats a number of bytes, as in 12 MB."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:,.1f} GB"
+def format_size(size: int) -> str:
+    """Formats a number of bytes, as in 12.0MB."""
+    return tqdm.format_sizeof(size, "B")

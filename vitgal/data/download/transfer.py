@@ -59,16 +59,14 @@ def _check_space(folders: list[SourceFolder], target: Path, *, progress: bool) -
     # Archives are fetched, unpacked and deleted one by one: only the largest is there as well.
     needed = download_size + max((file.bytes for file in pending if file.arrange), default=0)
     free = free_space(target)
+    sizes = [format_size(size) for size in (download_size, needed, free)]
     if progress:
-        print(
-            f"about {format_size(download_size)} to download in {len(pending)} files, "
-            f"{format_size(needed)} of disk space; {format_size(free)} are free in {target}"
-        )
+        print("about {} to download, {} of disk space; {} are free in".format(*sizes), target)
     if needed > free:
         raise OSError(
-            f"{', '.join(folder.source.name for folder in folders)} need about "
-            f"{format_size(needed)} of disk space in {target}, where {format_size(free)} are free; "
-            "make room or choose another folder (--to)"
+            f"{', '.join(folder.source.name for folder in folders)} need about {sizes[1]} of disk "
+            f"space in {target}, where {sizes[2]} are free; make room or choose another folder "
+            "(--to)"
         )
 
 
