@@ -63,6 +63,7 @@ class RetrievalDataset:
     """A benchmark whose images all exist: names and paths in the order of the indices.
 
     `database` starts with the ground truth's images; the distractors follow in their list's order.
+    `folder` and `distractors` are the folders that `open_dataset` read.
     """
 
     name: str
@@ -70,6 +71,8 @@ class RetrievalDataset:
     database: list[str]
     database_paths: list[Path]
     query_paths: list[Path]
+    folder: Path | None = None
+    distractors: Path | None = None
 
     @property
     def as_input(self) -> runs.Input:
@@ -333,7 +336,15 @@ def open_dataset(
         names, paths = _distractors(Path(distractors), distractor_list)
         database, database_paths = database + names, database_paths + paths
         _refuse_repeated([*database, *ground_truth.queries], "list with distractors")
-    return RetrievalDataset(name, ground_truth, database, database_paths, query_paths)
+    return RetrievalDataset(
+        name,
+        ground_truth,
+        database,
+        database_paths,
+        query_paths,
+        folder=folder,
+        distractors=distractors and Path(distractors),
+    )
 
 
 def _distractors(folder: Path, file: str | os.PathLike | None) -> tuple[list[str], list[Path]]:

@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "pick_device",
             "resolve_precision",
             "weights_fingerprint",
+            "weights_input",
         ],
         "local_features": ["require_codes", "rescale", "token_scores"],
         "network": [

@@ -80,6 +80,15 @@ def weights_fingerprint(model: str | Path, *, seed: int = 0) -> str:
 
     Raises FileNotFoundError, with the command that brings the file where there is one.
     """
+    weights = weights_input(model, seed=seed)
+    return weights if isinstance(weights, str) else weights.fingerprint()
+
+
+def weights_input(model: str | Path, *, seed: int = 0) -> str | runs.Input:
+    """Returns a model's weights as the input of a stage, which reads the file only if it changed.
+
+    Random weights are identified by architecture and seed. Raises as `weights_fingerprint` does.
+    """
     if str(model).startswith(UNTRAINED):
         return f"{model}, seed {seed}"
     if not Path(model).is_file():
@@ -92,7 +101,7 @@ def weights_fingerprint(model: str | Path, *, seed: int = 0) -> str:
             else "train them with 02_train or 03_train_autoencoder, or name a checkpoint"
         )
         raise FileNotFoundError(f"there are no weights {model}: {remedy}")
-    return runs.fingerprint_file(Path(model))
+    return runs.file_input(Path(model))
 
 
 @contextlib.contextmanager

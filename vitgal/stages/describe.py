@@ -10,13 +10,14 @@ from tqdm.auto import tqdm
 from vitgal import engines, runs
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features import store
-from vitgal.models.inference import weights_fingerprint
+from vitgal.models.inference import weights_input
 from vitgal.retrieval import faiss_index
 from vitgal.settings import GlobalSettings, MachineSettings
 from vitgal.stages.describers import ImageDescriber, open_describer
 from vitgal.stages.images import (
     ImageTask,
     query_tasks,
+    recorded_paths,
     refuse_failed_query,
     refuse_failures,
     report_failures,
@@ -56,7 +57,7 @@ def evaluate_global(
         FileNotFoundError, ValueError: the weights are missing or invalid.
     """
     engines.check_engine(machine.engine, machine.ray_address)
-    inputs = {"dataset": dataset.fingerprint, "weights": weights_fingerprint(model)}
+    inputs = {"dataset": dataset.as_input, "weights": weights_input(model)}
     with runs.stage(
         run / dataset.name / folder,
         "global",
@@ -86,7 +87,8 @@ def evaluate_global(
         write_rankings(
             stage, dataset, settings, queries, path, failures=rows.failures, protocol=protocol
         )
-        recorded |= {"images": count, "failed": len(rows.failures), "weights": str(model)}
+        recorded |= {"images": count, "failed": len(rows.failures)}
+        recorded |= recorded_paths(run, dataset, model)
         stage.finish(global_outputs(settings), **recorded)
         rows.forget()
         report_failures(rows.failures, count)

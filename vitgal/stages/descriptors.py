@@ -1,13 +1,17 @@
 """The global stage for descriptors of another system."""
 
+import functools
 import hashlib
 from pathlib import Path
+
+import numpy as np
 
 from vitgal import runs
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features.descriptors import read_descriptors
 from vitgal.retrieval import faiss_index
 from vitgal.settings import GlobalSettings
+from vitgal.stages.images import recorded_paths
 from vitgal.stages.rankings import global_outputs, write_rankings
 
 PARAMETERS = ("crop_queries", "top", "display", "index")  # the settings that matter here
@@ -37,31 +41,38 @@ def evaluate_descriptors(
         StageError: the folder holds other settings or descriptors.
         FileNotFoundError, DescriptorError: see `read_descriptors`.
     """
+    descriptors = Path(descriptors)
     queries, count = dataset.ground_truth.queries, len(dataset.database)
-    rows = read_descriptors(descriptors, [*queries, *dataset.database])
-    if settings.index is not None:
-        faiss_index.check(settings.index, rows.shape[1], count)
+    files = [path for path in (descriptors, descriptors.with_suffix(".txt")) if path.is_file()]
+    stamp = runs.images_input([path.name for path in files], files).stamp
+
+    @functools.cache
+    def rows() -> np.ndarray:
+        return read_descriptors(descriptors, [*queries, *dataset.database])
+
     compared = settings.compared()
     with runs.stage(
         run / dataset.name / "global",
         "global",
         parameters={name: compared[name] for name in PARAMETERS if name in compared},
         inputs={
-            "dataset": dataset.fingerprint,
-            "descriptors": hashlib.sha256(rows.data).hexdigest(),
+            "dataset": dataset.as_input,
+            "descriptors": runs.Input(stamp, lambda: hashlib.sha256(rows().data).hexdigest()),
         },
         overwrite=overwrite,
     ) as stage:
         if stage.finished:
             return stage.folder
-        database_file = runs.write_array(stage.folder / "database.npy", rows[len(queries) :])
+        if settings.index is not None:
+            faiss_index.check(settings.index, rows().shape[1], count)
         write_rankings(
             stage,
             dataset,
             settings,
-            rows[: len(queries)],
-            database_file,
+            rows()[: len(queries)],
+            runs.write_array(stage.folder / "database.npy", rows()[len(queries) :]),
             failures=[],
             protocol={"crop_queries": settings.crop_queries, "descriptors": "made elsewhere"},
         )
-        return stage.finish(global_outputs(settings), images=count)
+        recorded = recorded_paths(run, dataset)
+        return stage.finish(global_outputs(settings), images=count, **recorded)

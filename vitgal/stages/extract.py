@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 from vitgal import engines, runs
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features import store
-from vitgal.models.inference import weights_fingerprint
+from vitgal.models.inference import weights_input
 from vitgal.models.local_features import require_codes
 from vitgal.retrieval import shortlists
 from vitgal.settings import LocalSettings, MachineSettings
@@ -18,6 +18,7 @@ from vitgal.stages.images import (
     Failure,
     ImageTask,
     query_tasks,
+    recorded_paths,
     refuse_failures,
     report_failures,
 )
@@ -69,8 +70,8 @@ def extract_shortlist(
         parameters=settings.compared(),
         inputs={
             "shortlist": shortlist,
-            "images": _images_fingerprint(images),
-            "weights": weights_fingerprint(model),
+            "images": _images_input(images),
+            "weights": weights_input(model),
         },
         overwrite=overwrite,
         repair=True,
@@ -93,7 +94,8 @@ def extract_shortlist(
         index = store.write_index(stage.folder)  # first: with it the store opens at once
         failures = store.FeatureStore.open(stage.folder).failures
         refuse_failures(_listed(failures), len(images), settings.max_failed_share)
-        recorded |= {"images": len(images), "failed": len(failures), "weights": str(model)}
+        recorded |= {"images": len(images), "failed": len(failures)}
+        recorded |= recorded_paths(run, dataset, model)
         stage.finish(shard_outputs(stage.folder) + index, **recorded)
         report_failures(failures, len(images))
         return stage.folder
@@ -197,9 +199,9 @@ def _listed(failures: Mapping[str, str]) -> list[Failure]:
     return [{"name": name, "reason": reason} for name, reason in failures.items()]
 
 
-def _images_fingerprint(tasks: Sequence[ImageTask]) -> str:
-    images = runs.fingerprint_images([task.key for task in tasks], [task.path for task in tasks])
-    return runs.fingerprint([images, [task.box for task in tasks]])
+def _images_input(tasks: Sequence[ImageTask]) -> runs.Input:
+    images = runs.images_input([task.key for task in tasks], [task.path for task in tasks])
+    return runs.combined_input([images], lambda part: [part, [task.box for task in tasks]])
 
 
 def _announce(code_dim: int, count: int, settings: LocalSettings) -> None:

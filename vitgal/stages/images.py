@@ -1,5 +1,6 @@
 """Images on disk on their way to the network: decoded ahead by threads, failures recorded."""
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -12,6 +13,7 @@ from vitgal import runs
 from vitgal.data.images import ImageError, ReadError, crop_box, read_image, resize
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features.selection import Frame
+from vitgal.models.inference import UNTRAINED
 
 AHEAD = 4  # images that each decoding thread may be ahead of the network
 Failure = dict[str, str]  # {"name": key, "reason": why the image cannot be read}
@@ -136,3 +138,26 @@ def report_failures(failures: Collection, count: int) -> None:
     """Prints how many images failed, if any; a reused stage prints the same."""
     if failures:
         print(f"{len(failures)} of {count} images could not be read: see failures.json")
+
+
+def recorded_paths(
+    run: Path, dataset: RetrievalDataset, model: Path | str | None = None
+) -> dict[str, str | None]:
+    """Lists the paths that a stage's manifest records, for the notebooks that follow.
+
+    They stay valid if the run or the checkout is moved: a path in the run is recorded as None, for
+    the run's own data and model; one in the checkout is relative to it.
+    """
+    paths = {"dataset_dir": dataset.folder, "distractors": dataset.distractors, "weights": model}
+    return {name: path and _portable(run, path) for name, path in paths.items()}
+
+
+def _portable(run: Path, path: Path | str) -> str | None:
+    if str(path).startswith(UNTRAINED):
+        return str(path)
+    path = Path(path).absolute()
+    if path.is_relative_to(run.absolute()):
+        return None
+    with contextlib.suppress(runs.StageError, ValueError):  # no checkout, or a path outside it
+        return str(path.relative_to(runs.checkout()))
+    return str(path)
