@@ -18,7 +18,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 from vitgal import runs
 from vitgal.data import revisited
 from vitgal.features import store
-from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings
+from vitgal.settings import (
+    GlobalSettings,
+    LocalSettings,
+    MachineSettings,
+    MatchingSettings,
+    RerankingSettings,
+)
 from vitgal.stages import describe as stages_describe
 from vitgal.stages import extract, rerank
 
@@ -66,6 +72,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
     print("mAP Medium, Hard: global | reranked | reranked, published short list | kB an image")
+    benchmark = options.run / "data" / "benchmark"
+    truth = revisited.load_ground_truth(benchmark / f"gnd_{DEMO}.pkl")
     with tempfile.TemporaryDirectory() as folder:
         for precision in options.precision:
             made = Path(folder) / precision
@@ -75,10 +83,9 @@ def main() -> None:
                 stored_as(run, made, dtype)
                 found = rerank.rerank_shortlist(
                     run,
-                    dataset=DEMO,
-                    data_folder=options.run / "data" / "benchmark",
-                    max_distance=0.95,
-                    workers=options.workers,
+                    truth,
+                    RerankingSettings(matching=MatchingSettings(max_distance=0.95)),
+                    MachineSettings(workers=options.workers),
                     progress=False,
                 )
                 scores = runs.read_json(found / "scores.json")

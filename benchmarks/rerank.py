@@ -26,6 +26,7 @@ from vitgal.features.local import LocalFeatures
 from vitgal.retrieval.matching import match_shortlist
 from vitgal.retrieval.pairs import inspect_shortlist
 from vitgal.retrieval.verification import ESTIMATORS
+from vitgal.settings import RerankingSettings, VerificationSettings
 
 WIDTH = 128
 MAX_DISTANCE = 0.82
@@ -90,7 +91,9 @@ def reranked(
     query: LocalFeatures, candidates: list[LocalFeatures], estimator: str, confidence: float
 ) -> list[int]:
     """The inliers of each pair, our way."""
-    pairs = inspect_shortlist(query, candidates, estimator=estimator, confidence=confidence)
+    verification = VerificationSettings(estimator=estimator, confidence=confidence)
+    settings = RerankingSettings(verification=verification)
+    pairs = inspect_shortlist(query, candidates, settings)
     return [pair.verification.count for pair in pairs]
 
 

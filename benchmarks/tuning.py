@@ -11,7 +11,8 @@ import numpy as np
 from vitgal.evaluation import statistics
 from vitgal.features.local import LocalFeatures
 from vitgal.retrieval import pairs as retrieval_pairs
-from vitgal.stages import tune
+from vitgal.settings import MatchingSettings, RerankingSettings, VerificationSettings
+from vitgal.stages import tuning
 
 GRID = {
     "max_distance": [0.7, 0.75, 0.8, 0.82, 0.85, 0.9, 0.95],
@@ -43,13 +44,18 @@ def other_view(rng: np.random.Generator, one: LocalFeatures) -> LocalFeatures:
     return other
 
 
+def at(distance: float, threshold: float) -> RerankingSettings:
+    return RerankingSettings(
+        matching=MatchingSettings(max_distance=distance),
+        verification=VerificationSettings(threshold=threshold),
+    )
+
+
 def plain(one: LocalFeatures, other: LocalFeatures) -> np.ndarray:
     return np.array(
         [
             [
-                retrieval_pairs.inspect_pair(
-                    one, other, max_distance=distance, threshold=threshold
-                ).verification.count
+                retrieval_pairs.inspect_pair(one, other, at(distance, threshold)).verification.count
                 for threshold in GRID["threshold"]
             ]
             for distance in GRID["max_distance"]
@@ -75,7 +81,9 @@ def main() -> None:
     ones = [features(rng) for _ in range(PAIRS)]
     pairs = [(one, other_view(rng, one)) for one in ones]
     slow, wanted = timed(lambda: [plain(*pair) for pair in pairs])
-    fast, found = timed(lambda: [tune.pair_counts(*pair, GRID) for pair in pairs])
+    fast, found = timed(
+        lambda: [tuning.pair_counts(*pair, GRID, RerankingSettings()) for pair in pairs]
+    )
     equal = all((a == b).all() for a, b in zip(wanted, found, strict=True))
     print(
         f"a pair, 35 points: plain {1e3 * slow / PAIRS:.0f} ms, ours {1e3 * fast / PAIRS:.0f} ms,"

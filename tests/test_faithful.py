@@ -8,6 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vitgal.data.revisited import load_ground_truth
+from vitgal.settings import (
+    MachineSettings,
+    MatchingSettings,
+    RerankingSettings,
+    VerificationSettings,
+)
 from vitgal.stages import rerank
 
 TOP = Path(__file__).resolve().parents[1]
@@ -64,7 +71,11 @@ def test_the_page_on_published_files_runs_as_it_stands(finished_run, tmp_path, m
     # The page says that features which went out and came back can be reranked with.
     run = tmp_path / "exchange" / "run"
     shutil.copytree(finished_run / "demo" / "global", run / "demo" / "global")
-    quick = dict(top=2, iterations=10, max_keypoints=40, workers=1, progress=False)
-    quick |= dict(dataset="demo", data_folder=finished_run / "data" / "benchmark")
-    there = rerank.rerank_shortlist(run, **quick)
-    assert (np.load(there / "inliers.npy") >= 0).any()
+    quick = RerankingSettings(
+        top=2,
+        verification=VerificationSettings(iterations=10),
+        matching=MatchingSettings(max_keypoints=40),
+    )
+    truth = load_ground_truth(finished_run / "data" / "benchmark" / "gnd_demo.pkl")
+    folder = rerank.rerank_shortlist(run, truth, quick, MachineSettings(workers=1), progress=False)
+    assert (np.load(folder / "inliers.npy") >= 0).any()

@@ -27,6 +27,7 @@ from vitgal.engines.connection import import_ray
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.models.network import build_model
 from vitgal.models.weights import save_model
+from vitgal.settings import MachineSettings, MatchingSettings, RerankingSettings
 from vitgal.stages import ray_describer
 from vitgal.stages import rerank as stages_rerank
 
@@ -42,9 +43,7 @@ def test_engines(tmp_path):
     with pytest.raises(ValueError, match="unknown engine 'spark'; known: local, ray"):
         engines.check_engine("spark")
     with pytest.raises(ValueError, match="ray_address 'head:6379' needs engine: ray"):
-        stages_rerank.rerank_shortlist(
-            tmp_path, dataset="mini", data_folder=tmp_path, ray_address="head:6379"
-        )
+        engines.check_engine("local", "head:6379")
 
 
 def test_without_ray_the_extra_is_named():
@@ -170,8 +169,10 @@ def extract(run, data, **changed):
 
 
 def rerank(run, data, **changed):
-    options = dict(dataset="mini", data_folder=data, top=10, max_distance=1.0, progress=False)
-    return stages_rerank.rerank_shortlist(run, **options, **changed)
+    truth = revisited.load_ground_truth(data / "gnd_mini.pkl")
+    settings = RerankingSettings(top=10, matching=MatchingSettings(max_distance=1.0))
+    machine = MachineSettings(**changed)
+    return stages_rerank.rerank_shortlist(run, truth, settings, machine, progress=False)
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,20 @@ from vitgal.evaluation.tuning import TuningError
 from vitgal.features import store
 from vitgal.features.local import LocalFeatures
 from vitgal.retrieval import pairs
-from vitgal.settings import GlobalSettings
-from vitgal.stages import descriptors
-from vitgal.stages import tune as stages_tune
+from vitgal.settings import (
+    GlobalSettings,
+    MachineSettings,
+    MatchingSettings,
+    RerankingSettings,
+    TuningSettings,
+    VerificationSettings,
+)
+from vitgal.stages import descriptors, validation
+from vitgal.stages import tuning as stages_tuning
 from vitgal.viz import scores as viz_scores
 
 IMAGES = {"qa": 0, "a1": 0, "a2": 0, "qb": 1, "b1": 1, "b2": 1}  # name -> landmark
-GRID = dict(max_distances=[0.7], thresholds=[16.0, 32.0], tops=[1, 3])
+GRID = dict(max_distances=(0.7,), thresholds=(16.0, 32.0), tops=(1, 3))
 CURRENT = {"max_distance": 1.0, "threshold": 16.0, "top": 2}
 
 
@@ -69,7 +76,7 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture
 def described(run: Path, tmp_path: Path) -> Path:
     """Rankings b1 a1 a2 b2 for qa and a1 b1 b2 a2 for qb; features near to their own landmark's."""
-    folder = stages_tune.validation_benchmark(run, run / "data" / "train")
+    folder = validation.validation_benchmark(run, run / "data" / "train")
     names = [f"val_retrieval/{name}" for name in ("qa", "qb", "a1", "a2", "b1", "b2")]
     rows = np.array([[0.3, 0.2, 0.9, 0.1], [0.9, 0.1, 0.3, 0.2], *np.eye(4)], np.float32)
     np.save(tmp_path / "x.npy", rows)
@@ -99,13 +106,24 @@ def turned(one: LocalFeatures) -> LocalFeatures:
     return LocalFeatures(**{**vars(one), "descriptors": codes})
 
 
-def tune(run: Path, **options) -> Path:
-    options = dict(GRID, current=CURRENT, workers=1, progress=False) | options
-    return stages_tune.tune(run, data_folder=run / "data" / "benchmark", **options)
+def tune(run: Path, *, workers=1, seed=0, overwrite=False, **changed) -> Path:
+    return stages_tuning.tune(
+        run,
+        revisited.load_ground_truth(run / "data" / "benchmark" / "gnd_val_retrieval.pkl"),
+        TuningSettings(**(GRID | changed)),
+        RerankingSettings(
+            top=CURRENT["top"],
+            matching=MatchingSettings(CURRENT["max_distance"]),
+            verification=VerificationSettings(threshold=CURRENT["threshold"], seed=seed),
+        ),
+        MachineSettings(workers=workers),
+        overwrite=overwrite,
+        progress=False,
+    )
 
 
 def test_validation_set_becomes_a_benchmark(run):
-    folder = stages_tune.validation_benchmark(run, run / "data" / "train")
+    folder = validation.validation_benchmark(run, run / "data" / "train")
     data = revisited.open_dataset("val_retrieval", folder)
     truth = data.ground_truth
     assert truth.queries == ["val_retrieval/qa", "val_retrieval/qb"]
@@ -115,17 +133,17 @@ def test_validation_set_becomes_a_benchmark(run):
     # Links within the run stay right where the run is moved to.
     assert not os.path.isabs(os.readlink(data.query_paths[0]))
     before = (folder / "gnd_val_retrieval.pkl").stat().st_mtime_ns
-    assert stages_tune.validation_benchmark(run, run / "data" / "train") == folder
+    assert validation.validation_benchmark(run, run / "data" / "train") == folder
     assert (folder / "gnd_val_retrieval.pkl").stat().st_mtime_ns == before
     moved = run.rename(run.with_name("moved")) / "data" / "benchmark"
     assert revisited.open_dataset("val_retrieval", moved).database == data.database
 
 
 def test_validation_set_follows_a_new_split_and_outer_images(run, tmp_path):
-    folder = stages_tune.validation_benchmark(run, run / "data" / "train")
+    folder = validation.validation_benchmark(run, run / "data" / "train")
     outer = shutil.copytree(run / "data" / "train", tmp_path / "gldv2")
     make_split(run, ["q/qa.jpg,0,query", "a/a1.jpg,0,database"])
-    stages_tune.validation_benchmark(run, outer)
+    validation.validation_benchmark(run, outer)
     data = revisited.open_dataset("val_retrieval", folder)
     assert len(data.database) == 1
     assert os.readlink(data.database_paths[0]) == str(outer / "a" / "a1.jpg")
@@ -133,12 +151,12 @@ def test_validation_set_follows_a_new_split_and_outer_images(run, tmp_path):
 
 def test_validation_set_that_is_not_there(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="qa.jpg is not there: check image_folder"):
-        stages_tune.validation_benchmark(run, tmp_path)
+        validation.validation_benchmark(run, tmp_path)
     make_split(run, [])
     with pytest.raises(TuningError, match="no validation queries: run 01_data_split"):
-        stages_tune.validation_benchmark(run, run / "data" / "train")
+        validation.validation_benchmark(run, run / "data" / "train")
     with pytest.raises(runs.StageError, match="run notebook 01_data_split first"):
-        stages_tune.validation_benchmark(tmp_path / "nowhere", run / "data" / "train")
+        validation.validation_benchmark(tmp_path / "nowhere", run / "data" / "train")
 
 
 def test_tuning_by_hand(described):
@@ -213,20 +231,26 @@ def test_counts_equal_those_of_a_pair_at_every_point():
     points = other.keypoints + rng.normal(0, 6, (24, 2)).astype(np.float32)
     other = LocalFeatures(**{**vars(other), "descriptors": codes, "keypoints": points})
     grid = {"max_distance": [0.3, 0.9, 1.0, 1.1], "threshold": [2.0, 8.0, 30.0]}
-    found = stages_tune.pair_counts(one, other, grid, max_keypoints=20)
+    current = RerankingSettings(matching=MatchingSettings(max_keypoints=20))
+    counts = stages_tuning.pair_counts(one, other, grid, current)
     wanted = [
         [
             pairs.inspect_pair(
-                one, other, max_distance=d, threshold=t, max_keypoints=20
+                one,
+                other,
+                RerankingSettings(
+                    matching=MatchingSettings(d, max_keypoints=20),
+                    verification=VerificationSettings(threshold=t),
+                ),
             ).verification.count
             for t in grid["threshold"]
         ]
         for d in grid["max_distance"]
     ]
-    assert found.tolist() == wanted
-    assert len(np.unique(found)) > 3, "the grid makes a difference"
+    assert counts.tolist() == wanted
+    assert len(np.unique(counts)) > 3, "the grid makes a difference"
     none = one.subset(slice(0))
-    assert stages_tune.pair_counts(none, other, grid).tolist() == [[0] * 3] * 4
+    assert stages_tuning.pair_counts(none, other, grid, current).tolist() == [[0] * 3] * 4
 
 
 def test_fewer_queries_are_drawn_by_seed(described):
@@ -259,10 +283,8 @@ def test_interrupted_tuning_keeps_the_queries_that_are_done(described):
 
 
 def test_tuning_refuses_what_makes_no_sense(described):
-    with pytest.raises(TuningError, match="current needs max_distance, threshold, top"):
-        tune(described, current={"top": 3})
-    with pytest.raises(TuningError, match="must be above 0"):
-        tune(described, tops=[0])
+    with pytest.raises(ValueError, match="tune_tops"):
+        tune(described, tops=(0,))
     path = described / "val_retrieval" / "local" / "shard-00" / "items.json"
     shutil.rmtree(path.parent)
     keys = [("val_retrieval/a1", features(0.5))]
@@ -277,8 +299,12 @@ def test_tuning_refuses_what_makes_no_sense(described):
 def test_prepare_refuses_a_ranking_that_another_system_made(described):
     # Its own ranking here is one, which stands for any.
     with pytest.raises(TuningError, match="descriptors made elsewhere"):
-        stages_tune.prepare(
-            described, like="val_retrieval", image_folder=described, model=Path("x.safetensors")
+        validation.prepare_validation(
+            described,
+            MachineSettings(),
+            like="val_retrieval",
+            image_folder=described,
+            model=Path("x.safetensors"),
         )
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.retrieval.test_reranking import TOP, make_run, rerank_run, small_truth
+from tests.retrieval.test_reranking import small_truth
+from tests.stages.test_rerank import TOP, make_run, rerank_run
 from vitgal import runs
 from vitgal.data.revisited import load_ground_truth
 

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from vitgal import runs
 from vitgal.data.images import MEAN, STD
+from vitgal.engines import devices
 from vitgal.models.network import ViTGaL, build_model
 from vitgal.models.weights import load_model
 from vitgal.settings import PRECISIONS, TRAINING_PRECISIONS
@@ -57,7 +58,7 @@ def _capability() -> int:
 
 def pick_device(device: torch.device | str | None = None) -> torch.device:
     """Returns the named device; for None the GPU if there is one, else the CPU."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return torch.device(device or devices.find_gpu() or "cpu")
 
 
 def device_of(network: nn.Module) -> torch.device:

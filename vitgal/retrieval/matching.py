@@ -1,4 +1,8 @@
-"""Nearest neighbours among local descriptors, equal to those of a float64 KD-tree."""
+"""Nearest neighbours among local descriptors, equal to those of a float64 KD-tree.
+
+Distances are those of the published KD-tree, digit by digit. Float32 products find the few gallery
+descriptors that may be the nearest; float64 decides among them.
+"""
 
 import contextlib
 import functools
@@ -8,17 +12,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MOST = 1e38  # as far as a float32 goes
-BLOCK = 1 << 22  # similarities held at once: 16 MiB
-SIEVED = 1 / 500  # more pairs left by the first pass than this take longer than the whole product
-SAMPLE = 64  # query descriptors that tell whether the first pass is worth it
+from vitgal.engines import devices
+from vitgal.settings import MatchingSettings
+
+FLOAT32_LIMIT = 1e38  # below the greatest float32
+BLOCK = 1 << 22  # similarities in memory at once: 16 MiB
+SIEVE_LIMIT = 1 / 500  # with more pairs left by the sieve the whole product is faster
+SAMPLE = 64  # query descriptors that show whether the sieve is worth its time
 PAIRS = 1 << 13  # descriptor pairs measured at once in float64: 8 MiB at 128 dimensions
+
+Pairs = tuple[np.ndarray, np.ndarray]  # query and gallery indices, by rising query index
 
 
 def match(
     query_descriptors: np.ndarray,
     gallery_descriptors: np.ndarray,
-    max_distance: float = 0.82,
+    max_distance: float = MatchingSettings.max_distance,
     *,
     device: str | None = None,
 ) -> np.ndarray:
@@ -28,8 +37,8 @@ def match(
         query_descriptors: (N, C) real numbers.
         gallery_descriptors: (M, C) real numbers.
         max_distance: Euclidean; a match lies strictly nearer. `math.inf`: no limit.
-        device: of torch, "cuda" or "cuda:1" for example, where the products run; None: NumPy. The
-            matches are the same.
+        device: where torch computes the products, "cuda" or "cuda:1" for example; "auto": the GPU
+            if there is one; None: NumPy. The matches are the same.
     Returns:
         (K, 2) int64, (query index, gallery index) by rising query index. Several query descriptors
         may share one gallery descriptor. Equal distances: the lowest gallery index. No descriptor
@@ -37,9 +46,6 @@ def match(
     Raises:
         ValueError: widths that differ, nan or infinite or huge values, a negative `max_distance`, a
             device that torch does not find.
-
-    Distances are those of the published float64 KD-tree, digit by digit: float32 products find the
-    few gallery descriptors that may be the nearest, float64 decides among them.
     """
     return match_shortlist(query_descriptors, [gallery_descriptors], max_distance, device=device)[0]
 
@@ -47,68 +53,70 @@ def match(
 def match_shortlist(
     query_descriptors: np.ndarray,
     galleries: Iterable[np.ndarray],
-    max_distance: float = 0.82,
+    max_distance: float = MatchingSettings.max_distance,
     *,
     device: str | None = None,
 ) -> list[np.ndarray]:
-    """`match` of one query image against each of many images, the query prepared once.
+    """Matches one query image with each of many images; the query is prepared once.
 
-    galleries: (M_i, C) each; they are read one after the other. Returns one (K_i, 2) int64 each;
-    no galleries: an empty list. Raises ValueError as `match` does.
+    Args:
+        query_descriptors: (N, C) real numbers.
+        galleries: (M_i, C) real numbers each, read one after the other.
+        max_distance, device: as for `match`.
+    Returns:
+        One (K_i, 2) int64 each, as `match` gives it; no galleries: an empty list.
+    Raises:
+        ValueError: as `match`.
     """
-    check_device(device)
-    query = _Descriptors.read(query_descriptors, "query")
+    device = matching_device(device)
+    query = Descriptors.read(query_descriptors, "query")
     return [
-        _match(query, _Descriptors.read(gallery, "gallery"), max_distance, device)
+        match_prepared(query, Descriptors.read(gallery, "gallery"), max_distance, device)
         for gallery in galleries
     ]
 
 
-def pick_device(device: str | None) -> str | None:
-    """The device as it is named; for "auto" "cuda" where there is a GPU, else None, for NumPy."""
-    if device != "auto":
-        return device
-    import torch
+def matching_device(device: str | None) -> str | None:
+    """Returns the device for `match_prepared`: "auto" becomes a GPU, or None where there is none.
 
-    return "cuda" if torch.cuda.is_available() else None
+    Raises ValueError where torch finds no such device.
+    """
+    if device == "auto":
+        return devices.find_gpu()
+    if device is not None:
+        check_matching_device(device)
+    return device
 
 
-def check_device(device: str | None) -> None:
-    """Raises ValueError where torch finds no such device; None and "auto" ask for none."""
+def check_matching_device(device: str | None) -> None:
+    """Raises ValueError where torch finds no such device; None and "auto" always pass."""
     if device in (None, "auto"):
         return
-    import torch  # only here: matching on the processor does without it
-
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-        reason = str(error).splitlines()[0]
+        devices.check_device(device)
+    except ValueError as error:
         raise ValueError(
-            f"matching cannot run on {device!r} ({reason}): name another device, or None for NumPy"
+            f"matching cannot run on {device!r}: {error}; set match_device to another device, or "
+            "to null (None) for NumPy"
         ) from error
 
 
-def match_squares(
-    query_descriptors: np.ndarray, gallery_descriptors: np.ndarray, matches: np.ndarray
-) -> np.ndarray:
-    """Squared distances (K,) float64 of the matches (K, 2), as `match` compares them.
-
-    A match (i, j) lies within `max_distance` exactly where its value is below its square.
-    """
-    query = _Descriptors.read(query_descriptors, "query").values
-    gallery = _Descriptors.read(gallery_descriptors, "gallery").values
-    return _squared_distances(query, gallery, matches[:, 0], matches[:, 1])
-
-
 @dataclass(frozen=True, eq=False)
-class _Descriptors:
-    """Descriptors as given, and half their squared lengths."""
+class Descriptors:
+    """One image's descriptors, checked, with the matrices that matching makes of them once.
 
-    values: np.ndarray  # (N, C) float32 or float64
-    halves: np.ndarray  # (N,) float64
+    values: (N, C) float32 or float64.  halves: (N,) float64, half of each squared length.
+    """
+
+    values: np.ndarray
+    halves: np.ndarray
 
     @classmethod
-    def read(cls, descriptors: np.ndarray, side: str) -> "_Descriptors":
+    def read(cls, descriptors: np.ndarray, side: str) -> "Descriptors":
+        """Checks descriptors (N, C) of real numbers.
+
+        side: "query" or "gallery", for the message of the ValueError about shapes and values.
+        """
         values = np.asarray(descriptors)
         values = values.astype(np.result_type(values, np.float32), copy=False)
         if values.ndim != 2:
@@ -118,20 +126,27 @@ class _Descriptors:
             raise ValueError(f"{side} descriptors hold nan, infinite or huge values")
         return cls(values, halves)
 
+    # For a query u and a gallery v, -|u - v|^2 / 2 = u.v - |v|^2 / 2 - |u|^2 / 2. The closeness
+    # u.v - |v|^2 / 2 is greatest for the nearest v; one product of extended vectors gives it.
+
     @functools.cached_property
-    def left(self) -> np.ndarray:  # (N, C + 1) float32: u, 1
+    def as_query(self) -> np.ndarray:
+        """(N, C + 1) float32: u, 1."""
         return self._extended(np.ones(len(self.values)))
 
     @functools.cached_property
-    def right(self) -> np.ndarray:  # (N, C + 1) float32: v, -|v|^2 / 2
+    def as_gallery(self) -> np.ndarray:
+        """(N, C + 1) float32: v, -|v|^2 / 2."""
         return self._extended(-self.halves)
 
     @functools.cached_property
-    def left_bound(self) -> np.ndarray:  # (N, S + 3): u's first values, |the rest|, 1, -|u|^2 / 2
+    def short_as_query(self) -> np.ndarray:
+        """(N, S + 3) float32: the first S values of u, the length of its rest, 1, -|u|^2 / 2."""
         return self._shortened(np.ones(len(self.values)), -self.halves)
 
     @functools.cached_property
-    def right_bound(self) -> np.ndarray:  # (N, S + 3): v's, |the rest|, -|v|^2 / 2, 1
+    def short_as_gallery(self) -> np.ndarray:
+        """(N, S + 3) float32: the first S values of v, the length of its rest, -|v|^2 / 2, 1."""
         return self._shortened(-self.halves, np.ones(len(self.values)))
 
     def _shortened(self, *columns: np.ndarray) -> np.ndarray:
@@ -148,65 +163,83 @@ class _Descriptors:
         return extended
 
 
-def _match(
-    query: _Descriptors, gallery: _Descriptors, max_distance: float, device: str | None = None
+def match_prepared(
+    query: Descriptors, gallery: Descriptors, max_distance: float, device: str | None = None
 ) -> np.ndarray:
+    """Matches the prepared descriptors of two images, as `match`: (K, 2) int64.
+
+    device: a device of torch (`matching_device`); None: NumPy.
+    """
     if not max_distance >= 0:
         raise ValueError(f"max_distance is {max_distance}, not a distance")
-    (count, width), (size, other) = query.values.shape, gallery.values.shape
-    if not count or not size:  # before the widths: nothing extracted may have no width either
+    (count, width), (size, gallery_width) = query.values.shape, gallery.values.shape
+    if not count or not size:  # before the widths: an image without features may have no width
         return np.empty((0, 2), np.int64)
-    if width != other:
-        raise ValueError(f"query descriptors are {width} wide, gallery descriptors {other}")
-    found = []
-    closest = functools.partial(_halving, device) if device is not None else _closest
-    worth = math.isfinite(max_distance) and device is None
+    if width != gallery_width:
+        raise ValueError(f"query descriptors are {width} wide, gallery descriptors {gallery_width}")
+    candidates = []
+    sieve = math.isfinite(max_distance) and device is None
     for block in _blocks(count, size):
-        pairs = _sieved(query, gallery, block, max_distance) if worth else None
-        worth = pairs is not None
-        found.append(pairs or closest(query, gallery, block, max_distance))
-    rows, columns = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        pairs = sieved_pairs(query, gallery, block, max_distance) if sieve else None
+        sieve = pairs is not None
+        if pairs is None and device is None:
+            pairs = _closest(query, gallery, block, max_distance)
+        elif pairs is None:
+            pairs = _closest_in_parts(device, query, gallery, block, max_distance)
+        candidates.append(pairs)
+    rows, columns = (np.concatenate(parts) for parts in zip(*candidates, strict=True))
     return _nearest(query.values, gallery.values, rows, columns, max_distance)
 
 
+def match_squares(
+    query_descriptors: np.ndarray, gallery_descriptors: np.ndarray, matches: np.ndarray
+) -> np.ndarray:
+    """Computes the squared distances of matches, as `match` compares them.
+
+    Args:
+        query_descriptors, gallery_descriptors: (N, C) and (M, C) real numbers.
+        matches: (K, 2) integers.
+    Returns:
+        (K,) float64. A match lies within `max_distance` exactly where its value is below the
+        square of that.
+    """
+    query = Descriptors.read(query_descriptors, "query").values
+    gallery = Descriptors.read(gallery_descriptors, "gallery").values
+    return _squared_distances(query, gallery, matches[:, 0], matches[:, 1])
+
+
 def _blocks(count: int, size: int) -> list[slice]:
-    """Query rows to take at once; the first are few and tell whether the first pass is worth it."""
+    """Query rows to take at once; the first block is a small sample for the sieve."""
     step = max(1, BLOCK // size)
     sample = min(SAMPLE, step, count)
     later = [slice(first, min(first + step, count)) for first in range(sample, count, step)]
     return [slice(0, sample), *later]
 
 
-Pairs = tuple[np.ndarray, np.ndarray]  # query and gallery indices, by rising query index
-
-
-def _sieved(
-    query: _Descriptors, gallery: _Descriptors, block: slice, max_distance: float
+def sieved_pairs(
+    query: Descriptors, gallery: Descriptors, block: slice, max_distance: float
 ) -> Pairs | None:
-    """All pairs that may lie within the distance; None where these are many.
+    """Returns all pairs that may lie within the distance; None where these are many.
 
-    By Cauchy and Schwarz u.v is at most the product of the first values of u and v and of the
-    lengths of what is left of them: a shorter product than the whole one rules out most pairs. It
-    bounds -|u - v|^2 / 2 as a whole, since one number is compared faster than one a row.
+    By Cauchy and Schwarz u.v is at most the product of the first values of u and v plus that of the
+    lengths of their rests: a shorter product than the whole one rules out most pairs. It bounds
+    -|u - v|^2 / 2 as a whole, since comparing with one number is faster than with one a row.
     """
-    bounds = query.left_bound[block] @ gallery.right_bound.T  # (N, M) float32
+    bounds = query.short_as_query[block] @ gallery.short_as_gallery.T  # (N, M) float32
     halves = query.halves[block].max(), gallery.halves.max()
     slack = _rounding(*halves, query.values.shape[1])
     floor = -max_distance * max_distance / 2 - slack
-    floor = np.nextafter(np.float32(max(floor, -MOST)), np.float32(-np.inf))
+    floor = np.nextafter(np.float32(max(floor, -FLOAT32_LIMIT)), np.float32(-np.inf))
     hits = np.flatnonzero(bounds >= floor)
-    if hits.size > SIEVED * bounds.size:
+    if hits.size > SIEVE_LIMIT * bounds.size:
         return None
     rows, columns = np.divmod(hits, bounds.shape[1])
     return rows + block.start, columns
 
 
-def _closest(
-    query: _Descriptors, gallery: _Descriptors, block: slice, max_distance: float
-) -> Pairs:
-    """For each descriptor those that rounding cannot tell from the nearest, if near enough."""
-    # The nearest v to u is the one of the greatest u.v - |v|^2 / 2, which a single product gives.
-    closeness = query.left[block] @ gallery.right.T  # (N, M) float32
+def _closest(query: Descriptors, gallery: Descriptors, block: slice, max_distance: float) -> Pairs:
+    """All pairs that rounding cannot tell from the nearest of their row, if near enough."""
+    closeness = query.as_query[block] @ gallery.as_gallery.T  # (N, M) float32
     floor = _floors(closeness.max(axis=1), query, gallery, block, max_distance)
     rows = np.flatnonzero(floor < np.inf)
     if len(rows) < len(closeness):
@@ -216,13 +249,10 @@ def _closest(
     return rows[row] + block.start, column
 
 
-def _halving(
-    device: str, query: _Descriptors, gallery: _Descriptors, block: slice, max_distance: float
+def _closest_in_parts(
+    device: str, query: Descriptors, gallery: Descriptors, block: slice, max_distance: float
 ) -> Pairs:
-    """`_closest_on` in as many parts as the device's memory asks for; the result is the same.
-
-    RuntimeError where a single query descriptor is too much.
-    """
+    """`_closest_on` a device, halved until the device's memory suffices; the result is the same."""
     import torch
 
     try:
@@ -233,23 +263,25 @@ def _halving(
                 f"{device} has no memory left to match one descriptor with {len(gallery.values)}: "
                 "close other programs that use it, use fewer workers, or set match_device: null"
             ) from error
-    # Outside the handler: the exception holds what was too large.
+    # Outside the handler: the exception keeps the tensors that were too large.
     torch.cuda.empty_cache()  # does nothing where there is no GPU
     middle = (block.start + block.stop) // 2
     halves = slice(block.start, middle), slice(middle, block.stop)
-    parts = [_halving(device, query, gallery, half, max_distance) for half in halves]
-    rows, columns = (np.concatenate(both) for both in zip(*parts, strict=True))
+    parts = [_closest_in_parts(device, query, gallery, half, max_distance) for half in halves]
+    rows, columns = (np.concatenate(pair) for pair in zip(*parts, strict=True))
     return rows, columns
 
 
 def _closest_on(
-    device: str, query: _Descriptors, gallery: _Descriptors, block: slice, max_distance: float
+    device: str, query: Descriptors, gallery: Descriptors, block: slice, max_distance: float
 ) -> Pairs:
-    """`_closest` by torch; the device sends back a number a row, then the few pairs."""
+    """`_closest` by torch; the device returns one number a row, then the few pairs."""
     import torch
 
-    left, right = (torch.from_numpy(a).to(device) for a in (query.left[block], gallery.right))
-    with _float32_products():
+    left, right = (
+        torch.from_numpy(array).to(device) for array in (query.as_query[block], gallery.as_gallery)
+    )
+    with float32_products():
         closeness = left @ right.T
     best = closeness.amax(dim=1).cpu().numpy()
     floor = torch.from_numpy(_floors(best, query, gallery, block, max_distance)).to(device)
@@ -258,11 +290,11 @@ def _closest_on(
 
 
 @contextlib.contextmanager
-def _float32_products() -> Iterator[None]:
-    """No TF32 and no bf16 in torch's products, whatever the program allows: `_rounding` needs it.
+def float32_products() -> Iterator[None]:
+    """Keeps torch's products in float32, without TF32 and bf16, whatever the program allows.
 
-    Since PyTorch 2.9 each backend has a setting of its own, and the one for all of them raises
-    where these differ.
+    Since PyTorch 2.9 each backend has a setting of its own, and reading the common one raises where
+    these differ.
     """
     import torch
 
@@ -286,9 +318,9 @@ def _float32_products() -> Iterator[None]:
 
 
 def _floors(
-    best: np.ndarray, query: _Descriptors, gallery: _Descriptors, block: slice, max_distance: float
+    best: np.ndarray, query: Descriptors, gallery: Descriptors, block: slice, max_distance: float
 ) -> np.ndarray:
-    """The least closeness (N,) float32 of what may be each row's nearest; inf where none is near.
+    """(N,) float32: the least closeness that may be a row's nearest; inf where none is near enough.
 
     best: (N,) float32, each row's greatest closeness.
     """
@@ -301,21 +333,25 @@ def _floors(
 
 
 def _nearest(
-    query: np.ndarray, gallery: np.ndarray, rows: np.ndarray, columns: np.ndarray, bound: float
+    query: np.ndarray,
+    gallery: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    max_distance: float,
 ) -> np.ndarray:
-    """The matches (K, 2) among pairs: each row's nearest, the lowest index of equal ones."""
+    """The matches (K, 2) among candidate pairs: each row's nearest, of equal ones the lowest."""
     squares = _squared_distances(query, gallery, rows, columns)
     first = np.flatnonzero(np.diff(rows, prepend=-1))  # where each row's candidates begin
     nearest = np.minimum.reduceat(squares, first) if len(first) else squares
     group = np.repeat(np.arange(len(first)), np.diff(first, append=len(rows)))
     ties = np.flatnonzero(squares == nearest[group])
     lowest = ties[np.flatnonzero(np.diff(rows[ties], prepend=-1))]
-    within = squares[lowest] < bound * bound
+    within = squares[lowest] < max_distance * max_distance
     return np.column_stack([rows, columns])[lowest][within]
 
 
 def _rounding(halves: np.ndarray | float, half: float, width: int) -> np.ndarray | float:
-    """How far a float32 closeness, or half a square less, may lie from the true one, at worst.
+    """The greatest rounding error of a float32 closeness, or of minus half a squared distance.
 
     A sum of n products in float32, in any order, is off by less than n * 2^-24 times the sum of
     their magnitudes; the rest of the factor covers the rounding of the factors themselves.

@@ -1,5 +1,6 @@
-"""One query against its candidates: matches and their verification."""
+"""Matching and verification of a query with its candidates, as reranking counts inliers."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -7,13 +8,14 @@ from typing import Any
 import numpy as np
 
 from vitgal.features.local import LocalFeatures
-from vitgal.retrieval.matching import _Descriptors, _match
-from vitgal.retrieval.verification import Verification, verify
+from vitgal.retrieval.matching import Descriptors, match_prepared
+from vitgal.retrieval.verification import Verification, verify_matches
+from vitgal.settings import MatchingSettings, RerankingSettings, VerificationSettings
 
 
 @dataclass(frozen=True, eq=False)
 class PairInspection:
-    """Matches of two images and what verification made of them.
+    """The matches of two images and their verification.
 
     matches: (M, 2) int64, (query index, database index) into the two images' keypoints.
     verification: of these matches, in the frames of the two network inputs.
@@ -26,41 +28,49 @@ class PairInspection:
 def inspect_pair(
     query: LocalFeatures,
     database: LocalFeatures,
+    settings: RerankingSettings | None = None,
     *,
-    max_distance: float = 0.82,
-    max_keypoints: int | None = None,
     device: str | None = None,
     **options: Any,
 ) -> PairInspection:
     """Matches and verifies one image pair, exactly as reranking does.
 
-    max_keypoints: use this many of each image's features, the best first (None: all). device: of
-    `match`. options: `verify`'s. No features on either side: no matches, no inliers. Raises
-    ValueError as `match` and `verify` do.
+    device: of torch (`matching_device`); None: NumPy. No features on either side: no matches, no
+    inliers. Raises ValueError as `match` and `verify`.
     """
-    options |= {"max_distance": max_distance, "max_keypoints": max_keypoints, "device": device}
-    return next(inspect_shortlist(query, [database], **options))
+    return next(inspect_shortlist(query, [database], settings, device=device, **options))
 
 
 def inspect_shortlist(
     query: LocalFeatures,
     candidates: Iterable[LocalFeatures],
+    settings: RerankingSettings | None = None,
     *,
-    max_distance: float = 0.82,
-    max_keypoints: int | None = None,
     device: str | None = None,
     **options: Any,
 ) -> Iterator[PairInspection]:
-    """`inspect_pair` of one query with each of its candidates, the query prepared once.
+    """Matches and verifies one query with each of its candidates; the query is prepared once.
 
     The candidates are read one after the other, so that a short list takes no more memory than
-    its largest image.
+    its largest image. device and errors: as for `inspect_pair`.
     """
-    query = query.subset(slice(max_keypoints))
-    prepared = _Descriptors.read(query.descriptors, "query")
+    settings = _from_options(settings, options)  # TODO(settings): while callers are converted
+    max_distance, kept = settings.matching.max_distance, slice(settings.matching.max_keypoints)
+    query = query.subset(kept)
+    prepared = Descriptors.read(query.descriptors, "query")
     for features in candidates:
-        features = features.subset(slice(max_keypoints))
-        gallery = _Descriptors.read(features.descriptors, "gallery")
-        pairs = _match(prepared, gallery, max_distance, device)
-        points = query.keypoints[pairs[:, 0]], features.keypoints[pairs[:, 1]]
-        yield PairInspection(pairs, verify(*points, **options))
+        features = features.subset(kept)
+        gallery = Descriptors.read(features.descriptors, "gallery")
+        matches = match_prepared(prepared, gallery, max_distance, device)
+        points = query.keypoints[matches[:, 0]], features.keypoints[matches[:, 1]]
+        yield PairInspection(matches, verify_matches(*points, settings.verification))
+
+
+def _from_options(settings: RerankingSettings | None, options: dict) -> RerankingSettings:
+    if settings is not None:
+        return settings
+    names = {field.name for field in dataclasses.fields(MatchingSettings)} & set(options)
+    return RerankingSettings(
+        matching=MatchingSettings(**{name: options.pop(name) for name in names}),
+        verification=VerificationSettings(**options),
+    )

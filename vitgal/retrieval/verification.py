@@ -7,13 +7,16 @@ import numpy as np
 import poselib
 import pydegensac
 
-Model = tuple[np.ndarray | None, np.ndarray | None]  # homography and inlier mask, as estimated
+from vitgal.settings import VerificationSettings
+
 MIN_MATCHES = 5  # below it the published code counts no inliers, though four would fix a homography
+
+Model = tuple[np.ndarray | None, np.ndarray | None]  # homography and inlier mask, as estimated
 
 
 @dataclass(frozen=True, eq=False)
 class Verification:
-    """What RANSAC found in the matches of one image pair.
+    """The result of RANSAC on the matches of one image pair.
 
     inliers: (M,) bool, one a match. homography: (3, 3) float64 from query points to gallery
     points, its last element 1 unless that is 0; None where no model was found.
@@ -31,17 +34,17 @@ class Verification:
 def verify(
     query_points: np.ndarray,
     gallery_points: np.ndarray,
-    estimator: str = "degensac",
-    threshold: float = 16.0,
-    iterations: int = 2000,
-    confidence: float = 1.0,
-    seed: int = 0,
+    estimator: str = VerificationSettings.estimator,
+    threshold: float = VerificationSettings.threshold,
+    iterations: int = VerificationSettings.iterations,
+    confidence: float = VerificationSettings.confidence,
+    seed: int = VerificationSettings.seed,
 ) -> Verification:
-    """Fits a homography to matched points by RANSAC and tells the inliers.
+    """Fits a homography to matched points by RANSAC and finds the inliers.
 
     Args:
-        query_points, gallery_points: (M, 2) (x, y), row i of the one matched with row i of the
-            other, in the network's input frame.
+        query_points, gallery_points: (M, 2) (x, y) in the network inputs' frames; row i of the one
+            is matched with row i of the other.
         estimator: "degensac" (pydegensac, published), "magsac" (OpenCV USAC) or "poselib".
         threshold: pixels. For magsac and poselib the greatest distance of a gallery point from its
             projected query point. For degensac, as published, the greatest Sampson distance, and
@@ -58,19 +61,25 @@ def verify(
 
     pydegensac draws from the C library's one random state: call it from one thread of a process.
     """
+    settings = VerificationSettings(estimator, threshold, iterations, confidence, seed)
+    return verify_matches(query_points, gallery_points, settings)
+
+
+def verify_matches(
+    query_points: np.ndarray, gallery_points: np.ndarray, settings: VerificationSettings
+) -> Verification:
+    """Verifies matched points (M, 2) and (M, 2), as `verify`, with a settings object."""
     query, gallery = _points(query_points), _points(gallery_points)
     if len(query) != len(gallery):
         raise ValueError(f"{len(query)} query points matched with {len(gallery)} gallery points")
-    _check_options(estimator, threshold, iterations, confidence, seed)
-    nothing = Verification(np.zeros(len(query), bool), None)
+    no_inliers = Verification(np.zeros(len(query), bool), None)
     if len(query) < MIN_MATCHES:
-        return nothing
-    estimate = ESTIMATORS[estimator]
-    homography, mask = estimate(query, gallery, threshold, iterations, confidence, seed)
+        return no_inliers
+    homography, mask = ESTIMATORS[settings.estimator](query, gallery, settings)
     if homography is None or not np.isfinite(homography).all() or not np.any(mask):
-        return nothing
+        return no_inliers
     if np.linalg.matrix_rank(homography) < 3:
-        return nothing
+        return no_inliers
     scale = homography[2, 2] or 1.0
     return Verification(np.asarray(mask).reshape(-1).astype(bool), homography / scale)
 
@@ -86,34 +95,17 @@ def _points(points: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(points)
 
 
-def _check_options(
-    estimator: str, threshold: float, iterations: int, confidence: float, seed: int
-) -> None:
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"unknown estimator {estimator!r}; known: {', '.join(ESTIMATORS)}")
-    if not 0 < threshold < np.inf:
-        raise ValueError(f"threshold is {threshold}; it is a number of pixels above 0")
-    if iterations < 1:
-        raise ValueError(f"iterations is {iterations}; at least 1 is needed")
-    if not 0 < confidence <= 1:
-        raise ValueError(f"confidence is {confidence}; it lies above 0 and up to 1")
-    if not 0 <= seed < 2**31:  # a negative seed would mean the clock to pydegensac
-        raise ValueError(f"seed is {seed}; it lies between 0 and {2**31 - 1}")
-
-
-def _degensac(
-    query: np.ndarray,
-    gallery: np.ndarray,
-    threshold: float,
-    iterations: int,
-    confidence: float,
-    seed: int,
-) -> Model:
+def _degensac(query: np.ndarray, gallery: np.ndarray, settings: VerificationSettings) -> Model:
     # NOTE: the published code seeds a patched pydegensac with 0; since 0.3.0 the seed is a
     # parameter.
     try:
         homography, mask = pydegensac.findHomography(
-            query, gallery, threshold, confidence, iterations, seed=seed
+            query,
+            gallery,
+            settings.threshold,
+            settings.confidence,
+            settings.iterations,
+            seed=settings.seed,
         )
     except np.linalg.LinAlgError:  # the model cannot be inverted: no inliers, as published
         return None, None
@@ -121,14 +113,7 @@ def _degensac(
     return (homography, mask) if np.any(homography) else (None, None)
 
 
-def _magsac(
-    query: np.ndarray,
-    gallery: np.ndarray,
-    threshold: float,
-    iterations: int,
-    confidence: float,
-    seed: int,
-) -> Model:
+def _magsac(query: np.ndarray, gallery: np.ndarray, settings: VerificationSettings) -> Model:
     # The plain cv2.USAC_MAGSAC flag ignores seeds, so every field is set here.
     options = cv2.UsacParams()
     options.sampler = cv2.SAMPLING_UNIFORM
@@ -140,36 +125,29 @@ def _magsac(
     options.final_polisher_iterations = 3
     options.neighborsSearch = cv2.NEIGH_GRID
     options.isParallel = False
-    options.threshold = threshold
-    options.maxIterations = iterations
-    options.confidence = confidence
-    options.randomGeneratorState = seed
+    options.threshold = settings.threshold
+    options.maxIterations = settings.iterations
+    options.confidence = settings.confidence
+    options.randomGeneratorState = settings.seed
     return cv2.findHomography(query, gallery, options)
 
 
-def _poselib(
-    query: np.ndarray,
-    gallery: np.ndarray,
-    threshold: float,
-    iterations: int,
-    confidence: float,
-    seed: int,
-) -> Model:
-    # A success probability of exactly 1 makes PoseLib stop at once, so "never stop early" is said
-    # by the least number of iterations.
-    never = confidence == 1
+def _poselib(query: np.ndarray, gallery: np.ndarray, settings: VerificationSettings) -> Model:
+    # A success probability of exactly 1 makes PoseLib stop at once; the least number of iterations
+    # keeps it from stopping early.
+    never, iterations = settings.confidence == 1, settings.iterations
     options = {
-        "max_reproj_error": float(threshold),
+        "max_reproj_error": float(settings.threshold),
         "max_iterations": iterations,
         "min_iterations": iterations if never else min(iterations, 50),
-        "success_prob": 0.9999 if never else confidence,
+        "success_prob": 0.9999 if never else settings.confidence,
         "dyn_num_trials_mult": 3.0,
         "progressive_sampling": False,
-        "seed": seed,
+        "seed": settings.seed,
     }
-    homography, found = poselib.estimate_homography(query, gallery, options, {})
-    # Where it fails it returns its start, the identity, or one that a point or two lie near.
-    return (homography, found["inliers"]) if found["num_inliers"] >= 4 else (None, None)
+    homography, report = poselib.estimate_homography(query, gallery, options, {})
+    # Where it fails it returns its start, the identity, or a model near one or two points only.
+    return (homography, report["inliers"]) if report["num_inliers"] >= 4 else (None, None)
 
 
 ESTIMATORS = {"degensac": _degensac, "magsac": _magsac, "poselib": _poselib}

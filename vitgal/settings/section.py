@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import numbers
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -90,6 +91,13 @@ class Section:
         }
         return cls(**chosen)
 
+    @classmethod
+    def from_compared(cls, parameters: Mapping[str, Any]) -> Self:
+        """The section whose `compared` parameters a manifest holds; other names pass by."""
+        names = [entry.name for entry in fields(cls) if entry.name in parameters]
+        hints = field_types(cls)
+        return cls(**{name: conform(name, parameters[name], hints[name]) for name in names})
+
     def compared(self) -> dict[str, Any]:
         """Returns the parameters that results depend on, which manifests of stages compare."""
         return {
@@ -112,7 +120,7 @@ def check_range(name: str, value: Any, facts: Fact) -> None:
     if facts.choices and value not in facts.choices:
         raise SettingsError(f"unknown {name} {value!r}; known: {', '.join(facts.choices)}")
     for number in value if isinstance(value, (list, tuple)) else (value,):
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
+        if isinstance(number, bool) or not isinstance(number, numbers.Real):  # NumPy's as well
             continue
         if not (facts.low <= number <= facts.high and facts.above < number < facts.below):
             raise SettingsError(f"{name} is {value}; it must be {_range(facts)}")

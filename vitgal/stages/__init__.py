@@ -52,6 +52,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "matching_fraction",
         ],
         "train": ["fit_autoencoder", "fit_retrieval", "read_log", "split_inputs"],
-        "tune": ["pair_counts", "prepare", "validation_benchmark"],
+        "tuning": ["pair_counts", "tune"],
+        "validation": ["prepare_validation", "validation_benchmark"],
     },
 )

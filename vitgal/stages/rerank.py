@@ -1,52 +1,42 @@
 """The stage of notebook 06: short lists are verified and ranked anew."""
 
-import os
+import functools
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
-import joblib
 import numpy as np
-from tqdm.auto import tqdm
 
 from vitgal import engines, runs
-from vitgal.data.revisited import PROTOCOLS, GroundTruth, load_ground_truth
+from vitgal.data.revisited import PROTOCOLS, GroundTruth
 from vitgal.evaluation.protocol import evaluate
 from vitgal.evaluation.scores import scores_document
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval import shortlists
-from vitgal.retrieval.matching import check_device, pick_device
+from vitgal.retrieval.matching import check_matching_device, matching_device
 from vitgal.retrieval.pairs import inspect_shortlist
 from vitgal.retrieval.ranking import Positions, Ranking
 from vitgal.retrieval.reranking import VARIANTS, Reranking, padded
 from vitgal.retrieval.shortlists import PUBLISHED
-from vitgal.retrieval.verification import _check_options
-from vitgal.settings.sections import TIES
+from vitgal.settings import MachineSettings, RerankingSettings
+from vitgal.stages.counting import (
+    GLOBAL_NOTEBOOK,
+    JOURNAL,
+    LOCAL_NOTEBOOK,
+    CandidateLists,
+    candidate_inputs,
+    count_queries,
+)
 
-JOURNAL = "partial"  # counts of the queries that are done, until all are
-GLOBAL_NOTEBOOK = "04_global_evaluation"
-LOCAL_NOTEBOOK = "05_local_extraction"
+GLOBAL_FILES = ("names.json", "ranks.npy", "positions.npz", "shortlist.txt")
 
 
 def rerank_shortlist(
     run: Path,
+    ground_truth: GroundTruth,
+    settings: RerankingSettings,
+    machine: MachineSettings,
     *,
-    dataset: str,
-    data_folder: str | os.PathLike,
-    top: int = 100,
-    max_distance: float = 0.82,
-    estimator: str = "degensac",
-    threshold: float = 16.0,
-    iterations: int = 2000,
-    confidence: float = 1.0,
-    seed: int = 0,
-    max_keypoints: int | None = None,
-    ties: str = "global",
-    match_device: str | None = None,
-    workers: int | None = None,
-    engine: str = "local",
-    ray_address: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -54,247 +44,161 @@ def rerank_shortlist(
 
     Args:
         run: the run's folder; `<dataset>/global` and `<dataset>/local` are finished in it.
-        data_folder: holds `gnd_<dataset>.pkl`.
-        top: candidates a protocol; at most what the short list was made for.
-        max_distance, estimator, threshold, iterations, confidence, seed: of `match` and `verify`.
-        max_keypoints: features an image, best first (None: all that were extracted).
-        ties: order of equal counts in the published ranking; the others keep the global order.
-        match_device: of torch, where matching runs; None: NumPy; "auto": on a GPU where a process
-            finds one. The result does not depend on it.
-        workers: processes (None: one a core). The result does not depend on it.
-        engine, ray_address: "local", or "ray": the processes are those of a Ray cluster (see
-            `engines.connected`), which all see the run folder. Nor does it depend on that.
+        ground_truth: of the data set; its name is the folder's.
+        settings: `top` is at most what the short list was made for; `ties` concerns the published
+            ranking alone, the others keep the global order of equal counts.
+        machine: its match_device, workers, engine and ray_address. The result does not depend on
+            them; the processes of a cluster must all see the run folder.
     Returns:
         `<dataset>/rerank` with candidates.npy, inliers.npy, and for easy, medium, hard and
         published positions_*.npz and top_*.npy, and scores.json.
     Raises:
         runs.StageError: an earlier stage is missing, was made for a shorter short list or lacks an
             image's features (it is named), or the folder holds other settings.
-        ValueError: features or options that do not fit.
+        ValueError: features that do not fit, or a device that torch does not find.
 
-    Interrupted, it keeps the queries that are done. An image that could not be read counts 0.
+    Interrupted, it keeps the finished queries. An image that could not be read counts 0.
     """
-    run = Path(run)
-    engines.check_engine(engine, ray_address)
-    options = dict(estimator=estimator, threshold=threshold, iterations=iterations)
-    options |= dict(confidence=confidence, seed=seed)
-    _check_options(**options)
-    _check_lists(top, ties, max_distance, max_keypoints)
-    options |= dict(max_distance=max_distance, max_keypoints=max_keypoints)
-    parameters = {"dataset": dataset, "top": top, "ties": ties} | options
-    options["device"] = match_device
-    if engine == "local":  # a cluster's head need not have what its nodes have
-        check_device(match_device)
-    ground_truth = load_ground_truth(Path(data_folder) / f"gnd_{dataset}.pkl")
-    inputs = _inputs(run / dataset, ground_truth)
-    folder = run / dataset / "rerank"
+    source = Path(run) / ground_truth.name
+    engines.check_engine(machine.engine, machine.ray_address)
+    if machine.engine == "local":  # a cluster's head need not have the devices of its nodes
+        check_matching_device(machine.match_device)
+    parameters = {"dataset": ground_truth.name} | settings.compared()
+    inputs = candidate_inputs(source, ground_truth, GLOBAL_FILES)
+    folder = source / "rerank"
     with runs.stage(
         folder, "rerank", parameters=parameters, inputs=inputs, overwrite=overwrite
     ) as stage:
         if stage.finished:
             return folder
-        listed = _Shortlist.read(run / dataset, ground_truth, top)
-        place = dict(engine=engine, address=ray_address, workers=workers)
-        inliers = _verified(folder, listed, run / dataset / "local", options, place, progress)
-        outputs = _write_rankings(folder, listed, inliers, top, ties)
-        _write_scores(folder, listed, run / dataset / "global", parameters, inputs)
-        outputs += ["candidates.npy", "inliers.npy", "scores.json"]
-        pairs = int((inliers >= 0).sum())
-        return stage.finish(outputs, engine=engine, workers=workers, pairs=pairs)
-
-
-def _check_lists(top: int, ties: str, max_distance: float, max_keypoints: int | None) -> None:
-    """ValueError for what would be found out only once pairs are verified."""
-    if top < 1:
-        raise ValueError(f"top is {top}; a short list has one candidate at least")
-    if ties not in TIES:
-        raise ValueError(f"unknown ties {ties!r}; known: {', '.join(TIES)}")
-    if not max_distance >= 0:
-        raise ValueError(f"max_distance is {max_distance}, not a distance")
-    if max_keypoints is not None and max_keypoints < 1:
-        raise ValueError(f"max_keypoints is {max_keypoints}; None takes all, else at least 1")
-
-
-def _inputs(folder: Path, ground_truth: GroundTruth) -> dict[str, str]:
-    """Fingerprints of what the stage reads; StageError where a stage before it is missing."""
-    inputs = {
-        name: runs.output_fingerprint(folder / "global", name, GLOBAL_NOTEBOOK)
-        for name in ("names.json", "ranks.npy", "positions.npz", "shortlist.txt")
-    }
-    local = runs.read_stage(folder / "local", LOCAL_NOTEBOOK)["outputs"]
-    return inputs | {
-        "local features": runs.fingerprint(local),
-        "ground truth": ground_truth.fingerprint,
-    }
-
-
-@dataclass(frozen=True, eq=False)
-class _Shortlist:
-    """A data set's global ranking and the images to verify for each query."""
-
-    ground_truth: GroundTruth
-    database: list[str]  # N names
-    ranks: np.ndarray  # (K, Q)
-    positions: Positions
-    images: list[np.ndarray]  # per query database indices, in global order
-
-    @classmethod
-    def read(cls, folder: Path, ground_truth: GroundTruth, top: int) -> "_Shortlist":
-        source = folder / "global"
-        names = runs.read_json(source / "names.json")
-        known = len(ground_truth.database)
-        theirs = names["queries"], names["database"][:known]
-        if theirs != (ground_truth.queries, ground_truth.database):
-            raise runs.StageError(
-                f"{source / 'names.json'} lists other images than the ground truth "
-                f"{ground_truth.name}: run {GLOBAL_NOTEBOOK} again"
+        lists = _read_lists(source, ground_truth, settings.top)
+        if not (folder / "inliers.npy").exists():
+            count = functools.partial(count_inliers, settings=settings, device=machine.match_device)
+            store = _open_store(source / "local", lists)
+            counts = count_queries(
+                lists,
+                store,
+                count,
+                machine,
+                journal=folder / JOURNAL,
+                label="verifying short lists",
+                progress=progress,
             )
-        ranks = np.load(source / "ranks.npy", allow_pickle=False)
-        try:
-            images = shortlists.shortlist(ranks, ground_truth, top=top)
-        except ValueError as error:
-            raise runs.StageError(
-                f"{source / 'ranks.npy'}: {error}; run {GLOBAL_NOTEBOOK} and {LOCAL_NOTEBOOK} with "
-                f"top={top}, or rerank fewer"
-            ) from error
-        listed = shortlists.read_shortlist(source / "shortlist.txt")
-        for query, row in zip(ground_truth.queries, images, strict=True):
-            there = set(listed.get(query, ()))
-            missing = [names["database"][i] for i in row if names["database"][i] not in there]
-            if missing:
-                raise runs.StageError(
-                    f"top={top} needs {missing[0]} for query {query}, which "
-                    f"{source / 'shortlist.txt'} lacks: run {GLOBAL_NOTEBOOK} and "
-                    f"{LOCAL_NOTEBOOK} with top={top}, or rerank fewer"
-                )
-        positions = Positions.load(source / "positions.npz")
-        return cls(ground_truth, names["database"], ranks, positions, images)
-
-    @property
-    def candidates(self) -> np.ndarray:
-        """(Q, C) int32 database indices, padded with -1."""
-        return padded(self.images)
-
-
-def _verified(
-    folder: Path,
-    listed: _Shortlist,
-    local: Path,
-    options: dict,
-    place: dict,
-    progress: bool,
-) -> np.ndarray:
-    """The inlier counts (Q, C) int32, padded with -1; written together with their candidates."""
-    if not (folder / "inliers.npy").exists():
-        store = FeatureStore.open(local.absolute())
-        _check_store(store, listed)
-        rows = _journalled(folder / JOURNAL, listed)
-        _verify_queries(folder / JOURNAL, rows, listed, store, options, place, progress)
-        runs.write_array(folder / "candidates.npy", listed.candidates)
-        runs.write_array(folder / "inliers.npy", padded([rows[q] for q in sorted(rows)]))
-    shutil.rmtree(folder / JOURNAL, ignore_errors=True)
-    return np.load(folder / "inliers.npy", allow_pickle=False)
-
-
-def _check_store(store: FeatureStore, listed: _Shortlist) -> None:
-    """Raises StageError where a query or a candidate has no entry in the store."""
-    unreadable = store.failures
-    wanted = {query: query for query in listed.ground_truth.queries}
-    wanted |= {
-        listed.database[image]: listed.database[image]
-        for images in listed.images
-        for image in images
-        if listed.database[image] not in unreadable
-    }
-    missing = [name for key, name in wanted.items() if key not in store]
-    if missing:
-        raise runs.StageError(
-            f"{store.folder} has no local features of {', '.join(missing[:3])}"
-            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''} of the short list: run "
-            f"{LOCAL_NOTEBOOK} again"
+            runs.write_array(folder / "candidates.npy", lists.candidates)
+            runs.write_array(folder / "inliers.npy", padded(counts))
+        shutil.rmtree(folder / JOURNAL, ignore_errors=True)
+        inliers = np.load(folder / "inliers.npy", allow_pickle=False)
+        outputs = _write_rankings(folder, lists, inliers, settings)
+        _write_scores(stage, lists)
+        return stage.finish(
+            [*outputs, "candidates.npy", "inliers.npy", "scores.json"],
+            engine=machine.engine,
+            workers=machine.workers,
+            pairs=int((inliers >= 0).sum()),
         )
 
 
-def _journalled(journal: Path, listed: _Shortlist) -> dict[int, np.ndarray]:
-    """The counts of the queries that an interrupted run finished."""
-    rows = {int(path.stem): np.load(path, allow_pickle=False) for path in journal.glob("*.npy")}
-    return {q: row for q, row in rows.items() if row.shape == listed.images[q].shape}
+def _read_lists(folder: Path, ground_truth: GroundTruth, top: int) -> CandidateLists:
+    """The candidates of every protocol; StageError where the global stage lacks one of them."""
+    source = folder / "global"
+    names = runs.read_json(source / "names.json")
+    database, labelled = names["database"], len(ground_truth.database)
+    expected = ground_truth.queries, ground_truth.database
+    if (names["queries"], database[:labelled]) != expected:
+        raise runs.StageError(
+            f"{source / 'names.json'} lists other images than the ground truth "
+            f"{ground_truth.name}: run {GLOBAL_NOTEBOOK} again"
+        )
+    ranking = Ranking.load(source)
+    remedy = f"run {GLOBAL_NOTEBOOK} and {LOCAL_NOTEBOOK} with top={top}, or rerank fewer"
+    try:
+        images = shortlists.shortlist(ranking.order, ground_truth, top=top)
+    except ValueError as error:
+        raise runs.StageError(f"{source / 'ranks.npy'}: {error}; {remedy}") from error
+    lists = CandidateLists(ground_truth, database, ranking, images)
+    extracted = shortlists.read_shortlist(source / "shortlist.txt")
+    for q, query in enumerate(ground_truth.queries):
+        missing = set(lists.names(q)) - set(extracted.get(query, ()))
+        if missing:
+            raise runs.StageError(
+                f"top={top} needs {min(missing)} for query {query}, which "
+                f"{source / 'shortlist.txt'} lacks: {remedy}"
+            )
+    return lists
 
 
-def _verify_queries(
-    journal: Path,
-    rows: dict[int, np.ndarray],
-    listed: _Shortlist,
+def _open_store(folder: Path, lists: CandidateLists) -> FeatureStore:
+    """The local features; StageError where a query or a candidate has no entry."""
+    store = FeatureStore.open(folder.absolute())
+    missing = lists.missing_features(store)
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise runs.StageError(
+            f"{store.folder} has no local features of {', '.join(missing[:3])}{more} of the short "
+            f"list: run {LOCAL_NOTEBOOK} again"
+        )
+    return store
+
+
+def count_inliers(
     store: FeatureStore,
-    options: dict,
-    place: dict,
-    progress: bool,
-) -> None:
-    """Verifies the queries that `rows` lacks and adds them to it and to the journal."""
-    tasks = [
-        (q, listed.ground_truth.queries[q], [listed.database[image] for image in images])
-        for q, images in enumerate(listed.images)
-        if q not in rows
-    ]
-    bar = dict(total=len(listed.images), initial=len(rows), desc="verifying short lists")
-    # Processes, not threads: pydegensac draws from one random state a process.
-    with engines.parallel(**place, tasks=len(tasks)) as pool:
-        results = pool(joblib.delayed(_verify_query)(store, *task, options) for task in tasks)
-        for q, counts in tqdm(results, **bar, unit="query", disable=not progress):
-            runs.write_array(journal / f"{q}.npy", counts)
-            rows[q] = counts
+    query: str,
+    names: list[str],
+    *,
+    settings: RerankingSettings,
+    device: str | None = None,
+) -> np.ndarray:
+    """Counts the inliers of one query with each of its candidates.
 
-
-def _verify_query(
-    store: FeatureStore, q: int, query: str, names: list[str], options: dict
-) -> tuple[int, np.ndarray]:
-    """One query's inlier counts; candidates that could not be read count 0."""
+    names: C database names; one without features in the store could not be read and counts 0.
+    device: of `match`. Returns (C,) int32. ValueError names the pair that cannot be matched.
+    """
     counts = np.zeros(len(names), np.int32)
-    options = options | {"device": pick_device(options.get("device"))}
-    readable = [place for place, name in enumerate(names) if name in store]
-    features = (store[names[place]] for place in readable)
-    pairs = inspect_shortlist(store[query], features, **options)
-    for place in readable:
+    readable = [index for index, name in enumerate(names) if name in store]
+    features = (store[names[index]] for index in readable)
+    pairs = inspect_shortlist(store[query], features, settings, device=matching_device(device))
+    for index in readable:
         try:
-            counts[place] = next(pairs).verification.count
+            counts[index] = next(pairs).verification.count
         except ValueError as error:
             raise ValueError(
-                f"query {query} and database image {names[place]}, features in {store.folder}: "
+                f"query {query} and database image {names[index]}, features in {store.folder}: "
                 f"{error}"
             ) from error
-    return q, counts
+    return counts
 
 
 def _write_rankings(
-    folder: Path, listed: _Shortlist, inliers: np.ndarray, top: int, ties: str
+    folder: Path, lists: CandidateLists, inliers: np.ndarray, settings: RerankingSettings
 ) -> list[str]:
     outputs = []
     for variant in VARIANTS:
         reranking = Reranking(
-            candidates=listed.candidates,
+            candidates=lists.candidates,
             inliers=inliers,
-            ground_truth=listed.ground_truth,
+            ground_truth=lists.ground_truth,
             protocol=variant,
-            top=top,
-            ties=ties if variant == PUBLISHED else "global",
+            top=settings.top,
+            ties=settings.ties if variant == PUBLISHED else "global",
         )
-        outputs += Ranking(listed.ranks, listed.positions).reranked(reranking).save(folder, variant)
+        outputs += lists.ranking.reranked(reranking).save(folder, variant)
     return outputs
 
 
-def _write_scores(
-    folder: Path, listed: _Shortlist, source: Path, parameters: dict, inputs: dict[str, str]
-) -> None:
-    earlier = runs.read_json(source / "scores.json")
-    local = runs.read_stage(source.parent / "local", LOCAL_NOTEBOOK)
-    known = earlier.get("fingerprints", {})
-    passed_on = {key: known.get(key) for key in ("dataset", "weights", "descriptors")}
+def _write_scores(stage: runs.Stage, lists: CandidateLists) -> None:
+    source, ground_truth = stage.folder.parent, lists.ground_truth
+    before = runs.read_json(source / "global" / "scores.json")
+    local = runs.read_stage(source / "local", LOCAL_NOTEBOOK)
+    fingerprints = before.get("fingerprints", {})
+    passed_on = {key: fingerprints.get(key) for key in ("dataset", "weights", "descriptors")}
     passed_on["weights of the local features"] = local["inputs"].get("weights")
-    places = {v: Positions.load(folder / f"positions_{v}.npz") for v in VARIANTS}
-    ground_truth = listed.ground_truth
+    parameters = stage.settings["parameters"]
+    positions = {
+        variant: Positions.load(stage.folder / Ranking.files(variant)[1]) for variant in VARIANTS
+    }
     document = scores_document(
-        evaluate({protocol: places[protocol] for protocol in PROTOCOLS}, ground_truth),
-        protocol=earlier.get("protocol", {})
+        evaluate({protocol: positions[protocol] for protocol in PROTOCOLS}, ground_truth),
+        protocol=before.get("protocol", {})
         | {
             "reranked": True,
             "short_list": "a protocol's first candidates, without the images it ignores",
@@ -303,27 +207,31 @@ def _write_scores(
             "ties_published": parameters["ties"],
         },
         parameters=parameters,
-        inputs=inputs | {name: value for name, value in passed_on.items() if value is not None},
-        failed=earlier.get("failed_images", 0),
+        inputs=stage.settings["inputs"]
+        | {name: value for name, value in passed_on.items() if value is not None},
+        failed=before.get("failed_images", 0),
         ground_truth=ground_truth,
-        earlier={"global": earlier.get("parameters", {}), "local": local["parameters"]},
-        published=evaluate(places[PUBLISHED], ground_truth),
-        **{"global": evaluate(listed.positions, ground_truth)},
+        earlier={"global": before.get("parameters", {}), "local": local["parameters"]},
+        published=evaluate(positions[PUBLISHED], ground_truth),
+        **{"global": evaluate(lists.ranking.positions, ground_truth)},
     )
-    runs.write_json(folder / "scores.json", document)
+    runs.write_json(stage.folder / "scores.json", document)
 
 
 def inlier_counts(folder: Path, query: int) -> dict[int, int]:
-    """The inlier counts of one query: database index -> count. folder: `<dataset>/rerank`."""
+    """Reads the inlier counts of one query: database index -> count.
+
+    folder: `<run>/<dataset>/rerank`. query: its index.
+    """
     runs.read_stage(folder, "notebook 06_rerank")
     candidates = np.load(folder / "candidates.npy", mmap_mode="r")[query]
     counts = np.load(folder / "inliers.npy", mmap_mode="r")[query]
-    known = candidates >= 0
-    return dict(zip(candidates[known].tolist(), counts[known].tolist(), strict=True))
+    verified = candidates >= 0
+    return dict(zip(candidates[verified].tolist(), counts[verified].tolist(), strict=True))
 
 
 def hard_candidates(folder: Path, ground_truth: GroundTruth, query: int) -> list[int]:
-    """The hard images of a query that were verified, most inliers first, ties by index."""
+    """Returns the hard images of a query that were verified, most inliers first, ties by index."""
     counts = inlier_counts(folder, query)
     hard = [image for image in ground_truth.hard[query].tolist() if image in counts]
     return sorted(hard, key=lambda image: (-counts[image], image))
@@ -332,5 +240,5 @@ def hard_candidates(folder: Path, ground_truth: GroundTruth, query: int) -> list
 def pair_features(
     features: FeatureStore, ground_truth: GroundTruth, query: int, image: int
 ) -> tuple[LocalFeatures, LocalFeatures]:
-    """The stored features of a query and of a database image, both given by index."""
+    """Returns the stored features of a query and of a database image, both given by index."""
     return features[ground_truth.queries[query]], features[ground_truth.database[image]]

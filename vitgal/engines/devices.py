@@ -1,0 +1,19 @@
+"""Devices of torch by name; torch itself is imported only where a device is asked for."""
+
+
+def find_gpu() -> str | None:
+    """Returns "cuda" where torch finds a GPU, else None."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else None
+
+
+def check_device(device: str) -> None:
+    """Raises ValueError where torch finds no such device."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"torch cannot use the device {device!r} ({reason})") from error

@@ -1,0 +1,232 @@
+"""The tuning stage: reranking's thresholds chosen on the retrieval validation set.
+
+Inliers are counted for a grid of thresholds; mAP follows for each of them and for each number of
+candidates. No test set is ever looked at.
+"""
+
+import dataclasses
+import functools
+import itertools
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from vitgal import engines, runs
+from vitgal.data.revisited import GroundTruth
+from vitgal.evaluation import protocol
+from vitgal.evaluation.tuning import (
+    DATASET,
+    PROTOCOL,
+    Grid,
+    TuningError,
+    best_point,
+    current_point,
+    make_grid,
+)
+from vitgal.features.local import LocalFeatures
+from vitgal.features.store.feature_store import FeatureStore
+from vitgal.retrieval import matching, shortlists
+from vitgal.retrieval.ranking import Ranking
+from vitgal.retrieval.reranking import NOT_VERIFIED, Reranking
+from vitgal.retrieval.verification import verify_matches
+from vitgal.settings import MachineSettings, RerankingSettings, TuningSettings
+from vitgal.stages.counting import JOURNAL, CandidateLists, candidate_inputs, count_queries
+
+GLOBAL_FILES = ("ranks.npy", "positions.npz", "shortlist.txt")
+OUTPUTS = ("inliers.npy", "ap.npy", "tuned.json", "tuning.json")
+
+
+def tune(
+    run: Path,
+    ground_truth: GroundTruth,
+    settings: TuningSettings,
+    current: RerankingSettings,
+    machine: MachineSettings,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Counts inliers over a grid of thresholds on the validation set and chooses the best point.
+
+    Only `val_retrieval` is used; its stages global and local are finished in the run
+    (`prepare_validation`). The best point has the highest Medium mAP; of equal ones the first, that
+    is the smallest max_distance, then threshold, then number of candidates.
+
+    Args:
+        run: the run's folder.
+        ground_truth: of the validation set.
+        settings: the grid; the values of `current` are added. max_queries: use so many queries,
+            drawn with the seed of `current`'s verification.
+        current: the settings that the best point is compared with; they hold for all that the grid
+            does not vary.
+        machine: its workers, engine and ray_address. The result does not depend on them.
+    Returns:
+        `<run>/val_retrieval/tuning` with inliers.npy (Q, D, T, C) i32, ap.npy (D, T, C', Q) f64,
+        tuning.json (for `Tuning.read`) and tuned.json, the chosen values as flat parameters.
+        Interrupted, it keeps the finished queries.
+    Raises:
+        StageError: a stage is missing or holds other settings.  TuningError: a value of the grid
+        that makes no sense, or a candidate without local features.
+    """
+    engines.check_engine(machine.engine, machine.ray_address)
+    grid = make_grid(settings, current)
+    verification = current.verification.compared()
+    del verification["threshold"]  # a value of the grid
+    parameters = {
+        "grid": grid,
+        "current": current_point(current),
+        "max_keypoints": current.matching.max_keypoints,
+        "max_queries": settings.max_queries,
+        **verification,
+    }
+    source = Path(run) / DATASET
+    inputs = candidate_inputs(source, ground_truth, GLOBAL_FILES)
+    with runs.stage(
+        source / "tuning", "tuning", parameters=parameters, inputs=inputs, overwrite=overwrite
+    ) as stage:
+        if stage.finished:
+            return stage.folder
+        queries = _draw_queries(len(ground_truth.queries), settings.max_queries, current)
+        lists = _read_lists(source, ground_truth, queries, max(grid["top"]))
+        store = _open_store(source / "local", lists, max(grid["top"]))
+        rows = count_queries(
+            lists,
+            store,
+            functools.partial(count_grid, grid=grid, settings=current),
+            machine,
+            journal=stage.folder / JOURNAL,
+            label="tuning",
+            progress=progress,
+        )
+        _write_choice(stage.folder, lists, _padded_counts(rows), grid, current)
+        shutil.rmtree(stage.folder / JOURNAL, ignore_errors=True)
+        return stage.finish(
+            OUTPUTS, engine=machine.engine, workers=machine.workers, queries=len(queries)
+        )
+
+
+def _draw_queries(count: int, wanted: int | None, current: RerankingSettings) -> np.ndarray:
+    if wanted is None or wanted >= count:
+        return np.arange(count)
+    generator = np.random.default_rng([current.verification.seed, 3])
+    return np.sort(generator.choice(count, wanted, replace=False))
+
+
+def _read_lists(folder: Path, truth: GroundTruth, queries: np.ndarray, top: int) -> CandidateLists:
+    """The candidates of some queries, given by index."""
+    lists = {
+        name: [getattr(truth, name)[q] for q in queries]
+        for name in ("queries", "easy", "hard", "junk")
+    }
+    truth = dataclasses.replace(truth, boxes=truth.boxes[queries], **lists)
+    ranking = Ranking.load(folder / "global").select(queries)
+    images = shortlists.candidates(ranking.order, truth, PROTOCOL, top=top)
+    return CandidateLists(truth, truth.database, ranking, images)
+
+
+def _open_store(folder: Path, lists: CandidateLists, top: int) -> FeatureStore:
+    """The local features; TuningError where a query or a candidate was never extracted."""
+    store = FeatureStore.open(folder.absolute())
+    missing = lists.missing_features(store)
+    if missing:
+        raise TuningError(
+            f"top={top} needs {min(missing)}, of which {store.folder} has no local features: its "
+            "short list was shorter; try fewer candidates (tune_tops)"
+        )
+    return store
+
+
+def count_grid(
+    store: FeatureStore, query: str, names: list[str], *, grid: Grid, settings: RerankingSettings
+) -> np.ndarray:
+    """Counts one query's inliers at every max_distance and threshold of the grid.
+
+    names: C database names; one that is not in the store could not be read and counts 0. settings:
+    all that the grid does not vary. Returns (D, T, C) int32.
+    """
+    features = store[query]
+    sizes = len(grid["max_distance"]), len(grid["threshold"]), len(names)
+    counts = np.zeros(sizes, np.int32)
+    for index, name in enumerate(names):
+        if name in store:
+            counts[:, :, index] = pair_counts(features, store[name], grid, settings)
+    return counts
+
+
+def pair_counts(
+    query: LocalFeatures, database: LocalFeatures, grid: Grid, settings: RerankingSettings
+) -> np.ndarray:
+    """Counts the inliers of one pair at every max_distance and threshold of the grid.
+
+    Equal to `inspect_pair` at each point: matched once, at the greatest distance; the matches at a
+    smaller one are those of them that lie nearer. settings: all that the grid does not vary.
+    Returns (D, T) int32.
+    """
+    kept = slice(settings.matching.max_keypoints)
+    query, database = query.subset(kept), database.subset(kept)
+    distances = grid["max_distance"]
+    verifications = [
+        dataclasses.replace(settings.verification, threshold=threshold)
+        for threshold in grid["threshold"]
+    ]
+    matches = matching.match(query.descriptors, database.descriptors, max(distances))
+    squares = matching.match_squares(query.descriptors, database.descriptors, matches)
+    counts = np.zeros((len(distances), len(verifications)), np.int32)
+    computed: dict[int, np.ndarray] = {}  # by the number of matches: they nest
+    for row, distance in zip(counts, distances, strict=True):
+        nearer = matches[squares < distance * distance]
+        if len(nearer) not in computed:
+            points = query.keypoints[nearer[:, 0]], database.keypoints[nearer[:, 1]]
+            computed[len(nearer)] = np.array(
+                [verify_matches(*points, verification).count for verification in verifications]
+            )
+        row[:] = computed[len(nearer)]
+    return counts
+
+
+def _padded_counts(rows: list[np.ndarray]) -> np.ndarray:
+    """(Q, D, T, C) int32 from (D, T, C) of each query, padded with -1."""
+    width = max(row.shape[-1] for row in rows)
+    table = np.full((len(rows), *rows[0].shape[:2], width), NOT_VERIFIED, np.int32)
+    for counts, row in zip(table, rows, strict=True):
+        counts[..., : row.shape[-1]] = row
+    return table
+
+
+def _write_choice(
+    folder: Path,
+    lists: CandidateLists,
+    counts: np.ndarray,
+    grid: Grid,
+    current: RerankingSettings,
+) -> None:
+    """Writes the counts, the AP that follow, and the best point."""
+    truth, ranking = lists.ground_truth, lists.ranking
+    sizes = [len(values) for values in grid.values()]
+    ap = np.empty((*sizes, len(truth.queries)))
+    for d, t, c in itertools.product(*map(range, sizes)):
+        reranking = Reranking(
+            lists.candidates, counts[:, d, t], truth, PROTOCOL, top=grid["top"][c]
+        )
+        positions = ranking.positions.reranked(ranking.order, reranking)
+        ap[d, t, c] = protocol.evaluate({PROTOCOL: positions}, truth)[PROTOCOL]["ap"]
+    before = protocol.evaluate({PROTOCOL: ranking.positions}, truth)[PROTOCOL]["ap"]
+    scored = ~np.isnan(before)
+    if not scored.any():
+        raise TuningError(f"no query of {DATASET} has an image of its landmark in the database")
+    chosen = best_point(ap[..., scored])
+    landmarks = [images.tobytes() for images in truth.easy]
+    record = {
+        "grid": grid,
+        "chosen": chosen,
+        "current": [grid[name].index(value) for name, value in current_point(current).items()],
+        "groups": [landmarks.index(landmark) for landmark in landmarks],
+        "before": before,
+        "queries": truth.queries,
+    }
+    tuned = {name: grid[name][index] for name, index in zip(grid, chosen, strict=True)}
+    runs.write_array(folder / "inliers.npy", counts)
+    runs.write_array(folder / "ap.npy", ap)
+    runs.write_json(folder / "tuning.json", record)
+    runs.write_json(folder / "tuned.json", tuned)
