@@ -25,6 +25,7 @@ from vitgal.settings import (
     RerankingSettings,
     TuningSettings,
     VerificationSettings,
+    reader,
 )
 from vitgal.stages import descriptors, validation
 from vitgal.stages import tuning as stages_tuning
@@ -214,7 +215,7 @@ def test_curves_show_what_was_found(described):
 
 def test_chosen_values_are_parameters_of_notebook_06(described):
     folder = tune(described)
-    values = parameters.read_params(folder / "tuned.json")
+    values = reader.read_yaml(folder / "tuned.json")
     assert values == {"max_distance": 0.7, "threshold": 16.0, "top": 3}
     advice = tuning.Tuning.read(folder).advice("params/x.yaml")
     wanted = "vitgal run params/x.yaml --only 06 -p max_distance 0.7 -p threshold 16.0 -p top 3"

@@ -9,7 +9,7 @@ from vitgal.data.revisited import RetrievalDataset
 from vitgal.evaluation.tuning import DATASET as VALIDATION
 from vitgal.settings.reader import Settings
 from vitgal.settings.sections import LocalSettings, RerankingSettings
-from vitgal.stages.tune import validation_benchmark
+from vitgal.stages.validation import validation_benchmark
 
 GLOBAL_NOTEBOOK = "04_global_evaluation"
 
