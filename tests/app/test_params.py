@@ -243,7 +243,7 @@ def test_the_small_weights_never_saw_what_the_demo_tests_or_tunes_on():
     small, demo = effective("small_weights"), effective("demo")
     for name in ("seed", "held_out_classes", "code_dim", "architecture", "exclude", "train_table"):
         assert small[name] == demo[name]
-    assert {"notre_dame_paris", "arc_du_carrousel"} <= set(photographs.BENCHMARK_LANDMARKS)
+    assert {"notre_dame_paris", "arc_du_carrousel"} <= photographs.BENCHMARK_LANDMARKS
 
 
 def test_variants_differ_in_nothing_else():

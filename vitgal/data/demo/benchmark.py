@@ -9,89 +9,102 @@ import pandas as pd
 
 from vitgal import runs
 from vitgal.data.demo.drawing import QUERY_LEVEL, View, draw_view, query_box
-from vitgal.data.demo.photographs import SAME_PLACE, Photograph
-from vitgal.data.revisited import GroundTruth, write_ground_truth
+from vitgal.data.demo.photographs import SAME_SITE, Photograph
+from vitgal.data.gldv2 import image_path
+from vitgal.data.revisited import LABELS, GroundTruth, write_ground_truth
+from vitgal.settings.sections import DemoSettings
 
+BENCHMARK_VIEWS = 8  # database views of each photograph
 EASY_VISIBLE, EASY_STRENGTH = 0.6, 0.45
 JUNK_VISIBLE = 0.15
-OTHER_VISIBLE, OTHER_STRENGTH = 0.5, 0.6  # beyond, two photographs share too little to tell
+OTHER_VISIBLE, OTHER_STRENGTH = 0.5, 0.6  # beyond, two photographs have too little in common
 ASIDE_LEVEL = 0.5
 TRAIN_ID_STEP = 37  # landmark ids of the training part are neither 0, 1, 2, ... nor contiguous
+TABLES = ("train.csv", "views.csv", "benchmark/views.csv", "benchmark/gnd_demo.pkl")
 
 
 def train_path(name: str) -> Path:
-    """Where a training view lies in the data folder."""
-    return Path("train", name[0], name[1], name[2], f"{name}.jpg")
+    """Returns the path of a training view in the data folder."""
+    return Path("train", image_path(name))
 
 
 def jpg_path(name: str) -> Path:
-    """Where a benchmark view, query or database, lies in the data folder."""
+    """Returns the path of a benchmark view, query or database, in the data folder."""
     return Path("benchmark", "jpg", f"{name}.jpg")
 
 
-def training_recipes(
-    photographs: Sequence[Photograph], views: int, *, seed: int, view_size: int
-) -> list[View]:
-    """The training part's recipes, named by 16 hexadecimal digits, in order of photograph."""
-    made = []
+def training_recipes(photographs: Sequence[Photograph], settings: DemoSettings) -> list[View]:
+    """Draws the training views, named by 16 hexadecimal digits, in order of photograph."""
+    seed, views = settings.seed, settings.train_views
+    recipes = []
     for photograph in photographs:
         for index in range(views):
             text = f"{seed}/{photograph.name}/{index}"
-            made.append(
-                draw_view(
-                    photograph,
-                    hashlib.sha256(text.encode()).hexdigest()[:16],
-                    _level(index, views),
-                    seed=_words(seed, "train", photograph.name, index),
-                    view_size=view_size,
-                )
-            )
-    return made
+            name = hashlib.sha256(text.encode()).hexdigest()[:16]
+            numbers = _seed_numbers(seed, "train", photograph.name, index)
+            level = _level(index, views)
+            recipe = draw_view(photograph, name, level, seed=numbers, view_size=settings.view_size)
+            recipes.append(recipe)
+    return recipes
 
 
 def benchmark_recipes(
-    photographs: Sequence[Photograph], views: int, *, seed: int, view_size: int
+    photographs: Sequence[Photograph], settings: DemoSettings, views: int = BENCHMARK_VIEWS
 ) -> tuple[list[View], list[View]]:
-    """The query recipes and `views` database recipes of each photograph.
+    """Draws the query views and `views` database views of each photograph.
 
-    A photograph gives one query, the only one of its landmark two: two or three queries a landmark,
-    so that those with several photographs do not decide the score alone.
+    A photograph gives one query, the only one of its landmark two: with two or three queries each,
+    landmarks with several photographs do not decide the score alone. The last of several database
+    views looks past the landmark.
     """
-    size = {"view_size": view_size}
+    seed, size = settings.seed, settings.view_size
     landmarks = [photograph.landmark for photograph in photographs]
     queries, database = [], []
     for photograph in photographs:
         for index in range(2 if landmarks.count(photograph.landmark) == 1 else 1):
-            words = _words(seed, "query", photograph.name, index)
+            numbers = _seed_numbers(seed, "query", photograph.name, index)
             name = f"{photograph.name}_q{index}"
-            queries.append(draw_view(photograph, name, QUERY_LEVEL, seed=words, **size))
+            query = draw_view(photograph, name, QUERY_LEVEL, seed=numbers, view_size=size)
+            queries.append(query)
         for index in range(views):
             aside = index > 0 and index == views - 1
             level = ASIDE_LEVEL if aside else _level(index, views - 1)
-            words = _words(seed, "database", photograph.name, index)
+            numbers = _seed_numbers(seed, "database", photograph.name, index)
             name = f"{photograph.name}_v{index:02d}"
-            database.append(draw_view(photograph, name, level, seed=words, aside=aside, **size))
+            view = draw_view(photograph, name, level, seed=numbers, view_size=size, aside=aside)
+            database.append(view)
     return queries, database
 
 
 def _level(index: int, views: int) -> float:
-    """Spread evenly from mild to strong, so that every photograph has views of each kind."""
+    """Spreads levels evenly from mild to strong: every photograph has views of all kinds."""
     return QUERY_LEVEL + (1 - QUERY_LEVEL) * index / max(1, views - 1)
 
 
-def _words(seed: int, part: str, name: str, index: int) -> list[int]:
+def _seed_numbers(seed: int, part: str, name: str, index: int) -> list[int]:
     digest = hashlib.sha256(f"{part}/{name}".encode()).digest()
     return [seed, int.from_bytes(digest[:8], "big"), index]
 
 
 def label(query: View, view: View) -> str:
-    """What a database view is for a query: "easy", "hard", "junk" or "wrong" (see `make_demo`)."""
+    """Returns a database view's label for a query: "easy", "hard", "junk" or "negative".
+
+        easy      same photograph, at least 60 % of the landmark visible, strength at most 0.45
+        hard      same photograph, at least 15 % visible, not easy; or another photograph of the
+                  landmark, at least 50 % visible and strength at most 0.6
+        junk      another view of the landmark; or one of a landmark at the same site (SAME_SITE)
+        negative  a view of another landmark
+
+    The visible part is the fraction of the landmark's box that lies inside the view and in front of
+    its occluder. The strength is a weighted sum of tilt, rotation, zoom, night, loss of colour,
+    exposure, white balance and blur.
+    """
     landmarks = {query.photograph.landmark, view.photograph.landmark}
     if len(landmarks) == 2:
-        return "junk" if any(landmarks <= set(places) for places in SAME_PLACE) else "wrong"
+        return "junk" if any(landmarks <= site for site in SAME_SITE) else "negative"
     if query.photograph.name != view.photograph.name:
-        kept = view.visible >= OTHER_VISIBLE and view.strength <= OTHER_STRENGTH
-        return "hard" if kept else "junk"
+        is_clear = view.visible >= OTHER_VISIBLE and view.strength <= OTHER_STRENGTH
+        return "hard" if is_clear else "junk"
     if view.visible < JUNK_VISIBLE:
         return "junk"
     easy = view.visible >= EASY_VISIBLE and view.strength <= EASY_STRENGTH
@@ -109,8 +122,8 @@ def write_tables(
     runs.write_text(folder / "train.csv", table.to_csv(index=False))
     runs.write_text(folder / "views.csv", recipe_table(training).to_csv(index=False))
     recipes = recipe_table([*queries, *database])
-    own = {query.photograph.name: query for query in queries}
-    labels = [label(own[view.photograph.name], view) for view in database]
+    own_queries = {query.photograph.name: query for query in queries}
+    labels = [label(own_queries[view.photograph.name], view) for view in database]
     recipes.insert(3, "label", ["query"] * len(queries) + labels)
     runs.write_text(folder / "benchmark" / "views.csv", recipes.to_csv(index=False))
     truth = ground_truth(queries, database)
@@ -118,7 +131,7 @@ def write_tables(
 
 
 def recipe_table(views: Sequence[View]) -> pd.DataFrame:
-    """One row a view: what was done to which photograph, whose it is and under which licence."""
+    """Returns a row a view: its photograph and changes, and the photograph's author and licence."""
     return pd.DataFrame(
         {
             "name": view.name,
@@ -144,40 +157,12 @@ def recipe_table(views: Sequence[View]) -> pd.DataFrame:
 
 
 def ground_truth(queries: Sequence[View], database: Sequence[View]) -> GroundTruth:
-    """The benchmark's ground truth: every query's box, and its labels by `label`."""
-    labels = [[label(query, view) for view in database] for query in queries]
-    found = {
-        kind: [np.flatnonzero([given == kind for given in row]) for row in labels]
-        for kind in ("easy", "hard", "junk")
-    }
+    """Returns the benchmark's ground truth: every query's box, and its labels by `label`."""
+    labels = np.array([[label(query, view) for view in database] for query in queries])
     return GroundTruth(
         name="demo",
         database=[view.name for view in database],
         queries=[view.name for view in queries],
         boxes=np.array([query_box(query) for query in queries]),
-        **found,
+        **{name: [np.flatnonzero(row == name) for row in labels] for name in LABELS},
     )
-
-
-def sheet(
-    folder: Path, landmarks: Sequence[str], views: int = 6
-) -> dict[str, list[tuple[str, Path]]]:
-    """Names and image files of each landmark's first `views` views, for a contact sheet.
-
-    `folder` is `<run>/data`; the landmarks may be of either part. ValueError names one that the
-    demo set does not hold.
-    """
-    folder, found = Path(folder), {}
-    parts = [
-        (pd.read_csv(folder / "benchmark" / "views.csv"), jpg_path),
-        (pd.read_csv(folder / "views.csv", dtype={"name": str}), train_path),
-    ]
-    for landmark in landmarks:
-        found[landmark] = [
-            (name, folder / path(name))
-            for table, path in parts
-            for name in table.loc[table["landmark"] == landmark, "name"]
-        ][:views]
-        if not found[landmark]:
-            raise ValueError(f"the demo set in {folder} has no landmark {landmark!r}")
-    return found

@@ -14,46 +14,25 @@ ATTRIBUTION = "ATTRIBUTION.csv"
 REGIONS = "REGIONS.csv"
 ATTRIBUTION_COLUMNS = ("file", "author", "licence", "source", "width", "height")
 REGION_COLUMNS = ("file", "x0", "y0", "x1", "y1")
-Matrix = tuple[tuple[float, ...], ...]  # 3 x 3
-Ellipse = tuple[float, float, float, float]  # centre x y, half axes, in shares of a view's sides
-TABLES = ("train.csv", "views.csv", "benchmark/views.csv", "benchmark/gnd_demo.pkl")
 # Ten landmarks with two or three photographs, and fourteen that are well known, look different from
 # each other and are mostly large photographs. Notre-Dame and the Arc du Carrousel are here because
-# a Paris test set shows them: nothing that it holds may be trained on.
-BENCHMARK_LANDMARKS = (
-    "chenonceau",
-    "christ_the_redeemer",
-    "eiffel_tower",
-    "louvre_pyramid",
-    "mount_rushmore",
-    "neuschwanstein",
-    "qutub_minar",
-    "statue_of_liberty",
-    "sydney_opera",
-    "taj_mahal",
-    "arc_du_carrousel",
-    "brandenburg_gate",
-    "chambord",
-    "chichen_itza",
-    "colosseum",
-    "giza_pyramids",
-    "golden_temple",
-    "great_pyramid",
-    "hawa_mahal",
-    "nagoya_castle",
-    "notre_dame_paris",
-    "petra",
-    "reims_cathedral",
-    "tower_bridge",
+# a Paris test set shows them: no training image may show a landmark of a test set.
+BENCHMARK_LANDMARKS = frozenset(
+    """
+    chenonceau christ_the_redeemer eiffel_tower louvre_pyramid mount_rushmore neuschwanstein
+    qutub_minar statue_of_liberty sydney_opera taj_mahal
+    arc_du_carrousel brandenburg_gate chambord chichen_itza colosseum giza_pyramids golden_temple
+    great_pyramid hawa_mahal nagoya_castle notre_dame_paris petra reims_cathedral tower_bridge
+    """.split()
 )
-# Landmarks that show one place: their views are neither right nor wrong answers to each other.
-SAME_PLACE = (("giza_pyramids", "great_pyramid"),)
+# Landmarks at the same site: a view of one is neither a positive nor a negative of the other.
+SAME_SITE = ({"giza_pyramids", "great_pyramid"},)
 CENTRAL_REGION = (12, 10, 88, 92)  # x0 y0 x1 y1 in per cent, for a photograph not in REGIONS.csv
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """One bundled photograph; `region` is where it shows its landmark, in pixels x0 y0 x1 y1."""
+    """One bundled photograph; `region` is the box of its landmark, x0 y0 x1 y1 in pixels."""
 
     landmark: str
     name: str  # landmark_number
@@ -65,15 +44,26 @@ class Photograph:
     source: str
     region: tuple[float, float, float, float]
 
+    def read(self) -> np.ndarray:
+        """Decodes it to (height, width, 3) uint8 RGB; ValueError for a damaged or other image."""
+        image = images.read_image(self.path)
+        if image.shape[:2] != (self.height, self.width):
+            raise ValueError(
+                f"{self.path} is {image.shape[1]} x {image.shape[0]} pixels, but {self.width} x "
+                f"{self.height} in {ATTRIBUTION}; correct the table or restore the file"
+            )
+        return image
+
 
 def read_photographs(folder: Path) -> list[Photograph]:
-    """The photographs that ATTRIBUTION.csv lists, sorted by file.
+    """Lists the photographs of ATTRIBUTION.csv, sorted by file.
 
-    Where a photograph shows its landmark stands in REGIONS.csv (per cent of its sides); one that
-    is not listed there shows it in CENTRAL_REGION.
+    REGIONS.csv holds the regions of their landmarks, in per cent of a photograph's sides; one that
+    is not listed there has CENTRAL_REGION.
 
-    Raises FileNotFoundError where the folder, the table or a listed photograph is missing, and
-    ValueError where a table's columns, a size, a region or a row is wrong.
+    Raises:
+        FileNotFoundError: the folder, the table or a listed photograph is missing.
+        ValueError: a table's columns, a size, a region or a row is wrong.
     """
     folder = Path(folder)
     table = folder / ATTRIBUTION
@@ -87,7 +77,7 @@ def read_photographs(folder: Path) -> list[Photograph]:
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} of {len(rows)} photographs listed in {table} are missing, first "
-            f"{', '.join(missing[:3])}; restore them or remove their rows"
+            f"{missing[0]}; restore them or remove their rows"
         )
     regions = _read_regions(folder / REGIONS)
     return [_photograph(folder, row, regions) for row in rows]
@@ -100,8 +90,8 @@ def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         raise ValueError(f"{path} must hold rows with the columns {','.join(columns)}")
     files = [row["file"] for row in rows]
     if len(set(files)) < len(files):
-        twice = next(name for name in files if files.count(name) > 1)
-        raise ValueError(f"{path} lists {twice} more than once; keep one row")
+        repeated = next(name for name in files if files.count(name) > 1)
+        raise ValueError(f"{path} lists {repeated} more than once; keep one row")
     return sorted(rows, key=lambda row: row["file"])
 
 
@@ -114,7 +104,7 @@ def _read_regions(path: Path) -> dict[str, tuple[float, ...]]:
             raise ValueError(f"{path}: the region of {row['file']} is not four numbers") from None
         if not (0 <= x0 < x1 <= 100 and 0 <= y0 < y1 <= 100):
             raise ValueError(
-                f"{path}: the region of {row['file']} must hold 0 <= x0 < x1 <= 100 and "
+                f"{path}: the region of {row['file']} needs 0 <= x0 < x1 <= 100 and "
                 "0 <= y0 < y1 <= 100 (per cent of the photograph's sides)"
             )
         regions[row["file"]] = (x0, y0, x1, y1)
@@ -131,7 +121,7 @@ def _photograph(folder: Path, row: dict[str, str], regions: dict) -> Photograph:
     except (TypeError, ValueError):
         raise ValueError(f"{table}: width and height of {file} are not integers") from None
     if min(width, height) < 1:
-        raise ValueError(f"{table}: {file} is said to be {width} x {height} pixels")
+        raise ValueError(f"{table}: {file} cannot have {width} x {height} pixels")
     x0, y0, x1, y1 = regions.get(file, CENTRAL_REGION)
     return Photograph(
         landmark=landmark,
@@ -149,29 +139,16 @@ def _photograph(folder: Path, row: dict[str, str], regions: dict) -> Photograph:
 def split_photographs(
     photographs: Iterable[Photograph],
 ) -> tuple[list[Photograph], list[Photograph]]:
-    """Training and benchmark photographs: no landmark is in both; ValueError where one is empty."""
+    """Returns training and benchmark photographs: no landmark is in both.
+
+    ValueError where either part is empty.
+    """
     photographs = list(photographs)
     train = [item for item in photographs if item.landmark not in BENCHMARK_LANDMARKS]
     benchmark = [item for item in photographs if item.landmark in BENCHMARK_LANDMARKS]
     if not train or not benchmark:
         raise ValueError(
             f"of the photographs {len(train)} are for training and {len(benchmark)} for the "
-            "benchmark, both need some: use the bundled third_party/landmarks"
+            "benchmark, but both need some: use the bundled third_party/landmarks"
         )
     return train, benchmark
-
-
-def check_photographs(photographs: Iterable[Photograph]) -> None:
-    """Decodes every photograph; ValueError names one that is unreadable or of another size."""
-    for photograph in photographs:
-        _read(photograph)
-
-
-def _read(photograph: Photograph) -> np.ndarray:
-    image = images.read_image(photograph.path)
-    if image.shape[:2] != (photograph.height, photograph.width):
-        raise ValueError(
-            f"{photograph.path} is {image.shape[1]} x {image.shape[0]} pixels, {ATTRIBUTION} says "
-            f"{photograph.width} x {photograph.height}; correct the table or restore the file"
-        )
-    return image

@@ -8,17 +8,23 @@ import numpy as np
 from joblib import Parallel, delayed
 from tqdm.auto import tqdm
 
-from vitgal.data.demo.drawing import View, _inverse, _product
-from vitgal.data.demo.photographs import Ellipse, Matrix, _read
+from vitgal.data.demo.drawing import Ellipse, View
+from vitgal.data.demo.homography import invert, multiply, translation
 
 MIN_MEAN = 28.0  # mean grey value below which a view is brightened
 
 
 def render(view: View, image: np.ndarray) -> np.ndarray:
-    """Applies a view's recipe to its photograph: (H, W, 3) uint8 RGB in, view-sized uint8 RGB out.
+    """Renders a view of its photograph.
 
-    Beyond the photograph's border its mirror image stands, never black; a view whose mean would
-    fall below MIN_MEAN of 255 is brightened to it.
+    The photograph continues as its mirror image beyond its border, never in black. A view with a
+    mean below MIN_MEAN of 255 is brightened to it.
+
+    Args:
+        image: (H, W, 3) uint8 RGB, the photograph.
+
+    Returns:
+        (height, width, 3) uint8 RGB of the view's size.
     """
     rng, light = np.random.default_rng(view.noise_seed), view.light
     pixels = _warp(view, image).astype(np.float32) / 255
@@ -40,7 +46,7 @@ def render(view: View, image: np.ndarray) -> np.ndarray:
 
 
 def _noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float) -> np.ndarray:
-    # Uniform, scaled to the standard deviation: a normal draw would take a third of the rendering.
+    # Uniform: normal draws would take a third of the rendering's time.
     return (rng.random(shape, dtype=np.float32) - np.float32(0.5)) * np.float32(sigma * 12**0.5)
 
 
@@ -52,9 +58,9 @@ def _warp(view: View, image: np.ndarray) -> np.ndarray:
     if shrink < 1:
         image = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
     to_small = ((small[0] / width, 0.0, 0.0), (0.0, small[1] / height, 0.0), (0.0, 0.0, 1.0))
-    to_photograph = _product(to_small, _inverse(view.matrix))
-    # A recipe's (0, 0) is an image's corner, OpenCV's the centre of its first pixel.
-    centred = _product(_shift(-0.5), _product(to_photograph, _shift(0.5)))
+    to_photograph = multiply(to_small, invert(view.matrix))
+    # (0, 0) is an image's corner in a recipe, but the centre of the first pixel in OpenCV.
+    centred = multiply(translation(-0.5, -0.5), multiply(to_photograph, translation(0.5, 0.5)))
     return cv2.warpPerspective(
         image,
         np.array(centred),
@@ -64,12 +70,8 @@ def _warp(view: View, image: np.ndarray) -> np.ndarray:
     )
 
 
-def _shift(by: float) -> Matrix:
-    return ((1.0, 0.0, by), (0.0, 1.0, by), (0.0, 0.0, 1.0))
-
-
 def _occlude(pixels: np.ndarray, ellipse: Ellipse, rng: np.random.Generator) -> np.ndarray:
-    """Something in front: a soft-edged ellipse of dull, leaf-like texture."""
+    """Draws a soft-edged ellipse of dull, leaf-like texture in front."""
     height, width = pixels.shape[:2]
     colour = 0.12 + 0.3 * rng.random() + 0.16 * rng.random(3)
     texture = np.zeros((height, width), np.float32)
@@ -84,7 +86,7 @@ def _occlude(pixels: np.ndarray, ellipse: Ellipse, rng: np.random.Generator) -> 
 
 
 def _night(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Night: dark and blue, with a few lamps and sensor noise."""
+    """Darkens and cools the view and adds a few lamps and sensor noise."""
     height, width = pixels.shape[:2]
     dark = pixels**1.5 * np.float32([0.38, 0.42, 0.62])
     lamps = np.zeros((height, width), np.float32)
@@ -101,7 +103,7 @@ def write_views(targets: Sequence[tuple[View, Path]], *, progress: bool = True) 
     """Renders and writes views as JPEG, each photograph decoded once.
 
     The files do not depend on the number of threads. ValueError names a photograph that cannot be
-    decoded or has another size than ATTRIBUTION.csv says.
+    decoded or has another size than its row in ATTRIBUTION.csv.
     """
     groups: dict[Path, list[tuple[View, Path]]] = {}
     for view, target in targets:
@@ -111,11 +113,11 @@ def write_views(targets: Sequence[tuple[View, Path]], *, progress: bool = True) 
 
 
 def _write_group(group: Sequence[tuple[View, Path]]) -> None:
-    image = _read(group[0][0].photograph)
+    image = group[0][0].photograph.read()
     for view, target in group:
         bgr = cv2.cvtColor(render(view, image), cv2.COLOR_RGB2BGR)
         _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, view.light.quality])
-        # Not one by one atomically: flushing 900 small files to the disk takes longer than making
-        # them, and an interrupted stage, which has no manifest, writes all of them again.
+        # Not written atomically one by one: to flush 900 small files to the disk takes longer than
+        # to render them, and an interrupted stage, which has no manifest, writes all of them again.
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(encoded.tobytes())
