@@ -3,12 +3,12 @@
     python benchmarks/scale.py [--sizes 10000 100000 1000000 10000000] [--scratch FOLDER]
 
 One synthetic database is written block by block (15.4 GB for ten million times 384); a smaller
-size is its beginning. Its descriptors spread over about 32 directions, with noise in all: an index
-that learns cells and codes finds nothing to learn in directions without any structure, and real
-descriptors have one. A size is measured in a process of its own: the first 1000 images of every
-query from memory-mapped descriptors, the exact ranks of 220 labelled images a query, and indexes
-up to the size that they are asked for. Memory is what the process holds besides pages of files
-(RssAnon, read every 5 ms): mapped descriptors are pages that the system takes back as it likes.
+size is its beginning. Its descriptors vary along 32 directions, with noise in all: an index cannot
+learn cells and codes from noise alone, and real descriptors have a structure. Each size is measured
+in a process of its own: the first 1000 images of every query from memory-mapped descriptors, the
+exact ranks of 220 labelled images a query, and each index at the size given with it. Memory is
+what the process holds besides pages of files (RssAnon, read every 5 ms), since the system can take
+the pages of mapped descriptors back at any time.
 """
 
 import argparse
@@ -37,7 +37,10 @@ TOP, LABELLED = 1000, 220
 
 
 def write_database(folder: Path, images: int, width: int, queries: int, seed: int = 0) -> None:
-    """Writes database.npy and queries.npy, whose descriptors lie near one of the database's."""
+    """Writes database.npy (images, width) and queries.npy (queries, width), float32 of length 1.
+
+    Each query is a noisy copy of a descriptor of the database.
+    """
     generator = np.random.default_rng(seed)
     basis = generator.standard_normal((DIRECTIONS, width), dtype=np.float32)
     basis /= np.sqrt(np.float32(DIRECTIONS))
@@ -54,21 +57,21 @@ def write_database(folder: Path, images: int, width: int, queries: int, seed: in
     np.save(folder / "queries.npy", near / np.linalg.norm(near, axis=1, keepdims=True))
 
 
-def anonymous() -> int:
-    """Bytes of memory that this process holds besides pages of files."""
+def anonymous_memory() -> int:
+    """Returns the bytes of memory that this process holds besides pages of files."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/status tells no RssAnon: Linux 4.5 or later is needed")
+    raise OSError("/proc/self/status has no RssAnon: Linux 4.5 or later is needed")
 
 
-def watched(work: Callable[[], Any], repeats: int = 1) -> tuple[dict[str, float], Any]:
-    """Shortest seconds and the processor's, the most MB added, and the last result."""
-    before, most, done = anonymous(), [0], threading.Event()
+def measured(work: Callable[[], Any], repeats: int = 1) -> tuple[dict[str, float], Any]:
+    """Returns seconds and processor seconds of the fastest run, the most MB added; the result."""
+    before, most, done = anonymous_memory(), [0], threading.Event()
 
     def watch() -> None:
         while not done.wait(0.005):
-            most[0] = max(most[0], anonymous() - before)
+            most[0] = max(most[0], anonymous_memory() - before)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
@@ -86,35 +89,37 @@ def watched(work: Callable[[], Any], repeats: int = 1) -> tuple[dict[str, float]
 
 
 def measure(folder: Path, size: int, texts: list[str]) -> dict[str, Any]:
-    """One size: the search cold or not as it comes and again, the labelled ranks, the indexes."""
+    """Measures one size: the first search, a second one, the labelled ranks, and the indexes."""
     queries = np.load(folder / "queries.npy")
     began = time.perf_counter()
     database = np.load(folder / "database.npy", mmap_mode="r")[:size]
-    found: dict[str, Any] = {"open": time.perf_counter() - began}
-    found["first"], _ = watched(lambda: search(queries, database, k=TOP))
-    found["search"], (_, exact) = watched(lambda: search(queries, database, k=TOP), 2)
+    results: dict[str, Any] = {"open": time.perf_counter() - began}
+    results["first"], _ = measured(lambda: search(queries, database, k=TOP))
+    results["search"], (_, exact) = measured(lambda: search(queries, database, k=TOP), 2)
     generator = np.random.default_rng(1)
     labelled = [np.sort(generator.choice(size, LABELLED, replace=False)) for _ in queries]
-    found["ranks"], _ = watched(lambda: labelled_positions(queries, database, labelled))
-    found["indexes"] = {text: index_of(folder, database, queries, exact, text) for text in texts}
-    return found
+    results["ranks"], _ = measured(lambda: labelled_positions(queries, database, labelled))
+    results["indexes"] = {
+        text: measure_index(folder, database, queries, exact, text) for text in texts
+    }
+    return results
 
 
-def index_of(
+def measure_index(
     folder: Path, database: np.ndarray, queries: np.ndarray, exact: np.ndarray, text: str
 ) -> dict[str, Any]:
-    """Builds, stores, opens and asks one index."""
-    place = folder / f"{text}_{len(database)}"
-    place.mkdir()
-    built, _ = watched(lambda: faiss_index.build(place, database, text))
-    opened, index = watched(lambda: faiss_index.read(place, database, text))
-    asked, (_, ranks, unanswered) = watched(lambda: faiss_index.find(index, queries, k=TOP), 2)
+    """Measures building, opening and searching one index; exact: ranks (TOP, queries)."""
+    index_folder = folder / f"{text}_{len(database)}"
+    index_folder.mkdir()
+    built, _ = measured(lambda: faiss_index.build(index_folder, database, text))
+    opened, index = measured(lambda: faiss_index.read(index_folder, database, text))
+    searched, (_, ranks, unanswered) = measured(lambda: faiss_index.find(index, queries, k=TOP), 2)
     recall = faiss_index.recall(ranks, exact, (1, 10, 100, TOP))
-    size = (place / faiss_index.INDEX).stat().st_size
+    size = (index_folder / faiss_index.INDEX).stat().st_size
     return {
         "built": built,
         "opened": opened,
-        "asked": asked,
+        "searched": searched,
         "recall": recall,
         "bytes": size,
         "unanswered": unanswered,
@@ -122,11 +127,13 @@ def index_of(
 
 
 def in_child(*arguments: str) -> str:
+    """Runs this script in a process of its own and returns what it prints."""
     command = [sys.executable, __file__, *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def compare(arguments: argparse.Namespace) -> None:
+    """Writes the database, measures every size, and prints both tables."""
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
         options = [f"--{key}={getattr(arguments, key)}" for key in ("width", "queries")]
         began = time.perf_counter()
@@ -137,15 +144,17 @@ def compare(arguments: argparse.Namespace) -> None:
         print("|---:|---:|---:|---:|---:|---:|---:|---:|", flush=True)
         indexes = {}
         for size in sorted(arguments.sizes):
-            asked = [text.rpartition(":") for text in arguments.index]
-            texts = [text for text, _, limit in asked if size == int(limit)]
-            one = json.loads(in_child("--folder", folder, "--size", str(size), "--index", *texts))
-            indexes[size] = one["indexes"]
-            again, ranks = one["search"], one["ranks"]
+            pairs = [text.rpartition(":") for text in arguments.index]
+            texts = [text for text, _, wanted in pairs if size == int(wanted)]
+            results = json.loads(
+                in_child("--folder", folder, "--size", str(size), "--index", *texts)
+            )
+            indexes[size] = results["indexes"]
+            first, again, ranks = (results[step] for step in ("first", "search", "ranks"))
             print(
                 f"| {size:,} | {size * arguments.width * 4 / 1e9:.2f} "
-                f"| {one['first']['seconds']:.3f} | {again['seconds']:.3f} | {again['cpu']:.3f} "
-                f"| {max(one['first']['mb'], again['mb']):.0f} "
+                f"| {first['seconds']:.3f} | {again['seconds']:.3f} | {again['cpu']:.3f} "
+                f"| {max(first['mb'], again['mb']):.0f} "
                 f"| {ranks['seconds']:.2f} | {ranks['mb']:.0f} |",
                 flush=True,
             )
@@ -153,20 +162,23 @@ def compare(arguments: argparse.Namespace) -> None:
 
 
 def print_indexes(indexes: dict[int, dict]) -> None:
-    print("\n| index | images | built, s | bytes an image | opened, s | asked, s | MB | recall |")
+    """Prints a table of all indexes; indexes: size -> text -> `measure_index`'s numbers."""
+    print("\n| index | images | built, s | bytes an image | opened, s | search, s | MB | recall |")
     print("|---|---:|---:|---:|---:|---:|---:|---|")
-    for size, found in indexes.items():
-        for text, one in found.items():
-            recall = ", ".join(f"{100 * share:.1f} @{n}" for n, share in one["recall"].items())
+    for size, results in indexes.items():
+        for text, result in results.items():
+            recall = ", ".join(f"{100 * value:.1f} @{n}" for n, value in result["recall"].items())
+            again = result["searched"]
             print(
-                f"| {text} | {size:,} | {one['built']['seconds']:.1f} "
-                f"| {one['bytes'] / size:.0f} | {one['opened']['seconds']:.2f} "
-                f"| {one['asked']['seconds']:.2f} | {one['asked']['mb']:.0f} | {recall}; "
-                f"{one['unanswered']} searched exactly |"
+                f"| {text} | {size:,} | {result['built']['seconds']:.1f} "
+                f"| {result['bytes'] / size:.0f} | {result['opened']['seconds']:.2f} "
+                f"| {again['seconds']:.2f} | {again['mb']:.0f} | {recall}; "
+                f"{result['unanswered']} searched exactly |"
             )
 
 
 def main() -> None:
+    """Reads the command line; without --folder compares, with it does one step in a child."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES)
     parser.add_argument("--width", type=int, default=384)

@@ -1,9 +1,10 @@
-"""Global descriptors of a benchmark by any timm network, for the parameter `descriptors`.
+"""Describes the images of a benchmark with any timm network, for the parameter `descriptors`.
 
     python docs/timm_descriptors.py MODEL FOLDER DATASET OUTPUT.npy [--size 224]
 
-MODEL is a timm name with its weights, as resnet50.a1_in1k or vit_small_patch14_dinov2.lvd142m;
-FOLDER holds jpg/ and gnd_DATASET.pkl. Writes OUTPUT.npy (images, values) and OUTPUT.txt, the names.
+MODEL is a timm name with its weights, such as resnet50.a1_in1k or
+vit_small_patch14_dinov2.lvd142m; FOLDER holds jpg/ and gnd_DATASET.pkl. The script writes
+OUTPUT.npy (images, dimension) and OUTPUT.txt with the images' names.
 """
 
 import argparse
@@ -22,13 +23,13 @@ from vitgal.data.images import crop_box, read_image
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    """Describes every query, cropped to its box, and every database image."""
+    """Describes every query, cropped to its box, and every database image; returns OUTPUT.npy."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("folder", type=Path)
     parser.add_argument("dataset")
     parser.add_argument("output", type=Path, metavar="OUTPUT.npy")
-    parser.add_argument("--size", type=int, default=224, help="of the square input in pixels")
+    parser.add_argument("--size", type=int, default=224, help="side of the square input in pixels")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--weights", help="a local file; default: timm downloads them")
     parser.add_argument("--untrained", action="store_true", help="random weights: to try it out")
@@ -53,16 +54,17 @@ def main(arguments: list[str] | None = None) -> Path:
 def describe(
     model: torch.nn.Module, data: revisited.RetrievalDataset, size: int, batch: int
 ) -> Iterator[np.ndarray]:
-    """Yields (batch, values): first the queries, then the database, in the data set's order."""
+    """Yields descriptors (batch, D) float32: first the queries, then the database, in order."""
     config = timm.data.resolve_model_data_config(model) | {"input_size": (3, size, size)}
-    # The whole image: a centre crop would cut off what a query's box was drawn around.
+    # The whole image, since a centre crop would cut off parts of a query's box.
     config |= {"crop_pct": 1.0, "crop_mode": "squash"}
     transform = timm.data.create_transform(**config, is_training=False)
     boxes = [tuple(map(float, box)) for box in data.ground_truth.boxes]
     boxes += [None] * len(data.database)
-    jobs = list(zip([*data.query_paths, *data.database_paths], boxes, strict=True))
-    for start in tqdm(range(0, len(jobs), batch), desc="describing", unit="batch"):
-        crops = [crop_box(read_image(path), box)[0] for path, box in jobs[start : start + batch]]
+    inputs = list(zip([*data.query_paths, *data.database_paths], boxes, strict=True))
+    for start in tqdm(range(0, len(inputs), batch), desc="describing", unit="batch"):
+        part = inputs[start : start + batch]
+        crops = [crop_box(read_image(path), box)[0] for path, box in part]
         images = torch.stack([transform(Image.fromarray(crop)) for crop in crops])
         with torch.inference_mode():
             yield model(images).numpy()
