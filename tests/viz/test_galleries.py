@@ -87,7 +87,6 @@ def test_before_after_tells_what_moved():
         ranked("abcd", LABELS),
         ranked("cbdfa", ["junk", "hard", "negative", "easy", "easy"], ["31 inliers"]),
         columns=3,
-        width=14,
     )
     assert axes.shape == (2, 4)
     assert [cell.get_title() for cell in axes[0, 1:]] == ["1   ▼ to 5", "2", "3"]
@@ -104,9 +103,7 @@ def test_before_after_tells_what_moved():
 
 
 def test_before_after_captions_of_images_that_enter_and_leave():
-    axes = galleries.before_after(
-        QUERY, ranked("ab", LABELS), ranked("xa", LABELS), columns=2, width=14
-    )
+    axes = galleries.before_after(QUERY, ranked("ab", LABELS), ranked("xa", LABELS), columns=2)
     assert [cell.get_title() for cell in axes[0, 1:]] == ["1", "2   ▼ out"]
     assert [cell.get_xlabel() for cell in axes[1, 1:]] == ["1 new", "2 ▼ from 1"]
     plt.close("all")

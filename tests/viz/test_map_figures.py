@@ -23,13 +23,13 @@ def test_reconstruction_error_maps_share_one_scale_and_span_the_photograph():
 
 def test_attention_is_drawn_relative_to_its_mean():
     before, after = np.array([[1.0, 3.0]]), np.array([[0.0, 0.0], [0.0, 8.0]])
-    axes = maps.attention_maps(picture(10, 20), before, after)
+    axes = maps.attention_maps([picture(10, 20)], [before], [after])
     assert axes.shape == (1, 3)
     assert axes[0, 1].images[1].get_array().tolist() == [[0.5, 1.5]]
     assert axes[0, 2].images[1].get_array().tolist() == [[0, 0], [0, 4]]
     several = maps.attention_maps(photographs(2), [before] * 2, [after] * 2)
     assert several.shape == (2, 3)
-    flat = maps.attention_maps(picture(4, 4), np.zeros((2, 2)), np.zeros((2, 2)))
+    flat = maps.attention_maps([picture(4, 4)], [np.zeros((2, 2))], [np.zeros((2, 2))])
     assert flat[0, 1].images[1].get_array().tolist() == [[0, 0], [0, 0]]
 
 

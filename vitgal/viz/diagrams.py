@@ -33,28 +33,28 @@ class Step:
         return max(widths) / 72 + 0.16
 
 
+@plt.rc_context(STYLE)
 def step_diagram(steps: Sequence[Step], *, width: float = 10.0) -> Axes:
     """Draws steps as boxes with arrows between them, row by row as `width` inches allow.
 
     Returns the axes, in inches; a sentence where there is no step.
     """
-    with plt.rc_context(STYLE):
-        if not steps:
-            return sentence_figure("no steps", width=width / 2)
-        rows = _break_rows(steps, width)
-        height = ROW * len(rows)
-        _, axes = plt.subplots(figsize=(width, height), layout="constrained")
-        hide_frame(axes)
-        axes.set(xlim=(0, width), ylim=(height, 0))
-        for number, row in enumerate(rows):
-            middle, left = ROW * number + 0.47, 0.05
-            for step in row:
-                _draw_step(axes, step, left, middle)
-                if step is not row[0]:
-                    arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.0}
-                    ends = (left, middle), (left - GAP, middle)
-                    axes.annotate("", *ends, arrowprops=arrow)
-                left += step.width + GAP
+    if not steps:
+        return sentence_figure("no steps")
+    rows = _break_rows(steps, width)
+    height = ROW * len(rows)
+    _, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    hide_frame(axes)
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    for number, row in enumerate(rows):
+        middle, left = ROW * number + 0.47, 0.05
+        for step in row:
+            _draw_step(axes, step, left, middle)
+            if step is not row[0]:
+                arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.0}
+                ends = (left, middle), (left - GAP, middle)
+                axes.annotate("", *ends, arrowprops=arrow)
+            left += step.width + GAP
     return axes
 
 

@@ -1,7 +1,6 @@
 """Photographs and text on axes: the helpers of all drawing functions."""
 
 import os
-from collections.abc import Mapping, Sequence
 
 import cv2
 import matplotlib.pyplot as plt
@@ -68,9 +67,9 @@ def write_sentence(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
 
 
-def sentence_figure(text: str, *, width: float) -> Axes:
-    """Makes a small figure that holds a sentence; width in inches."""
-    _, axes = plt.subplots(figsize=(width, 0.6), layout="constrained")
+def sentence_figure(text: str) -> Axes:
+    """Makes a small figure that holds a sentence."""
+    _, axes = plt.subplots(figsize=(5, 0.6), layout="constrained")
     write_sentence(axes, text)
     return axes
 
@@ -105,20 +104,6 @@ def outlined(colour: str, width: float) -> list[patheffects.AbstractPathEffect]:
     return [patheffects.withStroke(linewidth=width, foreground=colour)]
 
 
-def check_titles(titles: Sequence[object] | None, count: int) -> list[str]:
-    """Returns one title an image, empty ones for None; ValueError for another number."""
-    titles = [""] * count if titles is None else [str(title) for title in titles]
-    if len(titles) != count:
-        raise ValueError(f"{len(titles)} titles for {count} images: give one each, or None")
-    return titles
-
-
 def tighten(figure: Figure) -> None:
     """Leaves little space between photographs."""
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
-
-
-def percent(score: object) -> float:
-    """Returns a fraction, or the mAP in `evaluate`'s dict, in percent; nan for None."""
-    value = score.get("map") if isinstance(score, Mapping) else score
-    return float("nan") if value is None else 100 * float(value)

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import cv2
 import matplotlib.pyplot as plt
@@ -9,11 +10,11 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from matplotlib.patches import ConnectionPatch, Patch, Rectangle
 
 from vitgal.viz.drawing import (
     ImageSource,
-    check_titles,
     draw_photograph,
     hide_frame,
     read_pixels,
@@ -32,16 +33,12 @@ from vitgal.viz.style import (
     STYLE,
 )
 
+WIDTH = 11.0  # inches, of rankings
+
 
 @dataclass(frozen=True, eq=False)
 class QueryImage:
-    """A query as galleries draw it.
-
-    Attributes:
-        image: the photograph.
-        box: (x0, y0, x1, y1) in pixels of the photograph; None: the whole of it.
-        title: drawn above it.
-    """
+    """A query's photograph, its box (x0, y0, x1, y1) in pixels (None: all of it), its title."""
 
     image: ImageSource
     box: Sequence[float] | None = None
@@ -50,7 +47,7 @@ class QueryImage:
 
 @dataclass(frozen=True, eq=False)
 class RankedImage:
-    """A database image in a ranking as galleries draw it.
+    """A database image in a ranking.
 
     Attributes:
         key: identifies the image in another ranking, for example its database index.
@@ -67,12 +64,13 @@ class RankedImage:
     caption: str = ""
 
     def __post_init__(self) -> None:
-        if self.label is not None and self.label not in LABEL_COLOURS:
+        if self.label not in (*LABEL_COLOURS, None):
             raise ValueError(
                 f"{self.key}: unknown label {self.label!r}; use {', '.join(LABEL_COLOURS)} or None"
             )
 
 
+@plt.rc_context(STYLE)
 def contact_sheet(
     images: Sequence[ImageSource],
     titles: Sequence[object] | None = None,
@@ -91,76 +89,66 @@ def contact_sheet(
     Raises:
         ValueError: an array is no photograph, or the number of titles differs.
     """
-    titles = check_titles(titles, len(images))
+    titles = [""] * len(images) if titles is None else [str(title) for title in titles]
+    if len(titles) != len(images):
+        raise ValueError(f"{len(titles)} titles for {len(images)} images: give one each, or None")
     pictures = [read_pixels(image) for image in images]
     rows = -(-len(pictures) // columns)
-    with plt.rc_context(STYLE):
-        if not pictures:
-            return np.array([[sentence_figure("no images", width=width / 2)]])
-        lines = max((title.count("\n") + 1 for title in titles if title), default=0)
-        inches = width / columns
-        size = (width, rows * (0.75 * inches + 0.135 * lines + 0.1) + 0.1)
-        figure, axes = plt.subplots(
-            rows, columns, figsize=size, squeeze=False, layout="constrained"
-        )
-        tighten(figure)
-        for cell in axes.flat:
-            hide_frame(cell)
-        for cell, picture, title in zip(axes.flat, pictures, titles, strict=False):
-            draw_photograph(cell, picture, inches)
-            cell.set_title(shorten(title, 0.94 * inches), fontsize=CAPTION_SIZE)
+    if not pictures:
+        return np.array([[sentence_figure("no images")]])
+    lines = max((title.count("\n") + 1 for title in titles if title), default=0)
+    inches = width / columns
+    size = (width, rows * (0.75 * inches + 0.135 * lines + 0.1) + 0.1)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    tighten(figure)
+    for cell in axes.flat:
+        hide_frame(cell)
+    for cell, picture, title in zip(axes.flat, pictures, titles, strict=False):
+        draw_photograph(cell, picture, inches)
+        cell.set_title(shorten(title, 0.94 * inches), fontsize=CAPTION_SIZE)
     return axes
 
 
+@plt.rc_context(STYLE)
 def ranking_rows(
     queries: Sequence[QueryImage],
     rankings: Sequence[Sequence[RankedImage]],
     *,
     columns: int = 10,
-    width: float = 11.0,
 ) -> np.ndarray:
     """Draws the rankings of several queries under each other, one row a query.
 
     Args:
         queries: their photographs.
         rankings: one a query, best first; the first `columns` images are drawn.
-        width: of the figure, in inches.
     Returns:
-        The axes (queries, 1 + columns). A query without images says so; so does a figure without
-        queries.
+        The axes (queries, 1 + columns). Without images or queries, a sentence says so.
     Raises:
         ValueError: there are more or fewer rankings than queries, or an array is no photograph.
     """
     if len(queries) != len(rankings):
         raise ValueError(f"{len(queries)} queries, but {len(rankings)} rankings: give one each")
     rankings = [_with_pixels(ranking[:columns]) for ranking in rankings]
-    queries = [replace(query, image=read_pixels(query.image)) for query in queries]
+    queries = _with_pixels(queries)
     if not queries:
-        with plt.rc_context(STYLE):
-            return np.array([[sentence_figure("no queries", width=width / 2)]])
-    count, ratios = len(queries), _column_ratios(columns)
-    inches = width / sum(ratios)
-    with plt.rc_context(STYLE):
-        size = (width, count * (0.75 * inches + 0.3) + 0.35)
-        figure = plt.figure(figsize=size, layout="constrained")
-        tighten(figure)
-        grid = figure.add_gridspec(count, len(ratios), width_ratios=ratios)
-        query_cells = [figure.add_subplot(grid[row, 0]) for row in range(count)]
-        cells = _add_cells(grid, count, columns)
-        for index, query in enumerate(queries):
-            _draw_query(query_cells[index], query, 1.25 * inches)
-            _draw_row(cells[index], rankings[index], inches)
-        _add_legend(figure, rankings)
+        return np.array([[sentence_figure("no queries")]])
+    figure, grid, inches = _make_grid(len(queries), columns, extra=0.35)
+    query_cells = [figure.add_subplot(grid[row, 0]) for row in range(len(queries))]
+    cells = _add_cells(figure, grid, len(queries), columns)
+    for query_cell, query, row, ranking in zip(query_cells, queries, cells, rankings, strict=True):
+        _draw_query(query_cell, query, 1.25 * inches)
+        _draw_row(row, ranking, inches)
+    _add_legend(figure, rankings)
     return np.array([[query, *row] for query, row in zip(query_cells, cells, strict=True)])
 
 
+@plt.rc_context(STYLE)
 def stacked_rankings(
     query: QueryImage,
     rankings: dict[str, Sequence[RankedImage]],
     reasons: pd.DataFrame | None = None,
     *,
     columns: int | None = None,
-    width: float = 11.0,
 ) -> np.ndarray:
     """Draws rankings of one query above each other, with a table of words below.
 
@@ -171,31 +159,30 @@ def stacked_rankings(
         rankings: one or two of name -> images, best first.
         reasons: a table whose rows are written below the photographs; None or no row: no table.
         columns: images drawn of each ranking; None: all.
-        width: of the figure, in inches.
     Returns:
         The axes (rankings, 1 + columns), the query's in each row. An empty ranking says so.
     Raises:
         ValueError: an array is no photograph.
     """
     rows = [_with_pixels(images[:columns]) for images in rankings.values()]
-    query = replace(query, image=read_pixels(query.image))
+    (query,) = _with_pixels([query])
     columns = columns or max([1, *map(len, rows)])
     lines = 0 if reasons is None else len(reasons)
     labelled = any(image.label for row in rows for image in row) or not any(rows)
-    with plt.rc_context(STYLE):
-        figure, query_cell, cells, inches = _stacked_cells(
-            len(rows), columns, width, lines=lines, extra=0.45 if labelled else 0.75
-        )
-        _draw_query(query_cell, query, 1.25 * inches)
-        for row, images, name in zip(cells, rows, rankings, strict=True):
-            _draw_row(row, images, inches, below=labelled and row is not cells[0])
-            row[0].set_ylabel(name)
-        if len(rows) == 2 and labelled:
-            _draw_arrows(cells, rows)
-        if lines:
-            write_table(figure.axes[-1], reasons, width)
-        if labelled:
-            _add_legend(figure, rows)
+    extra = 0.75 if not labelled else 0.4 if lines else 0.45
+    figure, grid, inches = _make_grid(len(rows), columns, extra=extra, lines=lines)
+    query_cell = figure.add_subplot(grid[: len(rows), 0])
+    cells = _add_cells(figure, grid, len(rows), columns)
+    _draw_query(query_cell, query, 1.25 * inches)
+    for row, images, name in zip(cells, rows, rankings, strict=True):
+        _draw_row(row, images, inches, below=labelled and row is not cells[0])
+        row[0].set_ylabel(name)
+    if len(rows) == 2 and labelled:
+        _draw_arrows(cells, rows)
+    if lines:
+        write_table(figure.add_subplot(grid[len(rows), :]), reasons, WIDTH)
+    if labelled:
+        _add_legend(figure, rows)
     return np.array([[query_cell, *row] for row in cells])
 
 
@@ -205,7 +192,6 @@ def before_after(
     after: Sequence[RankedImage],
     *,
     columns: int = 8,
-    width: float = 11.0,
 ) -> np.ndarray:
     """Draws a ranking before and after reranking, with arrows between an image's two positions.
 
@@ -214,40 +200,54 @@ def before_after(
         before, after: the two rankings, best first, as far as they are known. The first `columns`
             images are drawn; the rest tells where an image came from or went to. A caption of
             `after`, for example a number of inliers, is written below the rank.
-        width: of the figure, in inches.
     Returns:
         The axes (2, 1 + columns), the query's in both rows. An empty ranking says so.
     Raises:
         ValueError: a ranking holds an image twice, or an array is no photograph.
     """
-    first, second = ([image.key for image in ranking] for ranking in (before, after))
-    if len(set(first)) < len(first) or len(set(second)) < len(second):
+    old, new = (
+        {image.key: rank for rank, image in enumerate(images, 1)} for images in (before, after)
+    )
+    if len(old) < len(before) or len(new) < len(after):
         raise ValueError("a ranking before or after holds an image more than once")
     upper, lower = [], []
-    for rank, image in enumerate(before[:columns], 1):
-        new = second.index(image.key) + 1 if image.key in second else None
-        left = "   ▼ out" if new is None else f"   ▼ to {new}" if new > columns else ""
-        upper.append(replace(image, caption=f"{rank}{left}"))
-    for rank, image in enumerate(after[:columns], 1):
-        old = first.index(image.key) + 1 if image.key in first else None
-        moved = f"{'▲' if old > rank else '▼'} from {old}" if old and old != rank else "="
-        caption = f"{rank} {moved if old else 'new'}\n{image.caption}".strip()
+    for image in before[:columns]:
+        rank = new.get(image.key)
+        left = "   ▼ out" if rank is None else f"   ▼ to {rank}" if rank > columns else ""
+        upper.append(replace(image, caption=f"{old[image.key]}{left}"))
+    for image in after[:columns]:
+        rank, origin = new[image.key], old.get(image.key)
+        moved = "=" if origin == rank else f"{'▲' if (origin or 0) > rank else '▼'} from {origin}"
+        caption = f"{rank} {moved if origin else 'new'}\n{image.caption}".strip()
         lower.append(replace(image, caption=caption))
-    return stacked_rankings(query, {"before": upper, "after": lower}, columns=columns, width=width)
+    return stacked_rankings(query, {"before": upper, "after": lower}, columns=columns)
 
 
-def _with_pixels(images: Sequence[RankedImage]) -> list[RankedImage]:
+def _with_pixels(images: Sequence[Any]) -> list[Any]:
+    """Queries or ranked images with their photographs read."""
     return [replace(image, image=read_pixels(image.image)) for image in images]
 
 
-def _column_ratios(columns: int) -> list[float]:
-    """Widths of the query, a gap, and each image, in widths of an image."""
-    return [1.25, 0.08] + [1.0] * columns
+def _make_grid(
+    rows: int, columns: int, *, extra: float, lines: int = 0
+) -> tuple[Figure, GridSpec, float]:
+    """A grid of query, gap and images, with a row for a table of so many lines; a cell's inches.
+
+    extra: inches for captions and legend.
+    """
+    ratios = [1.25, 0.08] + [1.0] * columns
+    inches = WIDTH / sum(ratios)
+    heights = [0.75 * inches + 0.3] * rows + ([0.175 * (lines + 1)] if lines else [])
+    figure = plt.figure(figsize=(WIDTH, sum(heights) + extra), layout="constrained")
+    tighten(figure)
+    grid = figure.add_gridspec(
+        len(heights), len(ratios), width_ratios=ratios, height_ratios=heights
+    )
+    return figure, grid, inches
 
 
-def _add_cells(grid: plt.GridSpec, rows: int, columns: int) -> list[list[Axes]]:
-    """Axes [row][column] of the ranked images, without frames."""
-    figure = grid.figure
+def _add_cells(figure: Figure, grid: GridSpec, rows: int, columns: int) -> list[list[Axes]]:
+    """Axes [row][column] of the ranked images; no frame in the whole figure."""
     cells = [
         [figure.add_subplot(grid[row, 2 + column]) for column in range(columns)]
         for row in range(rows)
@@ -255,31 +255,6 @@ def _add_cells(grid: plt.GridSpec, rows: int, columns: int) -> list[list[Axes]]:
     for axes in figure.axes:
         hide_frame(axes)
     return cells
-
-
-def _stacked_cells(
-    rows: int, columns: int, width: float, *, lines: int, extra: float
-) -> tuple[Figure, Axes, list[list[Axes]], float]:
-    """The figure, the query's axes, axes [row][column], and the inches of a cell.
-
-    lines: of the table, whose axes are the figure's last. extra: inches for captions and legend.
-    """
-    ratios = _column_ratios(columns)
-    inches = width / sum(ratios)
-    heights = [0.75 * inches + 0.3] * rows
-    if lines:
-        heights.append(0.175 * (lines + 1))
-        extra -= 0.05
-    figure = plt.figure(figsize=(width, sum(heights) + extra), layout="constrained")
-    tighten(figure)
-    grid = figure.add_gridspec(
-        len(heights), len(ratios), width_ratios=ratios, height_ratios=heights
-    )
-    query_cell = figure.add_subplot(grid[:rows, 0])
-    cells = _add_cells(grid, rows, columns)
-    if lines:
-        hide_frame(figure.add_subplot(grid[rows, :]))
-    return figure, query_cell, cells, inches
 
 
 def _draw_query(axes: Axes, query: QueryImage, inches: float) -> None:
@@ -377,6 +352,7 @@ def write_table(axes: Axes, table: pd.DataFrame, width: float) -> None:
 
     The first column, the names, is shortened where the columns are wider than `width` inches.
     """
+    hide_frame(axes)
     axes.set(xlim=(0, 72 * width), ylim=(len(table) + 0.5, -0.5))
     columns = {str(name): [_cell_text(value) for value in table[name]] for name in table}
     gap, left = 14.0, 4.0

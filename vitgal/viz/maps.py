@@ -1,6 +1,5 @@
 """Maps over photographs: attention, reconstruction error, dropped features."""
 
-import os
 from collections.abc import Mapping, Sequence
 
 import cv2
@@ -65,12 +64,11 @@ def mix_heat(picture: np.ndarray, heat: np.ndarray, box: Sequence[int]) -> np.nd
     return picture
 
 
+@plt.rc_context(STYLE)
 def reconstruction_error(
     log: pd.DataFrame,
     images: Sequence[ImageSource] = (),
     errors: Sequence[np.ndarray] = (),
-    *,
-    width: float = 10.0,
 ) -> np.ndarray:
     """Draws the autoencoder's reconstruction error over the steps, and its maps over photographs.
 
@@ -79,7 +77,6 @@ def reconstruction_error(
         images: photographs; none: the curves alone.
         errors: per photograph the error (h, w) of each token, row by row, spanning the photograph.
             All maps share one colour range, from the 1st to the 99th percentile.
-        width: of the figure, in inches.
     Returns:
         The axes: the curves, then the photographs, then their maps. A log without values says so.
     Raises:
@@ -89,32 +86,28 @@ def reconstruction_error(
     errors = _check_maps(errors, len(pictures), "error maps")
     columns = PANELS["reconstruction error"]
     ratios = [1.4] + [1.0] * len(pictures)
-    with plt.rc_context(STYLE):
-        size = (width if pictures else width / 2, 3.1)
-        figure = plt.figure(figsize=size, layout="constrained")
-        grid = figure.add_gridspec(2, len(ratios), width_ratios=ratios)
-        curves = figure.add_subplot(grid[:, 0])
-        if filled_columns(log, columns):
-            draw_curves(curves, log, columns, percent=False)
-            curves.set_title("reconstruction error", loc="left")
-        else:
-            write_sentence(curves, "the log holds no\nreconstruction error")
-        cells = [figure.add_subplot(grid[row, i]) for row in (0, 1) for i in range(1, len(ratios))]
-        if pictures:
-            norm, inches = percentile_range(errors, 1), width / sum(ratios)
-            for index, (picture, error) in enumerate(zip(pictures, errors, strict=True)):
-                draw_photograph(cells[index], picture, inches)
-                _draw_heat(cells[len(pictures) + index], picture, error, norm, inches)
-            _add_heat_bar(cells, norm, "squared error per token")
+    width = 10 if pictures else 5
+    figure = plt.figure(figsize=(width, 3.1), layout="constrained")
+    grid = figure.add_gridspec(2, len(ratios), width_ratios=ratios)
+    curves = figure.add_subplot(grid[:, 0])
+    if filled_columns(log, columns):
+        draw_curves(curves, log, columns, percent=False)
+        curves.set_title("reconstruction error", loc="left")
+    else:
+        write_sentence(curves, "the log holds no\nreconstruction error")
+    cells = [figure.add_subplot(grid[row, i]) for row in (0, 1) for i in range(1, len(ratios))]
+    if pictures:
+        norm, inches = percentile_range(errors, 1), width / sum(ratios)
+        for index, (picture, error) in enumerate(zip(pictures, errors, strict=True)):
+            draw_photograph(cells[index], picture, inches)
+            _draw_heat(cells[len(pictures) + index], picture, error, norm, inches)
+        _add_heat_bar(cells, norm, "squared error per token")
     return np.array([curves, *cells])
 
 
+@plt.rc_context(STYLE)
 def attention_maps(
-    images: ImageSource | Sequence[ImageSource],
-    before: np.ndarray | Sequence[np.ndarray],
-    after: np.ndarray | Sequence[np.ndarray],
-    *,
-    width: float = 8.0,
+    images: Sequence[ImageSource], before: Sequence[np.ndarray], after: Sequence[np.ndarray]
 ) -> np.ndarray:
     """Draws the class attention before and after the autoencoder over each photograph.
 
@@ -122,53 +115,49 @@ def attention_maps(
     share one colour range, cut at the 99th percentile.
 
     Args:
-        images: one photograph or several.
+        images: photographs.
         before, after: (h, w), one a photograph: the attention that the class token pays to each
             token, summed or averaged over heads, of the backbone and of the autoencoder.
-        width: of the figure, in inches.
     Returns:
         The axes (photographs, 3); a sentence where there is no photograph.
     Raises:
         ValueError: the maps are not (h, w) and finite, or their number differs from the images'.
     """
-    if isinstance(images, str | os.PathLike | np.ndarray):
-        images, before, after = [images], [before], [after]
     pictures = [read_pixels(image) for image in images]
     before, after = (
         [heat / (heat.mean() or 1.0) for heat in _check_maps(maps, len(pictures), "attention maps")]
         for maps in (before, after)
     )
-    with plt.rc_context(STYLE):
-        if not pictures:
-            return np.array([[sentence_figure("no photographs", width=width / 2)]])
-        norm = Normalize(0, percentile_range(before + after, 1).vmax)
-        inches = 0.88 * width / 3  # the colour bar takes the rest
-        heights = [min(1.4, picture.shape[0] / picture.shape[1]) * inches for picture in pictures]
-        figure, axes = plt.subplots(
-            *(len(pictures), 3),
-            figsize=(width, sum(heights) + 0.06 * len(heights) + 0.25),
-            height_ratios=heights,
-            squeeze=False,
-            layout="constrained",
-        )
-        tighten(figure)
-        for row, picture, *maps in zip(axes, pictures, before, after, strict=True):
-            draw_photograph(row[0], picture, inches)
-            for cell, heat in zip(row[1:], maps, strict=True):
-                _draw_heat(cell, picture, heat, norm, inches)
-        for cell, title in zip(axes[0], ("photograph", "backbone", "autoencoder"), strict=True):
-            cell.set_title(title)
-        _add_heat_bar(list(axes.flat), norm, "attention / mean attention")
+    if not pictures:
+        return np.array([[sentence_figure("no photographs")]])
+    norm = Normalize(0, percentile_range(before + after, 1).vmax)
+    inches = 0.88 * 8 / 3  # the colour bar takes the rest
+    heights = [min(1.4, picture.shape[0] / picture.shape[1]) * inches for picture in pictures]
+    figure, axes = plt.subplots(
+        *(len(pictures), 3),
+        figsize=(8, sum(heights) + 0.06 * len(heights) + 0.25),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    tighten(figure)
+    for row, picture, *maps in zip(axes, pictures, before, after, strict=True):
+        draw_photograph(row[0], picture, inches)
+        for cell, heat in zip(row[1:], maps, strict=True):
+            _draw_heat(cell, picture, heat, norm, inches)
+    for cell, title in zip(axes[0], ("photograph", "backbone", "autoencoder"), strict=True):
+        cell.set_title(title)
+    _add_heat_bar(list(axes.flat), norm, "attention / mean attention")
     return axes
 
 
+@plt.rc_context(STYLE)
 def attention_heads(
     image: ImageSource,
     attention: Mapping[float, np.ndarray],
     scores: Mapping[float, np.ndarray],
     *,
     box: Sequence[int] | None = None,
-    width: float = 10.0,
 ) -> np.ndarray:
     """Draws the class attention of every head at every scale, and the score of all heads.
 
@@ -179,7 +168,6 @@ def attention_heads(
         attention: scale -> (heads, h, w).
         scores: scale -> (h, w).
         box: (x0, y0, x1, y1), the pixels of the photograph that the network saw; None: all.
-        width: of the figure, in inches.
     Returns:
         The axes (scales, 1 + heads), the scores first; a sentence where there is no scale.
     Raises:
@@ -189,29 +177,29 @@ def attention_heads(
     if box is not None:
         x0, y0, x1, y1 = (int(side) for side in box)
         picture = picture[y0:y1, x0:x1]
-    with plt.rc_context(STYLE):
-        if not attention:
-            return np.array([[sentence_figure("no scale", width=width / 2)]])
-        columns = 1 + len(next(iter(attention.values())))
-        inches = width / columns
-        height = min(1.4, picture.shape[0] / picture.shape[1]) * inches
-        size = (width, len(attention) * (height + 0.08) + 0.3)
-        figure, axes = plt.subplots(
-            len(attention), columns, figsize=size, squeeze=False, layout="constrained"
-        )
-        tighten(figure)
-        small = shrink(picture, inches)
-        whole = (0, 0, small.shape[1], small.shape[0])
-        for row, (scale, heads) in zip(axes, attention.items(), strict=True):
-            for cell, heat in zip(row, (scores[scale], *heads), strict=True):
-                draw_photograph(cell, mix_heat(small, heat, whole), inches)
-            row[0].set_ylabel(f"scale {scale:g}")
-        titles = ["score: all heads", *(f"head {number}" for number in range(1, columns))]
-        for cell, title in zip(axes[0], titles, strict=True):
-            cell.set_title(title)
+    if not attention:
+        return np.array([[sentence_figure("no scale")]])
+    columns = 1 + len(next(iter(attention.values())))
+    inches = 10 / columns
+    height = min(1.4, picture.shape[0] / picture.shape[1]) * inches
+    size = (10, len(attention) * (height + 0.08) + 0.3)
+    figure, axes = plt.subplots(
+        len(attention), columns, figsize=size, squeeze=False, layout="constrained"
+    )
+    tighten(figure)
+    small = shrink(picture, inches)
+    whole = (0, 0, small.shape[1], small.shape[0])
+    for row, (scale, heads) in zip(axes, attention.items(), strict=True):
+        for cell, heat in zip(row, (scores[scale], *heads), strict=True):
+            draw_photograph(cell, mix_heat(small, heat, whole), inches)
+        row[0].set_ylabel(f"scale {scale:g}")
+    titles = ["score: all heads", *(f"head {number}" for number in range(1, columns))]
+    for cell, title in zip(axes[0], titles, strict=True):
+        cell.set_title(title)
     return axes
 
 
+@plt.rc_context(STYLE)
 def dropped_features(
     image: ImageSource,
     kept: LocalFeatures,
@@ -219,7 +207,6 @@ def dropped_features(
     reasons: Sequence[str],
     *,
     titles: Mapping[str, str] | None = None,
-    width: float = 9.0,
 ) -> np.ndarray:
     """Draws the features that were kept, and those that were dropped, by reason.
 
@@ -228,7 +215,6 @@ def dropped_features(
         kept, dropped: its features.
         reasons: one a dropped feature.
         titles: reason -> its meaning, for the legend.
-        width: of the figure, in inches.
     Returns:
         The two axes, kept and dropped.
     Raises:
@@ -238,25 +224,24 @@ def dropped_features(
     if reasons.shape != (len(dropped),):
         raise ValueError(f"{len(dropped)} dropped features, but {reasons.shape} reasons")
     picture = read_pixels(image)
-    with plt.rc_context(STYLE):
-        height = width / 2 * min(1.3, picture.shape[0] / picture.shape[1])
-        figure, axes = plt.subplots(1, 2, figsize=(width, height + 0.6), layout="constrained")
-        for panel in axes:
-            draw_photograph(panel, picture, width / 2)
-        style = {"markersize": 3.5, "scalex": False, "scaley": False}
-        inlier = {"color": INLIER_COLOUR, "markeredgecolor": INLIER_EDGE_COLOUR}
-        axes[0].plot(*kept.original_keypoints().T, "o", **inlier, **style)
-        axes[0].set_title(f"{len(kept)} kept")
-        axes[1].set_title(f"{len(dropped)} dropped")
-        points = dropped.original_keypoints()
-        for name, marker, colour in zip(sorted(set(reasons)), "x+1", DROPPED_COLOURS, strict=False):
-            label = f"{(reasons == name).sum()}: {(titles or {}).get(name, name)}"
-            (marks,) = axes[1].plot(
-                *points[reasons == name].T, marker, color=colour, label=label, **style
-            )
-            marks.set_path_effects(outlined("black", 2.2))
-        if len(dropped):
-            figure.legend(loc="outside lower right")
+    height = 4.5 * min(1.3, picture.shape[0] / picture.shape[1])
+    figure, axes = plt.subplots(1, 2, figsize=(9, height + 0.6), layout="constrained")
+    for panel in axes:
+        draw_photograph(panel, picture, 4.5)
+    style = {"markersize": 3.5, "scalex": False, "scaley": False}
+    inlier = {"color": INLIER_COLOUR, "markeredgecolor": INLIER_EDGE_COLOUR}
+    axes[0].plot(*kept.original_keypoints().T, "o", **inlier, **style)
+    axes[0].set_title(f"{len(kept)} kept")
+    axes[1].set_title(f"{len(dropped)} dropped")
+    points = dropped.original_keypoints()
+    for name, marker, colour in zip(sorted(set(reasons)), "x+1", DROPPED_COLOURS, strict=False):
+        label = f"{(reasons == name).sum()}: {(titles or {}).get(name, name)}"
+        (marks,) = axes[1].plot(
+            *points[reasons == name].T, marker, color=colour, label=label, **style
+        )
+        marks.set_path_effects(outlined("black", 2.2))
+    if len(dropped):
+        figure.legend(loc="outside lower right")
     return axes
 
 

@@ -12,6 +12,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from vitgal.data.images import PATCH
 from vitgal.features.local import LocalFeatures
 from vitgal.retrieval.pairs import PairInspection
 from vitgal.viz.drawing import (
@@ -40,17 +41,16 @@ from vitgal.viz.style import (
 Frame = tuple[float, float, float]
 
 
+@plt.rc_context(STYLE)
 def keypoints(
     image: ImageSource,
     features: LocalFeatures,
     *,
     max_keypoints: int | None = None,
-    patch: int = 16,
-    width: float = 5.0,
 ) -> Axes:
     """Draws local features on their photograph: a square a patch, coloured by its score.
 
-    A feature of scale s covers patch / s pixels of the network's input, which the square shows in
+    A feature of scale s covers 16 / s pixels of the network's input, which the square shows in
     the photograph (unknown: s = 1). Colours span the scores, but the extreme 2 % at either end; the
     lower the score, the fainter. Unknown scores have one colour.
 
@@ -58,30 +58,27 @@ def keypoints(
         image: the photograph that the features were extracted from.
         features: best first.
         max_keypoints: draws the best ones alone; None: all.
-        patch: side of a patch in pixels of the network's input.
-        width: of the photograph, in inches.
     Returns:
         The axes. Without features: the photograph alone, and the title says so.
     """
     picture, drawn = read_pixels(image), features.subset(slice(max_keypoints))
-    with plt.rc_context(STYLE):
-        height = width * min(1.3, picture.shape[0] / picture.shape[1])
-        _, axes = plt.subplots(figsize=(width + 0.7, height + 0.3), layout="constrained")
-        draw_photograph(axes, picture, width)
-        axes.set_title(f"{len(drawn)} of {len(features)} local features")
-        if not len(drawn):
-            return axes
-        scores = np.nan_to_num(drawn.scores)
-        norm, colours = percentile_range([scores], 2), _bright_map(SCORE_MAP)
-        edges = colours(norm(scores))
-        edges[:, 3] = 0.35 + 0.65 * np.clip(norm(scores), 0, 1)
-        squares = _patch_squares(drawn, patch)[::-1]  # the best on top
-        collection = PatchCollection(squares, facecolor="none", edgecolor=edges[::-1], linewidth=1)
-        axes.add_collection(collection, autolim=False)
-        if np.isfinite(drawn.scores).all():
-            beside = axes.inset_axes([1.02, 0.1, 0.025, 0.8])
-            scale = ScalarMappable(norm, colours)
-            axes.figure.colorbar(scale, cax=beside, extend="both", label="score")
+    height = 5 * min(1.3, picture.shape[0] / picture.shape[1])
+    _, axes = plt.subplots(figsize=(5.7, height + 0.3), layout="constrained")
+    draw_photograph(axes, picture, 5)
+    axes.set_title(f"{len(drawn)} of {len(features)} local features")
+    if not len(drawn):
+        return axes
+    scores = np.nan_to_num(drawn.scores)
+    norm, colours = percentile_range([scores], 2), _bright_map(SCORE_MAP)
+    edges = colours(norm(scores))
+    edges[:, 3] = 0.35 + 0.65 * np.clip(norm(scores), 0, 1)
+    squares = _patch_squares(drawn)[::-1]  # the best on top
+    collection = PatchCollection(squares, facecolor="none", edgecolor=edges[::-1], linewidth=1)
+    axes.add_collection(collection, autolim=False)
+    if np.isfinite(drawn.scores).all():
+        beside = axes.inset_axes([1.02, 0.1, 0.025, 0.8])
+        scale = ScalarMappable(norm, colours)
+        axes.figure.colorbar(scale, cax=beside, extend="both", label="score")
     return axes
 
 
@@ -90,41 +87,38 @@ def _bright_map(name: str) -> Colormap:
     return LinearSegmentedColormap.from_list(name, plt.get_cmap(name)(np.linspace(0.2, 1, 256)))
 
 
-def _patch_squares(features: LocalFeatures, patch: int) -> list[Rectangle]:
+def _patch_squares(features: LocalFeatures) -> list[Rectangle]:
     """The patches of the features in pixels of the photograph."""
     x0, y0, x1, y1 = features.box
     height, width = features.input_size
     ratio = np.array([(x1 - x0) / width, (y1 - y0) / height])
-    sides = patch / np.nan_to_num(features.scales, nan=1.0)[:, None] * ratio  # (N, 2)
+    sides = PATCH / np.nan_to_num(features.scales, nan=1.0)[:, None] * ratio  # (N, 2)
     corners = features.original_keypoints() - sides / 2
     return [Rectangle(corner, *side) for corner, side in zip(corners, sides, strict=True)]
 
 
-def feature_counts(
-    counts: Sequence[int], scales: Sequence[float] | np.ndarray, *, width: float = 9.0
-) -> np.ndarray:
+@plt.rc_context(STYLE)
+def feature_counts(counts: Sequence[int], scales: Sequence[float] | np.ndarray) -> np.ndarray:
     """Draws how many local features images have, and at which scales those of one image are.
 
     Args:
         counts: features of each image.
         scales: (N,) of one image's features, nan where unknown.
-        width: of the figure, in inches.
     Returns:
         The two axes. Without images or features: empty bars, and the title's count says so.
     """
     counts, scales = np.asarray(counts, dtype=int), np.asarray(scales, dtype=float)
     names, numbers = np.unique(scales.round(4), return_counts=True)
-    with plt.rc_context(STYLE):
-        _, axes = plt.subplots(1, 2, figsize=(width, 2.4), layout="constrained")
-        axes[0].hist(counts, bins=30, color=CURVE_COLOURS[0])
-        axes[0].set(xlabel="local features of an image", ylabel="images")
-        axes[0].set_title(f"{counts.sum():,} features of {len(counts):,} images", loc="left")
-        axes[1].bar([f"{name:g}" for name in names], numbers, color=CURVE_COLOURS[0])
-        axes[1].set(xlabel="scale", ylabel="features")
-        axes[1].set_title(f"{len(scales):,} features of one image, by scale", loc="left")
-        for panel in axes:
-            panel.yaxis.set_major_locator(MaxNLocator(integer=True))
-            panel.grid(axis="y", **GRID)
+    _, axes = plt.subplots(1, 2, figsize=(9, 2.4), layout="constrained")
+    axes[0].hist(counts, bins=30, color=CURVE_COLOURS[0])
+    axes[0].set(xlabel="local features of an image", ylabel="images")
+    axes[0].set_title(f"{counts.sum():,} features of {len(counts):,} images", loc="left")
+    axes[1].bar([f"{name:g}" for name in names], numbers, color=CURVE_COLOURS[0])
+    axes[1].set(xlabel="scale", ylabel="features")
+    axes[1].set_title(f"{len(scales):,} features of one image, by scale", loc="left")
+    for panel in axes:
+        panel.yaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(axis="y", **GRID)
     return axes
 
 
@@ -148,6 +142,7 @@ class MatchedImage:
     heat: np.ndarray | None = None
 
 
+@plt.rc_context(STYLE)
 def match_lines(
     query: MatchedImage,
     database: MatchedImage,
@@ -178,26 +173,25 @@ def match_lines(
     if inliers.shape != (len(matches),):
         raise ValueError(f"{len(matches)} matches, but inliers of shape {inliers.shape}")
     pictures = [_heated_pixels(side) for side in sides]
-    with plt.rc_context(STYLE):
-        _, axes = plt.subplots(layout="constrained")
-        frames = _draw_side_by_side(axes, pictures, width)
-        hide_frame(axes)
-        ends = [
-            _to_inches(side.features.original_keypoints()[matches[:, column]], frame)
-            for column, (side, frame) in enumerate(zip(sides, frames, strict=True))
-        ]
-        lines = np.stack(ends, axis=1)  # (M, 2 ends, 2)
-        for side, frame in zip(sides, frames, strict=True):
-            if side.dropped is not None:
-                _draw_crosses(axes, _to_inches(side.dropped.original_keypoints(), frame))
-        if rejected:
-            _draw_rejected(axes, lines[~inliers][_spread((~inliers).sum(), max_lines)])
-        _draw_inliers(axes, lines[inliers][_spread(inliers.sum(), max_lines)])
-        if outline:
-            _draw_outlines(axes, sides, pictures, frames, pair.verification.homography)
-        _write_titles(axes, pictures, frames, (query.title, database.title))
-        drawn = f" ({max_lines} drawn)" if inliers.sum() > max_lines else ""
-        axes.set_title(f"{inliers.sum()} inliers{drawn} of {len(inliers)} matches")
+    _, axes = plt.subplots(layout="constrained")
+    frames = _draw_side_by_side(axes, pictures, width)
+    hide_frame(axes)
+    ends = [
+        _to_inches(side.features.original_keypoints()[matches[:, column]], frame)
+        for column, (side, frame) in enumerate(zip(sides, frames, strict=True))
+    ]
+    lines = np.stack(ends, axis=1)  # (M, 2 ends, 2)
+    for side, frame in zip(sides, frames, strict=True):
+        if side.dropped is not None:
+            _draw_crosses(axes, _to_inches(side.dropped.original_keypoints(), frame))
+    if rejected:
+        _draw_rejected(axes, lines[~inliers][_spread((~inliers).sum(), max_lines)])
+    _draw_inliers(axes, lines[inliers][_spread(inliers.sum(), max_lines)])
+    if outline:
+        _draw_outlines(axes, sides, pictures, frames, pair.verification.homography)
+    _write_titles(axes, pictures, frames, (query.title, database.title))
+    drawn = f" ({max_lines} drawn)" if inliers.sum() > max_lines else ""
+    axes.set_title(f"{inliers.sum()} inliers{drawn} of {len(inliers)} matches")
     return axes
 
 

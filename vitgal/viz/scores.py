@@ -11,7 +11,7 @@ from vitgal.data.revisited import PROTOCOLS
 from vitgal.evaluation import statistics
 from vitgal.evaluation.tuning import Tuning
 from vitgal.settings import RerankingSettings
-from vitgal.viz.drawing import escape, outlined, percent, sentence_figure, shorten, text_width
+from vitgal.viz.drawing import escape, outlined, sentence_figure, shorten, text_width
 from vitgal.viz.style import (
     BAND,
     BAR_COLOURS,
@@ -23,8 +23,11 @@ from vitgal.viz.style import (
     STYLE,
 )
 
+WIDTH = 9.0  # inches, of the changes of all queries
 
-def ap_change(table: pd.DataFrame, *, width: float = 9.0) -> Axes:
+
+@plt.rc_context(STYLE)
+def ap_change(table: pd.DataFrame) -> Axes:
     """Draws how the average precision of each query changes, from most won to most lost.
 
     Bars are in points (hundredths of AP): solid green up, hatched red down; named while there is
@@ -33,7 +36,6 @@ def ap_change(table: pd.DataFrame, *, width: float = 9.0) -> Axes:
     Args:
         table: one row a query, named by the index, with the columns `before` and `after`: average
             precision in [0, 1], nan where the query has no positive (left out, and counted below).
-        width: of the figure, in inches.
     Returns:
         The axes; a sentence where no query has a positive.
     Raises:
@@ -45,29 +47,28 @@ def ap_change(table: pd.DataFrame, *, width: float = 9.0) -> Axes:
     every = 100 * (table["after"] - table["before"]).astype(float)
     change = every.dropna().sort_values(ascending=False, kind="stable")
     left_out = len(every) - len(change)
-    with plt.rc_context(STYLE):
-        if not len(change):
-            return sentence_figure("no query has a positive image", width=width / 2)
-        _, axes = plt.subplots(figsize=(width, 3.2), layout="constrained")
-        positions, up = np.arange(len(change)), change.to_numpy() >= 0
-        axes.bar(positions[up], change[up], color=LABEL_COLOURS["easy"], width=0.8)
-        down = {"facecolor": "white", "edgecolor": LABEL_COLOURS["negative"], "hatch": "//////"}
-        axes.bar(positions[~up], change[~up], width=0.8, **down)
-        axes.axhline(0, color=INK, linewidth=0.8)
-        axes.grid(axis="y", **GRID)
-        axes.set(ylabel="change of AP (points)", xlim=(-0.7, len(change) - 0.3))
-        _name_bars(axes, change.index, width)
-        note = f" ({left_out} without a positive image left out)" if left_out else ""
-        axes.set_xlabel("queries" + note)
-        won, lost, same = ((change > 0).sum(), (change < 0).sum(), (change == 0).sum())
-        text = f"{won} won, {lost} lost, {same} unchanged; mean {change.mean():+.1f} points"
-        axes.set_title(text, loc="left")
+    if not len(change):
+        return sentence_figure("no query has a positive image")
+    _, axes = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
+    positions, up = np.arange(len(change)), change.to_numpy() >= 0
+    axes.bar(positions[up], change[up], color=LABEL_COLOURS["easy"], width=0.8)
+    down = {"facecolor": "white", "edgecolor": LABEL_COLOURS["negative"], "hatch": "//////"}
+    axes.bar(positions[~up], change[~up], width=0.8, **down)
+    axes.axhline(0, color=INK, linewidth=0.8)
+    axes.grid(axis="y", **GRID)
+    axes.set(ylabel="change of AP (points)", xlim=(-0.7, len(change) - 0.3))
+    _name_bars(axes, change.index)
+    note = f" ({left_out} without a positive image left out)" if left_out else ""
+    axes.set_xlabel("queries" + note)
+    won, lost, same = ((change > 0).sum(), (change < 0).sum(), (change == 0).sum())
+    text = f"{won} won, {lost} lost, {same} unchanged; mean {change.mean():+.1f} points"
+    axes.set_title(text, loc="left")
     return axes
 
 
-def _name_bars(axes: Axes, names: Sequence[object], width: float) -> None:
+def _name_bars(axes: Axes, names: Sequence[object]) -> None:
     """Upright names under the bars, as large as the bars are wide, or none."""
-    size = min(8.0, 0.75 * 72 * width / len(names))
+    size = min(8.0, 0.75 * 72 * WIDTH / len(names))
     if size < 5:
         axes.set_xticks([])
         return
@@ -76,11 +77,11 @@ def _name_bars(axes: Axes, names: Sequence[object], width: float) -> None:
     axes.tick_params(axis="x", length=0)
 
 
+@plt.rc_context(STYLE)
 def score_bars(
     scores: Mapping[str, Mapping[str, object]],
     *,
     intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
-    width: float = 7.0,
 ) -> Axes:
     """Draws the mean average precision of several systems side by side, with the values printed.
 
@@ -88,36 +89,40 @@ def score_bars(
         scores: system -> protocol -> mAP in [0, 1], or `evaluate`'s dict of the protocol, of which
             "map" is taken; no bar for nan, None or a missing protocol.
         intervals: system -> protocol -> (low, high) in [0, 1], drawn as whiskers.
-        width: of the figure, in inches.
     Returns:
         The axes; a sentence where there is no system.
     """
     intervals = intervals or {}
-    with plt.rc_context(STYLE):
-        if not scores:
-            return sentence_figure("no scores", width=width / 2)
-        figure, axes = plt.subplots(figsize=(width, 3.0), layout="constrained")
-        bar = 0.82 / len(scores)
-        size = min(8.0, 24 * width / len(PROTOCOLS) * bar)
-        for index, (system, row) in enumerate(scores.items()):
-            positions = np.arange(len(PROTOCOLS)) + (index - (len(scores) - 1) / 2) * bar
-            values = [percent(row.get(protocol)) for protocol in PROTOCOLS]
-            style = {"color": BAR_COLOURS[index % len(BAR_COLOURS)], "edgecolor": INK}
-            style |= {"linewidth": 0.5, "hatch": "////" if index >= len(BAR_COLOURS) else ""}
-            axes.bar(positions, values, 0.92 * bar, label=escape(system), **style)
-            for protocol, x, value in zip(PROTOCOLS, positions, values, strict=True):
-                top = _draw_whisker(axes, x, value, intervals.get(system, {}).get(protocol))
-                if not np.isnan(value):
-                    axes.text(x, top + 1, f"{value:.1f}", ha="center", fontsize=size)
-        axes.set_xticks(range(len(PROTOCOLS)), [protocol.capitalize() for protocol in PROTOCOLS])
-        axes.tick_params(axis="x", length=0)
-        axes.set(ylabel="mAP (%)", ylim=(0, 110), yticks=range(0, 101, 20))
-        axes.grid(axis="y", **GRID)
-        longest = max(text_width(str(system), 8.0) for system in scores) / 72 + 0.6  # and its mark
-        columns = int(np.clip(0.95 * width / longest, 1, 4))
-        handles = axes.get_legend_handles_labels()
-        figure.legend(*handles, loc="outside upper left", ncols=columns)
+    if not scores:
+        return sentence_figure("no scores")
+    figure, axes = plt.subplots(figsize=(7, 3), layout="constrained")
+    bar = 0.82 / len(scores)
+    size = min(8.0, 24 * 7 / len(PROTOCOLS) * bar)
+    for index, (system, row) in enumerate(scores.items()):
+        positions = np.arange(len(PROTOCOLS)) + (index - (len(scores) - 1) / 2) * bar
+        values = [_percent(row.get(protocol)) for protocol in PROTOCOLS]
+        style = {"color": BAR_COLOURS[index % len(BAR_COLOURS)], "edgecolor": INK}
+        style |= {"linewidth": 0.5, "hatch": "////" if index >= len(BAR_COLOURS) else ""}
+        axes.bar(positions, values, 0.92 * bar, label=escape(system), **style)
+        for protocol, x, value in zip(PROTOCOLS, positions, values, strict=True):
+            top = _draw_whisker(axes, x, value, intervals.get(system, {}).get(protocol))
+            if not np.isnan(value):
+                axes.text(x, top + 1, f"{value:.1f}", ha="center", fontsize=size)
+    axes.set_xticks(range(len(PROTOCOLS)), [protocol.capitalize() for protocol in PROTOCOLS])
+    axes.tick_params(axis="x", length=0)
+    axes.set(ylabel="mAP (%)", ylim=(0, 110), yticks=range(0, 101, 20))
+    axes.grid(axis="y", **GRID)
+    longest = max(text_width(str(system), 8.0) for system in scores) / 72 + 0.6  # and its mark
+    columns = int(np.clip(0.95 * 7 / longest, 1, 4))
+    handles = axes.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper left", ncols=columns)
     return axes
+
+
+def _percent(score: object) -> float:
+    """A fraction, or the mAP in `evaluate`'s dict, in percent; nan for None."""
+    value = score.get("map") if isinstance(score, Mapping) else score
+    return float("nan") if value is None else 100 * float(value)
 
 
 def _draw_whisker(
@@ -132,74 +137,69 @@ def _draw_whisker(
     return max(value, high)
 
 
-def parameter_curves(
-    table: pd.DataFrame, settings: RerankingSettings, *, width: float = 10.0
-) -> np.ndarray:
+@plt.rc_context(STYLE)
+def parameter_curves(table: pd.DataFrame, settings: RerankingSettings) -> np.ndarray:
     """Draws matches and inliers of one pair over each parameter of matching and verification.
 
     Args:
         table: rows of `parameter`, `value`, `matches`, `inliers`, as `inspection.sweep` returns it.
         settings: the values in use, marked by lines.
-        width: of the figure, in inches.
     Returns:
         The axes, one a parameter; a sentence where the table is empty.
     """
     names, current = list(dict.fromkeys(table["parameter"])), settings.compared()
-    with plt.rc_context(STYLE):
-        if not names:
-            return np.array([sentence_figure("nothing was compared", width=width / 2)])
-        figure, axes = plt.subplots(
-            1, len(names), figsize=(width, 2.5), squeeze=False, layout="constrained"
-        )
-        for panel, name in zip(axes[0], names, strict=True):
-            rows = table[table["parameter"] == name]
-            for column, colour, line in zip(
-                ("matches", "inliers"), CURVE_COLOURS, LINE_STYLES, strict=False
-            ):
-                style = {"color": colour, "linestyle": line, "marker": "o", "markersize": 3}
-                panel.plot(rows["value"], rows[column], label=column, **style)
-            if current[name] is not None:
-                panel.axvline(current[name], color=INK, linewidth=0.8, linestyle=":")
-            panel.set(xlabel=name.replace("_", " "), ylim=(0, None))
-            panel.grid(axis="y", **GRID)
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+    if not names:
+        return np.array([sentence_figure("nothing was compared")])
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(10, 2.5), squeeze=False, layout="constrained"
+    )
+    for panel, name in zip(axes[0], names, strict=True):
+        rows = table[table["parameter"] == name]
+        for column, colour, line in zip(
+            ("matches", "inliers"), CURVE_COLOURS, LINE_STYLES, strict=False
+        ):
+            style = {"color": colour, "linestyle": line, "marker": "o", "markersize": 3}
+            panel.plot(rows["value"], rows[column], label=column, **style)
+        if current[name] is not None:
+            panel.axvline(current[name], color=INK, linewidth=0.8, linestyle=":")
+        panel.set(xlabel=name.replace("_", " "), ylim=(0, None))
+        panel.grid(axis="y", **GRID)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return axes[0]
 
 
-def tuning_curves(tuning: Tuning, *, width: float = 10.0) -> np.ndarray:
+@plt.rc_context(STYLE)
+def tuning_curves(tuning: Tuning) -> np.ndarray:
     """Draws mAP over each tuned parameter, the others as chosen, with its interval over queries.
 
     The chosen and the current value are marked by lines; a level line shows mAP without reranking.
     Returns the axes, one a parameter.
     """
     chosen, current = tuning.values(tuning.chosen), tuning.values(tuning.current)
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(
-            1, len(tuning.grid), figsize=(width, 2.9), sharey=True, squeeze=False,
-            layout="constrained",
-        )  # fmt: skip
-        for panel, (name, values) in zip(axes[0], tuning.grid.items(), strict=True):
-            ap, positions = tuning.curve(name), np.arange(len(values))  # evenly spaced
-            low, high = 100 * np.array([statistics.bootstrap_interval(row) for row in ap]).T
-            mean = 100 * np.array([_mean(row) for row in ap])
-            panel.fill_between(positions, low, high, color=CURVE_COLOURS[0], **BAND)
-            panel.plot(
-                positions, mean, "o-", color=CURVE_COLOURS[0], markersize=4, label="reranked"
-            )
-            level = {"color": INK, "linewidth": 1.0, "linestyle": ":"}
-            panel.axhline(100 * _mean(tuning.before), **level, label="not reranked")
-            marks = (
-                ("current", current, {"color": CURVE_COLOURS[3], "linestyle": "--"}),
-                ("chosen", chosen, {"color": CURVE_COLOURS[1], "linestyle": "-"}),
-            )
-            for label, marked, style in marks:
-                panel.axvline(list(values).index(marked[name]), linewidth=1.4, label=label, **style)
-            panel.set_xticks(positions, [f"{value:g}" for value in values])
-            panel.set_xlabel(name)
-            panel.grid(axis="y", **GRID)
-        axes[0, 0].set_ylabel("mAP (%)")
-        handles = axes[0, 0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside upper left", ncols=4)
+    figure, axes = plt.subplots(
+        1, len(tuning.grid), figsize=(10, 2.9), sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for panel, (name, values) in zip(axes[0], tuning.grid.items(), strict=True):
+        ap, positions = tuning.curve(name), np.arange(len(values))  # evenly spaced
+        low, high = 100 * np.array([statistics.bootstrap_interval(row) for row in ap]).T
+        mean = 100 * np.array([_mean(row) for row in ap])
+        panel.fill_between(positions, low, high, color=CURVE_COLOURS[0], **BAND)
+        panel.plot(positions, mean, "o-", color=CURVE_COLOURS[0], markersize=4, label="reranked")
+        level = {"color": INK, "linewidth": 1.0, "linestyle": ":"}
+        panel.axhline(100 * _mean(tuning.before), **level, label="not reranked")
+        marks = (
+            ("current", current, {"color": CURVE_COLOURS[3], "linestyle": "--"}),
+            ("chosen", chosen, {"color": CURVE_COLOURS[1], "linestyle": "-"}),
+        )
+        for label, marked, style in marks:
+            panel.axvline(list(values).index(marked[name]), linewidth=1.4, label=label, **style)
+        panel.set_xticks(positions, [f"{value:g}" for value in values])
+        panel.set_xlabel(name)
+        panel.grid(axis="y", **GRID)
+    axes[0, 0].set_ylabel("mAP (%)")
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper left", ncols=4)
     return axes[0]
 
 

@@ -27,18 +27,15 @@ PANELS = {
 }
 
 
+@plt.rc_context(STYLE)
 def split_statistics(
-    train: Sequence[int] | np.ndarray,
-    validation: Sequence[int] | np.ndarray,
-    *,
-    width: float = 9.0,
+    train: Sequence[int] | np.ndarray, validation: Sequence[int] | np.ndarray
 ) -> np.ndarray:
     """Draws how many images the classes have: a histogram, and the classes by size.
 
     Args:
         train, validation: (classes,) images of each class, in any order; 0 for a class without
             images. A part without classes is named in the legend alone.
-        width: of the figure, in inches.
     Returns:
         The two axes.
     Raises:
@@ -49,29 +46,27 @@ def split_statistics(
     wide = largest > 60  # then single counts are too fine for bars, and the tail spans decades
     edges = np.geomspace(1, largest + 1, 40) if wide else np.arange(largest + 2)
     edges = np.unique(edges.round()) - 0.5
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(1, 2, figsize=(width, 2.9), layout="constrained")
-        for colour, line, (name, part) in zip(
-            CURVE_COLOURS, LINE_STYLES, parts.items(), strict=False
-        ):
-            label = f"{name}: {part.sum():,} images of {(part > 0).sum():,} classes"
-            style = {"color": colour, "linestyle": line, "linewidth": 1.6}
-            axes[0].stairs(np.histogram(part, edges)[0], edges, label=label, **style)
-            positions = np.arange(1, len(part) + 1)
-            axes[1].plot(positions, part, drawstyle="steps-mid", **style)
-        axes[0].set(xlabel="images in a class", ylabel="classes")
-        axes[1].set(xlabel="classes, largest first", ylabel="images in the class")
-        if wide:
-            _decades(axes[0].xaxis, axes[1].xaxis, axes[1].yaxis)
-        else:
-            axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes[1].set_ylim(bottom=0)
-        for panel in axes:
-            panel.grid(axis="y", **GRID)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 2.9), layout="constrained")
+    for colour, line, (name, part) in zip(CURVE_COLOURS, LINE_STYLES, parts.items(), strict=False):
+        label = f"{name}: {part.sum():,} images of {(part > 0).sum():,} classes"
+        style = {"color": colour, "linestyle": line, "linewidth": 1.6}
+        axes[0].stairs(np.histogram(part, edges)[0], edges, label=label, **style)
+        positions = np.arange(1, len(part) + 1)
+        axes[1].plot(positions, part, drawstyle="steps-mid", **style)
+    axes[0].set(xlabel="images in a class", ylabel="classes")
+    axes[1].set(xlabel="classes, largest first", ylabel="images in the class")
+    if wide:
+        _decades(axes[0].xaxis, axes[1].xaxis, axes[1].yaxis)
+    else:
+        axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes[1].set_ylim(bottom=0)
+    for panel in axes:
+        panel.grid(axis="y", **GRID)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return axes
 
 
+@plt.rc_context(STYLE)
 def training_curves(log: pd.DataFrame, *, width: float = 10.0) -> np.ndarray:
     """Draws loss, accuracy, mAP, reconstruction error, learning rate and throughput over steps.
 
@@ -91,21 +86,20 @@ def training_curves(log: pd.DataFrame, *, width: float = 10.0) -> np.ndarray:
         panels = PANELS | {"accuracy (%)": PANELS["accuracy (%)"] | {"accuracy": "training"}}
     titles = [title for title, columns in panels.items() if filled_columns(log, columns)]
     columns = min(3, len(titles))
-    with plt.rc_context(STYLE):
-        if not titles:
-            return np.array([sentence_figure("the log holds no values yet", width=width / 2)])
-        rows = -(-len(titles) // columns)
-        figure, axes = plt.subplots(
-            *(rows, columns),
-            figsize=(width * columns / 3, 2.3 * rows),
-            squeeze=False,
-            layout="constrained",
-        )
-        for panel, title in zip(axes.flat, titles, strict=False):
-            draw_curves(panel, log, panels[title], percent=title.endswith("(%)"))
-            panel.set_title(title, loc="left")
-        for panel in axes.ravel()[len(titles) :]:
-            panel.remove()
+    if not titles:
+        return np.array([sentence_figure("the log holds no values yet")])
+    rows = -(-len(titles) // columns)
+    figure, axes = plt.subplots(
+        *(rows, columns),
+        figsize=(width * columns / 3, 2.3 * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    for panel, title in zip(axes.flat, titles, strict=False):
+        draw_curves(panel, log, panels[title], percent=title.endswith("(%)"))
+        panel.set_title(title, loc="left")
+    for panel in axes.ravel()[len(titles) :]:
+        panel.remove()
     return axes.ravel()[: len(titles)]
 
 
