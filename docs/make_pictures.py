@@ -59,8 +59,6 @@ def draw_matches(
     """Draws the hard image that has most inliers among those whose photographs are free."""
     truth, folder = benchmark.ground_truth, run / "demo" / "rerank"
     parameters = runs.read_stage(folder, "notebook 06_rerank")["parameters"]
-    # The manifest's name and the settings' flat name differ in this one.
-    values = {**parameters, "match_keypoints": parameters["max_keypoints"]}
     pairs = []
     for query, name in enumerate(truth.queries):
         counts = stages.inlier_counts(folder, query)
@@ -69,7 +67,7 @@ def draw_matches(
                 pairs.append((counts[image], query, image))
     _, query, image = max(pairs)
     features = store.FeatureStore.open(run / "demo" / "local")
-    settings = RerankingSettings.build(values)
+    settings = RerankingSettings.from_manifest(parameters)
     axes = viz.pair_matches(benchmark, features, query, image, settings, max_lines=40)
     viz.save_figure(axes, target, dpi=110, close=True)
 

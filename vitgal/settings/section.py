@@ -98,6 +98,15 @@ class Section:
         hints = field_types(cls)
         return cls(**{name: conform(name, parameters[name], hints[name]) for name in names})
 
+    @classmethod
+    def from_manifest(cls, parameters: Mapping[str, Any]) -> Self:
+        """Builds the section from a stage manifest's parameters; those of other sections pass by.
+
+        A manifest names settings by field.
+        """
+        names = {flat: entry.name for flat, entry in cls.flat().items()}
+        return cls.build({f: parameters[name] for f, name in names.items() if name in parameters})
+
     def compared(self) -> dict[str, Any]:
         """Returns the parameters that results depend on, which manifests of stages compare."""
         return {

@@ -7,7 +7,7 @@ photograph. It is computed when it is asked for, photograph by photograph, and k
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +93,7 @@ def compare(
     return ComparedPair(
         query,
         database,
-        inspect_pair(
-            query, database, **(settings.matching.compared() | settings.verification.compared())
-        ),
+        inspect_pair(query, database, settings),
     )
 
 
@@ -158,13 +156,9 @@ class Inspector:
     @functools.cached_property
     def settings(self) -> LocalSettings:
         """The settings that features were extracted with, from the manifest of stage local."""
-        parameters = self._manifest["parameters"]
-        names = {entry.name for entry in fields(LocalSettings)} & parameters.keys()
-        values = {name: parameters[name] for name in names}
-        values["precision"] = self._manifest["recorded"].get("precision", "fp32")
-        return LocalSettings(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        )
+        # The precision that "auto" stood for is recorded.
+        precision = self._manifest["recorded"].get("precision", "fp32")
+        return LocalSettings.from_manifest(self._manifest["parameters"] | {"precision": precision})
 
     @functools.cached_property
     def _model(self) -> Any:

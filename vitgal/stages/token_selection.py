@@ -1,21 +1,22 @@
 """What becomes of one photograph's tokens: attention, the features kept, and why others are not."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from vitgal.data.images import PATCH, crop_box
+from vitgal.data.images import crop_box
 from vitgal.data.images import resize as resize_image
 from vitgal.features.local import LocalFeatures
-from vitgal.settings import LocalSettings, SelectionSettings
+from vitgal.settings import LocalSettings
 
 REASONS = {
     "overlap": "its patch overlaps a better one",
     "candidates": "not among the candidates of suppression",
     "keypoints": "more than max_keypoints",
 }
+UNLIMITED = 10**9
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,15 +43,26 @@ class TokenSelection:
         return self.scores[nearest] if head is None else self.attention[nearest][head]
 
 
+class _Recorder:
+    """Stands for a model in `local_features`: runs it once at each scale, then repeats it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.code_dim, self.outputs, self.scale = model, model.code_dim, [], 0
+
+    def token_codes(self, images: Any) -> Any:
+        if self.scale == len(self.outputs):
+            self.outputs.append(self.model.token_codes(images))
+        self.scale += 1
+        return self.outputs[self.scale - 1]
+
+
 def explain_selection(
     model: Any,
     image: np.ndarray,
     box: Sequence[float] | None = None,
     settings: LocalSettings | None = None,
 ) -> TokenSelection:
-    """Extracts a photograph's local features, keeping what extraction forgets.
-
-    Takes one pass of the network.
+    """Extracts a photograph's local features in one pass, and what extraction leaves out.
 
     Args:
         model: a ViTGaL with autoencoder.
@@ -60,23 +72,34 @@ def explain_selection(
     Raises:
         ValueError: the box does not fit the image, or the model has no autoencoder.
     """
-    from vitgal.models import inference, local_features
+    from vitgal.models.inference import device_of, inference, network_input
+    from vitgal.models.local_features import local_features, token_scores
 
-    settings = settings or LocalSettings()
-    local_features.require_codes(model)
+    settings, recorder = settings or LocalSettings(), _Recorder(model)
     crop, box = crop_box(image, box)
-    batch = resize_image(crop, settings.size, "area")[None]
-    with inference.inference(model, settings.precision):
-        images = inference.network_input(batch, next(model.parameters()).device)
-        passes = [_at_scale(model, images, scale, settings) for scale in settings.scales]
-    tokens = _Tokens.join([chosen for _, _, chosen in passes])
-    size = (batch.shape[1], batch.shape[2])
-    kept, dropped, reasons = tokens.choose(settings, (size, box, image.shape[:2]))
-    return TokenSelection(
-        {scale: heads for scale, (heads, _, _) in zip(settings.scales, passes, strict=True)},
-        {scale: scores for scale, (_, scores, _) in zip(settings.scales, passes, strict=True)},
-        *(kept, dropped, reasons),
-    )
+
+    def extract(changed: LocalSettings) -> LocalFeatures:
+        recorder.scale = 0
+        return local_features(recorder, images, [(box, image.shape[:2])], changed)[0]
+
+    with inference(model, settings.precision):
+        batch = resize_image(crop, settings.size, "area")[None]
+        images = network_input(batch, device_of(model))
+        kept = extract(settings)
+        survivors = extract(replace(settings, max_keypoints=UNLIMITED))
+        unlimited = {"max_keypoints": UNLIMITED, "nms_candidates": UNLIMITED}
+        everything = extract(replace(settings, nms_overlap=1.0, **unlimited))
+        attention, scores = {}, {}
+        for scale, output in zip(settings.scales, recorder.outputs, strict=True):
+            heads = output.attention[0].float()
+            heads = (heads / heads.amax(dim=1, keepdim=True)).cpu().numpy()
+            attention[scale] = heads.reshape(len(heads), *output.grid)
+            scores[scale] = token_scores(output.attention)[0].cpu().numpy().reshape(output.grid)
+    reasons = np.full(len(everything), "overlap", dtype="<U10")
+    reasons[settings.nms_candidates :] = "candidates"
+    reasons[_among(everything, survivors)] = "keypoints"
+    dropped = ~_among(everything, kept)
+    return TokenSelection(attention, scores, kept, everything.subset(dropped), reasons[dropped])
 
 
 def matching_fraction(extracted: LocalFeatures, stored: LocalFeatures) -> float:
@@ -86,76 +109,14 @@ def matching_fraction(extracted: LocalFeatures, stored: LocalFeatures) -> float:
     extraction did. Another batch or precision moves the last bits of a score, and with them a
     feature at a threshold.
     """
-    if not len(stored):
-        return 1.0
-    keys, stored_keys = (
-        set(zip(*features.keypoints.T.tolist(), features.scales.tolist(), strict=True))
-        for features in (extracted, stored)
+    return float(_among(stored, extracted).mean()) if len(stored) else 1.0
+
+
+def _among(features: LocalFeatures, others: LocalFeatures) -> np.ndarray:
+    """(N,) bool: which features have the position and scale of one of the others."""
+    keys, other_keys = (
+        list(zip(*part.keypoints.T.tolist(), part.scales.tolist(), strict=True))
+        for part in (features, others)
     )
-    return len(keys & stored_keys) / len(stored_keys)
-
-
-@dataclass(frozen=True, eq=False)
-class _Tokens:
-    """Tokens above the threshold: boxes (n, 4) int64, scores and scales (n,), codes (n, C)."""
-
-    boxes: np.ndarray
-    scores: np.ndarray
-    scales: np.ndarray
-    codes: np.ndarray
-
-    @classmethod
-    def join(cls, parts: Sequence["_Tokens"]) -> "_Tokens":
-        arrays = (
-            np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)
-        )
-        return cls(*arrays)
-
-    def choose(
-        self, settings: SelectionSettings, sizes: tuple
-    ) -> tuple[LocalFeatures, LocalFeatures, np.ndarray]:
-        """The features kept, those dropped, and why. sizes: input size, box and image size."""
-        from vitgal.features import selection
-
-        order = np.argsort(-self.scores, kind="stable")
-        survivors = selection.suppress(
-            *(self.boxes, self.scores),
-            overlap=settings.nms_overlap,
-            candidates=settings.nms_candidates,
-            keep=len(self.scores),
-        )
-        reasons = np.full(len(self.scores), "overlap", dtype="<U10")
-        reasons[order[settings.nms_candidates :]] = "candidates"
-        reasons[survivors[settings.max_keypoints :]] = "keypoints"
-        kept = survivors[: settings.max_keypoints]
-        dropped = order[~np.isin(order, kept)]
-        length = np.linalg.norm(self.codes, axis=1, keepdims=True)
-        codes = self.codes / np.where(length > 0, length, 1)
-        centres = selection.centres(self.boxes)
-        every = LocalFeatures(centres, codes, self.scores, self.scales, *sizes)
-        return every.subset(kept), every.subset(dropped), reasons[dropped]
-
-
-def _at_scale(
-    model: Any, images: Any, scale: float, settings: SelectionSettings
-) -> tuple[np.ndarray, np.ndarray, _Tokens]:
-    """Attention (heads, h, w), scores (h, w) and the tokens above the threshold at one scale."""
-    from vitgal.features import selection
-    from vitgal.models import local_features
-
-    resized, factors = local_features.rescale(images, scale, settings.interpolation)
-    features = model.token_features(resized)
-    scores = local_features.token_scores(features.attention)[0].cpu().numpy()
-    target = settings.target_per_scale * factors[0] * factors[1]
-    tokens = selection.select_tokens(scores, target, settings.ladder)
-    published = settings.interpolation == "published"
-    columns = resized.shape[-1] // PATCH if published else features.grid[1]
-    heads = features.attention[0].float()
-    heads = (heads / heads.amax(dim=1, keepdim=True)).cpu().numpy()
-    chosen = _Tokens(
-        selection.patch_boxes(tokens, columns, factors),
-        scores[tokens],
-        np.full(len(tokens), scale, np.float32),
-        features.codes[0].float().cpu().numpy()[tokens],
-    )
-    return heads.reshape(len(heads), *features.grid), scores.reshape(features.grid), chosen
+    known = set(other_keys)
+    return np.array([key in known for key in keys], bool)

@@ -16,6 +16,7 @@ from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval.matching import match
 from vitgal.retrieval.ranking import Ranking
 from vitgal.retrieval.verification import MIN_MATCHES
+from vitgal.settings import MatchingSettings
 from vitgal.stages import rerank
 from vitgal.viz import galleries
 from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries, query_image, ranked_image
@@ -217,13 +218,14 @@ class _Evidence:
         store = FeatureStore.open(folder / "local")
         query_features = store[benchmark.ground_truth.queries[query]]
         parameters = runs.read_stage(folder / "rerank", "notebook 06_rerank")["parameters"]
-        used, max_distance = slice(parameters["max_keypoints"]), parameters["max_distance"]
+        matching = MatchingSettings.from_manifest(parameters)
+        used = slice(matching.max_keypoints)
         matches, without_features = {}, set()
         for image in sorted(set(images) & inliers.keys()):
             name = benchmark.database[image]
             if name in store and len(store[name]) and len(query_features):
                 codes = query_features.descriptors[used], store[name].descriptors[used]
-                matches[image] = len(match(*codes, max_distance))
+                matches[image] = len(match(*codes, matching.max_distance))
             else:
                 without_features.add(image)
                 matches[image] = 0

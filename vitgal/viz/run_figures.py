@@ -162,7 +162,7 @@ def pair_matches(
         inspect_pair(
             query_features,
             image_features,
-            **(settings.matching.compared() | settings.verification.compared()),
+            settings,
         ),
         max_lines=max_lines,
     )
@@ -246,9 +246,7 @@ def reranking_diagram(
     names = (benchmark.database[image] for image in ranked)
     name = next((name for name in names if name in store), None)
     candidate = features if name is None else store[name]
-    pair = inspect_pair(
-        features, candidate, **(settings.matching.compared() | settings.verification.compared())
-    )
+    pair = inspect_pair(features, candidate, settings)
     count, matches = pair.verification.count, len(pair.matches)
     return diagrams.step_diagram(
         [
