@@ -323,9 +323,8 @@ def test_distractors_follow_in_their_list_s_order(tmp_path):
     assert dataset.database[6:] == ["10/z.jpg", "2/a.jpg"]  # not 2 before 10, not sorted
     assert dataset.database_paths[6:] == [more / "jpg/10/z.jpg", more / "jpg/2/a.jpg"]
     assert len(dataset.ground_truth.database) == 6
-    reversed_list = tmp_path / "mine.txt"
-    reversed_list.write_text("2/a.jpg\n\n10/z.jpg")
-    dataset = open_dataset("small", folder, distractors=more, distractor_list=reversed_list)
+    (more / "revisitop1m.txt").write_text("2/a.jpg\n\n10/z.jpg")
+    dataset = open_dataset("small", folder, distractors=more)
     assert dataset.database[6:] == ["2/a.jpg", "10/z.jpg"]
 
 
@@ -387,39 +386,16 @@ def test_query_that_is_in_the_database_is_refused(tmp_path):
         open_dataset("small", folder)
 
 
-def test_data_set_fingerprint_follows_content_not_place(tmp_path):
+def test_a_data_set_as_input_follows_content_and_is_stamped_without_reading(tmp_path):
     dataset = open_dataset("small", make_folder(tmp_path / "one"))
-    moved = make_folder(tmp_path / "two")
-    assert open_dataset("small", moved).fingerprint == dataset.fingerprint
-    (moved / "jpg" / "e.jpg").write_text("another image")
-    assert open_dataset("small", moved).fingerprint != dataset.fingerprint
+    moved = open_dataset("small", make_folder(tmp_path / "two"))
+    fingerprint = dataset.as_input.fingerprint()
+    stamp = moved.as_input.stamp()
+    assert moved.as_input.fingerprint() == fingerprint
+    assert moved.as_input.stamp() == stamp
+    moved.database_paths[4].write_text("another image")
+    assert moved.as_input.stamp() != stamp
+    assert moved.as_input.fingerprint() != fingerprint
     more = make_distractors(tmp_path / "more")
-    with_more = open_dataset("small", tmp_path / "one", distractors=more)
-    assert with_more.fingerprint != dataset.fingerprint
-
-
-def test_a_data_set_as_input_is_stamped_without_reading_its_images(tmp_path):
-    dataset = open_dataset("small", make_folder(tmp_path / "one"))
-    as_input = dataset.as_input
-    stamp = as_input.stamp()
-    assert dataset.as_input.stamp() == stamp
-    assert as_input.fingerprint() == dataset.fingerprint
-    dataset.database_paths[0].write_text("another image")
-    assert as_input.stamp() != stamp
-    assert as_input.fingerprint() != dataset.fingerprint  # the latter was computed before
-
-
-def test_relevance_reads_the_ground_truth():
-    truth = revisited.GroundTruth(
-        name="hand",
-        database=list("abcde"),
-        queries=["q", "r"],
-        boxes=np.zeros((2, 4)),
-        easy=[np.array([3]), np.array([], int)],
-        hard=[np.array([0, 1]), np.array([4])],
-        junk=[np.array([4]), np.array([], int)],
-    )
-    labels = revisited.relevance_labels(truth, 0, np.array([4, 3, 2, 1, 0]))
-    assert labels == ["junk", "easy", "negative", "hard", "hard"]
-    assert revisited.relevance_labels(truth, 1, [4, 3]) == ["hard", "negative"]
-    assert revisited.relevance_labels(truth, 1, []) == []
+    larger = open_dataset("small", tmp_path / "one", distractors=more)
+    assert larger.as_input.fingerprint() != fingerprint

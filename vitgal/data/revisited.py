@@ -5,7 +5,6 @@ demo's and a user's own. Source: Radenovic et al., "Revisiting Oxford and Paris"
 files published with it.
 """
 
-import functools
 import os
 import pickle
 import reprlib
@@ -82,11 +81,6 @@ class RetrievalDataset:
         )
         return runs.combined_input([images], lambda part: [self.ground_truth.fingerprint, part])
 
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A fingerprint of ground truth, image names and images; reads both ends of every file."""
-        return self.as_input.fingerprint()
-
 
 def positives(ground_truth: GroundTruth, protocol: str) -> list[np.ndarray]:
     """Returns per query the sorted int64 indices of the images that count as correct."""
@@ -107,13 +101,11 @@ def relevance_labels(ground_truth: GroundTruth, query: int, images: Sequence[int
     """Returns the labels of some database images for one query.
 
     Args:
-        ground_truth: of the data set.
-        query: index of the query.
-        images: database indices.
+        query: index of the query, from 0.
+        images: (N,) database indices.
+
     Returns:
-        "easy", "hard", "junk" or "negative" (in no list) for each image.
-    Raises:
-        IndexError: there is no such query.
+        N labels: "easy", "hard", "junk" or "negative" (in no list).
     """
     labels = {
         int(index): label
@@ -298,19 +290,14 @@ def _refuse_repeated(names: Sequence[str], description: str) -> None:
 
 
 def open_dataset(
-    name: str,
-    folder: str | os.PathLike,
-    *,
-    distractors: str | os.PathLike | None = None,
-    distractor_list: str | os.PathLike | None = None,
+    name: str, folder: str | os.PathLike, *, distractors: str | os.PathLike | None = None
 ) -> RetrievalDataset:
     """Opens a benchmark folder and checks that every listed image exists; none is decoded.
 
     Args:
         folder: holds `jpg/<image>.jpg` and `gnd_<name>.pkl`.
-        distractors: a folder with `jpg/` (sub-folders included) whose images follow the database.
-        distractor_list: one path below `jpg/` a line, by default `revisitop1m.txt` in
-            `distractors`; it fixes the order, hence the indices in every ranking.
+        distractors: a folder with `jpg/`, whose images follow the database, and `revisitop1m.txt`,
+            a path below `jpg/` a line: the list's order fixes the indices in every ranking.
 
     Raises:
         FileNotFoundError: the folder, the ground truth, the list or an image is missing; the
@@ -333,7 +320,7 @@ def open_dataset(
     database_paths = _image_paths(images, database, EXTENSION, name)
     query_paths = _image_paths(images, ground_truth.queries, EXTENSION, name)
     if distractors is not None:
-        names, paths = _distractors(Path(distractors), distractor_list)
+        names, paths = _distractors(Path(distractors))
         database, database_paths = database + names, database_paths + paths
         _refuse_repeated([*database, *ground_truth.queries], "list with distractors")
     return RetrievalDataset(
@@ -347,9 +334,8 @@ def open_dataset(
     )
 
 
-def _distractors(folder: Path, file: str | os.PathLike | None) -> tuple[list[str], list[Path]]:
-    images = _image_folder(folder, DISTRACTORS)
-    file = Path(file) if file is not None else folder / f"{DISTRACTORS}.txt"
+def _distractors(folder: Path) -> tuple[list[str], list[Path]]:
+    images, file = _image_folder(folder, DISTRACTORS), folder / f"{DISTRACTORS}.txt"
     if not file.is_file():
         raise FileNotFoundError(
             f"there is no list of distractors {file}; {_remedy(DISTRACTORS)}, or write one: a path "
