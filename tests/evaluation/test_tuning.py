@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from vitgal import runs
-from vitgal.app import parameters
 from vitgal.data import revisited
 from vitgal.evaluation import tuning
 from vitgal.evaluation.tuning import TuningError
@@ -220,8 +219,7 @@ def test_chosen_values_are_parameters_of_notebook_06(described):
     advice = tuning.Tuning.read(folder).advice("params/x.yaml")
     wanted = "vitgal run params/x.yaml --only 06 -p max_distance 0.7 -p threshold 16.0 -p top 3"
     assert f"{wanted} -p overwrite true" in advice
-    notebook = runs.checkout() / "notebooks" / "06_rerank.ipynb"
-    assert values.keys() <= parameters.declared(notebook).keys()
+    assert values.keys() <= RerankingSettings.flat().keys()
 
 
 def test_counts_equal_those_of_a_pair_at_every_point():

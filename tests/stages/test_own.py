@@ -272,7 +272,7 @@ def test_the_other_view_comes_first_and_never_the_query(folder, describer):
     features, pair = found.pair("a/2.png")
     assert pair.verification.count == found.table["inliers"][0] >= 5
     query = photographs.features("a/1.png")
-    alone = pairs.inspect_pair(query, features, max_distance=0.5)
+    alone = pairs.inspect_pair(query, features, reranking())
     np.testing.assert_array_equal(pair.matches, alone.matches)
     assert len(pair.matches) == found.table["matches"][0]
 

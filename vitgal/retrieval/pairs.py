@@ -1,16 +1,14 @@
 """Matching and verification of a query with its candidates, as reranking counts inliers."""
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from vitgal.features.local import LocalFeatures
-from vitgal.retrieval.matching import Descriptors, match_prepared
+from vitgal.retrieval.matching import Descriptors, match_prepared, matching_device
 from vitgal.retrieval.verification import Verification, verify_matches
-from vitgal.settings import MatchingSettings, RerankingSettings, VerificationSettings
+from vitgal.settings import RerankingSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,33 +26,31 @@ class PairInspection:
 def inspect_pair(
     query: LocalFeatures,
     database: LocalFeatures,
-    settings: RerankingSettings | None = None,
+    settings: RerankingSettings,
     *,
     device: str | None = None,
-    **options: Any,
 ) -> PairInspection:
     """Matches and verifies one image pair, exactly as reranking does.
 
-    device: of torch (`matching_device`); None: NumPy. No features on either side: no matches, no
-    inliers. Raises ValueError as `match` and `verify`.
+    No features on either side: no matches, no inliers. device: as for `match`. Raises ValueError as
+    `match` and `verify`.
     """
-    return next(inspect_shortlist(query, [database], settings, device=device, **options))
+    return next(inspect_shortlist(query, [database], settings, device=device))
 
 
 def inspect_shortlist(
     query: LocalFeatures,
     candidates: Iterable[LocalFeatures],
-    settings: RerankingSettings | None = None,
+    settings: RerankingSettings,
     *,
     device: str | None = None,
-    **options: Any,
 ) -> Iterator[PairInspection]:
     """Matches and verifies one query with each of its candidates; the query is prepared once.
 
     The candidates are read one after the other, so that a short list takes no more memory than
     its largest image. device and errors: as for `inspect_pair`.
     """
-    settings = _from_options(settings, options)  # TODO(settings): while callers are converted
+    device = matching_device(device)
     max_distance, kept = settings.matching.max_distance, slice(settings.matching.max_keypoints)
     query = query.subset(kept)
     prepared = Descriptors.read(query.descriptors, "query")
@@ -64,13 +60,3 @@ def inspect_shortlist(
         matches = match_prepared(prepared, gallery, max_distance, device)
         points = query.keypoints[matches[:, 0]], features.keypoints[matches[:, 1]]
         yield PairInspection(matches, verify_matches(*points, settings.verification))
-
-
-def _from_options(settings: RerankingSettings | None, options: dict) -> RerankingSettings:
-    if settings is not None:
-        return settings
-    names = {field.name for field in dataclasses.fields(MatchingSettings)} & set(options)
-    return RerankingSettings(
-        matching=MatchingSettings(**{name: options.pop(name) for name in names}),
-        verification=VerificationSettings(**options),
-    )

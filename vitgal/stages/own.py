@@ -1,7 +1,7 @@
 """A search among one's own photographs: a folder without labels, a query, a ranking."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -204,10 +204,8 @@ def _inspect(
     return inspect_shortlist(
         query.features,
         map(photographs.features, names),
-        max_distance=settings.matching.max_distance,
-        max_keypoints=settings.matching.max_keypoints,
+        settings,
         device=photographs.describer.machine.match_device,
-        **asdict(settings.verification),
     )
 
 

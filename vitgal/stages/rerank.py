@@ -13,7 +13,7 @@ from vitgal.evaluation.scores import scores_document
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval import shortlists
-from vitgal.retrieval.matching import check_matching_device, matching_device
+from vitgal.retrieval.matching import check_matching_device
 from vitgal.retrieval.pairs import inspect_shortlist
 from vitgal.retrieval.ranking import Positions, Ranking
 from vitgal.retrieval.reranking import VARIANTS, Reranking, padded
@@ -156,7 +156,7 @@ def count_inliers(
     counts = np.zeros(len(names), np.int32)
     readable = [index for index, name in enumerate(names) if name in store]
     features = (store[names[index]] for index in readable)
-    pairs = inspect_shortlist(store[query], features, settings, device=matching_device(device))
+    pairs = inspect_shortlist(store[query], features, settings, device=device)
     for index in readable:
         try:
             counts[index] = next(pairs).verification.count
