@@ -139,9 +139,9 @@ def test_a_file_in_the_other_names_fills_the_network(tmp_path):
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda t: t.pop("conv_stem.weight"), "1 missing, as conv_stem.weight"),
-        (lambda t: t.update(odd=torch.zeros(1)), "1 unexpected, as odd"),
-        (lambda t: t.update({"bn1.bias": torch.zeros(1)}), "1 misshapen, as bn1.bias"),
+        (lambda t: t.pop("conv_stem.weight"), "missing: conv_stem.weight"),
+        (lambda t: t.update(odd=torch.zeros(1)), "unexpected: odd"),
+        (lambda t: t.update({"bn1.bias": torch.zeros(1)}), "misshapen: bn1.bias"),
     ],
 )
 def test_a_file_that_does_not_fit_is_told_apart(change, complaint, tmp_path):

@@ -9,7 +9,7 @@ from vitgal import runs
 from vitgal.app import parameters, pipeline
 from vitgal.data import revisited
 from vitgal.models import weights
-from vitgal.settings import GlobalSettings, MachineSettings
+from vitgal.settings import MachineSettings, Settings
 from vitgal.stages import describe
 
 SMALL = runs.checkout() / runs.SMALL_WEIGHTS
@@ -17,9 +17,10 @@ SMALL = runs.checkout() / runs.SMALL_WEIGHTS
 STATED = {"easy": 0.922, "medium": 0.759, "hard": 0.547}
 
 
-def default(notebook: str, name: str):
+def demo_settings(notebook: str) -> Settings:
+    """The settings of a notebook as it is committed."""
     (path,) = (runs.checkout() / "notebooks").glob(f"{notebook}_*.ipynb")
-    return parameters.declared(path)[name].default
+    return parameters.settings_in(path, {})
 
 
 def test_the_file_is_small_whole_and_in_half_precision():
@@ -31,7 +32,11 @@ def test_the_file_is_small_whole_and_in_half_precision():
     values = [value for value in model.state_dict().values() if value.is_floating_point()]
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in values)
     found = (model.architecture, model.code_dim, model.training)
-    assert found == (default("02", "architecture"), default("03", "code_dim"), False)
+    assert found == (
+        demo_settings("02").training.architecture,
+        demo_settings("03").autoencoder.code_dim,
+        False,
+    )
 
 
 def test_half_precision_is_what_the_command_writes(tmp_path):
@@ -64,11 +69,7 @@ def test_the_stated_scores_come_out(finished_run, tmp_path):
     folder = describe.evaluate_global(
         tmp_path,
         revisited.open_dataset("demo", finished_run / "data" / "benchmark"),
-        GlobalSettings(
-            size=default("04", "global_size"),
-            resize=default("04", "global_resize"),
-            scales=tuple(default("04", "global_scales")),
-        ),
+        demo_settings("04").describing,
         MachineSettings(threads=1),
         model=SMALL,
     )

@@ -30,10 +30,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "build_model",
             "class_attention",
         ],
-        "teacher": ["Teacher", "efficientnet_names", "fill"],
+        "teacher": ["Teacher", "efficientnet_names"],
         "weights": [
             "Layout",
             "convert",
+            "fill",
             "initial_weights",
             "load_model",
             "read_checkpoint",

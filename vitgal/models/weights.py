@@ -8,7 +8,7 @@ model's, so that loading is one strict comparison, reported in the names that th
   tensor and a ViTGaL autoencoder checkpoint has its backbone under `retrieval_back_bone.`;
 * timm: the names of timm's XCiT, for ImageNet weights.
 
-Nothing here runs code from a file: `.pth` are read by torch's weights-only unpickler.
+No code from a file is run: `.pth` are read by torch's weights-only unpickler.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitgal import runs
 from vitgal.models.network import ARCHITECTURES, ViTGaL, build_model
@@ -35,27 +35,28 @@ Layout = dict[str, tuple[str, ...]]  # a file's name -> the model's, stacked alo
 
 
 def load_model(source: str | Path, device: str | torch.device = "cpu") -> ViTGaL:
-    """A ViTGaL model from a published `.pth` or from our `.safetensors`, in eval mode, float32.
+    """Loads a ViTGaL model from a published `.pth` or from our `.safetensors`.
 
-    The architecture is read from the file: from the configuration inside ours, from width and depth
-    of a published one (backbone or autoencoder checkpoint; its classifier `head.*` is left out).
+    The architecture is taken from the configuration inside our file, or from width and depth of a
+    published one (backbone or autoencoder checkpoint; its classifier `head.*` is left out).
 
+    Returns:
+        The model in eval mode, float32.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is cut off, no checkpoint, of another architecture, tries to run code,
             or has a tensor missing, unexpected or misshapen; the message names file and tensor.
     """
     source = Path(source)
+    tensors, metadata = _read(source)
     if _is_safetensors(source):
-        tensors, configuration = _read_safetensors(source)
-        model = _build(source, _checked(source, configuration))
-        layout, dropped = _layout(model.state_dict(), str), ()
+        model = _build(source, _parse_configuration(source, metadata))
+        layout, dropped = make_layout(model.state_dict(), str), ()
     else:
-        tensors = _state_dict(source)
         model = _build(source, _published_configuration(source, tensors))
-        official = _official if model.code_dim is None else _official_autoencoder
-        layout, dropped = _layout(model.state_dict(), official), ("head.",)
-    _fill(model, tensors, layout, dropped=dropped, source=source)
+        official = _official_name if model.code_dim is None else _official_autoencoder_name
+        layout, dropped = make_layout(model.state_dict(), official), ("head.",)
+    fill(model, tensors, layout, dropped=dropped, source=source)
     return model.to(device)
 
 
@@ -73,20 +74,18 @@ def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) ->
         FileNotFoundError: there is no such file.
         ValueError: as `load_model`; the model is then unchanged.
     """
-    if isinstance(source, Mapping):
-        tensors, name = source, "the state dict"
-    elif _is_safetensors(name := Path(source)):
-        tensors, _ = _read_safetensors(name)
-    else:
-        tensors = _state_dict(name)
+    in_memory = isinstance(source, Mapping)
+    tensors = source if in_memory else read_tensors(source)
     if any(key.startswith("backbone.") for key in tensors):
-        ours = (key for key in model.state_dict() if not key.startswith("autoencoder."))
-        _fill(model, tensors, _layout(ours, str), dropped=("autoencoder.",), source=name)
-        return
-    official = any(re.match(r"cls_attn_blocks\.\d+\.attn\.qkv\.", key) for key in tensors)
-    backbone = (key for key in model.state_dict() if key.startswith("backbone."))
-    layout = _layout(backbone, _official if official else _timm)
-    _fill(model, tensors, layout, dropped=("head.", "cls_attn_blocks.1."), source=name)
+        keys = (key for key in model.state_dict() if not key.startswith("autoencoder."))
+        rename, dropped = str, ("autoencoder.",)
+    else:
+        official = any(re.match(r"cls_attn_blocks\.\d+\.attn\.qkv\.", key) for key in tensors)
+        keys = (key for key in model.state_dict() if key.startswith("backbone."))
+        rename = _official_name if official else _timm_name
+        dropped = ("head.", "cls_attn_blocks.1.")
+    name = "the state dict" if in_memory else source
+    fill(model, tensors, make_layout(keys, rename), dropped=dropped, source=name)
 
 
 def save_model(model: ViTGaL, path: str | Path, *, dtype: str = "float32", **metadata: Any) -> Path:
@@ -94,7 +93,9 @@ def save_model(model: ViTGaL, path: str | Path, *, dtype: str = "float32", **met
 
     Args:
         dtype: "float32", or "float16" for half the size; both load as float32.
-        metadata: plain values kept beside the configuration (`read_configuration` gives them).
+        metadata: plain values kept beside the configuration (`read_configuration` returns them).
+    Returns:
+        The path.
     Raises:
         ValueError: another dtype, or a path that does not end in `.safetensors`.
         OSError: the file cannot be written; an older one at `path` is whole.
@@ -115,13 +116,13 @@ def save_model(model: ViTGaL, path: str | Path, *, dtype: str = "float32", **met
         "dilations": model.dilations,
         "metadata": metadata,
     }
-    # One entry alone: safetensors writes several in an order that changes from run to run.
+    # A single entry: safetensors writes several in an order that changes from run to run.
     text = json.dumps(runs.plain(configuration), sort_keys=True)
     try:
         with runs.atomic(path) as temporary:
             save_file(tensors, temporary, metadata={CONFIGURATION: text})
     except SafetensorError as error:
-        raise OSError(f"{path} could not be written ({error}); what was there is kept") from error
+        raise OSError(f"{path} could not be written ({error}); an older file is kept") from error
     return path
 
 
@@ -135,30 +136,35 @@ def convert(source: str | Path, target: str | Path, *, dtype: str = "float32") -
     return save_model(model, target, dtype=dtype, source_sha256=sha256)
 
 
-def read_configuration(path: str | Path) -> dict[str, Any]:
-    """What our `.safetensors` says of its model.
+# Reading
 
-    A dict of format, architecture, code_dim, dilations, and metadata as given to `save_model`.
-    Raises FileNotFoundError, and ValueError where the file is none of ours.
+
+def read_configuration(path: str | Path) -> dict[str, Any]:
+    """Reads the configuration in our `.safetensors`.
+
+    Returns:
+        A dict of format, architecture, code_dim, dilations, and metadata as `save_model` got it.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not one of ours.
     """
     path = Path(path)
     if not _is_safetensors(path):
         raise ValueError(f"{path} is no .safetensors file")
     with _open(path) as handle:
-        return _checked(path, handle.metadata())
+        return _parse_configuration(path, handle.metadata())
 
 
 def read_tensors(path: str | Path) -> Mapping[str, Tensor]:
-    """The tensors of any network's file, by name: `.safetensors`, or a `.pth` that holds them.
+    """Reads the tensors of any network's file, by name: `.safetensors`, or a `.pth` of tensors.
 
-    Raises FileNotFoundError, and ValueError where the file is none of both.
+    Raises FileNotFoundError, and ValueError where the file is neither.
     """
-    path = Path(path)
-    return _read_safetensors(path)[0] if _is_safetensors(path) else _state_dict(path)
+    return _read(Path(path))[0]
 
 
 def read_checkpoint(path: str | Path) -> Any:
-    """The content of a `.pth` on the CPU, unpickled without running code.
+    """Reads a `.pth` on the CPU, without running code from it.
 
     Plain values, tensors and `argparse.Namespace` (the published checkpoints carry their arguments)
     are read, every other type is refused.
@@ -190,7 +196,6 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _open(path: Path) -> Any:
-    """A safetensors handle, a context manager; a broken header is reported here."""
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -199,31 +204,14 @@ def _open(path: Path) -> Any:
         ) from error
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """All tensors and the metadata."""
-    with _open(path) as handle:
-        return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata()
+def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str] | None]:
+    """All tensors of a file, and the metadata of a `.safetensors`.
 
-
-def _checked(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
-    """Our configuration from the metadata of a safetensors file."""
-    if CONFIGURATION not in (metadata or {}):
-        raise ValueError(
-            f"{path} holds no ViTGaL configuration, so save_model did not write it; ImageNet "
-            "weights go to initial_weights"
-        )
-    try:
-        configuration = json.loads(metadata[CONFIGURATION])
-        found = configuration["format"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds a broken ViTGaL configuration; write it again") from error
-    if found != FORMAT:
-        raise ValueError(f"{path} has format {found!r}, this vitgal reads {FORMAT}; update vitgal")
-    return configuration
-
-
-def _state_dict(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a `.pth`, whether saved alone or under `model` as the published ones are."""
+    The published `.pth` hold their tensors under `model`.
+    """
+    if _is_safetensors(path):
+        with _open(path) as handle:
+            return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata()
     checkpoint = read_checkpoint(path)
     tensors = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else None
     if not isinstance(tensors, Mapping) or not all(
@@ -232,20 +220,41 @@ def _state_dict(path: Path) -> Mapping[str, Tensor]:
         raise ValueError(
             f"{path} holds no model weights: neither tensors nor a dict `model` of them"
         )
-    return tensors
+    return tensors, None
+
+
+# Configurations
+
+
+def _parse_configuration(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
+    if CONFIGURATION not in (metadata or {}):
+        raise ValueError(
+            f"{path} holds no ViTGaL configuration, so save_model did not write it; ImageNet "
+            "weights go to initial_weights"
+        )
+    try:
+        configuration = json.loads(metadata[CONFIGURATION])
+        file_format = configuration["format"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds a broken ViTGaL configuration; write it again") from error
+    if file_format != FORMAT:
+        raise ValueError(
+            f"{path} has format {file_format!r}, this vitgal reads {FORMAT}; update vitgal"
+        )
+    return configuration
 
 
 def _published_configuration(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Architecture and code width of a published checkpoint, from its tensors' names and shapes."""
-    with_autoencoder = any(key.startswith(BACKBONE_PREFIX) for key in tensors)
-    prefix = BACKBONE_PREFIX if with_autoencoder else ""
+    """Architecture and code dimension of a published checkpoint, by names and shapes of tensors."""
+    has_autoencoder = any(key.startswith(BACKBONE_PREFIX) for key in tensors)
+    prefix = BACKBONE_PREFIX if has_autoencoder else ""
     token = f"{prefix}cls_token"
-    blocks = re.compile(rf"{re.escape(prefix)}blocks\.(\d+)\.")
-    depth = max((int(found[1]) + 1 for key in tensors if (found := blocks.match(key))), default=0)
+    block = re.compile(rf"{re.escape(prefix)}blocks\.(\d+)\.")
+    depth = max((int(match[1]) + 1 for key in tensors if (match := block.match(key))), default=0)
     if token not in tensors or not depth:
         raise ValueError(
             f"{source} holds no ViTGaL weights (no {token} or no blocks); its tensors are "
-            f"{_some(tensors) or 'none'}"
+            f"{_abridged(tensors) or 'none'}"
         )
     if not any(key.startswith(f"{prefix}local_atrous.") for key in tensors):
         raise ValueError(
@@ -253,75 +262,80 @@ def _published_configuration(source: Path, tensors: Mapping[str, Tensor]) -> dic
             "weights go to initial_weights"
         )
     size = (tensors[token].numel(), depth)
-    names = [name for name, known in ARCHITECTURES.items() if known == size]
+    names = [name for name, known_size in ARCHITECTURES.items() if known_size == size]
     if not names:
+        known = ", ".join(f"{name} {known_size}" for name, known_size in ARCHITECTURES.items())
         raise ValueError(
             f"{source} is of another architecture: its {token} has width {size[0]} and its blocks "
-            f"number {depth}; known: "
-            + ", ".join(f"{name} {known}" for name, known in ARCHITECTURES.items())
+            f"number {depth}; known: {known}"
         )
-    code_dim = _code_dim(source, tensors) if with_autoencoder else None
+    code_dim = _published_code_dim(source, tensors) if has_autoencoder else None
     return {"architecture": names[0], "code_dim": code_dim}
 
 
-def _code_dim(source: Path, tensors: Mapping[str, Tensor]) -> int:
-    """The width that most of the coder's tensors agree on, so that a misshapen one is found out."""
+def _published_code_dim(source: Path, tensors: Mapping[str, Tensor]) -> int:
+    """The dimension that most of the coder's tensors agree on, so that a misshapen one is found."""
     axes = {"whitening_layer.weight": 0, "whitening_layer.bias": 0, "ae_decoder_layer.weight": -1}
-    found = {key: tensors[key].shape for key in axes if key in tensors and tensors[key].ndim}
-    widths = [shape[axes[key]] for key, shape in found.items()]
-    if not widths:
+    shapes = {key: tensors[key].shape for key in axes if key in tensors and tensors[key].ndim}
+    if not shapes:
         raise ValueError(f"{source} lacks matrices {', '.join(axes)}")
-    return statistics.mode(widths)
+    return statistics.mode(shape[axes[key]] for key, shape in shapes.items())
 
 
 def _build(source: Path, configuration: dict[str, Any]) -> ViTGaL:
-    """The configuration's network; the seed only keeps torch's random state as it is."""
-    wanted = {
-        key: configuration[key]
-        for key in ("architecture", "code_dim", "dilations")
-        if key in configuration
-    }
+    keys = {"architecture", "code_dim", "dilations"} & configuration.keys()
     try:
-        return build_model(**wanted, seed=0)
+        # The seed only keeps torch's random state as it is.
+        return build_model(**{key: configuration[key] for key in keys}, seed=0)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source} asks for a network that cannot be built: {error}") from error
 
 
-def _layout(keys: Iterable[str], rename: Callable[[str], str]) -> Layout:
-    """Groups the model's keys by their name in the file (query, key and value in this order)."""
-    layout: dict[str, tuple[str, ...]] = {}
+# Layouts
+
+
+def make_layout(keys: Iterable[str], rename: Callable[[str], str]) -> Layout:
+    """Groups a model's keys by their name in the file (query, key and value in this order)."""
+    layout: Layout = {}
     for key in keys:
         layout[rename(key)] = (*layout.get(rename(key), ()), key)
     return layout
 
 
-def _timm(key: str) -> str:
+def _timm_name(key: str) -> str:
     return key.removeprefix("backbone.")
 
 
-def _official(key: str) -> str:
-    name = re.sub(r"^pos_embed\.", "pos_embeder.", _timm(key))
+def _official_name(key: str) -> str:
+    name = re.sub(r"^pos_embed\.", "pos_embeder.", _timm_name(key))
     return re.sub(r"^(cls_attn_blocks\.\d+\.attn)\.[qkv]\.", r"\1.qkv.", name)
 
 
-def _official_autoencoder(key: str) -> str:
+def _official_autoencoder_name(key: str) -> str:
     if not key.startswith("autoencoder."):
-        return BACKBONE_PREFIX + _official(key)
-    name = _official(key.removeprefix("autoencoder."))
+        return BACKBONE_PREFIX + _official_name(key)
+    name = _official_name(key.removeprefix("autoencoder."))
     name = re.sub(r"^encoder\.", "whitening_layer.", name)
     return re.sub(r"^decoder\.", "ae_decoder_layer.", name)
 
 
-def _fill(
-    model: ViTGaL,
+def fill(
+    network: nn.Module,
     tensors: Mapping[str, Tensor],
     layout: Layout,
     *,
-    dropped: tuple[str, ...],
-    source: Path | str,
+    dropped: tuple[str, ...] = (),
+    source: str | Path,
 ) -> None:
-    """Copies every tensor of the layout into the model, or raises before it changes anything."""
-    own = model.state_dict()
+    """Copies every tensor of the layout into the network, or raises before it changes anything.
+
+    Args:
+        dropped: beginnings of names that the file may have beside the layout.
+        source: where the tensors come from, for the error.
+    Raises:
+        ValueError: a tensor is missing, unexpected or misshapen.
+    """
+    own = network.state_dict()
     problems = {
         "missing": [name for name in layout if name not in tensors],
         "unexpected": [k for k in tensors if k not in layout and not k.startswith(dropped)],
@@ -332,8 +346,9 @@ def _fill(
         ],
     }
     if any(problems.values()):
-        lines = [f"{kind}: {_some(names)}" for kind, names in problems.items() if names]
-        raise ValueError(f"{source} does not fit {model.architecture}; " + "; ".join(lines))
+        lines = [f"{kind}: {_abridged(names)}" for kind, names in problems.items() if names]
+        name = getattr(network, "architecture", type(network).__name__)
+        raise ValueError(f"{source} does not fit {name}; " + "; ".join(lines))
     with torch.no_grad():
         for name, keys in layout.items():
             parts = tensors[name].chunk(len(keys)) if len(keys) > 1 else [tensors[name]]
@@ -341,20 +356,20 @@ def _fill(
                 own[key].copy_(part)
 
 
-def _misfit(found: Tensor, parts: list[Tensor]) -> str | None:
-    """How a file's tensor differs from the model's tensors stacked along the first axis."""
+def _misfit(tensor: Tensor, parts: list[Tensor]) -> str | None:
+    """How a file's tensor differs from the network's tensors stacked along the first axis."""
     shape = tuple(parts[0].shape)
     if len(parts) > 1:
         shape = (sum(len(part) for part in parts), *shape[1:])
-    if tuple(found.shape) != shape:
-        return f"{tuple(found.shape)} instead of {shape}"
-    if found.is_floating_point() != parts[0].is_floating_point():
-        return f"{found.dtype} instead of {parts[0].dtype}"
+    if tuple(tensor.shape) != shape:
+        return f"{tuple(tensor.shape)} instead of {shape}"
+    if tensor.is_floating_point() != parts[0].is_floating_point():
+        return f"{tensor.dtype} instead of {parts[0].dtype}"
     return None
 
 
-def _some(names: Iterable[str]) -> str:
-    """The first few names and how many more there are."""
+def _abridged(names: Iterable[str]) -> str:
+    """The first few names and the number of the others."""
     names = list(names)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
