@@ -6,6 +6,7 @@ import torch
 
 from vitgal.features import selection
 from vitgal.models import local_features
+from vitgal.models.inference import network_input
 from vitgal.models.network import TokenCodes, build_model
 from vitgal.settings.sections import SelectionSettings
 
@@ -295,3 +296,10 @@ class TestLocalFeatures:
         ):
             with pytest.raises(ValueError, match=message):
                 one(Tokens(), **options)
+
+
+def test_one_image_has_the_layout_of_a_batch():
+    # torch rounds by layout; NumPy's stride of a new axis is 0, which torch takes for another one
+    image = np.zeros((32, 48, 3), np.uint8)
+    alone = network_input(image[None], "cpu")
+    assert alone.stride() == network_input(np.stack([image]), "cpu").stride()

@@ -194,6 +194,8 @@ def network_input(batch: np.ndarray, device: torch.device | str) -> Tensor:
     Normalising on the device moves a quarter of the bytes.
     """
     # The colours stay last in memory, which makes convolutions up to 18 % faster on a CPU.
+    if not batch.strides[0]:  # `image[None]`: torch would not see that, and round differently
+        batch = batch.copy()
     return normalise(torch.from_numpy(batch).to(device).permute(0, 3, 1, 2))
 
 

@@ -201,12 +201,9 @@ def _inspect(
     names: Sequence[str],
     settings: RerankingSettings,
 ) -> Iterator[PairInspection]:
-    return inspect_shortlist(
-        query.features,
-        map(photographs.features, names),
-        settings,
-        device=photographs.describer.machine.match_device,
-    )
+    features = map(photographs.features, names)
+    device = photographs.describer.machine.match_device
+    return inspect_shortlist(query.features, features, settings, device=device)
 
 
 def _rerank(table: pd.DataFrame, counts: np.ndarray) -> pd.DataFrame:

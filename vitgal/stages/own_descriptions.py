@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 
 from vitgal import runs
-from vitgal.data.images import PATCH, crop_box
+from vitgal.data.images import PATCH, crop_box, resize
 from vitgal.data.photographs import PhotographError, exif_orientation, file_digest, read_upright
 from vitgal.features import store
 from vitgal.features.local import LocalFeatures
+from vitgal.features.selection import Frame
 from vitgal.models import inference
-from vitgal.models.descriptors import extract_global, extract_local
-from vitgal.models.local_features import require_codes
+from vitgal.models.descriptors import describe
+from vitgal.models.local_features import local_features, require_codes
 from vitgal.models.network import ViTGaL
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings, SelectionSettings
 
@@ -139,7 +140,7 @@ class Describer:
     def _extract(self, path: Path, box: Sequence[int] | None, file: Path) -> None:
         image = read_upright(path)
         try:
-            crop, _ = crop_box(image, box)
+            crop, crop_frame = crop_box(image, box)
         except ValueError as error:
             raise PhotographError(f"{Path(path).name}: {error}") from None
         if min(crop.shape[:2]) < PATCH:
@@ -148,40 +149,22 @@ class Describer:
                 f"than one patch of {PATCH} x {PATCH}: draw a larger one"
             )
         with inference.limited_threads(self.machine.threads):
-            descriptor = self._global_descriptor(crop)
-            features = self._local_features(image, box)
+            descriptor, features = self._compute(crop, (crop_frame, image.shape[:2]))
         arrays = {"descriptor": descriptor} | store.encode_features(features, "float16")
         sizes = np.array([*features.sizes, exif_orientation(path)])
         runs.write_arrays(file, **arrays, sizes=sizes)
 
-    def _global_descriptor(self, crop: np.ndarray) -> np.ndarray:
-        settings = self.global_settings
-        (descriptor,) = extract_global(
-            self.network,
-            [crop],
-            size=settings.size,
-            resize=settings.resize,
-            scales=settings.scales,
-            precision=self._precision(settings),
-        )
-        return descriptor
-
-    def _local_features(self, image: np.ndarray, box: Sequence[int] | None) -> LocalFeatures:
-        settings = self.local_settings
-        return extract_local(
-            self.network,
-            image,
-            box,
-            size=settings.size,
-            precision=self._precision(settings),
-            scales=settings.scales,
-            max_keypoints=settings.max_keypoints,
-            nms_candidates=settings.nms_candidates,
-            nms_overlap=settings.nms_overlap,
-            target_per_scale=settings.target_per_scale,
-            ladder=settings.ladder,
-            interpolation=settings.interpolation,
-        )
+    def _compute(self, crop: np.ndarray, frame: Frame) -> tuple[np.ndarray, LocalFeatures]:
+        """Returns the global descriptor (D,) and the local features of a crop (h, w, 3) uint8."""
+        network, settings, local = self.network, self.global_settings, self.local_settings
+        device = inference.device_of(network)
+        whole = resize(crop, settings.size, settings.resize)[None]
+        with inference.inference(network, self._precision(settings)):
+            (descriptor,) = describe(network, whole, settings.scales)
+        whole = inference.network_input(resize(crop, local.size, "area")[None], device)
+        with inference.inference(network, self._precision(local)):
+            (features,) = local_features(network, whole, [frame], local)
+        return descriptor, features
 
 
 def _read(file: Path, digest: str) -> Description | None:
