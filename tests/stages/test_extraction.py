@@ -35,7 +35,7 @@ from vitgal.models.network import build_model
 from vitgal.models.weights import load_model, save_model
 from vitgal.retrieval import ranking, shortlists
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings
-from vitgal.stages import describe, describers, local_describer, rankings
+from vitgal.stages import describe, local_describer, rankings, ray_describer
 from vitgal.stages import extract as stages_extract
 from vitgal.stages import images as stages_images
 from vitgal.stages.local_describer import LocalDescriber
@@ -793,13 +793,13 @@ def _work(run, benchmark, weight_file, worker: int, meeting, done) -> None:
         return real(job, **options)
 
     local_describer.load_image = noted
-    open_local = describers.open_local
+    open_local = ray_describer.open_local
 
     def together(*arguments):
         meeting.wait(60)  # both are in the stage before either extracts
         return open_local(*arguments)
 
-    describers.open_local = together
+    ray_describer.open_local = together
     try:
         extract(run, benchmark, weight_file, worker=worker, worker_count=2, read_threads=0)
     except runs.StageError as error:

@@ -16,7 +16,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "demo": ["make_demo"],
         "describe": ["evaluate_global"],
         "descriptors": ["evaluate_descriptors"],
-        "describers": ["ImageDescriber", "open_describer"],
         "extract": ["extract_shortlist", "shortlist_tasks"],
         "images": ["ImageTask", "LoadedImage", "load_image", "prefetch", "query_tasks"],
         "inspection": [
@@ -40,7 +39,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "write_ranking",
         ],
         "own_descriptions": ["Describer", "Description"],
-        "ray_describer": ["RayDescriber"],
+        "ray_describer": ["RayDescriber", "open_describer"],
         "rankings": ["global_outputs", "write_rankings"],
         "rerank": ["hard_candidates", "inlier_counts", "pair_features", "rerank_shortlist"],
         "shards": ["ShardTask", "shard_tasks"],

@@ -13,7 +13,6 @@ from vitgal.features import store
 from vitgal.models.inference import weights_input
 from vitgal.retrieval import faiss_index
 from vitgal.settings import GlobalSettings, MachineSettings
-from vitgal.stages.describers import ImageDescriber, open_describer
 from vitgal.stages.images import (
     ImageTask,
     query_tasks,
@@ -23,6 +22,7 @@ from vitgal.stages.images import (
     report_failures,
 )
 from vitgal.stages.rankings import global_outputs, write_rankings
+from vitgal.stages.ray_describer import ImageDescriber, open_describer
 
 BLOCK = 256  # images between two checkpoints
 
@@ -40,14 +40,13 @@ def evaluate_global(
 ) -> Path:
     """Ranks a benchmark's database for its queries and scores the ranking.
 
-    On a Ray cluster one process a GPU describes, without GPUs one for every `threads` (None: 1)
-    CPUs. The result is that of one machine with the same threads; with others sums differ in their
-    last bits.
+    On a Ray cluster one process a GPU describes, without GPUs one for every `threads` CPUs. The
+    result is that of one machine with as many threads; with others sums differ in their last bits.
 
     Args:
         run: the run folder.
         model: a weight file, or "untrained:<architecture>" for seeded random weights.
-        folder: the stage's folder below `<run>/<dataset>/`, "global" for later notebooks.
+        folder: the stage's folder below `<run>/<dataset>/`; later notebooks read "global".
     Returns:
         The stage's folder with database.npy (N, D) and queries.npy (Q, D) float32, names.json,
         ranks.npy (K, Q) int32, similarities.npy (K, Q) float32, positions.npz, shortlist.txt,
@@ -57,12 +56,11 @@ def evaluate_global(
         FileNotFoundError, ValueError: the weights are missing or invalid.
     """
     engines.check_engine(machine.engine, machine.ray_address)
-    inputs = {"dataset": dataset.as_input, "weights": weights_input(model)}
     with runs.stage(
         run / dataset.name / folder,
         "global",
         parameters=settings.compared(),
-        inputs=inputs,
+        inputs={"dataset": dataset.as_input, "weights": weights_input(model)},
         overwrite=overwrite,
     ) as stage:
         count = len(dataset.database)
@@ -73,22 +71,13 @@ def evaluate_global(
             if settings.index is not None:
                 faiss_index.check(settings.index, describer.model.embed_dim, count)
             queries = _describe_queries(describer, query_tasks(dataset, settings.crop_queries))
-            path = stage.folder / "database.npy"
-            rows = _describe_database(
-                describer, dataset, path, settings.max_failed_share, progress=progress
-            )
-            recorded = describer.recorded()
-        protocol = {
-            "crop_queries": settings.crop_queries,
-            "resize": settings.resize,
-            "scales": settings.scales,
-            "precision": describer.precision,
-        }
-        write_rankings(
-            stage, dataset, settings, queries, path, failures=rows.failures, protocol=protocol
-        )
+            file = stage.folder / "database.npy"
+            rows = _describe_database(describer, dataset, file, settings, progress=progress)
+            recorded = describer.recorded() | recorded_paths(run, dataset, model)
+        protocol = {"crop_queries": settings.crop_queries, "resize": settings.resize}
+        protocol |= {"scales": settings.scales, "precision": describer.precision}
+        write_rankings(stage, dataset, settings, queries, file, protocol, rows.failures)
         recorded |= {"images": count, "failed": len(rows.failures)}
-        recorded |= recorded_paths(run, dataset, model)
         stage.finish(global_outputs(settings), **recorded)
         rows.forget()
         report_failures(rows.failures, count)
@@ -105,26 +94,22 @@ def _describe_queries(describer: ImageDescriber, tasks: Sequence[ImageTask]) -> 
 def _describe_database(
     describer: ImageDescriber,
     dataset: RetrievalDataset,
-    path: Path,
-    max_failed_share: float,
+    file: Path,
+    settings: GlobalSettings,
     *,
     progress: bool,
 ) -> store.RowFile:
-    """Describes the database into `path`, block by block, from the last checkpoint on."""
-    count = len(dataset.database)
-    shape, precision = (count, describer.model.embed_dim), describer.precision
-    rows = store.RowFile.open(path, shape, settings={"precision": precision})
-    database = zip(dataset.database[rows.rows :], dataset.database_paths[rows.rows :], strict=True)
-    tasks = [ImageTask(name, image) for name, image in database]
-    blocks = [tasks[start : start + BLOCK] for start in range(0, len(tasks), BLOCK)]
-    with (
-        tqdm(
-            total=count, initial=rows.rows, desc="describing", unit="image", disable=not progress
-        ) as bar,
-        contextlib.closing(describer.describe_blocks(blocks, bar)) as described,
-    ):
+    """Describes the database into a file, block by block, from the last checkpoint on."""
+    count, precision = len(dataset.database), {"precision": describer.precision}
+    rows = store.RowFile.open(file, (count, describer.model.embed_dim), settings=precision)
+    start = rows.rows
+    images = zip(dataset.database[start:], dataset.database_paths[start:], strict=True)
+    tasks = [ImageTask(name, path) for name, path in images]
+    blocks = [tasks[first : first + BLOCK] for first in range(0, len(tasks), BLOCK)]
+    bar = tqdm(total=count, initial=start, desc="describing", unit="image", disable=not progress)
+    with bar, contextlib.closing(describer.describe_blocks(blocks, bar)) as described:
         for block, failures in described:
             rows.append(block, failures)
-            refuse_failures(rows.failures, count, max_failed_share)
+            refuse_failures(rows.failures, count, settings.max_failed_share)
     rows.finish()
     return rows

@@ -65,14 +65,8 @@ def evaluate_descriptors(
             return stage.folder
         if settings.index is not None:
             faiss_index.check(settings.index, rows().shape[1], count)
-        write_rankings(
-            stage,
-            dataset,
-            settings,
-            rows()[: len(queries)],
-            runs.write_array(stage.folder / "database.npy", rows()[len(queries) :]),
-            failures=[],
-            protocol={"crop_queries": settings.crop_queries, "descriptors": "made elsewhere"},
-        )
+        protocol = {"crop_queries": settings.crop_queries, "descriptors": "made elsewhere"}
+        database_file = runs.write_array(stage.folder / "database.npy", rows()[len(queries) :])
+        write_rankings(stage, dataset, settings, rows()[: len(queries)], database_file, protocol)
         recorded = recorded_paths(run, dataset)
         return stage.finish(global_outputs(settings), images=count, **recorded)

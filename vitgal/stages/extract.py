@@ -1,7 +1,7 @@
 """The stage of notebook 05: local features of the short lists."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm.auto import tqdm
@@ -13,15 +13,14 @@ from vitgal.models.inference import weights_input
 from vitgal.models.local_features import require_codes
 from vitgal.retrieval import shortlists
 from vitgal.settings import LocalSettings, MachineSettings
-from vitgal.stages.describers import ImageDescriber, open_describer
 from vitgal.stages.images import (
-    Failure,
     ImageTask,
     query_tasks,
     recorded_paths,
     refuse_failures,
     report_failures,
 )
+from vitgal.stages.ray_describer import ImageDescriber, open_describer
 from vitgal.stages.shards import ShardTask, shard_outputs, shard_tasks
 
 GLOBAL_NOTEBOOK = "04_global_evaluation"
@@ -39,14 +38,11 @@ def extract_shortlist(
 ) -> Path:
     """Extracts the local features that reranking needs: `<run>/<dataset>/local`, a FeatureStore.
 
-    These are exactly the queries (cropped) and the database images (whole) in the global stage's
-    shortlist.txt. The largest size that they may have is printed. Images that cannot be decoded are
-    left out.
-
-    Several processes, on one machine or on several that share the folder, may extract together:
-    process `machine.worker` of `machine.worker_count` writes its part of the shards, and the last
-    to be done finishes the stage. The result does not depend on them. After a kill, missing shards
-    are written; of a damaged one the undamaged images are kept.
+    These are the queries (cropped) and the database images (whole) of the global stage's
+    shortlist.txt; images that cannot be decoded are left out. Several processes, on one machine or
+    on several that share the folder, may extract together: each `machine.worker` of
+    `machine.worker_count` writes its part of the shards, and the last to be done finishes the
+    stage. A repetition writes the shards that are missing and mends damaged ones.
 
     Args:
         run: the run folder.
@@ -56,46 +52,38 @@ def extract_shortlist(
     Raises:
         StageError: the global stage is missing, the folder holds other settings, a query or too
             many images cannot be read, or this worker is done and others are not.
-        FileNotFoundError, ValueError: the weights are missing or invalid, or the model has no
-            autoencoder.
+        FileNotFoundError, ValueError: the weights are missing, invalid or without autoencoder.
     """
     engines.check_engine(machine.engine, machine.ray_address)
     slot = runs.WorkerSlot(machine.worker, machine.worker_count)
     folder = run / dataset.name / "global"
     shortlist = runs.output_fingerprint(folder, "shortlist.txt", GLOBAL_NOTEBOOK)
     images = shortlist_tasks(dataset, folder / "shortlist.txt", settings.crop_queries)
+    inputs = {"shortlist": shortlist, "images": _images_input(images)}
     with runs.stage(
         run / dataset.name / "local",
         "local",
         parameters=settings.compared(),
-        inputs={
-            "shortlist": shortlist,
-            "images": _images_input(images),
-            "weights": weights_input(model),
-        },
+        inputs=inputs | {"weights": weights_input(model)},
         overwrite=overwrite,
         repair=True,
         slot=slot,
     ) as stage:
-        if stage.finished and (features := _open_finished(stage)) is not None:
-            _announce(features.code_dim, len(images), settings)
-            report_failures(features.failures, len(images))
+        if stage.finished and _report_finished(stage, len(images), settings):
             return stage.folder
         with open_describer(model, settings, machine) as describer:
-            code_dim = require_codes(describer.model)
-            _announce(code_dim, len(images), settings)
-            shard_format = store.ShardFormat(
-                settings.dtype, code_dim, {"precision": describer.precision}
-            )
-            shards = shard_tasks(stage.folder, images, settings.shard_size, shard_format)
+            shards = _shards(stage.folder, images, settings, describer)
             write_shards(describer, shards, slot, settings.max_failed_share, progress=progress)
-            recorded = describer.recorded()
+            recorded = describer.recorded() | recorded_paths(run, dataset, model)
         _refuse_unfinished(stage.folder, shards, slot)
         index = store.write_index(stage.folder)  # first: with it the store opens at once
         failures = store.FeatureStore.open(stage.folder).failures
-        refuse_failures(_listed(failures), len(images), settings.max_failed_share)
+        refuse_failures(
+            [{"name": name, "reason": reason} for name, reason in failures.items()],
+            len(images),
+            settings.max_failed_share,
+        )
         recorded |= {"images": len(images), "failed": len(failures)}
-        recorded |= recorded_paths(run, dataset, model)
         stage.finish(shard_outputs(stage.folder) + index, **recorded)
         report_failures(failures, len(images))
         return stage.folder
@@ -136,43 +124,53 @@ def write_shards(
         StageError: a query or too many images cannot be read, or a shard on disk was written in
             another precision.
     """
-    store_folder, alone = shards[0].folder.parent, slot == runs.ALONE
-    if alone:
+    store_folder = shards[0].folder.parent
+    if slot == runs.ALONE:
         store.clear_partial(store_folder)
-    count = sum(len(shard.images) for shard in shards)
-    failures: list[Failure] = []
-    missing = []
     own = [shards[index] for index in slot.indices(len(shards))]
+    missing, failures = [], []
     for shard in own:
         shard.refuse_other_precision()
         if written := shard.written():
             failures += written.failures
         else:
             missing.append(shard)
-    total, left = (sum(len(shard.images) for shard in part) for part in (own, missing))
-    with (
-        tqdm(
-            total=total, initial=total - left, desc="extracting", unit="image", disable=not progress
-        ) as bar,
-        contextlib.closing(describer.write_shards(missing, bar)) as results,
-    ):
+    count, total, left = (
+        sum(len(shard.images) for shard in part) for part in (shards, own, missing)
+    )
+    bar = tqdm(
+        total=total, initial=total - left, desc="extracting", unit="image", disable=not progress
+    )
+    with bar, contextlib.closing(describer.write_shards(missing, bar)) as results:
         for failed in results:
             failures += failed
             refuse_failures(failures, count, max_failed_share)
-    if alone:
+    if slot == runs.ALONE:
         store.clear_partial(store_folder)
 
 
-def _open_finished(stage: runs.Stage) -> store.FeatureStore | None:
-    """Opens a finished stage's store; reopens the stage if a shard is damaged or missing."""
+def _report_finished(stage: runs.Stage, count: int, settings: LocalSettings) -> bool:
+    """Prints what a finished stage printed; reopens it if a shard is damaged or missing."""
     try:
         for shard in store.shard_folders(stage.folder):
             store.Shard.open(shard)
-        return store.FeatureStore.open(stage.folder)
+        features = store.FeatureStore.open(stage.folder)
     except (store.StoreError, FileNotFoundError) as error:
         print(error)
         stage.reopen()
-        return None
+        return False
+    _announce(features.code_dim, count, settings)
+    report_failures(features.failures, count)
+    return True
+
+
+def _shards(
+    folder: Path, images: Sequence[ImageTask], settings: LocalSettings, describer: ImageDescriber
+) -> list[ShardTask]:
+    code_dim = require_codes(describer.model)
+    _announce(code_dim, len(images), settings)
+    shard_format = store.ShardFormat(settings.dtype, code_dim, {"precision": describer.precision})
+    return shard_tasks(folder, images, settings.shard_size, shard_format)
 
 
 def _refuse_unfinished(folder: Path, shards: Sequence[ShardTask], slot: runs.WorkerSlot) -> None:
@@ -193,10 +191,6 @@ def _refuse_unfinished(folder: Path, shards: Sequence[ShardTask], slot: runs.Wor
             f"{done}; of the other workers' {len(damaged)} ({damaged[0]}, ...) are damaged: run "
             "this again with worker_count=1"
         )
-
-
-def _listed(failures: Mapping[str, str]) -> list[Failure]:
-    return [{"name": name, "reason": reason} for name, reason in failures.items()]
 
 
 def _images_input(tasks: Sequence[ImageTask]) -> runs.Input:

@@ -41,7 +41,7 @@ def load_images(
     tasks: Iterable[ImageTask], settings: StageSettings, machine: MachineSettings
 ) -> Iterator[tuple[ImageTask, LoadedImage | ImageError]]:
     """Yields each task with its network input or its ImageError, in order."""
-    # Local features need patches of equal shape: their input always keeps the aspect.
+    # As published, local features keep the aspect, whatever the global descriptors do.
     mode = settings.resize if isinstance(settings, GlobalSettings) else "area"
     load = partial(load_image, size=settings.size, resize_mode=mode)
     return prefetch(load, tasks, machine.read_threads)

@@ -32,9 +32,8 @@ def write_rankings(
     settings: GlobalSettings,
     queries: np.ndarray,
     database_file: Path,
-    *,
-    failures: Sequence[Mapping[str, str]],
     protocol: Mapping[str, Any],
+    failures: Sequence[Mapping[str, str]] = (),
 ) -> None:
     """Writes all that follows from global descriptors: rankings, short lists and scores.
 
@@ -44,8 +43,8 @@ def write_rankings(
     Args:
         queries: (Q, D) floats.
         database_file: a `.npy` (N, D), in the order of `dataset.database`.
-        failures: database images that could not be read, {"name": ..., "reason": ...}.
         protocol: how the descriptors were made; dataset and distractors are added.
+        failures: database images that could not be read, {"name": ..., "reason": ...}.
     """
     folder, truth = stage.folder, dataset.ground_truth
     names = {"queries": truth.queries, "database": dataset.database}

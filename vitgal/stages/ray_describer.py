@@ -1,4 +1,4 @@
-"""Describes images on a Ray cluster: in the same batches as a LocalDescriber."""
+"""Describes images on a Ray cluster, in the same batches as on one machine."""
 
 import contextlib
 import errno
@@ -27,40 +27,45 @@ from vitgal.stages.shards import ShardTask
 
 @dataclass(frozen=True, eq=False)
 class RayDescriber:
-    """A Ray cluster whose actors each hold a LocalDescriber.
+    """A Ray cluster whose actors each hold a LocalDescriber, with the same methods.
 
     Attributes:
-        model: the network on this machine, which only gives its dimensions.
+        local: the network on this machine, of which only the dimensions are used, with the settings
+            of the actors: their device, threads and precision.
         source: the weight file, by its absolute path, or "untrained:<architecture>".
-        settings: of the global or the local stage.
-        machine: of every actor, with the device and the threads that the cluster offers.
-        precision: "fp32" or "bf16".
     """
 
-    model: ViTGaL
+    local: LocalDescriber
     source: str
-    settings: StageSettings
-    machine: MachineSettings
-    precision: str
+
+    @property
+    def model(self) -> ViTGaL:
+        """The network; only its dimensions may be used."""
+        return self.local.model
+
+    @property
+    def precision(self) -> str:
+        """The precision of the actors, "fp32" or "bf16"."""
+        return self.local.precision
 
     def describe_blocks(
         self, blocks: Sequence[Sequence[ImageTask]], bar: tqdm
     ) -> Iterator[tuple[np.ndarray, list[Failure]]]:
-        """Yields the global descriptors (n, D) float32 of each block in order, and its failures."""
-        pipeline = self._pipeline(self._read_block, _describe_block, None, ordered=True)
-        with contextlib.closing(pipeline.run([_absolute(block) for block in blocks])) as results:
+        """Yields global descriptors (n, D) and failures of each block, as LocalDescriber does."""
+        blocks = [_absolute(block) for block in blocks]
+        with contextlib.closing(self._run(blocks, _read_images, _describe_block)) as results:
             for rows, failures in results:
                 bar.update(len(rows))
                 yield rows, failures
 
     def write_shards(self, shards: Sequence[ShardTask], bar: tqdm) -> Iterator[list[Failure]]:
-        """Writes the shards in any order and yields the failures of each."""
+        """Writes the shards, in any order, and yields the failures of each."""
         shards = [
             replace(shard, folder=shard.folder.absolute(), images=_absolute(shard.images))
             for shard in shards
         ]
-        pipeline = self._pipeline(self._read_shard, _describe_shard, _write_shard, ordered=False)
-        with contextlib.closing(pipeline.run(shards)) as results:
+        results = self._run(shards, _read_shard, _describe_shard, _write_shard)
+        with contextlib.closing(results):
             for folder, count, failures, node in results:
                 # Listed: a network file system may remember that one name was missing.
                 if not folder.is_dir() and folder.name not in os.listdir(folder.parent):
@@ -73,64 +78,65 @@ class RayDescriber:
 
     def recorded(self) -> dict[str, Any]:
         """Lists what a stage's manifest records of the cluster; no result depends on it."""
-        machine = self.machine
-        local = LocalDescriber(self.model, self.settings, machine, self.precision)
-        return {
+        machine = self.local.machine
+        return self.local.recorded() | {
             "engine": "ray",
             "actors": _actor_plan(machine).actors,
             "device": machine.device,
-            "precision": self.precision,
-            "batch_size": local.batch_size,
-            "workers": machine.read_threads,
             "threads": machine.threads,
         }
 
-    def _pipeline(
-        self, read: Callable, describe: Callable, write: Callable | None, ordered: bool
-    ) -> engines.Pipeline:
-        settings = replace(self.settings, precision=self.precision)
+    def _run(
+        self,
+        work: Sequence[Any],
+        read: Callable,
+        describe: Callable,
+        write: Callable | None = None,
+    ) -> Iterator[Any]:
+        settings, machine = self.local.settings, self.local.machine
         return engines.Pipeline(
-            read=read,
-            make_describer=partial(_Actor, describe, self.source, settings, self.machine),
+            read=partial(read, settings=settings, machine=machine),
+            make_describer=partial(_Actor, describe, self.source, settings, machine),
             write=write,
-            plan=partial(_actor_plan, self.machine),
-            label=_task_name,
-            ordered=ordered,
-        )
+            plan=partial(_actor_plan, machine),
+            label=_label,
+            ordered=write is None,
+        ).run(work)
 
-    @property
-    def _read_block(self) -> Callable:
-        return partial(_read_images, settings=self.settings, machine=self.machine)
 
-    @property
-    def _read_shard(self) -> Callable:
-        return partial(_read_shard, settings=self.settings, machine=self.machine)
+ImageDescriber = LocalDescriber | RayDescriber
 
 
 @contextlib.contextmanager
-def open_ray(
+def open_describer(
     source: Path | str, settings: StageSettings, machine: MachineSettings
-) -> Iterator[RayDescriber]:
-    """Connects to the cluster and chooses device and precision by what it offers.
+) -> Iterator[ImageDescriber]:
+    """Opens a model on this machine or on a Ray cluster, as the setting `engine` says.
 
-    The model is loaded here first: a mistake in it is found before Ray starts.
+    Args:
+        source: a weight file, or "untrained:<architecture>".
     """
-    here = replace(machine, device="cpu")
-    with open_local(source, replace(settings, precision="fp32"), here) as local:
+    if machine.engine == "local":
+        with open_local(source, settings, machine) as local:
+            yield local
+        return
+    # The model is loaded here first: a mistake in it is found before Ray starts.
+    on_cpu = replace(machine, device="cpu")
+    with open_local(source, replace(settings, precision="fp32"), on_cpu) as local:
         with engines.connected(machine.ray_address):
             plan = _actor_plan(machine)
-            actor = replace(
-                machine, device="cuda" if plan.gpus else "cpu", threads=machine.threads or 1
-            )
+            device = "cuda" if plan.gpus else "cpu"
             precision = settings.precision
             if precision == "auto":
-                precision = engines.call_remotely(
-                    partial(resolve_precision, "auto", actor.device), plan
-                )
-            name = str(source)
-            if not name.startswith(UNTRAINED):
-                name = str(Path(source).absolute())
-            yield RayDescriber(local.model, name, settings, actor, precision)
+                precision = engines.call_remotely(partial(resolve_precision, "auto", device), plan)
+            local = replace(
+                local,
+                settings=replace(settings, precision=precision),
+                machine=replace(machine, device=device, threads=machine.threads or 1),
+                precision=precision,
+            )
+            is_file = not str(source).startswith(UNTRAINED)
+            yield RayDescriber(local, str(Path(source).absolute() if is_file else source))
 
 
 def _actor_plan(machine: MachineSettings) -> engines.ActorPlan:
@@ -160,9 +166,8 @@ class _Actor:
             return self._step(self._describer, value)
 
 
-def _task_name(task: ShardTask | Sequence[ImageTask]) -> str:
-    """Names a block or a shard by its first and last image."""
-    images = task.images if isinstance(task, ShardTask) else task
+def _label(work: ShardTask | Sequence[ImageTask]) -> str:
+    images = work.images if isinstance(work, ShardTask) else work
     ends = " to ".join(dict.fromkeys(image.key for image in (*images[:1], *images[-1:])))
     return f"the images {ends}" if ends else "no image"
 
@@ -185,7 +190,7 @@ def _describe_block(describer: LocalDescriber, images: list) -> tuple[np.ndarray
 class _ShardState:
     """A shard on its way through the pipeline.
 
-    images: loaded images, or items to write; None: the shard is on disk already.
+    images: the loaded images, later the items to write; None: the shard is on disk already.
     """
 
     shard: ShardTask
@@ -198,8 +203,7 @@ def _read_shard(shard: ShardTask, settings: StageSettings, machine: MachineSetti
     # The machine that wrote it may have died before it could report that.
     if written := shard.written():
         return _ShardState(shard, None, failures=written.failures)
-    images = _read_images(shard.images, settings, machine)
-    return _ShardState(shard, images, shard.salvage())
+    return _ShardState(shard, _read_images(shard.images, settings, machine), shard.salvage())
 
 
 def _describe_shard(describer: LocalDescriber, state: _ShardState) -> _ShardState:
@@ -211,24 +215,22 @@ def _describe_shard(describer: LocalDescriber, state: _ShardState) -> _ShardStat
 
 
 def _write_shard(state: _ShardState) -> tuple[Path, int, list[Failure], str]:
-    """Writes a shard under a name of its own and moves it: a second writer may be at work.
+    """Writes a shard; returns its folder, its number of images, its failures and this node's name.
 
-    (A machine that was given up may still be writing.) Returns the shard's folder, the number of
-    its images, the failures and this machine's name.
+    It is written under another name and moved, because a machine that was given up may still be
+    writing the same shard.
     """
-    folder = state.shard.folder
+    shard = state.shard
     if state.images is not None:
-        private = folder.with_name(f"{store.PARTIAL}{uuid.uuid4().hex}")
-        store.write_shard(
-            private / folder.name, state.images, state.shard.format, failures=state.failures
-        )
-        store.drop_index(folder.parent)
-        shutil.rmtree(folder, ignore_errors=True)
+        private = shard.folder.with_name(f"{store.PARTIAL}{uuid.uuid4().hex}")
+        moved = private / shard.folder.name
+        store.write_shard(moved, state.images, shard.format, failures=state.failures)
+        store.drop_index(shard.folder.parent)
+        shutil.rmtree(shard.folder, ignore_errors=True)
         try:
-            os.replace(private / folder.name, folder)
-        except OSError as error:
+            os.replace(moved, shard.folder)
+        except OSError as error:  # the other writer was first; its shard is the same
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            # The second writer was first; its shard is the same.
         shutil.rmtree(private)
-    return folder, len(state.shard.images), state.failures, socket.gethostname()
+    return shard.folder, len(shard.images), state.failures, socket.gethostname()
