@@ -17,14 +17,11 @@ def map_array(path: Path) -> np.ndarray:
     Raises OSError where the file cannot be read, ValueError where it is not a whole array.
     """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
     except OSError:
         raise
     except Exception as error:  # NumPy raises errors of many types for a damaged header
         raise ValueError(f"{path} is not a whole .npy of numbers ({error})") from None
-    if not isinstance(array, np.ndarray):  # an archive of arrays
-        raise ValueError(f"{path} is not a whole .npy of numbers")
-    return array.view(np.ndarray)
 
 
 def map_array_as(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:

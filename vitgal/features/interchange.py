@@ -62,12 +62,8 @@ def export_published(
     network input, one `.npy` an image. `index.json` beside them keeps paths, sizes and boxes, for
     which the published files have no space.
 
-    Args:
-        store: a `FeatureStore`, or another mapping of keys to features.
-        folder: where to write.
-        paths: key -> the image's path in the published image list; every key of the store.
-    Raises:
-        ValueError: a key has no path, or two paths get one published file name.
+    paths: key -> the image's path in the published image list. Raises ValueError where a key of the
+    store has no path, or two paths get one published file name.
     """
     folder, index = Path(folder), {}
     for key in store:
@@ -114,14 +110,14 @@ def import_published(
     names = sorted(path.name for path in (folder / "Locations").glob("*.npy"))
     if not names:
         raise FileNotFoundError(f"{folder / 'Locations'} holds no .npy files")
-    index = {}
-    if (folder / "index.json").exists():
-        index = read_json(folder / "index.json", dict)
+    file = folder / "index.json"
+    index = read_json(file, dict) if file.exists() else {}
     for name in names:
-        item = {"path": images.get(name, published_path(name))} | UNKNOWN_SIZES
-        item = index.get(name, item)
+        item = index.get(name, {})
+        if isinstance(item, dict):
+            item = {"path": images.get(name, published_path(name))} | UNKNOWN_SIZES | item
         if not conforms(item, ENTRY):
-            raise ValueError(f"{folder / 'index.json'} is damaged at {name}: export it again")
+            raise ValueError(f"{file} is damaged at {name}: export the features again")
         points, codes = (_read_matrix(folder / part / name) for part in FOLDERS)
         if len(points) != len(codes) or points.shape[1] != 2:
             raise ValueError(f"{folder}: {name} has {points.shape} locations, {codes.shape} codes")
