@@ -8,7 +8,7 @@ import pytest
 from tests.retrieval_cases import draw_labels, full_sort, normalised, tied
 from vitgal.data.revisited import GroundTruth, labelled
 from vitgal.evaluation.protocol import evaluate
-from vitgal.retrieval.exact_ranks import _count_ahead, _steps, labelled_positions
+from vitgal.retrieval.exact_ranks import _similarity_steps, count_ahead, labelled_positions
 from vitgal.retrieval.exact_search import search
 from vitgal.retrieval.ranking import Positions
 
@@ -82,8 +82,8 @@ def test_count_holds_where_a_product_comes_out_otherwise_the_second_time():
     database = np.array([[0.5], [larger], [0.3], [0.8]], np.float32)
     values = [np.array([0.69], np.float32)]
     for parts in ([slice(0, 4)], [slice(0, 1), slice(1, 2), slice(2, 4)]):
-        steps = _steps(database.T, values)
-        counts = _count_ahead(np.ones((1, 1)), database, parts, [np.array([1])], values, steps)
+        steps = _similarity_steps(database.T, values)
+        counts = count_ahead(np.ones((1, 1)), database, parts, [np.array([1])], values, steps)
         assert counts[0].tolist() == [1]  # it loses to image 3, not to itself
 
 

@@ -90,9 +90,9 @@ def test_built_once_and_the_same_again(tmp_path, database, text, rows):
 @pytest.mark.parametrize("text", ["PQ8x4", "IVF32,PQ8x4", "PCA16,IVF16,PQ8x4", "PCA16,PQ8x4"])
 def test_codes_get_the_seed_and_no_polysemous_training(text):
     """That training takes longer than all the rest and serves a search that is not used."""
-    index = faiss_index._empty(text, WIDTH)
-    faiss_index._set_seeds(index, 6)
-    inner = faiss_index._inner(index)
+    index = faiss_index.new_index(text, WIDTH)
+    faiss_index.set_seeds(index, 6)
+    inner = faiss_index._inner_index(index)
     assert inner.pq.cp.seed == 7 and not inner.do_polysemous_training
 
 
@@ -138,7 +138,7 @@ def test_a_torn_index_is_refused_and_made_again(tmp_path, database):
     ["", "nonsense", "IVF", "PQ7", "IVF16,Flat; efSearch=3", "Flat; depth"],
 )
 def test_texts_that_are_no_index_are_refused(text):
-    with pytest.raises(ValueError, match=r"no index .*faiss says .*IVF1024,Flat"):
+    with pytest.raises(ValueError, match=r"no index .*faiss reports .*IVF1024,Flat"):
         faiss_index.check(text, WIDTH)
 
 

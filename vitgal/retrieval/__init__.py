@@ -5,7 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "exact_search": ["Matches", "ranked", "search", "similarities"],
+        "exact_search": ["rank_images", "search", "similarities"],
         "faiss_index": ["Index", "build", "check", "find", "positions_behind", "read", "recall"],
         "matching": [
             "Descriptors",
@@ -17,7 +17,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "matching_device",
         ],
         "pairs": ["PairInspection", "inspect_pair", "inspect_shortlist"],
-        "products": ["checked"],
         "exact_ranks": ["labelled_positions"],
         "ranking": ["Positions", "Ranking"],
         "reranking": ["Reranking", "padded", "rerank"],

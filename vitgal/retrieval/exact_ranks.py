@@ -6,7 +6,13 @@ from typing import NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from vitgal.retrieval.products import BLOCK, _in_threads, _products, _slices, checked
+from vitgal.retrieval.products import (
+    BLOCK,
+    block_slices,
+    check_descriptors,
+    in_threads,
+    similarity_blocks,
+)
 from vitgal.retrieval.ranking import Positions
 
 BUCKETS = 4096  # steps of similarity; more of them leave less to sort and take longer to count
@@ -21,17 +27,18 @@ def labelled_positions(
 ) -> Positions:
     """Finds the exact rank of every labelled image without ranking the rest.
 
-    A rank is the number of images that are more similar, or as similar with a lower index: counted
-    block by block it equals the full stable sort to the last place. Beyond the descriptors each of
-    up to four threads takes about (90 bytes x Q + 8 bytes x D) x max(block, 4096), whatever N.
+    A rank is the number of images that are more similar, or as similar with a lower index. Counted
+    block by block it equals the rank in the full stable sort. Beyond the descriptors each of up to
+    four threads takes about (90 bytes x Q + 8 bytes x D) x max(block, 4096), whatever N.
 
     Args:
         queries: (Q, D) floats.  database: (N, D) floats, memory-mapped or not.
-        labelled: per query the database indices to find (`revisited.labelled`); may be empty.
+        labelled: per query the database indices (M,) to find (`revisited.labelled`); may be empty.
+        block: database rows that are read at once.
     Raises:
         ValueError: as `search`, or a labelled index is repeated or outside the database.
     """
-    queries, database = checked(queries, database)
+    check_descriptors(queries, database)
     if len(labelled) != len(queries):
         raise ValueError(f"{len(queries)} queries, but {len(labelled)} lists of labelled images")
     indices = [np.sort(np.asarray(index, np.int64)) for index in labelled]
@@ -43,78 +50,90 @@ def labelled_positions(
             )
     if not any(index.size for index in indices):
         return Positions(indices, [index.copy() for index in indices], len(database))
-    parts = _slices(0, len(database), block)
+    parts = block_slices(len(database), block)
     with threadpool_limits(1, "blas"):
         values = _labelled_similarities(queries, database, indices, block)
-        steps = _steps(next(_products(queries, database, parts)), values)
-    counts = _in_threads(
-        lambda share: _count_ahead(queries, database, share, indices, values, steps), parts
+        steps = _similarity_steps(next(similarity_blocks(queries, database, parts)), values)
+    by_thread = in_threads(
+        lambda some: count_ahead(queries, database, some, indices, values, steps), parts
     )
-    return Positions(indices, [sum(each) for each in zip(*counts, strict=True)], len(database))
+    ranks = [sum(counts) for counts in zip(*by_thread, strict=True)]
+    return Positions(indices, ranks, len(database))
 
 
 def _labelled_similarities(
     queries: np.ndarray, database: np.ndarray, indices: list[np.ndarray], block: int
 ) -> list[np.ndarray]:
-    """Per query the similarity of each labelled image, as the later count will use it."""
+    """Per query the similarity of each labelled image, as the later count uses it."""
     rows = np.unique(np.concatenate(indices))
-    parts = [rows[each] for each in _slices(0, rows.size, block)]
+    parts = [rows[part] for part in block_slices(rows.size, block)]
     values = [np.empty(index.size, np.float32) for index in indices]
-    for part, products in zip(parts, _products(queries, database, parts), strict=True):
+    blocks = similarity_blocks(queries, database, parts)
+    for part, products in zip(parts, blocks, strict=True):
         for q, index in enumerate(indices):
             first, last = np.searchsorted(index, (part[0], part[-1] + 1))
             values[q][first:last] = products[q, np.searchsorted(part, index[first:last])]
     return values
 
 
-class _Steps(NamedTuple):
-    """Equal steps of similarity: low and scale (Q, 1) float32, near (Q, BUCKETS) bool."""
+class Steps(NamedTuple):
+    """Equal steps of similarity, the buckets of a count.
+
+    low, scale: (Q, 1) float32.  labelled: (Q, BUCKETS) bool, the bucket holds a labelled image.
+    """
 
     low: np.ndarray
     scale: np.ndarray
-    near: np.ndarray  # the bucket holds a labelled image
+    labelled: np.ndarray
 
 
-def _count_ahead(
+def count_ahead(
     queries: np.ndarray,
     database: np.ndarray,
     parts: list[slice],
     indices: list[np.ndarray],
     values: list[np.ndarray],
-    steps: _Steps,
+    steps: Steps,
 ) -> list[np.ndarray]:
-    """Per query how many images of these parts rank before each labelled one.
+    """Counts the images of some parts of the database that rank before each labelled image.
 
     Sorting every similarity would take longer than computing it. So each falls into one of BUCKETS
-    steps; a bucket without a labelled image is only counted, and what shares a bucket with one is
-    compared with it exactly.
+    steps; buckets without a labelled image are only counted, and images that share a bucket with
+    one are compared with it exactly.
+
+    Args:
+        queries: (Q, D) floats.  database: (N, D) floats.
+        indices, values: per query the labelled images (M,) and their similarities (M,) float32.
+    Returns:
+        Per query (M,) int64.
     """
     counts = [np.zeros(index.size, np.int64) for index in indices]
-    tally = np.zeros(steps.near.shape, np.int64)
+    tally = np.zeros(steps.labelled.shape, np.int64)
     rows = np.unique(np.concatenate(indices))
-    waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-    held = 0
-    for part, products in zip(parts, _products(queries, database, parts), strict=True):
+    pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    pending_size = 0
+    blocks = similarity_blocks(queries, database, parts)
+    for part, products in zip(parts, blocks, strict=True):
         if np.diff(np.searchsorted(rows, (part.start, part.stop))):
-            _put(products, indices, values, part)
-        close = _tally(products, steps, tally)
-        places = np.flatnonzero(close)  # row by row: the queries' shares stand one after another
-        cuts = np.searchsorted(places, np.arange(len(products) + 1) * products.shape[1])
-        waiting.append((cuts, products.ravel()[places], places % products.shape[1] + part.start))
-        held += places.size
-        if held > products.size or part is parts[-1]:
-            _settle(counts, waiting, indices, values)
-            waiting, held = [], 0
+            _insert(products, indices, values, part)
+        close = _add_to_tally(products, steps, tally)
+        flat = np.flatnonzero(close)  # row by row, so the queries follow each other
+        cuts = np.searchsorted(flat, np.arange(len(products) + 1) * products.shape[1])
+        pending.append((cuts, products.ravel()[flat], flat % products.shape[1] + part.start))
+        pending_size += flat.size
+        if pending_size > products.size or part is parts[-1]:
+            _compare_exactly(counts, pending, indices, values)
+            pending, pending_size = [], 0
     for q, value in enumerate(values):
-        before = np.where(steps.near[q], 0, tally[q])[::-1].cumsum()[::-1]
-        counts[q] += before[_buckets(value, steps.low[q], steps.scale[q])]
+        above = np.where(steps.labelled[q], 0, tally[q])[::-1].cumsum()[::-1]
+        counts[q] += above[_buckets(value, steps.low[q], steps.scale[q])]
     return counts
 
 
-def _put(
+def _insert(
     products: np.ndarray, indices: list[np.ndarray], values: list[np.ndarray], part: slice
 ) -> None:
-    """Writes the labelled images' similarities over their products, where they are in this part.
+    """Writes the labelled images' similarities over their products in this part.
 
     The count holds only if every labelled image has one similarity; a product that is computed a
     second time could differ in the last bit.
@@ -124,16 +143,16 @@ def _put(
         row[index[first:last] - part.start] = value[first:last]
 
 
-def _steps(products: np.ndarray, values: list[np.ndarray]) -> _Steps:
-    """Steps over the range of the first block; what lies outside falls into the end buckets."""
+def _similarity_steps(products: np.ndarray, values: list[np.ndarray]) -> Steps:
+    """Steps over the range of the first block; other similarities fall into the end buckets."""
     finite = np.isfinite(products)
     low = products.min(axis=1, keepdims=True, where=finite, initial=0)
     high = products.max(axis=1, keepdims=True, where=finite, initial=0)
-    scale = np.float32(BUCKETS) / np.maximum(high - low, np.float32(1e-6))  # one step at the least
-    near = np.zeros((len(values), BUCKETS), bool)
+    scale = np.float32(BUCKETS) / np.maximum(high - low, np.float32(1e-6))
+    labelled = np.zeros((len(values), BUCKETS), bool)
     for q, value in enumerate(values):
-        near[q, _buckets(value, low[q], scale[q])] = True
-    return _Steps(low, scale, near)
+        labelled[q, _buckets(value, low[q], scale[q])] = True
+    return Steps(low, scale, labelled)
 
 
 def _buckets(similarities: np.ndarray, low: np.ndarray, scale: np.ndarray) -> np.ndarray:
@@ -141,31 +160,31 @@ def _buckets(similarities: np.ndarray, low: np.ndarray, scale: np.ndarray) -> np
     return np.clip((similarities - low) * scale, 0, BUCKETS - 1).astype(np.int64)
 
 
-def _tally(products: np.ndarray, steps: _Steps, tally: np.ndarray) -> np.ndarray:
-    """Adds a block (Q, B) to the buckets' counts; says which images share one with a label."""
+def _add_to_tally(products: np.ndarray, steps: Steps, tally: np.ndarray) -> np.ndarray:
+    """Adds a block (Q, B) to the buckets' counts; (Q, B) bool: the bucket has a labelled image."""
     keys = _buckets(products, steps.low, steps.scale)
     keys += np.arange(len(keys))[:, None] * BUCKETS
     tally += np.bincount(keys.ravel(), minlength=tally.size).reshape(tally.shape)
-    return steps.near.ravel()[keys]
+    return steps.labelled.ravel()[keys]
 
 
-def _settle(
+def _compare_exactly(
     counts: list[np.ndarray],
-    waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]],
     indices: list[np.ndarray],
     values: list[np.ndarray],
 ) -> None:
-    """Adds to `counts` the waiting images that rank before a labelled one.
+    """Adds to `counts` the pending images that rank before a labelled one.
 
-    waiting: similarities and database indices; query q has those from cuts[q] to cuts[q + 1].
+    pending: cuts, similarities and database indices; query q has those from cuts[q] to cuts[q + 1].
     """
     for q, (index, value) in enumerate(zip(indices, values, strict=True)):
-        similarities = np.concatenate([s[cuts[q] : cuts[q + 1]] for cuts, s, _ in waiting])
+        similarities = np.concatenate([s[cuts[q] : cuts[q + 1]] for cuts, s, _ in pending])
         ordered = np.sort(similarities)
-        at, above = (np.searchsorted(ordered, value, side) for side in ("left", "right"))
-        counts[q] += ordered.size - above
-        ties = np.flatnonzero(at < above)
+        left, right = (np.searchsorted(ordered, value, side) for side in ("left", "right"))
+        counts[q] += ordered.size - right
+        ties = np.flatnonzero(left < right)
         if ties.size:
-            images = np.concatenate([i[cuts[q] : cuts[q + 1]] for cuts, _, i in waiting])
+            images = np.concatenate([i[cuts[q] : cuts[q + 1]] for cuts, _, i in pending])
         for j in ties:
             counts[q][j] += np.count_nonzero(images[similarities == value[j]] < index[j])

@@ -1,10 +1,10 @@
-"""Exact search in bounded memory: best matches, exact ranks of labelled images, short lists.
+"""Exact search in bounded memory.
 
 A similarity is the float64 inner product of two descriptors, rounded to float32. Float32 matrix
-products differ in their last bits with the block's shape, the row's place in it and the number of
-threads, so that two copies of one image need not tie; rounded float64 products agree far beyond
-what float32 can show. Ties go to the lower database index. Descriptors are expected L2-normalised
-but are used as they are.
+products differ in their last bits with the block's shape, the row's position in it and the number
+of threads, so that two copies of one image need not tie; rounded float64 products agree far beyond
+the precision of float32. Ties go to the lower database index. Descriptors are expected
+L2-normalised but are used as they are.
 
 A database row of zeros stands for an image that could not be read: its similarity is -inf, so it
 ranks behind every other image.
@@ -15,11 +15,19 @@ from itertools import pairwise
 
 import numpy as np
 
-from vitgal.retrieval.products import BLOCK, _in_threads, _products, _slices, checked
+from vitgal.retrieval.products import (
+    BLOCK,
+    block_slices,
+    check_descriptors,
+    in_threads,
+    similarity_blocks,
+)
 
-QUERIES = 4096  # taken together: their similarities to a block fill 32 MB
-LOOK = 8  # of fewer images than so many times those wanted, float32 products spare nothing
-NEAR_TIES = 4096  # that a query may have at its last place before float64 takes over
+QUERIES = 4096  # searched together: their similarities to a block fill 32 MB
+ESTIMATE_FROM = 8  # times k images; float32 estimates save no time in a smaller database
+NEAR_TIES = 4096  # images that may nearly tie at a query's last rank before float64 takes over
+
+Hits = tuple[np.ndarray, np.ndarray]  # similarities float32 and database indices of one query
 
 
 def search(
@@ -29,180 +37,186 @@ def search(
 
     Args:
         queries: (Q, D) floats.  database: (N, D) floats, memory-mapped or not.
-        k: matches wanted; at most N are returned.
+        k: the number of images wanted; at most N are returned.
+        block: database rows that are read at once.
     Returns:
         similarities (K, Q) float32 and ranks (K, Q) int32, best first, one column a query: the
         first K rows of the full stable sort. An empty database gives (0, Q), no query (K, 0). Each
         of up to four threads takes about 40 bytes x Q x max(K, block) + 8 bytes x D x block more,
-        for 4096 queries at most, which are taken together.
+        for 4096 queries at most, which are searched together.
     Raises:
         ValueError: widths differ, k < 1, or a descriptor is not finite (its row is named).
     """
-    queries, database = checked(queries, database)
+    check_descriptors(queries, database)
     if k < 1:
-        raise ValueError(f"k is {k}; at least one match must be wanted")
+        raise ValueError(f"k is {k}; at least one image must be wanted")
     k = min(k, len(database))
     if len(queries) > QUERIES:
-        shares = [queries[part] for part in _slices(0, len(queries), QUERIES)]
-        found = [search(share, database, k=max(1, k), block=block) for share in shares]
-        similarities, ranks = zip(*found, strict=True)
+        groups = [queries[part] for part in block_slices(len(queries), QUERIES)]
+        results = [search(group, database, k=max(1, k), block=block) for group in groups]
+        similarities, ranks = zip(*results, strict=True)
         return np.concatenate(similarities, axis=1), np.concatenate(ranks, axis=1)
-    parts = _slices(0, len(database), block)
-    found = _looked_up(queries, database, parts, k) if LOOK * k <= len(database) else None
-    if found is None:
-        spans = _in_threads(lambda span: _best_of(queries, database, span, k), parts)
-        found = [_merged(pairs, k) for pairs in zip(*spans, strict=True)]
-    similarities = np.array([pair[0] for pair in found], np.float32).reshape(len(queries), k)
-    ranks = np.array([pair[1] for pair in found], np.int32).reshape(len(queries), k)
+    parts = block_slices(len(database), block)
+    hits = None
+    if ESTIMATE_FROM * k <= len(database):
+        hits = _search_estimated(queries, database, parts, k)
+    if hits is None:
+        by_thread = in_threads(lambda some: _search_parts(queries, database, some, k), parts)
+        hits = [_merge(of_query, k) for of_query in zip(*by_thread, strict=True)]
+    similarities = np.array([pair[0] for pair in hits], np.float32).reshape(len(queries), k)
+    ranks = np.array([pair[1] for pair in hits], np.int32).reshape(len(queries), k)
     return np.ascontiguousarray(similarities.T), np.ascontiguousarray(ranks.T)
 
 
-Matches = tuple[np.ndarray, np.ndarray]  # similarities and database indices of one query
-
-
-def _best_of(
+def _search_parts(
     queries: np.ndarray, database: np.ndarray, parts: list[slice], k: int
-) -> list[Matches]:
-    """Per query the best `k` (or all there are) of these rising parts of the database."""
-    kept: list[list[Matches]] = [
-        [(np.empty(0, np.float32), np.empty(0, np.int32))] for _ in queries
-    ]
-    waiting = np.zeros(len(queries), np.int64)
-    bars: list[float | None] = [None] * len(queries)  # the k-th best; None until k are there
-    for part, products in zip(parts, _products(queries, database, parts), strict=True):
+) -> list[Hits]:
+    """Per query the best `k` (or all there are) of rising parts of the database."""
+    best: list[list[Hits]] = [[(np.empty(0, np.float32), np.empty(0, np.int32))] for _ in queries]
+    pending = np.zeros(len(queries), np.int64)
+    thresholds: list[float | None] = [None] * len(queries)  # the k-th best; None until k are there
+    blocks = similarity_blocks(queries, database, parts)
+    for part, products in zip(parts, blocks, strict=True):
         for q, row in enumerate(products):
-            # An equal similarity with a higher index loses to what is kept, hence strictly more.
-            places = np.arange(row.size) if bars[q] is None else np.flatnonzero(row > bars[q])
-            kept[q].append((row[places], (places + part.start).astype(np.int32)))
-            waiting[q] += places.size
-            if waiting[q] >= k:  # merged this rarely, a long list costs little more than one sort
-                kept[q], waiting[q] = [_merged(kept[q], k)], 0
-                bars[q] = kept[q][0][0][-1]
-    return [_merged(pairs, k) for pairs in kept]
+            # An equal similarity with a higher index loses to the earlier image, hence `>`.
+            threshold = thresholds[q]
+            columns = np.arange(row.size) if threshold is None else np.flatnonzero(row > threshold)
+            best[q].append((row[columns], (columns + part.start).astype(np.int32)))
+            pending[q] += columns.size
+            if pending[q] >= k:  # merged this rarely, a long list costs little more than one sort
+                best[q], pending[q] = [_merge(best[q], k)], 0
+                thresholds[q] = best[q][0][0][-1]
+    return [_merge(hits, k) for hits in best]
 
 
-def _looked_up(
+def _search_estimated(
     queries: np.ndarray, database: np.ndarray, parts: list[slice], k: int
-) -> list[Matches] | None:
-    """The same by float32 products, which leave few images for float64 to rank.
+) -> list[Hits] | None:
+    """The best `k` of every query, where float32 products leave few images for float64 to rank.
 
-    None where these are no help: queries of another type, values that are not finite (`_best_of`
-    names them) or too large, or more images that nearly tie than are worth keeping.
+    None where these do not help: queries of another type, values that are not finite
+    (`_search_parts` names them) or too large, or too many images that nearly tie.
     """
     if queries.dtype != np.float32 or not len(queries):
         return None
-    pools = [pool for (pool,) in _in_threads(lambda p: [_look(queries, database, p, k)], parts)]
+    pools = [
+        pool for (pool,) in in_threads(lambda some: [_estimate(queries, database, some, k)], parts)
+    ]
     if not all(pools):
         return None
     error = max(pool.error for pool in pools)
 
-    def settled(q: int) -> Matches:
-        pairs = zip(*(pool.kept[q] for pool in pools), strict=True)
-        _, images = _near(*map(np.concatenate, pairs), k, error)
-        return ranked(queries[q], database, np.sort(images), k)
+    def rank_candidates(q: int) -> Hits:
+        pairs = zip(*(pool.hits[q] for pool in pools), strict=True)
+        _, images = _possible_best(*map(np.concatenate, pairs), k, error)
+        return rank_images(queries[q], database, np.sort(images), k)
 
-    shares = _in_threads(lambda share: list(map(settled, share)), list(range(len(queries))))
-    return [found for share in shares for found in share]
+    by_thread = in_threads(lambda some: list(map(rank_candidates, some)), list(range(len(queries))))
+    return [hits for part in by_thread for hits in part]
 
 
-def _look(queries: np.ndarray, database: np.ndarray, parts: list[slice], k: int) -> "_Pool | None":
-    """Per query what may be among the best `k` of these parts; None as `_looked_up`."""
+def _estimate(
+    queries: np.ndarray, database: np.ndarray, parts: list[slice], k: int
+) -> "_CandidatePool | None":
+    """Per query the images that may be among the best `k` of these parts; None as above."""
     length = float(np.sqrt(np.einsum("ij,ij->i", queries, queries, dtype=np.float64)).max())
-    # The rounding of a sum of D products, in any order, and of what is added up, twice over.
+    # Twice the rounding error of a sum of D products, in any order, and of its factors.
     relative = 2 * (queries.shape[1] + 12) * 2.0**-24
-    pool = _Pool(len(queries), k)
+    pool = _CandidatePool(len(queries), k)
     products = np.empty((0, len(queries)), np.float32)
     for part in parts:
         with np.errstate(over="ignore", invalid="ignore"):
-            given = database[part]
-            rows = np.ascontiguousarray(given, np.float32)
+            stored = database[part]
+            rows = np.ascontiguousarray(stored, np.float32)
             if len(products) != len(rows):
                 products = np.empty((len(rows), len(queries)), np.float32)
             np.matmul(rows, queries.T, out=products)
-            error = relative * length * _longest(rows) + float(np.finfo(np.float32).tiny)
+            error = relative * length * _length_bound(rows) + float(np.finfo(np.float32).tiny)
         if not error < 1e30:  # true for nan as well
             return None
-        blank = np.flatnonzero(products[:, 0] == 0)
-        # As given: what float32 cannot hold is not an image that could not be read.
-        products[blank[~given[blank].any(axis=1)]] = -np.inf
+        zeros = np.flatnonzero(products[:, 0] == 0)
+        # As stored: a value too small for float32 does not make an image unreadable.
+        products[zeros[~stored[zeros].any(axis=1)]] = -np.inf
         if not pool.add(products, part.start, error):
             return None
     return pool if pool.merge() else None
 
 
-def _longest(rows: np.ndarray) -> float:
-    """No row is longer; nan or infinite where a value is. Of rows of one length 8 times theirs."""
+def _length_bound(rows: np.ndarray) -> float:
+    """An upper bound of the rows' lengths: of 64 rows together, so 8 times theirs where equal."""
     together = 64 if len(rows) % 64 == 0 else 1
     groups = rows.reshape(-1, together * rows.shape[1])
     return float(np.sqrt(np.einsum("ij,ij->i", groups, groups).max(initial=0)))
 
 
-class _Pool:
-    """The best `k` images of every query so far and all that may be, by inexact similarities.
+class _CandidatePool:
+    """The images that may be among the best `k` of every query, by estimated similarities.
 
-    kept: similarities float32 and database indices int32 of each query, off by `error` at most.
+    hits: of each query; a similarity is off by `error` at most.
     """
 
     def __init__(self, queries: int, k: int) -> None:
         self.k, self.error = k, 0.0
-        self.kept: list[Matches] = [(np.empty(0, np.float32), np.empty(0, np.int32))] * queries
-        self.bars = np.full(queries, -np.inf)  # no k-th best similarity is lower
-        self.waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self.held = 0
+        self.hits: list[Hits] = [(np.empty(0, np.float32), np.empty(0, np.int32))] * queries
+        self.thresholds = np.full(queries, -np.inf)  # no k-th best similarity is lower
+        self.pending: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self.pending_size = 0
 
     def add(self, products: np.ndarray, start: int, error: float) -> bool:
-        """Takes similarities (B, Q) of the images from `start` on; False as `merge`."""
+        """Adds similarities (B, Q) of the images from `start` on; False as `merge`."""
         self.error = max(self.error, error)
-        bars = np.nextafter((self.bars - error).astype(np.float32), np.float32(-np.inf))
-        hits = np.flatnonzero(products >= bars)
-        images, owners = np.divmod(hits.astype(np.int32), np.int32(products.shape[1]))
+        floor = (self.thresholds - error).astype(np.float32)
+        passed = np.flatnonzero(products >= np.nextafter(floor, np.float32(-np.inf)))
+        images, owners = np.divmod(passed.astype(np.int32), np.int32(products.shape[1]))
         images += np.int32(start)
-        self.waiting.append((owners.astype(np.int16), products.ravel()[hits], images))
-        self.held += hits.size
-        return self.held < self.k * len(self.bars) or self.merge()
+        self.pending.append((owners.astype(np.int16), products.ravel()[passed], images))
+        self.pending_size += passed.size
+        return self.pending_size < self.k * len(self.thresholds) or self.merge()
 
     def merge(self) -> bool:
-        """Drops what cannot be among the best; False where too much is left."""
-        if not self.waiting:
+        """Drops images that cannot be among the best; False where too many are left."""
+        if not self.pending:
             return True
-        owners, similarities, images = map(np.concatenate, zip(*self.waiting, strict=True))
+        owners, similarities, images = map(np.concatenate, zip(*self.pending, strict=True))
         order = np.argsort(owners, kind="stable")
-        cuts = np.searchsorted(owners[order], np.arange(len(self.bars) + 1))
+        cuts = np.searchsorted(owners[order], np.arange(len(self.thresholds) + 1))
         for q, (first, last) in enumerate(pairwise(cuts)):
-            mine = order[first:last]
-            pairs = zip(self.kept[q], (similarities[mine], images[mine]), strict=True)
-            self.kept[q] = _near(*map(np.concatenate, pairs), self.k, self.error)
-            if len(self.kept[q][0]) >= self.k:
-                self.bars[q] = _kth(self.kept[q][0], self.k) - self.error
-        self.waiting, self.held = [], 0
-        return max(len(images) for _, images in self.kept) <= 2 * self.k + NEAR_TIES
+            new = order[first:last]
+            pairs = zip(self.hits[q], (similarities[new], images[new]), strict=True)
+            self.hits[q] = _possible_best(*map(np.concatenate, pairs), self.k, self.error)
+            if len(self.hits[q][0]) >= self.k:
+                self.thresholds[q] = _kth_best(self.hits[q][0], self.k) - self.error
+        self.pending, self.pending_size = [], 0
+        return max(len(images) for _, images in self.hits) <= 2 * self.k + NEAR_TIES
 
 
-def _kth(similarities: np.ndarray, k: int) -> float:
-    """The k-th greatest."""
+def _kth_best(similarities: np.ndarray, k: int) -> float:
     return float(np.partition(similarities, len(similarities) - k)[len(similarities) - k])
 
 
-def _near(similarities: np.ndarray, images: np.ndarray, k: int, error: float) -> Matches:
-    """Those that may be among the best `k` where each similarity may be off by `error`."""
+def _possible_best(similarities: np.ndarray, images: np.ndarray, k: int, error: float) -> Hits:
+    """The hits that may be among the best `k` where each similarity may be off by `error`."""
     if len(similarities) <= k:
         return similarities, images
-    near = similarities >= np.float32(_kth(similarities, k)) - np.float32(2.1 * error)
+    near = similarities >= np.float32(_kth_best(similarities, k)) - np.float32(2.1 * error)
     return similarities[near], images[near]
 
 
-def _merged(pairs: Iterable[Matches], k: int) -> Matches:
-    """The best `k` of matches whose indices rise from pair to pair wherever similarities tie."""
-    similarities, indices = (np.concatenate(arrays) for arrays in zip(*pairs, strict=True))
+def _merge(hits: Iterable[Hits], k: int) -> Hits:
+    """The best `k` of hits whose indices rise from pair to pair wherever similarities tie."""
+    similarities, images = (np.concatenate(arrays) for arrays in zip(*hits, strict=True))
     order = np.argsort(-similarities, kind="stable")[:k]
-    return similarities[order], indices[order]
+    return similarities[order], images[order]
 
 
 def similarities(query: np.ndarray, database: np.ndarray, images: np.ndarray) -> np.ndarray:
-    """The similarities (M,) float32 of one query (D,) and images (M,), integers."""
-    return next(_products(query[None], database, [images]))[0]
+    """Returns the similarities (M,) float32 of one query (D,) and database indices (M,)."""
+    return next(similarity_blocks(query[None], database, [images]))[0]
 
 
-def ranked(query: np.ndarray, database: np.ndarray, images: np.ndarray, k: int) -> Matches:
-    """The `k` most similar of these images, indices that rise: similarities and indices."""
-    return _merged([(similarities(query, database, images), images)], k)
+def rank_images(query: np.ndarray, database: np.ndarray, images: np.ndarray, k: int) -> Hits:
+    """Ranks database images by their similarity to one query (D,).
+
+    images: (M,) rising database indices. Returns similarities float32 and indices of the best `k`.
+    """
+    return _merge([(similarities(query, database, images), images)], k)

@@ -1,35 +1,36 @@
-"""Approximate search: a faiss index of global descriptors, built once, stored, memory-mapped.
+"""Approximate search with a faiss index of global descriptors, stored and memory-mapped.
 
-The index only proposes images. What it proposes is ranked by the exact similarities of
-`vitgal.search`, read from the memory-mapped descriptors, so that coarse codes cost images that are
-never proposed but put none in the wrong order. Behind the list the ranking goes on with all other
-images in exact order: so every labelled image has a rank and the scores are those of the list.
+The index only proposes images. They are ranked by their exact similarities, read from the
+memory-mapped descriptors, so that coarse codes may miss images but put none in the wrong order.
+Behind the list the ranking continues with all other images in exact order. So every labelled image
+has a rank, and the scores are those of the list.
 """
 
 import contextlib
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from vitgal import runs
-from vitgal.retrieval import exact_search, products
+from vitgal.retrieval.exact_search import rank_images, search, similarities
+from vitgal.retrieval.products import check_descriptors
 from vitgal.retrieval.ranking import Positions
 
 INDEX = "index.faiss"
-ABOUT = "index.json"
-OUTPUTS = (INDEX, ABOUT)
-ABOUT_FORMAT = 1
+RECORD = "index.json"
+OUTPUTS = (INDEX, RECORD)
+RECORD_FORMAT = 1
 OVERSAMPLE = 4  # images that the index proposes for each one wanted
 MOST_CELLS = 1 << 24
-CELLS_SEARCHED = 16  # of so many cells one is looked into, unless the index's text says otherwise
+CELLS_PER_PROBE = 16  # an inverted file searches one of so many cells, unless nprobe is given
 TRAINING = 1 << 16  # descriptors that an index without cells learns its codes from
 PER_CELL = 64  # descriptors that each cell of an inverted file is learnt from
-ADDED = 1 << 16  # descriptors handed to faiss at once: 100 MB at 384 dimensions
+ADDED = 1 << 16  # descriptors given to faiss at once: 100 MB at 384 dimensions
 DEPTHS = (1, 10, 100)  # at which recall is reported
 EXAMPLES = "'IVF1024,Flat', 'IVF1024,PQ64; nprobe=32' or 'HNSW32'"
 
@@ -43,101 +44,104 @@ class Index:
 
 
 def check(text: str, width: int, images: int | None = None) -> None:
-    """Raises ValueError where `text` is no index of so many descriptors of this width.
+    """Raises ValueError where `text` describes no index of such descriptors.
 
-    text: a faiss factory string, and after a semicolon, if wanted, how to search it: "IVF1024,PQ64;
-    nprobe=32". Without that one cell of 16 of an inverted file is looked into. images: None leaves
-    out what depends on their number.
+    Call it before descriptors are computed: faiss itself finds some faults only after that, or ends
+    the process.
 
-    To be called before descriptors are made: faiss itself finds some of this out after that, or
-    ends the process.
+    Args:
+        text: a faiss factory string and, after an optional semicolon, search parameters:
+            "IVF1024,PQ64; nprobe=32". Without nprobe one cell of 16 of an inverted file is
+            searched.
+        width: D, the dimension of the descriptors.
+        images: the number of descriptors; None leaves out what depends on it.
     """
     factory, options = _split(text)
     most = MOST_CELLS if images is None else min(images, MOST_CELLS)
-    cells = [int(number) for number in re.findall(r"IVF(\d+)", factory)]
-    if any(not 1 <= number <= most for number in cells):
+    if any(not 1 <= int(cells) <= most for cells in re.findall(r"IVF(\d+)", factory)):
         _refuse(text, f"an inverted file of {most} images has 1 to {most} cells")
-    if any(int(number) < 2 for number in re.findall(r"(?:HNSW|NSG)(\d+)", factory)):
+    if any(int(links) < 2 for links in re.findall(r"(?:HNSW|NSG)(\d+)", factory)):
         _refuse(text, "a graph links each image to 2 others at least")
     if "IDMap" in factory:
         _refuse(text, "images keep their own numbers here")
     for probed in re.findall(r"nprobe=([^,]*)", options):
         if not (probed.isdecimal() and int(probed) >= 1):
             _refuse(text, f"nprobe is {probed}, not a number of cells")
-    codes = getattr(_inner(_empty(text, width)), "pq", None)
+    codes = getattr(_inner_index(new_index(text, width)), "pq", None)
     if images is not None and codes is not None and codes.ksub > images:
         _refuse(text, f"its {codes.ksub} codes cannot be learnt from {images} images")
 
 
-def _refuse(text: str, reason: str) -> None:
+def _refuse(text: str, reason: str) -> NoReturn:
     raise ValueError(f"no index {text!r}: {reason}; for example {EXAMPLES}")
 
 
 def build(
     folder: Path, database: np.ndarray, text: str, *, seed: int = 0, rows: int = ADDED
 ) -> Path:
-    """Makes the index of a database, unless the folder holds that very index.
+    """Builds the index of a database, unless the folder holds that very index.
 
     Args:
-        folder: gets index.faiss and, written last, index.json: what the index was made of and from.
+        folder: gets index.faiss and, written last, index.json with everything the index depends on.
         database: (N, D) floats, memory-mapped or not; read `rows` at a time. A row of zeros, an
-            image that could not be read, is indexed as well, so that places stay indices.
-        text: see `check`.  seed: of the sample that the index learns from, and of its k-means.
+            image that could not be read, is indexed as well, so that indices stay equal.
+        text: as for `check`.
+        seed: of the sample that the index learns from, and of its k-means.
     Returns:
         The folder. The same arguments give the same bytes: graphs, whose shape depends on the order
-        in which images come, are built on one thread.
+        in which images are added, are built on one thread.
     Raises:
         ValueError: text as in `check`; an empty database, one with a value that is not finite (its
             row is named), or of fewer images than the index has cells or codes.
         OSError: no space left; nothing is kept of the index then.
     """
-    folder, about = Path(folder), _about(database, text, seed)
+    folder, record = Path(folder), _record(database, text, seed)
     check(text, database.shape[1], len(database))
     if (folder / INDEX).exists():
         with contextlib.suppress(runs.StageError):  # missing, or not whole
             size = (folder / INDEX).stat().st_size
-            if runs.read_json(folder / ABOUT) == about | {"bytes": size}:
+            if runs.read_json(folder / RECORD) == record | {"bytes": size}:
                 return folder
-    (folder / ABOUT).unlink(missing_ok=True)
+    (folder / RECORD).unlink(missing_ok=True)
     import faiss
 
-    index = _empty(text, database.shape[1])
-    _set_seeds(index, seed)
-    with _Threads(1 if re.search("HNSW|NSG", text) else None):
-        with _told(text, len(database)):
-            index.train(_sample(database, index, seed))
+    index = new_index(text, database.shape[1])
+    set_seeds(index, seed)
+    with _threads(1 if re.search("HNSW|NSG", text) else None):
+        with _explained_errors(text, len(database)):
+            index.train(_training_sample(database, index, seed))
             for first in range(0, len(database), rows):
                 index.add(np.ascontiguousarray(database[first : first + rows], np.float32))
         with runs.atomic(folder / INDEX) as temporary, open(temporary, "wb") as handle:
-            # Through Python's file a full disk comes as the OSError that it is.
+            # Written through Python's file, so that a full disk raises OSError.
             faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
-    about["bytes"] = (folder / INDEX).stat().st_size
-    runs.write_json(folder / ABOUT, about)
+    record["bytes"] = (folder / INDEX).stat().st_size
+    runs.write_json(folder / RECORD, record)
     return folder
 
 
 def read(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Index:
-    """Opens what `build` stored, memory-mapped.
+    """Opens an index that `build` stored, memory-mapped; the arguments are those of `build`.
 
     Raises StageError where there is no whole index, or one of other descriptors or settings.
     """
     import faiss
 
-    folder, expected = Path(folder), _about(database, text, seed)
-    found = runs.read_json(folder / ABOUT)
+    folder, expected = Path(folder), _record(database, text, seed)
+    record = runs.read_json(folder / RECORD)
     size = (folder / INDEX).stat().st_size if (folder / INDEX).exists() else None
-    other = [key for key in expected if expected[key] != found.get(key)]
-    if other:
+    differing = [key for key in expected if expected[key] != record.get(key)]
+    if differing:
         raise runs.StageError(
-            f"{folder / INDEX} was made of other {' and '.join(other)} than are asked for: build "
-            "it again"
+            f"{folder / INDEX} was made of other {' and '.join(differing)} than are asked for: "
+            "build it again"
         )
-    if size != found.get("bytes"):
+    if size != record.get("bytes"):
         raise runs.StageError(f"{folder / INDEX} is missing or not whole: build it again")
-    # Where this faiss has it, all parts are mapped; the other maps the cells of an inverted file.
+    # Newer faiss maps all parts of an index, older ones the cells of an inverted file.
     mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
     index = faiss.read_index(str(folder / INDEX), mapped)
-    _set_search(index, text)
+    _set_search_parameters(index, text)
     return Index(index, database)
 
 
@@ -145,86 +149,86 @@ def find(index: Index, queries: np.ndarray, *, k: int) -> tuple[np.ndarray, np.n
     """Finds about the `k` most similar images of every query.
 
     Args:
-        queries: (Q, D) floats.  k: matches wanted; at most N are returned.
+        queries: (Q, D) floats.  k: the number of images wanted; at most N are returned.
     Returns:
         similarities (K, Q) float32 and ranks (K, Q) int32, best first, one column a query, as
-        `search.search` gives them, but without the images that the index did not propose; and for
-        how many queries it proposed fewer than K, so that they were searched exactly.
+        `search` returns them, but without the images that the index did not propose; and for how
+        many queries it proposed fewer than K, so that they were searched exactly.
     Raises:
-        ValueError: see `search.search`.
+        ValueError: as `search`.
     """
-    queries, database = products.checked(queries, index.database)
+    database = index.database
+    check_descriptors(queries, database)
     if k < 1:
-        raise ValueError(f"k is {k}; at least one match must be wanted")
+        raise ValueError(f"k is {k}; at least one image must be wanted")
     k = min(k, len(database))
-    similarities = np.empty((k, len(queries)), np.float32)
+    values = np.empty((k, len(queries)), np.float32)
     ranks = np.empty((k, len(queries)), np.int32)
     if not ranks.size:
-        return similarities, ranks, 0
+        return values, ranks, 0
     wanted = min(OVERSAMPLE * k, len(database))
-    graph = getattr(_inner(index.faiss), "hnsw", None)
-    if graph is not None:  # a graph proposes hardly more images than it keeps on its way
+    graph = getattr(_inner_index(index.faiss), "hnsw", None)
+    if graph is not None:  # a graph proposes hardly more images than it visits
         graph.efSearch = max(graph.efSearch, wanted)
     _, proposed = index.faiss.search(np.ascontiguousarray(queries, np.float32), wanted)
-    lacking = []
+    unanswered = []
     for q, images in enumerate(proposed):
         images = np.unique(images[images >= 0])
         if images.size < k:
-            lacking.append(q)
+            unanswered.append(q)
         else:
-            similarities[:, q], ranks[:, q] = exact_search.ranked(queries[q], database, images, k)
-    if lacking:
-        found = exact_search.search(queries[lacking], database, k=k)
-        similarities[:, lacking], ranks[:, lacking] = found
-    return similarities, ranks, len(lacking)
+            values[:, q], ranks[:, q] = rank_images(queries[q], database, images, k)
+    if unanswered:
+        values[:, unanswered], ranks[:, unanswered] = search(queries[unanswered], database, k=k)
+    return values, ranks, len(unanswered)
 
 
-def recall(ranks: np.ndarray, exact: np.ndarray, depths: Sequence[int] = DEPTHS) -> dict[str, Any]:
-    """The share of the exact first n images that are among the first n found, means over queries.
+def recall(
+    ranks: np.ndarray, exact: np.ndarray, depths: Sequence[int] = DEPTHS
+) -> dict[str, float | None]:
+    """Computes which fraction of the exact first n images is among the first n that were found.
 
-    ranks, exact: (K, Q) integers. Returns depth (as text) -> share in [0, 1], for depths up to K;
-    None without queries.
+    ranks, exact: (K, Q) integers. Returns the mean over queries in [0, 1] by depth n (as text), for
+    depths up to K; None without queries.
     """
-    shares: dict[str, Any] = {}
+    fractions: dict[str, float | None] = {}
     for depth in depths:
         if depth > min(len(ranks), len(exact)):
             break
         columns = zip(ranks[:depth].T, exact[:depth].T, strict=True)
-        found = [np.isin(right, ours).mean() for ours, right in columns]
-        shares[str(depth)] = float(np.mean(found)) if found else None
-    return shares
+        hits = [np.isin(expected, column).mean() for column, expected in columns]
+        fractions[str(depth)] = float(np.mean(hits)) if hits else None
+    return fractions
 
 
 def positions_behind(
     exact: Positions,
-    similarities: np.ndarray,
+    values: np.ndarray,
     ranks: np.ndarray,
     queries: np.ndarray,
     database: np.ndarray,
 ) -> Positions:
-    """Where the labelled images stand if the ranking begins with a list and is exact behind it.
+    """Computes the labelled images' ranks in a ranking that begins with a list of `find`.
 
     Args:
-        exact: of the exact ranking.
-        similarities, ranks: (K, Q), the list that `find` gave for these queries and database.
+        exact: positions in the exact ranking, which continues behind the list.
+        values, ranks: (K, Q) float32 and int32, the list and its similarities.
+        queries, database: (Q, D) and (N, D) floats, as given to `find`.
     """
-    places = []
-    for q, (index, place) in enumerate(zip(exact.indices, exact.ranks, strict=True)):
-        column, values = ranks[:, q].astype(np.int64), similarities[:, q]
+    positions = []
+    for q, (index, exact_ranks) in enumerate(zip(exact.indices, exact.ranks, strict=True)):
+        column, similarity = ranks[:, q].astype(np.int64), values[:, q]
         order = np.argsort(column)
-        at = np.minimum(np.searchsorted(column, index, sorter=order), max(len(column) - 1, 0))
-        listed = column[order[at]] == index if len(column) else np.zeros(index.size, bool)
-        place = place.copy()
-        place[listed] = order[at[listed]]
+        listed = np.isin(index, column)
+        new_ranks = exact_ranks.copy()
+        new_ranks[listed] = order[np.searchsorted(column, index[listed], sorter=order)]
         missed = index[~listed]
         if missed.size:
-            theirs = exact_search.similarities(queries[q], database, missed)
-            ahead = (values > theirs[:, None]) | (
-                (values == theirs[:, None]) & (column < missed[:, None])
-            )
-            place[~listed] += len(column) - ahead.sum(axis=1)
-        places.append(place)
-    return Positions(exact.indices, places, exact.database_size)
+            own = similarities(queries[q], database, missed)[:, None]
+            ahead = (similarity > own) | ((similarity == own) & (column < missed[:, None]))
+            new_ranks[~listed] += len(column) - ahead.sum(axis=1)
+        positions.append(new_ranks)
+    return Positions(exact.indices, positions, exact.database_size)
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -232,67 +236,58 @@ def _split(text: str) -> tuple[str, str]:
     return factory.strip(), ",".join(part.strip() for part in options.split(",") if part.strip())
 
 
-class _told:
-    """Turns what faiss raises into a sentence about the index that was asked for."""
-
-    def __init__(self, text: str, images: int | None = None) -> None:
-        self.text, self.images = text, images
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, RuntimeError):
-            reason = str(error).splitlines()[0].rpartition("failed: ")[2]
-            reason = re.sub(r"^Error in .* at \S+: ", "", reason)
-            of = "" if self.images is None else f" of {self.images} images"
-            raise ValueError(
-                f"no index {self.text!r}{of}: faiss says {reason!r}; for example {EXAMPLES}"
-            ) from error
+@contextlib.contextmanager
+def _explained_errors(text: str, images: int | None = None) -> Iterator[None]:
+    """Turns a RuntimeError of faiss into a ValueError about the index that was asked for."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rpartition("failed: ")[2]
+        reason = re.sub(r"^Error in .* at \S+: ", "", reason)
+        size = "" if images is None else f" of {images} images"
+        raise ValueError(
+            f"no index {text!r}{size}: faiss reports {reason!r}; for example {EXAMPLES}"
+        ) from error
 
 
-class _Threads:
-    """Sets faiss's threads inside a `with`; None leaves them."""
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Sets the number of faiss's threads; None leaves it."""
+    import faiss
 
-    def __init__(self, number: int | None) -> None:
-        self.number = number
-
-    def __enter__(self) -> None:
-        import faiss
-
-        self.before = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(self.number or self.before)
-
-    def __exit__(self, *_: object) -> None:
-        import faiss
-
-        faiss.omp_set_num_threads(self.before)
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
 
 
-def _empty(text: str, width: int) -> Any:
-    """An index without descriptors, its search options set."""
+def new_index(text: str, width: int) -> Any:
+    """Returns a faiss index without descriptors, its search parameters set. text: as `check`."""
     import faiss
 
     factory, _ = _split(text)
-    with _told(text):
+    with _explained_errors(text):
         index = faiss.index_factory(width, factory, faiss.METRIC_INNER_PRODUCT)
-    _set_search(index, text)
+    _set_search_parameters(index, text)
     return index
 
 
-def _set_search(index: Any, text: str) -> None:
+def _set_search_parameters(index: Any, text: str) -> None:
     import faiss
 
     _, options = _split(text)
     cells = faiss.try_extract_index_ivf(index)
     if cells is not None:
-        cells.nprobe = max(1, cells.nlist // CELLS_SEARCHED)
+        cells.nprobe = max(1, cells.nlist // CELLS_PER_PROBE)
     if options:
-        with _told(text):
+        with _explained_errors(text):
             faiss.ParameterSpace().set_index_parameters(index, options)
 
 
-def _inner(index: Any) -> Any:
-    """The part that holds the codes or the graph, behind what transforms descriptors first."""
+def _inner_index(index: Any) -> Any:
+    """The part that holds the codes or the graph, without transforms of the descriptors."""
     import faiss
 
     cells = faiss.try_extract_index_ivf(index)
@@ -302,19 +297,20 @@ def _inner(index: Any) -> Any:
     return inner
 
 
-def _set_seeds(index: Any, seed: int) -> None:
-    inner = _inner(index)
+def set_seeds(index: Any, seed: int) -> None:
+    """Seeds the k-means of a faiss index."""
+    inner = _inner_index(index)
     for owner in (inner, getattr(inner, "pq", None)):
         if hasattr(owner, "cp"):
-            owner.cp.seed = seed + 1  # faiss takes 0 as it takes any other, but not below
+            owner.cp.seed = seed + 1  # faiss takes no seed below 0
     if hasattr(inner, "do_polysemous_training"):
-        # A reordering of the codes for a kind of search that is not used here; it takes ten times
-        # as long as learning them.
+        # Reorders the codes for a kind of search that is not used here; it takes ten times as long
+        # as learning them.
         inner.do_polysemous_training = False
 
 
-def _sample(database: np.ndarray, index: Any, seed: int) -> np.ndarray:
-    """The descriptors that the index learns from, drawn with the seed, in their order."""
+def _training_sample(database: np.ndarray, index: Any, seed: int) -> np.ndarray:
+    """The descriptors that the index learns from, drawn with the seed, in database order."""
     import faiss
 
     cells = faiss.try_extract_index_ivf(index)
@@ -325,8 +321,8 @@ def _sample(database: np.ndarray, index: Any, seed: int) -> np.ndarray:
     return np.ascontiguousarray(database[np.sort(drawn)], np.float32)
 
 
-def _about(database: np.ndarray, text: str, seed: int) -> dict[str, Any]:
-    """What an index depends on. ValueError where the database cannot be indexed."""
+def _record(database: np.ndarray, text: str, seed: int) -> dict[str, Any]:
+    """Everything an index depends on; ValueError where the database cannot be indexed."""
     if getattr(database, "ndim", None) != 2 or database.dtype.kind != "f":
         raise ValueError("the database must be a 2-D array of floats, one descriptor a row")
     if not len(database):
@@ -341,7 +337,7 @@ def _about(database: np.ndarray, text: str, seed: int) -> dict[str, Any]:
     factory, options = _split(text)
     building = [option for option in options.split(",") if option.startswith("efConstruction")]
     return {
-        "format": ABOUT_FORMAT,
+        "format": RECORD_FORMAT,
         "factory": ", ".join([factory, *building]),
         "seed": seed,
         "descriptors": digest.hexdigest(),
