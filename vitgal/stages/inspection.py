@@ -120,7 +120,9 @@ def sweep(
 def _changed(settings: RerankingSettings, parameter: str, value: float) -> RerankingSettings:
     if parameter == "threshold":
         return replace(settings, verification=replace(settings.verification, threshold=value))
-    return replace(settings, matching=replace(settings.matching, **{parameter: value}))
+    if parameter == "max_distance":
+        return replace(settings, matching=replace(settings.matching, max_distance=value))
+    return replace(settings, matching=replace(settings.matching, max_keypoints=value))
 
 
 @dataclass(eq=False)

@@ -87,8 +87,8 @@ def explain_selection(
         images = network_input(batch, device_of(model))
         kept = extract(settings)
         survivors = extract(replace(settings, max_keypoints=UNLIMITED))
-        unlimited = {"max_keypoints": UNLIMITED, "nms_candidates": UNLIMITED}
-        everything = extract(replace(settings, nms_overlap=1.0, **unlimited))
+        unlimited = replace(settings, max_keypoints=UNLIMITED, nms_candidates=UNLIMITED)
+        everything = extract(replace(unlimited, nms_overlap=1.0))
         attention, scores = {}, {}
         for scale, output in zip(settings.scales, recorder.outputs, strict=True):
             heads = output.attention[0].float()

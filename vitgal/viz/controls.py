@@ -22,7 +22,6 @@ Options = Sequence[tuple[str, int]]  # the entries of a list: text and index
 NARROW = widgets.Layout(width="3em")
 WIDE = widgets.Layout(width="26em")
 LIST = widgets.Layout(width="36em")  # a name, its label and its numbers
-LABELLED = {"style": {"description_width": "9em"}, "layout": WIDE}
 NATURAL = widgets.Layout(align_self="flex-start", max_width="100%")  # not stretched
 
 
@@ -122,6 +121,12 @@ class Chooser:
 
         button.on_click(move)
         return button
+
+
+def labelled(control: widgets.Widget) -> widgets.Widget:
+    """Gives a control the width that all have in common; returns it."""
+    control.style.description_width, control.layout = "9em", WIDE
+    return control
 
 
 @contextlib.contextmanager

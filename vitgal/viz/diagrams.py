@@ -72,9 +72,17 @@ def _break_rows(steps: Sequence[Step], width: float) -> list[list[Step]]:
 
 def _draw_step(axes: Axes, step: Step, left: float, middle: float) -> None:
     """A box with three lines of text; left and middle in inches."""
-    style = {"facecolor": STEP_COLOUR, "edgecolor": CURVE_COLOURS[0], "linewidth": 1.0}
-    axes.add_patch(Rectangle((left, middle - 0.35), step.width, 0.7, **style))
-    x, style = left + step.width / 2, {"ha": "center", "va": "center"}
-    axes.text(x, middle - 0.19, escape(step.name), fontsize=CAPTION_SIZE, weight="bold", **style)
-    axes.text(x, middle, escape(step.shape), fontsize=9, color=CURVE_COLOURS[0], **style)
-    axes.text(x, middle + 0.19, escape(step.note), fontsize=CAPTION_SIZE, **style)
+    corner, blue = (left, middle - 0.35), CURVE_COLOURS[0]
+    axes.add_patch(
+        Rectangle(corner, step.width, 0.7, facecolor=STEP_COLOUR, edgecolor=blue, linewidth=1)
+    )
+    x = left + step.width / 2
+    for y, text, size, weight, colour in (
+        (middle - 0.19, step.name, CAPTION_SIZE, "bold", INK),
+        (middle, step.shape, 9, "normal", blue),
+        (middle + 0.19, step.note, CAPTION_SIZE, "normal", INK),
+    ):
+        axes.text(
+            *(x, y, escape(text)), fontsize=size, weight=weight, color=colour, ha="center",
+            va="center",
+        )  # fmt: skip

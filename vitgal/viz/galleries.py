@@ -270,8 +270,9 @@ def _draw_query(axes: Axes, query: QueryImage, inches: float) -> None:
     axes.set_title(shorten(query.title, 0.94 * inches), fontsize=CAPTION_SIZE, color=QUERY_COLOUR)
     if query.box is not None:
         corner = (x0 - 0.5, y0 - 0.5)  # edges of pixels: the last one of the crop is x1 - 1
-        style = {"fill": False, "edgecolor": BOX_COLOUR, "linewidth": 1.6}
-        axes.add_patch(Rectangle(corner, x1 - x0, y1 - y0, **style))
+        axes.add_patch(
+            Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor=BOX_COLOUR, linewidth=1.6)
+        )
 
 
 def _draw_frame(axes: Axes, colour: str) -> None:
@@ -367,9 +368,13 @@ def write_table(axes: Axes, table: pd.DataFrame, width: float) -> None:
         number = pd.api.types.is_numeric_dtype(table[name])
         x = left + (widths[name] if number else 0)
         for line, text in enumerate((name, *texts)):
-            text = shorten(text, widths[name] / 72 + 0.02)
-            style = {"ha": "right" if number else "left", "va": "center", "fontsize": CAPTION_SIZE}
-            axes.text(x, line, text, fontweight="bold" if line == 0 else "normal", **style)
+            axes.text(
+                *(x, line, shorten(text, widths[name] / 72 + 0.02)),
+                ha="right" if number else "left",
+                va="center",
+                fontsize=CAPTION_SIZE,
+                fontweight="bold" if line == 0 else "normal",
+            )
         left += widths[name] + gap
 
 

@@ -228,16 +228,16 @@ def dropped_features(
     figure, axes = plt.subplots(1, 2, figsize=(9, height + 0.6), layout="constrained")
     for panel in axes:
         draw_photograph(panel, picture, 4.5)
-    style = {"markersize": 3.5, "scalex": False, "scaley": False}
-    inlier = {"color": INLIER_COLOUR, "markeredgecolor": INLIER_EDGE_COLOUR}
-    axes[0].plot(*kept.original_keypoints().T, "o", **inlier, **style)
+        panel.autoscale(False)
+    (dots,) = axes[0].plot(*kept.original_keypoints().T, "o", color=INLIER_COLOUR, markersize=3.5)
+    dots.set_markeredgecolor(INLIER_EDGE_COLOUR)
     axes[0].set_title(f"{len(kept)} kept")
     axes[1].set_title(f"{len(dropped)} dropped")
     points = dropped.original_keypoints()
     for name, marker, colour in zip(sorted(set(reasons)), "x+1", DROPPED_COLOURS, strict=False):
         label = f"{(reasons == name).sum()}: {(titles or {}).get(name, name)}"
         (marks,) = axes[1].plot(
-            *points[reasons == name].T, marker, color=colour, label=label, **style
+            *points[reasons == name].T, marker, color=colour, label=label, markersize=3.5
         )
         marks.set_path_effects(outlined("black", 2.2))
     if len(dropped):
@@ -263,8 +263,7 @@ def _draw_heat(
     grey = cv2.cvtColor(shrink(image, inches), cv2.COLOR_RGB2GRAY)
     extent = pixel_extent(image)
     axes.imshow(grey, extent=extent, cmap="gray", vmin=0, vmax=255)
-    style = {"cmap": HEAT_MAP, "norm": norm, "alpha": 0.6, "interpolation": "nearest"}
-    axes.imshow(heat, extent=extent, **style)
+    axes.imshow(heat, cmap=HEAT_MAP, norm=norm, alpha=0.6, interpolation="nearest", extent=extent)
     hide_frame(axes)
 
 

@@ -8,10 +8,14 @@ from matplotlib.axes import Axes
 from vitgal.retrieval.verification import ESTIMATORS
 from vitgal.settings import RerankingSettings
 from vitgal.stages.inspection import ComparedPair, InspectionError, Inspector
-from vitgal.viz.controls import LABELLED, WIDE, Chooser, FigureOutput, Options, refill, unobserved
+from vitgal.viz.controls import WIDE, Chooser, FigureOutput, Options, labelled, refill, unobserved
 from vitgal.viz.matching import MatchedImage, match_lines
 
-LAYERS = {"rejected matches": "rejected", "outline": "outline", "dropped features": "dropped"}
+LAYERS = (
+    ("rejected matches", "rejected"),
+    ("outline", "outline"),
+    ("dropped features", "dropped"),
+)
 
 
 @dataclass(frozen=True)
@@ -117,35 +121,39 @@ class MatchInspector:
     def _make_parameters(self) -> None:
         matching, verification = self.settings.matching, self.settings.verification
         most = self.inspector.settings.max_keypoints
-        self.distance = widgets.FloatSlider(
-            matching.max_distance, min=0, max=1.5, step=0.01, description="max_distance"
+        self.distance = labelled(
+            widgets.FloatSlider(
+                matching.max_distance, min=0, max=1.5, step=0.01, description="max_distance"
+            )
         )
-        self.threshold = widgets.FloatSlider(
-            verification.threshold, min=0.5, max=64, step=0.5, description="threshold (px)"
+        self.threshold = labelled(
+            widgets.FloatSlider(
+                verification.threshold, min=0.5, max=64, step=0.5, description="threshold (px)"
+            )
         )
-        self.count = widgets.IntSlider(
-            matching.max_keypoints or most, min=5, max=most, step=5, description="features"
+        self.count = labelled(
+            widgets.IntSlider(
+                matching.max_keypoints or most, min=5, max=most, step=5, description="features"
+            )
         )
-        self.estimator = widgets.Dropdown(
-            options=list(ESTIMATORS), value=verification.estimator, description="estimator"
+        self.estimator = labelled(
+            widgets.Dropdown(
+                options=ESTIMATORS, value=verification.estimator, description="estimator"
+            )
         )
-        for control in (self.distance, self.threshold, self.count, self.estimator):
-            control.style.description_width, control.layout = "9em", WIDE
 
     def _make_layers(self) -> None:
         scales = [(f"{scale:g}", scale) for scale in self.inspector.settings.scales]
-        self.hidden_scales = widgets.SelectMultiple(
-            options=scales, description="hidden scales", rows=len(scales), **LABELLED
+        self.hidden_scales = labelled(
+            widgets.SelectMultiple(options=scales, description="hidden scales", rows=len(scales))
         )
-        self.layers = widgets.SelectMultiple(
-            options=LAYERS.items(),
-            value=("rejected", "outline"),
-            description="drawn",
-            rows=len(LAYERS),
-            **LABELLED,
+        self.layers = labelled(
+            widgets.SelectMultiple(
+                options=LAYERS, value=("rejected", "outline"), description="drawn", rows=len(LAYERS)
+            )
         )
-        self.attention = widgets.Dropdown(
-            options=[("none", None)], description="attention", **LABELLED
+        self.attention = labelled(
+            widgets.Dropdown(options=[("none", None)], description="attention")
         )
         self.button = widgets.Button(
             description="look with the network (one pass a photograph)", layout=WIDE

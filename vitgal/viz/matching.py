@@ -29,7 +29,6 @@ from vitgal.viz.style import (
     BOX_COLOUR,
     CURVE_COLOURS,
     DROPPED_COLOURS,
-    GRID,
     INLIER_COLOUR,
     INLIER_EDGE_COLOUR,
     REJECTED_COLOUR,
@@ -118,7 +117,7 @@ def feature_counts(counts: Sequence[int], scales: Sequence[float] | np.ndarray) 
     axes[1].set_title(f"{len(scales):,} features of one image, by scale", loc="left")
     for panel in axes:
         panel.yaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.grid(axis="y", **GRID)
+        panel.grid(axis="y")
     return axes
 
 
@@ -256,7 +255,7 @@ def _draw_side_by_side(axes: Axes, pictures: Sequence[np.ndarray], width: float)
         axes.imshow(shrink(picture, max(inches, rows * scale)), extent=extent)
         frames.append((left, top, scale))
         left += inches + gap
-    axes.set(xlim=(0, left - gap), ylim=(height, 0), aspect="equal")
+    axes.set(xlim=(0, left - gap), ylim=(height, 0), aspect="equal", autoscale_on=False)
     axes.figure.set_size_inches(max(left - gap, 3) + 0.1, height + 0.5)
     return frames
 
@@ -274,8 +273,10 @@ def _spread(count: int, limit: int) -> np.ndarray:
 
 def _draw_rejected(axes: Axes, lines: np.ndarray) -> None:
     """Thin dashed lines; lines: (K, 2 ends, 2) inches."""
-    style = {"colors": REJECTED_COLOUR, "linewidths": 0.6, "linestyles": (0, (4, 3))}
-    axes.add_collection(LineCollection(lines, alpha=0.75, **style), autolim=False)
+    drawn = LineCollection(
+        lines, colors=REJECTED_COLOUR, linewidths=0.6, linestyles=(0, (4, 3)), alpha=0.75
+    )
+    axes.add_collection(drawn, autolim=False)
 
 
 def _draw_inliers(axes: Axes, lines: np.ndarray) -> None:
@@ -284,16 +285,14 @@ def _draw_inliers(axes: Axes, lines: np.ndarray) -> None:
     drawn = LineCollection(lines, colors=INLIER_COLOUR, linewidths=wide)
     drawn.set_path_effects(outlined(INLIER_EDGE_COLOUR, 2 * wide))
     axes.add_collection(drawn, autolim=False)
-    dots = {"color": INLIER_COLOUR, "markeredgecolor": INLIER_EDGE_COLOUR, "markeredgewidth": 0.6}
-    dots |= {"markersize": 2.6 * wide, "scalex": False, "scaley": False}
-    axes.plot(*lines.reshape(-1, 2).T, "o", **dots)
+    (dots,) = axes.plot(*lines.reshape(-1, 2).T, "o", color=INLIER_COLOUR, markersize=2.6 * wide)
+    dots.set(markeredgecolor=INLIER_EDGE_COLOUR, markeredgewidth=0.6)
 
 
 def _draw_crosses(axes: Axes, points: np.ndarray) -> None:
     """Small marks at features that were dropped; points: (N, 2) inches."""
-    style = {"color": DROPPED_COLOURS[0], "markersize": 3.2, "markeredgewidth": 0.8}
-    (marks,) = axes.plot(*points.T, "x", scalex=False, scaley=False, zorder=2, **style)
-    marks.set_path_effects(outlined("black", 1.6))
+    (marks,) = axes.plot(*points.T, "x", color=DROPPED_COLOURS[0], markersize=3.2, zorder=2)
+    marks.set(markeredgewidth=0.8, path_effects=outlined("black", 1.6))
 
 
 def _draw_outlines(
@@ -312,8 +311,7 @@ def _draw_outlines(
     for picture, frame, outline in zip(pictures, frames, (box, projected), strict=True):
         if outline is None:
             continue
-        style = {"fill": False, "edgecolor": BOX_COLOUR, "linewidth": 1.6}
-        shape = Polygon(_to_inches(outline, frame), **style)
+        shape = Polygon(_to_inches(outline, frame), fill=False, edgecolor=BOX_COLOUR, linewidth=1.6)
         shape.set_path_effects(outlined("black", 2.8))
         axes.add_patch(shape)
         height, width = picture.shape[:2]

@@ -9,7 +9,7 @@ import numpy as np
 from vitgal.data.photographs import PhotographError, read_upright
 from vitgal.settings import RerankingSettings
 from vitgal.stages.own import Photographs, SearchResult, find_query, search_folder
-from vitgal.viz.controls import LABELLED, WIDE, FigureOutput, refill, unobserved
+from vitgal.viz.controls import WIDE, FigureOutput, labelled, refill, unobserved
 from vitgal.viz.photographs import pair_figure, ranking_figure, reduce_image
 
 PREVIEW = 480  # pixels, the longer side of the photograph on which a box is drawn
@@ -39,14 +39,14 @@ class PhotographBrowser:
             names, value = photographs.names, name
         else:
             names, value = [query, *photographs.names], query
-        self.query = widgets.Dropdown(options=names, value=value, description="query", **LABELLED)
-        self.across = widgets.IntRangeSlider(description="left, right", **LABELLED)
-        self.down = widgets.IntRangeSlider(description="top, bottom", **LABELLED)
+        self.query = labelled(widgets.Dropdown(options=names, value=value, description="query"))
+        self.across = labelled(widgets.IntRangeSlider(description="left, right"))
+        self.down = labelled(widgets.IntRangeSlider(description="top, bottom"))
         self.preview = widgets.Image(format="jpeg")
         self.button = widgets.Button(
             description="search with this box", button_style="primary", layout=WIDE
         )
-        self.partner = widgets.Dropdown(options=[], description="matches with", **LABELLED)
+        self.partner = labelled(widgets.Dropdown(options=[], description="matches with"))
         self.ranking, self.pair = FigureOutput(), FigureOutput()
         self._open_query(box)
         self._connect()

@@ -13,10 +13,9 @@ from vitgal.evaluation.tuning import Tuning
 from vitgal.settings import RerankingSettings
 from vitgal.viz.drawing import escape, outlined, sentence_figure, shorten, text_width
 from vitgal.viz.style import (
-    BAND,
+    BAND_OPACITY,
     BAR_COLOURS,
     CURVE_COLOURS,
-    GRID,
     INK,
     LABEL_COLOURS,
     LINE_STYLES,
@@ -52,10 +51,10 @@ def ap_change(table: pd.DataFrame) -> Axes:
     _, axes = plt.subplots(figsize=(WIDTH, 3.2), layout="constrained")
     positions, up = np.arange(len(change)), change.to_numpy() >= 0
     axes.bar(positions[up], change[up], color=LABEL_COLOURS["easy"], width=0.8)
-    down = {"facecolor": "white", "edgecolor": LABEL_COLOURS["negative"], "hatch": "//////"}
-    axes.bar(positions[~up], change[~up], width=0.8, **down)
+    down = axes.bar(positions[~up], change[~up], color="white", width=0.8, hatch="//////")
+    plt.setp(list(down), edgecolor=LABEL_COLOURS["negative"])
     axes.axhline(0, color=INK, linewidth=0.8)
-    axes.grid(axis="y", **GRID)
+    axes.grid(axis="y")
     axes.set(ylabel="change of AP (points)", xlim=(-0.7, len(change) - 0.3))
     _name_bars(axes, change.index)
     note = f" ({left_out} without a positive image left out)" if left_out else ""
@@ -101,9 +100,16 @@ def score_bars(
     for index, (system, row) in enumerate(scores.items()):
         positions = np.arange(len(PROTOCOLS)) + (index - (len(scores) - 1) / 2) * bar
         values = [_percent(row.get(protocol)) for protocol in PROTOCOLS]
-        style = {"color": BAR_COLOURS[index % len(BAR_COLOURS)], "edgecolor": INK}
-        style |= {"linewidth": 0.5, "hatch": "////" if index >= len(BAR_COLOURS) else ""}
-        axes.bar(positions, values, 0.92 * bar, label=escape(system), **style)
+        axes.bar(
+            positions,
+            values,
+            0.92 * bar,
+            label=escape(system),
+            color=BAR_COLOURS[index % len(BAR_COLOURS)],
+            edgecolor=INK,
+            linewidth=0.5,
+            hatch="////" if index >= len(BAR_COLOURS) else "",
+        )
         for protocol, x, value in zip(PROTOCOLS, positions, values, strict=True):
             top = _draw_whisker(axes, x, value, intervals.get(system, {}).get(protocol))
             if not np.isnan(value):
@@ -111,7 +117,7 @@ def score_bars(
     axes.set_xticks(range(len(PROTOCOLS)), [protocol.capitalize() for protocol in PROTOCOLS])
     axes.tick_params(axis="x", length=0)
     axes.set(ylabel="mAP (%)", ylim=(0, 110), yticks=range(0, 101, 20))
-    axes.grid(axis="y", **GRID)
+    axes.grid(axis="y")
     longest = max(text_width(str(system), 8.0) for system in scores) / 72 + 0.6  # and its mark
     columns = int(np.clip(0.95 * 7 / longest, 1, 4))
     handles = axes.get_legend_handles_labels()
@@ -155,15 +161,14 @@ def parameter_curves(table: pd.DataFrame, settings: RerankingSettings) -> np.nda
     )
     for panel, name in zip(axes[0], names, strict=True):
         rows = table[table["parameter"] == name]
-        for column, colour, line in zip(
-            ("matches", "inliers"), CURVE_COLOURS, LINE_STYLES, strict=False
-        ):
-            style = {"color": colour, "linestyle": line, "marker": "o", "markersize": 3}
-            panel.plot(rows["value"], rows[column], label=column, **style)
+        for index, column in enumerate(("matches", "inliers")):
+            line = f"o{LINE_STYLES[index]}"
+            colour = CURVE_COLOURS[index]
+            panel.plot(rows["value"], rows[column], line, color=colour, markersize=3, label=column)
         if current[name] is not None:
             panel.axvline(current[name], color=INK, linewidth=0.8, linestyle=":")
         panel.set(xlabel=name.replace("_", " "), ylim=(0, None))
-        panel.grid(axis="y", **GRID)
+        panel.grid(axis="y")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return axes[0]
 
@@ -184,19 +189,21 @@ def tuning_curves(tuning: Tuning) -> np.ndarray:
         ap, positions = tuning.curve(name), np.arange(len(values))  # evenly spaced
         low, high = 100 * np.array([statistics.bootstrap_interval(row) for row in ap]).T
         mean = 100 * np.array([_mean(row) for row in ap])
-        panel.fill_between(positions, low, high, color=CURVE_COLOURS[0], **BAND)
-        panel.plot(positions, mean, "o-", color=CURVE_COLOURS[0], markersize=4, label="reranked")
-        level = {"color": INK, "linewidth": 1.0, "linestyle": ":"}
-        panel.axhline(100 * _mean(tuning.before), **level, label="not reranked")
-        marks = (
-            ("current", current, {"color": CURVE_COLOURS[3], "linestyle": "--"}),
-            ("chosen", chosen, {"color": CURVE_COLOURS[1], "linestyle": "-"}),
+        panel.fill_between(
+            positions, low, high, color=CURVE_COLOURS[0], alpha=BAND_OPACITY, linewidth=0
         )
-        for label, marked, style in marks:
-            panel.axvline(list(values).index(marked[name]), linewidth=1.4, label=label, **style)
+        panel.plot(positions, mean, "o-", color=colour, markersize=4, label="reranked")
+        level = 100 * _mean(tuning.before)
+        panel.axhline(level, color=INK, linewidth=1.0, linestyle=":", label="not reranked")
+        for label, marked, colour, line in (
+            ("current", current, CURVE_COLOURS[3], "--"),
+            ("chosen", chosen, CURVE_COLOURS[1], "-"),
+        ):
+            x = list(values).index(marked[name])
+            panel.axvline(x, color=colour, linewidth=1.4, linestyle=line, label=label)
         panel.set_xticks(positions, [f"{value:g}" for value in values])
         panel.set_xlabel(name)
-        panel.grid(axis="y", **GRID)
+        panel.grid(axis="y")
     axes[0, 0].set_ylabel("mAP (%)")
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper left", ncols=4)

@@ -26,8 +26,7 @@ STEP_COLOUR = "#EAF3FA"  # the boxes of a diagram
 INK = "#333333"
 HEAT_MAP = "inferno"
 SCORE_MAP = "plasma"
-GRID = {"color": "#E3E3E3", "linewidth": 0.6}
-BAND = {"alpha": 0.15, "linewidth": 0}  # an interval around a curve
+BAND_OPACITY = 0.15  # of the interval around a curve
 CAPTION_SIZE = 7.5  # points, text beside photographs
 # Photographs are kept at this many pixels a drawn pixel: an exported figure stays sharp, and a
 # notebook's picture is as large as its figure whatever the photographs.
@@ -45,6 +44,8 @@ STYLE = {
     "axes.titlepad": 4,
     "axes.linewidth": 0.8,
     "axes.grid": False,
+    "grid.color": "#E3E3E3",
+    "grid.linewidth": 0.6,
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,

@@ -10,7 +10,7 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import FuncFormatter, MaxNLocator, StrMethodFormatter
 
 from vitgal.viz.drawing import sentence_figure
-from vitgal.viz.style import BAND, CURVE_COLOURS, GRID, LINE_STYLES, STYLE
+from vitgal.viz.style import BAND_OPACITY, CURVE_COLOURS, LINE_STYLES, STYLE
 
 # Training logs: title of a panel -> columns of log.jsonl and their names in the legend
 PANELS = {
@@ -49,10 +49,10 @@ def split_statistics(
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.9), layout="constrained")
     for colour, line, (name, part) in zip(CURVE_COLOURS, LINE_STYLES, parts.items(), strict=False):
         label = f"{name}: {part.sum():,} images of {(part > 0).sum():,} classes"
-        style = {"color": colour, "linestyle": line, "linewidth": 1.6}
-        axes[0].stairs(np.histogram(part, edges)[0], edges, label=label, **style)
+        steps = axes[0].stairs(np.histogram(part, edges)[0], edges, label=label)
+        steps.set(edgecolor=colour, linestyle=line, linewidth=1.6)
         positions = np.arange(1, len(part) + 1)
-        axes[1].plot(positions, part, drawstyle="steps-mid", **style)
+        axes[1].plot(positions, part, line, color=colour, drawstyle="steps-mid")
     axes[0].set(xlabel="images in a class", ylabel="classes")
     axes[1].set(xlabel="classes, largest first", ylabel="images in the class")
     if wide:
@@ -61,7 +61,7 @@ def split_statistics(
         axes[0].xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[1].set_ylim(bottom=0)
     for panel in axes:
-        panel.grid(axis="y", **GRID)
+        panel.grid(axis="y")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return axes
 
@@ -135,7 +135,7 @@ def draw_curves(
         ends = [f"{column}_low", f"{column}_high"]
         if all(end in log for end in ends):
             low, high = (factor * log[end].to_numpy(float)[finite] for end in ends)
-            axes.fill_between(positions, low, high, color=colour, **BAND)
+            axes.fill_between(positions, low, high, color=colour, alpha=BAND_OPACITY, linewidth=0)
         axes.plot(
             positions,
             values[finite],
@@ -151,7 +151,7 @@ def draw_curves(
     axes.set_ylim(bottom=0)  # none of these values can be negative
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.grid(axis="y", **GRID)
+    axes.grid(axis="y")
 
 
 def _counts(counts: Sequence[int] | np.ndarray, name: str) -> np.ndarray:
