@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import ipywidgets as widgets
 from matplotlib.axes import Axes
 
-from vitgal.retrieval.verification import ESTIMATORS
 from vitgal.settings import RerankingSettings
+from vitgal.settings.sections import ESTIMATORS
 from vitgal.stages.inspection import ComparedPair, InspectionError, Inspector
 from vitgal.viz.controls import WIDE, Chooser, FigureOutput, Options, labelled, refill, unobserved
 from vitgal.viz.matching import MatchedImage, match_lines

@@ -189,9 +189,8 @@ def tuning_curves(tuning: Tuning) -> np.ndarray:
         ap, positions = tuning.curve(name), np.arange(len(values))  # evenly spaced
         low, high = 100 * np.array([statistics.bootstrap_interval(row) for row in ap]).T
         mean = 100 * np.array([_mean(row) for row in ap])
-        panel.fill_between(
-            positions, low, high, color=CURVE_COLOURS[0], alpha=BAND_OPACITY, linewidth=0
-        )
+        colour = CURVE_COLOURS[0]
+        panel.fill_between(positions, low, high, color=colour, alpha=BAND_OPACITY, linewidth=0)
         panel.plot(positions, mean, "o-", color=colour, markersize=4, label="reranked")
         level = 100 * _mean(tuning.before)
         panel.axhline(level, color=INK, linewidth=1.0, linestyle=":", label="not reranked")
