@@ -3,6 +3,8 @@
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.data.landmark_tables import ROWS, frame, make_images
 from vitgal.data import gldv2, splits
@@ -210,13 +212,29 @@ def test_an_empty_list_reads_as_an_empty_table(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", ["train/a.jpg", "train/a.jpg x", "train/a.jpg -1", "other/a 1", ""]
+    "line", ["train/a.jpg", "train/a.jpg x", "train/a.jpg -1", "other/a 1", "train/ 1", ""]
 )
 def test_wrong_lines_are_named_by_number(tmp_path, line):
     path = tmp_path / "train_split.txt"
     path.write_text(f"train/ok.jpg 3\n{line}\n")
     with pytest.raises(ValueError, match="line 2: expected"):
         splits.read_split_txt(path)
+
+
+PIECES = st.binary(max_size=6) | st.sampled_from([b"train/", b"a ", b" 7", b"\n", b"9" * 30])
+
+
+@given(st.lists(PIECES, max_size=8).map(b"".join))
+def test_any_bytes_are_read_or_refused_with_the_lists_name(tmp_path_factory, data):
+    path = tmp_path_factory.getbasetemp() / "any_split.txt"
+    path.write_bytes(data)
+    try:
+        table = splits.read_split_txt(path)
+    except ValueError as error:
+        assert "any_split.txt" in str(error)
+    else:
+        splits.write_split_txt(path, table)
+        assert splits.read_split_txt(path).equals(table)
 
 
 # What notebook 01 shows

@@ -83,17 +83,17 @@ class RetrievalDataset:
 
 
 def positives(ground_truth: GroundTruth, protocol: str) -> list[np.ndarray]:
-    """Returns per query the sorted int64 indices of the images that count as correct."""
+    """Returns per query the images that count as correct: (n,) int64, rising."""
     return _images_with_labels(ground_truth, POSITIVES, protocol)
 
 
 def ignored(ground_truth: GroundTruth, protocol: str) -> list[np.ndarray]:
-    """Returns per query the sorted int64 indices of the images that are taken out of rankings."""
+    """Returns per query the images that are taken out of rankings: (n,) int64, rising."""
     return _images_with_labels(ground_truth, IGNORED, protocol)
 
 
 def labelled(ground_truth: GroundTruth) -> list[np.ndarray]:
-    """Returns per query the sorted int64 indices of every easy, hard and junk image."""
+    """Returns per query every easy, hard and junk image: (n,) int64, rising."""
     return _images_with_labels(ground_truth, {"all": LABELS}, "all")
 
 
@@ -132,6 +132,7 @@ class _BuiltinsOnly(pickle._Unpickler):
     """
 
     def find_class(self, module: str, name: str) -> Any:
+        """Refuses whatever the pickle names."""
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 

@@ -1,6 +1,7 @@
 """Splits of landmark photographs: training, validation and retrieval validation."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -285,21 +286,22 @@ def write_split_txt(path: Path, split: pd.DataFrame, *, prefix: str = "train/") 
 def read_split_txt(path: Path, *, prefix: str = "train/") -> pd.DataFrame:
     """Reads the published form: `path` without the prefix, `label`; paths may hold spaces.
 
-    An empty file gives an empty table. ValueError names the first line that is no `path label` or
-    whose path does not begin with the prefix.
+    An empty file gives an empty table. ValueError names the first line that is not the prefix, a
+    path, a space and a label.
     """
-    with open(path, encoding="utf-8") as handle:
-        rows = list(_split_lines(handle, path, prefix))
-    return _part([image for image, _ in rows], [label for _, label in rows])
-
-
-def _split_lines(lines: Iterable[str], path: Path, prefix: str) -> Iterator[tuple[str, int]]:
-    for number, line in enumerate(lines, 1):
-        # NOTE the published reader cuts at every space and fails on a path that holds one.
-        image, _, label = line.rstrip("\r\n").rpartition(" ")
-        if not image.startswith(prefix) or not image or not label.isdecimal():
-            raise ValueError(f"{path}, line {number}: expected `{prefix}<image> <label>`: {line!r}")
-        yield image[len(prefix) :], int(label)
+    try:
+        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text: {error}") from None
+    # NOTE the published reader cuts at every space and fails on a path that holds one.
+    pattern = re.compile(re.escape(prefix) + r"(.+) ([0-9]{1,18})", re.DOTALL)
+    rows = [pattern.fullmatch(line) for line in lines if lines != [""]]
+    if None in rows:
+        number = rows.index(None)
+        raise ValueError(
+            f"{path}, line {number + 1}: expected `{prefix}<image> <label>`: {lines[number]!r}"
+        )
+    return _part([row[1] for row in rows], [int(row[2]) for row in rows])
 
 
 def sample_images(

@@ -67,11 +67,12 @@ def make_demo(
 
 def _photographs_input(folder: Path, photographs: Sequence[Photograph]) -> runs.Input:
     tables = [path for path in (folder / ATTRIBUTION, folder / REGIONS) if path.is_file()]
+    files = [*tables, *(photograph.path for photograph in photographs)]
     names = [photograph.name for photograph in photographs]
-    paths = [*tables, *(photograph.path for photograph in photographs)]
-
-    def combine(*parts: str) -> dict:
-        pairs = [list(pair) for pair in zip(names, parts[len(tables) :], strict=True)]
-        return {"tables": list(parts[: len(tables)]), "photographs": pairs}
-
-    return runs.combined_input([runs.file_input(path) for path in paths], combine)
+    return runs.combined_input(
+        [runs.file_input(path) for path in files],
+        lambda *parts: {
+            "tables": parts[: len(tables)],
+            "photographs": list(zip(names, parts[len(tables) :], strict=True)),
+        },
+    )

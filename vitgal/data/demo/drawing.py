@@ -57,16 +57,20 @@ class _RandomNumbers:
         self.generator = np.random.default_rng(list(seed))
 
     def between(self, low: float, high: float) -> float:
+        """Draws from [low, high)."""
         return low + (high - low) * float(self.generator.random())
 
     def signed(self, low: float, high: float) -> float:
+        """Draws from [low, high), then the sign."""
         size = self.between(low, high)
         return size if self.happens(0.5) else -size
 
     def happens(self, probability: float) -> bool:
+        """Draws whether an event of this probability happens."""
         return float(self.generator.random()) < probability
 
     def integer(self) -> int:
+        """Draws from 0 to 2 ** 31 - 1."""
         return int(self.generator.integers(1 << 31))
 
 

@@ -1,6 +1,7 @@
 """The bundled photographs of landmarks, with their attribution and regions."""
 
 import csv
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ class Photograph:
     region: tuple[float, float, float, float]
 
     def read(self) -> np.ndarray:
-        """Decodes it to (height, width, 3) uint8 RGB; ValueError for a damaged or other image."""
+        """Decodes it to (H, W, 3) uint8 RGB; ValueError for a damaged image or another size."""
         image = images.read_image(self.path)
         if image.shape[:2] != (self.height, self.width):
             raise ValueError(
@@ -101,10 +102,10 @@ def _read_regions(path: Path) -> dict[str, tuple[float, ...]]:
         try:
             x0, y0, x1, y1 = (float(row[side]) for side in REGION_COLUMNS[1:])
         except (TypeError, ValueError):
-            raise ValueError(f"{path}: the region of {row['file']} is not four numbers") from None
+            x0 = y0 = x1 = y1 = math.nan
         if not (0 <= x0 < x1 <= 100 and 0 <= y0 < y1 <= 100):
             raise ValueError(
-                f"{path}: the region of {row['file']} needs 0 <= x0 < x1 <= 100 and "
+                f"{path}: the region of {row['file']} needs numbers 0 <= x0 < x1 <= 100 and "
                 "0 <= y0 < y1 <= 100 (per cent of the photograph's sides)"
             )
         regions[row["file"]] = (x0, y0, x1, y1)
@@ -116,12 +117,10 @@ def _photograph(folder: Path, row: dict[str, str], regions: dict) -> Photograph:
     landmark, number = Path(file).parent.name, Path(file).stem
     if not (landmark and row["licence"] and row["author"]):
         raise ValueError(f"{table}: {file} needs a landmark's folder, an author and a licence")
-    try:
-        width, height = int(row["width"]), int(row["height"])
-    except (TypeError, ValueError):
-        raise ValueError(f"{table}: width and height of {file} are not integers") from None
-    if min(width, height) < 1:
-        raise ValueError(f"{table}: {file} cannot have {width} x {height} pixels")
+    sides = (row["width"], row["height"])
+    if not all(str(side).isdecimal() and int(side) for side in sides):
+        raise ValueError(f"{table}: {file} needs a width and a height in pixels, not {sides}")
+    width, height = map(int, sides)
     x0, y0, x1, y1 = regions.get(file, CENTRAL_REGION)
     return Photograph(
         landmark=landmark,
