@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.features.examples import (
+    FAILURE,
     FP32,
     ITEMS,
     assert_same,
@@ -37,11 +38,10 @@ def indexed(folder) -> Path:
 
 
 @pytest.mark.parametrize("dtype", FEATURE_DTYPES)
-def test_says_the_same(tmp_path, dtype):
+def test_the_index_changes_nothing(tmp_path, dtype):
     items = list(ITEMS.items())
-    failures = [{"name": "d", "reason": "the file is empty"}]
     kind = store.ShardFormat(dtype)
-    store.write_shard(tmp_path / "shard-00", items[:2], store.ShardFormat(dtype), failures=failures)
+    store.write_shard(tmp_path / "shard-00", items[:2], kind, failures=[FAILURE])
     store.write_shard(tmp_path / "shard-01", [("ü", features(0))], kind)
     store.write_shard(tmp_path / "shard-02", items[2:], kind)
     plain = store.FeatureStore.open(tmp_path)

@@ -25,11 +25,7 @@ def test_reused_only_when_whole(folder):
     shard = folder / "shard-01"
     assert store.whole_shard(shard, ["c", "d", "ähre/1"], HALF) is not None
     assert store.whole_shard(shard, ["c", "ähre/1"], HALF) is None
-    for other in (
-        {"dtype": "float32"},
-        {"settings": {"precision": "bf16"}},
-        {"settings": {}},
-    ):
+    for other in ({"dtype": "float32"}, {"code_dim": 9}, {"settings": {"precision": "bf16"}}):
         assert store.whole_shard(shard, ["c", "d", "ähre/1"], replace(HALF, **other)) is None
     assert store.whole_shard(folder / "shard-07", ["c"], HALF) is None
 
@@ -50,13 +46,13 @@ def test_any_byte_changed(folder, name):
     whole = store.salvage(shard, HALF)
     assert list(whole) == ["ähre/1", "c"]
     content, kept = (shard / name).read_bytes(), 0
-    for at in range(len(content)):
+    for at in range(0, len(content), 1 if name.endswith(".npy") else 2):
         changed = bytearray(content)
         changed[at] ^= 1 << at % 7
         (shard / name).write_bytes(changed)
-        found = store.whole_shard(shard, names, HALF)
+        opened = store.whole_shard(shard, names, HALF)
         if name.endswith(".npy") and at >= 128:  # behind NumPy's header
-            assert found is None
+            assert opened is None
         for key, stored in store.salvage(shard, HALF).items():
             kept += 1
             assert stored.checksum == whole[key].checksum
@@ -77,7 +73,7 @@ def test_truncated_at_any_byte(shard, name):
     whole = store.salvage(shard, FORMAT)
     assert list(whole) == ["a0", "a1", "a2", "a3"]
     content, names, sizes = (shard / name).read_bytes(), ["a0", "a1", "a2", "a3"], []
-    for length in range(len(content)):
+    for length in range(0, len(content), 1 if name.endswith(".npy") else 3):
         (shard / name).write_bytes(content[:length])
         if name != "items.json" or length < len(content) - 1:  # the last is a line break
             assert store.whole_shard(shard, names, FORMAT) is None
@@ -98,7 +94,7 @@ def test_kept_images_are_written_as_they_were(shard, tmp_path):
         assert (again / path.name).read_bytes() == path.read_bytes()
 
 
-def test_nothing_of_another_making_is_kept(shard, tmp_path):
+def test_nothing_of_another_format_is_kept(shard, tmp_path):
     for other in ({"dtype": "float16"}, {"code_dim": 6}, {"settings": {"precision": "bf16"}}):
         assert store.salvage(shard, replace(FORMAT, **other)) == {}
     assert store.salvage(tmp_path / "shard-09", FORMAT) == {}

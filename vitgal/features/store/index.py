@@ -34,7 +34,7 @@ HEADER = {
 
 
 class Location(NamedTuple):
-    """Where an item's features are: rows `start` to `stop` of the `rows` rows of a shard."""
+    """An item's position in the store, its shard, its rows there, and all rows of the shard."""
 
     position: int
     shard: int
@@ -64,18 +64,18 @@ class Index:
 
     @classmethod
     def of(cls, shards: Iterable[Shard]) -> "Index":
-        """Builds the index of shards, at least one, keeping open the first with features alone.
+        """Builds the index of shards, at least one; only the first with features stays open.
 
         Raises StoreError where a key occurs twice, or shards differ in their format.
         """
         keys: list[bytes] = []
         folders: list[Path] = []
         firsts, rows, sizes, failures = [0], [], [], []
-        model: Shard | None = None  # the first shard with any feature
+        first_filled: Shard | None = None  # the first shard with any feature
         for shard in shards:
             if len(shard.arrays["scores"]):
-                model = model or shard
-                _refuse_other_format(model, shard)
+                first_filled = first_filled or shard
+                _refuse_other_format(first_filled, shard)
             encoded, part = _names_and_sizes(shard)
             keys += encoded
             sizes.append(part)
@@ -98,7 +98,7 @@ class Index:
                     f"{folders[number]} holds a key of an earlier shard "
                     f"({keys[first].decode()!r}); {REMEDY}"
                 )
-        kind = (model or shard).format
+        kind = (first_filled or shard).format
         header = {"format": FORMAT, "folders": len(folders), "dtype": kind.dtype}
         header |= {"code_dim": kind.code_dim, "failures": failures}
         return cls(folders[0].parent, header, arrays, folders)

@@ -104,12 +104,12 @@ class ShardFormat:
         return f"{self.code_dim} values as {self.dtype}{''.join(settings)}"
 
     def header(self) -> dict[str, Any]:
-        """Returns what `items.json` says of the format, in its order."""
+        """Returns the entries of `items.json` before the items, in their order."""
         header = {"format": FORMAT, "dtype": self.dtype, "code_dim": self.code_dim or 0}
         return header | {"settings": runs.plain(dict(self.settings))}
 
     def layout(self, rows: int, items: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """Returns type and shape of each array of a shard with so many features and images."""
+        """Returns type and shape of each array of a shard: `rows` features of `items` images."""
         single, (kind, width) = np.dtype(np.float32), stored_type(self.code_dim or 0, self.dtype)
         return {
             "keypoints": (single, (rows, 2)),
