@@ -1,4 +1,4 @@
-"""Short lists: what reranking looks at, and their files."""
+"""Short lists: the candidates that reranking verifies, and their files."""
 
 import os
 from collections.abc import Sequence
@@ -8,59 +8,72 @@ import numpy as np
 
 from vitgal import runs
 from vitgal.data.revisited import PROTOCOLS, GroundTruth, RetrievalDataset, ignored
+from vitgal.settings import GlobalSettings
 
-PUBLISHED = "published"  # the short list of the published code: the plain top
-NO_BOX = (-1, -1, -1, -1)  # how the published list marks a database image, which is never cropped
+PUBLISHED = "published"  # the short list of the published code: the plain first ranks
+NO_BOX = (-1, -1, -1, -1)  # marks a database image in the published list; it is never cropped
+
+PublishedQuery = tuple[str, tuple[int, int, int, int], list[str]]  # path, box, candidates' paths
 
 
-def shortlist_depth(ground_truth: GroundTruth, number: int, *, top: int = 100) -> int:
-    """How many ranks a short list of `top` needs: `top` and as many as any query ignores.
+def shortlist_depth(
+    ground_truth: GroundTruth, database_size: int, *, top: int = GlobalSettings.top
+) -> int:
+    """Returns how many ranks a short list of `top` needs: `top` and as many as any query ignores.
 
-    number: N, the size of the database, which is never exceeded.
+    database_size: N, the number of database images, which is never exceeded.
     """
-    most = max((a.size for p in PROTOCOLS for a in ignored(ground_truth, p)), default=0)
-    return min(number, top + most)
+    sizes = [images.size for name in PROTOCOLS for images in ignored(ground_truth, name)]
+    return min(database_size, top + max(sizes, default=0))
 
 
 def candidates(
-    ranks: np.ndarray, ground_truth: GroundTruth, protocol: str, *, top: int = 100
+    ranks: np.ndarray,
+    ground_truth: GroundTruth,
+    protocol: str,
+    *,
+    top: int = GlobalSettings.top,
 ) -> list[np.ndarray]:
-    """Lists what one protocol reranks: per query int64 indices, best first, `top` at most.
+    """Lists the images that one protocol reranks.
 
     Args:
         ranks: (K, Q) integers, best first, K at least `shortlist_depth` (or the whole database).
         protocol: "easy", "medium" or "hard": the first `top` that the protocol does not ignore, as
-            DELG does; or "published": the first `top` as they come.
+            DELG does. "published": the first `top`, ignored or not.
+    Returns:
+        Per query (M,) int64 database indices, best first, M at most `top`.
     Raises:
         ValueError: the ranking is too short, or has another number of queries.
     """
     if protocol == PUBLISHED:
-        skipped = [np.empty(0, np.int64)] * len(ground_truth.queries)
+        left_out = [np.empty(0, np.int64)] * len(ground_truth.queries)
     else:
-        skipped = ignored(ground_truth, protocol)
-    if ranks.ndim != 2 or ranks.shape[1] != len(skipped):
+        left_out = ignored(ground_truth, protocol)
+    if ranks.ndim != 2 or ranks.shape[1] != len(left_out):
         raise ValueError(
-            f"a ranking of {len(skipped)} queries has that many columns, not {ranks.shape}"
+            f"a ranking of {len(left_out)} queries has that many columns, not {ranks.shape}"
         )
-    # K ranks may be all there are only where K is at least the labelled database's size.
+    # Only where K is at least the size of the labelled database may K ranks be the whole ranking.
     whole = len(ranks) >= len(ground_truth.database)
-    found = []
-    for q, skip in enumerate(skipped):
-        column = ranks[: top + skip.size, q].astype(np.int64)
-        kept = column[~np.isin(column, skip)][:top]
+    lists = []
+    for q, images in enumerate(left_out):
+        column = ranks[: top + images.size, q].astype(np.int64)
+        kept = column[~np.isin(column, images)][:top]
         if kept.size < top and not whole:
             raise ValueError(
                 f"{len(ranks)} ranks leave {kept.size} of {top} candidates to query {q} "
                 f"({protocol}); search with k=shortlist_depth(...)"
             )
-        found.append(kept)
-    return found
+        lists.append(kept)
+    return lists
 
 
-def shortlist(ranks: np.ndarray, ground_truth: GroundTruth, *, top: int = 100) -> list[np.ndarray]:
-    """Lists the images that any reranking needs: the union of all protocols' and the published one.
+def shortlist(
+    ranks: np.ndarray, ground_truth: GroundTruth, *, top: int = GlobalSettings.top
+) -> list[np.ndarray]:
+    """Lists the images that any reranking needs: the candidates of all protocols together.
 
-    Args and raises as `candidates`. Returns per query int64 database indices in ranking order.
+    Args and errors as for `candidates`. Returns per query (M,) int64 indices in ranking order.
     """
     lists = [
         candidates(ranks, ground_truth, protocol, top=top) for protocol in (*PROTOCOLS, PUBLISHED)
@@ -81,11 +94,11 @@ def write_shortlist(
 ) -> Path:
     """Writes `shortlist.txt`: query name, tab, database name, a line each, best first.
 
-    The separator is a tab because names may contain spaces; a name with a tab or a line break is a
-    ValueError. lists: per query database indices (`shortlist`).
+    lists: per query (M,) database indices (`shortlist`). Names may contain spaces; an empty name or
+    one with a tab or a line break raises ValueError.
     """
     lines = [
-        f"{_whole(query)}\t{_whole(database[index])}\n"
+        f"{_checked_name(query)}\t{_checked_name(database[index])}\n"
         for query, indices in zip(queries, lists, strict=True)
         for index in indices
     ]
@@ -93,18 +106,18 @@ def write_shortlist(
 
 
 def read_shortlist(path: str | os.PathLike) -> dict[str, list[str]]:
-    """Reads `shortlist.txt`: query name -> database names, both in the file's order.
+    """Reads `shortlist.txt`: query name -> database names, both in the order of the file.
 
-    A query without candidates has no line and no entry. ValueError names a line that is not two
-    names separated by a tab.
+    A query without candidates has no entry. ValueError names a line that is not two names separated
+    by one tab, or a file that is not UTF-8.
     """
-    found: dict[str, list[str]] = {}
-    for number, line in enumerate(_lines(path), start=1):
+    lists: dict[str, list[str]] = {}
+    for number, line in _numbered_lines(path):
         names = line.split("\t")
         if len(names) != 2 or not all(names):
             raise ValueError(f"{path}, line {number}: not a query and an image around one tab")
-        found.setdefault(names[0], []).append(names[1])
-    return found
+        lists.setdefault(names[0], []).append(names[1])
+    return lists
 
 
 def write_rerank_paths(
@@ -113,48 +126,43 @@ def write_rerank_paths(
     """Writes the published `rerank_path.txt`, from which the published code extracts features.
 
     A line is an image path and four integers, separated by spaces: each query with its box
-    truncated to whole pixels, then its candidates with -1 -1 -1 -1. The published reader cannot
-    take paths with spaces; ours can.
+    truncated to whole pixels, then its candidates with -1 -1 -1 -1. Unlike `read_rerank_paths`, the
+    published reader does not accept paths with spaces.
 
-    lists: per query database indices, best first (the published one: `candidates(...,
-    "published")`).
+    lists: per query (M,) database indices, best first: `candidates(..., "published")`.
     """
     lines = []
     boxes = dataset.ground_truth.boxes.astype(np.int64)
     for query, box, indices in zip(dataset.query_paths, boxes, lists, strict=True):
         lines.append((query, box))
         lines += [(dataset.database_paths[index], NO_BOX) for index in indices]
-    return runs.write_text(
-        Path(path),
-        "".join(f"{_whole(str(name))} {' '.join(map(str, box))}\n" for name, box in lines),
-    )
+    text = "".join(f"{_checked_name(str(name))} {' '.join(map(str, box))}\n" for name, box in lines)
+    return runs.write_text(Path(path), text)
 
 
-def read_rerank_paths(
-    path: str | os.PathLike,
-) -> list[tuple[str, tuple[int, int, int, int], list[str]]]:
+def read_rerank_paths(path: str | os.PathLike) -> list[PublishedQuery]:
     """Reads a published `rerank_path.txt`: per query its path, its box and its candidates' paths.
 
-    Raises ValueError naming a line that is not a path and four integers, or a candidate that
-    stands before the first query.
+    ValueError names a line that is not a path and four integers, a candidate before the first
+    query, or a file that is not UTF-8.
     """
-    found: list[tuple[str, tuple[int, int, int, int], list[str]]] = []
-    for number, line in enumerate(_lines(path), start=1):
+    queries: list[PublishedQuery] = []
+    for number, line in _numbered_lines(path):
         name, *box = line.rsplit(" ", 4)
         try:
             box = tuple(int(value) for value in box)
         except ValueError:
             box = ()
-        if len(box) != 4 or (box == NO_BOX and not found):
+        if len(box) != 4 or not name or (box == NO_BOX and not queries):
             raise ValueError(
                 f"{path}, line {number}: not a path and a box (x0 y0 x1 y1; -1 -1 -1 -1 for a "
                 "candidate, which follows its query)"
             )
         if box == NO_BOX:
-            found[-1][2].append(name)
+            queries[-1][2].append(name)
         else:
-            found.append((name, box, []))
-    return found
+            queries.append((name, box, []))
+    return queries
 
 
 def write_global_rank(path: str | os.PathLike, ranks: np.ndarray) -> Path:
@@ -168,23 +176,27 @@ def write_global_rank(path: str | os.PathLike, ranks: np.ndarray) -> Path:
 def read_global_rank(path: str | os.PathLike) -> np.ndarray:
     """Opens a published `global_rank.npy`, memory-mapped: (N, Q) integers, best first.
 
-    Its indices mean what they meant to the program that wrote it: with distractors, the published
-    code's order depends on the file system. Raises ValueError for another kind of array.
+    Its indices are those of the program that wrote it: with distractors, the order of the published
+    code depends on the file system. Raises ValueError for a file that holds something else.
     """
     try:
         ranks = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{path} is not a whole .npy array ({error})") from error
     if getattr(ranks, "ndim", None) != 2 or ranks.dtype.kind not in "iu":
-        raise ValueError(f"{path} is no ranking: a 2-D integer array, one column a query, is")
+        raise ValueError(f"{path} holds no ranking, a 2-D array of integers with a column a query")
     return ranks
 
 
-def _lines(path: str | os.PathLike) -> list[str]:
-    return [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line]
+def _numbered_lines(path: str | os.PathLike) -> list[tuple[int, str]]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8 ({error})") from error
+    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line]
 
 
-def _whole(name: str) -> str:
+def _checked_name(name: str) -> str:
     if not name or any(character in name for character in "\t\n\r"):
         raise ValueError(
             f"the name {name!r} is empty or holds a tab or line break: rename the image"
