@@ -62,9 +62,10 @@ def weights(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def describer(weights, tmp_path) -> Describer:
-    return describer_of(weights, tmp_path)
+@pytest.fixture(scope="module")
+def describer(weights, tmp_path_factory) -> Describer:
+    """Shared by the tests that do not count descriptions: equal photographs are described once."""
+    return describer_of(weights, tmp_path_factory.mktemp("run"))
 
 
 def describer_of(weights: Path, run: Path, local_size: int = 96) -> Describer:
@@ -283,7 +284,8 @@ def test_beyond_the_short_list_nothing_is_verified(folder, describer):
     assert found.table["global_rank"].tolist() == [1, 2]
 
 
-def test_a_query_from_elsewhere_and_with_a_box(folder, describer, tmp_path):
+def test_a_query_from_elsewhere_and_with_a_box(folder, weights, tmp_path):
+    describer = describer_of(weights, tmp_path)
     photographs = describe(folder, describer)
     outside = write(tmp_path / "query.png", texture(0, (96, 144)))
     found = own.search_folder(photographs, str(outside), None, reranking())
