@@ -141,7 +141,7 @@ def _jpeg_is_whole(data: bytes) -> bool:
     thumbnail; a look at the file's end would refuse photographs with a film clip appended.
     """
     *_, (_, position) = _jpeg_segments(data)
-    # Decoders skip to the next marker where none stands in its place, and so does this search.
+    # Like a decoder, the search skips bytes that should have been a marker.
     return data.find(bytes((0xFF, _END_OF_IMAGE)), position) >= 0
 
 

@@ -11,6 +11,7 @@ import pandas as pd
 from vitgal import runs
 from vitgal.data.gldv2 import check_images, image_path
 from vitgal.data.revisited import GroundTruth
+from vitgal.settings.sections import SplitSettings
 
 PARTS = ("train", "val", "val_retrieval")
 
@@ -100,7 +101,12 @@ def order_classes(
 
 
 def retrieval_validation(
-    val: pd.DataFrame, *, queries: int, database: int, min_images: int = 4, seed: int = 0
+    val: pd.DataFrame,
+    *,
+    queries: int,
+    database: int,
+    min_images: int = SplitSettings.min_val_images,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """Draws queries and a database from validation images, to follow mAP during training.
 
@@ -139,7 +145,7 @@ def retrieval_validation(
             f"{len(classes)} images, not {database}: raise val_database or lower val_queries"
         )
     rest = np.setdiff1d(np.arange(len(val)), query_rows)
-    turns = _turns(labels[rest], lots[rest])  # anew: every query's class has a turn 0 now
+    turns = _turns(labels[rest], lots[rest])  # renumbered: every query's class has a turn 0
     rest = rest[np.lexsort((lots[rest], turns, ~np.isin(labels[rest], classes)))]
     return _with_roles(val, query_rows, rest[:database])
 
