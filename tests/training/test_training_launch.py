@@ -342,7 +342,7 @@ def test_wrong_parameters_are_told(tmp_path, capsys):
     params = tmp_path / "params.yaml"
     params.write_text("run_dir: x\nepoch: 3\n")
     assert train_command.main([str(params)]) == 2
-    assert "no notebook declares epoch; did you mean epochs" in capsys.readouterr().err
+    assert "epoch; did you mean epochs" in capsys.readouterr().err
 
 
 def test_a_failure_is_told(tmp_path, capsys):

@@ -29,6 +29,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "ViTGaL",
             "build_model",
             "class_attention",
+            "seeded",
         ],
         "teacher": ["Teacher", "efficientnet_names"],
         "weights": [

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitgal.models.network import _initialise
+from vitgal.models.network import initialise
 
 
 class ArcFace(nn.Module):
@@ -19,9 +19,9 @@ class ArcFace(nn.Module):
     Args:
         sub_centres: directions of a class, of which the nearest counts (Deng et al., ECCV 2020);
             class c has the rows from c * sub_centres on.
-        chunk: `loss` takes so many classes at a time and computes their logits a second time in
-            the backward pass, instead of keeping those of all; same loss to rounding.
-        sampled: `loss` takes the batch's own classes and random others, so many in all (An et al.,
+        chunk: number of classes whose logits `loss` holds at a time; the backward pass computes
+            them again. The loss is the same to rounding. None: all classes.
+        sampled: number of classes that `loss` takes: the batch's own and random others (An et al.,
             Partial FC, CVPR 2022), drawn by torch's generator. None: all classes.
     Raises:
         ValueError: an option below 1, or `chunk` and `sampled` together.
@@ -42,7 +42,7 @@ class ArcFace(nn.Module):
         if any(value is not None and value < 1 for value in (sub_centres, chunk, sampled)):
             raise ValueError("sub_centres, chunk and sampled must be at least 1")
         if chunk and sampled:
-            raise ValueError("either chunk or sampled: sampled classes are few enough for one go")
+            raise ValueError("set chunk or sampled, not both")
         self.weight = nn.Parameter(torch.empty(classes * sub_centres, embed_dim))
         self.margin, self.scale = margin, scale
         self.sub_centres, self.chunk, self.sampled = sub_centres, chunk, sampled
@@ -50,13 +50,14 @@ class ArcFace(nn.Module):
 
     @property
     def classes(self) -> int:
+        """Number of classes."""
         return len(self.weight) // self.sub_centres
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Logits (B, classes), float32, of features (B, embed_dim), whatever their length.
+        """Computes logits (B, classes) float32 of features (B, embed_dim) of any length.
 
-        With labels (B,) int64 the true class's angle is widened by the margin, as training needs;
-        without, the logits are the plain scaled cosines, as validation needs.
+        With labels (B,) int64 the true class's angle is widened by the margin, for training;
+        without them the logits are the scaled cosines, for validation.
         """
         # NOTE float32 under autocast and a clamp before the square root: in half precision the
         # published head takes the root of negative numbers and training stops with NaN.
@@ -66,30 +67,35 @@ class ArcFace(nn.Module):
     def loss(
         self, features: Tensor, labels: Tensor, *, smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy with the margin, a scalar, and the class found (B,), by chunk or sample.
+        """Computes the cross-entropy with the margin.
 
-        features: (B, embed_dim). labels: (B,) int64. smoothing: share of the target that all
-        classes divide among themselves. Raises ValueError where `sampled` is below the number of
-        classes in the batch.
+        Args:
+            features: (B, embed_dim).
+            labels: (B,) int64.
+            smoothing: fraction of the target that is spread over all classes.
+        Returns:
+            The loss, a scalar, and the predicted classes (B,) int64.
+        Raises:
+            ValueError: `sampled` is below the number of classes in the batch.
         """
         if self.sampled and self.sampled < self.classes:
             kept = self._sample(labels)
             weight = self.weight.unflatten(0, (self.classes, -1))[kept].flatten(0, 1)
-            places = torch.searchsorted(kept, labels)
+            targets = torch.searchsorted(kept, labels)
         elif self.chunk and self.chunk < self.classes:
             with torch.autocast(features.device.type, enabled=False):
                 unit = F.normalize(features.float())
                 return _ChunkedLoss.apply(unit, self.weight, labels, self, smoothing)
         else:
-            kept, weight, places = None, self.weight, labels
+            kept, weight, targets = None, self.weight, labels
         with torch.autocast(features.device.type, enabled=False):
-            logits = self._logits(F.normalize(features.float()), weight, places)
-        found = logits.detach().argmax(1)
-        loss = F.cross_entropy(logits, places, label_smoothing=smoothing)
-        return loss, found if kept is None else kept[found]
+            logits = self._logits(F.normalize(features.float()), weight, targets)
+        predicted = logits.detach().argmax(1)
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        return loss, predicted if kept is None else kept[predicted]
 
     def _cosines(self, unit: Tensor, weight: Tensor) -> Tensor:
-        """(B, classes) of unit features to the nearest of each class's rows of the weight."""
+        """(B, classes) cosines of unit features to the nearest of each class's sub-centres."""
         cosine = F.linear(unit, F.normalize(weight.float()))
         if self.sub_centres > 1:
             cosine = cosine.unflatten(1, (-1, self.sub_centres)).amax(2)
@@ -115,9 +121,9 @@ class ArcFace(nn.Module):
         own = labels.unique()
         if self.sampled < len(own):
             raise ValueError(f"{self.sampled} sampled classes for a batch of {len(own)} classes")
-        place = torch.rand(self.classes, device=labels.device)
-        place[own] = -1  # first in line
-        return place.topk(self.sampled, largest=False).indices.sort().values
+        draws = torch.rand(self.classes, device=labels.device)
+        draws[own] = -1  # so that they are kept
+        return draws.topk(self.sampled, largest=False).indices.sort().values
 
     def _chunk_logits(self, unit: Tensor, weight: Tensor, labels: Tensor, first: int) -> Tensor:
         """Logits of the classes from `first` on that `weight` holds, with the margin."""
@@ -136,22 +142,22 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         size = len(labels)
         total = unit.new_full((size,), -math.inf)  # log of the sum of exponentials so far
-        best, found = total.clone(), labels.clone()
+        best, predicted = total.clone(), labels.clone()
         target, mean = unit.new_zeros(size), unit.new_zeros(size)
         for first, rows in _chunks(head):
             logits = head._chunk_logits(unit, weight[rows], labels, first)
             total = torch.logaddexp(total, logits.logsumexp(1))
-            top, place = logits.max(1)
-            found = torch.where(top > best, place + first, found)
+            top, column = logits.max(1)
+            predicted = torch.where(top > best, column + first, predicted)
             best = torch.maximum(best, top)
-            mine, columns = _within(labels, first, logits.shape[1])
-            target[mine] = logits[mine, columns]
+            inside, columns = _within(labels, first, logits.shape[1])
+            target[inside] = logits[inside, columns]
             mean += logits.sum(1) / head.classes
         ctx.save_for_backward(unit, weight, labels, total)
         ctx.head, ctx.smoothing = head, smoothing
-        ctx.mark_non_differentiable(found)
+        ctx.mark_non_differentiable(predicted)
         loss = total - (1 - smoothing) * target - smoothing * mean
-        return loss.mean(), found
+        return loss.mean(), predicted
 
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -165,17 +171,16 @@ class _ChunkedLoss(torch.autograd.Function):
             with torch.no_grad():
                 # d loss / d logits: softmax less the smoothed target
                 slope = (logits - total[:, None]).exp() - smoothing / head.classes
-                mine = _within(labels, first, logits.shape[1])
-                slope[mine] -= 1 - smoothing
+                inside = _within(labels, first, logits.shape[1])
+                slope[inside] -= 1 - smoothing
                 slope *= grad / len(labels)
-            found = torch.autograd.grad(logits, inputs, slope)
-            unit_grad += found[0]
-            weight_grad[rows] = found[1]
+            unit_part, weight_grad[rows] = torch.autograd.grad(logits, inputs, slope)
+            unit_grad += unit_part
         return unit_grad, weight_grad, None, None, None
 
 
 def _within(labels: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Which rows have a label in [first, first + count), and its place there."""
+    """The rows with a label in [first, first + count), and the label's column in that range."""
     rows = ((labels >= first) & (labels < first + count)).nonzero().flatten()
     return rows, labels[rows] - first
 
@@ -188,13 +193,13 @@ def _chunks(head: ArcFace) -> Iterator[tuple[int, slice]]:
 
 
 class LinearClassifier(nn.Linear):
-    """The autoencoder's classifier: features (B, embed_dim) to logits (B, classes), float32."""
+    """The autoencoder's classifier: features (B, embed_dim) to logits (B, classes) float32."""
 
     def __init__(self, embed_dim: int, classes: int):
         super().__init__(embed_dim, classes)
-        _initialise(self)
+        initialise(self)
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        """The logits; `labels` change nothing, so that both classifiers are called alike."""
+        """Computes the logits; `labels` are not used, so that both classifiers are called alike."""
         with torch.autocast(features.device.type, enabled=False):
             return super().forward(features.float())

@@ -1,13 +1,13 @@
-"""The ViTGaL network: one vision transformer for global descriptors and local features.
+"""The ViTGaL network: a vision transformer for global descriptors and local features.
 
 Paper: Phan, Nguyen, Warrier, Gupta, "Patch Embedding as Local Features: Unifying Deep Local and
 Global Features via Vision Transformer for Image Retrieval", ACCV 2022. The transformer is XCiT
-(El-Nouby et al., 2021) from timm (Apache-2.0); everything added to it here is written anew from the
-paper and from the observed behaviour of the published network, and computes the same numbers on
-the published weights (tests/test_parity.py).
+(El-Nouby et al., 2021) from timm (Apache-2.0). Everything added to it here is written anew from the
+paper and from the observed behaviour of the published network, and computes the same numbers with
+the published weights (tests/models/test_parity.py).
 
-The published network behaves in ways that the paper does not mention. Each is kept, because the
-published weights were trained with it, and marked "As published" where it happens. What differs:
+The published network behaves in ways that the paper does not mention. They are kept, because the
+published weights were trained with them, and marked "As published". Deliberate differences:
 
 * ArcFace runs in float32 under any autocast and clamps before its square root;
 * attaching an autoencoder leaves the backbone as it is (the published one initialises it anew);
@@ -39,7 +39,7 @@ LAYER_NORM_EPS = 1e-6  # XCiT's, not torch's 1e-5
 
 @dataclass(frozen=True)
 class TokenFeatures:
-    """What `ViTGaL.token_features` returns: one row a patch, row by row over the grid, float32.
+    """Tokens, codes and attention of images: one row a patch, row by row over the grid, float32.
 
     Attributes:
         grid: (h, w) patches; N = h * w. Patch (i, j) covers the input pixels from (16 i, 16 j).
@@ -47,7 +47,7 @@ class TokenFeatures:
         backbone_attention: (B, heads, N) the backbone's class attention. A head's attentions and
             that of the class token to itself (left out) sum to 1.
         codes: (B, N, code_dim) not normalised; None without autoencoder.
-        decoded: (B, N, D) the tokens that the autoencoder makes of the codes; None without one.
+        decoded: (B, N, D) the tokens that the autoencoder decodes from the codes; None without one.
         attention: (B, heads, N) the autoencoder's class attention; without one the backbone's.
     """
 
@@ -61,10 +61,7 @@ class TokenFeatures:
 
 @dataclass(frozen=True)
 class TokenCodes:
-    """What `ViTGaL.token_codes` returns: the part of TokenFeatures that local features need.
-
-    grid, codes and attention are those of `TokenFeatures`, float32.
-    """
+    """The part of TokenFeatures that local features need; attributes as there."""
 
     grid: tuple[int, int]
     codes: Tensor
@@ -72,7 +69,7 @@ class TokenCodes:
 
 
 class MultiAtrous(nn.Module):
-    """Gives every token a view of its surroundings: dilated convolutions beside the image's mean.
+    """Adds context to every token: dilated convolutions, and the mean over the image.
 
     Five dilated 3 x 3 convolutions of D // 6 channels and one pooled branch of the remaining
     channels; a depthwise convolution mixes them, then an MLP. Tokens (B, h * w, D) in and out.
@@ -95,6 +92,7 @@ class MultiAtrous(nn.Module):
         self.gamma2 = nn.Parameter(torch.full((dim,), eta))
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Transforms tokens (B, h * w, D) of a grid (h, w); the shape stays."""
         images = tokens.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
         branches = [conv(images) for conv in self.dilated_convs]
         # The published bilinear upsampling of a 1 x 1 map is this expansion, exactly.
@@ -106,11 +104,11 @@ class MultiAtrous(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Short codes for tokens, and a class attention of its own that says which tokens matter.
+    """Short codes for tokens, and a class attention that scores the tokens.
 
-    `encoder` gives the local descriptors, `decoder` brings them back to the tokens' width; a class
-    token attends to the decoded tokens, so that training it on landmarks finds the patches by
-    which a landmark is recognised.
+    `encoder` computes the local descriptors, `decoder` maps them back to the tokens' width. A class
+    token attends to the decoded tokens; trained to classify landmarks, it attends to the patches
+    by which a landmark is recognised.
     """
 
     def __init__(self, dim: int, code_dim: int, *, num_heads: int):
@@ -121,15 +119,15 @@ class Autoencoder(nn.Module):
         self.cls_attn_blocks = nn.ModuleList([_class_attention_block(dim, num_heads)])
         self.norm = nn.LayerNorm(dim, eps=LAYER_NORM_EPS)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        self.apply(_initialise)
+        self.apply(initialise)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, N, D) to codes (B, N, code_dim) and decoded tokens (B, N, D), float32."""
+        """Computes codes (B, N, code_dim) and decoded tokens (B, N, D), float32."""
         codes = self.encoder(tokens)
         return codes.float(), self.decoder(codes).float()
 
     def attend(self, decoded: Tensor) -> tuple[Tensor, Tensor]:
-        """Decoded tokens to the class feature (B, D) and the class attention (B, heads, N)."""
+        """Computes the class feature (B, D) and attention (B, heads, N) of decoded tokens."""
         joined = _with_class_token(self.cls_token, decoded)
         # As published: once here, while the backbone runs its block twice.
         (block,) = self.cls_attn_blocks
@@ -137,12 +135,12 @@ class Autoencoder(nn.Module):
 
 
 class ViTGaL(nn.Module):
-    """XCiT with a multi-atrous block before its class attention, and perhaps an autoencoder.
+    """XCiT with a multi-atrous block before its class attention, and an optional autoencoder.
 
-    Images are (B, 3, H, W) float32, normalised as `images.normalise` does, of any size: a side that
-    is no multiple of 16 has its last patch padded with zeros, as the published network does, so the
-    grid is (ceil(H / 16), ceil(W / 16)). No image at all (B = 0) gives empty features in eval mode.
-    All features are float32, under autocast too.
+    Images are (B, 3, H, W) float32, normalised as `inference.normalise` does, of any size. A side
+    that is no multiple of 16 has its last patch padded with zeros, as in the published network, so
+    that the grid is (ceil(H / 16), ceil(W / 16)). No image (B = 0) gives empty features in eval
+    mode. All features are float32, under autocast too.
     """
 
     def __init__(
@@ -156,8 +154,8 @@ class ViTGaL(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.dilations = tuple(dilations)
-        # One class-attention block and normalised tokens whatever timm's defaults are: the
-        # published network has both, timm's nano lacks the second.
+        # The published network has one class-attention block and normalised tokens; timm's nano
+        # does not normalise tokens.
         self.backbone = timm.create_model(
             architecture,
             num_classes=0,
@@ -167,7 +165,7 @@ class ViTGaL(nn.Module):
         )
         eta = self.backbone.blocks[0].gamma1[0].item()  # 1 for 12 blocks, 1e-5 for 24
         self.local_atrous = MultiAtrous(self.embed_dim, dilations=dilations, eta=eta)
-        self.local_atrous.apply(_initialise)
+        self.local_atrous.apply(initialise)
         self.autoencoder = None
         self.backbone_frozen = False
         if code_dim is not None:
@@ -184,23 +182,23 @@ class ViTGaL(nn.Module):
         return None if self.autoencoder is None else self.autoencoder.encoder.out_features
 
     def attach_autoencoder(self, code_dim: int, *, seed: int | None = None) -> "ViTGaL":
-        """Gives the model a new autoencoder in place of any it has, and returns the model.
+        """Attaches a new autoencoder in place of any other; returns the model.
 
-        The backbone keeps every bit. Raises ValueError where `code_dim` is not positive.
+        The backbone's tensors stay as they are. Raises ValueError where `code_dim` is not positive.
         """
         if code_dim < 1:
             raise ValueError(f"code_dim must be at least 1, got {code_dim}")
         num_heads = self.backbone.cls_attn_blocks[0].attn.num_heads
-        with _seeded(seed):
+        with seeded(seed):
             autoencoder = Autoencoder(self.embed_dim, code_dim, num_heads=num_heads)
         device = self.backbone.cls_token.device
         self.autoencoder = autoencoder.to(device).train(self.training)
         return self
 
     def freeze_backbone(self) -> "ViTGaL":
-        """Fixes all but the autoencoder, BatchNorm statistics included; returns the model.
+        """Freezes all but the autoencoder, BatchNorm statistics included; returns the model.
 
-        The backbone stays in eval mode whatever `train()` is told, and gets no gradient.
+        The backbone stays in eval mode, also after `train()`, and gets no gradient.
         """
         self.backbone_frozen = True
         for module in (self.backbone, self.local_atrous):
@@ -208,6 +206,7 @@ class ViTGaL(nn.Module):
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> "ViTGaL":
+        """Sets training or eval mode; a frozen backbone stays in eval mode."""
         super().train(mode)
         if self.backbone_frozen:
             self.backbone.eval()
@@ -216,42 +215,42 @@ class ViTGaL(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """What timm's optimizers exempt from weight decay beside biases and other vectors."""
+        """Returns the parameters without weight decay besides biases and other vectors."""
         return {"backbone.cls_token", "autoencoder.cls_token"}
 
     def forward(self, images: Tensor) -> Tensor:
-        """The same as `global_features`: what retrieval training works on."""
+        """Computes `global_features`."""
         return self.global_features(images)
 
     def global_features(self, images: Tensor) -> Tensor:
-        """Global features (B, D) of images (B, 3, H, W), not normalised.
+        """Computes global features (B, D) of images (B, 3, H, W), not normalised.
 
-        The class token after the last norm. Raises ValueError where `images` has another shape.
+        They are the class token after the last norm. Raises ValueError for another shape.
         """
         joined, _ = self._joined(images)
         (block,) = self.backbone.cls_attn_blocks
         return self.backbone.norm(block(block(joined))[:, 0]).float()
 
     def token_features(self, images: Tensor) -> TokenFeatures:
-        """Tokens, codes and attention of images (B, 3, H, W), with neither normalised.
+        """Computes tokens, codes and attention of images (B, 3, H, W).
 
-        The attention leaves out the class token without making up for it, as published.
-        Raises ValueError where `images` has another shape.
+        Tokens and codes are not normalised. The class token's attention to itself is left out
+        without renormalisation, as published. Raises ValueError for another shape.
         """
         tokens, backbone_attention, grid = self._tokens(images)
         if self.autoencoder is None:
             return TokenFeatures(grid, tokens, backbone_attention, None, None, backbone_attention)
         codes, decoded = self.autoencoder(tokens)
-        # As published: the attention looks at the decoded tokens, not at the backbone's.
+        # As published: the class token attends to the decoded tokens, not to the backbone's.
         _, attention = self.autoencoder.attend(decoded)
         return TokenFeatures(grid, tokens, backbone_attention, codes, decoded, attention)
 
     def token_codes(self, images: Tensor) -> TokenCodes:
-        """Codes and attention of images (B, 3, H, W) as `token_features` gives them, but sooner.
+        """Computes the codes and attention of `token_features` faster, with equal bits.
 
-        In eval mode only, with equal bits: what acts on the class tokens alone is left out, since
-        neither depends on it. Raises ValueError in training mode, for a model without autoencoder,
-        and where `images` has another shape.
+        Images are (B, 3, H, W). Operations on the class tokens alone are left out, since in eval
+        mode codes and attention do not depend on them. Raises ValueError in training mode, for a
+        model without autoencoder, and where `images` has another shape.
         """
         if self.training:
             raise ValueError("token_codes is for eval mode: call model.eval() first")
@@ -268,12 +267,14 @@ class ViTGaL(nn.Module):
         return TokenCodes(grid, codes, class_attention(block, joined))
 
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What autoencoder training works on; the backbone gets no gradient.
+        """Encodes and decodes the tokens of images (B, 3, H, W), without gradient of the backbone.
 
-        Returns the autoencoder's class feature (B, D), for its classifier, and the decoded tokens
-        (B, N, D) beside the backbone's tokens (B, N, D) that they should equal. Raises ValueError
-        where the model has no autoencoder, where it trains and its backbone is not frozen (its
-        BatchNorm statistics would drift), and where `images` has another shape.
+        Returns:
+            The autoencoder's class feature (B, D), for its classifier; the decoded tokens
+            (B, N, D); the backbone's tokens (B, N, D), which they should equal.
+        Raises:
+            ValueError: the model has no autoencoder, it trains and its backbone is not frozen (its
+                BatchNorm statistics would drift), or `images` has another shape.
         """
         if self.autoencoder is None:
             raise ValueError(
@@ -316,13 +317,13 @@ def build_model(
     drop_path: float = 0.0,
     dilations: Sequence[int] = DILATIONS,
 ) -> ViTGaL:
-    """A new ViTGaL network with random weights, in eval mode.
+    """Builds a ViTGaL network with random weights, in eval mode.
 
     Args:
         architecture: a name from ARCHITECTURES.
-        code_dim: width of the autoencoder's codes (published: 128); None builds none.
+        code_dim: dimension of the autoencoder's codes (published: 128); None: no autoencoder.
         seed: the same seed gives the same weights bit by bit and leaves torch's random state alone.
-        drop_path: share of residual branches dropped while training (published: 0.1).
+        drop_path: fraction of residual branches dropped in training (published: 0.1).
         dilations: of the multi-atrous block's convolutions.
     Raises:
         ValueError: unknown architecture, or a code_dim that is not positive.
@@ -331,16 +332,17 @@ def build_model(
         raise ValueError(
             f"unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}"
         )
-    with _seeded(seed):
+    with seeded(seed):
         model = ViTGaL(architecture, code_dim=code_dim, drop_path=drop_path, dilations=dilations)
     return model.eval()
 
 
 def class_attention(block: ClassAttentionBlock, joined: Tensor) -> Tensor:
-    """How much each head's class token attends to each patch when `block` is given `joined`.
+    """Computes how much each head's class token attends to each patch in a block.
 
-    (B, 1 + N, D) to (B, heads, N) float32. The softmax runs over class token and patches; the class
-    token's share is left out without renormalising, as published.
+    joined: class token and patch tokens (B, 1 + N, D), the block's input. Returns (B, heads, N)
+    float32. The softmax is over class token and patches; the class token's attention to itself is
+    left out without renormalisation, as published.
     """
     normed, attn = block.norm1(joined), block.attn
     query = attn.q(normed[:, 0]).unflatten(-1, (attn.num_heads, -1)).float()
@@ -351,9 +353,9 @@ def class_attention(block: ClassAttentionBlock, joined: Tensor) -> Tensor:
 
 
 def _patches_after(block: ClassAttentionBlock, patches: Tensor) -> Tensor:
-    """What `block` makes of the patch tokens (B, N, D), in eval mode: they attend to nothing.
+    """The patch tokens (B, N, D) after `block` in eval mode, where only the class token attends.
 
-    Both norms act on them, and the residual of its MLP, which is the class token's, doubles them.
+    Both norms act on them. The MLP acts on the class token alone; its residual doubles the others.
     """
     normed = block.norm2(patches + block.gamma1 * block.norm1(patches))
     return normed + normed
@@ -375,23 +377,19 @@ def _with_class_token(cls_token: Tensor, tokens: Tensor) -> Tensor:
     return torch.cat((cls_token.expand(len(tokens), -1, -1), tokens), dim=1)
 
 
-def _initialise(module: nn.Module) -> None:
-    """XCiT's initialisation: linear layers truncated normal with zero bias, others torch's own."""
+def initialise(module: nn.Module) -> None:
+    """Initialises a linear layer as XCiT does: truncated normal, zero bias; leaves others alone."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
 
 
 @contextlib.contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Torch's CPU generator at `seed` inside, as it was afterwards; None leaves it alone."""
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seeds torch's CPU generator and restores its state afterwards; None leaves it alone."""
     if seed is None:
         yield
         return
-    generator = torch.random.default_generator
-    state = generator.get_state()
-    generator.manual_seed(seed)
-    try:
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
         yield
-    finally:
-        generator.set_state(state)

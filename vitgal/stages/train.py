@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from vitgal import runs
 from vitgal.models import weights
 from vitgal.models.heads import ArcFace, LinearClassifier
-from vitgal.models.network import build_model
+from vitgal.models.network import build_model, seeded
 from vitgal.models.teacher import Teacher
 from vitgal.settings import AutoencoderSettings, MachineSettings, Recipe, TrainingSettings
 from vitgal.training.distillation import DistilledNetwork
@@ -127,8 +127,7 @@ def _retrieval_network(settings: TrainingSettings, classes: int) -> RetrievalNet
     model = build_model(settings.architecture, seed=settings.seed, drop_path=settings.drop_path)
     if settings.initial_weights is not None:
         weights.initial_weights(model, runs.resolve(settings.initial_weights))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+    with seeded(settings.seed):
         head = ArcFace(
             model.embed_dim,
             classes,
@@ -151,8 +150,7 @@ def _autoencoder_network(
 ) -> AutoencoderNetwork:
     model = weights.load_model(source)
     model.attach_autoencoder(settings.code_dim, seed=settings.seed).freeze_backbone()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+    with seeded(settings.seed):
         classifier = LinearClassifier(model.embed_dim, classes)
     return AutoencoderNetwork(
         model, classifier, settings.reconstruction_weight, settings.label_smoothing

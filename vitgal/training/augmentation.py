@@ -1,8 +1,8 @@
-"""Augmentation: what is done to a photograph before the network sees it in training.
+"""Augmentation of photographs for training.
 
-Parameters are drawn from one numpy Generator and applied by OpenCV, which the published library of
-augmentations stands on too. Photographs are (H, W, 3) uint8 RGB and become (size, size, 3) uint8;
-the cut-out hole and the normalisation are left to `network_input`, on the network's device.
+Parameters are drawn from one numpy Generator and applied by OpenCV, on which the published library
+of augmentations is based too. Photographs are (H, W, 3) uint8 RGB and become (size, size, 3) uint8.
+`network_input` cuts the hole and normalises, on the network's device.
 """
 
 import functools
@@ -18,20 +18,20 @@ from torchvision.transforms import v2 as transforms
 from vitgal.data import images
 from vitgal.models.inference import normalise
 
-# The largest magnification that `augment_fast` can draw, 1.3 of its zoom times 1.22 of its crop: a
-# photograph decoded to this many times the network's size is never enlarged.
+# The largest magnification that `augment_fast` can draw: 1.3 by its zoom times 1.22 by its crop. A
+# photograph decoded at this many times the network's size is never enlarged.
 FAST_MARGIN = 1.6
 
 
 def augment_published(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """The published training augmentation, step for step, at the photograph's full size.
+    """Augments as published, step for step, at the photograph's full size.
 
     Args:
         image: (H, W, 3) uint8 RGB.
         size: side of the square network input in pixels.
-        rng: all randomness comes from here.
+        rng: the only source of randomness.
     Returns:
-        (size, size, 3) uint8; the published hole is `draw_hole`'s and is cut by `cut_hole`.
+        (size, size, 3) uint8, without the published hole (`draw_hole`, `cut_hole`).
 
     Source: published training code: flip 0.5; colour jitter 0.4 each, p 0.5; JPEG 99-100, p 0.5;
     shift 0.2, scale 0.3, rotation 10 degrees over a black border, p 0.7; crop of 0.9 to 1 of the
@@ -64,7 +64,7 @@ def _colour_steps(rng: np.random.Generator) -> list[Callable[[np.ndarray], np.nd
 
 
 def adjust_contrast(image: np.ndarray, factor: float, middle: float | None = None) -> np.ndarray:
-    """Moves every value away from `middle` by `factor`; None takes the mean of the grey image."""
+    """Scales the distance of every value of (H, W, 3) uint8 from `middle`; None: the mean grey."""
     if middle is None:
         middle = cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0]
     table = np.arange(256) * factor + middle * (1 - factor)
@@ -72,13 +72,13 @@ def adjust_contrast(image: np.ndarray, factor: float, middle: float | None = Non
 
 
 def adjust_saturation(image: np.ndarray, factor: float) -> np.ndarray:
-    """Moves every pixel away from its own grey by `factor`."""
+    """Scales the distance of every pixel of (H, W, 3) uint8 from its own grey."""
     grey = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     return cv2.addWeighted(image, factor, grey, 1 - factor, 0)
 
 
 def adjust_hue(image: np.ndarray, turn: float) -> np.ndarray:
-    """Turns every hue by `turn` of the whole circle, in steps of 1 / 256."""
+    """Turns every hue of (H, W, 3) uint8 by `turn` of the whole circle, in steps of 1 / 256."""
     colours = cv2.cvtColor(image, cv2.COLOR_RGB2HSV_FULL)
     tables = np.stack([np.arange(256)] * 3, axis=1)
     tables[:, 0] = (tables[:, 0] + round(256 * turn)) % 256
@@ -92,7 +92,7 @@ def _through_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
 
 
 def _shift_scale_rotate(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """About the middle: up to 10 degrees, 0.3 of the scale, 0.2 of each side; black outside."""
+    """Rotates by up to 10 degrees, scales by 0.3, shifts by 0.2 of each side; black outside."""
     height, width = image.shape[:2]
     angle = rng.uniform(-10, 10)
     shift = [rng.uniform(-0.2, 0.2) * side for side in (width, height)]
@@ -103,10 +103,10 @@ def _shift_scale_rotate(image: np.ndarray, rng: np.random.Generator) -> np.ndarr
 
 
 def _resized_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width) as RandomResizedCrop draws it, here and in torchvision.
+    """Draws (top, left, height, width) as torchvision's RandomResizedCrop does.
 
-    0.9 to 1 of the area at an aspect of 3:4 to 4:3; ten draws, of which the first that fits is
-    taken, else the middle of the photograph, as much of it as that range of aspects allows.
+    0.9 to 1 of the area at an aspect of 3:4 to 4:3. The first of ten draws that fits is taken, else
+    the largest central crop in that range of aspects.
     """
     for _ in range(10):
         area = height * width * rng.uniform(0.9, 1.0)
@@ -121,10 +121,10 @@ def _resized_crop(height: int, width: int, rng: np.random.Generator) -> tuple[in
 
 
 def _random_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width): 0.9 to 1 of the area at 3:4 to 4:3, cut at the sides.
+    """Draws (top, left, height, width) once: 0.9 to 1 of the area at 3:4 to 4:3.
 
-    One draw, of which a side that is too long is shortened, so that the aspect changes more often
-    and the area can be less than with `_resized_crop`.
+    A side that is too long is shortened, so that the aspect changes more often and the area can be
+    smaller than with `_resized_crop`.
     """
     area = height * width * rng.uniform(0.9, 1.0)
     ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -134,11 +134,12 @@ def _random_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int
 
 
 def augment_fast(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """The published augmentation's kinds of change in one warp and one colour matrix.
+    """Augments in the same ways as `augment_published`, by one warp and one colour matrix.
 
     Flip, shift, scale, rotation, crop and squash are one affine map sampled once at the network's
     size; brightness, contrast, saturation and a rotation of hue about the grey axis are one 3 x 3
-    matrix and an offset. No JPEG round trip. Shapes otherwise as `augment_published`.
+    matrix and an offset. There is no JPEG round trip. Arguments and result are those of
+    `augment_published`.
     """
     picture = cv2.warpAffine(
         image, _random_affine(*image.shape[:2], size, rng), (size, size), flags=cv2.INTER_LINEAR
@@ -149,7 +150,7 @@ def augment_fast(image: np.ndarray, size: int, rng: np.random.Generator) -> np.n
 
 
 def _random_affine(height: int, width: int, size: int, rng: np.random.Generator) -> np.ndarray:
-    """(2, 3) map from photograph to network pixels: flip, shift-scale-rotate, crop, squash."""
+    """Draws the (2, 3) map from photograph to network pixels: flip, rotation, crop, squash."""
     to_unit = np.array([[2 / width, 0, -1], [0, 2 / height, -1], [0, 0, 1]])
     change = np.diag([-1.0 if rng.random() < 0.5 else 1.0, 1.0, 1.0])
     if rng.random() < 0.7:
@@ -170,7 +171,7 @@ def _random_affine(height: int, width: int, size: int, rng: np.random.Generator)
 
 
 def _random_colours(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(3, 4) colour matrix: contrast about the mean grey, brightness, saturation, hue rotation."""
+    """Draws a (3, 4) colour matrix: contrast about the mean grey, brightness, saturation, hue."""
     brightness, contrast, saturation = rng.uniform(0.6, 1.4, size=3)
     turn = rng.uniform(-0.4, 0.4) * 2 * math.pi
     grey = np.full((3, 3), np.array([0.299, 0.587, 0.114]))
@@ -185,9 +186,9 @@ def _random_colours(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray
 def rand_augment(
     picture: np.ndarray, operations: int, magnitude: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """RandAugment (Cubuk et al., 2020) by torchvision: random operations of one strength of 30.
+    """Applies torchvision's RandAugment (Cubuk et al., 2020) to a picture (H, W, 3) uint8.
 
-    picture: (H, W, 3) uint8 in and out. torch's own generator is left as it was.
+    magnitude: strength of the operations, at most 30. torch's own generator is left as it was.
     """
     change = transforms.RandAugment(
         operations, magnitude, interpolation=transforms.InterpolationMode.BILINEAR
@@ -199,7 +200,7 @@ def rand_augment(
 
 
 def draw_hole(size: int, rng: np.random.Generator) -> tuple[int, int, int]:
-    """(top, left, side) of one square of a quarter of the side with p 0.5, else three zeros."""
+    """Draws (top, left, side) of a square of a quarter of the side with p 0.5, else three zeros."""
     if rng.random() >= 0.5:
         return 0, 0, 0
     side = size // 4
@@ -217,10 +218,13 @@ def cut_hole(picture: np.ndarray, hole: tuple[int, int, int]) -> None:
 
 
 def network_input(pictures: Tensor, holes: Tensor) -> Tensor:
-    """Normalises pictures and cuts their holes, on whatever device the pictures are.
+    """Normalises pictures on their device and cuts their holes.
 
-    pictures: (B, 3, S, S) uint8. holes: (B, 3) int64 on the CPU: top, left, side. Returns
-    (B, 3, S, S) float32, zero (the mean colour) inside the holes.
+    Args:
+        pictures: (B, 3, S, S) uint8.
+        holes: (B, 3) int64 on the CPU: top, left, side.
+    Returns:
+        (B, 3, S, S) float32, zero (the mean colour) inside the holes.
     """
     inputs = normalise(pictures)
     for index, (top, left, side) in enumerate(holes.tolist()):
@@ -229,12 +233,12 @@ def network_input(pictures: Tensor, holes: Tensor) -> Tensor:
 
 
 def squash(image: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """(size, size, 3) uint8, squashed as at test time; `rng` is not used."""
+    """Squashes (H, W, 3) uint8 to (size, size, 3) as at test time; `rng` is not used."""
     return images.resize(image, size, "squash")
 
 
 def displayable(picture: Tensor, hole: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
-    """What the network sees as (H, W, 3) uint8 RGB: (3, H, W) uint8 with its hole in mean grey."""
+    """Turns a picture (3, H, W) uint8 into (H, W, 3), with its hole in the mean colour."""
     shown = picture.permute(1, 2, 0).numpy().copy()
     top, left, side = hole
     shown[top : top + side, left : left + side] = np.round(np.array(images.MEAN) * 255)

@@ -16,17 +16,17 @@ from vitgal.training.schedule import learning_rates
 
 
 def schedule_table(settings: Recipe) -> pd.DataFrame:
-    """The learning rate of each epoch, as `plots.training_curves` draws it: epoch, lr."""
+    """Returns the learning rate of each epoch: columns epoch, lr."""
     rates = learning_rates(settings)
     return pd.DataFrame({"epoch": range(len(rates)), "lr": rates})
 
 
 def epoch_table(log: pd.DataFrame, *, last: int = 5) -> pd.DataFrame:
-    """The last validated epochs of a log as text: shares in percent, rates with an exponent.
+    """Formats the last validated epochs of a log as text: fractions in percent.
 
     log: see `read_log`. A column that the log lacks is left out; an empty log gives no row.
     """
-    shown = {
+    formats = {
         "epoch": ("epoch", "{:.0f}"),
         "step": ("step", "{:.0f}"),
         "lr": ("lr", "{:.1e}"),
@@ -42,7 +42,7 @@ def epoch_table(log: pd.DataFrame, *, last: int = 5) -> pd.DataFrame:
     scored = [name for name in ("val_accuracy", "val_map") if name in log]
     rows = log.dropna(subset=scored, how="all").tail(last) if scored else log[:0]
     columns = {}
-    for name, (title, form) in shown.items():
+    for name, (title, form) in formats.items():
         if name in rows:
             values = 100 * rows[name] if title.startswith(("train", "val %", "mAP")) else rows[name]
             columns[title] = [form.format(value).replace("nan", "-") for value in values]
@@ -53,7 +53,7 @@ def epoch_table(log: pd.DataFrame, *, last: int = 5) -> pd.DataFrame:
 
 
 def parameter_table(model: ViTGaL) -> pd.DataFrame:
-    """Parameters of each part of the network: columns part, parameters, share."""
+    """Counts the parameters of each part of the network: columns part, parameters, share."""
     backbone = model.backbone
     parts = {
         "patch embedding": (backbone.patch_embed, backbone.pos_embed),
@@ -72,17 +72,17 @@ def parameter_table(model: ViTGaL) -> pd.DataFrame:
 
 
 def validation_photographs(split: Path, image_folder: Path, *, count: int) -> list[np.ndarray]:
-    """`count` validation images, (H, W, 3) uint8 RGB each, spread evenly over their list."""
+    """Reads `count` validation images, (H, W, 3) uint8 RGB each, spread evenly over their list."""
     paths = splits.read_split(split, "val")["path"].tolist()
-    chosen = np.linspace(0, len(paths) - 1, num=min(count, len(paths)), dtype=int)
-    return [images.read_image(Path(image_folder) / paths[index]) for index in chosen]
+    indices = np.linspace(0, len(paths) - 1, num=min(count, len(paths)), dtype=int)
+    return [images.read_image(Path(image_folder) / paths[index]) for index in indices]
 
 
 @torch.no_grad()
 def token_maps(
     model: ViTGaL, photographs: Sequence[np.ndarray], *, size: int
 ) -> dict[str, list[np.ndarray]]:
-    """Per photograph (h, w) maps: the codes' reconstruction error, and attention before and after.
+    """Computes (h, w) maps of each photograph: reconstruction error and both attentions.
 
     Args:
         photographs: (H, W, 3) uint8 RGB; each is squashed to `size` x `size` pixels.
@@ -92,23 +92,27 @@ def token_maps(
     """
     maps: dict[str, list[np.ndarray]] = {"error": [], "backbone_attention": [], "attention": []}
     for photograph in photographs:
-        found = model.token_features(_network_input(photograph, size))
-        maps["error"].append((found.decoded - found.tokens).square().mean(2)[0])
-        maps["backbone_attention"].append(found.backbone_attention.mean(1)[0])
-        maps["attention"].append(found.attention.mean(1)[0])
+        features = model.token_features(_network_input(photograph, size))
+        maps["error"].append((features.decoded - features.tokens).square().mean(2)[0])
+        maps["backbone_attention"].append(features.backbone_attention.mean(1)[0])
+        maps["attention"].append(features.attention.mean(1)[0])
     grid = (size // 16, size // 16)
-    return {key: [one.reshape(grid).numpy() for one in value] for key, value in maps.items()}
+    return {key: [row.reshape(grid).numpy() for row in rows] for key, rows in maps.items()}
 
 
 @torch.no_grad()
 def lost_variance(model: ViTGaL, photographs: Sequence[np.ndarray], *, size: int) -> float:
-    """The share of the tokens' variance that the autoencoder loses: 0 is perfect, 1 the mean token.
+    """Computes the fraction of the tokens' variance that the autoencoder loses.
+
+    0 is perfect reconstruction; 1 is as bad as the mean token.
 
     photographs: (H, W, 3) uint8 RGB, each squashed to `size` x `size` pixels.
     """
-    found = [model.token_features(_network_input(photograph, size)) for photograph in photographs]
-    tokens = torch.cat([one.tokens[0] for one in found])
-    decoded = torch.cat([one.decoded[0] for one in found])
+    features = [
+        model.token_features(_network_input(photograph, size)) for photograph in photographs
+    ]
+    tokens = torch.cat([image.tokens[0] for image in features])
+    decoded = torch.cat([image.decoded[0] for image in features])
     return float((decoded - tokens).square().sum() / (tokens - tokens.mean(0)).square().sum())
 
 
@@ -118,7 +122,7 @@ def _network_input(photograph: np.ndarray, size: int) -> torch.Tensor:
 
 
 def same_backbone(model: ViTGaL, source: Path) -> bool:
-    """Whether every tensor of the model but its autoencoder's is, bit for bit, that of `source`."""
+    """Returns whether all tensors but the autoencoder's equal those of `source`, bit for bit."""
     other = weights.load_model(source).state_dict()
     return all(
         torch.equal(value, other[key])

@@ -1,4 +1,8 @@
-"""The retrieval model learns from a trained network besides its labels."""
+"""Distillation: the retrieval model learns from a trained network besides its labels.
+
+The name of its landmark is little to learn from a photograph. A network that was trained on many
+photographs also tells what each view resembles.
+"""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,7 +16,7 @@ from vitgal.training.networks import RetrievalNetwork
 class DistilledNetwork(RetrievalNetwork):
     """The retrieval model under ArcFace and a teacher.
 
-    weight: the teacher's share of the loss, above 0 and up to 1, where labels count for nothing.
+    weight: the teacher's fraction of the loss, above 0; at 1 the labels have no influence.
 
     Source: an additional linear map of the student's features regresses the teacher's, as in
     FitNets (Romero et al., 2015).
@@ -31,23 +35,26 @@ class DistilledNetwork(RetrievalNetwork):
         self.projection = nn.Linear(model.embed_dim, teacher.dim)
 
     def forward(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """(B, 3, S, S), (B,) int64 -> scalars `loss`, `accuracy` (with the margin), `distilled`."""
+        """Computes the scalars `loss`, `accuracy` (with the margin) and `distilled`.
+
+        pictures: (B, 3, S, S) float32. labels: (B,) int64.
+        """
         features = self.model.global_features(pictures)
-        loss, found = self.head.loss(features, labels, smoothing=self.label_smoothing)
+        loss, predicted = self.head.loss(features, labels, smoothing=self.label_smoothing)
         distilled = disagreement(self.projection(features), self.teacher.describe(pictures))
         return {
             "loss": (1 - self.weight) * loss + self.weight * distilled,
-            "accuracy": (found == labels).float().mean(),
+            "accuracy": (predicted == labels).float().mean(),
             "distilled": distilled,
         }
 
 
 def disagreement(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean of 1 - cosine between rows (B, C), a scalar in [0, 2].
+    """Computes the mean of 1 - cosine between rows (B, C), a scalar in [0, 2].
 
-    Each of the teacher's numbers is first brought to mean 0 and deviation 1 over the batch: what
-    all pictures have in common would otherwise be most of every cosine. Raises ValueError for one
-    picture alone, which has nothing to differ from.
+    Each of the teacher's dimensions is first brought to mean 0 and deviation 1 over the batch.
+    Otherwise every cosine would mostly measure what all pictures have in common. Raises ValueError
+    for a batch of one picture.
     """
     if len(teacher) < 2:
         raise ValueError("a teacher needs batches of two pictures or more: set batch_size")

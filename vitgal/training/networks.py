@@ -1,4 +1,4 @@
-"""What is trained: a model with its classifier, and the losses."""
+"""The trained networks, each a model with its classifier and loss; the optimizer."""
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -12,40 +12,45 @@ from vitgal.training.errors import TrainingError
 
 
 class RetrievalNetwork(nn.Module):
-    """The retrieval model under ArcFace: images and labels to loss and accuracy."""
+    """The retrieval model under ArcFace."""
 
-    retrieves = True  # its validation gives features to search by
+    retrieves = True  # whether `validate` gives features, for retrieval scores
 
     def __init__(self, model: ViTGaL, head: ArcFace, label_smoothing: float = 0.0):
         super().__init__()
         self.model, self.head, self.label_smoothing = model, head, label_smoothing
 
     def forward(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """(B, 3, S, S), (B,) int64 -> scalars `loss` and `accuracy` (with the margin)."""
+        """Computes the scalars `loss` and `accuracy` (with the margin).
+
+        pictures: (B, 3, S, S) float32. labels: (B,) int64.
+        """
         features = self.model.global_features(pictures)
-        loss, found = self.head.loss(features, labels, smoothing=self.label_smoothing)
-        return {"loss": loss, "accuracy": (found == labels).float().mean()}
+        loss, predicted = self.head.loss(features, labels, smoothing=self.label_smoothing)
+        return {"loss": loss, "accuracy": (predicted == labels).float().mean()}
 
     @torch.no_grad()
     def validate(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Features (B, D), and hits (B,) with and without the margin; label -1 never counts."""
+        """Computes features (B, D), and hits (B,) bool with and without the margin.
+
+        An image of label -1, whose class is not trained, is no hit.
+        """
         features = self.model.global_features(pictures).float()
-        known = labels.clamp(min=0)
-        counts = labels >= 0
+        targets, trained = labels.clamp(min=0), labels >= 0
         return {
             "features": F.normalize(features),
-            "val_accuracy": (self.head(features).argmax(1) == known) & counts,
-            "val_accuracy_margin": (self.head(features, known).argmax(1) == known) & counts,
+            "val_accuracy": (self.head(features).argmax(1) == targets) & trained,
+            "val_accuracy_margin": (self.head(features, targets).argmax(1) == targets) & trained,
         }
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """What timm's optimizers exempt from weight decay beside biases and other vectors."""
+        """Returns the parameters without weight decay besides biases and other vectors."""
         return {f"model.{name}" for name in self.model.no_weight_decay()}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Layers for timm's layer-wise learning rates: stem, blocks, and all that is new on top."""
+        """Returns timm's layers for layer-wise learning rates: stem, blocks, and the new parts."""
         return {
             "stem": r"^model\.backbone\.(?:patch_embed|pos_embed|cls_token)",
             "blocks": [(r"^model\.backbone\.blocks\.(\d+)", None), (r".", (1000,))],
@@ -73,7 +78,10 @@ class AutoencoderNetwork(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """(B, 3, S, S), (B,) int64 -> scalars `loss`, `accuracy`, `reconstruction`."""
+        """Computes the scalars `loss`, `accuracy` and `reconstruction`.
+
+        pictures: (B, 3, S, S) float32. labels: (B,) int64.
+        """
         features, decoded, tokens = self.model.reconstruct(pictures)
         logits = self.classifier(features).float()
         reconstruction = F.mse_loss(decoded.float(), tokens.float())
@@ -86,7 +94,7 @@ class AutoencoderNetwork(nn.Module):
 
     @torch.no_grad()
     def validate(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Per image: hits (B,) and the mean squared reconstruction error (B,)."""
+        """Computes hits (B,) bool and mean squared reconstruction errors (B,)."""
         features, decoded, tokens = self.model.reconstruct(pictures)
         hits = self.classifier(features).argmax(1) == labels.clamp(min=0)
         error = (decoded.float() - tokens.float()).square().mean((1, 2))
@@ -94,13 +102,15 @@ class AutoencoderNetwork(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
+        """Returns the parameters without weight decay besides biases and other vectors."""
         return {f"model.{name}" for name in self.model.no_weight_decay()}
 
 
 def build_optimizer(network: nn.Module, settings: Recipe) -> torch.optim.Optimizer:
-    """AdamW in timm's groups: no decay for vectors, biases and class tokens; perhaps by layer.
+    """Builds AdamW with timm's groups: no decay for vectors, biases and class tokens.
 
-    A group's `lr_scale`, where it has one, is the factor that layer-wise decay gives its rate.
+    With `layer_decay` a group has an `lr_scale`, the factor of its learning rate. Raises
+    TrainingError for a network without trainable parameters.
     """
     if not any(parameter.requires_grad for parameter in network.parameters()):
         raise TrainingError("the network has no parameter to train")

@@ -1,4 +1,4 @@
-"""What training reads: the images of a split by (epoch, index), batches by (epoch, step)."""
+"""Training data: the images of a split by (epoch, index), batches by (epoch, step)."""
 
 import math
 from collections.abc import Iterator
@@ -20,17 +20,17 @@ from vitgal.settings import Recipe
 from vitgal.training import augmentation
 from vitgal.training.errors import TrainingError
 
-SHOWN = 3  # how many missing images an error lists
+NAMED = 3  # missing images that an error lists
 
 
 class Sample(NamedTuple):
-    """One image as a data worker gives it; in a batch every field has a first axis B."""
+    """One image as a data worker reads it; in a batch every field has a first axis B."""
 
     picture: Tensor  # (3, S, S) uint8
-    hole: Tensor  # (3,) int64: top, left, side; what the network sees as zero
+    hole: Tensor  # (3,) int64: top, left, side of what is set to zero
     label: int
     index: int  # of the image that was read
-    unreadable: int  # of the image that it stands for, -1 where that is itself
+    unreadable: int  # index of the unreadable image that it replaces; -1: none
 
 
 class TrainingImages(Dataset):
@@ -44,8 +44,8 @@ class TrainingImages(Dataset):
         self, folder: Path, table: pd.DataFrame, settings: Recipe, augment: str | None = None
     ):
         self.folder, self.settings = Path(folder), settings
-        # Arrays, not lists of objects: workers that are forked share them with their parent, while
-        # every object that is looked at costs each worker a copy of its page.
+        # Arrays, not lists of objects: forked workers share them with their parent, while reading
+        # an object changes its reference count and so copies its page of memory.
         self.names = table["path"].to_numpy(dtype=str)
         self.labels = table["label"].to_numpy()
         self.augment = augment or settings.augment
@@ -59,6 +59,7 @@ class TrainingImages(Dataset):
         return len(self.names)
 
     def path(self, index: int) -> Path:
+        """Returns the path of an image."""
         return self.folder / str(self.names[index])
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
@@ -82,7 +83,7 @@ class TrainingImages(Dataset):
         raise TrainingError(f"none of the {len(self)} images can be read, {self.path(0)} first")
 
     def read(self, index: int) -> np.ndarray:
-        """The photograph; for the fast augmentation at a reduced scale where nothing is lost."""
+        """Reads the photograph (H, W, 3) uint8 RGB, smaller where the fast augmentation allows."""
         least = None
         if self.augment == "fast":
             least = math.ceil(augmentation.FAST_MARGIN * self.settings.image_size)
@@ -91,7 +92,12 @@ class TrainingImages(Dataset):
     def change(
         self, image: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """The augmented picture (S, S, 3) uint8 and its hole; the published one is cut already."""
+        """Augments a photograph (H, W, 3) uint8.
+
+        Returns:
+            The picture (S, S, 3) uint8, and its hole (top, left, side), zeros where there is none
+            or where it is cut already, as the published one.
+        """
         settings = self.settings
         picture = self.transform(image, settings.image_size, rng)
         if self.augment == "none":
@@ -112,10 +118,10 @@ class Batches:
     """One rank's batches of one epoch from step `first` on: lists of (epoch, index) keys.
 
     The epoch's order is a permutation by (seed, epoch), or with `labels` a draw in which every
-    class comes equally often. A step takes `batch_size * processes * accumulate` of it: batch by
-    batch for rank 0, 1, ... and then the same for the next batch that is accumulated. So two
-    processes see in a step what one process that accumulates two batches does. What is left over
-    after the last whole step is dropped.
+    class is equally frequent. A step takes `batch_size * processes * accumulate` images of it:
+    a batch for each rank, then the next accumulated batch for each rank. Two processes therefore
+    see in a step what one process that accumulates two batches sees. Images after the last whole
+    step are dropped.
     """
 
     count: int
@@ -130,7 +136,7 @@ class Batches:
 
     @property
     def steps(self) -> int:
-        """Whole steps in the epoch."""
+        """The whole steps in the epoch."""
         return self.count // (self.batch_size * self.processes * self.accumulate)
 
     def __len__(self) -> int:
@@ -143,7 +149,7 @@ class Batches:
             yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
 
     def order(self) -> np.ndarray:
-        """(count,) image indices in the order in which the epoch shows them."""
+        """Returns the image indices (count,) in the epoch's order."""
         rng = np.random.default_rng((self.seed, self.epoch))
         if self.labels is None:
             return rng.permutation(self.count)
@@ -152,16 +158,21 @@ class Batches:
         starts = np.cumsum(sizes) - sizes
         rounds = -(-self.count // len(sizes))
         classes = np.concatenate([rng.permutation(len(sizes)) for _ in range(rounds)])[: self.count]
-        places = (rng.random(self.count) * sizes[classes]).astype(np.int64)
-        return by_class[starts[classes] + places]
+        offsets = (rng.random(self.count) * sizes[classes]).astype(np.int64)
+        return by_class[starts[classes] + offsets]
 
 
 @dataclass(frozen=True)
 class SplitData:
-    """The images of one split folder as training reads them.
+    """The images of one split folder, for training.
 
-    `validation` holds the images of val.csv and val_retrieval.csv, each once, label -1 where its
-    class is not trained; `queries` and `database` are positions in it.
+    Attributes:
+        validation: the images of val.csv and val_retrieval.csv, each once; label -1 where the class
+            is not trained.
+        queries: positions (Q,) of the retrieval validation queries among `validation`.
+        database: positions (N,) of the retrieval validation database among `validation`.
+        ground_truth: None where there is no retrieval validation.
+        classes: number of trained classes.
     """
 
     train: TrainingImages
@@ -173,23 +184,26 @@ class SplitData:
 
     @property
     def train_count(self) -> int:
+        """The number of training images."""
         return len(self.train)
 
-    def score(self, parts: list[tuple[np.ndarray, dict[str, Tensor]]]) -> dict[str, float]:
-        """Means over the validation images, and mAP of the retrieval validation set.
+    def score(self, results: list[tuple[np.ndarray, dict[str, Tensor]]]) -> dict[str, float]:
+        """Computes means over the validation images, and mAP of retrieval validation.
 
-        parts: positions among the validation images, with what the network said of each. The means
-        need all images, the mAP those of the retrieval set. It comes with the ends of its 95 %
-        bootstrap interval over queries.
+        The means need all images, the mAP those of the retrieval set. The mAP comes with the ends
+        of its 95 % bootstrap interval over queries.
+
+        results: positions (B,) among the validation images, with what the network computed for
+        each, a row an image.
         """
-        found = np.concatenate([places for places, _ in parts])
-        order = np.argsort(found)
+        positions = np.concatenate([batch for batch, _ in results])
+        order = np.argsort(positions)
         values = {
-            key: torch.cat([result[key] for _, result in parts]).float().numpy()[order]
-            for key in parts[0][1]
+            key: torch.cat([result[key] for _, result in results]).float().numpy()[order]
+            for key in results[0][1]
         }
         scores = {}
-        if len(found) == len(self.validation):
+        if len(positions) == len(self.validation):
             trained = self.validation.labels >= 0
             scores = {
                 key: float(value[trained].mean()) if trained.any() else math.nan
@@ -197,34 +211,34 @@ class SplitData:
                 if key != "features"
             }
         if "features" in values and self.ground_truth is not None:
-            scores |= self._retrieval_scores(found[order], values["features"])
+            scores |= self._retrieval_scores(positions[order], values["features"])
         return scores
 
-    def _retrieval_scores(self, places: np.ndarray, features: np.ndarray) -> dict[str, float]:
-        """mAP of the queries over the database; places: rising, a row of features each."""
+    def _retrieval_scores(self, positions: np.ndarray, features: np.ndarray) -> dict[str, float]:
+        """mAP of the queries over the database; positions: rising, a row of features each."""
         queries, database = (
-            features[np.searchsorted(places, part)] for part in (self.queries, self.database)
+            features[np.searchsorted(positions, part)] for part in (self.queries, self.database)
         )
         _, ranks = exact_search.search(queries, database, k=len(database))
-        found = protocol.evaluate(ranks, self.ground_truth)["medium"]
-        low, high = statistics.bootstrap_interval(found["ap"], **statistics.BOOTSTRAP)
-        return {"val_map": found["map"], "val_map_low": low, "val_map_high": high}
+        result = protocol.evaluate(ranks, self.ground_truth)["medium"]
+        low, high = statistics.bootstrap_interval(result["ap"], **statistics.BOOTSTRAP)
+        return {"val_map": result["map"], "val_map_low": low, "val_map_high": high}
 
     def refuse_missing(self) -> None:
-        """Raises FileNotFoundError where a listed image is not there: first few and count."""
+        """Raises FileNotFoundError with the first missing images and their number."""
         for part in (self.train, self.validation):
             ids = [Path(name).stem for name in part.names]
             missing = gldv2.missing_images(part.folder, ids)
             if missing:
-                shown = ", ".join(gldv2.image_path(image) for image in missing[:SHOWN])
+                first = ", ".join(gldv2.image_path(image) for image in missing[:NAMED])
                 raise FileNotFoundError(
                     f"{len(missing):,} of {len(part):,} images of the split are not in "
-                    f"{part.folder}, first {shown}; bring them back, or make the split anew"
+                    f"{part.folder}, first {first}; bring them back, or make the split anew"
                 )
 
 
 def read_data(split: Path, image_folder: Path, settings: Recipe) -> SplitData:
-    """The training and validation images of a split folder, ready for the loop.
+    """Reads the tables of a split folder.
 
     Raises FileNotFoundError where the image folder is missing, ValueError where training labels
     are not the classes of the split, each with an image.
@@ -237,21 +251,23 @@ def read_data(split: Path, image_folder: Path, settings: Recipe) -> SplitData:
     retrieval = splits.read_split(split, "val_retrieval")
     val = splits.read_split(split, "val")[["path", "label"]]
     val = pd.concat([val, retrieval[["path", "label"]]]).drop_duplicates("path", ignore_index=True)
-    place = pd.Series(val.index, index=val["path"])
-    queries, database = (retrieval[retrieval["role"] == role] for role in ("query", "database"))
-    shown = val.assign(label=val["label"].where(val["label"] < classes, -1))
+    val["label"] = val["label"].where(val["label"] < classes, -1)
+    position = pd.Series(val.index, index=val["path"])
+    queries, database = (
+        position[retrieval.loc[retrieval["role"] == role, "path"]].to_numpy()
+        for role in ("query", "database")
+    )
     return SplitData(
         train=TrainingImages(image_folder, train, settings),
-        validation=TrainingImages(image_folder, shown, settings, "none"),
-        queries=place[queries["path"]].to_numpy(),
-        database=place[database["path"]].to_numpy(),
+        validation=TrainingImages(image_folder, val, settings, "none"),
+        queries=queries,
+        database=database,
         ground_truth=splits.validation_ground_truth(retrieval) if len(queries) else None,
         classes=classes,
     )
 
 
 def _check_labels(labels: np.ndarray, classes: int, table: Path) -> None:
-    """Every label is one of the classes, and every class has an image."""
     if len(labels) == 0:
         raise ValueError(f"{table} lists no image: make the split anew")
     wrong = (labels < 0) | (labels >= classes)
@@ -264,6 +280,6 @@ def _check_labels(labels: np.ndarray, classes: int, table: Path) -> None:
     if len(empty):
         raise ValueError(
             f"{len(empty)} of the {classes} classes have no image in {table}, class {empty[0]} "
-            "first; a class that is not trained needs no place in the classifier: make the split "
+            "first; a class that is not trained has no output in the classifier: make the split "
             "anew without it"
         )
