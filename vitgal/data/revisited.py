@@ -98,14 +98,10 @@ def labelled(ground_truth: GroundTruth) -> list[np.ndarray]:
 
 
 def relevance_labels(ground_truth: GroundTruth, query: int, images: Sequence[int]) -> list[str]:
-    """Returns the labels of some database images for one query.
+    """Returns the labels of database images, given by index, for one query.
 
-    Args:
-        query: index of the query, from 0.
-        images: (N,) database indices.
-
-    Returns:
-        N labels: "easy", "hard", "junk" or "negative" (in no list).
+    Each is "easy", "hard", "junk" or "negative" (in no list). Raises IndexError for a query
+    that does not exist.
     """
     labels = {
         int(index): label

@@ -38,7 +38,7 @@ class TokenSelection:
     reasons: np.ndarray
 
     def heat(self, scale: float, head: int | None = None) -> np.ndarray:
-        """Returns the map (h, w) of a head, or the scores of all, at the nearest scale there is."""
+        """Returns the map of a head, or the scores, of shape (h, w) at the nearest scale."""
         nearest = min(self.scores, key=lambda candidate: abs(candidate - scale))
         return self.scores[nearest] if head is None else self.attention[nearest][head]
 
@@ -50,6 +50,7 @@ class _Recorder:
         self.model, self.code_dim, self.outputs, self.scale = model, model.code_dim, [], 0
 
     def token_codes(self, images: Any) -> Any:
+        """Returns the TokenCodes of images (1, 3, H, W) at the next scale."""
         if self.scale == len(self.outputs):
             self.outputs.append(self.model.token_codes(images))
         self.scale += 1
@@ -79,6 +80,7 @@ def explain_selection(
     crop, box = crop_box(image, box)
 
     def extract(changed: LocalSettings) -> LocalFeatures:
+        """Extracts under other settings of suppression."""
         recorder.scale = 0
         return local_features(recorder, images, [(box, image.shape[:2])], changed)[0]
 

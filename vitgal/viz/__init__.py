@@ -22,7 +22,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "matching": [
             "MatchedImage",
             "feature_counts",
-            "homography_to_pixels",
             "keypoints",
             "match_lines",
         ],

@@ -48,62 +48,66 @@ def browse_failures(
 ) -> widgets.VBox:
     """Shows a run's queries, the worst first, each with its `failure_figure`.
 
-    Args:
-        run, dataset, reranked: as for `failure_table`.
-        by: "ap", "change" or "miss", the order at first.
-        protocol: at first.
-        columns: images in a row.
-    Returns:
-        The widget, which shows the first query at once.
-    Raises:
-        ValueError: `by` or the protocol is unknown.
-        StageError: notebook 04 has not been run.
+    by ("ap", "change" or "miss") and protocol: at first. All others: as for `failure_figure`.
+    The first query is drawn at once. Raises ValueError for an unknown `by` or protocol,
+    StageError where notebook 04 has not been run.
     """
     if by not in ORDERS.values():
         raise ValueError(f"by is {by!r}; queries are sorted by {', '.join(ORDERS.values())}")
-    protocols = widgets.Dropdown(options=PROTOCOLS, value=protocol, description="protocol")
-    order = widgets.Dropdown(options=list(ORDERS.items()), value=by, description="sorted by")
+    return _FailureBrowser(run, dataset, by, protocol, reranked, columns).widget
 
-    def entries() -> Options:
+
+class _FailureBrowser:
+    """The controls and the figure of `browse_failures`."""
+
+    def __init__(
+        self,
+        run: Path,
+        dataset: RetrievalDataset | str,
+        by: str,
+        protocol: str,
+        reranked: bool,
+        columns: int,
+    ) -> None:
+        self.run, self.dataset, self.reranked, self.columns = run, dataset, reranked, columns
+        self.protocols = widgets.Dropdown(options=PROTOCOLS, value=protocol, description="protocol")
+        self.order = widgets.Dropdown(options=ORDERS.items(), value=by, description="sorted by")
+        options, self.output = self._entries(), FigureOutput()
+        self.query = Chooser("query", options, options[0][1] if options else None)
+        self.query.list.observe(self._redraw, "value")
+        for control in (self.order, self.protocols):
+            control.observe(self._sort, "value")
+        self.output.draw(self._draw)
+        controls = widgets.HBox([self.order, self.protocols])
+        self.widget = widgets.VBox([controls, self.query.widget, self.output.widget])
+
+    def _entries(self) -> Options:
+        """The queries in their order, each with its AP in percent, before and after reranking."""
+        protocol, reranked = self.protocols.value, self.reranked
         table = failure_table(
-            run, dataset, order.value, protocol=protocols.value, reranked=reranked
+            self.run, self.dataset, self.order.value, protocol=protocol, reranked=reranked
         )
+        after = [f" → {100 * ap:.0f}" if reranked else "" for ap in table["after"]]
         return [
-            (f"{query}  {row.query}   AP {_percents(row, reranked)}", int(query))
-            for query, row in zip(table.index, table.itertuples(), strict=True)
+            (f"{query}  {row.query}   AP {100 * row.before:.0f}{end}", int(query))
+            for query, row, end in zip(table.index, table.itertuples(), after, strict=True)
         ]
 
-    options = entries()
-    chooser = Chooser("query", options, options[0][1] if options else None)
-    output = FigureOutput()
-
-    def draw() -> None:
-        if chooser.value is None:
+    def _draw(self) -> None:
+        if self.query.value is None:
             print("nothing to choose from")
             return
         failure_figure(
-            *(run, dataset, chooser.value),
-            protocol=protocols.value,
-            columns=columns,
-            reranked=reranked,
+            *(self.run, self.dataset, self.query.value),
+            protocol=self.protocols.value,
+            columns=self.columns,
+            reranked=self.reranked,
         )
 
-    def show(_: object = None) -> None:
-        output.redraw(draw)
+    def _redraw(self, _: object = None) -> None:
+        self.output.redraw(self._draw)
 
-    def sort(_: object) -> None:
-        with unobserved(chooser.list, show):
-            refill(chooser.list, entries())
-        show()
-
-    chooser.list.observe(show, "value")
-    for control in (order, protocols):
-        control.observe(sort, "value")
-    output.draw(draw)
-    return widgets.VBox([widgets.HBox([order, protocols]), chooser.widget, output.widget])
-
-
-def _percents(row: tuple, reranked: bool) -> str:
-    """AP in percent, before and after reranking."""
-    after = f" → {100 * row.after:.0f}" if reranked else ""
-    return f"{100 * row.before:.0f}{after}"
+    def _sort(self, _: object) -> None:
+        with unobserved(self.query.list, self._redraw):
+            refill(self.query.list, self._entries())
+        self._redraw()

@@ -206,6 +206,7 @@ class _Evidence:
         images: Sequence[int],
         ranks: list[dict[int, int]],
     ) -> "_Evidence":
+        """Reads what the stages of `<run>/<dataset>` hold of a query and some images."""
         order, values = (
             np.load(folder / "global" / name, mmap_mode="r")[:, query]
             for name in ("ranks.npy", "similarities.npy")

@@ -21,7 +21,7 @@ class FigureFolder:
     def keep(self, drawing: Axes | np.ndarray | Figure, name: str) -> None:
         """Writes a figure, or the figure of some axes, as `<name>.<figure_format>`.
 
-        To be called before the figure is shown. Raises ValueError for an unknown format.
+        An array of axes has any shape. Call it before the figure is shown.
         """
         if self.show.save_figures:
             axes = drawing.axes[0] if isinstance(drawing, Figure) else drawing

@@ -85,7 +85,7 @@ def contact_sheet(
         titles: one an image; may hold line breaks. A title wider than its picture loses its middle.
         width: of the figure, in inches.
     Returns:
-        The axes (rows, columns), blank after the last image; a sentence where there is no image.
+        The axes, shape (rows, columns), blank after the last image; a sentence without images.
     Raises:
         ValueError: an array is no photograph, or the number of titles differs.
     """
@@ -118,13 +118,9 @@ def ranking_rows(
 ) -> np.ndarray:
     """Draws the rankings of several queries under each other, one row a query.
 
-    Args:
-        queries: their photographs.
-        rankings: one a query, best first; the first `columns` images are drawn.
-    Returns:
-        The axes (queries, 1 + columns). Without images or queries, a sentence says so.
-    Raises:
-        ValueError: there are more or fewer rankings than queries, or an array is no photograph.
+    The first `columns` images of each ranking are drawn; an empty one says so. Returns the
+    axes, shape (queries, 1 + columns); a sentence without queries. Raises ValueError where the
+    numbers of queries and rankings differ or an array is no photograph.
     """
     if len(queries) != len(rankings):
         raise ValueError(f"{len(queries)} queries, but {len(rankings)} rankings: give one each")
@@ -155,12 +151,12 @@ def stacked_rankings(
     Arrows lead from a labelled image's position in the first ranking to that in the second.
 
     Args:
-        query: its photograph, drawn once.
-        rankings: one or two of name -> images, best first.
-        reasons: a table whose rows are written below the photographs; None or no row: no table.
+        query: drawn once.
+        rankings: one or two of name -> images, best first. An empty one says so.
+        reasons: a table whose rows are written below; None or no row: no table.
         columns: images drawn of each ranking; None: all.
     Returns:
-        The axes (rankings, 1 + columns), the query's in each row. An empty ranking says so.
+        The axes, shape (rankings, 1 + columns), the query's in each row.
     Raises:
         ValueError: an array is no photograph.
     """
@@ -196,12 +192,13 @@ def before_after(
     """Draws a ranking before and after reranking, with arrows between an image's two positions.
 
     Args:
-        query: its photograph.
+        query: drawn once.
         before, after: the two rankings, best first, as far as they are known. The first `columns`
             images are drawn; the rest tells where an image came from or went to. A caption of
             `after`, for example a number of inliers, is written below the rank.
+        columns: images in a row.
     Returns:
-        The axes (2, 1 + columns), the query's in both rows. An empty ranking says so.
+        The axes, shape (2, 1 + columns), the query's in both rows.
     Raises:
         ValueError: a ranking holds an image twice, or an array is no photograph.
     """

@@ -41,16 +41,10 @@ def percentile_range(maps: Sequence[np.ndarray], cut: float) -> Normalize:
 
 
 def mix_heat(picture: np.ndarray, heat: np.ndarray, box: Sequence[int]) -> np.ndarray:
-    """Mixes a map into one box of a grey copy of a photograph.
+    """Mixes a map of shape (h, w), >= 0, into one box of a grey copy of a photograph (H, W, 3).
 
-    Args:
-        picture: (H, W, 3) uint8 RGB.
-        heat: (h, w) >= 0, drawn relative to its peak.
-        box: (x0, y0, x1, y1) in pixels of the photograph, which the map spans.
-    Returns:
-        (H, W, 3) uint8 RGB.
-    Raises:
-        ValueError: the map is not (h, w) and finite.
+    The map is drawn relative to its peak and spans the box (x0, y0, x1, y1) in pixels. Returns
+    (H, W, 3) uint8 RGB. Raises ValueError for a map that is not (h, w) and finite.
     """
     (heat,) = _check_maps([heat], 1, "attention maps")
     x0, y0, x1, y1 = box
@@ -75,10 +69,10 @@ def reconstruction_error(
     Args:
         log: rows of log.jsonl with `step`, `reconstruction`, `val_reconstruction`.
         images: photographs; none: the curves alone.
-        errors: per photograph the error (h, w) of each token, row by row, spanning the photograph.
-            All maps share one colour range, from the 1st to the 99th percentile.
+        errors: per photograph the error (h, w) of each token, spanning it. All maps share one
+            colour range, from the 1st to the 99th percentile.
     Returns:
-        The axes: the curves, then the photographs, then their maps. A log without values says so.
+        The axes, shape (1 + 2 * photographs,): the curves, then the photographs, then their maps.
     Raises:
         ValueError: the maps are not (h, w) and finite, or their number differs from the images'.
     """
@@ -111,15 +105,15 @@ def attention_maps(
 ) -> np.ndarray:
     """Draws the class attention before and after the autoencoder over each photograph.
 
-    Each map is divided by its mean: 1 = what every token would get if all got the same. All maps
-    share one colour range, cut at the 99th percentile.
+    Each map is divided by its mean: 1 = what every token would get if all got the same. All
+    maps share one colour range, cut at the 99th percentile.
 
     Args:
         images: photographs.
-        before, after: (h, w), one a photograph: the attention that the class token pays to each
-            token, summed or averaged over heads, of the backbone and of the autoencoder.
+        before, after: shape (h, w), one a photograph: the attention that the class token pays to
+            each token, summed or averaged over heads, of the backbone and of the autoencoder.
     Returns:
-        The axes (photographs, 3); a sentence where there is no photograph.
+        The axes, shape (photographs, 3); a sentence without photographs.
     Raises:
         ValueError: the maps are not (h, w) and finite, or their number differs from the images'.
     """
@@ -165,13 +159,10 @@ def attention_heads(
 
     Args:
         image: the photograph.
-        attention: scale -> (heads, h, w).
-        scores: scale -> (h, w).
+        attention, scores: scale -> maps of shape (heads, h, w), and one of shape (h, w).
         box: (x0, y0, x1, y1), the pixels of the photograph that the network saw; None: all.
     Returns:
-        The axes (scales, 1 + heads), the scores first; a sentence where there is no scale.
-    Raises:
-        ValueError: a map is not finite.
+        The axes, shape (scales, 1 + heads), the scores first; a sentence without scales.
     """
     picture = read_pixels(image)
     if box is not None:
@@ -208,17 +199,11 @@ def dropped_features(
     *,
     titles: Mapping[str, str] | None = None,
 ) -> np.ndarray:
-    """Draws the features that were kept, and those that were dropped, by reason.
+    """Draws the features of a photograph that were kept, and those that were dropped, by reason.
 
-    Args:
-        image: the photograph.
-        kept, dropped: its features.
-        reasons: one a dropped feature.
-        titles: reason -> its meaning, for the legend.
-    Returns:
-        The two axes, kept and dropped.
-    Raises:
-        ValueError: the number of reasons differs from that of dropped features.
+    reasons: one a dropped feature. titles: reason -> its meaning, for the legend. Returns the
+    axes, shape (2,). Raises ValueError where the number of reasons differs from that of dropped
+    features.
     """
     reasons = np.asarray(reasons, dtype=str)
     if reasons.shape != (len(dropped),):

@@ -52,15 +52,15 @@ def inspected_matches(
 ) -> Axes:
     """Draws a compared pair over what the network attends to and has dropped.
 
+    Attention and dropped tokens are drawn of those images for which `inspector.selection` has
+    been called.
+
     Args:
-        inspector: of the run. Attention and dropped tokens are drawn of those images for which
-            `inspector.selection` has been called.
+        inspector: of the run.
         query, image: indices of the query and of the database image.
-        pair: both, compared.
+        pair: the two, compared.
         layers: what is drawn besides inliers.
         max_lines: most inliers, and most rejected matches, that are drawn.
-    Returns:
-        The axes, in inches.
     """
     sides = []
     for side, features in ((("query", query), pair.query), (("database", image), pair.database)):
@@ -259,15 +259,9 @@ def inspect_matches(
 ) -> widgets.VBox:
     """Shows the match inspector; a change compares stored features anew.
 
-    A button looks at both photographs with the network, once each.
-
-    Args:
-        inspector: of the run.
-        query, image: indices drawn at first; image None: the verified one of most inliers.
-        settings: of matching and verification; the controls' first values.
-    Returns:
-        The widget, which shows the first pair at once.
-    Raises:
-        InspectionError: an index does not exist, or the pair cannot be compared.
+    A button looks at both photographs with the network, once each. query, image: indices drawn
+    at first; image None: the verified one of most inliers. settings: of matching and
+    verification; the controls' first values. Raises InspectionError where the first pair does
+    not exist or cannot be compared.
     """
     return MatchInspector(inspector, query, image, settings).widget

@@ -50,15 +50,13 @@ def keypoints(
     """Draws local features on their photograph: a square a patch, coloured by its score.
 
     A feature of scale s covers 16 / s pixels of the network's input, which the square shows in
-    the photograph (unknown: s = 1). Colours span the scores, but the extreme 2 % at either end; the
-    lower the score, the fainter. Unknown scores have one colour.
+    the photograph (unknown: s = 1). Colours span the scores, but the extreme 2 % at either end;
+    the lower the score, the fainter. Unknown scores have one colour.
 
     Args:
         image: the photograph that the features were extracted from.
-        features: best first.
+        features: best first; without any, the photograph alone is drawn, and the title says so.
         max_keypoints: draws the best ones alone; None: all.
-    Returns:
-        The axes. Without features: the photograph alone, and the title says so.
     """
     picture, drawn = read_pixels(image), features.subset(slice(max_keypoints))
     height = 5 * min(1.3, picture.shape[0] / picture.shape[1])
@@ -101,10 +99,10 @@ def feature_counts(counts: Sequence[int], scales: Sequence[float] | np.ndarray) 
     """Draws how many local features images have, and at which scales those of one image are.
 
     Args:
-        counts: features of each image.
+        counts: (I,) features of each image.
         scales: (N,) of one image's features, nan where unknown.
     Returns:
-        The two axes. Without images or features: empty bars, and the title's count says so.
+        The axes, shape (2,). Without images or features, bars are empty and the titles' counts 0.
     """
     counts, scales = np.asarray(counts, dtype=int), np.asarray(scales, dtype=float)
     names, numbers = np.unique(scales.round(4), return_counts=True)
@@ -156,14 +154,12 @@ def match_lines(
 
     Args:
         query, database: the two images.
-        pair: matches of their features, (M, 2) indices, and the verification of these matches.
+        pair: matches of their features and the verification of these matches; may be empty.
         outline: draws the box that the query's features were extracted from, and its image under
             the homography unless part of it falls behind the horizon.
         rejected: draws also the matches that are no inliers.
         max_lines: most lines of each kind, spread evenly over the list.
-        width: of the figure, in inches.
-    Returns:
-        The axes, in inches. Without matches: the photographs alone.
+        width: of the figure, in inches, which are the units of the axes.
     Raises:
         ValueError: inliers do not fit the matches, or a heat map is not (h, w) and finite.
     """
@@ -199,13 +195,9 @@ def homography_to_pixels(
 ) -> np.ndarray:
     """Converts a homography between two network inputs to one between the two photographs.
 
-    Args:
-        homography: (3, 3), from the query's input frame to the database image's, as `verify`
-            returns it.
-        query, database: features of the two images, for the frames they are in.
-    Returns:
-        (3, 3) float64 from query pixels to database pixels; (0, 0) is the centre of the top-left
-        pixel, as in `original_keypoints`.
+    homography: (3, 3), from the query's input frame to the database image's, as `verify`
+    returns it. Returns (3, 3) float64 from query pixels to database pixels; (0, 0) is the
+    centre of the top-left pixel, as in `original_keypoints`.
     """
     to_query, to_database = _input_to_pixels(query), _input_to_pixels(database)
     return to_database @ np.asarray(homography, dtype=float) @ np.linalg.inv(to_query)

@@ -42,16 +42,9 @@ def ranking_gallery(
 ) -> np.ndarray:
     """Draws the first images of some queries' rankings, a row a query.
 
-    Args:
-        benchmark: the images and their labels.
-        ranks: (K, Q) database indices, best first.
-        queries: indices of the queries.
-        columns: images in a row.
-        crop: draws the query's box, as it was searched with.
-    Returns:
-        The axes (queries, 1 + columns).
-    Raises:
-        IndexError: there is no such query.
+    ranks: (K, Q) database indices, best first. queries: their indices. crop: draws the query's
+    box, as it was searched with. Returns the axes, shape (queries, 1 + columns). Raises
+    IndexError for a query that does not exist.
     """
     return galleries.ranking_rows(
         [query_image(benchmark, query, crop=crop) for query in queries],
@@ -76,18 +69,9 @@ def reranked_gallery(
 ) -> np.ndarray:
     """Draws one query's ranking before and after reranking, without what the protocol ignores.
 
-    The note under an image of the second row is its number of inliers.
-
-    Args:
-        benchmark: the images and their labels.
-        folder: `<run>/<dataset>`, with its stages global and rerank.
-        query: index of the query.
-        protocol: "easy", "medium" or "hard".
-        columns: images in a row.
-    Returns:
-        The axes (2, 1 + columns).
-    Raises:
-        StageError: notebook 06 has not been run.
+    The note under an image of the second row is its number of inliers. folder:
+    `<run>/<dataset>`, with its stages global and rerank. Returns the axes, shape (2, 1 +
+    columns). Raises StageError where notebook 06 has not been run.
     """
     ignored = revisited.ignored(benchmark.ground_truth, protocol)[query]
     counts = rerank.inlier_counts(folder / "rerank", query)
@@ -149,8 +133,6 @@ def pair_matches(
         query, image: indices of the query and of the database image.
         settings: of matching and verification.
         max_lines: most inliers, and most rejected matches, that are drawn.
-    Returns:
-        The axes, in inches.
     """
     truth = benchmark.ground_truth
     query_features, image_features = rerank.pair_features(features, truth, query, image)
@@ -227,16 +209,8 @@ def reranking_diagram(
 ) -> Axes:
     """Draws the steps from a query and its first candidate to a number of inliers.
 
-    Args:
-        benchmark: the images.
-        folder: `<run>/<dataset>` with the finished stages global and local, whose shapes are
-            written into the diagram.
-        query: index of the query.
-        settings: of matching and verification.
-    Returns:
-        The axes.
-    Raises:
-        ValueError: there is no such query.
+    folder: `<run>/<dataset>` with the finished stages global and local, whose shapes are
+    written into the diagram. Raises ValueError for a query that does not exist.
     """
     truth = benchmark.ground_truth
     query = revisited.check_query(truth, query)

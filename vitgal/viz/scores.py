@@ -29,16 +29,10 @@ WIDTH = 9.0  # inches, of the changes of all queries
 def ap_change(table: pd.DataFrame) -> Axes:
     """Draws how the average precision of each query changes, from most won to most lost.
 
-    Bars are in points (hundredths of AP): solid green up, hatched red down; named while there is
-    room.
-
-    Args:
-        table: one row a query, named by the index, with the columns `before` and `after`: average
-            precision in [0, 1], nan where the query has no positive (left out, and counted below).
-    Returns:
-        The axes; a sentence where no query has a positive.
-    Raises:
-        ValueError: a column is missing.
+    Bars are in points (hundredths of AP): solid green up, hatched red down; named while there
+    is room. table: one row a query, named by the index, with the columns `before` and `after`:
+    average precision in [0, 1], nan where the query has no positive (left out, and counted
+    below; a sentence where there is no other). Raises ValueError for a missing column.
     """
     missing = {"before", "after"} - set(table.columns)
     if missing:
@@ -86,10 +80,8 @@ def score_bars(
 
     Args:
         scores: system -> protocol -> mAP in [0, 1], or `evaluate`'s dict of the protocol, of which
-            "map" is taken; no bar for nan, None or a missing protocol.
+            "map" is taken; no bar for nan, None or a missing protocol. Without systems: a sentence.
         intervals: system -> protocol -> (low, high) in [0, 1], drawn as whiskers.
-    Returns:
-        The axes; a sentence where there is no system.
     """
     intervals = intervals or {}
     if not scores:
@@ -147,11 +139,9 @@ def _draw_whisker(
 def parameter_curves(table: pd.DataFrame, settings: RerankingSettings) -> np.ndarray:
     """Draws matches and inliers of one pair over each parameter of matching and verification.
 
-    Args:
-        table: rows of `parameter`, `value`, `matches`, `inliers`, as `inspection.sweep` returns it.
-        settings: the values in use, marked by lines.
-    Returns:
-        The axes, one a parameter; a sentence where the table is empty.
+    table: rows of `parameter`, `value`, `matches`, `inliers`, as `inspection.sweep` returns it.
+    settings: the values in use, marked by lines. Returns the axes, shape (parameters,); a
+    sentence for no rows.
     """
     names, current = list(dict.fromkeys(table["parameter"])), settings.compared()
     if not names:
@@ -178,7 +168,7 @@ def tuning_curves(tuning: Tuning) -> np.ndarray:
     """Draws mAP over each tuned parameter, the others as chosen, with its interval over queries.
 
     The chosen and the current value are marked by lines; a level line shows mAP without reranking.
-    Returns the axes, one a parameter.
+    Returns the axes, shape (parameters,).
     """
     chosen, current = tuning.values(tuning.chosen), tuning.values(tuning.current)
     figure, axes = plt.subplots(

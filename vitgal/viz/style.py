@@ -67,7 +67,7 @@ def save_figure(
     The file appears whole or not at all and holds no date: the same figure gives the same bytes.
 
     Args:
-        axes: what a drawing function returned.
+        axes: what a drawing function returned; an array may have any shape.
         path: ends in .pdf, .svg, .png or .jpg.
         dpi: resolution of photographs inside a .pdf or .svg, and of a .png or .jpg as a whole.
         close: closes the figure afterwards, for loops that write many.

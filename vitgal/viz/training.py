@@ -33,13 +33,9 @@ def split_statistics(
 ) -> np.ndarray:
     """Draws how many images the classes have: a histogram, and the classes by size.
 
-    Args:
-        train, validation: (classes,) images of each class, in any order; 0 for a class without
-            images. A part without classes is named in the legend alone.
-    Returns:
-        The two axes.
-    Raises:
-        ValueError: a number is negative, or an array has two dimensions.
+    train, validation: shape (classes,), images of each class, in any order; 0 for a class
+    without images. A part without classes is named in the legend alone. Returns the axes, shape
+    (2,). Raises ValueError for negative numbers and for arrays of another dimension.
     """
     parts = {"training": _counts(train, "train"), "validation": _counts(validation, "validation")}
     largest = max([int(part[0]) for part in parts.values() if len(part)] + [1])
@@ -70,15 +66,10 @@ def split_statistics(
 def training_curves(log: pd.DataFrame, *, width: float = 10.0) -> np.ndarray:
     """Draws loss, accuracy, mAP, reconstruction error, learning rate and throughput over steps.
 
-    Args:
-        log: the rows of log.jsonl, with the column `step`, or a table with `epoch`; nan where a row
-            lacks a value. Columns `<name>_low` and `<name>_high` make a band around a curve.
-        width: of the figure, in inches.
-    Returns:
-        The axes, one a panel of `PANELS` for which there are values; a sentence where the log is
-        empty.
-    Raises:
-        ValueError: the log has neither `step` nor `epoch`.
+    log: the rows of log.jsonl, with the column `step`, or a table with `epoch`; nan where a row
+    lacks a value. Columns `<name>_low` and `<name>_high` make a band around a curve. width: of
+    the figure, in inches. Returns the axes, shape (panels,), for the `PANELS` that have values;
+    a sentence where none has. Raises ValueError for a log with neither `step` nor `epoch`.
     """
     panels = PANELS
     if "reconstruction" in log and "val_accuracy_margin" not in log:
@@ -114,16 +105,10 @@ def filled_columns(log: pd.DataFrame, columns: Mapping[str, str]) -> list[str]:
 def draw_curves(
     axes: Axes, log: pd.DataFrame, columns: Mapping[str, str], *, percent: bool
 ) -> None:
-    """Draws the finite values of each column over the steps, with a legend for several.
+    """Draws the finite values of some columns of a log, with a legend for several.
 
-    A log without steps, such as a schedule, is drawn over its epochs.
-
-    Args:
-        axes: where to draw.
-        log: with `step` or `epoch`.
-        columns: of the log -> name in the legend. `<column>_low` and `<column>_high` in the log
-            make a band around the curve.
-        percent: whether values are fractions, to be drawn as percent.
+    A log without steps, such as a schedule, is drawn over its epochs. columns: of the log ->
+    name in the legend. percent: whether values are fractions, to be drawn as percent.
     """
     horizontal = "step" if "step" in log else "epoch"
     present = filled_columns(log, columns)
