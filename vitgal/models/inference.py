@@ -184,8 +184,9 @@ def normalise(pixels: Tensor) -> Tensor:
         torch.tensor(values, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
         for values in (MEAN, STD)
     )
-    # In place: on a CPU, touching new memory is what takes the time.
-    return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+    # A new tensor, since one image alone may have come with a stride of 0, by which convolutions
+    # choose another order of sums. Then in place: touching new memory is what takes the time.
+    return pixels.to(torch.float32).div(255).sub_(mean).div_(std)
 
 
 def network_input(batch: np.ndarray, device: torch.device | str) -> Tensor:
