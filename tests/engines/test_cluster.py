@@ -13,13 +13,12 @@ import uuid
 from functools import partial
 from pathlib import Path
 
-import cv2
 import joblib
 import numpy as np
 import psutil
 import pytest
 
-from tests.stages import test_extraction
+from tests import mini_benchmark
 from vitgal import engines, runs
 from vitgal.data import revisited
 from vitgal.engines import pipeline as engines_pipeline
@@ -133,39 +132,22 @@ def two():
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Ten database images, of which the last cannot be read, and two queries, as a benchmark."""
-    folder = tmp_path_factory.mktemp("data")
-    (folder / "jpg").mkdir()
-    database = [f"image{i}" for i in range(10)]
-    for i, name in enumerate(database):
-        photo = test_extraction.noise(*test_extraction.SHAPES[i % 5], seed=i)
-        assert cv2.imwrite(str(folder / f"jpg/{name}.jpg"), photo)
-    for i in range(2):
-        shutil.copy(folder / f"jpg/image{3 * i}.jpg", folder / f"jpg/query{i}.jpg")
+    folder = mini_benchmark.write_benchmark(tmp_path_factory.mktemp("data") / "mini", images=10)
     broken = folder / "jpg/image9.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
-    truth = revisited.GroundTruth(
-        name="mini",
-        database=database,
-        queries=["query0", "query1"],
-        boxes=np.array([[0, 0, 128, 96], [8.5, 4, 150, 76]]),
-        easy=[np.array([0]), np.array([3])],
-        hard=[np.array([2]), np.array([], np.int64)],
-        junk=[np.array([5]), np.array([1])],
-    )
-    revisited.write_ground_truth(folder / "gnd_mini.pkl", truth)
-    model = build_model(test_extraction.NANO, code_dim=8, seed=0)
+    model = build_model(mini_benchmark.NANO, code_dim=8, seed=0)
     save_model(model, folder / "model.safetensors")
     return folder
 
 
 def evaluate(run, data, **changed):
     changed = dict(top=10, max_failed_share=0.1) | changed
-    return test_extraction.evaluate(run, data, data / "model.safetensors", **changed)
+    return mini_benchmark.evaluate(run, data, data / "model.safetensors", **changed)
 
 
 def extract(run, data, **changed):
     changed = dict(shard_size=SHARD, max_failed_share=0.1) | changed
-    return test_extraction.extract(run, data, data / "model.safetensors", **changed)
+    return mini_benchmark.extract(run, data, data / "model.safetensors", **changed)
 
 
 def rerank(run, data, **changed):
@@ -191,7 +173,7 @@ def run(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("ray")
 
 
-contents = test_extraction.contents
+contents = mini_benchmark.contents
 
 
 class TestTwoNodes:

@@ -1,7 +1,7 @@
 """The network against numbers that the published code computed on regenerable weights.
 
 `parity/weights.py` makes the weights and images again. Global features, class attention, codes,
-decoded tokens and tokens stand here; the multi-scale local features are in test_extraction.py, the
+decoded tokens and tokens stand here; the multi-scale local features are in test_descriptors.py, the
 scores in test_evaluation.py. S24 differs in depth alone: test_weights.py.
 """
 

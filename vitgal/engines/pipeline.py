@@ -171,7 +171,8 @@ class Pipeline:
             warnings.simplefilter("ignore", DeprecationWarning)
             rows = [{"item": item} for item in items]
             flow = data.from_items(rows, override_num_blocks=len(rows))
-            flow = _map_tasks(flow, self.read, plan)
+            tasks = min(plan.tasks, len(items))  # Ray warns of more tasks than items
+            flow = _map_tasks(flow, self.read, tasks)
             flow = flow.map(
                 _Actor,
                 fn_constructor_args=(self.make_describer,),
@@ -184,14 +185,14 @@ class Pipeline:
                 # is gone and the others have no room.
                 max_restarts=0,
             )
-            return flow if self.write is None else _map_tasks(flow, self.write, plan)
+            return flow if self.write is None else _map_tasks(flow, self.write, tasks)
 
 
-def _map_tasks(flow: Any, step: Callable[[Any], Any], plan: ActorPlan) -> Any:
+def _map_tasks(flow: Any, step: Callable[[Any], Any], tasks: int) -> Any:
     return flow.map(
         _apply_step,
         fn_kwargs={"step": step},
-        compute=import_ray().data.TaskPoolStrategy(size=plan.tasks),
+        compute=import_ray().data.TaskPoolStrategy(size=tasks),
         num_cpus=0,
         max_retries=TASK_RETRIES,
     )

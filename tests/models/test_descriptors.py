@@ -1,0 +1,198 @@
+"""Descriptors of images in memory: parity with the published code, sizes, boxes and scales."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.mini_benchmark import NANO, SHAPES, noise
+from tests.models import test_parity
+from vitgal.data import images as data_images
+from vitgal.models import descriptors as models_descriptors
+from vitgal.models.network import build_model
+from vitgal.models.weights import load_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build_model(NANO, code_dim=8, seed=0)
+
+
+# Parity
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    path = tmp_path_factory.mktemp("parity") / "s12_ae.pth"
+    return load_model(test_parity.parity_weights().write_checkpoint("s12_ae", path))
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    with np.load(test_parity.PARITY / "expected_s12_ae.npz") as file:
+        return dict(file)
+
+
+# Image 2 tells how sides are rounded.
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [2, 0, 1, 3])
+def test_multi_scale_local_features_are_the_published(published, recorded, index):
+    """Every location and descriptor, in the published order.
+
+    Two neighbours in that order may change places where their scores agree to 1e-4.
+    """
+    found = models_descriptors.extract_local(
+        published, np.ascontiguousarray(test_parity.photograph(index))
+    )
+    assert found.input_size == tuple(recorded[f"input_shape_{index}"][2:])
+    locations, wanted = found.keypoints[:, ::-1].astype(int), recorded[f"locations_{index}"]
+    assert sorted(map(tuple, locations)) == sorted(map(tuple, wanted))
+    order = np.arange(len(found))  # the published position of each of ours
+    for at in np.flatnonzero((locations != wanted).any(axis=1)):
+        order[at] = next(j for j in (at - 1, at + 1) if (locations[at] == wanted[j]).all())
+        assert abs(found.scores[at] - found.scores[order[at]]) < 1e-4 * found.scores[at]
+    # float32 through 14 blocks in another order of summation: 2e-7 was measured
+    descriptors = recorded[f"descriptors_{index}"][order]
+    np.testing.assert_allclose(found.descriptors, descriptors, atol=2e-5)
+
+
+def test_global_descriptor_is_the_published(published, recorded):
+    wanted = recorded["global_1"] / np.linalg.norm(recorded["global_1"])
+    photo = np.ascontiguousarray(test_parity.photograph(1))
+    row = models_descriptors.extract_global(published, [photo])[0]
+    np.testing.assert_allclose(row, wanted, atol=1e-5)  # 1e-6 of the largest was measured
+
+
+# Images in memory
+
+
+class TestGlobal:
+    @pytest.mark.parametrize("resize", data_images.RESIZE_MODES)
+    def test_mixed_sizes_keep_their_order(self, model, resize):
+        photographs = [noise(*shape, seed) for seed, shape in enumerate(SHAPES)]
+        together = models_descriptors.extract_global(
+            model, photographs, size=64, resize=resize, batch_size=2
+        )
+        assert together.shape == (5, 128)
+        assert together.dtype == np.float32
+        for photo, row in zip(photographs, together, strict=True):
+            with torch.inference_mode():
+                inputs = torch.from_numpy(
+                    data_images.normalise(data_images.resize(photo, 64, resize))
+                )
+                alone = F.normalize(model.global_features(inputs[None]))[0]
+            np.testing.assert_allclose(row, alone, atol=1e-5)  # sums of batches of another size
+        apart = np.linalg.norm(together[:, None] - together[None], axis=2)
+        assert apart[np.triu_indices(5, 1)].min() > 1e-3  # so that a wrong order would show
+
+    def test_boxes_are_cropped(self, model):
+        photo = noise(96, 128, 0)
+        boxes = [(10.9, 20, 90, 80), None]
+        cropped, whole = models_descriptors.extract_global(
+            model, [photo, photo], boxes=boxes, size=64
+        )
+        expected = models_descriptors.extract_global(model, [photo[20:80, 10:90], photo], size=64)
+        np.testing.assert_allclose([cropped, whole], expected, atol=1e-6)
+        assert np.abs(cropped - whole).max() > 1e-3
+
+    def test_several_scales(self, model):
+        """The mean of the scales' normalised descriptors; 96 * 0.7071 = 67.9 is rounded down."""
+        photo = noise(96, 96, 0)
+        row = models_descriptors.extract_global(model, [photo], size=96, scales=(1.0, 0.7071))[0]
+        inputs = torch.from_numpy(data_images.normalise(photo))[None]
+        smaller = F.interpolate(inputs, scale_factor=0.7071, mode="bilinear", align_corners=False)
+        assert smaller.shape == (1, 3, 67, 67)
+        with torch.inference_mode():
+            parts = [F.normalize(model.global_features(each))[0] for each in (inputs, smaller)]
+        mean = (parts[0] + parts[1]).numpy() / 2
+        np.testing.assert_allclose(row, mean / np.linalg.norm(mean), atol=1e-6)
+        only = models_descriptors.extract_global(model, [photo], size=96)[0]
+        assert np.abs(row - only).max() > 1e-4
+
+    def test_every_scale_counts_the_same(self):
+        """(3, 0) at full size and (0, 1) at half: the mean of their directions lies between."""
+
+        class Lengths(torch.nn.Linear):
+            embed_dim = 2
+
+            def global_features(self, images):
+                row = [3.0, 0.0] if images.shape[2] == 32 else [0.0, 1.0]
+                return torch.tensor([row] * len(images))
+
+        found = models_descriptors.extract_global(
+            Lengths(1, 1), [noise(32, 32, 0)], size=32, scales=(1.0, 0.5)
+        )
+        np.testing.assert_allclose(found, [[0.5**0.5, 0.5**0.5]], rtol=1e-6)
+
+    def test_none_and_one(self, model):
+        assert models_descriptors.extract_global(model, []).shape == (0, 128)
+        row = models_descriptors.extract_global(model, [noise(20, 30, 0)], size=32)
+        np.testing.assert_allclose(np.linalg.norm(row, axis=1), 1, rtol=1e-6)
+
+    def test_training_mode_is_put_back(self, model):
+        other = build_model(NANO, seed=0)
+        expected = models_descriptors.extract_global(other, [noise(40, 40, 0)], size=32)
+        other.train()
+        found = models_descriptors.extract_global(other, [noise(40, 40, 0)], size=32)
+        np.testing.assert_array_equal(found, expected)
+        assert other.training
+
+    def test_bf16_is_close_to_fp32(self, model):
+        photographs = [noise(64, 64, seed) for seed in range(2)]
+        exact, rough = (
+            models_descriptors.extract_global(model, photographs, size=64, precision=precision)
+            for precision in ("fp32", "bf16")
+        )
+        assert (exact * rough).sum(axis=1).min() > 0.99  # 8 bits a number through 14 blocks
+        assert np.abs(exact - rough).max() > 0
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"boxes": [(0, 0, 99, 9)]}, "outside"),
+            ({"boxes": []}, "zip"),
+            ({"scales": ()}, "scales"),
+            ({"precision": "fp16"}, "fp32, bf16, auto"),
+            ({"resize": "crop"}, "squash, longest, area"),
+            ({"batch_size": 0}, "batch_size"),
+        ],
+    )
+    def test_errors(self, model, options, message):
+        with pytest.raises(ValueError, match=message):
+            models_descriptors.extract_global(model, [noise(32, 32, 0)], **options)
+
+    def test_a_descriptor_that_is_not_finite(self):
+        broken = build_model(NANO, seed=0)
+        with torch.no_grad():
+            broken.backbone.cls_token[:] = float("nan")
+        with pytest.raises(ValueError, match="not finite"):
+            models_descriptors.extract_global(broken, [noise(32, 32, 0)], size=32)
+
+
+class TestLocal:
+    def test_one_image(self, model):
+        found = models_descriptors.extract_local(
+            model, noise(96, 128, 0), size=64, max_keypoints=20
+        )
+        assert found.box == (0, 0, 128, 96)
+        assert found.image_size == (96, 128)
+        assert found.input_size == (48, 64)  # 55.4 and 73.9 down to multiples of 16
+        assert 0 < len(found) <= 20
+        assert (np.diff(found.scores) <= 0).all()
+        np.testing.assert_allclose(np.linalg.norm(found.descriptors, axis=1), 1, rtol=1e-6)
+        assert (found.keypoints >= 0).all() and (found.keypoints < (64, 48)).all()
+
+    def test_a_box_is_the_crop(self, model):
+        photo = noise(96, 128, 0)
+        found = models_descriptors.extract_local(model, photo, (16.7, 8, 112, 72), size=64)
+        alone = models_descriptors.extract_local(model, photo[8:72, 16:112], size=64)
+        np.testing.assert_array_equal(found.keypoints, alone.keypoints)
+        np.testing.assert_array_equal(found.descriptors, alone.descriptors)
+        assert found.box == (16, 8, 112, 72)
+        assert found.image_size == (96, 128)
+        difference = found.original_keypoints() - alone.original_keypoints()
+        np.testing.assert_allclose(difference, np.tile([16, 8], (len(found), 1)), atol=1e-4)
+
+    def test_no_autoencoder(self):
+        with pytest.raises(ValueError, match="03_train_autoencoder"):
+            models_descriptors.extract_local(build_model(NANO, seed=0), noise(32, 32, 0), size=32)
