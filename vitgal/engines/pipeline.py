@@ -165,8 +165,11 @@ class Pipeline:
         """Returns the Ray data set of the results, one row for each item; nothing runs yet."""
         data = import_ray().data
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-        context = data.DataContext.get_current()
-        with warnings.catch_warnings(), _data_settings(context, self.ordered):
+        context = data.DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.enable_fallback_to_arrow_object_ext_type = True
+        context.execution_options.preserve_order = self.ordered
+        with warnings.catch_warnings(), data.DataContext.current(context):
             # Ray deprecates retries as options of `map` and has no other place before 2.64.
             warnings.simplefilter("ignore", DeprecationWarning)
             rows = [{"item": item} for item in items]
@@ -233,20 +236,3 @@ def _sendable(error: Exception) -> Exception:
     elif not isinstance(error, UserError):
         error.add_note(f"(on the node {node})\n{trace}")
     return error
-
-
-@contextlib.contextmanager
-def _data_settings(context: Any, ordered: bool) -> Iterator[None]:
-    """Holds Ray Data's settings for the data sets made within, and restores them."""
-    wanted = {"enable_progress_bars": False, "enable_fallback_to_arrow_object_ext_type": True}
-    before = {name: getattr(context, name) for name in wanted}
-    order = context.execution_options.preserve_order
-    try:
-        for name, value in wanted.items():
-            setattr(context, name, value)
-        context.execution_options.preserve_order = ordered
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(context, name, value)
-        context.execution_options.preserve_order = order
