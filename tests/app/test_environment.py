@@ -19,9 +19,9 @@ def environment() -> dict:
     return yaml.safe_load((TOP / "environment.yml").read_text())
 
 
-def test_conda_brings_python_and_pip_brings_the_rest(environment):
+def test_conda_installs_python_and_pip_installs_the_rest(environment):
     *conda, pip = environment["dependencies"]
-    # Every other version would be a second source beside pyproject.toml.
+    # Further versions here would be a second source beside pyproject.toml.
     assert [entry.partition("=")[0] for entry in conda] == ["python", "pip"]
     assert pip == {"pip": ["-e .[dev,scale]"]}
     assert {"dev", "scale"} == PROJECT["optional-dependencies"].keys()
@@ -44,14 +44,14 @@ def test_python_range(minor, fits):
 
 
 def pins() -> dict[str, list[Requirement]]:
-    """The lines of constraints.txt by name; one name may have a line a Python version."""
-    found: dict[str, list[Requirement]] = {}
+    """Returns the lines of constraints.txt by name, of which some depend on the Python version."""
+    pinned: dict[str, list[Requirement]] = {}
     for line in (TOP / "constraints.txt").read_text().splitlines():
         text = line.partition("#")[0].strip()
         if text:
             requirement = Requirement(text)
-            found.setdefault(canonicalize_name(requirement.name), []).append(requirement)
-    return found
+            pinned.setdefault(canonicalize_name(requirement.name), []).append(requirement)
+    return pinned
 
 
 def test_constraints_pin_every_dependency_within_its_range():

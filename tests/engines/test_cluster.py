@@ -119,10 +119,10 @@ def two():
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the nodes cannot import it
     before = set(psutil.Process().children(recursive=True))
-    made = Two()
-    with engines.connected(made.address):
-        yield made
-    made.nodes.shutdown()
+    cluster = Two()
+    with engines.connected(cluster.address):
+        yield cluster
+    cluster.nodes.shutdown()
     cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
     left = set(psutil.Process().children(recursive=True)) - before
     _, alive = psutil.wait_procs(left, timeout=30)
@@ -189,7 +189,7 @@ class TestTwoNodes:
         assert list(pipeline.run([])) == []
 
     def test_order_prints_and_the_end_of_a_process(self, two, tmp_path, capsys):
-        """The process that describes 3 dies once: the pipeline goes on, nothing is lost."""
+        """The process that describes 3 dies once: the pipeline goes on without a loss."""
 
         def describe(folder):
             def step(number):
@@ -238,19 +238,19 @@ class TestTwoNodes:
         monkeypatch.setattr(ray_describer, "_describe_shard", held)
         os.mkfifo(tmp_path / "holds")
         os.mkfifo(tmp_path / "go")
-        found: dict = {}
+        kept: dict = {}
         killer = threading.Thread(
-            target=_kill, args=(two, tmp_path, run / "mini/local", found), daemon=True
+            target=_kill, args=(two, tmp_path, run / "mini/local", kept), daemon=True
         )
         killer.start()
         folder = extract(run, data, engine="ray", ray_address=two.address)
         killer.join(60)
-        assert found, "the other node was never in the middle of a shard"
-        assert 0 < len(found) < 6
+        assert kept, "the other node was never in the middle of a shard"
+        assert 0 < len(kept) < 6
         assert contents(folder) == contents(local / "mini/local")
         assert not list(folder.glob(".partial*"))
-        # What was whole when the node went was not made again.
-        assert {name: (folder / name).stat().st_ino for name in found} == found
+        # Shards that were complete when the node was lost are not written again.
+        assert {name: (folder / name).stat().st_ino for name in kept} == kept
         assert len(engines.node_resources()) == 1
         opened = FeatureStore.open(folder, verify=True)
         assert len(opened) == 11 and list(opened.failures) == ["image9"]
@@ -285,7 +285,7 @@ class TestTwoNodes:
 
 
 def _held(real, doomed: str, folder: Path, describer, state):
-    """Describes a shard, but the second on each node waits: on the doomed one for ever."""
+    """Describes a shard; the second one on each node waits, for ever on the doomed node."""
     import ray
 
     here = "doomed" if ray.get_runtime_context().get_node_id() == doomed else "other"
@@ -293,34 +293,34 @@ def _held(real, doomed: str, folder: Path, describer, state):
     if len(list(folder.glob(f"{here}-*"))) == 2:
         if here == "doomed":
             (folder / "holds").write_text("the second")  # returns when the test reads it
-            (folder / "holds").read_text()  # never does: nobody writes
+            (folder / "holds").read_text()  # never returns: there is no writer
         else:
             with open(folder / "go", "rb") as handle:
                 handle.read(1)
     return real(describer, state)
 
 
-def _kill(two: Two, folder: Path, stage: Path, found: dict) -> None:
-    """Ends the node that is held in its second shard, once a shard is whole; notes those."""
+def _kill(two: Two, folder: Path, stage: Path, kept: dict) -> None:
+    """Kills the node that waits in its second shard; adds the complete shards to `kept`."""
     go = os.open(folder / "go", os.O_RDWR)  # so that neither side waits for the other to open
     (folder / "holds").read_text()
-    while not (whole := list(stage.glob("shard-*"))):
+    while not (complete := list(stage.glob("shard-*"))):
         time.sleep(0.05)
     two.nodes.remove_node(two.other, allow_graceful=False)
-    found |= {path.name: path.stat().st_ino for path in whole}
+    kept |= {path.name: path.stat().st_ino for path in complete}
     os.write(go, b"1")
 
 
 def _elsewhere(real, state):
-    where, *found = real(state)
-    shutil.rmtree(where)
-    return where, *found
+    folder, *results = real(state)
+    shutil.rmtree(folder)
+    return folder, *results
 
 
 @pytest.mark.slow
 @pytest.mark.last
 def test_an_interrupt_while_ray_starts():
-    """Ctrl-C as soon as Ray's first process is there: it is heard, and nothing is left."""
+    """Ctrl-C at Ray's first process is handled in the end, and no process is left."""
     code = """
 import os, signal, threading, psutil
 from vitgal import engines

@@ -1,4 +1,4 @@
-"""Run folders: what a stage reuses, resumes, refuses; what a kill or a full disk leaves."""
+"""Run folders: reuse, resumption and refusal of stages; kills and full disks."""
 
 import errno
 import fcntl
@@ -20,27 +20,27 @@ from vitgal.runs.errors import StageError
 INPUTS = {"table": "abc"}
 
 
-def work(folder: Path, *, text: str = "made", overwrite: bool = False, **parameters) -> bool:
-    """A stage that writes one file; returns whether it had been done before."""
+def work(folder: Path, *, text: str = "text", overwrite: bool = False, **parameters) -> bool:
+    """Runs a stage that writes one file; returns whether it was finished before."""
     with runs.stage(
         folder, "toy", parameters=parameters, inputs=INPUTS, overwrite=overwrite
     ) as stage:
-        done = stage.finished
-        if not done:
+        finished = stage.finished
+        if not finished:
             runs.write_text(folder / "out.txt", text)
             stage.finish(["out.txt"], images=3)
-    return done
+    return finished
 
 
 def interrupt(folder: Path, **parameters) -> None:
-    """The same stage, stopped after its file and before its end."""
+    """Interrupts the same stage between its file and its end."""
     with pytest.raises(KeyboardInterrupt):
         with runs.stage(folder, "toy", parameters=parameters, inputs=INPUTS):
             runs.write_text(folder / "out.txt", "half")
             raise KeyboardInterrupt
 
 
-# Where a run lies
+# Paths
 
 
 def test_run_folder(tmp_path, monkeypatch):
@@ -106,7 +106,7 @@ def test_a_full_disk_leaves_the_old_array(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 256 KiB, and a function that gives it room; skipped where mounting is refused."""
+    """A disk of 256 KiB, and a function that enlarges it; skipped where mounting is refused."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -122,26 +122,26 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_stage_on_a_full_disk_keeps_what_is_whole_and_goes_on(small_disk):
+def test_a_stage_on_a_full_disk_keeps_complete_files_and_goes_on(small_disk):
     folder, make_room = small_disk
     parts = {f"{i}.npy": np.full(8000, i) for i in range(6)}  # 64 kB each: three or four fit
 
     def work() -> list[str]:
-        """Writes the parts that are not there; their names."""
+        """Writes the missing parts; returns their names."""
         with runs.stage(folder / "s", "s", parameters={}, inputs={}) as stage:
-            made = [name for name in parts if not (stage.folder / name).exists()]
-            for name in made:
+            missing = [name for name in parts if not (stage.folder / name).exists()]
+            for name in missing:
                 runs.write_array(stage.folder / name, parts[name])
             stage.finish(list(parts))
-        return made
+        return missing
 
     with pytest.raises(OSError, match=r"no space left to write \d\.npy; make room"):
         work()
-    whole = sorted(path.name for path in (folder / "s").glob("*.npy"))
-    assert whole == list(parts)[: len(whole)] and 0 < len(whole) < 6
+    complete = sorted(path.name for path in (folder / "s").glob("*.npy"))
+    assert complete == list(parts)[: len(complete)] and 0 < len(complete) < 6
     assert not list((folder / "s").glob(".tmp-*")) and not (folder / "s" / runs.MANIFEST).exists()
     assert make_room().returncode == 0
-    assert work() == list(parts)[len(whole) :]
+    assert work() == list(parts)[len(complete) :]
     for name, array in parts.items():
         assert (np.load(folder / "s" / name) == array).all()
 
@@ -150,8 +150,8 @@ def test_arrays_are_the_same_bytes_every_time(tmp_path):
     arrays = {"x": np.arange(5), "y": np.eye(2, dtype=np.float32)}
     first = runs.write_arrays(tmp_path / "a.npz", **arrays).read_bytes()
     assert runs.write_arrays(tmp_path / "b.npz", **arrays).read_bytes() == first
-    with np.load(tmp_path / "a.npz") as found:
-        np.testing.assert_array_equal(found["y"], arrays["y"])
+    with np.load(tmp_path / "a.npz") as stored:
+        np.testing.assert_array_equal(stored["y"], arrays["y"])
 
 
 def test_plain():
@@ -230,23 +230,23 @@ def test_a_finished_stage_is_reused(tmp_path):
     assert not work(tmp_path / "s", size=3)
     manifest = (tmp_path / "s" / "stage.json").read_bytes()
     assert work(tmp_path / "s", size=3, text="never written")
-    assert (tmp_path / "s" / "out.txt").read_text() == "made"
+    assert (tmp_path / "s" / "out.txt").read_text() == "text"
     assert (tmp_path / "s" / "stage.json").read_bytes() == manifest
     assert sorted(os.listdir(tmp_path / "s")) == [".lock", "out.txt", "stage.json"]
 
 
-def test_the_manifest_tells_settings_and_outputs(tmp_path):
+def test_the_manifest_holds_settings_and_outputs(tmp_path):
     work(tmp_path / "s", size=np.int64(3), scales=(1.0, 0.5))
-    found = runs.read_stage(tmp_path / "s", "04")
-    assert found["parameters"] == {"size": 3, "scales": [1.0, 0.5]}
-    assert found["inputs"] == INPUTS
-    assert (found["stage"], found["format"]) == ("toy", runs.STAGE_FORMAT)
-    assert found["outputs"]["out.txt"]["bytes"] == 4
+    recorded = runs.read_stage(tmp_path / "s", "04")
+    assert recorded["parameters"] == {"size": 3, "scales": [1.0, 0.5]}
+    assert recorded["inputs"] == INPUTS
+    assert (recorded["stage"], recorded["format"]) == ("toy", runs.STAGE_FORMAT)
+    assert recorded["outputs"]["out.txt"]["bytes"] == 4
     sha = runs.fingerprint_file(tmp_path / "s" / "out.txt")
-    assert found["outputs"]["out.txt"]["sha256"] == sha
+    assert recorded["outputs"]["out.txt"]["sha256"] == sha
     assert runs.output_fingerprint(tmp_path / "s", "out.txt", "04") == sha
-    assert found["recorded"]["images"] == 3
-    assert found["recorded"]["versions"]["numpy"] == np.__version__
+    assert recorded["recorded"]["images"] == 3
+    assert recorded["recorded"]["versions"]["numpy"] == np.__version__
     with pytest.raises(StageError, match=r"has no other.txt: run 04 again"):
         runs.output_fingerprint(tmp_path / "s", "other.txt", "04")
 
@@ -275,8 +275,8 @@ def test_other_settings_are_refused_and_named(tmp_path, prepare):
     assert (tmp_path / "out.txt").exists()
 
 
-def test_a_stage_that_made_nothing_binds_nobody(tmp_path):
-    # Weights of another architecture, say, are found out once the stage has begun.
+def test_a_stage_without_outputs_accepts_other_settings(tmp_path):
+    # Weights of another architecture, for example, are noticed once the stage has begun.
     with pytest.raises(ZeroDivisionError):
         with runs.stage(tmp_path, "toy", parameters={"size": 3}, inputs=INPUTS):
             raise ZeroDivisionError
@@ -289,7 +289,7 @@ def test_a_stage_that_made_nothing_binds_nobody(tmp_path):
 
 
 def test_workers_that_reopen_a_stage_together(tmp_path):
-    """All have seen that it is finished; one is first to make it an interrupted one."""
+    """Each sees a finished stage, and the first one turns it into an interrupted one."""
     work(tmp_path)
     settings = runs.read_json(tmp_path / runs.MANIFEST)
     first, second = (runs.Stage(tmp_path, "toy", True, settings) for _ in range(2))
@@ -300,8 +300,8 @@ def test_workers_that_reopen_a_stage_together(tmp_path):
 
 
 @pytest.mark.slow
-def test_an_old_number_of_workers_is_in_nobody_s_way(tmp_path):
-    """Its lock is still there: twenty of another number look at it, all at once."""
+def test_locks_of_an_earlier_number_of_workers_block_no_one(tmp_path):
+    """Twenty workers check the lock that three workers left, all at once."""
     with runs.locked(tmp_path, runs.WorkerSlot(0, 3)):
         pass
     code = (
@@ -312,11 +312,11 @@ def test_an_old_number_of_workers_is_in_nobody_s_way(tmp_path):
     start = [sys.executable, "-c", code]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     workers = [subprocess.Popen([*start, str(number)], **pipes) for number in range(20)]
-    for said in ("in\n", ""):  # all go in, all go out
+    for line in ("in\n", ""):  # all enter, all leave
         for worker in workers:
             worker.stdin.write("\n")
             worker.stdin.flush()
-        assert [worker.stdout.readline() for worker in workers] == 20 * [said]
+        assert [worker.stdout.readline() for worker in workers] == 20 * [line]
     assert [worker.wait() for worker in workers] == 20 * [0]
     with runs.locked(tmp_path, runs.WorkerSlot(1, 20)):
         with pytest.raises(StageError, match="another process .* .not as one of 3"):
@@ -365,7 +365,7 @@ def test_overwrite_never_deletes_what_no_stage_wrote(tmp_path):
     assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("damage", ["other", "made longer", None])
+@pytest.mark.parametrize("damage", ["other", "text and more", None])
 def test_a_changed_output_is_no_finished_stage(tmp_path, damage):
     work(tmp_path)
     if damage is None:
@@ -421,7 +421,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
 
 @pytest.fixture
 def ordinary_user():
-    """Root may write everywhere, so it becomes nobody for the while."""
+    """Drops the rights of root for the test, since root may write everywhere."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)
@@ -431,7 +431,7 @@ def ordinary_user():
 
 
 def test_a_folder_without_permission(tmp_path, ordinary_user):
-    if os.getuid():  # to nobody it is closed as it is
+    if os.getuid():  # the user of the fixture has no access in any case
         tmp_path.chmod(0o500)
     with pytest.raises(
         StageError, match=r"cannot write to the run folder .*Permission denied.*give"
@@ -445,8 +445,8 @@ def test_a_stage_that_never_ran(tmp_path):
 
 
 def test_files_without_settings_are_not_continued(tmp_path):
-    # Deleting a torn stage.json by hand, as the message says, leaves files of unknown settings:
-    # they must not become part of a stage with others.
+    # A user who deletes a damaged stage.json leaves files of unknown settings, which must not
+    # become part of a stage with other settings.
     work(tmp_path, size=3)
     (tmp_path / "stage.json").unlink()
     with pytest.raises(StageError):
@@ -469,11 +469,11 @@ def test_outputs_too_large_to_hash_still_differ(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "HASH_LIMIT", 1)
     work(tmp_path / "a", model="s12", text="aaaa")
     work(tmp_path / "b", model="s24", text="bbbb")
-    found = {runs.output_fingerprint(tmp_path / name, "out.txt", "04") for name in "ab"}
-    assert len(found) == 2
+    fingerprints = {runs.output_fingerprint(tmp_path / name, "out.txt", "04") for name in "ab"}
+    assert len(fingerprints) == 2
 
 
-def test_differences_tell_true_from_one():
+def test_differences_distinguish_true_from_one():
     assert runs.differences({"a": 1}, {"a": 1.0}) == []  # as JSON may give it back
     assert runs.differences({"a": 1}, {"a": True}) == ["a: 1 there, true now"]
 
@@ -481,7 +481,7 @@ def test_differences_tell_true_from_one():
 # The model of a run
 
 
-def test_a_run_without_training_takes_the_small_model_and_says_so(tmp_path, capsys):
+def test_a_run_without_training_takes_the_small_model(tmp_path, capsys):
     small = runs.checkout() / runs.SMALL_WEIGHTS
     assert runs.model_file(tmp_path / "fresh", None) == small
     assert capsys.readouterr().out == (
@@ -491,14 +491,14 @@ def test_a_run_without_training_takes_the_small_model_and_says_so(tmp_path, caps
     assert capsys.readouterr().out == ""
 
 
-def test_a_run_with_a_model_takes_its_own(tmp_path, capsys):
+def test_a_run_with_a_model_takes_that_model(tmp_path, capsys):
     work(tmp_path / "autoencoder")
     assert runs.model_file(tmp_path, None) == tmp_path / "autoencoder" / "model.safetensors"
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("stage", ["retrieval", "autoencoder"])
-def test_a_run_that_began_to_train_has_to_end_it(stage, tmp_path):
+def test_a_run_with_an_interrupted_training_has_no_model(stage, tmp_path):
     interrupt(tmp_path / stage)
     with pytest.raises(StageError, match="run notebook 03_train_autoencoder"):
         runs.model_file(tmp_path, None)
@@ -511,8 +511,8 @@ def test_a_checkout_without_the_small_model_asks_for_training(tmp_path, monkeypa
 
 
 def test_commit_is_a_hash_or_none():
-    found = runs.commit()
-    assert found is None or len(found.rstrip("+")) == 40
+    commit = runs.commit()
+    assert commit is None or len(commit.rstrip("+")) == 40
 
 
 def test_the_manifest_is_plain_json(tmp_path):
