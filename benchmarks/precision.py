@@ -25,8 +25,7 @@ from vitgal.settings import (
     MatchingSettings,
     RerankingSettings,
 )
-from vitgal.stages import describe as stages_describe
-from vitgal.stages import extract, rerank
+from vitgal.stages import describe as stages_describe, extract, rerank
 
 DEMO = "demo"
 

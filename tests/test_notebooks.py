@@ -19,8 +19,7 @@ import pytest
 from nbformat import NotebookNode
 from nbval.plugin import get_sanitize_patterns
 
-from vitgal.app import parameters as app_parameters
-from vitgal.app import pipeline
+from vitgal.app import parameters as app_parameters, pipeline
 
 TOP = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))

@@ -22,8 +22,7 @@ from vitgal.settings import (
     SplitSettings,
     TrainingSettings,
 )
-from vitgal.stages import split as stages_split
-from vitgal.stages import train
+from vitgal.stages import split as stages_split, train
 from vitgal.training import checkpoints, loop, networks, samples
 
 CLASSES, IMAGES = 3, 6  # images of each class

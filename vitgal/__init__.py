@@ -8,40 +8,7 @@ import importlib.metadata
 
 import lazy_loader
 
-_attach, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submodules=[
-        "app",
-        "data",
-        "engines",
-        "evaluation",
-        "features",
-        "models",
-        "retrieval",
-        "runs",
-        "settings",
-        "stages",
-        "training",
-        "viz",
-    ],
-    submod_attrs={
-        "data.images": ["ImageError", "crop_box", "read_image"],
-        "data.revisited": ["GroundTruth", "RetrievalDataset", "load_ground_truth", "open_dataset"],
-        "evaluation.protocol": ["evaluate"],
-        "features.local": ["LocalFeatures"],
-        "features.store.feature_store": ["FeatureStore"],
-        "models.descriptors": ["extract_global", "extract_local"],
-        "models.heads": ["ArcFace"],
-        "models.network": ["TokenFeatures", "ViTGaL", "build_model"],
-        "models.weights": ["initial_weights", "load_model", "save_model"],
-        "retrieval.exact_search": ["search"],
-        "retrieval.matching": ["match"],
-        "retrieval.ranking": ["Positions"],
-        "retrieval.reranking": ["rerank"],
-        "retrieval.verification": ["Verification", "verify"],
-        "runs.errors": ["StageError"],
-    },
-)
+_attach, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 
 def __getattr__(name: str) -> object:

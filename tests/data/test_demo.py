@@ -8,14 +8,16 @@ import cv2
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from vitgal import runs
 from vitgal.data import gldv2
-from vitgal.data.demo import benchmark as demo_benchmark
-from vitgal.data.demo import drawing, rendering
-from vitgal.data.demo import photographs as demo_photographs
+from vitgal.data.demo import (
+    benchmark as demo_benchmark,
+    drawing,
+    photographs as demo_photographs,
+    rendering,
+)
 from vitgal.data.demo.homography import invert, map_points
 from vitgal.data.revisited import load_ground_truth, open_dataset
 from vitgal.settings.sections import DemoSettings, SettingsError

@@ -6,8 +6,7 @@ import tarfile
 
 import pytest
 import requests
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.data.download_server import tar
 from vitgal.data.download import archives, folders, sources

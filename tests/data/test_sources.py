@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from vitgal.data import revisited
-from vitgal.data.download import archives as download_archives
-from vitgal.data.download import checks, transfer
-from vitgal.data.download import sources as download_sources
+from vitgal.data.download import (
+    archives as download_archives,
+    checks,
+    sources as download_sources,
+    transfer,
+)
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 

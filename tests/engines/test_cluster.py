@@ -27,8 +27,7 @@ from vitgal.features.store.feature_store import FeatureStore
 from vitgal.models.network import build_model
 from vitgal.models.weights import save_model
 from vitgal.settings import MachineSettings, MatchingSettings, RerankingSettings
-from vitgal.stages import ray_describer
-from vitgal.stages import rerank as stages_rerank
+from vitgal.stages import ray_describer, rerank as stages_rerank
 
 SHARD = 2  # images: the twelve make six shards
 STORE = 200 * 1024 * 1024

@@ -8,8 +8,7 @@ import pytest
 from vitgal import runs
 from vitgal.app.command_line import main
 from vitgal.data.revisited import GroundTruth
-from vitgal.evaluation import comparison
-from vitgal.evaluation import scores as evaluation_scores
+from vitgal.evaluation import comparison, scores as evaluation_scores
 
 QUERIES = ["p", "q", "r"]
 

@@ -8,8 +8,7 @@ import pytest
 
 from vitgal import runs
 from vitgal.data.revisited import GroundTruth, labelled, load_ground_truth
-from vitgal.evaluation import scores as evaluation_scores
-from vitgal.evaluation import statistics
+from vitgal.evaluation import scores as evaluation_scores, statistics
 from vitgal.evaluation.protocol import average_precision, evaluate, precision_at
 from vitgal.evaluation.scores import score_table, scores_document
 from vitgal.evaluation.statistics import bootstrap_interval, paired_test

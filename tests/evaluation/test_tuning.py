@@ -26,8 +26,7 @@ from vitgal.settings import (
     VerificationSettings,
     reader,
 )
-from vitgal.stages import descriptors, validation
-from vitgal.stages import tuning as stages_tuning
+from vitgal.stages import descriptors, tuning as stages_tuning, validation
 from vitgal.viz import scores as viz_scores
 
 IMAGES = {"qa": 0, "a1": 0, "a2": 0, "qb": 1, "b1": 1, "b2": 1}  # name -> landmark

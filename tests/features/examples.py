@@ -8,8 +8,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 
 from vitgal.features import store
 from vitgal.features.local import LocalFeatures

@@ -3,8 +3,7 @@
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.features.examples import ITEMS, damaged, damaged_json, features, fuzz, restored
 from vitgal.features import interchange, store

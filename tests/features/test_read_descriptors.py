@@ -5,8 +5,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.features.examples import NAMES, ROWS, damaged, fuzz, restored, save_hloc, save_npy
 from vitgal.features.descriptors import DescriptorError, read_descriptors

@@ -5,8 +5,7 @@ import math
 import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from tests.retrieval_cases import random_benchmark
 from vitgal.data.revisited import GroundTruth, RetrievalDataset, ignored, labelled

@@ -9,8 +9,7 @@ import pytest
 from tests.mini_benchmark import LOCAL, MACHINE, NANO, contents, extract, interrupt
 from tests.stages.killing import kill
 from vitgal import runs
-from vitgal.data import images as data_images
-from vitgal.data import revisited
+from vitgal.data import images as data_images, revisited
 from vitgal.features import store
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store import FeatureStore
@@ -19,8 +18,7 @@ from vitgal.models.network import build_model
 from vitgal.models.weights import save_model
 from vitgal.retrieval import shortlists
 from vitgal.settings import LocalSettings
-from vitgal.stages import extract as stages_extract
-from vitgal.stages import local_describer
+from vitgal.stages import extract as stages_extract, local_describer
 from vitgal.stages.images import ImageTask
 from vitgal.stages.local_describer import LocalDescriber
 from vitgal.stages.shards import shard_tasks

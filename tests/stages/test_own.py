@@ -14,11 +14,8 @@ import PIL.Image
 import pytest
 
 from vitgal import runs
-from vitgal.app import command_line as command_line
-from vitgal.app import parameters as app_parameters
-from vitgal.app import pipeline, summary
-from vitgal.data import images
-from vitgal.data import photographs as data_photographs
+from vitgal.app import command_line as command_line, parameters as app_parameters, pipeline, summary
+from vitgal.data import images, photographs as data_photographs
 from vitgal.features import store
 from vitgal.features.local import LocalFeatures
 from vitgal.models import descriptors, inference

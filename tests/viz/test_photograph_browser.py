@@ -3,8 +3,7 @@
 import ipywidgets as widgets
 import pytest
 
-from vitgal.data import photographs as data_photographs
-from vitgal.data import revisited
+from vitgal.data import photographs as data_photographs, revisited
 from vitgal.settings import (
     GlobalSettings,
     LocalSettings,

@@ -2,12 +2,5 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "connection": ["ENGINES", "ClusterError", "check_engine", "connected"],
-        "devices": ["check_device", "find_gpu"],
-        "pipeline": ["ActorPlan", "Pipeline", "call_remotely", "node_resources"],
-        "pool": ["parallel"],
-    },
-)
+# The public names stand in __init__.pyi, where editors find them as well.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -2,12 +2,5 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submodules=["store"],
-    submod_attrs={
-        "descriptors": ["DescriptorError", "read_descriptors"],
-        "interchange": ["export_hloc", "export_published", "import_published"],
-        "local": ["LocalFeatures"],
-    },
-)
+# The public names stand in __init__.pyi, where editors find them as well.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

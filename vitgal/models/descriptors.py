@@ -7,8 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vitgal.data.images import crop_box
-from vitgal.data.images import resize as resize_image
+from vitgal.data.images import crop_box, resize as resize_image
 from vitgal.features.local import LocalFeatures
 from vitgal.models.inference import batches, device_of, inference, network_input
 from vitgal.models.local_features import local_features

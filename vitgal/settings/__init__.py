@@ -2,33 +2,5 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "reader": ["Settings", "Values", "read_file", "read_settings", "settings_of"],
-        "section": ["Fact", "Section", "SettingsError", "conform", "fact", "guess", "setting"],
-        "sections": [
-            "AutoencoderSettings",
-            "DemoSettings",
-            "GlobalSettings",
-            "LocalSettings",
-            "MachineSettings",
-            "MatchingSettings",
-            "NOTEBOOKS",
-            "OwnSettings",
-            "PRECISIONS",
-            "Recipe",
-            "RerankingSettings",
-            "RunSettings",
-            "SECTIONS",
-            "SelectionSettings",
-            "ShowSettings",
-            "SplitSettings",
-            "TRAINING_PRECISIONS",
-            "TrainingSettings",
-            "TuningSettings",
-            "VerificationSettings",
-            "all_names",
-        ],
-    },
-)
+# The public names stand in __init__.pyi, where editors find them as well.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

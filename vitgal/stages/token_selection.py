@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vitgal.data.images import crop_box
-from vitgal.data.images import resize as resize_image
+from vitgal.data.images import crop_box, resize as resize_image
 from vitgal.features.local import LocalFeatures
 from vitgal.settings import LocalSettings
 

@@ -2,39 +2,5 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "augmentation": [
-            "adjust_contrast",
-            "adjust_hue",
-            "adjust_saturation",
-            "augment_fast",
-            "augment_published",
-            "cut_hole",
-            "displayable",
-            "draw_hole",
-            "network_input",
-            "rand_augment",
-            "squash",
-        ],
-        "diagnostics": [
-            "epoch_table",
-            "lost_variance",
-            "parameter_table",
-            "same_backbone",
-            "schedule_table",
-            "token_maps",
-            "validation_photographs",
-        ],
-        "distillation": ["DistilledNetwork", "disagreement"],
-        "errors": ["Preempted", "TrainingError"],
-        "checkpoints": ["Checkpoints", "Progress"],
-        "launch": ["Fit", "run_fit"],
-        "loop": ["Trainer", "training_precision"],
-        "memory": ["check_batch_size", "fitting_batch"],
-        "networks": ["AutoencoderNetwork", "RetrievalNetwork", "build_optimizer"],
-        "schedule": ["learning_rates"],
-        "samples": ["Batches", "Sample", "SplitData", "TrainingImages", "read_data"],
-    },
-)
+# The public names stand in __init__.pyi, where editors find them as well.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

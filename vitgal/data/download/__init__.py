@@ -2,11 +2,5 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__,
-    submod_attrs={
-        "checks": ["Report", "check"],
-        "sources": ["RemoteFile", "Source", "list_sources", "read_sources", "source_of"],
-        "transfer": ["download"],
-    },
-)
+# The public names stand in __init__.pyi, where editors find them as well.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,14 @@
+from .connection import (
+    ENGINES as ENGINES,
+    ClusterError as ClusterError,
+    check_engine as check_engine,
+    connected as connected,
+)
+from .devices import check_device as check_device, find_gpu as find_gpu
+from .pipeline import (
+    ActorPlan as ActorPlan,
+    Pipeline as Pipeline,
+    call_remotely as call_remotely,
+    node_resources as node_resources,
+)
+from .pool import parallel as parallel

@@ -1,0 +1,8 @@
+from . import store as store
+from .descriptors import DescriptorError as DescriptorError, read_descriptors as read_descriptors
+from .interchange import (
+    export_hloc as export_hloc,
+    export_published as export_published,
+    import_published as import_published,
+)
+from .local import LocalFeatures as LocalFeatures

@@ -1,0 +1,23 @@
+from .codec import (
+    PRECISION_REMEDY as PRECISION_REMEDY,
+    StoreError as StoreError,
+    decode_features as decode_features,
+    encode_features as encode_features,
+    forecast as forecast,
+)
+from .feature_store import FeatureStore as FeatureStore
+from .index import write_index as write_index
+from .recovery import salvage as salvage, whole_shard as whole_shard
+from .rows import RowFile as RowFile
+from .shard import (
+    PARTIAL as PARTIAL,
+    EncodedFeatures as EncodedFeatures,
+    Shard as Shard,
+    ShardFormat as ShardFormat,
+    clear_partial as clear_partial,
+    drop_index as drop_index,
+    partition as partition,
+    shard_folder as shard_folder,
+    shard_folders as shard_folders,
+    write_shard as write_shard,
+)

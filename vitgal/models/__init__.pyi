@@ -1,0 +1,46 @@
+from .descriptors import (
+    describe as describe,
+    extract_global as extract_global,
+    extract_local as extract_local,
+)
+from .heads import ArcFace as ArcFace, LinearClassifier as LinearClassifier
+from .inference import (
+    BatchLimit as BatchLimit,
+    batches as batches,
+    device_of as device_of,
+    limited_threads as limited_threads,
+    network_input as network_input,
+    normalise as normalise,
+    open_model as open_model,
+    pick_device as pick_device,
+    resolve_precision as resolve_precision,
+    weights_fingerprint as weights_fingerprint,
+    weights_input as weights_input,
+)
+from .local_features import (
+    require_codes as require_codes,
+    rescale as rescale,
+    token_scores as token_scores,
+)
+from .network import (
+    Autoencoder as Autoencoder,
+    MultiAtrous as MultiAtrous,
+    TokenCodes as TokenCodes,
+    TokenFeatures as TokenFeatures,
+    ViTGaL as ViTGaL,
+    build_model as build_model,
+    class_attention as class_attention,
+    seeded as seeded,
+)
+from .teacher import Teacher as Teacher, efficientnet_names as efficientnet_names
+from .weights import (
+    Layout as Layout,
+    convert as convert,
+    fill as fill,
+    initial_weights as initial_weights,
+    load_model as load_model,
+    read_checkpoint as read_checkpoint,
+    read_configuration as read_configuration,
+    read_tensors as read_tensors,
+    save_model as save_model,
+)

@@ -1,0 +1,43 @@
+from .exact_ranks import labelled_positions as labelled_positions
+from .exact_search import rank_images as rank_images, search as search, similarities as similarities
+from .faiss_index import (
+    Index as Index,
+    build as build,
+    check as check,
+    find as find,
+    positions_behind as positions_behind,
+    read as read,
+    recall as recall,
+)
+from .matching import (
+    Descriptors as Descriptors,
+    check_matching_device as check_matching_device,
+    match as match,
+    match_prepared as match_prepared,
+    match_shortlist as match_shortlist,
+    match_squares as match_squares,
+    matching_device as matching_device,
+)
+from .pairs import (
+    PairInspection as PairInspection,
+    inspect_pair as inspect_pair,
+    inspect_shortlist as inspect_shortlist,
+)
+from .ranking import Positions as Positions, Ranking as Ranking
+from .reranking import Reranking as Reranking, padded as padded, rerank as rerank
+from .shortlists import (
+    candidates as candidates,
+    read_global_rank as read_global_rank,
+    read_rerank_paths as read_rerank_paths,
+    read_shortlist as read_shortlist,
+    shortlist as shortlist,
+    shortlist_depth as shortlist_depth,
+    write_global_rank as write_global_rank,
+    write_rerank_paths as write_rerank_paths,
+    write_shortlist as write_shortlist,
+)
+from .verification import (
+    Verification as Verification,
+    verify as verify,
+    verify_matches as verify_matches,
+)

@@ -1,0 +1,50 @@
+from .environment import commit as commit, versions as versions
+from .errors import StageError as StageError, UserError as UserError, abbreviate as abbreviate
+from .files import (
+    TEMPORARY as TEMPORARY,
+    atomic as atomic,
+    disk_full as disk_full,
+    plain as plain,
+    read_json as read_json,
+    write_array as write_array,
+    write_arrays as write_arrays,
+    write_json as write_json,
+    write_text as write_text,
+)
+from .fingerprints import (
+    CHUNK as CHUNK,
+    fingerprint as fingerprint,
+    fingerprint_file as fingerprint_file,
+    fingerprint_images as fingerprint_images,
+)
+from .inputs import (
+    Input as Input,
+    combined_input as combined_input,
+    file_input as file_input,
+    images_input as images_input,
+    input_fingerprints as input_fingerprints,
+)
+from .locks import (
+    ALONE as ALONE,
+    LOCK as LOCK,
+    WorkerSlot as WorkerSlot,
+    disown_locks as disown_locks,
+    locked as locked,
+)
+from .manifest import (
+    MANIFEST as MANIFEST,
+    STAGE_FORMAT as STAGE_FORMAT,
+    STARTED as STARTED,
+    differences as differences,
+    output_fingerprint as output_fingerprint,
+    read_stage as read_stage,
+)
+from .paths import (
+    SMALL_WEIGHTS as SMALL_WEIGHTS,
+    checkout as checkout,
+    data_folder as data_folder,
+    model_file as model_file,
+    resolve as resolve,
+    run_folder as run_folder,
+)
+from .stage_folder import Stage as Stage, stage as stage

@@ -1,0 +1,41 @@
+from .augmentation import (
+    adjust_contrast as adjust_contrast,
+    adjust_hue as adjust_hue,
+    adjust_saturation as adjust_saturation,
+    augment_fast as augment_fast,
+    augment_published as augment_published,
+    cut_hole as cut_hole,
+    displayable as displayable,
+    draw_hole as draw_hole,
+    network_input as network_input,
+    rand_augment as rand_augment,
+    squash as squash,
+)
+from .checkpoints import Checkpoints as Checkpoints, Progress as Progress
+from .diagnostics import (
+    epoch_table as epoch_table,
+    lost_variance as lost_variance,
+    parameter_table as parameter_table,
+    same_backbone as same_backbone,
+    schedule_table as schedule_table,
+    token_maps as token_maps,
+    validation_photographs as validation_photographs,
+)
+from .distillation import DistilledNetwork as DistilledNetwork, disagreement as disagreement
+from .errors import Preempted as Preempted, TrainingError as TrainingError
+from .launch import Fit as Fit, run_fit as run_fit
+from .loop import Trainer as Trainer, training_precision as training_precision
+from .memory import check_batch_size as check_batch_size, fitting_batch as fitting_batch
+from .networks import (
+    AutoencoderNetwork as AutoencoderNetwork,
+    RetrievalNetwork as RetrievalNetwork,
+    build_optimizer as build_optimizer,
+)
+from .samples import (
+    Batches as Batches,
+    Sample as Sample,
+    SplitData as SplitData,
+    TrainingImages as TrainingImages,
+    read_data as read_data,
+)
+from .schedule import learning_rates as learning_rates
