@@ -39,7 +39,7 @@ from vitgal.evaluation import tuning
 from vitgal.evaluation.protocol import evaluate
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval import shortlists
-from vitgal.retrieval.matching import match_shortlist
+from vitgal.retrieval.matching import Descriptors, match_prepared
 from vitgal.retrieval.ranking import Positions
 from vitgal.retrieval.reranking import NOT_VERIFIED, Reranking
 from vitgal.retrieval.verification import ESTIMATORS, verify
@@ -136,8 +136,9 @@ def count_query(
     readable = [place for place, name in enumerate(names) if name in store]
     ours, theirs = store[query], [store[names[place]] for place in readable]
     times = [time.process_time()]
-    galleries = [features.descriptors for features in theirs]
-    matches = match_shortlist(ours.descriptors, galleries, max_distance)
+    prepared = Descriptors.read(ours.descriptors, "query")
+    galleries = [Descriptors.read(features.descriptors, "gallery") for features in theirs]
+    matches = [match_prepared(prepared, gallery, max_distance) for gallery in galleries]
     times.append(time.process_time())
     for e, estimator in enumerate(estimators):
         for place, features, pairs in zip(readable, theirs, matches, strict=True):

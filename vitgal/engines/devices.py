@@ -16,4 +16,7 @@ def check_device(device: str) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
         reason = str(error).splitlines()[0]
-        raise ValueError(f"torch cannot use the device {device!r} ({reason})") from error
+        raise ValueError(
+            f"torch has no device {device!r} ({reason}): set device or match_device to another one "
+            "or to null"
+        ) from error

@@ -1,20 +1,9 @@
 from .exact_ranks import labelled_positions as labelled_positions
 from .exact_search import rank_images as rank_images, search as search, similarities as similarities
-from .faiss_index import (
-    Index as Index,
-    build as build,
-    check as check,
-    find as find,
-    positions_behind as positions_behind,
-    read as read,
-    recall as recall,
-)
 from .matching import (
     Descriptors as Descriptors,
-    check_matching_device as check_matching_device,
     match as match,
     match_prepared as match_prepared,
-    match_shortlist as match_shortlist,
     match_squares as match_squares,
     matching_device as matching_device,
 )
@@ -24,7 +13,7 @@ from .pairs import (
     inspect_shortlist as inspect_shortlist,
 )
 from .ranking import Positions as Positions, Ranking as Ranking
-from .reranking import Reranking as Reranking, padded as padded, rerank as rerank
+from .reranking import Reranking as Reranking, rerank as rerank
 from .shortlists import (
     candidates as candidates,
     read_global_rank as read_global_rank,

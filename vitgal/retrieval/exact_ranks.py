@@ -55,7 +55,7 @@ def labelled_positions(
         values = _labelled_similarities(queries, database, indices, block)
         steps = _similarity_steps(next(similarity_blocks(queries, database, parts)), values)
     by_thread = in_threads(
-        lambda some: count_ahead(queries, database, some, indices, values, steps), parts
+        lambda group: count_ahead(queries, database, group, indices, values, steps), parts
     )
     ranks = [sum(counts) for counts in zip(*by_thread, strict=True)]
     return Positions(indices, ranks, len(database))

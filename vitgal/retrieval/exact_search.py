@@ -61,7 +61,7 @@ def search(
     if ESTIMATE_FROM * k <= len(database):
         hits = _search_estimated(queries, database, parts, k)
     if hits is None:
-        by_thread = in_threads(lambda some: _search_parts(queries, database, some, k), parts)
+        by_thread = in_threads(lambda group: _search_parts(queries, database, group, k), parts)
         hits = [_merge(of_query, k) for of_query in zip(*by_thread, strict=True)]
     similarities = np.array([pair[0] for pair in hits], np.float32).reshape(len(queries), k)
     ranks = np.array([pair[1] for pair in hits], np.int32).reshape(len(queries), k)
@@ -100,7 +100,8 @@ def _search_estimated(
     if queries.dtype != np.float32 or not len(queries):
         return None
     pools = [
-        pool for (pool,) in in_threads(lambda some: [_estimate(queries, database, some, k)], parts)
+        pool
+        for (pool,) in in_threads(lambda group: [_estimate(queries, database, group, k)], parts)
     ]
     if not all(pools):
         return None
@@ -111,7 +112,9 @@ def _search_estimated(
         _, images = _possible_best(*map(np.concatenate, pairs), k, error)
         return rank_images(queries[q], database, np.sort(images), k)
 
-    by_thread = in_threads(lambda some: list(map(rank_candidates, some)), list(range(len(queries))))
+    by_thread = in_threads(
+        lambda group: list(map(rank_candidates, group)), list(range(len(queries)))
+    )
     return [hits for part in by_thread for hits in part]
 
 

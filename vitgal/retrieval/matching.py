@@ -7,7 +7,7 @@ descriptors that may be the nearest; float64 decides among them.
 import contextlib
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,33 +47,9 @@ def match(
         ValueError: widths that differ, nan or infinite or huge values, a negative `max_distance`, a
             device that torch does not find.
     """
-    return match_shortlist(query_descriptors, [gallery_descriptors], max_distance, device=device)[0]
-
-
-def match_shortlist(
-    query_descriptors: np.ndarray,
-    galleries: Iterable[np.ndarray],
-    max_distance: float = MatchingSettings.max_distance,
-    *,
-    device: str | None = None,
-) -> list[np.ndarray]:
-    """Matches one query image with each of many images; the query is prepared once.
-
-    Args:
-        query_descriptors: (N, C) real numbers.
-        galleries: (M_i, C) real numbers each, read one after the other.
-        max_distance, device: as for `match`.
-    Returns:
-        One (K_i, 2) int64 each, as `match` gives it; no galleries: an empty list.
-    Raises:
-        ValueError: as `match`.
-    """
-    device = matching_device(device)
     query = Descriptors.read(query_descriptors, "query")
-    return [
-        match_prepared(query, Descriptors.read(gallery, "gallery"), max_distance, device)
-        for gallery in galleries
-    ]
+    gallery = Descriptors.read(gallery_descriptors, "gallery")
+    return match_prepared(query, gallery, max_distance, matching_device(device))
 
 
 def matching_device(device: str | None) -> str | None:
@@ -84,21 +60,8 @@ def matching_device(device: str | None) -> str | None:
     if device == "auto":
         return devices.find_gpu()
     if device is not None:
-        check_matching_device(device)
-    return device
-
-
-def check_matching_device(device: str | None) -> None:
-    """Raises ValueError where torch finds no such device; None and "auto" always pass."""
-    if device in (None, "auto"):
-        return
-    try:
         devices.check_device(device)
-    except ValueError as error:
-        raise ValueError(
-            f"matching cannot run on {device!r}: {error}; set match_device to another device, or "
-            "to null (None) for NumPy"
-        ) from error
+    return device
 
 
 @dataclass(frozen=True, eq=False)

@@ -92,9 +92,9 @@ class Positions:
         """
         index, ranks = self.indices[query], self.ranks[query]
         images = np.asarray(images, np.int64)
-        known = np.isin(images, index)
+        labelled = np.isin(images, index)
         result = np.full(images.shape, -1, np.int64)
-        result[known] = ranks[np.searchsorted(index, images[known])]
+        result[labelled] = ranks[np.searchsorted(index, images[labelled])]
         return result - self.ignored_before(query, result, ignored)
 
     def ignored_before(

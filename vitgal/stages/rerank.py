@@ -13,7 +13,7 @@ from vitgal.evaluation.scores import scores_document
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval import shortlists
-from vitgal.retrieval.matching import check_matching_device
+from vitgal.retrieval.matching import matching_device
 from vitgal.retrieval.pairs import inspect_shortlist
 from vitgal.retrieval.ranking import Positions, Ranking
 from vitgal.retrieval.reranking import VARIANTS, Reranking, padded
@@ -42,27 +42,27 @@ def rerank_shortlist(
 ) -> Path:
     """Verifies every short list of a run and writes the rankings that follow.
 
-    Args:
-        run: the run's folder; `<dataset>/global` and `<dataset>/local` are finished in it.
-        ground_truth: of the data set; its name is the folder's.
-        settings: `top` is at most what the short list was made for; `ties` concerns the published
-            ranking alone, the others keep the global order of equal counts.
-        machine: its match_device, workers, engine and ray_address. The result does not depend on
-            them; the processes of a cluster must all see the run folder.
-    Returns:
-        `<dataset>/rerank` with candidates.npy, inliers.npy, and for easy, medium, hard and
-        published positions_*.npz and top_*.npy, and scores.json.
-    Raises:
-        runs.StageError: an earlier stage is missing, was made for a shorter short list or lacks an
-            image's features (it is named), or the folder holds other settings.
-        ValueError: features that do not fit, or a device that torch does not find.
-
     Interrupted, it keeps the finished queries. An image that could not be read counts 0.
+
+    Args:
+        run: its stages global and local of the data set are finished.
+        ground_truth: of the data set, whose name it has.
+        settings: `top` is at most the length of the short list; `ties` concerns the published
+            ranking alone, the others keep the global order of equal counts.
+        machine: match_device, workers, engine and ray_address, on which the result does not depend.
+            The processes of a cluster must all see the run folder.
+    Returns:
+        `<run>/<dataset>/rerank` with candidates.npy, inliers.npy, scores.json, and positions_*.npz
+        and top_*.npy for easy, medium, hard and published.
+    Raises:
+        StageError: an earlier stage is missing, has a shorter short list or lacks the features of
+            an image, or the folder holds other settings.
+        ValueError: features that do not fit, or a device that torch does not find.
     """
     source = Path(run) / ground_truth.name
     engines.check_engine(machine.engine, machine.ray_address)
     if machine.engine == "local":  # a cluster's head need not have the devices of its nodes
-        check_matching_device(machine.match_device)
+        matching_device(machine.match_device)
     parameters = {"dataset": ground_truth.name} | settings.compared()
     inputs = candidate_inputs(source, ground_truth, GLOBAL_FILES)
     folder = source / "rerank"
@@ -73,12 +73,10 @@ def rerank_shortlist(
             return folder
         lists = _read_lists(source, ground_truth, settings.top)
         if not (folder / "inliers.npy").exists():
-            count = functools.partial(count_inliers, settings=settings, device=machine.match_device)
-            store = _open_store(source / "local", lists)
             counts = count_queries(
                 lists,
-                store,
-                count,
+                _open_store(source / "local", lists),
+                functools.partial(count_inliers, settings=settings, device=machine.match_device),
                 machine,
                 journal=folder / JOURNAL,
                 label="verifying short lists",

@@ -49,25 +49,23 @@ def tune(
 ) -> Path:
     """Counts inliers over a grid of thresholds on the validation set and chooses the best point.
 
-    Only `val_retrieval` is used; its stages global and local are finished in the run
-    (`prepare_validation`). The best point has the highest Medium mAP; of equal ones the first, that
-    is the smallest max_distance, then threshold, then number of candidates.
+    The best point has the highest Medium mAP; of equal ones the first, that is the smallest
+    max_distance, then threshold, then number of candidates. Interrupted, it keeps the finished
+    queries.
 
     Args:
-        run: the run's folder.
+        run: its stages global and local of `val_retrieval` are finished (`prepare_validation`).
         ground_truth: of the validation set.
-        settings: the grid; the values of `current` are added. max_queries: use so many queries,
-            drawn with the seed of `current`'s verification.
-        current: the settings that the best point is compared with; they hold for all that the grid
-            does not vary.
-        machine: its workers, engine and ray_address. The result does not depend on them.
+        settings: the grid; the values of `current` are added. `max_queries` are drawn with the seed
+            of the verification.
+        current: compared with the best point; holds for all that the grid does not vary.
+        machine: workers, engine and ray_address, on which the result does not depend.
     Returns:
         `<run>/val_retrieval/tuning` with inliers.npy (Q, D, T, C) i32, ap.npy (D, T, C', Q) f64,
         tuning.json (for `Tuning.read`) and tuned.json, the chosen values as flat parameters.
-        Interrupted, it keeps the finished queries.
     Raises:
-        StageError: a stage is missing or holds other settings.  TuningError: a value of the grid
-        that makes no sense, or a candidate without local features.
+        StageError: a stage is missing or holds other settings.
+        TuningError: a candidate without local features, or no query that counts.
     """
     engines.check_engine(machine.engine, machine.ray_address)
     grid = make_grid(settings, current)
@@ -115,11 +113,14 @@ def _draw_queries(count: int, wanted: int | None, current: RerankingSettings) ->
 
 def _read_lists(folder: Path, truth: GroundTruth, queries: np.ndarray, top: int) -> CandidateLists:
     """The candidates of some queries, given by index."""
-    lists = {
-        name: [getattr(truth, name)[q] for q in queries]
-        for name in ("queries", "easy", "hard", "junk")
-    }
-    truth = dataclasses.replace(truth, boxes=truth.boxes[queries], **lists)
+    truth = dataclasses.replace(
+        truth,
+        queries=[truth.queries[q] for q in queries],
+        boxes=truth.boxes[queries],
+        easy=[truth.easy[q] for q in queries],
+        hard=[truth.hard[q] for q in queries],
+        junk=[truth.junk[q] for q in queries],
+    )
     ranking = Ranking.load(folder / "global").select(queries)
     images = shortlists.candidates(ranking.order, truth, PROTOCOL, top=top)
     return CandidateLists(truth, truth.database, ranking, images)
