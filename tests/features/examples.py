@@ -15,7 +15,7 @@ from vitgal.features.local import LocalFeatures
 
 FP32 = store.ShardFormat(settings={"precision": "fp32"})
 FAILURE = {"name": "d", "reason": "the file is empty"}
-properties = settings(max_examples=100, derandomize=True, deadline=None)
+properties = settings(max_examples=50, derandomize=True, deadline=None)
 # A test that damages a file writes it whole in every example, so its folder may be the same.
 fuzz = settings(properties, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -107,7 +107,7 @@ file.append(np.full((500, 4), 8))
     assert (rows[:100] == 7).all() and (rows[100:] == 8).all()
 
 
-@settings(fuzz, max_examples=30)  # each of them waits for the disk
+@settings(fuzz, max_examples=20)  # each of them waits for the disk
 @given(data=st.data(), name=st.sampled_from([".partial", ".journal.json"]))
 def test_a_damaged_file_is_not_continued_wrongly(tmp_path, data, name):
     """Whole rows as they were written, none, or a refusal of other settings."""
