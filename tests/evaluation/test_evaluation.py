@@ -400,7 +400,7 @@ def test_record_is_plain_and_complete(tmp_path):
         inputs={"data": "ab12"},
         failed=1,
         ground_truth=gt,
-        published=scores,
+        further={"published": scores},
     )
     again = runs.read_json(runs.write_json(tmp_path / "scores.json", record))
     assert again == record
@@ -431,4 +431,4 @@ def test_record_refuses_paths_and_repeated_keys(tmp_path):
         with pytest.raises(ValueError, match=r"parameters\.model.* is the path"):
             scores_document(scores, protocol={}, parameters={"model": value}, inputs={})
     with pytest.raises(ValueError, match="'hard' already"):
-        scores_document(scores, protocol={}, parameters={}, inputs={}, hard=scores)
+        scores_document(scores, protocol={}, parameters={}, inputs={}, further={"hard": scores})

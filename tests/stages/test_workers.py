@@ -1,5 +1,6 @@
 """Several workers that extract together, machines that differ, and a full disk."""
 
+import shutil
 import subprocess
 import sys
 
@@ -112,6 +113,7 @@ def test_auto_is_not_mixed(run, benchmark, weight_file, monkeypatch):
         with pytest.raises(runs.StageError, match="shard-00 was made in fp32, and here .* bf16"):
             extract(*arguments, precision="auto", **workers)
     resolves_to("fp32")
+    shutil.rmtree(run / "mini" / "local" / "shard-01")  # the one of bf16
     folder = extract(*arguments, precision="auto")
     assert len(FeatureStore.open(folder, verify=True)) == 6
 

@@ -96,7 +96,7 @@ def scores_document(
     inputs: Mapping[str, str],
     failed: int = 0,
     ground_truth: GroundTruth | None = None,
-    **further: Any,
+    further: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the content of a scores.json: the scores and all that they depend on.
 
@@ -108,7 +108,7 @@ def scores_document(
         inputs: name -> fingerprint of each input.
         failed: the number of database images that could not be read and rank last.
         ground_truth: gives the names of the queries, in the order of every `ap`, and a fingerprint.
-        further: more keys, such as published=another result, which gets its intervals as well.
+        further: more keys, such as "published": another result, which gets its intervals as well.
     Raises:
         ValueError: a further key repeats another, or a value is a path, which would make equal runs
             differ between machines.
@@ -125,6 +125,7 @@ def scores_document(
     if ground_truth is not None:
         document["fingerprints"]["ground truth"] = ground_truth.fingerprint
         document["queries"] = ground_truth.queries
+    further = further or {}
     if repeated := sorted(set(document) & set(further)):
         raise ValueError(f"a scores document has {repeated[0]!r} already")
     document |= {key: _with_intervals(value) for key, value in further.items()}

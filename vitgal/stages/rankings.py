@@ -11,6 +11,7 @@ from vitgal.data.revisited import RetrievalDataset, labelled
 from vitgal.evaluation.protocol import evaluate
 from vitgal.evaluation.scores import scores_document
 from vitgal.retrieval import exact_ranks, exact_search, faiss_index, shortlists
+from vitgal.retrieval.ranking import Ranking
 from vitgal.settings import GlobalSettings
 
 GLOBAL_OUTPUTS = (  # the files of a global stage
@@ -47,7 +48,6 @@ def write_rankings(
         failures: database images that could not be read, {"name": ..., "reason": ...}.
     """
     folder, truth = stage.folder, dataset.ground_truth
-    names = {"queries": truth.queries, "database": dataset.database}
     database = np.load(database_file, mmap_mode="r", allow_pickle=False)
     shortlist_depth = shortlists.shortlist_depth(truth, len(database), top=settings.top)
     depth = max(settings.display, shortlist_depth)
@@ -63,12 +63,14 @@ def write_rankings(
         recall = faiss_index.recall(ranks, exact_order)
         further["recall"] = recall | {"searched exactly": unanswered}
     runs.write_array(folder / "queries.npy", queries)
+    names = {"queries": truth.queries, "database": dataset.database}
     runs.write_json(folder / "names.json", names)
-    runs.write_array(folder / "ranks.npy", ranks)
     runs.write_array(folder / "similarities.npy", similarities)
-    positions.save(folder / "positions.npz")
+    Ranking(ranks, positions).save(folder)
     listed = shortlists.shortlist(ranks, truth, top=settings.top)
-    shortlists.write_shortlist(folder / "shortlist.txt", listed, **names)
+    shortlists.write_shortlist(
+        folder / "shortlist.txt", listed, queries=truth.queries, database=dataset.database
+    )
     runs.write_json(folder / "failures.json", failures)
     document = scores_document(
         evaluate(positions, truth),
@@ -82,7 +84,7 @@ def write_rankings(
         inputs=stage.settings["inputs"],
         failed=len(failures),
         ground_truth=truth,
-        **further,
+        further=further,
     )
     runs.write_json(folder / "scores.json", document)
 

@@ -209,9 +209,11 @@ def _write_scores(stage: runs.Stage, lists: CandidateLists) -> None:
         | {name: value for name, value in passed_on.items() if value is not None},
         failed=before.get("failed_images", 0),
         ground_truth=ground_truth,
-        earlier={"global": before.get("parameters", {}), "local": local["parameters"]},
-        published=evaluate(positions[PUBLISHED], ground_truth),
-        **{"global": evaluate(lists.ranking.positions, ground_truth)},
+        further={
+            "earlier": {"global": before.get("parameters", {}), "local": local["parameters"]},
+            "published": evaluate(positions[PUBLISHED], ground_truth),
+            "global": evaluate(lists.ranking.positions, ground_truth),
+        },
     )
     runs.write_json(stage.folder / "scores.json", document)
 
