@@ -361,10 +361,10 @@ def test_sigterm_is_passed_on_and_asks_for_a_restart(cell, said, scratch, tmp_pa
     cell = cell.replace("BEGUN", repr(str(begun)))
     notebook = scratch("01_a.ipynb", "run_dir: str = 'a'", cell)
     code = (
-        "import sys; from pathlib import Path; from vitgal.app import pipeline\n"
+        "import sys; from pathlib import Path; from vitgal.app import execution, pipeline\n"
         "try:\n"
         f"    pipeline.run(notebooks=Path({str(notebook.parent)!r}), progress=False)\n"
-        "except pipeline.Preempted as error:\n"
+        "except execution.Preempted as error:\n"
         "    print(error, file=sys.stderr)\n"
         "    sys.exit(pipeline.RESTART)\n"
     )
