@@ -11,7 +11,12 @@ from vitgal.features.selection import scaled_size, select_tokens
 from vitgal.models import descriptors
 from vitgal.models.network import build_model
 from vitgal.settings import LocalSettings
-from vitgal.stages.token_selection import REASONS, explain_selection, matching_fraction
+from vitgal.stages.token_selection import (
+    REASONS,
+    TokenSelection,
+    explain_selection,
+    matching_fraction,
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +30,7 @@ def photograph() -> np.ndarray:
     return cv2.resize(small, (208, 160), interpolation=cv2.INTER_CUBIC)
 
 
+BOX = (10, 20, 200, 150)
 SETTINGS = LocalSettings(
     size=160,
     scales=(0.7071, 1.0, 1.4142),
@@ -38,10 +44,13 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("box", [None, (10, 20, 200, 150)])
-def test_kept_features_are_those_of_extraction(model, photograph, box):
-    selection = explain_selection(model, photograph, box, SETTINGS)
-    extracted = descriptors.extract_local(model, photograph, box, **OPTIONS)
+@pytest.fixture(scope="module")
+def selection(model, photograph) -> TokenSelection:
+    return explain_selection(model, photograph, BOX, SETTINGS)
+
+
+def test_kept_features_are_those_of_extraction(model, photograph, selection):
+    extracted = descriptors.extract_local(model, photograph, BOX, **OPTIONS)
     assert len(extracted) == 60
     for name in ("keypoints", "descriptors", "scores", "scales"):
         np.testing.assert_array_equal(getattr(selection.kept, name), getattr(extracted, name))
@@ -49,8 +58,7 @@ def test_kept_features_are_those_of_extraction(model, photograph, box):
         assert getattr(selection.kept, name) == getattr(extracted, name)
 
 
-def test_every_token_above_the_threshold_is_kept_or_dropped_for_a_reason(model, photograph):
-    selection = explain_selection(model, photograph, None, SETTINGS)
+def test_every_token_above_the_threshold_is_kept_or_dropped_for_a_reason(selection):
     passed = 0
     for scale, scores in selection.scores.items():
         sides = scaled_size(selection.kept.input_size, scale)
@@ -77,14 +85,12 @@ def test_with_room_for_all_only_overlaps_are_dropped(model, photograph):
     assert len(free.kept) == len(selection.kept) + len(selection.dropped)
 
 
-def test_a_map_is_taken_from_the_nearest_scale(model, photograph):
-    selection = explain_selection(model, photograph, None, SETTINGS)
+def test_a_map_is_taken_from_the_nearest_scale(selection):
     assert selection.heat(0.9) is selection.scores[1.0]
     np.testing.assert_array_equal(selection.heat(5, 2), selection.attention[1.4142][2])
 
 
-def test_attention_has_a_map_a_head_with_its_peak_at_1(model, photograph):
-    selection = explain_selection(model, photograph, None, SETTINGS)
+def test_attention_has_a_map_a_head_with_its_peak_at_1(selection):
     assert list(selection.attention) == list(SETTINGS.scales)
     for scale, heads in selection.attention.items():
         assert heads.shape == (4, *selection.scores[scale].shape)

@@ -11,6 +11,7 @@ from vitgal.settings import RerankingSettings
 from vitgal.stages.own import Photographs, SearchResult, find_query, search_folder
 from vitgal.viz.controls import WIDE, FigureOutput, labelled, refill, unobserved
 from vitgal.viz.photographs import pair_figure, ranking_figure, reduce_image
+from vitgal.viz.style import BOX_RGB
 
 PREVIEW = 480  # pixels, the longer side of the photograph on which a box is drawn
 LISTED = 50  # photographs that can be chosen for their matches
@@ -94,7 +95,7 @@ class PhotographBrowser:
         x0, y0, x1, y1 = (round(side * self.factor) for side in (x0, y0, x1, y1))
         image: np.ndarray = self.reduced // 3 + 160
         image[y0:y1, x0:x1] = self.reduced[y0:y1, x0:x1]
-        cv2.rectangle(image, (x0, y0), (max(x0, x1 - 1), max(y0, y1 - 1)), (255, 225, 77), 2)
+        cv2.rectangle(image, (x0, y0), (max(x0, x1 - 1), max(y0, y1 - 1)), BOX_RGB, 2)
         _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
         self.preview.value = jpeg.tobytes()
 

@@ -16,6 +16,7 @@ LABEL_COLOURS = {"easy": "#009E73", "hard": "#F2A100", "negative": "#A31621", "j
 LABEL_LETTERS = {"easy": "E", "hard": "H", "negative": "N", "junk": "J"}
 QUERY_COLOUR = "#0072B2"
 BOX_COLOUR = "#FFE14D"  # the query's box, and its outline in other images
+BOX_RGB = (255, 225, 77)  # the same
 INLIER_COLOUR, INLIER_EDGE_COLOUR, REJECTED_COLOUR = "#00E5A0", "#004D38", "#F0606E"
 DROPPED_COLOURS = ("#FFD23F", "#FF6F91", "#7FDBFF")  # crosses on photographs, one a reason
 ERROR_COLOUR = "#A31621"
