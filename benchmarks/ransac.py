@@ -24,7 +24,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # a core a process; NumPy reads it when it is imported
@@ -40,9 +40,10 @@ from vitgal.evaluation.protocol import evaluate
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval import shortlists
 from vitgal.retrieval.matching import Descriptors, match_prepared
-from vitgal.retrieval.ranking import Positions
-from vitgal.retrieval.reranking import NOT_VERIFIED, Reranking
-from vitgal.retrieval.verification import ESTIMATORS, verify
+from vitgal.retrieval.ranking import Ranking
+from vitgal.retrieval.reranking import NOT_VERIFIED, Reranking, padded
+from vitgal.retrieval.verification import ESTIMATORS, verify_matches
+from vitgal.settings import MatchingSettings, RerankingSettings, VerificationSettings
 
 SHOWN = ("medium", "hard")
 STAGES = ("global", "local")
@@ -55,11 +56,10 @@ class Shortlists:
 
     truth: GroundTruth
     database: list[str]
-    ranks: np.ndarray  # (K, Q)
-    positions: Positions
-    candidates: np.ndarray  # (Q, C), padded with -1
+    ranking: Ranking
+    candidates: np.ndarray  # (Q, C) database indices, padded with -1
     store: FeatureStore
-    key: str = ""  # of the results: the data set, and what was made of it
+    key: str = ""  # of the results: the data set and the content of its stages
 
     @classmethod
     def read(cls, folder: Path, truth: GroundTruth, top: int) -> "Shortlists":
@@ -67,57 +67,55 @@ class Shortlists:
         database = names["database"]
         if (names["queries"], database[: len(truth.database)]) != (truth.queries, truth.database):
             raise SystemExit(f"{folder} was not made for the ground truth {truth.name}")
-        ranks = np.load(folder / "global" / "ranks.npy", allow_pickle=False)
-        lists = shortlists.shortlist(ranks, truth, top=top)
-        candidates = np.full((len(lists), max(map(len, lists))), NOT_VERIFIED, np.int32)
-        for row, images in zip(candidates, lists, strict=True):
-            row[: len(images)] = images
-        positions = Positions.load(folder / "global" / "positions.npz")
+        ranking = Ranking.load(folder / "global")
+        candidates = padded(shortlists.shortlist(ranking.order, truth, top=top))
         store = FeatureStore.open((folder / "local").absolute())
-        made = [runs.read_stage(folder / one, "the notebooks")["outputs"] for one in STAGES]
-        key = f"{truth.name}-{runs.fingerprint(made)[:8]}"
-        return cls(truth, database, ranks, positions, candidates, store, key)
+        outputs = [runs.read_stage(folder / stage, "the notebooks")["outputs"] for stage in STAGES]
+        key = f"{truth.name}-{runs.fingerprint(outputs)[:8]}"
+        return cls(truth, database, ranking, candidates, store, key)
 
     @property
     def positive(self) -> np.ndarray:
         """(Q, C) bool: candidates that show the query's landmark."""
-        images = positives(self.truth, "medium")
-        return np.array(
-            [np.isin(row, some) for row, some in zip(self.candidates, images, strict=True)]
-        )
+        rows = zip(self.candidates, positives(self.truth, "medium"), strict=True)
+        return np.array([np.isin(row, images) for row, images in rows])
 
     @property
     def negative(self) -> np.ndarray:
         """(Q, C) bool: candidates without a label."""
         rows = zip(self.candidates, labelled(self.truth), strict=True)
-        return np.array([~np.isin(row, some) for row, some in rows]) & (self.candidates >= 0)
+        return np.array([~np.isin(row, images) for row, images in rows]) & (self.candidates >= 0)
 
 
 # Measuring
 
 
 def count(
-    listed: Shortlists, estimators: Sequence[str], seeds: Sequence[int], options: dict, workers: int
+    lists: Shortlists,
+    estimators: Sequence[str],
+    seeds: Sequence[int],
+    settings: RerankingSettings,
+    workers: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Counts (2, E, S, Q, C) int32, padded with -1, and processor seconds (1 + E,).
 
-    The two are those of COUNTED: inliers, and the candidate's features among them. The first
-    of the seconds are matching's, the others an estimator's with all seeds. options: max_distance
-    and those of `verify`. An image that could not be read counts 0.
+    The two counts are those of COUNTED: inliers, and the candidate's features among them. The first
+    of the seconds are those of matching, the others those of an estimator with all seeds. settings:
+    all but estimator and seed. An image that could not be read counts 0.
     """
-    work = functools.partial(count_query, listed.store, estimators, seeds, options)
+    work = functools.partial(count_query, lists.store, estimators, seeds, settings)
     tasks = [
-        joblib.delayed(work)(query, [listed.database[image] for image in row[row >= 0]])
-        for query, row in zip(listed.truth.queries, listed.candidates, strict=True)
+        joblib.delayed(work)(query, [lists.database[image] for image in row[row >= 0]])
+        for query, row in zip(lists.truth.queries, lists.candidates, strict=True)
     ]
-    shape = len(COUNTED), len(estimators), len(seeds), *listed.candidates.shape
+    shape = len(COUNTED), len(estimators), len(seeds), *lists.candidates.shape
     counts, seconds = np.full(shape, NOT_VERIFIED, np.int32), np.zeros(1 + len(estimators))
     # Processes, not threads: pydegensac draws from one random state a process.
-    found = joblib.Parallel(n_jobs=workers, return_as="generator")(tasks)
-    label = f"{listed.truth.name}: {', '.join(estimators)}"
-    for q, (ours, spent) in enumerate(tqdm(found, label, total=len(tasks), unit="query")):
-        counts[..., q, : ours.shape[-1]] = ours
-        seconds += spent
+    results = joblib.Parallel(n_jobs=workers, return_as="generator")(tasks)
+    label = f"{lists.truth.name}: {', '.join(estimators)}"
+    for q, (row, elapsed) in enumerate(tqdm(results, label, total=len(tasks), unit="query")):
+        counts[..., q, : row.shape[-1]] = row
+        seconds += elapsed
     return counts, seconds
 
 
@@ -125,28 +123,28 @@ def count_query(
     store: FeatureStore,
     estimators: Sequence[str],
     seeds: Sequence[int],
-    options: dict,
+    settings: RerankingSettings,
     query: str,
     names: list[str],
 ) -> tuple[np.ndarray, np.ndarray]:
     """One query's counts (2, E, S, candidates) and processor seconds (1 + E,)."""
-    options = dict(options)
-    max_distance = options.pop("max_distance")
     counts = np.zeros((len(COUNTED), len(estimators), len(seeds), len(names)), np.int32)
-    readable = [place for place, name in enumerate(names) if name in store]
-    ours, theirs = store[query], [store[names[place]] for place in readable]
+    readable = [index for index, name in enumerate(names) if name in store]
+    query_features, candidates = store[query], [store[names[index]] for index in readable]
     times = [time.process_time()]
-    prepared = Descriptors.read(ours.descriptors, "query")
-    galleries = [Descriptors.read(features.descriptors, "gallery") for features in theirs]
+    prepared = Descriptors.read(query_features.descriptors, "query")
+    galleries = [Descriptors.read(features.descriptors, "gallery") for features in candidates]
+    max_distance = settings.matching.max_distance
     matches = [match_prepared(prepared, gallery, max_distance) for gallery in galleries]
     times.append(time.process_time())
     for e, estimator in enumerate(estimators):
-        for place, features, pairs in zip(readable, theirs, matches, strict=True):
-            ends = ours.keypoints[pairs[:, 0]], features.keypoints[pairs[:, 1]]
+        for index, features, pairs in zip(readable, candidates, matches, strict=True):
+            points = query_features.keypoints[pairs[:, 0]], features.keypoints[pairs[:, 1]]
             for row, seed in enumerate(seeds):
-                found = verify(*ends, estimator=estimator, seed=seed, **options)
-                once = np.unique(pairs[found.inliers, 1]).size
-                counts[:, e, row, place] = found.count, once
+                verification = replace(settings.verification, estimator=estimator, seed=seed)
+                result = verify_matches(*points, verification)
+                features_used = np.unique(pairs[result.inliers, 1]).size
+                counts[:, e, row, index] = result.count, features_used
         times.append(time.process_time())
     return counts, np.diff(times)
 
@@ -173,25 +171,26 @@ def count_summary(counts: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
     return summary(picked.mean(axis=1)) | {"pair": picked.std(axis=0, ddof=1).mean()}
 
 
-def scores(listed: Shortlists, counts: np.ndarray, top: int) -> dict[str, float]:
+def scores(lists: Shortlists, counts: np.ndarray, top: int) -> dict[str, float]:
     """mAP of each shown protocol after reranking by counts (Q, C)."""
     positions = {}
     for protocol in SHOWN:
-        reranking = Reranking(listed.candidates, counts, listed.truth, protocol, top)
-        positions[protocol] = listed.positions.reranked(listed.ranks, reranking)
-    return {p: one["map"] for p, one in evaluate(positions, listed.truth).items()}
+        reranking = Reranking(lists.candidates, counts, lists.truth, protocol, top)
+        positions[protocol] = lists.ranking.reranked(reranking).positions
+    results = evaluate(positions, lists.truth)
+    return {protocol: results[protocol]["map"] for protocol in results}
 
 
 def measure(
     folder: Path,
-    listed: Shortlists,
+    lists: Shortlists,
     estimators: Sequence[str],
     seeds: Sequence[int],
-    options: dict,
+    settings: RerankingSettings,
     workers: int,
 ) -> None:
     """Writes `<key>-<estimator>-<seed>.npz` for every seed that the folder lacks."""
-    name = listed.key
+    name = lists.key
     missing = [
         seed
         for seed in seeds
@@ -199,7 +198,7 @@ def measure(
     ]
     if not missing:
         return
-    counts, seconds = count(listed, estimators, missing, options, workers)
+    counts, seconds = count(lists, estimators, missing, settings, workers)
     for e, estimator in enumerate(estimators):
         for s, seed in enumerate(missing):
             spent = np.array([seconds[0], seconds[1 + e] / len(missing)])
@@ -207,12 +206,12 @@ def measure(
             runs.write_arrays(path, counts=counts[:, e, s], seconds=spent)
 
 
-def measured(folder: Path, listed: Shortlists, top: int) -> dict[str, dict]:
+def measured(folder: Path, lists: Shortlists, top: int) -> dict[str, dict]:
     """Each estimator's figures over all seeds that are in the folder; two at least."""
-    pairs = int((listed.candidates >= 0).sum())
+    pairs = int((lists.candidates >= 0).sum())
     found = {}
     for estimator in ESTIMATORS:
-        paths = sorted(folder.glob(f"{listed.key}-{estimator}-*.npz"))
+        paths = sorted(folder.glob(f"{lists.key}-{estimator}-*.npz"))
         if len(paths) < 2:
             continue
         files = [np.load(path, allow_pickle=False) for path in paths]
@@ -220,16 +219,16 @@ def measured(folder: Path, listed: Shortlists, top: int) -> dict[str, dict]:
         found[estimator] = {"pairs": pairs, "seeds": len(paths)}
         found[estimator] |= {"matching": spent[0], "verifying": spent[1]}
         for way, counts in zip(COUNTED, np.stack([f["counts"] for f in files], 1), strict=True):
-            found[estimator][way] = figures(listed, counts, top)
+            found[estimator][way] = figures(lists, counts, top)
     return found
 
 
-def figures(listed: Shortlists, counts: np.ndarray, top: int) -> dict[str, dict]:
+def figures(lists: Shortlists, counts: np.ndarray, top: int) -> dict[str, dict]:
     """What one estimator's counts (S, Q, C) of one kind give."""
-    maps = [scores(listed, of_seed, top) for of_seed in counts]
+    maps = [scores(lists, of_seed, top) for of_seed in counts]
     return {
-        "positive": count_summary(counts, listed.positive),
-        "negative": count_summary(counts, listed.negative),
+        "positive": count_summary(counts, lists.positive),
+        "negative": count_summary(counts, lists.negative),
         "map": {protocol: summary([one[protocol] for one in maps]) for protocol in SHOWN},
     }
 
@@ -237,11 +236,11 @@ def figures(listed: Shortlists, counts: np.ndarray, top: int) -> dict[str, dict]
 # Tables
 
 
-def show(listed: Shortlists, found: dict[str, dict]) -> None:
+def show(lists: Shortlists, found: dict[str, dict]) -> None:
     """One data set's estimators in a table for each way of counting; mAP in percent."""
-    before = evaluate(listed.positions, listed.truth)
+    before = evaluate(lists.ranking.positions, lists.truth)
     before = ", ".join(f"{protocol} {100 * before[protocol]['map']:.1f}" for protocol in SHOWN)
-    print(f"\n{listed.truth.name}: global mAP {before}")
+    print(f"\n{lists.truth.name}: global mAP {before}")
     for estimator, row in found.items():
         print(f"{estimator}: {row['pairs']} pairs, {row['seeds']} seeds", end="; ")
         print(f"{row['matching']:.2f} ms a pair for matching")
@@ -274,56 +273,65 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--data", action="append", type=Path, default=[], metavar="FOLDER")
     parser.add_argument("--estimator", choices=ESTIMATORS, action="append")
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 10), metavar=("FIRST", "STOP"))
-    parser.add_argument("--top", type=int, default=100)
-    parser.add_argument("--max-distance", type=float, default=0.82)
-    parser.add_argument("--threshold", type=float, default=16.0)
-    parser.add_argument("--iterations", type=int, default=2000)
-    parser.add_argument("--confidence", type=float, default=1.0)
+    parser.add_argument("--top", type=int, default=RerankingSettings.top)
+    parser.add_argument("--max-distance", type=float, default=MatchingSettings.max_distance)
+    parser.add_argument("--threshold", type=float, default=VerificationSettings.threshold)
+    parser.add_argument("--iterations", type=int, default=VerificationSettings.iterations)
+    parser.add_argument("--confidence", type=float, default=VerificationSettings.confidence)
     parser.add_argument("--workers", type=int, default=joblib.cpu_count())
     parser.add_argument("--results", type=Path, metavar="FOLDER")
     return parser.parse_args()
 
 
 def datasets(run: Path, wanted: Sequence[str] | None) -> list[Path]:
-    """The folders of a run's data sets whose stages global and local are there."""
-    found = [path.parents[1] for path in sorted(run.glob("*/local/stage.json"))]
-    found = [path for path in found if (path / "global" / "stage.json").exists()]
-    found = [path for path in found if path.name in (wanted or {path.name} - {tuning.DATASET})]
-    if not found:
+    """The folders of a run's data sets whose stages global and local are finished."""
+    folders = [path.parents[1] for path in sorted(run.glob("*/local/stage.json"))]
+    folders = [path for path in folders if (path / "global" / "stage.json").exists()]
+    folders = [path for path in folders if path.name in (wanted or {path.name} - {tuning.DATASET})]
+    if not folders:
         raise SystemExit(f"{run} has no data set with finished stages global and local")
-    return found
+    return folders
 
 
 def ground_truth(folder: Path, data: Sequence[Path]) -> GroundTruth:
     name = f"gnd_{folder.name}.pkl"
-    places = [folder.parent / "data" / "benchmark", *data]
-    for place in places:
-        if (place / name).exists():
-            return load_ground_truth(place / name)
-    raise SystemExit(f"no {name} in {', '.join(map(str, places))}: name its folder with --data")
+    parents = [folder.parent / "data" / "benchmark", *data]
+    for parent in parents:
+        if (parent / name).exists():
+            return load_ground_truth(parent / name)
+    raise SystemExit(f"no {name} in {', '.join(map(str, parents))}: name its folder with --data")
 
 
 def main() -> None:
     arguments = read_arguments()
-    names = ("max_distance", "threshold", "iterations", "confidence")
-    options = {name: getattr(arguments, name) for name in names}
-    settings = options | {"top": arguments.top}
-    print(", ".join(f"{name} {value}" for name, value in settings.items()))
+    verification = VerificationSettings(
+        threshold=arguments.threshold,
+        iterations=arguments.iterations,
+        confidence=arguments.confidence,
+    )
+    settings = RerankingSettings(
+        top=arguments.top,
+        matching=MatchingSettings(arguments.max_distance),
+        verification=verification,
+    )
+    names = ("max_distance", "threshold", "iterations", "confidence", "top")
+    recorded = {name: getattr(arguments, name) for name in names}
+    print(", ".join(f"{name} {value}" for name, value in recorded.items()))
     with tempfile.TemporaryDirectory() as temporary:
         results = arguments.results or Path(temporary)
         if not (results / "settings.json").exists():
-            runs.write_json(results / "settings.json", settings)
-        if (kept := runs.read_json(results / "settings.json")) != settings:
+            runs.write_json(results / "settings.json", recorded)
+        if (kept := runs.read_json(results / "settings.json")) != recorded:
             raise SystemExit(f"{results} holds results of {kept}: name another folder")
         for folder in [path for run in arguments.runs for path in datasets(run, arguments.dataset)]:
-            listed = Shortlists.read(folder, ground_truth(folder, arguments.data), arguments.top)
+            lists = Shortlists.read(folder, ground_truth(folder, arguments.data), arguments.top)
             estimators = arguments.estimator or list(ESTIMATORS)
-            place = options, arguments.workers
-            measure(results, listed, estimators, range(*arguments.seeds), *place)
-            if found := measured(results, listed, arguments.top):
-                show(listed, found)
+            seeds = range(*arguments.seeds)
+            measure(results, lists, estimators, seeds, settings, arguments.workers)
+            if figures_by_estimator := measured(results, lists, arguments.top):
+                show(lists, figures_by_estimator)
             else:
-                print(f"{listed.truth.name}: a spread needs two seeds at least")
+                print(f"{lists.truth.name}: a spread needs two seeds at least")
 
 
 if __name__ == "__main__":

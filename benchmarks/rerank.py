@@ -30,7 +30,7 @@ from vitgal.settings import RerankingSettings, VerificationSettings
 
 WIDTH = 128
 MAX_DISTANCE = 0.82
-SHARES = (0.5, 0.2, 0.05, 0.05, 0.05)  # of the features that a candidate shares with the query
+FRACTIONS = (0.5, 0.2, 0.05, 0.05, 0.05)  # of the features that a candidate shares with the query
 PLANTED = np.array([[1.1, 0.1, 5], [-0.05, 0.9, 10], [1e-4, 2e-5, 1]])
 
 
@@ -39,12 +39,12 @@ def unit(values: np.ndarray) -> np.ndarray:
 
 
 def features(points: np.ndarray, descriptors: np.ndarray) -> LocalFeatures:
-    blank = np.full(len(points), np.nan, np.float32)
+    unset = np.full(len(points), np.nan, np.float32)
     return LocalFeatures(
         points.astype(np.float32),
         descriptors,
-        blank,
-        blank,
+        unset,
+        unset,
         (512, 512),
         (0, 0, 512, 512),
         (512,) * 2,
@@ -59,15 +59,15 @@ def make_pairs(pairs: int, count: int, seed: int) -> tuple[LocalFeatures, list[L
     for number in range(pairs):
         points = rng.uniform(0, 512, (count, 2))
         descriptors = unit(rng.standard_normal((count, WIDTH)))
-        shared = rng.permutation(count)[: int(count * SHARES[number % len(SHARES)])]
+        shared = rng.permutation(count)[: int(count * FRACTIONS[number % len(FRACTIONS)])]
         mapped = np.column_stack([query.keypoints[shared], np.ones(len(shared))]) @ PLANTED.T
-        places = rng.permutation(count)[: len(shared)]
-        points[places] = mapped[:, :2] / mapped[:, 2:] + rng.normal(0, 4, (len(shared), 2))
+        indices = rng.permutation(count)[: len(shared)]
+        points[indices] = mapped[:, :2] / mapped[:, 2:] + rng.normal(0, 4, (len(shared), 2))
         # Noise of a length between 0.3 and 1: some shared features are lost to the bound.
         noise = unit(rng.standard_normal((len(shared), WIDTH))) * rng.uniform(
             0.3, 1, (len(shared), 1)
         )
-        descriptors[places] = unit(query.descriptors[shared] + noise)
+        descriptors[indices] = unit(query.descriptors[shared] + noise)
         candidates.append(features(points, descriptors))
     return query, candidates
 
@@ -100,20 +100,20 @@ def reranked(
 def matched(query: LocalFeatures, candidates: list[LocalFeatures]) -> list[np.ndarray]:
     """The matches (M, 2) of each pair; the query is prepared once."""
     prepared = Descriptors.read(query.descriptors, "query")
-    galleries = [Descriptors.read(one.descriptors, "gallery") for one in candidates]
+    galleries = [Descriptors.read(candidate.descriptors, "gallery") for candidate in candidates]
     return [match_prepared(prepared, gallery, MAX_DISTANCE) for gallery in galleries]
 
 
 def measure(ways: dict, repeats: int) -> dict[str, tuple[float, list]]:
     """Each way's shortest processor time in seconds and its result; the ways take turns."""
-    found = {}
+    best = {}
     for _ in range(repeats):
         for name, work in ways.items():
             began = time.process_time()
             result = work()
             spent = time.process_time() - began
-            found[name] = (min(spent, found.get(name, (spent, None))[0]), result)
-    return found
+            best[name] = (min(spent, best.get(name, (spent, None))[0]), result)
+    return best
 
 
 def one_query(seed: int, pairs: int, count: int) -> tuple[list[int], float]:
@@ -133,16 +133,16 @@ def over_processes(pairs: int, count: int, queries: int, repeats: int) -> None:
             list(pool(joblib.delayed(one_query)(q, 1, 10) for q in range(workers)))  # imports
             began = time.perf_counter()
             tasks = (joblib.delayed(one_query)(q, pairs, count) for q in range(queries))
-            found = sorted(pool(tasks))
-            spent = time.perf_counter() - began
-        results[workers] = [counts for counts, _ in found]
+            finished = sorted(pool(tasks))
+            elapsed = time.perf_counter() - began
+        results[workers] = [counts for counts, _ in finished]
         best = seconds.get(workers, (np.inf, np.inf))
-        seconds[workers] = min(best, (spent, sum(cpu for _, cpu in found)))
-    (one, cpu), (two, both) = seconds[1], seconds[2]
+        seconds[workers] = min(best, (elapsed, sum(cpu for _, cpu in finished)))
+    (one, cpu_1), (two, cpu_2) = seconds[1], seconds[2]
     print(
-        f"{queries} queries of {pairs} candidates, degensac: one process {one:.2f} s ({cpu:.2f} s "
-        f"of CPU), two {two:.2f} s ({both:.2f} s of CPU): {one / two:.2f} times sooner; counts "
-        f"{'equal' if results[1] == results[2] else 'DIFFER'}"
+        f"{queries} queries of {pairs} candidates, degensac: one process {one:.2f} s "
+        f"({cpu_1:.2f} s of CPU), two {two:.2f} s ({cpu_2:.2f} s of CPU): "
+        f"{one / two:.2f} times sooner; counts {'equal' if results[1] == results[2] else 'DIFFER'}"
     )
 
 
@@ -165,18 +165,18 @@ def main() -> None:
         for confidence in (1.0, 0.9999):
             name = f"{estimator}, confidence {confidence}"
             ways[name] = functools.partial(reranked, query, candidates, estimator, confidence)
-    found = measure(ways, arguments.repeats)
-    theirs, expected = found.pop("published")
-    alone, matches = found.pop("matching")
+    results = measure(ways, arguments.repeats)
+    published, expected = results.pop("published")
+    alone, matches = results.pop("matching")
     print(f"{pairs} pairs, {size} x {size} x {WIDTH}, one core; matches a pair:", end=" ")
     print(*(f"{np.quantile(list(map(len, matches)), q):.0f}" for q in (0, 0.5, 1)))
-    print(f"{'published':>27} {1000 * theirs / pairs:7.2f} ms a pair")
+    print(f"{'published':>27} {1000 * published / pairs:7.2f} ms a pair")
     print(f"{'matching':>27} {1000 * alone / pairs:7.2f} ms a pair (ours, without verification)")
-    for name, (ours, counts) in found.items():
+    for name, (seconds, counts) in results.items():
         equal = sum(a == b for a, b in zip(counts, expected, strict=True))
         print(
-            f"{name:>27} {1000 * ours / pairs:7.2f} ms a pair, {theirs / ours:4.1f} x faster, "
-            f"{equal} of {pairs} counts as published"
+            f"{name:>27} {1000 * seconds / pairs:7.2f} ms a pair, "
+            f"{published / seconds:4.1f} x faster, {equal} of {pairs} counts as published"
         )
     if arguments.queries:
         over_processes(pairs, size, arguments.queries, arguments.repeats)

@@ -75,7 +75,7 @@ def make_truth(images: int, queries: int, *, seed: int = 1) -> GroundTruth:
     first = min(images, LABELLED)
     drawn = [generator.permutation(first)[: sum(COUNTS.values())] for _ in range(queries)]
     cuts = np.cumsum(list(COUNTS.values()))[:-1]
-    parts = [[np.sort(part) for part in np.split(each, cuts)] for each in drawn]
+    parts = [[np.sort(part) for part in np.split(images, cuts)] for images in drawn]
     lists = {label: [part[i] for part in parts] for i, label in enumerate(COUNTS)}
     names = [str(index) for index in range(first)]
     boxes = np.tile([0.0, 0, 1, 1], (queries, 1))
@@ -95,19 +95,19 @@ def run_published(query: np.ndarray, database: np.ndarray, truth: GroundTruth) -
 
 
 def _published_ap(ranks: np.ndarray, truth: GroundTruth, protocol: str) -> list[float]:
-    places = np.arange(len(ranks))
-    found = []
+    positions = np.arange(len(ranks))
+    ap = []
     for q, (right, skip) in enumerate(
         zip(positives(truth, protocol), ignored(truth, protocol), strict=True)
     ):
-        hits = places[np.isin(ranks[:, q], right)]
-        hits = hits - np.searchsorted(places[np.isin(ranks[:, q], skip)], hits)
+        hits = positions[np.isin(ranks[:, q], right)]
+        hits = hits - np.searchsorted(positions[np.isin(ranks[:, q], skip)], hits)
         area = 0.0
         for count, rank in enumerate(hits):
             before = count / rank if rank else 1.0
             area += (before + (count + 1) / (rank + 1)) / 2 / len(right)
-        found.append(area)
-    return found
+        ap.append(area)
+    return ap
 
 
 def run_ours(query: np.ndarray, database: np.ndarray, truth: GroundTruth) -> dict:
@@ -124,7 +124,7 @@ def run_ours_with_top(query: np.ndarray, database: np.ndarray, truth: GroundTrut
 
 def run_check(query: np.ndarray, database: np.ndarray, truth: GroundTruth) -> dict:
     """The full stable sort of the similarities that `vitgal.search` documents; not timed."""
-    found: dict[str, list[float]] = {"medium": [], "hard": []}
+    ap: dict[str, list[float]] = {"medium": [], "hard": []}
     for q in range(len(query)):
         row = np.empty(len(database), np.float32)
         for start in range(0, len(database), CHUNK):
@@ -132,11 +132,11 @@ def run_check(query: np.ndarray, database: np.ndarray, truth: GroundTruth) -> di
             row[start : start + CHUNK] = rows @ query[q].astype(np.float64)
         ranks = np.argsort(-row, kind="stable")[:, None]
         lists = {label: [getattr(truth, label)[q]] for label in COUNTS}
-        one = GroundTruth("one", truth.database, ["q"], truth.boxes[:1], **lists)
-        for protocol, scores in evaluate(ranks, one).items():
-            if protocol in found:
-                found[protocol].append(float(scores["ap"][0]))
-    return found
+        single = GroundTruth("one", truth.database, ["q"], truth.boxes[:1], **lists)
+        for protocol, scores in evaluate(ranks, single).items():
+            if protocol in ap:
+                ap[protocol].append(float(scores["ap"][0]))
+    return ap
 
 
 RUNNERS = dict(zip(SIDES, (run_published, run_ours, run_ours_with_top, run_check), strict=True))
@@ -145,7 +145,7 @@ RUNNERS = dict(zip(SIDES, (run_published, run_ours, run_ours_with_top, run_check
 def run_side(folder: Path, side: str) -> dict:
     """Loads the descriptors, runs one side and reports seconds, added MiB and every AP."""
     if side == "published":
-        import torch  # noqa: F401  the library itself is no part of what is compared
+        import torch  # noqa: F401  loading the library is not measured
     query, database = np.load(folder / "queries.npy"), np.load(folder / "database.npy")
     truth = make_truth(len(database), len(query))
     loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -194,7 +194,7 @@ def run_search(folder: Path, side: str) -> dict:
 
 
 def run_index(folder: Path, text: str) -> dict:
-    """Builds, stores, opens and asks an index; its size and recall."""
+    """Builds, stores, opens and searches an index; its size and recall."""
     query = np.load(folder / "queries.npy")
     database = np.load(folder / "database.npy", mmap_mode="r")
     times = [time.perf_counter()]
@@ -205,10 +205,10 @@ def run_index(folder: Path, text: str) -> dict:
     _, ranks, unanswered = faiss_index.find(index, query, k=TOP)
     times.append(time.perf_counter())
     exact = search(query, database, k=TOP)[1]
-    found = dict(zip(("build", "open", "seconds"), np.diff(times).tolist(), strict=True))
-    found |= {"recall": faiss_index.recall(ranks, exact, (1, 10, 100, TOP))}
+    result = dict(zip(("build", "open", "seconds"), np.diff(times).tolist(), strict=True))
+    result |= {"recall": faiss_index.recall(ranks, exact, (1, 10, 100, TOP))}
     size = (folder / faiss_index.INDEX).stat().st_size
-    return found | {"bytes": size, "unanswered": unanswered}
+    return result | {"bytes": size, "unanswered": unanswered}
 
 
 # The comparison
@@ -240,26 +240,27 @@ def compare(arguments: argparse.Namespace) -> None:
     print(f"{arguments.images:,} x {arguments.width} descriptors x {arguments.queries} queries;")
     print(f"{os.cpu_count()} {platform.machine()} cores, numpy {np.__version__}")
     print("seconds and MiB: what a side takes beyond loading the descriptors\n")
-    print("| | seconds | faster | CPU seconds | added MiB | share | mAP Medium, Hard |")
+    print("| | seconds | faster | CPU seconds | added MiB | fraction | mAP Medium, Hard |")
     print("|---|---:|---:|---:|---:|---:|---|")
     for side in SIDES[:-1]:
-        one = results[side]
-        means = ", ".join(f"{100 * np.mean(one['ap'][p]):.4f}" for p in ("medium", "hard"))
+        row = results[side]
+        means = ", ".join(f"{100 * np.mean(row['ap'][p]):.4f}" for p in ("medium", "hard"))
         print(
-            f"| {side} | {one['seconds']:.2f} | {base['seconds'] / one['seconds']:.1f} x "
-            f"| {one['cpu']:.2f} | {one['mib']:.0f} | {one['mib'] / base['mib']:.3f} | {means} |"
+            f"| {side} | {row['seconds']:.2f} | {base['seconds'] / row['seconds']:.1f} x "
+            f"| {row['cpu']:.2f} | {row['mib']:.0f} | {row['mib'] / base['mib']:.3f} | {means} |"
         )
     worst = largest_difference(results["ours"]["ap"], results["check"]["ap"])
     print(f"\nlargest difference of any AP from the full stable sort: {worst:.1e}")
     float32 = largest_difference(results["ours"]["ap"], base["ap"])
     print(f"from the published ranking (float32 products, ties as they fall): {float32:.1e}")
     print_searches(alone)
-    for text, one in indexes.items():
-        shares = ", ".join(f"{100 * share:.1f} % of {n}" for n, share in one["recall"].items())
+    for text, row in indexes.items():
+        recall = ", ".join(f"{100 * mean:.1f} % of {n}" for n, mean in row["recall"].items())
         print(
-            f"index {text}: built in {one['build']:.0f} s, {one['bytes'] / 1e6:.0f} MB, opened in "
-            f"{one['open']:.1f} s (checksum of the descriptors), asked in {one['seconds']:.2f} s, "
-            f"{one['unanswered']} queries searched exactly; recall {shares}"
+            f"index {text}: built in {row['build']:.0f} s, {row['bytes'] / 1e6:.0f} MB, opened in "
+            f"{row['open']:.1f} s (checksum of the descriptors), "
+            f"searched in {row['seconds']:.2f} s, {row['unanswered']} queries searched exactly; "
+            f"recall {recall}"
         )
     if worst > 1e-12:
         sys.exit("our AP differs from the full sort's")
@@ -271,17 +272,17 @@ def print_searches(alone: dict[str, dict]) -> None:
         f"\n| the first {TOP} alone | seconds | ours is faster | CPU seconds | added MiB | same |"
     )
     print("|---|---:|---:|---:|---:|---:|")
-    for side, one in alone.items():
-        pairs = zip(one["top"], ours["top"], strict=True)
-        same = np.mean([np.isin(theirs, mine).mean() for theirs, mine in pairs])
+    for side, row in alone.items():
+        pairs = zip(row["top"], ours["top"], strict=True)
+        same = np.mean([np.isin(images, expected).mean() for images, expected in pairs])
         print(
-            f"| {side} | {one['seconds']:.3f} | {one['seconds'] / ours['seconds']:.2f} x "
-            f"| {one['cpu']:.2f} | {one['mib']:.0f} | {100 * same:.3f} % |"
+            f"| {side} | {row['seconds']:.3f} | {row['seconds'] / ours['seconds']:.2f} x "
+            f"| {row['cpu']:.2f} | {row['mib']:.0f} | {100 * same:.3f} % |"
         )
 
 
-def largest_difference(one: dict, other: dict) -> float:
-    return max(float(np.abs(np.subtract(one[key], other[key])).max()) for key in one)
+def largest_difference(left: dict, right: dict) -> float:
+    return max(float(np.abs(np.subtract(left[key], right[key])).max()) for key in left)
 
 
 def main() -> None:

@@ -81,19 +81,19 @@ def main() -> None:
     ones = [features(rng) for _ in range(PAIRS)]
     pairs = [(one, other_view(rng, one)) for one in ones]
     slow, wanted = timed(lambda: [plain(*pair) for pair in pairs])
-    fast, found = timed(
+    fast, counts = timed(
         lambda: [tuning.pair_counts(*pair, GRID, RerankingSettings()) for pair in pairs]
     )
-    equal = all((a == b).all() for a, b in zip(wanted, found, strict=True))
+    equal = all((a == b).all() for a, b in zip(wanted, counts, strict=True))
     print(
         f"a pair, 35 points: plain {1e3 * slow / PAIRS:.0f} ms, ours {1e3 * fast / PAIRS:.0f} ms,"
     )
     print(f"{slow / fast:.1f} times faster; counts equal: {equal}")
     ap = rng.uniform(size=1000)
     slow, wanted = timed(lambda: resampled(ap))
-    fast, found = timed(lambda: statistics.bootstrap_interval(ap))
+    fast, interval = timed(lambda: statistics.bootstrap_interval(ap))
     print(f"bootstrap: a draw at a time {slow:.2f} s, ours {fast:.2f} s, {slow / fast:.1f} times")
-    print(f"intervals {np.round(wanted, 4)} and {np.round(found, 4)}")
+    print(f"intervals {np.round(wanted, 4)} and {np.round(interval, 4)}")
 
 
 if __name__ == "__main__":

@@ -11,8 +11,10 @@ from tests.retrieval.test_reranking import small_truth
 from tests.stages.test_rerank import TOP, make_run, rerank_run
 from vitgal import runs
 from vitgal.data.revisited import load_ground_truth
+from vitgal.settings import RerankingSettings
 
 OPTIONS = dict(max_distance=0.5, threshold=16.0, iterations=200, confidence=1.0)
+SETTINGS = RerankingSettings.build(OPTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +40,10 @@ def test_count_summary_by_hand(ransac):
     assert all(math.isnan(value) for value in nothing.values())
 
 
-def test_positives_and_negatives_are_told_by_label(ransac):
+def test_positives_and_negatives_follow_the_labels(ransac):
     # 0 to 3 are easy or hard, 4 and 5 junk, 6 to 9 without a label.
     candidates = np.array([[4, 6, 0, 7, 2, -1]])
-    listed = ransac.Shortlists(small_truth(), [], None, None, candidates, None)
+    listed = ransac.Shortlists(small_truth(), [], None, candidates, None)
     assert listed.positive.tolist() == [[False, False, True, False, True, False]]
     assert listed.negative.tolist() == [[False, True, False, True, False, False]]
 
@@ -53,7 +55,7 @@ def test_counts_and_scores_are_the_stages(ransac, tmp_path):
     listed = ransac.Shortlists.read(folder, truth, TOP)
     results = tmp_path / "results"
     for seeds in (range(1), range(2)):  # in parts; the second adds seed 1 alone
-        ransac.measure(results, listed, ["degensac", "magsac"], seeds, OPTIONS, workers=1)
+        ransac.measure(results, listed, ["degensac", "magsac"], seeds, SETTINGS, workers=1)
     found = ransac.measured(results, listed, TOP)
     for estimator in ("degensac", "magsac"):
         rerank_run(run, **OPTIONS | {"estimator": estimator, "overwrite": True})

@@ -49,15 +49,14 @@ def rerank_shortlist(
         ground_truth: of the data set, whose name it has.
         settings: `top` is at most the length of the short list; `ties` concerns the published
             ranking alone, the others keep the global order of equal counts.
-        machine: match_device, workers, engine and ray_address, on which the result does not depend.
-            The processes of a cluster must all see the run folder.
+        machine: does not affect the result. All processes of a cluster must see the run folder.
     Returns:
         `<run>/<dataset>/rerank` with candidates.npy, inliers.npy, scores.json, and positions_*.npz
         and top_*.npy for easy, medium, hard and published.
     Raises:
         StageError: an earlier stage is missing, has a shorter short list or lacks the features of
             an image, or the folder holds other settings.
-        ValueError: features that do not fit, or a device that torch does not find.
+        ValueError: features that do not fit, or an unknown device.
     """
     source = Path(run) / ground_truth.name
     engines.check_engine(machine.engine, machine.ray_address)

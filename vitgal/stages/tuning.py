@@ -9,6 +9,7 @@ import functools
 import itertools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,15 +70,7 @@ def tune(
     """
     engines.check_engine(machine.engine, machine.ray_address)
     grid = make_grid(settings, current)
-    verification = current.verification.compared()
-    del verification["threshold"]  # a value of the grid
-    parameters = {
-        "grid": grid,
-        "current": current_point(current),
-        "max_keypoints": current.matching.max_keypoints,
-        "max_queries": settings.max_queries,
-        **verification,
-    }
+    parameters = _parameters(grid, settings, current)
     source = Path(run) / DATASET
     inputs = candidate_inputs(source, ground_truth, GLOBAL_FILES)
     with runs.stage(
@@ -102,6 +95,18 @@ def tune(
         return stage.finish(
             OUTPUTS, engine=machine.engine, workers=machine.workers, queries=len(queries)
         )
+
+
+def _parameters(grid: Grid, settings: TuningSettings, current: RerankingSettings) -> dict[str, Any]:
+    verification = current.verification.compared()
+    del verification["threshold"]  # a value of the grid
+    return {
+        "grid": grid,
+        "current": current_point(current),
+        "max_keypoints": current.matching.max_keypoints,
+        "max_queries": settings.max_queries,
+        **verification,
+    }
 
 
 def _draw_queries(count: int, wanted: int | None, current: RerankingSettings) -> np.ndarray:
