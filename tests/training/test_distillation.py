@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from tests.training_runs import SETTINGS, die_after_step, exit_code, fit, rows, split, write_images
+from tests.training_runs import SETTINGS, die_after_step, exit_code, fit, rows, split
 from vitgal import runs
 from vitgal.app import train_command
-from vitgal.data import images
-from vitgal.models import teacher as models_teacher, weights
+from vitgal.data import images as data_images
+from vitgal.models import teacher as models_teacher
+from vitgal.models import weights
 from vitgal.models.heads import ArcFace
 from vitgal.models.network import build_model
 from vitgal.models.teacher import Teacher
@@ -60,16 +61,6 @@ def taught(file: Path) -> TrainingSettings:
     return replace(SETTINGS, teacher=SMALL, teacher_weights=str(file))
 
 
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    return write_images(tmp_path / "images")
-
-
-@pytest.fixture
-def run(tmp_path: Path, photographs: Path) -> Path:
-    return split(tmp_path / "run", photographs)
-
-
 # What it says
 
 
@@ -91,7 +82,7 @@ def test_disagreement_by_hand():
 def test_a_picture_is_shown_as_the_teacher_was_trained(file):
     teacher = Teacher(SMALL, file)
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (images.MEAN, images.STD))
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (data_images.MEAN, data_images.STD))
     config = timm.data.resolve_model_data_config(network())
     its_mean, its_std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
     with torch.no_grad():
@@ -208,8 +199,8 @@ def test_a_teacher_alone_teaches(file):
 
 
 @pytest.mark.slow
-def test_the_teacher_stays_as_it_is_and_out_of_every_file(file, run, photographs):
-    folder = fit(run, photographs, taught(file))
+def test_the_teacher_stays_as_it_is_and_out_of_every_file(file, run, images):
+    folder = fit(run, images, taught(file))
     state = torch.load(folder / "state" / "last.pt", weights_only=True)["network"]
     names = {name.split(".")[0] for name in state}
     assert names == {"model", "head", "projection"}
@@ -226,19 +217,19 @@ def test_the_teacher_stays_as_it_is_and_out_of_every_file(file, run, photographs
 
 
 @pytest.mark.slow
-def test_without_a_teacher_nothing_is_recorded_of_it(run, photographs):
-    recorded = runs.read_json(fit(run, photographs) / "stage.json")
+def test_without_a_teacher_nothing_is_recorded_of_it(run, images):
+    recorded = runs.read_json(fit(run, images) / "stage.json")
     assert not {"teacher", "distill_weight"} & recorded["parameters"].keys()
     assert "teacher_weights" not in recorded["inputs"]
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_in_the_same_bytes(file, tmp_path, photographs):
+def test_a_killed_run_ends_in_the_same_bytes(file, tmp_path, images):
     settings = replace(taught(file), ema_decay=0.9)
-    whole = fit(split(tmp_path / "whole", photographs), photographs, settings)
-    run = split(tmp_path / "killed", photographs)
-    assert exit_code(lambda: (die_after_step(5), fit(run, photographs, settings))) == -9
-    resumed = fit(run, photographs, settings)
+    whole = fit(split(tmp_path / "whole", images), images, settings)
+    run = split(tmp_path / "killed", images)
+    assert exit_code(lambda: (die_after_step(5), fit(run, images, settings))) == -9
+    resumed = fit(run, images, settings)
     assert rows(resumed) == rows(whole)
     name = "model.safetensors"
     assert (resumed / name).read_bytes() == (whole / name).read_bytes()
@@ -249,20 +240,18 @@ def test_a_killed_run_ends_in_the_same_bytes(file, tmp_path, photographs):
 
 
 @pytest.mark.slow
-def test_another_teacher_is_another_run(file, run, photographs):
-    fit(run, photographs, taught(file))
+def test_another_teacher_is_another_run(file, run, images):
+    fit(run, images, taught(file))
     with pytest.raises(runs.StageError, match="distill_weight: 0.8 there, 0.5 now"):
-        fit(run, photographs, replace(taught(file), distill_weight=0.5))
+        fit(run, images, replace(taught(file), distill_weight=0.5))
 
 
 @pytest.mark.slow
-def test_the_command_line_takes_a_teacher(file, run, photographs):
-    values = train_command.read_parameters(
-        runs.resolve("params/tiny.yaml"),
-        only="02",
-        overrides={"teacher": SMALL, "teacher_weights": str(file), "epochs": "1"},
-        output=run,
-    )[1]["02"]
-    values |= {"image_folder": str(photographs), "image_size": 32, "batch_size": 4}
-    folder = train_command.train("02", run, values)
+def test_the_command_line_takes_a_teacher(file, run, images):
+    values = {"teacher": SMALL, "teacher_weights": str(file), "image_folder": str(images)}
+    values |= {"epochs": "1", "image_size": "32", "batch_size": "4"}
+    _, settings = train_command.read_notebook_settings(
+        runs.resolve("params/tiny.yaml"), only="02", overrides=values, output=run
+    )
+    folder = train_command.train("02", run, settings["02"])
     assert runs.read_json(folder / "stage.json")["parameters"]["teacher"] == SMALL

@@ -35,7 +35,7 @@ from vitgal import runs
 from vitgal.app import pipeline, train_command
 from vitgal.data import splits
 from vitgal.settings import MachineSettings
-from vitgal.training import checkpoints, errors, launch, loop, memory, networks, samples
+from vitgal.training import checkpoints, errors, loop, memory, networks, samples
 
 # Every option that holds a state of its own or draws at random, and a state after each step.
 MODERN = replace(
@@ -55,22 +55,6 @@ MODERN = replace(
 )
 EAGER = replace(MACHINE, checkpoint_minutes=0.0)
 STEPS = 3  # in an epoch of the small data
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    return write_images(tmp_path / "images")
-
-
-@pytest.fixture
-def run(tmp_path: Path, images: Path) -> Path:
-    return split(tmp_path / "run", images)
-
-
-@pytest.fixture
-def fresh_accelerate():
-    yield
-    launch.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

@@ -46,11 +46,6 @@ def images(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("images") / "images", 9)
 
 
-@pytest.fixture
-def run(tmp_path: Path, images: Path) -> Path:
-    return split(tmp_path / "run", images)
-
-
 def state(folder: Path) -> dict:
     return torch.load(folder / "state" / "last.pt", weights_only=True)
 
@@ -390,13 +385,12 @@ def test_two_launches_are_two_nodes(images, run, tmp_path):
     assert codes == [0, 0], [path.read_text() for path in said]
     # the same files, and the same bytes, as two processes forked on one machine
     other = split(tmp_path / "other", images)
-    _, values = train_command.read_parameters(
-        TOP / "params" / "tiny.yaml",
-        only="02",
-        overrides={"num_processes": 2, "image_folder": str(images), "batch_size": 2}
-        | {"image_size": 32, "precision": "fp32", "epochs": 1, "data_workers": 0, "threads": 1},
+    values = {"num_processes": "2", "image_folder": str(images), "batch_size": "2"}
+    values |= {"image_size": "32", "precision": "fp32", "epochs": "1", "data_workers": "0"}
+    _, settings = train_command.read_notebook_settings(
+        TOP / "params" / "tiny.yaml", only="02", overrides=values | {"threads": "1"}
     )
-    forked = train_command.train("02", other, values["02"])
+    forked = train_command.train("02", other, settings["02"])
     for name in ("model.safetensors", "failures.json"):
         assert (run / "retrieval" / name).read_bytes() == (forked / name).read_bytes()
     assert rows(run / "retrieval") == rows(forked)

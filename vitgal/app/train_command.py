@@ -21,7 +21,6 @@ from vitgal.settings.section import SettingsError
 from vitgal.stages.train import fit_autoencoder, fit_retrieval
 from vitgal.training.errors import Preempted
 
-RESTART = pipeline.RESTART
 STAGES = {"02": "retrieval", "03": "autoencoder"}  # by the notebook that trains it
 
 
@@ -45,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         for number, settings in chosen.items():
             train(number, run, settings)
     except Preempted as error:
-        return _report(error, RESTART)
+        return _report(error, pipeline.RESTART)
     except SettingsError as error:
         return _report(error, 2)
     except (ValueError, OSError, RuntimeError) as error:
@@ -68,22 +67,24 @@ def read_notebook_settings(
     overrides: dict[str, Any] | None = None,
     output: Path | None = None,
 ) -> tuple[Path, dict[str, Settings]]:
-    """The run folder, and by notebook ("02", "03") the settings that it would run with.
+    """Returns the run folder, and by notebook ("02", "03") its settings.
 
     Reads and checks the file as `vitgal run` does; raises SettingsError, FileNotFoundError.
     """
-    every = parameters.chain(runs.checkout() / "notebooks")
-    chosen = parameters.select(every, only=[only] if only else list(STAGES))
+    notebooks = parameters.chain(runs.checkout() / "notebooks")
+    selected = parameters.select(notebooks, only=[only] if only else list(STAGES))
     values = read_file(params)
-    run, injected = pipeline.plan(values, every, chosen, overrides=overrides, output=output)
-    settings = {path.name[:2]: parameters.settings_in(path, injected[path]) for path in chosen}
+    run, injected = pipeline.plan(values, notebooks, selected, overrides=overrides, output=output)
+    settings = {path.name[:2]: parameters.settings_in(path, injected[path]) for path in selected}
     return run, settings
 
 
 def train(notebook: str, run: Path, settings: Settings) -> Path:
-    """Fits what notebook "02" or "03" fits with these settings; returns the stage's folder."""
+    """Trains what notebook "02" or "03" trains; returns the stage's folder."""
     images = runs.data_folder(run, settings.run.image_folder, "train")
-    shared = {"image_folder": images, "overwrite": settings.run.overwrite}
+    machine, overwrite = settings.machine, settings.run.overwrite
     if notebook == "02":
-        return fit_retrieval(run, settings.training, settings.machine, **shared)
-    return fit_autoencoder(run, settings.autoencoder, settings.machine, **shared)
+        recipe = settings.training
+        return fit_retrieval(run, recipe, machine, image_folder=images, overwrite=overwrite)
+    recipe = settings.autoencoder
+    return fit_autoencoder(run, recipe, machine, image_folder=images, overwrite=overwrite)

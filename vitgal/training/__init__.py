@@ -1,4 +1,4 @@
-"""Training: recipe, augmentation, samples, and the loop."""
+"""Training: augmentation, samples, networks, the loop and its checkpoints, several processes."""
 
 import lazy_loader
 
