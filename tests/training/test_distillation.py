@@ -14,8 +14,7 @@ from tests.training_runs import SETTINGS, die_after_step, exit_code, fit, rows, 
 from vitgal import runs
 from vitgal.app import train_command
 from vitgal.data import images as data_images
-from vitgal.models import teacher as models_teacher
-from vitgal.models import weights
+from vitgal.models import teacher as models_teacher, weights
 from vitgal.models.heads import ArcFace
 from vitgal.models.network import build_model
 from vitgal.models.teacher import Teacher

@@ -20,13 +20,11 @@ from tests.training_runs import (
     split,
 )
 from vitgal import runs
-from vitgal.data import images as data_images
-from vitgal.data import splits
+from vitgal.data import images as data_images, splits
 from vitgal.models import inference, weights
 from vitgal.models.network import build_model
 from vitgal.settings import MachineSettings, SplitSettings, TrainingSettings
-from vitgal.stages import split as stages_split
-from vitgal.stages import train as stages_train
+from vitgal.stages import split as stages_split, train as stages_train
 from vitgal.training import augmentation, diagnostics, errors, samples, schedule
 
 # The schedule
