@@ -6,7 +6,6 @@ from .comparison import (
     compare_results as compare_results,
     find_results as find_results,
     report as report,
-    setting_table as setting_table,
 )
 from .protocol import (
     average_precision as average_precision,

@@ -16,7 +16,13 @@ import pandas as pd
 from vitgal import runs
 from vitgal.data.revisited import PROTOCOLS
 from vitgal.evaluation.scores import Scores
-from vitgal.evaluation.statistics import PairedTest, bootstrap_interval, paired_test, verdict
+from vitgal.evaluation.statistics import (
+    BOOTSTRAP,
+    PairedTest,
+    bootstrap_interval,
+    paired_test,
+    verdict,
+)
 
 SCORES = "scores.json"
 SETTINGS = ("protocol", "fingerprints", "failed_images", "bootstrap", "versions")
@@ -86,7 +92,9 @@ def find_results(path: str | Path) -> dict[str, Path]:
     )
 
 
-def compare(first: str | Path, second: str | Path, *, seed: int = 0) -> dict[str, Comparison]:
+def compare(
+    first: str | Path, second: str | Path, *, seed: int = BOOTSTRAP["seed"]
+) -> dict[str, Comparison]:
     """Compares the results that two folders have in common, by label.
 
     Two single stages, such as `runs/a/demo/global` and `runs/a/demo/rerank`, are compared whatever
@@ -129,7 +137,7 @@ def _distinct_names(first: str | Path, second: str | Path) -> tuple[str, str]:
 
 
 def compare_folders(
-    first: Path, second: Path, *, names: tuple[str, str], seed: int = 0
+    first: Path, second: Path, *, names: tuple[str, str], seed: int = BOOTSTRAP["seed"]
 ) -> Comparison:
     """Compares the results of two stages' folders; raises ResultError, and as `compare_results`."""
     for folder in map(Path, (first, second)):
@@ -140,7 +148,7 @@ def compare_folders(
 
 
 def compare_results(
-    first: Scores, second: Scores, *, names: tuple[str, str], seed: int = 0
+    first: Scores, second: Scores, *, names: tuple[str, str], seed: int = BOOTSTRAP["seed"]
 ) -> Comparison:
     """Compares two results query by query, under each protocol that they have in common.
 

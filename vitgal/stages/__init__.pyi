@@ -9,14 +9,8 @@ from .benchmark import (
 from .demo import make_demo as make_demo
 from .describe import evaluate_global as evaluate_global
 from .descriptors import evaluate_descriptors as evaluate_descriptors
-from .extract import extract_shortlist as extract_shortlist, shortlist_tasks as shortlist_tasks
-from .images import (
-    ImageTask as ImageTask,
-    LoadedImage as LoadedImage,
-    load_image as load_image,
-    prefetch as prefetch,
-    query_tasks as query_tasks,
-)
+from .extract import extract_shortlist as extract_shortlist
+from .images import ImageTask as ImageTask
 from .inspection import (
     ComparedPair as ComparedPair,
     InspectionError as InspectionError,
@@ -38,7 +32,6 @@ from .own import (
     write_ranking as write_ranking,
 )
 from .own_descriptions import Describer as Describer, Description as Description
-from .rankings import global_outputs as global_outputs, write_rankings as write_rankings
 from .ray_describer import RayDescriber as RayDescriber, open_describer as open_describer
 from .rerank import (
     hard_candidates as hard_candidates,
@@ -46,7 +39,6 @@ from .rerank import (
     pair_features as pair_features,
     rerank_shortlist as rerank_shortlist,
 )
-from .shards import ShardTask as ShardTask, shard_tasks as shard_tasks
 from .split import make_split as make_split
 from .token_selection import (
     REASONS as REASONS,
