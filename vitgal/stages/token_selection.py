@@ -119,5 +119,5 @@ def _among(features: LocalFeatures, others: LocalFeatures) -> np.ndarray:
         list(zip(*part.keypoints.T.tolist(), part.scales.tolist(), strict=True))
         for part in (features, others)
     )
-    known = set(other_keys)
-    return np.array([key in known for key in keys], bool)
+    stored = set(other_keys)
+    return np.array([key in stored for key in keys], bool)
