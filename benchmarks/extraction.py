@@ -132,30 +132,34 @@ def ours(
         return [item for _, item in describer.local_items(images, [t.key for t in tasks], {})[0]]
 
 
-def agreement(found: list[LocalFeatures], wanted: list[tuple]) -> str:
-    """The share of published locations that are found."""
-    shares = []
-    for features, (places, _) in zip(found, wanted, strict=True):
-        mine = {tuple(point) for point in features.keypoints[:, ::-1].astype(int).tolist()}
-        shares.append(np.mean([tuple(place) in mine for place in places.tolist()]))
-    return f"{100 * np.mean(shares):.1f} % of the published locations"
+def agreement(results: list[LocalFeatures], published: list[tuple]) -> str:
+    """Formats the fraction of the published locations that ours contain."""
+    fractions = []
+    for features, (locations, _) in zip(results, published, strict=True):
+        keypoints = {tuple(point) for point in features.keypoints[:, ::-1].astype(int).tolist()}
+        fractions.append(np.mean([tuple(point) in keypoints for point in locations.tolist()]))
+    return f"{100 * np.mean(fractions):.1f} % of the published locations"
 
 
 def compare(
-    name: str, published: Callable, mine: Callable, paths: list[Path], options: argparse.Namespace
+    name: str, published: Callable, ours: Callable, paths: list[Path], options: argparse.Namespace
 ) -> list:
     network = Clock()
-    theirs, wanted = timed(lambda: [published(path, network) for path in paths], options.repeats)
-    share = network.seconds / options.repeats / theirs
+    reference, expected = timed(
+        lambda: [published(path, network) for path in paths], options.repeats
+    )
+    fraction = network.seconds / options.repeats / reference
     count = len(paths)
-    print(f"{name:34}{1000 * theirs / count:10.0f} ms   1.00   network {share:.0%}", flush=True)
+    print(
+        f"{name:34}{1000 * reference / count:10.0f} ms   1.00   network {fraction:.0%}", flush=True
+    )
     for precision in ("fp32", "bf16"):
         for batch in dict.fromkeys((1, options.batch)):
-            spent, found = timed(lambda p=precision, b=batch: mine(p, b), options.repeats)
-            note = agreement(found, wanted) if isinstance(wanted[0], tuple) else ""
+            seconds, results = timed(lambda p=precision, b=batch: ours(p, b), options.repeats)
+            note = agreement(results, expected) if isinstance(expected[0], tuple) else ""
             line = f"  ours, {precision}, batches of {batch}"
-            print(f"{line:34}{1000 * spent / count:10.0f} ms {theirs / spent:6.2f}   {note}")
-    return wanted
+            print(f"{line:34}{1000 * seconds / count:10.0f} ms {reference / seconds:6.2f}   {note}")
+    return expected
 
 
 def loader(paths: list[Path]) -> None:

@@ -31,7 +31,7 @@ DEMO = "demo"
 
 
 def describe(source: Path, run: Path, precision: str) -> None:
-    """Notebooks 04 and 05 of the demo, in a folder of their own."""
+    """Runs the stages of notebooks 04 and 05 with the demo's settings, in another folder."""
     dataset = revisited.open_dataset(DEMO, source / "data" / "benchmark")
     model = source / "autoencoder" / "model.safetensors"
     machine = MachineSettings(threads=1)
@@ -43,21 +43,21 @@ def describe(source: Path, run: Path, precision: str) -> None:
     extract.extract_shortlist(run, dataset, local, machine, model=model, progress=False)
 
 
-def stored_as(run: Path, made: Path, dtype: str) -> None:
-    """The same run with its features in another type."""
+def stored_as(run: Path, source: Path, dtype: str) -> None:
+    """Writes the same run with its features in another type."""
     (run / DEMO).mkdir(parents=True)
-    (run / DEMO / "global").symlink_to(made / DEMO / "global")
-    features = store.FeatureStore.open(made / DEMO / "local")
+    (run / DEMO / "global").symlink_to(source / DEMO / "global")
+    features = store.FeatureStore.open(source / DEMO / "local")
     folder = run / DEMO / "local"
     shard = store.shard_folder(folder, 0, 1)
     store.write_shard(shard, features.items(), store.ShardFormat(dtype))
     store.write_index(folder)
-    stage = runs.read_json(made / DEMO / "local" / "stage.json")
+    stage = runs.read_json(source / DEMO / "local" / "stage.json")
     runs.write_json(folder / "stage.json", stage)
 
 
 def size(run: Path) -> float:
-    """Kilobytes of features an image, everything included."""
+    """Returns the kilobytes of features an image, everything included."""
     folder = run / DEMO / "local"
     files = [path for path in folder.rglob("*.*") if path.is_file() and path.name != "stage.json"]
     return sum(path.stat().st_size for path in files) / len(store.FeatureStore.open(folder)) / 1000
@@ -75,22 +75,22 @@ def main() -> None:
     truth = revisited.load_ground_truth(benchmark / f"gnd_{DEMO}.pkl")
     with tempfile.TemporaryDirectory() as folder:
         for precision in options.precision:
-            made = Path(folder) / precision
-            describe(options.run.absolute(), made, precision)
+            source = Path(folder) / precision
+            describe(options.run.absolute(), source, precision)
             for dtype in options.dtypes:
                 run = Path(folder) / f"{precision}-{dtype}"
-                stored_as(run, made, dtype)
-                found = rerank.rerank_shortlist(
+                stored_as(run, source, dtype)
+                stage = rerank.rerank_shortlist(
                     run,
                     truth,
                     RerankingSettings(matching=MatchingSettings(max_distance=0.95)),
                     MachineSettings(workers=options.workers),
                     progress=False,
                 )
-                scores = runs.read_json(found / "scores.json")
+                scores = runs.read_json(stage / "scores.json")
                 cells = [
-                    "  ".join(f"{100 * one[name]['map']:6.2f}" for name in ("medium", "hard"))
-                    for one in (scores["global"], scores, scores["published"])
+                    "  ".join(f"{100 * system[name]['map']:6.2f}" for name in ("medium", "hard"))
+                    for system in (scores["global"], scores, scores["published"])
                 ]
                 line = " | ".join([*cells, f"{size(run):7.1f}"])
                 print(f"{precision}, stored as {dtype:8}{line}", flush=True)

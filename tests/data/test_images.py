@@ -297,20 +297,3 @@ class TestResize:
     def test_errors(self, shape, size, mode, message):
         with pytest.raises(ValueError, match=message):
             images.resize(np.zeros(shape, np.uint8), size, mode)
-
-
-class TestNormalise:
-    def test_by_hand(self):
-        image = np.zeros((2, 3, 3), np.uint8)
-        image[1, 2] = (255, 128, 0)
-        normal = images.normalise(image)
-        assert normal.shape == (3, 2, 3)
-        assert normal.dtype == np.float32
-        assert normal.flags.c_contiguous
-        # float32 rounding of three operations
-        np.testing.assert_allclose(
-            normal[:, 1, 2],
-            [(1 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, -0.406 / 0.225],
-            rtol=1e-6,
-        )
-        np.testing.assert_allclose(normal[0, 0, 0], -0.485 / 0.229, rtol=1e-6)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from tests.mini_benchmark import NANO, SHAPES, noise
 from tests.models import test_parity
 from vitgal.data import images as data_images
-from vitgal.models import descriptors as models_descriptors
+from vitgal.models import descriptors as models_descriptors, inference
 from vitgal.models.network import build_model
 from vitgal.models.weights import load_model
 
@@ -77,10 +77,9 @@ class TestGlobal:
         assert together.dtype == np.float32
         for photo, row in zip(photographs, together, strict=True):
             with torch.inference_mode():
-                inputs = torch.from_numpy(
-                    data_images.normalise(data_images.resize(photo, 64, resize))
-                )
-                alone = F.normalize(model.global_features(inputs[None]))[0]
+                resized = data_images.resize(photo, 64, resize)
+                inputs = inference.network_input(resized[None], "cpu")
+                alone = F.normalize(model.global_features(inputs))[0]
             np.testing.assert_allclose(row, alone, atol=1e-5)  # sums of batches of another size
         apart = np.linalg.norm(together[:, None] - together[None], axis=2)
         assert apart[np.triu_indices(5, 1)].min() > 1e-3  # so that a wrong order would show
@@ -99,7 +98,7 @@ class TestGlobal:
         """The mean of the scales' normalised descriptors; 96 * 0.7071 = 67.9 is rounded down."""
         photo = noise(96, 96, 0)
         row = models_descriptors.extract_global(model, [photo], size=96, scales=(1.0, 0.7071))[0]
-        inputs = torch.from_numpy(data_images.normalise(photo))[None]
+        inputs = inference.network_input(photo[None], "cpu")
         smaller = F.interpolate(inputs, scale_factor=0.7071, mode="bilinear", align_corners=False)
         assert smaller.shape == (1, 3, 67, 67)
         with torch.inference_mode():

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.mini_benchmark import NANO, noise
-from vitgal.data import images as data_images
+from tests.mini_benchmark import NANO
 from vitgal.models import inference
 from vitgal.models.network import build_model
 
@@ -17,11 +16,16 @@ def model():
     return build_model(NANO, code_dim=8, seed=0)
 
 
-def test_network_input_is_normalise():
-    image = noise(40, 56, 0)
+def test_network_input_by_hand():
+    image = np.zeros((2, 3, 3), np.uint8)
+    image[1, 2] = (255, 128, 0)
     batch = inference.network_input(np.stack([image, image[::-1]]), "cpu")
-    np.testing.assert_array_equal(batch[0], data_images.normalise(image))
-    assert batch.shape == (2, 3, 40, 56)
+    assert batch.shape == (2, 3, 2, 3) and batch.dtype == torch.float32
+    expected = [(1 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, -0.406 / 0.225]
+    # float32 rounding of three operations
+    np.testing.assert_allclose(batch[0, :, 1, 2], expected, rtol=1e-6)
+    np.testing.assert_allclose(batch[1, :, 0, 2], expected, rtol=1e-6)
+    np.testing.assert_allclose(batch[:, 0, 0, 0], -0.485 / 0.229, rtol=1e-6)
 
 
 def rounded_linear(inputs, weight, bias, *_):

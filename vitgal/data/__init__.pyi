@@ -16,7 +16,6 @@ from .images import (
     crop_box as crop_box,
     is_whole as is_whole,
     jpeg_shape as jpeg_shape,
-    normalise as normalise,
     read_image as read_image,
     resize as resize,
     resized_shape as resized_shape,

@@ -1,4 +1,4 @@
-"""Photographs: decode, cut out the query's box, resize and normalise exactly as published.
+"""Photographs: decode, cut out the query's box, resize exactly as published.
 
 Images are (H, W, 3) uint8 RGB. A box is (x0, y0, x1, y1) in pixels of the stored photograph: (0, 0)
 is its top-left corner, and x1, y1 are the first column and row outside the box.
@@ -242,10 +242,3 @@ def resize(image: np.ndarray, size: int, mode: str) -> np.ndarray:
     """
     height, width = resized_shape(*image.shape[:2], size, mode)
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-
-
-def normalise(image: np.ndarray) -> np.ndarray:
-    """Scales (H, W, 3) uint8 RGB to the network's (3, H, W) float32: (x / 255 - MEAN) / STD."""
-    scaled = image.astype(np.float32) / np.float32(255)
-    standard = (scaled - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
-    return np.ascontiguousarray(standard.transpose(2, 0, 1))
