@@ -45,7 +45,6 @@ def extract_shortlist(
     stage. A repetition writes the shards that are missing and mends damaged ones.
 
     Args:
-        run: the run folder.
         model: a weight file with autoencoder, or "untrained:<architecture>".
     Returns:
         The stage's folder; `FeatureStore.open` reads it.
