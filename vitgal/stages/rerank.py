@@ -47,15 +47,13 @@ def rerank_shortlist(
     Args:
         run: its stages global and local of the data set are finished.
         ground_truth: of the data set, whose name it has.
-        settings: `top` is at most the length of the short list; `ties` concerns the published
-            ranking alone, the others keep the global order of equal counts.
+        settings: `top` is at most the short list's; `ties` affects the published ranking alone.
         machine: does not affect the result. All processes of a cluster must see the run folder.
     Returns:
         `<run>/<dataset>/rerank` with candidates.npy, inliers.npy, scores.json, and positions_*.npz
         and top_*.npy for easy, medium, hard and published.
     Raises:
-        StageError: an earlier stage is missing, has a shorter short list or lacks the features of
-            an image, or the folder holds other settings.
+        StageError: an earlier stage is missing or incomplete, or the folder has other settings.
         ValueError: features that do not fit, or an unknown device.
     """
     source = Path(run) / ground_truth.name
