@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitgal.models.network import initialise
+from vitgal.settings import TrainingSettings
 
 
 class ArcFace(nn.Module):
@@ -31,8 +32,8 @@ class ArcFace(nn.Module):
         self,
         embed_dim: int,
         classes: int,
-        margin: float = 0.15,
-        scale: float = 30.0,
+        margin: float = TrainingSettings.margin,
+        scale: float = TrainingSettings.scale,
         *,
         sub_centres: int = 1,
         chunk: int | None = None,
@@ -54,7 +55,7 @@ class ArcFace(nn.Module):
         return len(self.weight) // self.sub_centres
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Computes logits (B, classes) float32 of features (B, embed_dim) of any length.
+        """Computes logits (B, classes) float32 of features (B, embed_dim), not normalised.
 
         With labels (B,) int64 the true class's angle is widened by the margin, for training;
         without them the logits are the scaled cosines, for validation.

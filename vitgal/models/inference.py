@@ -19,7 +19,7 @@ from vitgal.data.images import MEAN, STD
 from vitgal.engines import devices
 from vitgal.models.network import ViTGaL, build_model
 from vitgal.models.weights import load_model
-from vitgal.settings import PRECISIONS, TRAINING_PRECISIONS
+from vitgal.settings import PRECISIONS, TRAINING_PRECISIONS, GlobalSettings
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # Linux's names for native bf16 products
 UNTRAINED = "untrained:"
@@ -106,7 +106,7 @@ def weights_input(model: str | Path, *, seed: int = 0) -> str | runs.Input:
 
 
 @contextlib.contextmanager
-def inference(model: ViTGaL, precision: str = "fp32") -> Iterator[None]:
+def inference(model: ViTGaL, precision: str = GlobalSettings.precision) -> Iterator[None]:
     """Runs the model in eval mode, without gradients, in a precision; restores its mode.
 
     Raises ValueError for a precision that is not of inference.
@@ -205,8 +205,8 @@ def batches(
 ) -> Iterator[tuple[list, list[np.ndarray]]]:
     """Gathers (label, image) into batches of one image size; yields (labels, images).
 
-    A full batch is yielded at once, incomplete ones at the end; at most `batch_size` - 1 images of
-    every size wait. Raises ValueError for a batch size below 1.
+    Images are (H, W, 3). A full batch is yielded at once, incomplete ones at the end; at most
+    `batch_size` - 1 images of every size wait. Raises ValueError for a batch size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

@@ -26,6 +26,8 @@ from timm.layers import Mlp
 from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
 
+from vitgal.settings import TrainingSettings
+
 # Name -> width, number of blocks. The two small ones are the paper's, nano is for the demo.
 ARCHITECTURES = {
     "xcit_nano_12_p16_224": (128, 12),
@@ -310,7 +312,7 @@ class ViTGaL(nn.Module):
 
 
 def build_model(
-    architecture: str = "xcit_small_12_p16_224",
+    architecture: str = TrainingSettings.architecture,
     *,
     code_dim: int | None = None,
     seed: int | None = None,

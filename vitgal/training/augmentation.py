@@ -138,8 +138,8 @@ def augment_fast(image: np.ndarray, size: int, rng: np.random.Generator) -> np.n
 
     Flip, shift, scale, rotation, crop and squash are one affine map sampled once at the network's
     size; brightness, contrast, saturation and a rotation of hue about the grey axis are one 3 x 3
-    matrix and an offset. There is no JPEG round trip. Arguments and result are those of
-    `augment_published`.
+    matrix and an offset. There is no JPEG round trip. Arguments and result (size, size, 3)
+    are those of `augment_published`.
     """
     picture = cv2.warpAffine(
         image, _random_affine(*image.shape[:2], size, rng), (size, size), flags=cv2.INTER_LINEAR
@@ -239,7 +239,7 @@ def squash(image: np.ndarray, size: int, rng: np.random.Generator | None = None)
 
 def displayable(picture: Tensor, hole: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:
     """Turns a picture (3, H, W) uint8 into (H, W, 3), with its hole in the mean colour."""
-    shown = picture.permute(1, 2, 0).numpy().copy()
+    image = picture.permute(1, 2, 0).numpy().copy()
     top, left, side = hole
-    shown[top : top + side, left : left + side] = np.round(np.array(images.MEAN) * 255)
-    return shown
+    image[top : top + side, left : left + side] = np.round(np.array(images.MEAN) * 255)
+    return image

@@ -210,12 +210,12 @@ def _watched_log(fit: Fit) -> Iterator[None]:
 
     # The log of a resumed run is shown here and not by the thread: a fork in the middle of a
     # drawing would leave the drawing's locks locked for ever.
-    shown = changed()
-    if shown is not None:
+    begun = changed()
+    if begun is not None:
         show()
 
     def follow() -> None:
-        last = shown
+        last = begun
         while not done.wait(WATCH_SECONDS):
             if changed() != last:
                 last = changed()
