@@ -38,16 +38,16 @@ def read_landmark_table(path: str | os.PathLike) -> pd.DataFrame:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no landmark table {path}; {_REMEDY}")
-    columns = set(_read_csv(path, nrows=0).columns)
+    columns = set(_read_csv(path, rows=0).columns)
     if "url" in columns:
         raise ValueError(
             f"{path} is the noisy table of all {NOISY_IMAGES:,} images (it has a url column), "
             f"not the clean one that training uses; {_REMEDY}"
         )
     if {"landmark_id", "images"} <= columns:
-        table = _images_by_class(_read_csv(path, usecols=["landmark_id", "images"]))
+        table = _images_by_class(_read_csv(path, ["landmark_id", "images"]))
     elif {"id", "landmark_id"} <= columns:
-        table = _read_csv(path, usecols=["id", "landmark_id"])[["id", "landmark_id"]]
+        table = _read_csv(path, ["id", "landmark_id"])[["id", "landmark_id"]]
     else:
         raise ValueError(f"{path} has the columns {', '.join(sorted(columns))}; {_REMEDY}")
     if len(table) >= NOISY_IMAGES:
@@ -56,12 +56,14 @@ def read_landmark_table(path: str | os.PathLike) -> pd.DataFrame:
     return table
 
 
-def _read_csv(path: Path, **options) -> pd.DataFrame:
+def _read_csv(
+    path: Path, columns: list[str] | None = None, rows: int | None = None
+) -> pd.DataFrame:
     # Everything but a class is text: an id may look like a number (1e10000000000000, nan). Plain
     # objects: pandas' string type would check every id again at each selection.
     types = {"id": object, "images": object, "test_set": object, "landmark_id": np.int64}
     try:
-        return pd.read_csv(path, dtype=types, keep_default_na=False, **options)
+        return pd.read_csv(path, usecols=columns, nrows=rows, dtype=types, keep_default_na=False)
     except (ValueError, OverflowError) as error:  # among them the errors of pandas' parser
         raise ValueError(f"{path} cannot be read as a table ({error}); {_REMEDY}") from None
 
@@ -194,11 +196,11 @@ def read_overlap(path: str | os.PathLike) -> pd.DataFrame:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no overlap table {path}")
-    columns = _read_csv(path, nrows=0).columns
+    columns = _read_csv(path, rows=0).columns
     key = next((name for name in ("id", "landmark_id") if name in columns), None)
     if key is None:
         raise ValueError(f"the overlap table {path} needs a column id or landmark_id")
-    return _read_csv(path, usecols=[key, *{"test_set"}.intersection(columns)])
+    return _read_csv(path, [key, *{"test_set"}.intersection(columns)])
 
 
 def overlap_audit(table: pd.DataFrame, overlap: pd.DataFrame) -> pd.DataFrame:

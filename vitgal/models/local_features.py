@@ -128,8 +128,8 @@ def rescale(
     if target == size:
         return images, factors
     # NOTE the published code gives `scale_factor`; the size is the same without rounding.
-    sizes = {"size": target} if interpolation == "size" else {"scale_factor": factors}
-    return F.interpolate(images, **sizes, mode="bilinear", align_corners=False), factors
+    size, scale_factor = (target, None) if interpolation == "size" else (None, factors)
+    return F.interpolate(images, size, scale_factor, "bilinear", align_corners=False), factors
 
 
 def token_scores(attention: Tensor) -> Tensor:

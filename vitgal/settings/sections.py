@@ -15,7 +15,6 @@ from typing import Any, ClassVar, Self
 from vitgal.settings.section import Section, SettingsError, conform, field_types, setting
 
 SEED_MEANING = "start of every random draw"
-SIZE = dict(unit="pixels", low=16)
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ class Recipe(Section):
     `sync_batchnorm`; processors alone cannot do that.
     """
 
-    image_size: int = setting(512, "side of the square network input", **SIZE)
+    image_size: int = setting(512, "side of the square network input", unit="pixels", low=16)
     epochs: int = setting(40, "passes over the training images", low=1)
     warmup_epochs: int = setting(1, "the published schedule lags an epoch: 1 acts as 2", low=0)
     batch_size: int = setting(64, "images a process and step", low=1)
@@ -247,7 +246,11 @@ class GlobalSettings(Section):
     """Global descriptors, and the ranking that follows from them."""
 
     size: int = setting(
-        512, "network input; its meaning depends on resize", flat="global_size", **SIZE
+        512,
+        "network input; its meaning depends on resize",
+        flat="global_size",
+        unit="pixels",
+        low=16,
     )
     resize: str = setting(
         "squash", '"longest" and "area" keep the aspect', flat="global_resize", choices=RESIZE_MODES
@@ -324,7 +327,7 @@ class LocalSettings(SelectionSettings):
     """Local features of the images on the short lists."""
 
     size: int = setting(
-        512, "network input: the square root of its area", flat="local_size", **SIZE
+        512, "network input: the square root of its area", flat="local_size", unit="pixels", low=16
     )
     crop_queries: bool = setting(True, "as in the global stage")
     precision: str = setting("fp32", "of inference", flat="inference_precision", choices=PRECISIONS)

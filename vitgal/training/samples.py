@@ -221,7 +221,7 @@ class SplitData:
         )
         _, ranks = exact_search.search(queries, database, k=len(database))
         result = protocol.evaluate(ranks, self.ground_truth)["medium"]
-        low, high = statistics.bootstrap_interval(result["ap"], **statistics.BOOTSTRAP)
+        low, high = statistics.bootstrap_interval(result["ap"])
         return {"val_map": result["map"], "val_map_low": low, "val_map_high": high}
 
     def refuse_missing(self) -> None:

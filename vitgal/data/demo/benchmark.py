@@ -11,7 +11,7 @@ from vitgal import runs
 from vitgal.data.demo.drawing import QUERY_LEVEL, View, draw_view, query_box
 from vitgal.data.demo.photographs import SAME_SITE, Photograph
 from vitgal.data.gldv2 import image_path
-from vitgal.data.revisited import LABELS, GroundTruth, write_ground_truth
+from vitgal.data.revisited import GroundTruth, write_ground_truth
 from vitgal.settings.sections import DemoSettings
 
 BENCHMARK_VIEWS = 8  # database views of each photograph
@@ -164,5 +164,7 @@ def ground_truth(queries: Sequence[View], database: Sequence[View]) -> GroundTru
         database=[view.name for view in database],
         queries=[view.name for view in queries],
         boxes=np.array([query_box(query) for query in queries]),
-        **{name: [np.flatnonzero(row == name) for row in labels] for name in LABELS},
+        easy=[np.flatnonzero(row == "easy") for row in labels],
+        hard=[np.flatnonzero(row == "hard") for row in labels],
+        junk=[np.flatnonzero(row == "junk") for row in labels],
     )
