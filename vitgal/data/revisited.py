@@ -83,17 +83,17 @@ class RetrievalDataset:
 
 
 def positives(ground_truth: GroundTruth, protocol: str) -> list[np.ndarray]:
-    """Returns per query the images that count as correct: (n,) int64, rising."""
+    """Returns per query the images that count as correct: (P,) int64, rising."""
     return _images_with_labels(ground_truth, POSITIVES, protocol)
 
 
 def ignored(ground_truth: GroundTruth, protocol: str) -> list[np.ndarray]:
-    """Returns per query the images that are taken out of rankings: (n,) int64, rising."""
+    """Returns per query the images that are taken out of rankings: (P,) int64, rising."""
     return _images_with_labels(ground_truth, IGNORED, protocol)
 
 
 def labelled(ground_truth: GroundTruth) -> list[np.ndarray]:
-    """Returns per query every easy, hard and junk image: (n,) int64, rising."""
+    """Returns per query every easy, hard and junk image: (P,) int64, rising."""
     return _images_with_labels(ground_truth, {"all": LABELS}, "all")
 
 

@@ -85,7 +85,7 @@ class Tuning:
         return {name: self.grid[name][index] for name, index in zip(self.grid, point, strict=True)}
 
     def curve(self, name: str) -> np.ndarray:
-        """Returns AP (values, Q) along one parameter, the other two as chosen."""
+        """Returns AP (V, Q) over the V values of one parameter, the other two as chosen."""
         axis = list(self.grid).index(name)
         index = tuple(slice(None) if i == axis else at for i, at in enumerate(self.chosen))
         return self.ap[index]

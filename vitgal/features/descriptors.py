@@ -32,7 +32,7 @@ def read_descriptors(path: str | os.PathLike, names: Sequence[str]) -> np.ndarra
         path: `.npy` with `.txt` beside it, or `.h5` / `.hdf5` (hloc).
         names: of a benchmark's images, in the order wanted.
     Returns:
-        (len(names), D) float32, each row divided by its length, so that inner products are cosines.
+        (N, D) float32, a row a name, each of length 1, so that inner products are cosines.
     Raises:
         FileNotFoundError: the file, or the list of names of a `.npy`, is missing.
         DescriptorError: another kind of file, a damaged one, no matrix of floats, another number of

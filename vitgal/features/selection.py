@@ -45,11 +45,11 @@ def patch_boxes(tokens: np.ndarray, columns: int, factors: tuple[float, float]) 
     """Returns the patches of tokens in pixels of the network input at scale 1.
 
     Args:
-        tokens: (n,) integers, row by row; n may be 0.
+        tokens: (N,) integers, row by row; N may be 0.
         columns: tokens in a row.
         factors: height and width of the scaled input over those at scale 1.
     Returns:
-        (n, 4) int64, (y0, x0, y1, x1), truncated to pixels.
+        (N, 4) int64, (y0, x0, y1, x1), truncated to pixels.
     """
     starts = np.stack(np.divmod(tokens, columns), axis=1) * PATCH  # (n, 2): y, x
     corners = np.concatenate([starts / factors, (starts + PATCH) / factors], axis=1)
@@ -57,7 +57,7 @@ def patch_boxes(tokens: np.ndarray, columns: int, factors: tuple[float, float]) 
 
 
 def centres(boxes: np.ndarray) -> np.ndarray:
-    """Returns the centres (n, 2) float32 (x, y) of boxes (n, 4) as `patch_boxes` gives them.
+    """Returns the centres (N, 2) float32 (x, y) of boxes (N, 4) as `patch_boxes` gives them.
 
     Halves of a pixel are rounded down, as published.
     """
@@ -71,13 +71,13 @@ def suppress(
     """Suppresses boxes that overlap a better one: greedy non-maximum suppression.
 
     Args:
-        boxes: (n, 4) integers, x and y in either order; n may be 0.
-        scores: (n,) float32.
+        boxes: (N, 4) integers, x and y in either order; N may be 0.
+        scores: (N,) float32.
         overlap: a box is dropped where its intersection over union with a survivor is greater.
         candidates: only so many boxes of the highest score are considered, ties by index.
         keep: greatest number of survivors.
     Returns:
-        (k,) int64 indices of the survivors, best first.
+        (K,) int64 indices of the survivors, best first.
     """
     import torch
     import torchvision

@@ -141,6 +141,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx, unit: Tensor, weight: Tensor, labels: Tensor, head: ArcFace, smoothing: float
     ) -> tuple[Tensor, Tensor]:
+        """Returns the mean loss and the predicted classes (B,) of features (B, D)."""
         size = len(labels)
         total = unit.new_full((size,), -math.inf)  # log of the sum of exponentials so far
         best, predicted = total.clone(), labels.clone()
@@ -162,6 +163,7 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Returns the gradients of the features (B, D) and the classes' directions."""
         unit, weight, labels, total = ctx.saved_tensors
         head, smoothing = ctx.head, ctx.smoothing
         unit_grad, weight_grad = torch.zeros_like(unit), torch.empty_like(weight)
@@ -201,6 +203,6 @@ class LinearClassifier(nn.Linear):
         initialise(self)
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Computes the logits; `labels` are not used, so that both classifiers are called alike."""
+        """Computes the logits (B, C). `labels` is unused: all classifiers are called alike."""
         with torch.autocast(features.device.type, enabled=False):
             return super().forward(features.float())

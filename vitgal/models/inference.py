@@ -179,7 +179,7 @@ def limited_threads(threads: int | None) -> Iterator[None]:
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """Normalises pixels (..., 3, H, W) uint8 to float32 with ImageNet's mean and deviation."""
+    """Normalises uint8 pixels (B, 3, H, W) or (3, H, W) by ImageNet's mean and deviation."""
     mean, std = (
         torch.tensor(values, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
         for values in (MEAN, STD)

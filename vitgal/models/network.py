@@ -221,7 +221,7 @@ class ViTGaL(nn.Module):
         return {"backbone.cls_token", "autoencoder.cls_token"}
 
     def forward(self, images: Tensor) -> Tensor:
-        """Computes `global_features`."""
+        """Computes `global_features`: (B, 3, H, W) -> (B, D)."""
         return self.global_features(images)
 
     def global_features(self, images: Tensor) -> Tensor:

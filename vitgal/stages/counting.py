@@ -91,7 +91,7 @@ def count_queries(
         journal: folder of the finished queries. An interrupted run goes on from there.
         label: of the progress bar; progress: whether it is shown.
     Returns:
-        Per query what `count` returned, (..., C) int32.
+        Per query what `count` returned: int32 of shape (..., C).
     """
     counts = {int(path.stem): np.load(path, allow_pickle=False) for path in journal.glob("*.npy")}
     counts = {q: row for q, row in counts.items() if row.shape[-1] == lists.images[q].size}

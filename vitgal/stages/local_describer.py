@@ -75,7 +75,7 @@ class LocalDescriber:
     def describe_blocks(
         self, blocks: Sequence[Sequence[ImageTask]], bar: tqdm
     ) -> Iterator[tuple[np.ndarray, list[Failure]]]:
-        """Yields the global descriptors (n, D) float32 of each block, and its failures.
+        """Yields the global descriptors (B, D) float32 of each block, and its failures.
 
         The row of a failed image is zero.
         """

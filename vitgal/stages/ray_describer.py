@@ -51,7 +51,7 @@ class RayDescriber:
     def describe_blocks(
         self, blocks: Sequence[Sequence[ImageTask]], bar: tqdm
     ) -> Iterator[tuple[np.ndarray, list[Failure]]]:
-        """Yields global descriptors (n, D) and failures of each block, as LocalDescriber does."""
+        """Yields global descriptors (B, D) and failures of each block, as LocalDescriber does."""
         blocks = [_absolute(block) for block in blocks]
         with contextlib.closing(self._run(blocks, _read_images, _describe_block)) as results:
             for rows, failures in results:

@@ -149,7 +149,7 @@ class Batches:
             yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
 
     def order(self) -> np.ndarray:
-        """Returns the image indices (count,) in the epoch's order."""
+        """Returns the image indices (N,) in the epoch's order."""
         rng = np.random.default_rng((self.seed, self.epoch))
         if self.labels is None:
             return rng.permutation(self.count)

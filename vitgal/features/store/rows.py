@@ -70,7 +70,7 @@ class RowFile:
         return self.journal["failures"]
 
     def append(self, block: np.ndarray, failures: Sequence[Mapping[str, str]] = ()) -> None:
-        """Appends a block (n, width); the rows are on disk when this returns.
+        """Appends a block (B, D); the rows are on disk when this returns.
 
         Raises ValueError where the block has another width or is longer than the rows that are
         left, OSError where the disk is full.

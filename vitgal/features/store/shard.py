@@ -301,7 +301,7 @@ def split_images(
 
     Args:
         items: entries of `items.json`.
-        arrays: all of ARRAYS; features (rows, ...), offsets (n + 1,), checksums (n,). An image
+        arrays: all of ARRAYS; features (R, ...), offsets (N + 1,), checksums (N,). An image
             whose rows are not all there is left out.
     """
     rows = min(len(arrays[name]) for name in FEATURE_ARRAYS)
