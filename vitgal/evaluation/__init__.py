@@ -2,5 +2,5 @@
 
 import lazy_loader
 
-# The public names stand in __init__.pyi, where editors find them as well.
+# __init__.pyi lists the public names.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
