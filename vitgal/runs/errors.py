@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """A mistake that the user can correct: a notebook shows its message without a traceback.
+    """An error that the user can correct; a notebook shows its message without a traceback.
 
-    Subclasses inherit it before a built-in exception. The notebook's cell still fails, and so does
-    a headless run.
+    The cell still fails. Subclasses list this class before a built-in exception.
     """
 
     def _render_traceback_(self) -> list[str]:

@@ -28,7 +28,7 @@ def atomic(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Random, since machines that share the folder may have processes of the same number.
+    # Random: machines that share the folder may have equal process ids.
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
     try:
         yield temporary
@@ -49,7 +49,7 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def disk_full(error: OSError) -> bool:
-    """Returns whether a write met a full disk, a quota or a limit on the size of files."""
+    """Returns whether a full disk, a quota or a limit on file sizes stopped a write."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     # NumPy gives no error number, only "4096 requested and 1024 written".
     return error.errno in full or " requested and " in str(error)
@@ -94,7 +94,7 @@ def read_json(path: Path) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Returns `value` in JSON's own types: arrays, tuples as lists, nan and infinities as None."""
+    """Returns `value` in JSON types: arrays and tuples as lists, nan and infinities as None."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):

@@ -30,8 +30,8 @@ def fingerprint(value: Any) -> str:
 def fingerprint_images(names: Iterable[str], paths: Iterable[Path]) -> str:
     """Returns the sha256 of each image's name, file size, first and last 4 KiB, in hex.
 
-    To read a million photographs completely would take an hour, and a replaced or truncated one
-    differs in its size or at its ends. FileNotFoundError names the first missing file.
+    Reading a million photographs completely would take an hour; a replaced or truncated one differs
+    in its size or at its ends. FileNotFoundError names the first missing file.
     """
     digest = hashlib.sha256()
     for name, path in zip(names, paths, strict=True):

@@ -1,4 +1,4 @@
-"""Inputs of a stage: their content is read only where their files have changed."""
+"""Inputs of a stage, read only where their files have changed."""
 
 import hashlib
 import os
@@ -12,7 +12,7 @@ from vitgal.runs.fingerprints import fingerprint, fingerprint_file, fingerprint_
 
 @dataclass(frozen=True)
 class Input:
-    """An input with a fingerprint of its content and a stamp that costs no reading.
+    """An input: a fingerprint of its content, and a stamp made without reading it.
 
     Attributes:
         stamp: Returns a hash of paths, sizes and times. It changes whenever a file is written.
@@ -37,8 +37,8 @@ def combined_input(inputs: Sequence[Input], combine: Callable[..., Any]) -> Inpu
     """Returns one input for several.
 
     Args:
-        combine: Is called with one fingerprint for each of `inputs` and returns plain values, of
-            which `fingerprint` makes the combined one. What else it puts into them is compared too.
+        combine: Takes one fingerprint for each of `inputs` and returns plain values, which
+            `fingerprint` combines; it may add further values to compare.
     """
     return Input(
         lambda: fingerprint(combine(*(part.stamp() for part in inputs))),
@@ -57,7 +57,7 @@ def input_fingerprints(
     """Returns the fingerprint of each input.
 
     Args:
-        recorded: Fingerprints that hold still, by the input's name: these files are not read.
+        recorded: Fingerprints that are still valid, by the input's name; these files are not read.
     """
     recorded = recorded or {}
     return {
@@ -70,7 +70,7 @@ def _stamp(names: Iterable[str], paths: Iterable[Path]) -> str:
     digest = hashlib.sha256()
     for name, path in zip(names, paths, strict=True):
         status = os.stat(path)
-        # The second time is the kernel's: it reveals a new file that was given an old file's date.
+        # The kernel sets ctime: it changes even where a new file keeps an old file's mtime.
         facts = status.st_size, status.st_mtime_ns, status.st_ctime_ns
         digest.update("\0".join(map(str, (name, os.path.abspath(path), *facts, ""))).encode())
     return digest.hexdigest()

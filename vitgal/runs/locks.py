@@ -61,9 +61,9 @@ def locked(folder: Path, slot: WorkerSlot = ALONE) -> Iterator[None]:
 
 
 def _refuse_other_counts(folder: Path, name: str, busy: str) -> None:
-    """Raises StageError where a worker of another number of workers holds that number's lock."""
+    """Raises StageError where a worker of another `slot.count` works in the folder."""
     with contextlib.ExitStack() as probing:
-        # Workers probe one after the other, or they would find each other's probes.
+        # One worker probes at a time, or workers would find each other's probes.
         _lock(folder / f"{LOCK}-look", probing, fcntl.LOCK_EX, None)
         for other in sorted(folder.glob(f"{LOCK}-of-*[0-9]")):
             if other.name != name and "-" not in other.name.removeprefix(f"{LOCK}-of-"):
@@ -86,15 +86,15 @@ def _lock(path: Path, held: contextlib.ExitStack, kind: int, busy: str | None) -
         raise StageError(busy) from None
     except OSError as error:
         raise StageError(
-            f"{path.parent} cannot be locked ({error.strerror}): its file system must know flock "
-            "(Lustre: mount it with the option flock), or set run_dir or the environment variable "
-            "VITGAL_RUNS to a folder elsewhere"
+            f"{path.parent} cannot be locked ({error.strerror}): its file system must support "
+            "flock (Lustre: mount it with the option flock), or set run_dir or the environment "
+            "variable VITGAL_RUNS to a folder elsewhere"
         ) from error
     _HELD.add(handle)
     held.callback(_HELD.discard, handle)
 
 
 def disown_locks() -> None:
-    """Closes the lock files that a forked process has inherited: its parent holds the locks."""
+    """Closes inherited lock files in a forked process; its parent keeps the locks."""
     for handle in _HELD:
         handle.close()

@@ -1,8 +1,8 @@
-"""Manifests: the record that each stage keeps of its settings, inputs and outputs.
+"""Manifests: records of a stage's settings, inputs and outputs.
 
-While a stage is at work its folder holds `started.json`; `stage.json` is written last, when all
-outputs are complete. Both carry the settings that the result depends on: the stage's name and
-format, its parameters, and fingerprints of its inputs.
+A running stage has `started.json`; `stage.json` is written last, when all outputs are complete.
+Both hold the settings that the result depends on: the stage's name and format, its parameters, and
+fingerprints of its inputs.
 """
 
 import json
@@ -17,8 +17,8 @@ STAGE_FORMAT = 1
 MANIFEST = "stage.json"
 STARTED = "started.json"
 SETTINGS = ("format", "stage", "parameters", "inputs")
-# Above this size a reused file is checked by its length alone: hashing 200 GB of features would
-# take longer than the stages that read them, and the feature store checks its own items.
+# A larger file is checked by its length alone: hashing 200 GB of features takes longer than the
+# stages that read them, and the feature store has checksums.
 HASH_LIMIT = 1 << 30
 
 
@@ -64,8 +64,8 @@ def check_output(path: Path, recorded: dict[str, Any]) -> None:
 def output_fingerprint(folder: Path, output: str, made_by: str) -> str:
     """Returns the sha256 of a finished stage's output, as the manifest records it.
 
-    For an output above HASH_LIMIT, which is not hashed, it is that of the output's length and the
-    stage's settings. StageError names the notebook to run where the output is missing.
+    Above HASH_LIMIT it is the sha256 of the output's length and the stage's settings. StageError
+    names the notebook to run where the output is missing.
     """
     manifest = read_stage(folder, made_by)
     if output not in manifest["outputs"]:

@@ -1,4 +1,4 @@
-"""Paths of the checkout, of a run and of what a run made itself."""
+"""Paths of the checkout, of runs, and of a run's data and model."""
 
 import os
 from pathlib import Path
@@ -14,22 +14,22 @@ def checkout() -> Path:
     top = Path(__file__).resolve().parents[2]
     if not (top / "notebooks").is_dir():
         raise StageError(
-            f"{top} holds no notebooks/: vitgal's notebooks and params live in its checkout; "
+            f"{top} holds no notebooks/: vitgal's notebooks and params are in its checkout; "
             "install it there with `pip install -e .`"
         )
     return top
 
 
 def resolve(path: str | os.PathLike) -> Path:
-    """Returns a path as absolute: a relative one counts from the checkout; `~` is expanded."""
+    """Returns an absolute path: a relative one counts from the checkout; `~` is expanded."""
     return checkout() / Path(path).expanduser()
 
 
 def run_folder(run_dir: str | os.PathLike) -> Path:
     """Returns a run's folder; a relative one counts from $VITGAL_RUNS, or `runs/` without it.
 
-    A relative $VITGAL_RUNS counts from the checkout, not from the current folder, which is another
-    one for a notebook's kernel than for the command line that starts it.
+    A relative $VITGAL_RUNS counts from the checkout: a notebook's kernel and the command line that
+    starts it have different current folders.
     """
     return resolve(os.environ.get("VITGAL_RUNS") or "runs") / Path(run_dir).expanduser()
 
@@ -42,8 +42,8 @@ def data_folder(run: Path, folder: str | None, part: str = "") -> Path:
 def model_file(run: Path, weights: str | None) -> Path:
     """Returns the weight file that a parameter names, or for None the run's complete model.
 
-    A run without any training takes the small model of the checkout and prints a line about it. Its
-    fingerprint keeps the results apart from those of a model that is trained later.
+    A run without training uses the checkout's small model and prints a line about it. Stages that
+    used it are refused once the run has a trained model.
 
     Raises:
         StageError: A training has begun and is not finished, or there is no small model.

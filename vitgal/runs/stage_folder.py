@@ -1,6 +1,6 @@
-"""Folders of stages: how a stage begins, resumes, ends, is reused or refused.
+"""Stage folders: a stage is begun, resumed, finished, reused or refused.
 
-Neither a finished nor an interrupted stage is ever continued with other settings.
+No stage is continued with other settings.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ class Stage:
     began: float = field(default_factory=time.monotonic)
 
     def finish(self, outputs: Iterable[str | Path], **recorded: Any) -> Path:
-        """Writes the manifest, which makes the stage a finished one; returns the folder.
+        """Writes the manifest, which marks the stage as finished; returns the folder.
 
         Args:
             outputs: Files relative to the folder.
@@ -100,8 +100,7 @@ def stage(
         inputs: By name, fingerprints of the content, never paths. An `Input` is read only where
             its files have changed since the stage was finished.
         overwrite: Deletes what the folder holds and starts anew.
-        repair: Opens a finished stage whose outputs have changed as an interrupted one, in place of
-            refusing it.
+        repair: Reopens a finished stage whose outputs have changed, instead of refusing it.
         slot: This process among those that work in the folder at once. Each writes only its own
             files, and all must have the same `slot.count`.
 
@@ -124,7 +123,7 @@ def stage(
         fingerprints = input_fingerprints(inputs, _unchanged_inputs(folder, stamps))
         compared = (STAGE_FORMAT, name, parameters, fingerprints)
         settings = plain(dict(zip(SETTINGS, compared, strict=True)))
-        if slot != ALONE or not _is_empty(folder):
+        if slot != ALONE or not _has_no_output(folder):
             _refuse_other_settings(folder, settings)
         opened = Stage(folder, name, (folder / MANIFEST).exists(), settings, stamps)
         if opened.finished:
@@ -155,7 +154,7 @@ def _unchanged_inputs(folder: Path, stamps: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _is_empty(folder: Path) -> bool:
+def _has_no_output(folder: Path) -> bool:
     """Returns whether a stage began here and stopped before its first output."""
     return [path.name for path in _contents(folder)] == [STARTED]
 
@@ -200,8 +199,8 @@ def _clear(folder: Path) -> None:
             f"{folder} holds files but no stage: overwrite will not delete them; use another "
             "run_dir or move them away"
         )
-    # STARTED goes last: a kill half-way must leave neither a manifest without its files nor files
-    # without a stage.
+    # STARTED is removed last: a killed process must leave neither a manifest without its files nor
+    # files without a stage.
     if (folder / MANIFEST).exists():
         os.replace(folder / MANIFEST, folder / STARTED)
     for path in list(folder.iterdir()):
@@ -213,7 +212,7 @@ def _clear(folder: Path) -> None:
 def _remove_temporary(folder: Path) -> None:
     """Removes temporary files and folders that a killed process left."""
     for path in sorted(folder.rglob(f"{TEMPORARY}*")):
-        if path.exists() or path.is_symlink():  # not removed with the folder that held it
+        if path.exists() or path.is_symlink():  # else removed with its folder
             _remove(path)
 
 
