@@ -1,7 +1,6 @@
-"""Connection to Ray: an existing cluster, or a local instance that is started for the run.
+"""Connects to Ray: to a cluster, or to a local instance that is started for the run.
 
-Ray is the optional dependency `scale`. It is imported where it is used, never by importing this
-package.
+Ray is the optional dependency `scale`; importing this package does not import it.
 """
 
 import contextlib
@@ -18,8 +17,8 @@ from vitgal.runs import UserError
 
 ENGINES = ("local", "ray")
 MAX_OBJECT_STORE = 2 << 30  # bytes of shared memory for a local instance
-# Keeps Ray from sending statistics, from using uv's environments, from a warning about GPUs that
-# are hidden from tasks without any, and from logging that an actor's arguments are stored.
+# In order: no statistics, no uv environments, no warning about GPUs hidden from tasks without any,
+# no log lines about the stored arguments of actors.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
@@ -35,7 +34,7 @@ class ClusterError(UserError, RuntimeError):
 def check_engine(engine: str, address: str | None = None) -> None:
     """Raises ValueError for an unknown engine or an address without engine: ray.
 
-    ClusterError where Ray is needed and not installed.
+    Raises ClusterError where Ray is needed and not installed.
     """
     if engine not in ENGINES:
         raise ValueError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
@@ -62,7 +61,7 @@ def import_ray() -> Any:
 
 @contextlib.contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
-    """Connects this process to Ray; a connection that exists already is used and left open.
+    """Connects this process to Ray; reuses an existing connection and leaves it open.
 
     Args:
         address: HOST:PORT of a cluster's head, "auto" for a cluster on this machine, or None for a
@@ -126,7 +125,7 @@ def _check_reachable(address: str) -> None:
 
 @contextlib.contextmanager
 def _deferred_interrupt() -> Iterator[None]:
-    """Raises KeyboardInterrupt at the end: an interrupted start of Ray leaves processes behind."""
+    """Delays KeyboardInterrupt to the end: an interrupted start of Ray leaves processes running."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -142,7 +141,7 @@ def _deferred_interrupt() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
-    """Discards stderr of the whole process, where Ray's C++ part writes while it starts."""
+    """Discards the process's stderr, to which Ray's C++ code writes at its start."""
     stderr = os.dup(2)
     try:
         with open(os.devnull, "wb") as null:
@@ -154,6 +153,6 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def _object_store_size() -> int:
-    """Returns half of the free shared memory in bytes, within what Ray needs and we allow."""
+    """Returns half of the free shared memory in bytes: 100 MiB to MAX_OBJECT_STORE."""
     folder = "/dev/shm" if os.path.isdir("/dev/shm") else "."
     return max(100 << 20, min(MAX_OBJECT_STORE, shutil.disk_usage(folder).free // 2))

@@ -1,7 +1,6 @@
-"""Pipelines of three steps on a Ray cluster, which survive the loss of processes and machines.
+"""Pipelines of three steps on a Ray cluster, restarted after a loss of processes or machines.
 
-A work item holds the images that the local engine describes together: both engines put the same
-images into the same batches.
+A work item holds images that the local engine describes together, so both form equal batches.
 """
 
 import contextlib
@@ -17,11 +16,11 @@ from typing import Any
 from vitgal.engines.connection import ClusterError, import_ray, last_line
 from vitgal.runs import UserError
 
-# How often in a row a pipeline may break. The loss of a machine breaks it once; an image that
-# crashes the process that reads it would break it for ever.
+# Most failures of a pipeline in a row. A lost machine causes one; an image that crashes its reader
+# would cause one after every restart.
 RETRIES = 5
 TASK_RETRIES = 1  # of a task within a pipeline that goes on
-IN_FLIGHT = 2  # work items of an actor at once: the next one arrives while it describes the first
+IN_FLIGHT = 2  # work items of an actor: the next is transferred while the first is described
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class ActorPlan:
         workers: int,
         device: str | None = None,
     ) -> "ActorPlan":
-        """Plans an actor for each GPU, or without GPUs for each `threads` CPUs of a node.
+        """Plans one actor for each GPU; without GPUs, one for each `threads` CPUs of a node.
 
         Args:
             nodes: The resources of each machine, as `node_resources` returns them.
@@ -51,13 +50,13 @@ class ActorPlan:
             device: "cuda" requires GPUs, "cpu" ignores them, None takes them where there are any.
 
         Raises:
-            ClusterError: There is nothing of the kind.
+            ClusterError: The cluster has no such device.
         """
         cpus = [int(node.get("CPU", 0)) for node in nodes]
         gpus = 0 if device == "cpu" else int(sum(node.get("GPU", 0) for node in nodes))
         if not (gpus if device == "cuda" else gpus or any(cpus)):
             missing = "GPUs" if device == "cuda" else "GPUs or CPUs"
-            raise ClusterError(f"the Ray cluster has no {missing} (any more)")
+            raise ClusterError(f"the Ray cluster has no {missing}")
         cpus_per_actor = 1 if gpus else min(threads or 1, max(cpus))
         actors = gpus or sum(count // cpus_per_actor for count in cpus)
         return cls(actors, cpus_per_actor, min(gpus, 1), max(1, sum(cpus) // max(1, workers)))
@@ -76,9 +75,9 @@ def call_remotely(function: Callable[[], Any], plan: ActorPlan) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class WorkItem:
-    """A value on its way through a pipeline, with what its steps printed.
+    """A value in a pipeline, with what its steps printed.
 
-    A step's error travels as a value: raised on a worker it would arrive within an error of Ray's.
+    A step's error is stored as a value; Ray would wrap a raised one in its own.
     """
 
     number: int
@@ -87,7 +86,7 @@ class WorkItem:
     printed: str = ""
 
     def apply(self, step: Callable[[Any], Any]) -> "WorkItem":
-        """Returns the item after a step; an item with an error passes unchanged."""
+        """Returns the item after a step; an item with an error is returned unchanged."""
         if self.error is not None:
             return self
         printed, value, error = io.StringIO(), None, None
@@ -104,11 +103,11 @@ class Pipeline:
     """Steps that read, describe and write work items; items and results must be picklable.
 
     Attributes:
-        read: Runs as tasks on any machine. Like `write` it reserves no CPU: it mostly waits for
-            disks, and must never wait for the actors that wait for its results.
-        make_describer: Is called once in each actor and returns the step for what `read` returned.
+        read: Runs as tasks on any machine. Like `write` it reserves no CPU, or it could wait for
+            CPUs that are held by the actors that wait for it.
+        make_describer: Called once in each actor; returns the step that takes what `read` returned.
         write: Runs as tasks; None: the describer's results are yielded.
-        plan: Is called before every start, since a cluster changes.
+        plan: Called before every start, since a cluster changes.
         label: Returns the name of an item for error messages.
         ordered: Whether results come in the order of the items, not as they are done.
     """
@@ -121,10 +120,9 @@ class Pipeline:
     ordered: bool = False
 
     def run(self, values: Sequence[Any]) -> Iterator[Any]:
-        """Yields the result of each value, and prints what its steps printed; none for no values.
+        """Yields the result of each value, and prints what its steps printed.
 
-        The loss of a process or machine loses the items that it worked on: the pipeline starts
-        again with the remaining items, on the remaining machines.
+        After the loss of a process or machine the pipeline restarts with the remaining items.
 
         Raises:
             ClusterError: Ray broke more than RETRIES times in a row.
@@ -140,7 +138,7 @@ class Pipeline:
                         finished += 1
                         yield value
             except import_ray().exceptions.RayError as error:
-                # After more results than were on their way the culprit is another item.
+                # With more results than were in flight, another item caused this failure.
                 failures = 1 if finished > 4 * IN_FLIGHT * plan.actors else failures + 1
                 finished = 0
                 if failures > RETRIES:
@@ -148,9 +146,9 @@ class Pipeline:
                     raise ClusterError(
                         f"the Ray cluster broke {failures} times in a row, at {first} or soon "
                         f"after: {last_line(error)}; finished work is kept, run the same command "
-                        "again to go on"
+                        "again to continue"
                     ) from None
-                print(f"a Ray process or machine was lost ({type(error).__name__}): going on")
+                print(f"a Ray process or machine was lost ({type(error).__name__}): continuing")
 
     def _results(self, values: dict[int, Any], plan: ActorPlan) -> Iterator[tuple[int, Any]]:
         flow = self._flow([WorkItem(number, value) for number, value in values.items()], plan)
@@ -184,8 +182,8 @@ class Pipeline:
                 ),
                 num_cpus=plan.cpus,
                 num_gpus=plan.gpus,
-                # The items of a lost actor would wait for its restart: for ever where its machine
-                # is gone and the others have no room.
+                # A lost actor's items would wait for its restart, for ever if no machine has room
+                # for it.
                 max_restarts=0,
             )
             return flow if self.write is None else _map_tasks(flow, self.write, tasks)
@@ -206,7 +204,7 @@ def _apply_step(row: dict, step: Callable[[Any], Any]) -> dict:
 
 
 class _Actor:
-    """A process that makes its step at the first row, where an error has an item to travel with."""
+    """A process that makes its step at the first row, so that an item can store an error."""
 
     def __init__(self, make_step: Callable[[], Callable[[Any], Any]]):
         self._make_step = make_step

@@ -32,7 +32,7 @@ def parallel(
         _register_backend()
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
         processes = min(workers or cpus, cpus, max(1, tasks))
-        # A pool's processes are not counted as CPUs: without SPREAD one node would get them all.
+        # A pool's processes reserve no CPUs: without SPREAD Ray would start all on one node.
         options = {"scheduling_strategy": "SPREAD"}
         try:
             with joblib.parallel_config(backend="ray", ray_remote_args=options):
@@ -40,7 +40,7 @@ def parallel(
         except ray.exceptions.RayError as error:
             raise ClusterError(
                 f"the Ray cluster failed: {last_line(error)}; finished work is kept, run the same "
-                "command again to go on"
+                "command again to continue"
             ) from None
 
 
