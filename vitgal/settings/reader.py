@@ -1,7 +1,7 @@
 """Settings from a YAML file, a notebook's parameters cell or the command line.
 
-Layers, a later one beats an earlier one: the sections' defaults, the recipe, the machine, what the
-notebook's cell says, the files that `extends` names, what was injected or typed.
+Lowest precedence first: the sections' defaults, the recipe, the machine, the notebook's cell, the
+files that `extends` names, injected or typed values.
 """
 
 import ast
@@ -30,7 +30,7 @@ EXTENDS = "extends"
 NOTEBOOK_RANGE = "notebooks"  # a file's line `notebooks: 04-07`: which notebooks it is made for
 FOLDERS = {"recipe": "recipes", "machine": "machines"}  # below params/
 INJECTED = "# Parameters"  # first line of the cell that papermill injects
-KERNEL_NAMES = ("In", "Out", "exit", "quit")  # names of IPython's own in a notebook
+KERNEL_NAMES = ("In", "Out", "exit", "quit")  # IPython's names in a notebook
 
 S = TypeVar("S", bound=Section)
 
@@ -48,7 +48,7 @@ class Values:
         return cls(dict(values), dict.fromkeys(values, source))
 
     def __or__(self, other: "Values") -> "Values":
-        """Both; where both have a setting, the other's."""
+        """Merges two; the other's value wins."""
         return Values({**self.values, **other.values}, {**self.sources, **other.sources})
 
     def without(self, *names: str) -> "Values":
@@ -59,7 +59,7 @@ class Values:
 
 @dataclass(frozen=True)
 class Settings(Values):
-    """Every setting of a notebook or command, a section an attribute."""
+    """Every setting of a notebook or command; each section is an attribute."""
 
     def section(self, kind: type[S]) -> S:
         """One section, built from the values; SettingsError names the source of a bad value."""
@@ -177,7 +177,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         tree, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is no YAML: {error}") from None
+        raise SettingsError(f"{path} is not YAML: {error}") from None
     if not isinstance(values, dict) or not values:
         shape = "empty" if not values else f"a {type(values).__name__}"
         raise SettingsError(f"{path} is {shape}; it needs lines of `name: value`")
@@ -245,7 +245,7 @@ def named_files(values: Values) -> Values:
 
 
 def checked(values: Values, names: Mapping[str, Any] | None = None) -> Values:
-    """The values in the settings' own types; every fault is a line of one SettingsError.
+    """The values in the settings' types; one SettingsError lists every fault.
 
     names: name -> type of further names that are known, such as a notebook's own.
     """
@@ -280,8 +280,8 @@ def settings_of(values: Values) -> Settings:
 def read_settings(namespace: Mapping[str, Any]) -> Settings:
     """The settings of a notebook: `settings = read_settings(globals())` after its parameters cell.
 
-    Every plain value in the namespace must be a setting. What papermill injected beats the files
-    that an injected `extends` names, these beat the notebook's own cell. Raises SettingsError.
+    Every plain value in the namespace must be a setting. Injected values override the files that an
+    injected `extends` names; these override the notebook's cell. Raises SettingsError.
     """
     plain = {
         name: value
@@ -303,7 +303,7 @@ def read_settings(namespace: Mapping[str, Any]) -> Settings:
 
 
 def _injected_names(history: list[str]) -> set[str]:
-    """The names that the last cell of papermill's injected parameters assigns."""
+    """The names that papermill's last injected cell assigns."""
     for source in reversed(history):
         if source.startswith(INJECTED):
             body = ast.parse(source).body
@@ -361,13 +361,13 @@ def from_command_line(texts: Mapping[str, str], types: Mapping[str, Any]) -> Val
         except SettingsError as error:
             faults.append(f"the command line: {name}: {error}")
             continue
-        if name in known and fact(entry).path and _is_relative(values[name]):
+        if name in known and fact(entry).path and _is_path(values[name]):
             values[name] = str(Path.cwd() / Path(text).expanduser())
     if faults:
         raise SettingsError("\n".join(faults))
     return Values.of(values, "the command line")
 
 
-def _is_relative(path: str | None) -> bool:
-    """Whether a value is a path at all: `untrained:xcit_...` and addresses are none."""
+def _is_path(path: str | None) -> bool:
+    """Whether a value is a path, not `untrained:xcit_...` or an address."""
     return isinstance(path, str) and ":" not in path

@@ -92,18 +92,8 @@ class Section:
         return cls(**chosen)
 
     @classmethod
-    def from_compared(cls, parameters: Mapping[str, Any]) -> Self:
-        """The section whose `compared` parameters a manifest holds; other names pass by."""
-        names = [entry.name for entry in fields(cls) if entry.name in parameters]
-        hints = field_types(cls)
-        return cls(**{name: conform(name, parameters[name], hints[name]) for name in names})
-
-    @classmethod
     def from_manifest(cls, parameters: Mapping[str, Any]) -> Self:
-        """Builds the section from a stage manifest's parameters; those of other sections pass by.
-
-        A manifest names settings by field.
-        """
+        """Builds the section from a manifest's parameters by field name; ignores other names."""
         names = {flat: entry.name for flat, entry in cls.flat().items()}
         return cls.build({f: parameters[name] for f, name in names.items() if name in parameters})
 

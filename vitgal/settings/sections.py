@@ -1,7 +1,7 @@
 """Every setting once: its default, unit and meaning, and whether it changes results or only speed.
 
 A section is a frozen dataclass for one stage. Its defaults are those of the published code, or the
-safe choice where nothing was published; the demo's values stand in the notebooks and in params/.
+safe choice where nothing was published; the demo's values are in the notebooks and in params/.
 A setting has two names: the field's (`GlobalSettings.size`), which stage manifests use, and a flat
 one (`global_size`), which is unique and which notebooks, YAML files and the command line use.
 """
@@ -110,8 +110,7 @@ PRECISIONS = ("fp32", "bf16", "auto")
 class Recipe(Section):
     """Optimisation of a training stage; the defaults are the published retrieval recipe.
 
-    `lr`, `warmup_lr` and `min_lr` are absolute. BatchNorm sees the batch of all GPUs with
-    `sync_batchnorm`; processors alone cannot do that.
+    `lr`, `warmup_lr` and `min_lr` are absolute. `sync_batchnorm` needs GPUs.
     """
 
     image_size: int = setting(512, "side of the square network input", unit="pixels", low=16)
@@ -141,8 +140,8 @@ class Recipe(Section):
 
     layer_decay: ClassVar[float | None] = None  # a setting of the retrieval model's training alone
 
-    # Options that the published recipe lacks. Left off, an option is no part of a manifest, so
-    # that a run from before the option existed stays valid.
+    # Options that the published recipe lacks. Manifests omit an option at its default, so that
+    # older runs stay valid.
     OPTIONS: ClassVar[frozenset[str]] = frozenset(
         {
             "accumulate",
@@ -161,7 +160,7 @@ class Recipe(Section):
     )
 
     def check(self) -> None:
-        """Raises SettingsError for a size between patches."""
+        """Raises SettingsError for a size that is not a whole number of patches."""
         if self.image_size % 16 or self.image_size < 32:
             name = self.PREFIX + "image_size"
             raise SettingsError(f"{name} {self.image_size} is not a multiple of 16 above 16")
@@ -198,7 +197,8 @@ class TrainingSettings(Recipe):
     distill_weight: float = setting(0.8, "the teacher's fraction of the loss", above=0, high=1)
 
     def check(self) -> None:
-        """Raises SettingsError also for two ways of saving memory, and for half a teacher."""
+        """Raises SettingsError also for class_chunk with sampled_classes, or an incomplete
+        teacher."""
         super().check()
         if self.class_chunk and self.sampled_classes:
             raise SettingsError("set class_chunk or sampled_classes, not both")
@@ -217,7 +217,7 @@ class TrainingSettings(Recipe):
 class AutoencoderSettings(Recipe):
     """Training of the autoencoder on the frozen retrieval model.
 
-    What is not shared with the retrieval model's training has a flat name that begins with `ae_`.
+    Flat names of a recipe's settings begin with `ae_`, but for those in SHARED.
     """
 
     PREFIX: ClassVar[str] = "ae_"
@@ -228,7 +228,7 @@ class AutoencoderSettings(Recipe):
         frozenset(entry.name for entry in dataclasses.fields(Recipe)) - SHARED
     )
 
-    epochs: int = setting(25, "passes over the training images; its README says 30", low=1)
+    epochs: int = setting(25, "passes over the training images; published README: 30", low=1)
     backbone_weights: str | None = setting(
         None, "trained retrieval model; None: this run's", path=True, result=False
     )
@@ -274,7 +274,7 @@ class GlobalSettings(Section):
             raise SettingsError("global_scales is empty; it needs one scale at least")
 
     def compared(self) -> dict[str, Any]:
-        """As every section's; exact search leaves no trace, as before there were indexes."""
+        """As every section's, without `index` for exact search, so that older runs stay valid."""
         values = super().compared()
         if self.index is None:
             del values["index"]
@@ -375,7 +375,7 @@ class VerificationSettings(Section):
     )
     iterations: int = setting(2000, "most draws of RANSAC", low=1)
     confidence: float = setting(1.0, "at which RANSAC stops; 1.0: never early", above=0, high=1)
-    # A negative seed would mean the clock to pydegensac.
+    # For pydegensac a negative seed means the clock.
     seed: int = setting(0, SEED_MEANING, low=0, high=2**31 - 1)
 
 
@@ -455,7 +455,7 @@ class OwnSettings(Section):
 
 @dataclass(frozen=True)
 class MachineSettings(Section):
-    """How fast, never what comes out; training's threads and processes change last bits."""
+    """Speed; in training, threads and processes also change the last bits of results."""
 
     device: str | None = setting(None, "of torch; None: a GPU if there is one", result=False)
     threads: int | None = setting(
@@ -493,7 +493,7 @@ class MachineSettings(Section):
     dry_run: bool = setting(True, "on a GPU: measure first whether the batch fits", result=False)
 
     def check(self) -> None:
-        """Raises SettingsError for a worker that is none of the workers, and a stray address."""
+        """Raises SettingsError for a worker out of range, and for an address without Ray."""
         if self.worker >= self.worker_count:
             raise SettingsError(
                 f"worker is {self.worker}: {self.worker_count} workers are numbered from 0 on"
@@ -532,8 +532,6 @@ class ShowSettings(Section):
     min_rerank_gain: float | None = setting(None, "mAP gained by reranking", result=False)
 
 
-# Of ShowSettings: what the demo's notebooks assert of their results.
-BOUNDS = ("min_train_gain", "max_reconstruction", "min_medium_map", "min_gain", "min_rerank_gain")
 NOTEBOOKS: dict[str, tuple[type[Section], ...]] = {
     "01_data_split": (RunSettings, DemoSettings, SplitSettings),
     "02_train": (RunSettings, TrainingSettings, MachineSettings, ShowSettings),

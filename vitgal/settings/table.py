@@ -5,7 +5,7 @@ from vitgal.settings.sections import NOTEBOOKS, SECTIONS
 
 HEAD = """# Settings
 
-Every setting with its default. A notebook's first cell shows those that are turned most often. Any
+Every setting with its default. A notebook's first cell shows those that are changed most often. Any
 other can be added there, given in a YAML file (`params/`), or typed as `-p NAME VALUE`. The last
 column says whether a setting changes results; the others change speed, paths or pictures.
 """

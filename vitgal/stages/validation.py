@@ -116,7 +116,7 @@ def prepare_validation(
     for name, (describe_dataset, section) in stages.items():
         if manifests[name]["inputs"]["weights"] != inference.weights_fingerprint(model):
             raise TuningError(f"{run / like / name} was made with other weights than {model}")
-        settings = section.from_compared(manifests[name]["parameters"])
+        settings = section.from_manifest(manifests[name]["parameters"])
         try:
             describe_dataset(run, dataset, settings, machine, model=model)
         except runs.StageError:
