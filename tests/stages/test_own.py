@@ -157,7 +157,7 @@ def test_a_photograph_20000_pixels_wide_is_used_with_a_note(tmp_path, describer)
     found = describe(tmp_path / "photos", describer)
     assert found.names == ["a.png", "panorama.png"]
     assert "20000 x 64 pixels, one side 312 times" in found.notes["panorama.png"]
-    assert "vanishes" in data_photographs.size_note(15_000, 20_000)
+    assert "small details are lost" in data_photographs.size_note(15_000, 20_000)
     assert data_photographs.size_note(3000, 4000) is None
 
 

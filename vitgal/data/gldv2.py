@@ -23,9 +23,9 @@ _REMEDY = (
 def read_landmark_table(path: str | os.PathLike) -> pd.DataFrame:
     """Reads a table of landmark images.
 
-    The columns tell two forms apart: id, landmark_id (Kaggle 2021 and the demo), and landmark_id,
-    images (`train_clean.csv`, ids separated by spaces). Further columns of the first form are
-    dropped, except that a column url marks the noisy table.
+    There are two forms: id, landmark_id (Kaggle 2021 and the demo), and landmark_id, images
+    (`train_clean.csv`, ids separated by spaces). Further columns of the first form are dropped; a
+    column url marks the noisy table.
 
     Returns:
         `id` (str), `landmark_id` (int64), one row an image in the file's order.
@@ -166,10 +166,9 @@ def read_exclusions(path: str | os.PathLike) -> list[str]:
 
 
 def exclude_images(table: pd.DataFrame, entries: Iterable[str]) -> pd.DataFrame:
-    """Returns the table without the listed images and without every image of listed landmarks.
+    """Returns the table without the listed images and landmarks.
 
-    An entry that is an image's id names that image, else a landmark_id. ValueError names entries
-    that are neither: a mistyped list would keep images that were to be removed.
+    An entry is an image's id, else a landmark_id; ValueError names entries that are neither.
     """
     entries = list(entries)
     images = set(entries) & set(table["id"])

@@ -65,8 +65,8 @@ def read_image(
     Args:
         ignore_orientation: keep the pixels as stored, in which query boxes are given. False turns
             the image by its EXIF tag, as the published code does.
-        least_side: let the decoder reduce a JPEG to 1/2, 1/4 or 1/8, the smallest of these with
-            both sides of at least this many pixels; None: always full size.
+        least_side: decode a JPEG at the smallest of 1/2, 1/4 and 1/8 with both sides of at least
+            this many pixels; None: full size.
 
     Returns:
         (H, W, 3) uint8 RGB.
@@ -137,8 +137,8 @@ def is_whole(data: bytes) -> bool:
 def _jpeg_is_whole(data: bytes) -> bool:
     """Returns whether a JPEG's last scan is followed by an end-of-image marker.
 
-    A search of the whole file for the two bytes of the marker would find those of an embedded
-    thumbnail; a look at the file's end would refuse photographs with a film clip appended.
+    A search of the whole file would find the marker of an embedded thumbnail; a test of the file's
+    end would refuse photographs with an appended film clip.
     """
     *_, (_, position) = _jpeg_segments(data)
     # Like a decoder, the search skips bytes that should have been a marker.

@@ -1,4 +1,4 @@
-"""A folder of one's own photographs: which of its files can be searched, and how they are read."""
+"""Lists and reads a folder of the user's own photographs."""
 
 import os
 from collections.abc import Iterator
@@ -112,8 +112,8 @@ def size_note(height: int, width: int) -> str | None:
         )
     if longest > LARGE:
         return (
-            f"{width} x {height} pixels: what is small in it vanishes when it is reduced for the "
-            "network; draw a box to look closer"
+            f"{width} x {height} pixels: small details are lost when it is reduced for the "
+            "network; draw a box around them"
         )
     return None
 

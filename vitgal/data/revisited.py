@@ -121,10 +121,9 @@ def _images_with_labels(
 
 
 class _BuiltinsOnly(pickle._Unpickler):
-    """Unpickles lists, dicts, strings and numbers; a pickle runs code only by naming a class.
+    """Unpickles only lists, dicts, strings and numbers, and so runs no code of a pickle.
 
-    The base class is the one in Python, whose table of objects is a dict. The compiled class has an
-    array, and a damaged index makes it as large as 34 GB.
+    The base class is the one in Python: a damaged index makes the compiled one allocate 34 GB.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -175,7 +174,7 @@ def write_ground_truth(path: str | os.PathLike, ground_truth: GroundTruth) -> Pa
         | {label: getattr(ground_truth, label)[q].tolist() for label in LABELS}
         for q, box in enumerate(ground_truth.boxes)
     ]
-    # A pickle refers to objects that it holds already: equal names must be one object.
+    # Interned: a pickle's bytes depend on whether equal names are one object.
     content = {
         "gnd": entries,
         "imlist": [sys.intern(str(name)) for name in ground_truth.database],

@@ -23,8 +23,8 @@ class LandmarkSplit:
     Attributes:
         train, val: `path` (str), `label` (int64), in order of label, within a class in the order
             of the landmark table. The labels of `train` are 0 .. C-1 without gaps.
-        landmarks: (L,) int64, the landmark_id of every label. Labels from C on are held out: their
-            classes validate only.
+        landmarks: (L,) int64, the landmark_id of every label. Classes with labels from C on are
+            held out: all their images are in `val`.
     """
 
     train: pd.DataFrame
@@ -42,8 +42,8 @@ def split_landmarks(
 ) -> LandmarkSplit:
     """Splits a landmark table into training and validation images by the published rule.
 
-    The first image of each class trains; every other one validates with probability `val_share`.
-    `held_out_classes` classes of at least two images, drawn by the seed, validate completely.
+    The first image of each class is for training, each other one with probability `val_share` for
+    validation. `held_out_classes` random classes of at least two images are for validation alone.
 
     Args:
         table: `id`, `landmark_id`, as `read_landmark_table` returns it.
@@ -63,10 +63,10 @@ def split_landmarks(
     is_first = np.concatenate([[True], labels[1:] != labels[:-1]])
     # NOTE the published split is unseeded, and its sort leaves open which image is the first.
     drawn = (np.random.default_rng([seed, 0]).random(len(table)) < val_share)[order]
-    validates = (drawn & ~is_first) | (labels >= len(landmarks) - held_out_classes)
+    in_val = (drawn & ~is_first) | (labels >= len(landmarks) - held_out_classes)
     ids = table["id"].to_numpy(dtype=object)[order]
     paths = np.array([image_path(image) for image in ids], dtype=object)
-    train, val = (_part(paths[rows], labels[rows]) for rows in (~validates, validates))
+    train, val = (_part(paths[rows], labels[rows]) for rows in (~in_val, in_val))
     return LandmarkSplit(train, val, landmarks)
 
 
@@ -110,9 +110,9 @@ def retrieval_validation(
 ) -> pd.DataFrame:
     """Draws queries and a database from validation images, to follow mAP during training.
 
-    Queries come from classes with at least `min_images` images, one of each class in turn, at most
-    half of a class; no image is both. The database takes the rest of the queries' classes first
-    (one of each class in turn), then other images.
+    Queries are drawn from classes with at least `min_images` images, one of each class in turn, at
+    most half of a class. The database is drawn in the same way from the other images of these
+    classes, then from other classes.
 
     Args:
         val: `path`, `label`.
@@ -128,8 +128,8 @@ def retrieval_validation(
     if queries <= 0:
         return _with_roles(val, np.zeros(0, int), np.zeros(0, int))
     labels = val["label"].to_numpy()
-    lots = np.random.default_rng([seed, 2]).permutation(len(val))
-    turns = _turns(labels, lots)
+    random_order = np.random.default_rng([seed, 2]).permutation(len(val))
+    turns = _turns(labels, random_order)
     sizes = pd.Series(labels).groupby(labels).transform("size").to_numpy()
     rows = np.flatnonzero((sizes >= max(2, min_images)) & (turns < sizes // 2))
     if not len(rows):
@@ -137,7 +137,7 @@ def retrieval_validation(
             f"no validation class has {max(2, min_images)} images to take queries from; lower "
             "min_val_images, hold out more classes, or set val_queries to 0"
         )
-    query_rows = rows[np.lexsort((lots[rows], turns[rows]))][:queries]
+    query_rows = rows[np.lexsort((random_order[rows], turns[rows]))][:queries]
     classes = np.unique(labels[query_rows])
     if database < len(classes):
         raise ValueError(
@@ -145,14 +145,14 @@ def retrieval_validation(
             f"{len(classes)} images, not {database}: raise val_database or lower val_queries"
         )
     rest = np.setdiff1d(np.arange(len(val)), query_rows)
-    turns = _turns(labels[rest], lots[rest])  # renumbered: every query's class has a turn 0
-    rest = rest[np.lexsort((lots[rest], turns, ~np.isin(labels[rest], classes)))]
+    turns = _turns(labels[rest], random_order[rest])  # renumbered: every query's class has a turn 0
+    rest = rest[np.lexsort((random_order[rest], turns, ~np.isin(labels[rest], classes)))]
     return _with_roles(val, query_rows, rest[:database])
 
 
-def _turns(labels: np.ndarray, lots: np.ndarray) -> np.ndarray:
-    """Numbers the images of each class from 0 in order of their lots."""
-    return pd.Series(lots).groupby(labels).rank().to_numpy().astype(np.int64) - 1
+def _turns(labels: np.ndarray, random_order: np.ndarray) -> np.ndarray:
+    """Numbers the images of each class from 0 in a random order."""
+    return pd.Series(random_order).groupby(labels).rank().to_numpy().astype(np.int64) - 1
 
 
 def _with_roles(val: pd.DataFrame, queries: np.ndarray, database: np.ndarray) -> pd.DataFrame:

@@ -53,9 +53,9 @@ def benchmark_recipes(
 ) -> tuple[list[View], list[View]]:
     """Draws the query views and `views` database views of each photograph.
 
-    A photograph gives one query, the only one of its landmark two: with two or three queries each,
-    landmarks with several photographs do not decide the score alone. The last of several database
-    views looks past the landmark.
+    A photograph gives one query, or two if it is the only one of its landmark. So every landmark
+    has two or three queries and a similar weight in the score. The last of several database views
+    is aimed past the landmark.
     """
     seed, size = settings.seed, settings.view_size
     landmarks = [photograph.landmark for photograph in photographs]

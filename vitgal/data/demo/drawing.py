@@ -50,7 +50,7 @@ class View:
 class _RandomNumbers:
     """Numbers from one seeded generator.
 
-    Only its raw doubles are used: they are integers times a power of two, the same everywhere.
+    Raw doubles and integers are the same on every machine.
     """
 
     def __init__(self, seed: Sequence[int]) -> None:
@@ -90,7 +90,7 @@ def draw_view(
             30, cropped to 35 per cent of the sides, at night, blurred, behind an occluder, ...).
         seed: numbers that seed the view's own generator.
         view_size: longer side of the view in pixels.
-        aside: look past the landmark, at a small part of the photograph near one of its corners.
+        aside: show a small part of the photograph near a corner, away from the landmark.
     """
     # The order of the draws is part of the demo data.
     rng = _RandomNumbers(seed)
@@ -163,7 +163,7 @@ def _draw_occluder(rng: _RandomNumbers, level: float) -> Ellipse | None:
 
 
 def _strength(tilt: float, rotation: float, window: float, light: Light) -> float:
-    """How strong a change is: about 0.1 for a mild view, above 1 where much changes at once."""
+    """The strength of a view's changes: about 0.1 for a mild one, above 1 for extreme ones."""
     return (
         0.4 * tilt / 45
         + 0.25 * abs(rotation) / 30
@@ -185,8 +185,8 @@ def _fit_window(
 ) -> tuple[Matrix, float]:
     """Returns the homography photograph -> view, and the fraction of the side that it shows.
 
-    A window that reaches far beyond the photograph would show invented pixels: it shrinks and moves
-    to the photograph's middle until at most OVERHANG of a side lies outside.
+    The window shrinks and moves to the photograph's middle until at most OVERHANG of a side lies
+    outside.
     """
     sides = (photograph.width, photograph.height)
     scale = max(size[0] / sides[0], size[1] / sides[1])
@@ -234,7 +234,7 @@ def tilted_board(
 
 
 def _cos_sin(degrees: float) -> tuple[float, float]:
-    """Returns a point of the unit circle near the angle (for 45 degrees that of 42.9)."""
+    """Returns an approximate cosine and sine: those of 42.9 degrees for 45."""
     half = degrees * math.pi / 360
     return (1 - half * half) / (1 + half * half), 2 * half / (1 + half * half)
 

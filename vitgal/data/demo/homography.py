@@ -1,4 +1,4 @@
-"""Homographies as nested tuples of Python floats, which every machine computes alike."""
+"""Homographies as nested tuples of Python floats, computed alike on every machine."""
 
 from typing import TypeVar
 

@@ -15,9 +15,8 @@ ATTRIBUTION = "ATTRIBUTION.csv"
 REGIONS = "REGIONS.csv"
 ATTRIBUTION_COLUMNS = ("file", "author", "licence", "source", "width", "height")
 REGION_COLUMNS = ("file", "x0", "y0", "x1", "y1")
-# Ten landmarks with two or three photographs, and fourteen that are well known, look different from
-# each other and are mostly large photographs. Notre-Dame and the Arc du Carrousel are here because
-# a Paris test set shows them: no training image may show a landmark of a test set.
+# Ten landmarks with two or three photographs, and fourteen well-known, dissimilar ones. Notre-Dame
+# and the Arc du Carrousel are not for training, because a Paris test set shows them.
 BENCHMARK_LANDMARKS = frozenset(
     """
     chenonceau christ_the_redeemer eiffel_tower louvre_pyramid mount_rushmore neuschwanstein
@@ -26,7 +25,7 @@ BENCHMARK_LANDMARKS = frozenset(
     great_pyramid hawa_mahal nagoya_castle notre_dame_paris petra reims_cathedral tower_bridge
     """.split()
 )
-# Landmarks at the same site: a view of one is neither a positive nor a negative of the other.
+# Landmarks at the same site: views of one are junk for queries of the other.
 SAME_SITE = ({"giza_pyramids", "great_pyramid"},)
 CENTRAL_REGION = (12, 10, 88, 92)  # x0 y0 x1 y1 in per cent, for a photograph not in REGIONS.csv
 

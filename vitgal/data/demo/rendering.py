@@ -17,8 +17,8 @@ MIN_MEAN = 28.0  # mean grey value below which a view is brightened
 def render(view: View, image: np.ndarray) -> np.ndarray:
     """Renders a view of its photograph.
 
-    The photograph continues as its mirror image beyond its border, never in black. A view with a
-    mean below MIN_MEAN of 255 is brightened to it.
+    The photograph is mirrored at its border. A view with a mean below MIN_MEAN of 255 is brightened
+    to it.
 
     Args:
         image: (H, W, 3) uint8 RGB, the photograph.
@@ -117,7 +117,7 @@ def _write_group(group: Sequence[tuple[View, Path]]) -> None:
     for view, target in group:
         bgr = cv2.cvtColor(render(view, image), cv2.COLOR_RGB2BGR)
         _, encoded = cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, view.light.quality])
-        # Not written atomically one by one: to flush 900 small files to the disk takes longer than
-        # to render them, and an interrupted stage, which has no manifest, writes all of them again.
+        # Not atomic: flushing 900 small files to the disk takes longer than rendering them, and an
+        # interrupted stage writes all of them again.
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(encoded.tobytes())

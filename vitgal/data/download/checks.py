@@ -1,4 +1,4 @@
-"""Verification of data folders against what their publisher lists."""
+"""Checks of data folders against what their publisher lists."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -67,13 +67,13 @@ def check(
     threads: int | None = None,
     sources: Path | None = None,
 ) -> Report:
-    """Verifies a folder without changing it: checksums, counts, layout, every image decoded.
+    """Checks a folder without changing it: checksums, counts, layout, every image decoded.
 
     Args:
         folder: the target folder of `download`, or the source's own folder.
         threads: number of threads that decode images; by default one a processor.
     Raises:
-        ValueError: an unknown name. All that is wrong with the folder is in the report.
+        ValueError: an unknown name. The folder's faults are in the report.
     """
     (source,) = select_sources(name, read_sources(sources))
     own = SourceFolder(source, _own_folder(source, Path(folder).expanduser()))

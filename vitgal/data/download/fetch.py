@@ -1,4 +1,4 @@
-"""Files from web servers and Google Drive: resumed where a transfer stopped, and verified."""
+"""Files from web servers and Google Drive: transfers are resumed, checksums compared."""
 
 import hashlib
 import os
@@ -19,9 +19,8 @@ from vitgal.data.download.sources import SOURCES, RemoteFile
 
 HEADERS = {"User-Agent": "vitgal", "Accept-Encoding": "identity"}  # the bytes as on the server
 TIMEOUT = (20, 120)  # seconds without an answer: to connect, between two chunks
-# Seconds before each further attempt after one that brought nothing. An attempt that brought
-# something is continued at once. The very first one is not repeated, so that a missing network
-# shows immediately.
+# Seconds before each retry after an attempt that received nothing; others are continued at once.
+# The first attempt is not retried, so that a missing network is reported immediately.
 WAITS = (1, 5, 20, 60)
 
 
@@ -34,7 +33,7 @@ class Checksum(NamedTuple):
 
 
 def matches(path: Path, checksum: Checksum | None) -> bool:
-    """Whether a file has a checksum; None is matched by all."""
+    """Whether a file has this checksum; None matches every file."""
     return checksum is None or file_digest(path, checksum.algorithm) == checksum.digest
 
 
@@ -46,7 +45,7 @@ def file_digest(path: Path, algorithm: str) -> str:
 
 @dataclass(frozen=True)
 class PartialFile:
-    """A file under way, and beside it the server's tag of the version that is transferred."""
+    """An incomplete file, with the server's tag of its version (ETag) beside it."""
 
     path: Path
 
@@ -124,10 +123,10 @@ class Fetcher:
 def fetch_over_http(
     url: str, part: PartialFile, *, label: str, progress: bool, patient: bool
 ) -> None:
-    """Fetches the rest of a file from a web server, as often as something arrives.
+    """Fetches the rest of a file from a web server, with retries.
 
-    Raises ConnectionError once attempts bring nothing more: after `WAITS` if `patient` or if
-    something had arrived, else at once.
+    Raises ConnectionError where nothing more arrives: after `WAITS` if `patient` or if something
+    had arrived, else at once.
     """
     furthest, waits = part.length, list(WAITS if patient else ())
     while True:
@@ -158,7 +157,7 @@ def _receive(url: str, part: PartialFile, *, label: str, progress: bool) -> None
         if response.status_code == 416:
             if total == offset:
                 return
-            part.delete()  # longer than the file: the beginning of another one
+            part.delete()  # longer than the file: of another version
             raise requests.RequestException("the file has changed")
         _check_status(response)
         if response.status_code == 200:  # the whole file, not a range

@@ -1,7 +1,7 @@
-"""Downloads of data sets and weights, which a repeated command continues.
+"""Downloads of data sets and weights.
 
-What is under way lies in `<folder>/.download-<name>/`. After a kill, a cut connection or a full
-disk, the same command goes on from what has arrived.
+Incomplete files are in `<folder>/.download-<name>/`. After a kill, a cut connection or a full disk,
+the same command continues them.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ def download(
 ) -> dict[str, Path]:
     """Downloads data sets and weights by name and returns each one's folder.
 
-    What is complete is not asked for again, without any request. A transfer that was interrupted
-    is continued. Images that were unpacked by hand are recognised once their list is there.
+    Complete files cause no request, interrupted transfers are continued. Images that were unpacked
+    by hand are recognised once their list exists.
 
     Args:
         target: folder of all sources' folders; by default data/ of the checkout.
@@ -98,7 +98,7 @@ def _disk_errors(folder: SourceFolder) -> Iterator[None]:
             raise
         raise OSError(
             f"no space left for {folder.source.name} in {folder.path} ({error.strerror}); make "
-            "room and run the same command again: it goes on from what has arrived"
+            "room and run the same command again: it continues"
         ) from error
 
 
@@ -124,7 +124,7 @@ def _download_file(folder: SourceFolder, file: RemoteFile, fetcher: Fetcher) -> 
         os.replace(path, aside)
         print(
             f"{path} does not have the checksum {checksum.origin}: kept as {aside.name}, "
-            "fetched anew"
+            "fetched again"
         )
     if path.is_file():
         if file.to not in folder.record.files:
@@ -132,7 +132,7 @@ def _download_file(folder: SourceFolder, file: RemoteFile, fetcher: Fetcher) -> 
             folder.save_record()
         return
     fetched = fetcher.fetch(file, checksum, label=file.name)
-    # The record comes first: after a kill between the two, the file is whole in the work folder.
+    # The record is saved first: after a kill in between, the file is whole in the work folder.
     folder.record.files[file.to] = _entry(fetched)
     folder.save_record()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +177,7 @@ def _download_archive(
         raise ValueError(
             f"{archive.address} is refused: {error}; nothing of it was unpacked, and the archive "
             f"is kept as {aside}. See {folder.source.page}, delete it, and run the same command "
-            "again to fetch it anew"
+            "again"
         ) from error
     folder.record.archives[archive.name] = entry | {"images": count, "unpacked": True}
     folder.save_record()
