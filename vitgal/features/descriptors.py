@@ -1,9 +1,8 @@
 """Reads global descriptors of another system, to be ranked and scored like our own.
 
-There are two layouts: a `.npy` (N, D) of floats beside a text file of the same stem with an image
-name a line, and hloc's HDF5, where each image is a group with a dataset `global_descriptor`. Names
-are those of the benchmark's images, with or without `jpg/` before and `.jpg` after them; queries
-and database images are in one file.
+Two layouts are read: a `.npy` (N, D) beside a `.txt` of the same stem with one image name a line,
+and hloc's HDF5, one group an image with a dataset `global_descriptor`. Names are the benchmark's,
+with or without `jpg/` and suffix; one file holds queries and database images.
 """
 
 import os
@@ -18,7 +17,6 @@ from vitgal.features.files import map_array
 
 HLOC = "global_descriptor"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-LISTED = 3  # missing names in an error
 
 
 class DescriptorError(runs.UserError, ValueError):
@@ -113,9 +111,9 @@ def _positions(stored: Sequence[str], names: Sequence[str], path: Path) -> list[
             raise DescriptorError(f"{path} names the image {name} twice")
     missing = [name for name in names if _plain(name) not in positions]
     if missing:
-        listed = ", ".join(missing[:LISTED]) + (", …" if len(missing) > LISTED else "")
         raise DescriptorError(
-            f"{path} has no descriptor of {len(missing)} of {len(names)} images: {listed}; "
+            f"{path} has no descriptor of {len(missing)} of {len(names)} images: "
+            f"{runs.abbreviate(missing)}; "
             "describe every query and every database image"
         )
     return [positions[_plain(name)] for name in names]

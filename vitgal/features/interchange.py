@@ -1,4 +1,4 @@
-"""Local features from and for other programs: hloc's HDF5 and the published folders."""
+"""Exchange of local features with other programs: hloc's HDF5 and the published folders."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -47,8 +47,8 @@ def published_name(path: str) -> str:
 def published_path(name: str) -> str:
     """Returns the image path that the published code derives from such a file name.
 
-    It is right for paths of the form ../folder/image.jpg alone: absolute paths, ./image.jpg and
-    names with __ come out wrong, which is why `export_published` writes an index too.
+    It is wrong for absolute paths, ./image.jpg and names with __, so `export_published` also writes
+    an index.
     """
     return "../" + name.removesuffix(".npy").replace("__", "/")
 
@@ -59,8 +59,8 @@ def export_published(
     """Writes features as the published code stores them, and returns the folder.
 
     `Descriptions/` holds (N, C) float32 and `Locations/` (N, 2) integers (y, x) in pixels of the
-    network input, one `.npy` an image. `index.json` beside them keeps paths, sizes and boxes, for
-    which the published files have no space.
+    network input, one `.npy` an image. `index.json` beside them holds paths, sizes and boxes, which
+    the published files lack.
 
     paths: key -> the image's path in the published image list. Raises ValueError where a key of the
     store has no path, or two paths get one published file name.

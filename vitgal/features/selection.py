@@ -25,8 +25,8 @@ def select_tokens(
 ) -> np.ndarray:
     """Selects the tokens above the first threshold that leaves at least `target` of them.
 
-    Where none leaves that many, those above the last threshold are selected. One token and none
-    are results like others (the published code stops at both).
+    Where none leaves that many, those above the last threshold are selected. One token and no token
+    are valid results (the published code stops at both).
 
     Args:
         scores: (N,) float32 of mean 1; N may be 0.
@@ -83,7 +83,7 @@ def suppress(
     import torchvision
 
     order = np.argsort(-scores, kind="stable")[:candidates]
-    falling = torch.arange(len(order), 0, -1, dtype=torch.float64)  # the order as it is, no ties
-    # float64 holds areas and their quotients exactly enough for a bound such as 1/2 to be strict
+    falling = torch.arange(len(order), 0, -1, dtype=torch.float64)  # keeps the order
+    # In float64 a bound such as 1/2 is strict.
     survivors = torchvision.ops.nms(torch.from_numpy(boxes[order]).double(), falling, overlap)
     return order[survivors.numpy()[:keep]]

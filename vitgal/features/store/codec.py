@@ -15,8 +15,8 @@ ITEM_BYTES = 150  # of one image beside its features: name and sizes in items.js
 FEATURE_BYTES = 16  # of one feature beside its descriptor: keypoint, score, scale
 REMEDY = "run 05_local_extraction again: it makes what is missing or damaged"
 PRECISION_REMEDY = (
-    "inference_precision auto depends on the machine: go on with one like the first, or set "
-    "overwrite: true and a precision by name to begin anew"
+    "inference_precision auto depends on the machine: continue on one like the first, or set "
+    "overwrite: true and a named precision"
 )
 
 
@@ -54,7 +54,7 @@ def decode(stored: np.ndarray, dtype: str, code_dim: int) -> np.ndarray:
     if dtype == "bit":
         decoded = _signs()[stored].reshape(len(stored), 8 * stored.shape[1])[:, :code_dim]
     elif dtype == "float16":
-        decoded = _single(stored)
+        decoded = _half_to_single(stored)
     else:
         decoded = stored.astype(np.float32)
     length = np.linalg.norm(decoded, axis=1, keepdims=True)
@@ -69,13 +69,13 @@ def _signs() -> np.ndarray:
     return np.where(bits, np.float32(1), np.float32(-1))
 
 
-def _single(half: np.ndarray) -> np.ndarray:
+def _half_to_single(half: np.ndarray) -> np.ndarray:
     """Finite float16 as float32: the bits that `astype` gives, in a quarter of its time."""
     bits = half.view(np.int16).astype(np.int32)  # the sign is carried to the top
     bits <<= 13  # float32 has 13 more bits of fraction
-    bits &= np.int32(-0x70002000)  # the sign, and below three bits of it exponent and fraction
+    bits &= np.int32(-0x70002000)  # clears the three bits below the sign
     single = bits.view(np.float32)
-    single *= np.float32(2.0**112)  # its exponent counts from 127, half precision's from 15
+    single *= np.float32(2.0**112)  # exponent bias 127, that of half precision 15
     return single
 
 

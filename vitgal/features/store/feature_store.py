@@ -2,8 +2,8 @@
 
 A store is a folder of shards. A shard is a folder `shard-NN` with flat arrays over all features of
 its images (keypoints, descriptors, scores, scales), `offsets` that give the first row of each
-image, one checksum an image, and `items.json` with the names and sizes. A shard appears whole or
-not at all, so a store can be read while later shards are still being written. A finished store has
+image, one checksum an image, and `items.json` with the names and sizes. Shards are written
+atomically, so a store can be read while later shards are still being written. A finished store has
 an `index/` with names, sizes and positions of all its items, with which it opens at once.
 
 An item's key is its image's name. The features of a query are those of its crop.
@@ -27,10 +27,9 @@ OPEN_SHARDS = 1024  # that a store keeps mapped, four files each (a process may 
 class FeatureStore(Mapping[str, LocalFeatures]):
     """All shards of a folder as one mapping, key -> LocalFeatures (float32, length 1).
 
-    A store with an index opens in a time that does not depend on its size: no shard is opened
-    before an item of it is read, and the shards read last stay open (see `most_open`). A store that
-    is still being written is opened by reading the names and sizes in all its shards. It pickles
-    as its folder, so a worker process opens the files itself.
+    With an index, a store of any size opens in the same time: a shard is opened when an item of it
+    is read, and the shards read last stay open (see `most_open`). Without one, the names and sizes
+    in all shards are read. It pickles as its folder, so a worker process opens the files itself.
     """
 
     def __init__(self, folder: Path, index: Index):
@@ -38,7 +37,7 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         self.index = index
         self._format = index.format()
         self._open: dict[int, dict[str, np.ndarray]] = {}
-        self._most = most_open()
+        self._most_open = most_open()
 
     @classmethod
     def open(cls, folder: Path, *, verify: bool = False) -> "FeatureStore":
@@ -112,16 +111,14 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         if key in self.failures:
             reason = self.failures[key]
             raise KeyError(f"{key} could not be read when {self.folder} was made: {reason}")
-        raise KeyError(
-            f"{key} is not in {self.folder}: the short list that it was made from lacks it"
-        )
+        raise KeyError(f"{key} is not in {self.folder}: it was not on the short list")
 
     def _stored(self, location: Location) -> dict[str, np.ndarray]:
-        """An item's arrays, mapped; its shard becomes the one used last."""
+        """Maps an item's arrays and marks its shard as used last."""
         arrays = self._open.pop(location.shard, None)
         if arrays is None:
             arrays = self._map(location)
-            while len(self._open) >= self._most:
+            while len(self._open) >= self._most_open:
                 self._open.pop(next(iter(self._open)), None)  # unused for the longest time
         self._open[location.shard] = arrays
         return {name: array[location.start : location.stop] for name, array in arrays.items()}
@@ -142,10 +139,10 @@ class FeatureStore(Mapping[str, LocalFeatures]):
 
 
 def most_open() -> int:
-    """Returns how many shards a store keeps mapped: OPEN_SHARDS, or less by the limit of files.
+    """Returns how many shards a store keeps mapped: OPEN_SHARDS, or fewer by the limit of files.
 
-    Each mapped file counts as an open one. A sixteenth of the limit leaves enough for a few stores
-    in one process, and for whatever else it has open.
+    Each mapped file counts as open. A sixteenth of the limit leaves room for other stores and
+    files.
     """
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return OPEN_SHARDS if files == resource.RLIM_INFINITY else min(OPEN_SHARDS, 1 + files // 16)

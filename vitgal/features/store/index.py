@@ -1,4 +1,4 @@
-"""The index of a finished store, with which any number of images opens at once."""
+"""The index of a finished store: a store of any size opens in the same time."""
 
 import bisect
 import itertools
@@ -105,7 +105,7 @@ class Index:
 
     @classmethod
     def read(cls, store: Path) -> "Index | None":
-        """Maps the index of a store; None where there is none, or none that is whole.
+        """Maps the index of a store; None where it is missing or incomplete.
 
         The time does not depend on the number of items, so the arrays' contents are not checked.
         """
@@ -135,7 +135,7 @@ class Index:
         return len(self.arrays["order"])
 
     def same(self, other: "Index") -> bool:
-        """Tells whether both state the same of every item."""
+        """Tells whether both indexes are equal."""
         arrays = ((self.arrays[name], other.arrays[name]) for name in INDEX_ARRAYS)
         return self.header == other.header and all(np.array_equal(*pair) for pair in arrays)
 
@@ -161,7 +161,7 @@ class Index:
     def locate(self, key: str) -> Location | None:
         """Finds the features of an item; None where there is no such key.
 
-        Raises StoreError where the index turns out to be damaged.
+        Raises StoreError where the index is damaged.
         """
         wanted, order = key.encode(errors="surrogatepass"), self.arrays["order"]
         rows, firsts = self.arrays["rows"], self.arrays["firsts"]

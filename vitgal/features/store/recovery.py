@@ -1,4 +1,4 @@
-"""What a killed or damaged run left of a shard: the whole shard, or the images that are whole."""
+"""What is left of a shard after a kill or damage: the whole shard, or its whole images."""
 
 import contextlib
 import json
@@ -30,8 +30,8 @@ def whole_shard(folder: Path, names: Sequence[str], shard_format: ShardFormat) -
 def salvage(folder: Path, shard_format: ShardFormat) -> dict[str, EncodedFeatures]:
     """Returns what a damaged shard still holds: key -> each image whose bytes match its checksum.
 
-    Any of its files may be cut short, changed or missing. A shard of another format gives nothing,
-    and so does one that does not exist.
+    Any of its files may be cut short, changed or missing. Empty for a shard of another format or
+    none.
     """
     folder = Path(folder)
     header, items = _leading_items(folder / "items.json")

@@ -1,4 +1,4 @@
-"""A growing array of rows on disk that a killed run continues."""
+"""A growing array of rows on disk, continued after a killed run."""
 
 import io
 import os
@@ -19,7 +19,7 @@ JOURNAL = {"settings": dict, "shape": list, "rows": int, "checksum": int, "failu
 
 @dataclass
 class RowFile:
-    """A (rows, width) float32 `.npy` that grows block by block and survives a kill.
+    """A (rows, width) float32 `.npy` that grows block by block, also after a killed run.
 
     Blocks are appended to `<name>.partial`. After each block a small journal records how many rows
     are whole, and their checksum. Opened again, the file is cut back to the rows of the journal.
@@ -33,7 +33,7 @@ class RowFile:
 
     @classmethod
     def open(cls, path: Path, shape: tuple[int, int], *, settings: Mapping) -> "RowFile":
-        """Continues the file after its last whole row; begins anew where none is.
+        """Continues the file after its last whole row, or begins anew.
 
         Args:
             path: the `.npy` to be written.

@@ -28,7 +28,7 @@ from vitgal.settings.sections import FEATURE_DTYPES, LocalSettings
 ARRAYS = (*FEATURE_ARRAYS, "offsets", "checksums")
 SHARD = "shard-"
 INDEX, INDEX_HEADER = "index", "index.json"
-PARTIAL = ".partial-"  # begins the name of a shard that is being written, and no other name
+PARTIAL = ".partial-"  # begins the name of a shard that is being written
 FAILURES = [{"name": str, "reason": str}]  # of a JSON file, see `files.conforms`
 HEADER = {
     "format": int,
@@ -72,7 +72,7 @@ def shard_folders(folder: Path) -> list[Path]:
 
 
 def drop_index(folder: Path) -> None:
-    """Removes the index of a store, one of whose shards is about to change."""
+    """Removes the index of a store before one of its shards changes."""
     (Path(folder) / INDEX / INDEX_HEADER).unlink(missing_ok=True)
 
 
@@ -204,7 +204,7 @@ def write_shard(
 
 
 def _joined(encoded: Sequence[EncodedFeatures], shard_format: ShardFormat) -> dict[str, np.ndarray]:
-    """Each image's arrays one after another, where each image's begin, and the checksums."""
+    """The images' arrays concatenated, their offsets and checksums."""
     layout = shard_format.layout(0, 0)  # gives an empty shard its types
     arrays = {
         name: np.concatenate(
