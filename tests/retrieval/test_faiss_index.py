@@ -116,7 +116,7 @@ def test_another_seed_or_descriptor_makes_another_index(tmp_path, database):
         ((database, "IVF8,Flat", 0), "factory"),
         ((database, "IVF16,Flat", 1), "seed"),
     ):
-        with pytest.raises(runs.StageError, match=f"other {changed} than"):
+        with pytest.raises(runs.StageError, match=f"made with other {changed}: build it again"):
             faiss_index.read(tmp_path, *wrong[:2], seed=wrong[2])
     faiss_index.build(tmp_path, other, "IVF16,Flat")  # the stale one gives way
     faiss_index.read(tmp_path, other, "IVF16,Flat")

@@ -15,7 +15,7 @@ from vitgal.retrieval.products import (
 )
 from vitgal.retrieval.ranking import Positions
 
-BUCKETS = 4096  # steps of similarity; more of them leave less to sort and take longer to count
+BUCKETS = 4096  # of similarity; more buckets leave less to sort but take longer to count
 
 
 def labelled_positions(
@@ -27,9 +27,9 @@ def labelled_positions(
 ) -> Positions:
     """Finds the exact rank of every labelled image without ranking the rest.
 
-    A rank is the number of images that are more similar, or as similar with a lower index. Counted
-    block by block it equals the rank in the full stable sort. Beyond the descriptors each of up to
-    four threads takes about (90 bytes x Q + 8 bytes x D) x max(block, 4096), whatever N.
+    A rank is the number of images that are more similar, or as similar with a lower index: the rank
+    in the full stable sort. Up to four threads each take about (90 bytes x Q + 8 bytes x D) x
+    max(block, 4096), whatever N.
 
     Args:
         queries: (Q, D) floats.  database: (N, D) floats, memory-mapped or not.
@@ -97,9 +97,8 @@ def count_ahead(
 ) -> list[np.ndarray]:
     """Counts the images of some parts of the database that rank before each labelled image.
 
-    Sorting every similarity would take longer than computing it. So each falls into one of BUCKETS
-    steps; buckets without a labelled image are only counted, and images that share a bucket with
-    one are compared with it exactly.
+    Sorting all similarities would take longer than computing them. So they are counted in buckets;
+    only images that share a bucket with a labelled one are compared with it exactly.
 
     Args:
         queries: (Q, D) floats.  database: (N, D) floats.
@@ -115,7 +114,7 @@ def count_ahead(
     blocks = similarity_blocks(queries, database, parts)
     for part, products in zip(parts, blocks, strict=True):
         if np.diff(np.searchsorted(rows, (part.start, part.stop))):
-            _insert(products, indices, values, part)
+            _restore_labelled(products, indices, values, part)
         close = _add_to_tally(products, steps, tally)
         flat = np.flatnonzero(close)  # row by row, so the queries follow each other
         cuts = np.searchsorted(flat, np.arange(len(products) + 1) * products.shape[1])
@@ -130,13 +129,12 @@ def count_ahead(
     return counts
 
 
-def _insert(
+def _restore_labelled(
     products: np.ndarray, indices: list[np.ndarray], values: list[np.ndarray], part: slice
 ) -> None:
-    """Writes the labelled images' similarities over their products in this part.
+    """Overwrites the labelled images' products in this part by their known similarities.
 
-    The count holds only if every labelled image has one similarity; a product that is computed a
-    second time could differ in the last bit.
+    A product that is computed again may differ in the last bit, which would falsify the count.
     """
     for row, index, value in zip(products, indices, values, strict=True):
         first, last = np.searchsorted(index, (part.start, part.stop))
@@ -156,12 +154,12 @@ def _similarity_steps(products: np.ndarray, values: list[np.ndarray]) -> Steps:
 
 
 def _buckets(similarities: np.ndarray, low: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The bucket of each similarity; never falls where the similarity rises, rounding included."""
+    """The bucket of each similarity, monotonic even with rounding."""
     return np.clip((similarities - low) * scale, 0, BUCKETS - 1).astype(np.int64)
 
 
 def _add_to_tally(products: np.ndarray, steps: Steps, tally: np.ndarray) -> np.ndarray:
-    """Adds a block (Q, B) to the buckets' counts; (Q, B) bool: the bucket has a labelled image."""
+    """Counts a block (Q, B); returns (Q, B) bool: the bucket holds a labelled image."""
     keys = _buckets(products, steps.low, steps.scale)
     keys += np.arange(len(keys))[:, None] * BUCKETS
     tally += np.bincount(keys.ravel(), minlength=tally.size).reshape(tally.shape)

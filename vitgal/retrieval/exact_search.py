@@ -1,10 +1,9 @@
 """Exact search in bounded memory.
 
-A similarity is the float64 inner product of two descriptors, rounded to float32. Float32 matrix
-products differ in their last bits with the block's shape, the row's position in it and the number
-of threads, so that two copies of one image need not tie; rounded float64 products agree far beyond
-the precision of float32. Ties go to the lower database index. Descriptors are expected
-L2-normalised but are used as they are.
+A similarity is the float64 inner product of two descriptors, rounded to float32. The last bits of
+float32 products depend on the block's shape, the row's position and the threads, so two copies of
+one image need not tie; float64 products agree beyond the precision of float32. Ties go to the lower
+database index. Descriptors are expected L2-normalised but are used as they are.
 
 A database row of zeros stands for an image that could not be read: its similarity is -inf, so it
 ranks behind every other image.
@@ -41,9 +40,9 @@ def search(
         block: database rows that are read at once.
     Returns:
         similarities (K, Q) float32 and ranks (K, Q) int32, best first, one column a query: the
-        first K rows of the full stable sort. An empty database gives (0, Q), no query (K, 0). Each
-        of up to four threads takes about 40 bytes x Q x max(K, block) + 8 bytes x D x block more,
-        for 4096 queries at most, which are searched together.
+        first K rows of the full stable sort. An empty database gives (0, Q), no query (K, 0). Up to
+        four threads each take about 40 bytes x Q x max(K, block) + 8 bytes x D x block, where Q
+        counts as 4096 at most.
     Raises:
         ValueError: widths differ, k < 1, or a descriptor is not finite (its row is named).
     """
@@ -78,7 +77,7 @@ def _search_parts(
     blocks = similarity_blocks(queries, database, parts)
     for part, products in zip(parts, blocks, strict=True):
         for q, row in enumerate(products):
-            # An equal similarity with a higher index loses to the earlier image, hence `>`.
+            # `>`: of equal similarities the lower index ranks first.
             threshold = thresholds[q]
             columns = np.arange(row.size) if threshold is None else np.flatnonzero(row > threshold)
             best[q].append((row[columns], (columns + part.start).astype(np.int32)))
@@ -92,10 +91,10 @@ def _search_parts(
 def _search_estimated(
     queries: np.ndarray, database: np.ndarray, parts: list[slice], k: int
 ) -> list[Hits] | None:
-    """The best `k` of every query, where float32 products leave few images for float64 to rank.
+    """The best `k` of every query: float32 products select the images that float64 ranks.
 
-    None where these do not help: queries of another type, values that are not finite
-    (`_search_parts` names them) or too large, or too many images that nearly tie.
+    None for queries of another type, values that are not finite (`_search_parts` names them) or too
+    large, or too many images that nearly tie.
     """
     if queries.dtype != np.float32 or not len(queries):
         return None
@@ -146,7 +145,7 @@ def _estimate(
 
 
 def _length_bound(rows: np.ndarray) -> float:
-    """An upper bound of the rows' lengths: of 64 rows together, so 8 times theirs where equal."""
+    """An upper bound of the rows' lengths: the length of up to 64 rows together."""
     together = 64 if len(rows) % 64 == 0 else 1
     groups = rows.reshape(-1, together * rows.shape[1])
     return float(np.sqrt(np.einsum("ij,ij->i", groups, groups).max(initial=0)))

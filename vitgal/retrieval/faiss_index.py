@@ -1,9 +1,8 @@
 """Approximate search with a faiss index of global descriptors, stored and memory-mapped.
 
-The index only proposes images. They are ranked by their exact similarities, read from the
-memory-mapped descriptors, so that coarse codes may miss images but put none in the wrong order.
-Behind the list the ranking continues with all other images in exact order. So every labelled image
-has a rank, and the scores are those of the list.
+The index only proposes images. Exact similarities rank them, so coarse codes may miss images but
+put none in the wrong order. All other images follow in exact order, so every labelled image has a
+rank.
 """
 
 import contextlib
@@ -27,7 +26,7 @@ OUTPUTS = (INDEX, RECORD)
 RECORD_FORMAT = 1
 OVERSAMPLE = 4  # images that the index proposes for each one wanted
 MOST_CELLS = 1 << 24
-CELLS_PER_PROBE = 16  # an inverted file searches one of so many cells, unless nprobe is given
+CELLS_PER_PROBE = 16  # cells of an inverted file for each one searched, unless nprobe is given
 TRAINING = 1 << 16  # descriptors that an index without cells learns its codes from
 PER_CELL = 64  # descriptors that each cell of an inverted file is learnt from
 ADDED = 1 << 16  # descriptors given to faiss at once: 100 MB at 384 dimensions
@@ -46,8 +45,7 @@ class Index:
 def check(text: str, width: int, images: int | None = None) -> None:
     """Raises ValueError where `text` describes no index of such descriptors.
 
-    Call it before descriptors are computed: faiss itself finds some faults only after that, or ends
-    the process.
+    Call it before computing descriptors: faiss finds some faults only later, or ends the process.
 
     Args:
         text: a faiss factory string and, after an optional semicolon, search parameters:
@@ -79,17 +77,17 @@ def _refuse(text: str, reason: str) -> NoReturn:
 def build(
     folder: Path, database: np.ndarray, text: str, *, seed: int = 0, rows: int = ADDED
 ) -> Path:
-    """Builds the index of a database, unless the folder holds that very index.
+    """Builds the index of a database, unless the folder holds it.
 
     Args:
         folder: gets index.faiss and, written last, index.json with everything the index depends on.
-        database: (N, D) floats, memory-mapped or not; read `rows` at a time. A row of zeros, an
-            image that could not be read, is indexed as well, so that indices stay equal.
+        database: (N, D) floats, memory-mapped or not; read `rows` at a time. Rows of zeros
+            (unreadable images) are indexed too, so that indices stay equal.
         text: as for `check`.
         seed: of the sample that the index learns from, and of its k-means.
     Returns:
-        The folder. The same arguments give the same bytes: graphs, whose shape depends on the order
-        in which images are added, are built on one thread.
+        The folder. The same arguments give the same bytes. Graphs depend on the order in which
+        images are added and are therefore built on one thread.
     Raises:
         ValueError: text as in `check`; an empty database, one with a value that is not finite (its
             row is named), or of fewer images than the index has cells or codes.
@@ -133,8 +131,7 @@ def read(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Ind
     differing = [key for key in expected if expected[key] != record.get(key)]
     if differing:
         raise runs.StageError(
-            f"{folder / INDEX} was made of other {' and '.join(differing)} than are asked for: "
-            "build it again"
+            f"{folder / INDEX} was made with other {' and '.join(differing)}: build it again"
         )
     if size != record.get("bytes"):
         raise runs.StageError(f"{folder / INDEX} is missing or not whole: build it again")
@@ -151,9 +148,8 @@ def find(index: Index, queries: np.ndarray, *, k: int) -> tuple[np.ndarray, np.n
     Args:
         queries: (Q, D) floats.  k: the number of images wanted; at most N are returned.
     Returns:
-        similarities (K, Q) float32 and ranks (K, Q) int32, best first, one column a query, as
-        `search` returns them, but without the images that the index did not propose; and for how
-        many queries it proposed fewer than K, so that they were searched exactly.
+        similarities (K, Q) float32 and ranks (K, Q) int32 as `search`, of proposed images only; and
+        the number of queries with fewer than K proposals, which are searched exactly.
     Raises:
         ValueError: as `search`.
     """
@@ -186,7 +182,7 @@ def find(index: Index, queries: np.ndarray, *, k: int) -> tuple[np.ndarray, np.n
 def recall(
     ranks: np.ndarray, exact: np.ndarray, depths: Sequence[int] = DEPTHS
 ) -> dict[str, float | None]:
-    """Computes which fraction of the exact first n images is among the first n that were found.
+    """Computes the fraction of the exact first n images that are among the first n found.
 
     ranks, exact: (K, Q) integers. Returns the mean over queries in [0, 1] by depth n (as text), for
     depths up to K; None without queries.
@@ -304,8 +300,8 @@ def set_seeds(index: Any, seed: int) -> None:
         if hasattr(owner, "cp"):
             owner.cp.seed = seed + 1  # faiss takes no seed below 0
     if hasattr(inner, "do_polysemous_training"):
-        # Reorders the codes for a kind of search that is not used here; it takes ten times as long
-        # as learning them.
+        # Serves a kind of search that is not used here, and takes ten times as long as learning the
+        # codes.
         inner.do_polysemous_training = False
 
 

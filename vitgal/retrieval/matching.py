@@ -17,8 +17,8 @@ from vitgal.settings import MatchingSettings
 
 FLOAT32_LIMIT = 1e38  # below the greatest float32
 BLOCK = 1 << 22  # similarities in memory at once: 16 MiB
-SIEVE_LIMIT = 1 / 500  # with more pairs left by the sieve the whole product is faster
-SAMPLE = 64  # query descriptors that show whether the sieve is worth its time
+SIEVE_LIMIT = 1 / 500  # fraction of pairs; if more pass the sieve, the whole product is faster
+SAMPLE = 64  # query descriptors on which the sieve is tried first
 PAIRS = 1 << 13  # descriptor pairs measured at once in float64: 8 MiB at 128 dimensions
 
 Pairs = tuple[np.ndarray, np.ndarray]  # query and gallery indices, by rising query index
@@ -66,7 +66,7 @@ def matching_device(device: str | None) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Descriptors:
-    """One image's descriptors, checked, with the matrices that matching makes of them once.
+    """One image's checked descriptors, with matrices for matching that are made once.
 
     values: (N, C) float32 or float64.  halves: (N,) float64, half of each squared length.
     """
@@ -184,9 +184,9 @@ def sieved_pairs(
 ) -> Pairs | None:
     """Returns all pairs that may lie within the distance; None where these are many.
 
-    By Cauchy and Schwarz u.v is at most the product of the first values of u and v plus that of the
-    lengths of their rests: a shorter product than the whole one rules out most pairs. It bounds
-    -|u - v|^2 / 2 as a whole, since comparing with one number is faster than with one a row.
+    By Cauchy-Schwarz, u.v is at most the product of the first values of u and v plus the product of
+    the lengths of their rests, so a shorter product rules out most pairs. It bounds -|u - v|^2 / 2,
+    which needs only one threshold for all rows.
     """
     bounds = query.short_as_query[block] @ gallery.short_as_gallery.T  # (N, M) float32
     halves = query.halves[block].max(), gallery.halves.max()
@@ -201,7 +201,7 @@ def sieved_pairs(
 
 
 def _closest(query: Descriptors, gallery: Descriptors, block: slice, max_distance: float) -> Pairs:
-    """All pairs that rounding cannot tell from the nearest of their row, if near enough."""
+    """All pairs within rounding error of their row's nearest, if near enough."""
     closeness = query.as_query[block] @ gallery.as_gallery.T  # (N, M) float32
     floor = _floors(closeness.max(axis=1), query, gallery, block, max_distance)
     rows = np.flatnonzero(floor < np.inf)
@@ -215,7 +215,7 @@ def _closest(query: Descriptors, gallery: Descriptors, block: slice, max_distanc
 def _closest_in_parts(
     device: str, query: Descriptors, gallery: Descriptors, block: slice, max_distance: float
 ) -> Pairs:
-    """`_closest_on` a device, halved until the device's memory suffices; the result is the same."""
+    """`_closest_on` with the block halved until the device's memory suffices."""
     import torch
 
     try:
@@ -226,7 +226,7 @@ def _closest_in_parts(
                 f"{device} has no memory left to match one descriptor with {len(gallery.values)}: "
                 "close other programs that use it, use fewer workers, or set match_device: null"
             ) from error
-    # Outside the handler: the exception keeps the tensors that were too large.
+    # Outside the handler: the exception references the tensors that were too large.
     torch.cuda.empty_cache()  # does nothing where there is no GPU
     middle = (block.start + block.stop) // 2
     halves = slice(block.start, middle), slice(middle, block.stop)
@@ -289,7 +289,7 @@ def _floors(
     """
     best = best.astype(np.float64)
     slack = _rounding(query.halves[block], gallery.halves.max(), query.values.shape[1])
-    # Rounded down, so that float32 loses none of those that may be nearest.
+    # Rounded down, so that float32 loses no candidate.
     floor = np.nextafter((best - 2 * slack).astype(np.float32), np.float32(-np.inf))
     floor[best + slack < query.halves[block] - max_distance * max_distance / 2] = np.inf
     return floor
@@ -329,7 +329,7 @@ def _squared_distances(
 ) -> np.ndarray:
     """Squared Euclidean distances (P,) float64 of pairs, summed in the order of SciPy's KD-tree.
 
-    The order matters where distances are equal but for rounding: it decides which is smaller.
+    Where distances differ only by rounding, the order decides which is smaller.
     """
     squares = np.empty(len(rows))
     lanes = query.shape[1] // 4 * 4

@@ -64,8 +64,8 @@ def similarity_blocks(
 ) -> Iterator[np.ndarray]:
     """Yields the similarities (Q, B) float32 of each part of the database, a slice or indices.
 
-    The next part overwrites what was yielded: new memory for every block costs as much as half of
-    the product. Raises ValueError naming a database image whose descriptor is not finite.
+    Each part overwrites the last: new memory for every block takes half as long as the product.
+    Raises ValueError naming a database image whose descriptor is not finite.
     """
     left = np.asarray(queries, np.float64)
     buffers: tuple[np.ndarray, ...] = ()

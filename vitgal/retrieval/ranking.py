@@ -1,4 +1,4 @@
-"""Rankings: the order of the first images of every query, the exact rank of each labelled one."""
+"""Rankings: the first images of every query in order, and the exact rank of each labelled one."""
 
 import os
 import zipfile

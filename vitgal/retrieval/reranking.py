@@ -39,7 +39,7 @@ class Reranking:
             )
 
     def exchanges(self, order: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns per query the rising ranks (M,) that change images, and the images (M,) they get.
+        """Returns per query the candidates' rising ranks (M,), and the images (M,) put there.
 
         order: (K, Q) integers, the ranking before. Raises ValueError for a ranking too short, or a
         candidate of the protocol that was not verified.
@@ -90,14 +90,14 @@ def rerank(
     top: int = RerankingSettings.top,
     ties: str = RerankingSettings.ties,
 ) -> np.ndarray:
-    """Puts the candidates of one protocol in order of falling inlier count; the rest stays.
+    """Sorts the candidates of one protocol by falling inlier count; others keep their ranks.
 
     Args:
         ranks: (K, Q) integers, the global ranking, best first, one column a query.
         inliers: (Q, C) inlier counts of `candidates` (Q, C), database indices; both padded with -1.
         protocol: "easy", "medium", "hard": the first `top` images that the protocol does not
-            ignore are sorted among themselves, so that junk costs no candidate its rank (as DELG
-            does). "published": the plain first `top`, where junk counts 0 inliers.
+            ignore are sorted among themselves (as in DELG); ignored images keep their ranks.
+            "published": the plain first `top`, where junk counts 0 inliers.
         ties: "global": equal counts keep their global order. "published": as NumPy's unstable
             sort leaves them, which depends on its version and the processor.
     Returns:

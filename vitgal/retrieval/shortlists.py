@@ -19,7 +19,7 @@ PublishedQuery = tuple[str, tuple[int, int, int, int], list[str]]  # path, box, 
 def shortlist_depth(
     ground_truth: GroundTruth, database_size: int, *, top: int = GlobalSettings.top
 ) -> int:
-    """Returns how many ranks a short list of `top` needs: `top` and as many as any query ignores.
+    """Returns how many ranks a short list of `top` needs: `top` plus the most that a query ignores.
 
     database_size: N, the number of database images, which is never exceeded.
     """
@@ -53,7 +53,7 @@ def candidates(
         raise ValueError(
             f"a ranking of {len(left_out)} queries has that many columns, not {ranks.shape}"
         )
-    # Only where K is at least the size of the labelled database may K ranks be the whole ranking.
+    # K ranks can be the whole ranking only if K is at least the labelled database's size.
     whole = len(ranks) >= len(ground_truth.database)
     lists = []
     for q, images in enumerate(left_out):

@@ -49,7 +49,7 @@ def verify(
         threshold: pixels. For magsac and poselib the greatest distance of a gallery point from its
             projected query point. For degensac, as published, the greatest Sampson distance, and
             symmetric: at equal scale it admits distances up to sqrt(2) * threshold.
-        iterations: the most that are tried.
+        iterations: greatest number.
         confidence: stop once the best model is found with this probability. 1.0: never stop early.
         seed: of the sampling; the same seed gives the same result.
     Returns:
@@ -146,7 +146,7 @@ def _poselib(query: np.ndarray, gallery: np.ndarray, settings: VerificationSetti
         "seed": settings.seed,
     }
     homography, report = poselib.estimate_homography(query, gallery, options, {})
-    # Where it fails it returns its start, the identity, or a model near one or two points only.
+    # On failure it returns the identity, or a model of one or two points.
     return (homography, report["inliers"]) if report["num_inliers"] >= 4 else (None, None)
 
 
