@@ -50,7 +50,7 @@ class View:
 class _RandomNumbers:
     """Numbers from one seeded generator.
 
-    Raw doubles and integers are the same on every machine.
+    Only raw doubles and integers are drawn: they are the same on every machine.
     """
 
     def __init__(self, seed: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from vitgal.data import gldv2
 from vitgal.data.download.fetch import format_size
 
 STAGING = ".unpacking"  # inside the image folder: on the same disk, even where that is a link
-# Photographs hardly compress: one that unpacks to far more than its size is refused.
+# Photographs hardly compress: an archive of them never unpacks to far more than its size.
 MAX_RATIO, MAX_EXTRA_BYTES, MAX_MEMBERS = 10, 16 << 20, 2_000_000
 DAMAGE = (
     *(tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError),
