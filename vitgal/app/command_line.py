@@ -67,6 +67,7 @@ def _add_overrides(parser: argparse.ArgumentParser, text: str) -> None:
 
 def _run(options: argparse.Namespace) -> int:
     def execute() -> str:
+        """Executes the notebooks and returns the summary of their run."""
         from vitgal.app import pipeline, summary
 
         folder = pipeline.run(
@@ -116,6 +117,7 @@ def _own_parser(parser: argparse.ArgumentParser) -> None:
 
 def _own(options: argparse.Namespace) -> int:
     def execute() -> str:
+        """Executes notebook 08 and returns the summary of its search."""
         from vitgal.app import pipeline, summary
 
         folder = pipeline.run_own(

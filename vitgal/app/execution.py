@@ -251,6 +251,7 @@ def _forwarded_sigterm(client: Client, sigterm: threading.Event) -> Iterator[Non
     """Forwards SIGTERM to the kernel, where training saves its state before it ends."""
 
     def forward(*_: object) -> None:
+        """Notes the signal and sends it to the kernel; NotebookError where there is none yet."""
         sigterm.set()
         if client.km is None or not client.km.has_kernel:
             raise NotebookError("SIGTERM came before the kernel had started")

@@ -231,6 +231,7 @@ def _settings(scores: Scores) -> dict[str, Any]:
     flat = {key: value for key, value in _flat(nested).items() if not key.endswith(DERIVED)}
 
     def repeats_parameter(key: str, value: Any) -> bool:
+        """Whether a protocol entry only repeats a parameter of the global stage."""
         parameter = f"global.{key.removeprefix('protocol.')}"
         return key.startswith("protocol.") and parameter in flat and flat[parameter] == value
 

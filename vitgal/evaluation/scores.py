@@ -74,6 +74,7 @@ def score_table(scores: Scores | Mapping[str, Scores], *, digits: int = 1) -> pd
 
 def _row(scores: Mapping[str, Any]) -> dict[str, float]:
     def percent(value: float | None) -> float:
+        """Converts a fraction to percent; None, a score without a query, to nan."""
         return float("nan") if value is None else 100 * value
 
     low, high = (100 * bound for bound in _interval(scores))

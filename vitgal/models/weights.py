@@ -69,7 +69,7 @@ def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) ->
 
     Args:
         source: XCiT's `.pth`, timm's `.safetensors` or `.pth`, our `.safetensors`, or such a state
-            dict.
+            dict. A tensor has the shape and kind (float or integer) of the model's.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: as `load_model`; the model is then unchanged.
@@ -157,6 +157,8 @@ def read_configuration(path: str | Path) -> dict[str, Any]:
 
 def read_tensors(path: str | Path) -> Mapping[str, Tensor]:
     """Reads the tensors of any network's file, by name: `.safetensors`, or a `.pth` of tensors.
+
+    They keep the file's dtype and shape and are on the CPU.
 
     Raises FileNotFoundError, and ValueError where the file is neither.
     """
@@ -330,6 +332,8 @@ def fill(
     """Copies every tensor of the layout into the network, or raises before it changes anything.
 
     Args:
+        tensors: by the file's names; each has the shape of the network's tensors that the layout
+            lists for it, stacked along the first axis.
         dropped: beginnings of names that the file may have beside the layout.
         source: where the tensors come from, for the error.
     Raises:

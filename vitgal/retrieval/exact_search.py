@@ -107,6 +107,7 @@ def _search_estimated(
     error = max(pool.error for pool in pools)
 
     def rank_candidates(q: int) -> Hits:
+        """Ranks by float64 the images that may be among the best `k` of query `q`."""
         pairs = zip(*(pool.hits[q] for pool in pools), strict=True)
         _, images = _possible_best(*map(np.concatenate, pairs), k, error)
         return rank_images(queries[q], database, np.sort(images), k)

@@ -121,6 +121,8 @@ def build(
 def read(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Index:
     """Opens an index that `build` stored, memory-mapped; the arguments are those of `build`.
 
+    The database, (N, D) floats, is compared with the one that was indexed.
+
     Raises StageError where there is no whole index, or one of other descriptors or settings.
     """
     import faiss

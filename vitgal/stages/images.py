@@ -85,6 +85,7 @@ def prefetch(
     """
 
     def attempt(task: ImageTask) -> LoadedImage | ImageError:
+        """Loads one image, or returns the ImageError that tells why it cannot be used."""
         try:
             return load(task)
         except ReadError:

@@ -119,7 +119,7 @@ class LocalDescriber:
         Args:
             images: `count` loaded images.
         Returns:
-            (count, D) float32, zero where an image failed; and the failures.
+            Rows of shape (count, D) float32, zero where an image failed; and the failures.
         """
         failures: list[Failure] = []
         rows = np.zeros((count, self.model.embed_dim), np.float32)
@@ -163,6 +163,7 @@ class LocalDescriber:
 
     def _local_batch(self, batch: list[np.ndarray], frames: Sequence[Frame]) -> list[LocalFeatures]:
         def compute(part: slice) -> list[LocalFeatures]:
+            """Computes the features of a part of the batch, as much as memory holds."""
             pixels = network_input(np.stack(batch[part]), device_of(self.model))
             return local_features(self.model, pixels, frames[part], self.settings)
 

@@ -138,8 +138,14 @@ def augment_fast(image: np.ndarray, size: int, rng: np.random.Generator) -> np.n
 
     Flip, shift, scale, rotation, crop and squash are one affine map sampled once at the network's
     size; brightness, contrast, saturation and a rotation of hue about the grey axis are one 3 x 3
-    matrix and an offset. There is no JPEG round trip. Arguments and result (size, size, 3)
-    are those of `augment_published`.
+    matrix and an offset. There is no JPEG round trip.
+
+    Args:
+        image: (H, W, 3) uint8 RGB.
+        size: side of the square network input in pixels.
+        rng: the only source of randomness.
+    Returns:
+        (size, size, 3) uint8, without the hole.
     """
     picture = cv2.warpAffine(
         image, _random_affine(*image.shape[:2], size, rng), (size, size), flags=cv2.INTER_LINEAR

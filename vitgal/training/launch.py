@@ -203,9 +203,11 @@ def _watched_log(fit: Fit) -> Iterator[None]:
     log, done = fit.folder / "log.jsonl", threading.Event()
 
     def changed() -> int | None:
+        """Returns when the log was last written, in ns; None before it exists."""
         return log.stat().st_mtime_ns if log.exists() else None
 
     def show() -> None:
+        """Passes the whole log to `fit.watch`."""
         fit.watch(pd.read_json(log, lines=True))
 
     # The log of a resumed run is shown here and not by the thread: a fork in the middle of a
@@ -215,6 +217,7 @@ def _watched_log(fit: Fit) -> Iterator[None]:
         show()
 
     def follow() -> None:
+        """Shows the log whenever it has changed, until training is over."""
         last = begun
         while not done.wait(WATCH_SECONDS):
             if changed() != last:

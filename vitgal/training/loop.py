@@ -211,9 +211,12 @@ class Trainer:
         self.end_epoch()
 
     def run_step(self, batches: Sequence[Sample]) -> dict[str, Tensor]:
-        """Runs forward and backward of each batch and one update; returns the mean scalars.
+        """Runs forward and backward of each batch and one update.
 
         A loss that is not finite on any rank stops all of them before the update.
+
+        Returns:
+            For each scalar of the network its mean over the batches, of shape () on the device.
         """
         accelerator, results = self.accelerator, []
         buffers = [buffer.clone() for buffer in self.bare.buffers()]

@@ -30,6 +30,7 @@ def live_curves() -> Callable[[pd.DataFrame], None]:
     handle = display(display_id=True)
 
     def watch(log: pd.DataFrame) -> None:
+        """Draws the log in place of what was shown before."""
         figure = training_curves(log)[0].figure
         plt.close(figure)  # else the inline backend shows it a second time
         handle.update(figure)

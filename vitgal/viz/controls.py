@@ -116,6 +116,7 @@ class Chooser:
         button = widgets.Button(description=sign, layout=NARROW)
 
         def move(_: object) -> None:
+            """Chooses the item `step` further on."""
             if self.list.options:
                 self.list.index = ((self.list.index or 0) + step) % len(self.list.options)
 

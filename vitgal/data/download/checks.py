@@ -193,6 +193,7 @@ def _unreadable(
     """Returns (path, reason) of the images that cannot be decoded."""
 
     def failure(path: str) -> str | None:
+        """Returns why the image cannot be decoded; None if it can."""
         try:
             read_image(folder / path)
         except ImageError as error:

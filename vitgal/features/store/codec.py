@@ -104,10 +104,12 @@ def decode_features(
     """Decodes one image's features; the arrays are copied.
 
     Args:
-        arrays: as `encode_features` returned them; others are ignored.
+        arrays: as `encode_features` returned them, N rows each; others are ignored.
         sizes: the eight integers of `LocalFeatures.sizes`.
         dtype: of the stored descriptors.
         code_dim: dimension of a descriptor.
+    Returns:
+        Keypoints (N, 2), descriptors (N, code_dim), scores and scales (N,), all float32.
     """
     return LocalFeatures(
         keypoints=np.array(arrays["keypoints"]),

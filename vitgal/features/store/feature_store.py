@@ -88,7 +88,11 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         return self._format.code_dim
 
     def raw(self, key: str) -> dict[str, np.ndarray]:
-        """Returns one item's arrays as `encode_features` gave them, mapped from the files."""
+        """Returns one item's arrays as `encode_features` gave them, mapped from the files.
+
+        "keypoints" (N, 2), "scores" and "scales" (N,) are float32; "descriptors" (N, columns) are
+        encoded.
+        """
         return self._stored(self._locate(key))
 
     def verify(self) -> None:
