@@ -28,7 +28,7 @@ def work(folder: Path, *, text: str = "text", overwrite: bool = False, **paramet
         finished = stage.finished
         if not finished:
             runs.write_text(folder / "out.txt", text)
-            stage.finish(["out.txt"], images=3)
+            stage.finish(["out.txt"], {"images": 3})
     return finished
 
 

@@ -57,7 +57,7 @@ def _stages(folder: Path, described: list) -> None:
         store.write_shard(
             stage.folder / "shard-00", sorted(described), store.ShardFormat("float32")
         )
-        stage.finish([], precision="fp32")
+        stage.finish([], {"precision": "fp32"})
     with runs.stage(folder / "tiny" / "rerank", "rerank", parameters={}, inputs={}) as stage:
         candidates = np.array([[3, 1, 0, 2], [-1, -1, -1, -1]], np.int32)
         runs.write_array(stage.folder / "candidates.npy", candidates)

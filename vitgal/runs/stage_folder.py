@@ -49,7 +49,9 @@ class Stage:
     stamps: dict[str, str] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
 
-    def finish(self, outputs: Iterable[str | Path], **recorded: Any) -> Path:
+    def finish(
+        self, outputs: Iterable[str | Path], recorded: Mapping[str, Any] | None = None
+    ) -> Path:
         """Writes the manifest, which marks the stage as finished; returns the folder.
 
         Args:
@@ -68,7 +70,7 @@ class Stage:
             "outputs": {
                 name: describe_output(self.folder / name) for name in sorted(map(str, outputs))
             },
-            "recorded": facts | recorded,
+            "recorded": facts | dict(recorded or {}),
         }
         write_json(self.folder / MANIFEST, manifest)
         (self.folder / STARTED).unlink(missing_ok=True)

@@ -62,7 +62,7 @@ def make_demo(
         rendering.write_views([(view, folder / path) for view, path in targets], progress=progress)
         benchmark.write_tables(folder, training, queries, database)
         outputs = [path for _, path in targets]
-        return stage.finish([*outputs, *benchmark.TABLES], views=len(targets))
+        return stage.finish([*outputs, *benchmark.TABLES], {"views": len(targets)})
 
 
 def _photographs_input(folder: Path, photographs: Sequence[Photograph]) -> runs.Input:

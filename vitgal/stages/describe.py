@@ -78,7 +78,7 @@ def evaluate_global(
         protocol |= {"scales": settings.scales, "precision": describer.precision}
         write_rankings(stage, dataset, settings, queries, file, protocol, rows.failures)
         recorded |= {"images": count, "failed": len(rows.failures)}
-        stage.finish(global_outputs(settings), **recorded)
+        stage.finish(global_outputs(settings), recorded)
         rows.forget()
         report_failures(rows.failures, count)
         return stage.folder

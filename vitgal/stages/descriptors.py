@@ -69,5 +69,5 @@ def evaluate_descriptors(
         protocol = {"crop_queries": settings.crop_queries, "descriptors": "made elsewhere"}
         database_file = runs.write_array(stage.folder / "database.npy", rows()[len(queries) :])
         write_rankings(stage, dataset, settings, rows()[: len(queries)], database_file, protocol)
-        recorded = recorded_paths(run, dataset)
-        return stage.finish(global_outputs(settings), images=count, **recorded)
+        recorded = {"images": count} | recorded_paths(run, dataset)
+        return stage.finish(global_outputs(settings), recorded)

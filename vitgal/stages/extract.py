@@ -83,7 +83,7 @@ def extract_shortlist(
             settings.max_failed_share,
         )
         recorded |= {"images": len(images), "failed": len(failures)}
-        stage.finish(shard_outputs(stage.folder) + index, **recorded)
+        stage.finish(shard_outputs(stage.folder) + index, recorded)
         report_failures(failures, len(images))
         return stage.folder
 

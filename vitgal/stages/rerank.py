@@ -83,14 +83,12 @@ def rerank_shortlist(
             runs.write_array(folder / "inliers.npy", padded(counts))
         shutil.rmtree(folder / JOURNAL, ignore_errors=True)
         inliers = np.load(folder / "inliers.npy", allow_pickle=False)
-        outputs = _write_rankings(folder, lists, inliers, settings)
+        rankings = _write_rankings(folder, lists, inliers, settings)
         _write_scores(stage, lists)
-        return stage.finish(
-            [*outputs, "candidates.npy", "inliers.npy", "scores.json"],
-            engine=machine.engine,
-            workers=machine.workers,
-            pairs=int((inliers >= 0).sum()),
-        )
+        pairs = int((inliers >= 0).sum())
+        recorded = {"engine": machine.engine, "workers": machine.workers, "pairs": pairs}
+        outputs = [*rankings, "candidates.npy", "inliers.npy", "scores.json"]
+        return stage.finish(outputs, recorded)
 
 
 def _read_lists(folder: Path, ground_truth: GroundTruth, top: int) -> CandidateLists:

@@ -49,7 +49,8 @@ def make_split(
         tables = tables or _make_tables(settings, paths, Path(image_folder))
         for name, table in tables.items():
             splits.write_csv(stage.folder / name, table)
-        return stage.finish(tables, images={name: len(table) for name, table in tables.items()})
+        images = {name: len(table) for name, table in tables.items()}
+        return stage.finish(tables, {"images": images})
 
 
 def _make_tables(

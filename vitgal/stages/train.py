@@ -167,10 +167,12 @@ def _fit_stage(fit: Fit, inputs: dict[str, str], overwrite: bool) -> Path:
             if rank() == 0:
                 stage.finish(
                     ["model.safetensors", "log.jsonl", "failures.json"],
-                    device="cuda" if torch.cuda.device_count() else "cpu",
-                    data_workers=fit.machine.data_workers,
-                    processes=fit.machine.num_processes,
-                    unreadable=len(runs.read_json(fit.folder / "failures.json")),
+                    {
+                        "device": "cuda" if torch.cuda.device_count() else "cpu",
+                        "data_workers": fit.machine.data_workers,
+                        "processes": fit.machine.num_processes,
+                        "unreadable": len(runs.read_json(fit.folder / "failures.json")),
+                    },
                 )
     if launched():
         PartialState().wait_for_everyone()  # the next stage reads what this one wrote

@@ -92,9 +92,8 @@ def tune(
         )
         _write_choice(stage.folder, lists, _padded_counts(rows), grid, current)
         shutil.rmtree(stage.folder / JOURNAL, ignore_errors=True)
-        return stage.finish(
-            OUTPUTS, engine=machine.engine, workers=machine.workers, queries=len(queries)
-        )
+        recorded = {"engine": machine.engine, "workers": machine.workers, "queries": len(queries)}
+        return stage.finish(OUTPUTS, recorded)
 
 
 def _parameters(grid: Grid, settings: TuningSettings, current: RerankingSettings) -> dict[str, Any]:
