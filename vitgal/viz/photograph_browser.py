@@ -1,6 +1,7 @@
 """A browser over one's own photographs: choose one, draw a box on it, search, look at matches."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import cv2
 import ipywidgets as widgets
@@ -8,10 +9,12 @@ import numpy as np
 
 from vitgal.data.photographs import PhotographError, read_upright
 from vitgal.settings import RerankingSettings
-from vitgal.stages.own import Photographs, SearchResult, find_query, search_folder
 from vitgal.viz.controls import WIDE, FigureOutput, labelled, refill, unobserved
 from vitgal.viz.photographs import pair_figure, ranking_figure, reduce_image
 from vitgal.viz.style import BOX_RGB
+
+if TYPE_CHECKING:  # the stage needs torch: it is imported where it works
+    from vitgal.stages.own import Photographs, SearchResult
 
 PREVIEW = 480  # pixels, the longer side of the photograph on which a box is drawn
 LISTED = 50  # photographs that can be chosen for their matches
@@ -27,12 +30,14 @@ class PhotographBrowser:
 
     def __init__(
         self,
-        photographs: Photographs,
+        photographs: "Photographs",
         query: str,
         box: Sequence[int] | None,
         settings: RerankingSettings,
         columns: int,
     ) -> None:
+        from vitgal.stages.own import find_query
+
         self.photographs, self.settings, self.columns = photographs, settings, columns
         self.result: SearchResult | None = None
         name, _ = find_query(photographs, query)
@@ -75,6 +80,8 @@ class PhotographBrowser:
 
     def _open_query(self, box: Sequence[int] | None) -> None:
         """Shows the chosen query and sets the sliders to the box, or to the whole photograph."""
+        from vitgal.stages.own import find_query
+
         try:
             image = read_upright(find_query(self.photographs, self.query.value)[1])
         except PhotographError as error:
@@ -100,6 +107,8 @@ class PhotographBrowser:
         self.preview.value = jpeg.tobytes()
 
     def _search(self) -> None:
+        from vitgal.stages.own import search_folder
+
         self.result = search_folder(self.photographs, self.query.value, self.box, self.settings)
         ranking_figure(self.result, columns=self.columns)
         entries = [
@@ -118,7 +127,7 @@ class PhotographBrowser:
 
 
 def browse_photographs(
-    photographs: Photographs,
+    photographs: "Photographs",
     query: str,
     box: Sequence[int] | None,
     settings: RerankingSettings,

@@ -1,7 +1,7 @@
 """Figures of a search among one's own photographs."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -9,9 +9,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 
 from vitgal.data.photographs import read_upright
-from vitgal.stages.own import SearchResult
 from vitgal.viz.galleries import QueryImage, RankedImage, stacked_rankings
 from vitgal.viz.matching import MatchedImage, match_lines
+
+if TYPE_CHECKING:  # the stage needs torch, its figures do not
+    from vitgal.stages.own import SearchResult
 
 THUMBNAIL = 1200  # pixels, the longer side of a photograph in a ranking
 
@@ -32,7 +34,7 @@ def _thumbnail(path: Path) -> np.ndarray:
     return reduce_image(read_upright(path), THUMBNAIL)[0]
 
 
-def ranking_figure(result: SearchResult, *, columns: int = 7) -> np.ndarray:
+def ranking_figure(result: "SearchResult", *, columns: int = 7) -> np.ndarray:
     """Draws the query with the first photographs by similarity, and below after reranking.
 
     Returns the axes (2, 1 + columns).
@@ -67,7 +69,7 @@ def _inliers(row: Any) -> str:
     return f"{row.rank}   {row.photograph}{counts}"
 
 
-def pair_figure(result: SearchResult, name: str, *, max_lines: int = 60) -> Axes:
+def pair_figure(result: "SearchResult", name: str, *, max_lines: int = 60) -> Axes:
     """Draws the query and one photograph with their matches; returns the axes."""
     query, (features, pair) = result.description.features, result.pair(name)
     return match_lines(
