@@ -142,8 +142,8 @@ def test_what_cannot_be_compared(two, tmp_path):
             "a has 3 queries, b 2, and query 2 is r there and None here",
         ),
         (document([0, 0, 0], ground_truth=truth(["p", "q", "s"])), "query 2 is r there and s here"),
-        (document([0, 0, 0], ground_truth=truth(easy=1)), "other labels or boxes"),
-        (document([0, 0, np.nan]), "query 2 counts in one of the systems alone"),
+        (document([0, 0, 0], ground_truth=truth(easy=1)), "different labels or boxes"),
+        (document([0, 0, np.nan]), "query 2 counts in one system only"),
         ({"easy": document([0, 0, 0])["medium"]}, "share no protocol"),
     ],
 )

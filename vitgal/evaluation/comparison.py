@@ -1,7 +1,7 @@
-"""Compares two results: which settings differ, and whether the queries show a difference.
+"""Compares two results: their settings, and AP query by query.
 
-A result is a scores.json. Runs, a dataset's folder in a run, or single stages can be compared, so
-that a reranked ranking can also be compared with the global one of its own run.
+A result is a scores.json. Runs, datasets of a run and single stages can be compared, for example a
+reranked ranking with the global one of the same run.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from vitgal.evaluation.statistics import (
 
 SCORES = "scores.json"
 SETTINGS = ("protocol", "fingerprints", "failed_images", "bootstrap", "versions")
-# Fingerprints of a run's own files follow from the settings.
+# Fingerprints that are not compared: these files follow from the settings.
 DERIVED = ("names.json", "ranks.npy", "positions.npz", "shortlist.txt", "local features")
 ABSENT = "–"
 FINGERPRINT_DIGITS = 12  # enough to tell two apart
@@ -42,7 +42,7 @@ class Comparison:
     """The comparison of two results.
 
     Attributes:
-        names: of the two results, for readers.
+        names: of the two results.
         settings: a row for each setting that differs, indexed by its name, with `names` as columns.
         tests: protocol -> PairedTest, second against first.
         intervals: protocol -> (mAP, low, high) in [0, 1] of each of the two.
@@ -97,8 +97,8 @@ def compare(
 ) -> dict[str, Comparison]:
     """Compares the results that two folders have in common, by label.
 
-    Two single stages, such as `runs/a/demo/global` and `runs/a/demo/rerank`, are compared whatever
-    their labels.
+    Two single stages, such as `runs/a/demo/global` and `runs/a/demo/rerank`, are compared even
+    if their labels differ.
 
     Args:
         first, second: see `find_results`.
@@ -186,8 +186,8 @@ def _check_comparable(first: Scores, second: Scores, names: tuple[str, str]) -> 
     datasets = [scores.get("protocol", {}).get("dataset") for scores in (first, second)]
     if None not in datasets and datasets[0] != datasets[1]:
         raise ValueError(
-            f"{names[0]} is a result on {datasets[0]}, {names[1]} on {datasets[1]}: other data "
-            "sets cannot be compared"
+            f"{names[0]} is a result on {datasets[0]}, {names[1]} on {datasets[1]}: results "
+            "on different data sets cannot be compared"
         )
     queries = [scores.get("queries") for scores in (first, second)]
     if None not in queries and queries[0] != queries[1]:
@@ -200,15 +200,15 @@ def _check_comparable(first: Scores, second: Scores, names: tuple[str, str]) -> 
     labels = [scores.get("fingerprints", {}).get("ground truth") for scores in (first, second)]
     if None not in labels and labels[0] != labels[1]:
         raise ValueError(
-            f"{names[0]} and {names[1]} were scored against other labels or boxes of the same "
-            "queries (the ground truths' fingerprints differ): score both against one"
+            f"{names[0]} and {names[1]} were scored against different labels or boxes (the "
+            "ground truths' fingerprints differ): score both against the same ground truth"
         )
 
 
 def setting_table(first: Scores, second: Scores, names: tuple[str, str]) -> pd.DataFrame:
     """Lists the settings that differ between two results, a row each.
 
-    Fingerprints are shortened; – stands for a setting that a result does not have.
+    Fingerprints are shortened; – marks a setting that a result does not have.
     """
     settings = [_settings(scores) for scores in (first, second)]
     rows = {}

@@ -34,14 +34,14 @@ def evaluate(
             is the larger of K and the size of the ground truth's database.
     Returns:
         protocol -> {"map": float in [0, 1], "mp_at": {k: float in [0, 1]}, "ap": (Q,) float64}.
-        The AP of a query without positives is nan and counts in no mean. Without any query that
-        counts the means are nan.
+        A query without positives has AP nan and is left out of the means; they are nan if no query
+        is left.
     Raises:
         ValueError: an index is repeated or out of range, a labelled image is missing, the ranking
             does not fit the ground truth, or a protocol or k is unknown.
     """
     if not all(isinstance(k, (int, np.integer)) and k >= 1 for k in kappas):
-        raise ValueError(f"kappas are whole numbers from 1 on, not {kappas}")
+        raise ValueError(f"kappas must be integers of at least 1, not {kappas}")
     if isinstance(ranking, Mapping):
         if set(ranking) - set(PROTOCOLS) or not ranking:
             raise ValueError(f"rankings by protocol are for {PROTOCOLS}, not {sorted(ranking)}")
@@ -124,7 +124,7 @@ def average_precision(ranks: np.ndarray, count: int) -> float:
 
     Args:
         ranks: (F,) rising zero-based ranks of the positives that were found; none gives 0.
-        count: the number of all positives, at least 1.
+        count: the total number of positives, at least 1.
     """
     found = np.arange(ranks.size)
     before = np.divide(found, ranks, out=np.ones(ranks.size), where=ranks > 0)

@@ -6,9 +6,9 @@ import numpy as np
 
 # The defaults, which every scores.json records
 BOOTSTRAP = {"level": 0.95, "samples": 10_000, "seed": 0}
-EXACT = 16  # up to this many queries that differ, all sign flips are tried
+EXACT = 16  # with at most this many differing queries all sign flips are tried
 SIGNIFICANT = 0.05  # systems differ where the p-value is below
-DRAWS = 1 << 18  # numbers drawn at once: they stay in the processor's cache
+DRAWS = 1 << 18  # numbers drawn at once: they fit into the processor's cache
 
 
 def bootstrap_interval(
@@ -20,8 +20,8 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """Computes a percentile bootstrap interval of the mean AP over queries.
 
-    Queries are drawn with replacement. Queries of one landmark resemble each other, which no
-    interval over queries accounts for: with few landmarks the true uncertainty is larger.
+    Queries are drawn with replacement. Queries of one landmark are not
+    independent: with few landmarks the true uncertainty is larger.
 
     Args:
         ap: (Q,) floats, nan for queries that do not count. For two systems it is the difference of
@@ -35,7 +35,7 @@ def bootstrap_interval(
     values = np.asarray(ap, np.float64)
     values = values[~np.isnan(values)]
     if samples < 1 or not 0 < level < 1:
-        raise ValueError(f"{samples} samples at level {level}: at least 1, and between 0 and 1")
+        raise ValueError(f"{samples} samples at level {level}: at least 1, level in (0, 1)")
     if not values.size:
         return float("nan"), float("nan")
     # scipy.stats.bootstrap draws the same samples but rounds the percentiles differently: the
@@ -57,7 +57,7 @@ class PairedTest:
     Attributes:
         difference: the mean AP of the second system minus that of the first, in [-1, 1].
         low, high: its paired bootstrap interval.
-        p_value: the probability of a difference as large if the sign of each query's were random.
+        p_value: the probability of a difference as large if each query's sign were random.
         exact: whether all combinations of signs were tried, not a sample of them.
         queries: the number of queries that count.
         won, lost: the number of queries that the second system improves and worsens.
@@ -104,7 +104,7 @@ def paired_test(
         raise ValueError(f"APs of shapes {first.shape} and {second.shape}: not the same queries")
     odd = np.flatnonzero(np.isnan(first) != np.isnan(second))
     if odd.size:
-        raise ValueError(f"query {odd[0]} counts in one of the systems alone: other ground truths")
+        raise ValueError(f"query {odd[0]} counts in one system only: the ground truths differ")
     change = (second - first)[~np.isnan(first)]
     low, high = bootstrap_interval(change, samples=samples, seed=seed, level=level)
     p_value, exact = _sign_flips(change, samples, seed)
@@ -129,7 +129,7 @@ def _sign_flips(change: np.ndarray, samples: int, seed: int) -> tuple[float, boo
     if not change.size:
         return float("nan"), True
     change = change[change != 0]  # a flip of 0 changes nothing
-    # Sums in another order differ in their last bits; what equals the observed sum must count.
+    # The tolerance: sums that equal the observed one but for rounding must count.
     threshold = abs(change.sum()) - 1e-9 * np.abs(change).sum()
     if change.size <= EXACT:
         sums = np.zeros(1)

@@ -10,14 +10,14 @@ from vitgal.evaluation import statistics
 from vitgal.settings import RerankingSettings, TuningSettings
 
 DATASET = "val_retrieval"
-PROTOCOL = "medium"  # easy and hard count; only easy images are labelled here
+PROTOCOL = "medium"  # the positives of the validation set are all easy
 
 Grid = dict[str, list[float]]  # max_distance, threshold and top, each with its rising values
 Point = tuple[int, int, int]  # the index of a value of each
 
 
 class TuningError(runs.UserError, ValueError):
-    """Nothing can be tuned here; the message says why and what to do."""
+    """Tuning is impossible; the message gives the reason and the remedy."""
 
 
 def current_point(current: RerankingSettings) -> dict[str, float]:
@@ -47,8 +47,7 @@ def make_grid(settings: TuningSettings, current: RerankingSettings) -> Grid:
 def best_point(ap: np.ndarray) -> Point:
     """Returns the point of the highest mean AP; of equal ones the first.
 
-    ap: (D, T, C, Q) float64. Means that are equal but for rounding are equal: otherwise the order
-    of the sums would choose among them.
+    ap: (D, T, C, Q) float64. Means that differ only by rounding count as equal.
     """
     means = ap.mean(axis=-1)
     best = np.argmax(means >= means.max() - 1e-12)
@@ -92,9 +91,9 @@ class Tuning:
 
     @property
     def held_out(self) -> np.ndarray:
-        """(Q,) AP of each query at the point that the other landmarks' queries would choose.
+        """(Q,) AP of each query at the best point for the queries of other landmarks.
 
-        A query's own choice flatters it; this one does not. With one landmark alone, all nan.
+        The choice does not depend on the query itself. All nan if there is only one landmark.
         """
         ap = np.full(self.groups.shape, np.nan)
         for group in np.unique(self.groups):
