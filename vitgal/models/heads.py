@@ -111,7 +111,7 @@ class ArcFace(nn.Module):
         return self.scale * cosine
 
     def _widened(self, cosine: Tensor) -> Tensor:
-        """cos(angle + margin); where that would pass pi, a line that keeps falling instead."""
+        """cos(angle + margin); a falling line where the angle would exceed pi."""
         sine = (1 - cosine.square()).clamp(min=1e-7).sqrt()  # 1e-7: float32's resolution at 1
         widened = cosine * math.cos(self.margin) - sine * math.sin(self.margin)
         fallback = cosine - self.margin * math.sin(self.margin)

@@ -31,7 +31,7 @@ def resolve_precision(
     """Resolves "auto": "bf16" where the device computes it natively, else "fp32".
 
     Args:
-        forks: ask a GPU in another process, since a process that has used CUDA cannot be forked.
+        forks: query the GPU in another process: a process that has used CUDA cannot be forked.
     Raises:
         ValueError: an unknown precision.
     """
@@ -79,7 +79,7 @@ def open_model(model: str | Path, device: torch.device | str = "cpu", *, seed: i
 def weights_fingerprint(model: str | Path, *, seed: int = 0) -> str:
     """Returns the sha256 of the file that `open_model` loads, or architecture and seed.
 
-    Raises FileNotFoundError, with the command that brings the file where there is one.
+    Raises FileNotFoundError, with the command that downloads the file if there is one.
     """
     weights = weights_input(model, seed=seed)
     return weights if isinstance(weights, str) else weights.fingerprint()
@@ -115,7 +115,7 @@ def inference(model: ViTGaL, precision: str = GlobalSettings.precision) -> Itera
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     device, training = device_of(model), model.training
     bf16 = resolve_precision(precision, device) == "bf16"
-    # fp32 means fp32: cuDNN would round convolutions' inputs to 10 bits (TF32) by default.
+    # By default cuDNN rounds the inputs of convolutions to 10 bits (TF32).
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
     model.eval()
     try:
@@ -141,8 +141,7 @@ class _OneDNN(TorchFunctionMode):
 
 
 def _one_dnn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # NOTE: the operation that torch.compile uses on CPUs. It is not documented, so
-    # `_one_dnn_works` tries it before it is used.
+    # NOTE: torch.compile uses this operation on CPUs. It is undocumented: see `_one_dnn_works`.
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
@@ -166,9 +165,9 @@ def _linear_layers(device: torch.device, bf16: bool) -> contextlib.AbstractConte
 
 @contextlib.contextmanager
 def limited_threads(threads: int | None) -> Iterator[None]:
-    """Limits torch's CPU threads (None: as it is); sums of floats differ with their number.
+    """Limits torch's CPU threads (None: unchanged); sums of floats depend on their number.
 
-    threadpoolctl does not see the MKL inside torch.
+    threadpoolctl cannot limit the MKL inside torch.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
@@ -184,8 +183,8 @@ def normalise(pixels: Tensor) -> Tensor:
         torch.tensor(values, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
         for values in (MEAN, STD)
     )
-    # A new tensor, since one image alone may have come with a stride of 0, by which convolutions
-    # choose another order of sums. Then in place: touching new memory is what takes the time.
+    # A new tensor: a single image may have a stride of 0, which changes the order of sums in
+    # convolutions. Then in place: touching new memory takes most of the time.
     return pixels.to(torch.float32).div(255).sub_(mean).div_(std)
 
 
@@ -194,8 +193,8 @@ def network_input(batch: np.ndarray, device: torch.device | str) -> Tensor:
 
     Normalising on the device moves a quarter of the bytes.
     """
-    # The colours stay last in memory, which makes convolutions up to 18 % faster on a CPU.
-    if not batch.strides[0]:  # `image[None]`: torch would not see that, and round differently
+    # Channels last in memory: convolutions on a CPU are up to 18 % faster.
+    if not batch.strides[0]:  # of `image[None]`; torch would round differently
         batch = batch.copy()
     return normalise(torch.from_numpy(batch).to(device).permute(0, 3, 1, 2))
 
@@ -222,7 +221,7 @@ def batches(
 
 @dataclass(eq=False)
 class BatchLimit:
-    """How many images fit on the device at once; learned when a batch does not fit.
+    """The largest batch that fits on the device, found by halving.
 
     Attributes:
         images: the limit; 0 while it is unknown.
@@ -251,7 +250,7 @@ class BatchLimit:
                 self.images = size // 2
             else:
                 continue
-            # Outside the handler: the exception holds the tensors of the batch that was too large.
+            # Outside the handler: the exception keeps the tensors of the batch in memory.
             torch.cuda.empty_cache()  # does nothing where there is no GPU
             print(f"out of memory with {size} images at once: going on with {self.images}")
         return results

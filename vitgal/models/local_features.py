@@ -1,8 +1,7 @@
-"""Local features from patch tokens: which tokens count, at which scales, and which overlap.
+"""Local features from patch tokens: selection at several scales, non-maximum suppression.
 
-Source: ViTGaL, section 3 (local features are the autoencoder's codes of the tokens that its class
-attention looks at), and the published extraction code for everything that the paper leaves open:
-thresholds, rounding and non-maximum suppression are as that code computes them.
+Source: ViTGaL, section 3: local features are the autoencoder's codes of the tokens of highest class
+attention. Thresholds, rounding and suppression are those of the published extraction code.
 
 Coordinates are pixels of the network input at scale 1, with the image's top-left corner at (0, 0).
 """
@@ -92,7 +91,7 @@ def _select_best(
     size: tuple[int, int],
     frame: Frame,
 ) -> LocalFeatures:
-    """One image's features: the survivors of suppression over all scales, with their codes."""
+    """One image's features and codes after suppression over all scales."""
     boxes, scores, nominal, tokens = (np.concatenate(part) for part in zip(*parts, strict=True))
     kept = suppress(
         boxes,
@@ -118,9 +117,9 @@ def rescale(
 ) -> tuple[Tensor, tuple[float, float]]:
     """Scales images (B, 3, h, w), bilinear without smoothing; returns them and both sides' factors.
 
-    "published" gives the factors to the interpolation as the published code does, which loses a
-    pixel to rounding for some sides (688 at 0.7071; 752 and 880 at 0.5): 495 pixels still make 31
-    patches, but that code counts 30, so that where a width is hit its locations are scrambled.
+    "published" passes the factors to the interpolation, as the published code does. Rounding then
+    costs some sides a pixel (688 at 0.7071; 752 and 880 at 0.5). A width of 495 pixels has 31
+    patches, but that code assumes 30 and gets wrong locations.
     """
     size = tuple(images.shape[-2:])
     target = scaled_size(size, scale)

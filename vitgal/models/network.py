@@ -2,9 +2,9 @@
 
 Paper: Phan, Nguyen, Warrier, Gupta, "Patch Embedding as Local Features: Unifying Deep Local and
 Global Features via Vision Transformer for Image Retrieval", ACCV 2022. The transformer is XCiT
-(El-Nouby et al., 2021) from timm (Apache-2.0). Everything added to it here is written anew from the
-paper and from the observed behaviour of the published network, and computes the same numbers with
-the published weights (tests/models/test_parity.py).
+(El-Nouby et al., 2021) from timm (Apache-2.0). The additions are written from the paper and
+the observed behaviour of the published network. With the published weights they compute the same
+numbers (tests/models/test_parity.py).
 
 The published network behaves in ways that the paper does not mention. They are kept, because the
 published weights were trained with them, and marked "As published". Deliberate differences:
@@ -34,7 +34,6 @@ ARCHITECTURES = {
     "xcit_small_12_p16_224": (384, 12),
     "xcit_small_24_p16_224": (384, 24),
 }
-PATCH_SIZE = 16  # pixels of the network input
 DILATIONS = (1, 3, 6, 9, 12)
 LAYER_NORM_EPS = 1e-6  # XCiT's, not torch's 1e-5
 
@@ -94,7 +93,7 @@ class MultiAtrous(nn.Module):
         self.gamma2 = nn.Parameter(torch.full((dim,), eta))
 
     def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Transforms tokens (B, h * w, D) of a grid (h, w); the shape stays."""
+        """Computes tokens of the same shape from tokens (B, h * w, D) of a grid (h, w)."""
         images = tokens.transpose(1, 2).unflatten(2, grid)  # (B, D, h, w)
         branches = [conv(images) for conv in self.dilated_convs]
         # The published bilinear upsampling of a 1 x 1 map is this expansion, exactly.
@@ -109,8 +108,7 @@ class Autoencoder(nn.Module):
     """Short codes for tokens, and a class attention that scores the tokens.
 
     `encoder` computes the local descriptors, `decoder` maps them back to the tokens' width. A class
-    token attends to the decoded tokens; trained to classify landmarks, it attends to the patches
-    by which a landmark is recognised.
+    token, trained to classify landmarks, attends to the decoded tokens.
     """
 
     def __init__(self, dim: int, code_dim: int, *, num_heads: int):
@@ -340,7 +338,7 @@ def build_model(
 
 
 def class_attention(block: ClassAttentionBlock, joined: Tensor) -> Tensor:
-    """Computes how much each head's class token attends to each patch in a block.
+    """Computes the class attention of each head of a block.
 
     joined: class token and patch tokens (B, 1 + N, D), the block's input. Returns (B, heads, N)
     float32. The softmax is over class token and patches; the class token's attention to itself is
@@ -349,7 +347,7 @@ def class_attention(block: ClassAttentionBlock, joined: Tensor) -> Tensor:
     normed, attn = block.norm1(joined), block.attn
     query = attn.q(normed[:, 0]).unflatten(-1, (attn.num_heads, -1)).float()
     key = attn.k(normed).unflatten(-1, (attn.num_heads, -1)).float()
-    with torch.autocast(joined.device.type, enabled=False):  # scores decide what is a keypoint
+    with torch.autocast(joined.device.type, enabled=False):  # keypoints depend on the scores
         scores = torch.einsum("bhc,bnhc->bhn", query * attn.scale, key)
     return scores.softmax(dim=-1)[:, :, 1:]
 

@@ -1,8 +1,4 @@
-"""The teacher of distillation: a trained network of timm that describes the same pictures.
-
-It is never trained and is no part of states and models. What remains of it is in the student's
-weights, and in one linear map that state/ alone keeps.
-"""
+"""The teacher of distillation: a trained network of timm. It is frozen and never saved."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +13,7 @@ from vitgal.models import weights
 
 GEM = 3.0  # exponent of generalised mean pooling
 TINY = 1e-6
-# efficientnet_pytorch's name of a layer -> timm's: of the network, of the two kinds of blocks
+# efficientnet_pytorch's layer names -> timm's: of the network, then of its two kinds of blocks
 TRUNK = {
     "_conv_stem": "conv_stem",
     "_bn0": "bn1",
@@ -37,11 +33,11 @@ INVERTED = {
 
 
 class Teacher:
-    """A trained network of timm, frozen and in eval mode, that turns pictures into descriptors.
+    """A trained network of timm that computes descriptors, frozen and in eval mode.
 
-    A feature map becomes a descriptor by generalised mean pooling (exponent 3, Radenovic et al.,
-    2019), any other output as timm pools it. The teacher is not a module, so that its tensors are
-    no part of the network that holds it.
+    Feature maps are pooled by the generalised mean (exponent 3, Radenovic et al., 2019), other
+    outputs as timm does. The class is no nn.Module, so that its tensors are not saved with the
+    network that holds it.
 
     Args:
         name: timm's, as "tf_efficientnet_lite0".
@@ -62,7 +58,7 @@ class Teacher:
         layout = weights.make_layout(network.state_dict(), _renamer(names))
         weights.fill(network, tensors, layout, source=source)
         self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        # Pictures come with our normalisation; the teacher was trained with its own.
+        # From our normalisation to the teacher's.
         config = timm.data.resolve_model_data_config(network)
         mean, std, own_mean, own_std = (
             torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
@@ -73,7 +69,7 @@ class Teacher:
 
     @torch.no_grad()
     def describe(self, pictures: Tensor) -> Tensor:
-        """Describes (B, 3, H, W), normalised as ours, as (B, dim) float32 on the same device."""
+        """Computes descriptors (B, dim) float32 of (B, 3, H, W) with our normalisation."""
         if self.factor.device != pictures.device:
             self.network = self.network.to(pictures.device)
             self.factor, self.offset = (

@@ -1,7 +1,6 @@
 """Model weights in and out: the published `.pth`, ImageNet XCiT, and our `.safetensors`.
 
-A file names its tensors in one of three layouts. Each is a table from the file's names to the
-model's, so that loading is one strict comparison, reported in the names that the file uses:
+A layout maps a file's tensor names to the model's. There are three; errors use the file's names:
 
 * ours: the model's own names;
 * official: XCiT's and ViTGaL's `.pth`, where class attention keeps query, key and value in one
@@ -65,7 +64,7 @@ def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) ->
 
     Every tensor but `local_atrous.*` and the autoencoder's is filled; a second class attention
     block (`cls_attn_blocks.1.*`) and the classifier (`head.*`) of the file are dropped. A ViTGaL
-    model of ours, to train it further, fills `local_atrous.*` too; its autoencoder is dropped.
+    model of ours also fills `local_atrous.*`; its autoencoder is dropped.
 
     Args:
         source: XCiT's `.pth`, timm's `.safetensors` or `.pth`, our `.safetensors`, or such a state
@@ -89,7 +88,7 @@ def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) ->
 
 
 def save_model(model: ViTGaL, path: str | Path, *, dtype: str = "float32", **metadata: Any) -> Path:
-    """Writes a model with its configuration as `.safetensors`, atomically; same model, same bytes.
+    """Writes a model with its configuration as `.safetensors`: atomically, and reproducibly.
 
     Args:
         dtype: "float32", or "float16" for half the size; both load as float32.
@@ -98,7 +97,7 @@ def save_model(model: ViTGaL, path: str | Path, *, dtype: str = "float32", **met
         The path.
     Raises:
         ValueError: another dtype, or a path that does not end in `.safetensors`.
-        OSError: the file cannot be written; an older one at `path` is whole.
+        OSError: the file cannot be written; an older one at `path` is kept.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -276,7 +275,7 @@ def _published_configuration(source: Path, tensors: Mapping[str, Tensor]) -> dic
 
 
 def _published_code_dim(source: Path, tensors: Mapping[str, Tensor]) -> int:
-    """The dimension that most of the coder's tensors agree on, so that a misshapen one is found."""
+    """The code dimension by majority of three tensors, so that `fill` reports a misshapen one."""
     axes = {"whitening_layer.weight": 0, "whitening_layer.bias": 0, "ae_decoder_layer.weight": -1}
     shapes = {key: tensors[key].shape for key in axes if key in tensors and tensors[key].ndim}
     if not shapes:
@@ -287,7 +286,7 @@ def _published_code_dim(source: Path, tensors: Mapping[str, Tensor]) -> int:
 def _build(source: Path, configuration: dict[str, Any]) -> ViTGaL:
     keys = {"architecture", "code_dim", "dilations"} & configuration.keys()
     try:
-        # The seed only keeps torch's random state as it is.
+        # Any seed: it leaves torch's random state unchanged.
         return build_model(**{key: configuration[key] for key in keys}, seed=0)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{source} asks for a network that cannot be built: {error}") from error
