@@ -1,4 +1,4 @@
-"""States of a run: what they hold, how they are written, and how a run continues from them."""
+"""Saved states of a run."""
 
 import json
 import math
@@ -26,7 +26,7 @@ class Stateful(Protocol):
         """Returns the state."""
 
     def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Takes a state over."""
+        """Loads a state."""
 
 
 @dataclass
@@ -107,7 +107,7 @@ class Checkpoints:
         return None
 
     def save(self, progress: Progress) -> None:
-        """Writes log and state atomically and keeps the state before as `previous.pt`.
+        """Writes log and state atomically; the state before becomes `previous.pt`.
 
         Raises TrainingError where the disk is full; both states are then as they were.
         """

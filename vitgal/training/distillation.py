@@ -1,8 +1,4 @@
-"""Distillation: the retrieval model learns from a trained network besides its labels.
-
-The name of its landmark is little to learn from a photograph. A network that was trained on many
-photographs also tells what each view resembles.
-"""
+"""Distillation: the retrieval model is trained with labels and a teacher's descriptors."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,12 +10,12 @@ from vitgal.training.networks import RetrievalNetwork
 
 
 class DistilledNetwork(RetrievalNetwork):
-    """The retrieval model under ArcFace and a teacher.
+    """The retrieval model with ArcFace and a teacher.
 
     weight: the teacher's fraction of the loss, above 0; at 1 the labels have no influence.
 
-    Source: an additional linear map of the student's features regresses the teacher's, as in
-    FitNets (Romero et al., 2015).
+    Source: a linear map of the student's features regresses the teacher's, as in FitNets (Romero
+    et al., 2015).
     """
 
     def __init__(
@@ -52,9 +48,8 @@ class DistilledNetwork(RetrievalNetwork):
 def disagreement(student: Tensor, teacher: Tensor) -> Tensor:
     """Computes the mean of 1 - cosine between rows (B, C), a scalar in [0, 2].
 
-    Each of the teacher's dimensions is first brought to mean 0 and deviation 1 over the batch.
-    Otherwise every cosine would mostly measure what all pictures have in common. Raises ValueError
-    for a batch of one picture.
+    The teacher's dimensions are standardised over the batch first: otherwise their mean would
+    dominate every cosine. Raises ValueError for a batch of one picture.
     """
     if len(teacher) < 2:
         raise ValueError("a teacher needs batches of two pictures or more: set batch_size")

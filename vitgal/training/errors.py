@@ -1,11 +1,11 @@
-"""What stops a training run."""
+"""Errors of training."""
 
 from vitgal import runs
 
 
 class TrainingError(runs.UserError, RuntimeError):
-    """Training cannot go on; the message names the step and the images, and says what to do."""
+    """Training cannot go on; the message names the step, the images and the remedy."""
 
 
 class Preempted(TrainingError):
-    """The process was asked to end (SIGTERM); its state is saved, a restart goes on from there."""
+    """SIGTERM came; the state is saved, and a restart continues from it."""

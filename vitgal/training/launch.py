@@ -26,13 +26,13 @@ from vitgal.training.loop import Trainer
 from vitgal.training.processes import timeout
 from vitgal.training.samples import SplitData, read_data
 
-PEER_SECONDS = 30  # that a process waits after it lost another, so that the launcher reports that
-WATCH_SECONDS = 5  # between two looks at the log that forked processes write
+PEER_SECONDS = 30  # from another process's death to this one's: the launcher reports the first
+WATCH_SECONDS = 5  # between two checks of the log of forked processes
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What every process of one training needs to know.
+    """The arguments of one training.
 
     Attributes:
         build: makes the network for a number of classes.
@@ -73,7 +73,7 @@ def join(machine: MachineSettings) -> None:
     if world != machine.num_processes:
         raise TrainingError(
             f"{world} processes were launched, but num_processes is {machine.num_processes}; "
-            "batch_size counts for each of them, so make the two agree"
+            "batch_size is per process, so the two must be equal"
         )
     PartialState(cpu=torch.cuda.device_count() == 0, timeout=timeout(machine))
 
@@ -105,7 +105,7 @@ def run_fit(fit: Fit) -> None:
             _train_forked,
             (fit,),
             num_processes=fit.machine.num_processes,
-            use_port=str(_free_port()),  # so that two runs on one machine do not meet
+            use_port=str(_free_port()),  # two runs on one machine need two ports
         )
 
 
@@ -152,7 +152,7 @@ def _check_fork(machine: MachineSettings) -> None:
 
 
 def _train_forked(fit: Fit) -> None:
-    # Threads do not survive a fork, and OpenMP would wait for its own for ever.
+    # Threads do not survive a fork; OpenMP would wait for them for ever.
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     try:
@@ -170,10 +170,7 @@ def _is_lost_peer(error: RuntimeError) -> bool:
 
 
 def _await_launcher() -> None:
-    """Gives the launcher time to find the process that died before those that lost it.
-
-    The launcher reports the first ended process that it finds and ends the others by SIGTERM.
-    """
+    """Waits: the launcher reports the first ended process and ends the others by SIGTERM."""
     threading.Event().wait(PEER_SECONDS)
 
 
@@ -196,7 +193,7 @@ def _errors_of_children() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _watched_log(fit: Fit) -> Iterator[None]:
-    """Passes the log to `fit.watch` while forked processes, which have no notebook, write it."""
+    """Passes the log that forked processes write to `fit.watch`."""
     if fit.watch is None:
         yield
         return
@@ -210,8 +207,8 @@ def _watched_log(fit: Fit) -> Iterator[None]:
         """Passes the whole log to `fit.watch`."""
         fit.watch(pd.read_json(log, lines=True))
 
-    # The log of a resumed run is shown here and not by the thread: a fork in the middle of a
-    # drawing would leave the drawing's locks locked for ever.
+    # A resumed run's log is not shown by the thread: a fork while it draws would leave locks
+    # locked for ever.
     begun = changed()
     if begun is not None:
         show()

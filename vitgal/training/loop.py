@@ -1,9 +1,8 @@
 """The training loop: steps, epochs, validation, and the log.
 
-What is random about a sample is a function of (seed, epoch, image index), what is random about a
-step one of (seed, epoch, step, batch of the step), and the learning rate one of the epoch. A state
-therefore holds no generator's state, and a run that was killed and resumed gives the same bytes as
-one that was not.
+Samples are seeded by (seed, epoch, image index), steps by (seed, epoch, step, batch of the step);
+the learning rate depends on the epoch. States therefore hold no generator, and a resumed run gives
+the same bytes as an uninterrupted one.
 """
 
 import contextlib
@@ -248,7 +247,7 @@ class Trainer:
         torch.manual_seed(int(np.random.SeedSequence(draw).generate_state(1, np.uint64)[0] >> 1))
 
     def _begin_agreement(self, results: list[dict[str, Tensor]]) -> Callable[[], list[bool]]:
-        """Starts asking all ranks whether a loss is not finite, and whether any is to stop."""
+        """Asks all ranks for two flags: a loss is not finite; SIGTERM came."""
         losses = torch.stack([result["loss"] for result in results])
         not_finite = (~torch.isfinite(losses)).any().float()
         stop = torch.tensor(float(self.termination.requested), device=losses.device)
@@ -307,7 +306,7 @@ class Trainer:
     # Validation
 
     def end_epoch(self) -> None:
-        """Validates where that is due, keeps the best model, saves the state."""
+        """Validates if due, keeps the best model, saves the state."""
         progress, unreadable = self.progress, self.progress.unreadable
         if len(unreadable) > MAX_UNREADABLE * self.data.train_count:
             names = ", ".join(str(self.data.train.folder / name) for name in unreadable[:5])
@@ -326,10 +325,10 @@ class Trainer:
         self.save_state()
 
     def due(self, finished: int) -> np.ndarray:
-        """Returns the positions (V,) of the images that are validated after so many epochs.
+        """Returns the positions (V,) of the images to validate after `finished` epochs.
 
-        All of them every `validate_every` epochs and at the end, otherwise those of the retrieval
-        set, which are far fewer. The autoencoder is not validated by retrieval.
+        All of them every `validate_every` epochs and at the end, otherwise the retrieval set.
+        The autoencoder is not validated by retrieval.
         """
         settings, data = self.settings, self.data
         if finished % settings.validate_every == 0 or finished == settings.epochs:
@@ -347,7 +346,7 @@ class Trainer:
                 self.checkpoints.save_best(self.result.model)
 
     def validate(self, images: np.ndarray | None = None) -> dict[str, float]:
-        """Returns scores of validation images, of which each rank describes a part.
+        """Scores validation images, which are divided over the ranks.
 
         images: positions (V,) among the validation images; None for all.
         """
@@ -366,7 +365,7 @@ class Trainer:
             if batch is not None:
                 with accelerator.autocast():
                     result = network.validate(*self.to_device(batch))
-                # A result belongs to the image that was asked for, also where it was replaced.
+                # The result counts for the requested image even if another replaced it.
                 replaced = batch.unreadable >= 0
                 positions = torch.where(replaced, batch.unreadable, batch.index)
                 values = {key: value.cpu() for key, value in result.items()}
@@ -383,8 +382,7 @@ class Trainer:
     def add_row(self, steps: int, seconds: float) -> None:
         """Adds the mean of the pending steps over all ranks to the log.
 
-        steps, seconds: what this process has just done and how long it took; in a resumed run
-        fewer steps than are pending.
+        steps, seconds: since the last row in this process; a resumed run has more pending steps.
         """
         progress, accelerator = self.progress, self.accelerator
         means = {
@@ -413,7 +411,7 @@ class Trainer:
         return steps * seconds_per_step + images * self.seconds_per_validation_image
 
     def _bar(self, show: bool) -> tqdm:
-        # A forked or launched process has no notebook for a widget, but it can write text.
+        # Forked and launched processes have no notebook for a widget.
         alone = self.accelerator.num_processes == 1
         return (tqdm if alone else text_bar)(
             total=self.steps * self.settings.epochs,
@@ -448,7 +446,7 @@ class Trainer:
     # What stops a run
 
     def _share_pending(self) -> None:
-        """Collects the pending steps of all ranks; all must take part, or the others would hang."""
+        """Collects the pending steps of all ranks; all must call this."""
         steps = [{key: float(value) for key, value in step.items()} for step in self.pending]
         self.progress.pending = gather_object([steps])
 
@@ -464,7 +462,7 @@ class Trainer:
         )
 
     def _stop_not_finite(self, batches: Sequence[Sample], results: list[dict[str, Tensor]]) -> None:
-        """Raises TrainingError with the images of all ranks; saves weights that are still good."""
+        """Raises TrainingError with the images of all ranks; saves weights that are finite."""
         names = gather_object(
             [
                 str(self.data.train.names[index])
@@ -479,7 +477,7 @@ class Trainer:
         if all(bool(torch.isfinite(value).all()) for value in self.bare.state_dict().values()):
             self.save_state()
             kept = f"the state before this step is saved in {self.checkpoints.last}"
-        self.accelerator.wait_for_everyone()  # a rank that ends now would take rank 0 with it
+        self.accelerator.wait_for_everyone()  # rank 0 must have saved before any rank ends
         raise TrainingError(
             f"the loss is not finite at step {self.progress.step} of epoch {self.progress.epoch}, "
             f"images {listed}; {kept}: lower lr, set clip_grad, or train in fp32"
@@ -494,7 +492,7 @@ class Trainer:
                 f"with batch_size {self.settings.batch_size}; halve it and double accumulate, "
                 f"which is the same step but for BatchNorm ({first})"
             ) from error
-        # torch raises a worker's death in a signal handler, wherever this process is then.
+        # torch reports a dead worker in a signal handler, so any line can raise this.
         if is_worker_error(error):
             raise TrainingError(
                 f"the images are no longer read: {error}; a worker that dies without a message "
@@ -517,7 +515,7 @@ class Trainer:
             )
 
     def try_step(self, count: int) -> None:
-        """Runs forward and backward of `count` grey images without a trace in the network."""
+        """Runs forward and backward of `count` grey images; the network stays unchanged."""
         network, size = self.bare, self.settings.image_size
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
         network.train()

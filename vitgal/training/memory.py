@@ -1,4 +1,4 @@
-"""Whether a batch fits into a GPU's memory: two small batches are measured before training."""
+"""Checks whether a batch fits into a GPU's memory, by measuring two small batches."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ RESERVE = 0.06  # fraction of the memory that is left for fragments
 def fitting_batch(peaks: dict[int, int], available: int) -> int:
     """Returns the largest batch whose step stays within `available` bytes; 0 where none does.
 
-    peaks: bytes at the peak of a step, for two batch sizes; memory grows along a line.
+    peaks: bytes at the peak of a step, for two batch sizes; memory is linear in the size.
     """
     (small, low), (large, high) = sorted(peaks.items())
     bytes_per_image = max((high - low) / (large - small), 1)

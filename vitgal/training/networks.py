@@ -12,7 +12,7 @@ from vitgal.training.errors import TrainingError
 
 
 class RetrievalNetwork(nn.Module):
-    """The retrieval model under ArcFace."""
+    """The retrieval model with ArcFace."""
 
     retrieves = True  # whether `validate` gives features, for retrieval scores
 

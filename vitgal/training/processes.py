@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from vitgal import runs
 from vitgal.settings import MachineSettings
 
-GRACE_SECONDS = 30  # that a data worker outlives a request to end, so that the step can finish
+GRACE_SECONDS = 30  # from SIGTERM to the end of a data worker, so that the step can finish
 
 
 def timeout(machine: MachineSettings) -> datetime.timedelta:
@@ -48,7 +48,7 @@ class Termination:
 def read_batches(
     dataset: Dataset, batches: Iterable[Sequence], machine: MachineSettings, *, pin_memory: bool
 ) -> Iterator[Any]:
-    """Yields the batches of a dataset, read by data workers, which are killed where one is lost.
+    """Yields the batches of a dataset, read by data workers; if one is lost, all are killed.
 
     batches: the keys of each batch.
     """
@@ -108,10 +108,10 @@ def _start_worker(_number: int) -> None:
 
 
 def begin_agreement(accelerator: Accelerator, flags: Tensor) -> Callable[[], list[bool]]:
-    """Starts asking all ranks for flags; the returned function gives, for each, whether any is set.
+    """Reduces flags over all ranks; the returned function tells for each whether any rank set it.
 
-    flags: (F,) float32 on the device, 0 or 1. On a GPU the answer is copied while the backward pass
-    already runs, so that nothing waits for it.
+    flags: (F,) float32 on the device, 0 or 1. On a GPU the answer is copied during the
+    backward pass.
     """
     if accelerator.num_processes > 1:
         flags = accelerator.reduce(flags, "sum")
@@ -130,7 +130,7 @@ def begin_agreement(accelerator: Accelerator, flags: Tensor) -> Callable[[], lis
 
 
 def any_rank(accelerator: Accelerator, flag: bool) -> bool:
-    """Returns whether the flag is set on any rank; all ranks must ask together."""
+    """Returns whether the flag is set on any rank; all ranks must call this."""
     if accelerator.num_processes == 1:
         return flag
     flags = torch.tensor([float(flag)], device=accelerator.device)
@@ -138,7 +138,7 @@ def any_rank(accelerator: Accelerator, flag: bool) -> bool:
 
 
 def share_buffers(accelerator: Accelerator, network: nn.Module) -> None:
-    """Gives every rank rank 0's BatchNorm statistics, which are the ones that are written."""
+    """Copies rank 0's BatchNorm statistics, which are saved, to every rank."""
     if accelerator.num_processes > 1:
         for buffer in network.buffers():
             buffer.copy_(broadcast(buffer))

@@ -34,7 +34,7 @@ class Sample(NamedTuple):
 
 
 class TrainingImages(Dataset):
-    """Images of a split by (epoch, index); the augmentation's randomness follows from both.
+    """Images of a split by (epoch, index), which seed the augmentation.
 
     `dataset[epoch, index]` gives a Sample. An image that cannot be decoded is replaced by the next
     readable one.
@@ -44,8 +44,8 @@ class TrainingImages(Dataset):
         self, folder: Path, table: pd.DataFrame, settings: Recipe, augment: str | None = None
     ):
         self.folder, self.settings = Path(folder), settings
-        # Arrays, not lists of objects: forked workers share them with their parent, while reading
-        # an object changes its reference count and so copies its page of memory.
+        # Arrays, not lists: reading an object changes its reference count, and a forked worker
+        # would then copy its page of memory.
         self.names = table["path"].to_numpy(dtype=str)
         self.labels = table["label"].to_numpy()
         self.augment = augment or settings.augment
@@ -96,7 +96,7 @@ class TrainingImages(Dataset):
 
         Returns:
             The picture (S, S, 3) uint8, and its hole (top, left, side), zeros where there is none
-            or where it is cut already, as the published one.
+            or where it is already cut (augment "published").
         """
         settings = self.settings
         picture = self.transform(image, settings.image_size, rng)
@@ -119,8 +119,8 @@ class Batches:
 
     The epoch's order is a permutation by (seed, epoch), or with `labels` a draw in which every
     class is equally frequent. A step takes `batch_size * processes * accumulate` images of it:
-    a batch for each rank, then the next accumulated batch for each rank. Two processes therefore
-    see in a step what one process that accumulates two batches sees. Images after the last whole
+    a batch for each rank, then the next accumulated batch for each rank. Two processes see in
+    a step the same images as one process that accumulates two batches. Images after the last whole
     step are dropped.
     """
 
@@ -280,6 +280,5 @@ def _check_labels(labels: np.ndarray, classes: int, table: Path) -> None:
     if len(empty):
         raise ValueError(
             f"{len(empty)} of the {classes} classes have no image in {table}, class {empty[0]} "
-            "first; a class that is not trained has no output in the classifier: make the split "
-            "anew without it"
+            "first: make the split anew without it"
         )
