@@ -1,4 +1,4 @@
-"""The benchmark and the model of a run, as its settings or its earlier stages name them."""
+"""The benchmark and the model of a run, from its settings or its earlier stages."""
 
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,9 @@ GLOBAL_NOTEBOOK = "04_global_evaluation"
 
 
 def open_benchmark(settings: Settings) -> RetrievalDataset:
-    """The data set that the settings name; where they name no folder, the one of the global stage.
+    """Opens the benchmark in `dataset_dir`, else the global stage's, else the run's own.
 
-    Without either it is the run's own benchmark; `val_retrieval` is laid out from the run's split.
-    Raises as `revisited.open_dataset` does.
+    `val_retrieval` is made from the run's split. Raises as `revisited.open_dataset` does.
     """
     run = runs.run_folder(settings.run.run_dir)
     distractors = _path(settings, "distractors")
@@ -32,15 +31,15 @@ def open_benchmark(settings: Settings) -> RetrievalDataset:
 
 
 def model_path(settings: Settings) -> Path:
-    """The weights that the settings name, else those of the global stage, else the run's model.
+    """The weights in the settings, else those of the global stage, else the run's model.
 
-    Raises StageError where the run's training was begun and is not finished.
+    Raises StageError where the run's training is unfinished.
     """
     return runs.model_file(runs.run_folder(settings.run.run_dir), _path(settings, "weights"))
 
 
 def image_folder(settings: Settings) -> Path:
-    """The folder of the training images: as the settings name it, else the run's own."""
+    """The folder of the training images: `image_folder`, else the run's own."""
     return runs.data_folder(
         runs.run_folder(settings.run.run_dir), settings.run.image_folder, "train"
     )
@@ -57,7 +56,7 @@ def local_settings(settings: Settings) -> LocalSettings:
 
 
 def reranking_settings(settings: Settings) -> RerankingSettings:
-    """The settings that the reranking stage was made with, for drawing what it counted.
+    """The settings of the finished reranking stage.
 
     Raises SettingsError where one was given another value, StageError where the stage is not
     finished.

@@ -1,4 +1,4 @@
-"""Inlier counts of a data set's short lists, query by query over processes."""
+"""Counts the inliers of a data set's short lists, in parallel over queries."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ GLOBAL_NOTEBOOK = "04_global_evaluation"
 LOCAL_NOTEBOOK = "05_local_extraction"
 JOURNAL = "partial"  # folder of the counts of finished queries, until all are finished
 
-# A query's counts (..., C) int32 from the store, the query's name and its C candidates' names
+# (store, name of a query, names of its C candidates) -> counts (..., C) int32
 Counter = Callable[[FeatureStore, str, list[str]], np.ndarray]
 
 

@@ -1,4 +1,4 @@
-"""The stage that makes the demo data: views of the bundled photographs, laid out as real data."""
+"""The stage of the demo data: views of the bundled photographs, in the formats of real data."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -40,8 +40,8 @@ def evaluate_global(
 ) -> Path:
     """Ranks a benchmark's database for its queries and scores the ranking.
 
-    On a Ray cluster one process a GPU describes, without GPUs one for every `threads` CPUs. The
-    result is that of one machine with as many threads; with others sums differ in their last bits.
+    A Ray cluster runs one process a GPU, or without GPUs one for every `threads` CPUs. Another
+    number of threads changes the last bits of the result.
 
     Args:
         run: the run folder.

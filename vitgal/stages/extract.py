@@ -39,10 +39,10 @@ def extract_shortlist(
     """Extracts the local features that reranking needs: `<run>/<dataset>/local`, a FeatureStore.
 
     These are the queries (cropped) and the database images (whole) of the global stage's
-    shortlist.txt; images that cannot be decoded are left out. Several processes, on one machine or
-    on several that share the folder, may extract together: each `machine.worker` of
-    `machine.worker_count` writes its part of the shards, and the last to be done finishes the
-    stage. A repetition writes the shards that are missing and mends damaged ones.
+    shortlist.txt; images that cannot be decoded are left out. Several processes that
+    share the folder may extract together: each `machine.worker` of `machine.worker_count` writes
+    its part of the shards, and the last one finishes the stage. A second run writes missing and
+    damaged shards.
 
     Args:
         model: a weight file with autoencoder, or "untrained:<architecture>".
@@ -75,7 +75,7 @@ def extract_shortlist(
             write_shards(describer, shards, slot, settings.max_failed_share, progress=progress)
             recorded = describer.recorded() | recorded_paths(run, dataset, model)
         _refuse_unfinished(stage.folder, shards, slot)
-        index = store.write_index(stage.folder)  # first: with it the store opens at once
+        index = store.write_index(stage.folder)  # first: the store opens faster with it
         failures = store.FeatureStore.open(stage.folder).failures
         refuse_failures(
             [{"name": name, "reason": reason} for name, reason in failures.items()],

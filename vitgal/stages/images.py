@@ -1,4 +1,4 @@
-"""Images on disk on their way to the network: decoded ahead by threads, failures recorded."""
+"""Loads images for the network: threads decode ahead, failures are recorded."""
 
 import contextlib
 from collections import deque

@@ -1,8 +1,7 @@
-"""Why two photographs match: one pair under other settings, from what a run has stored.
+"""Matches and verifies one pair of a run's images under other settings.
 
-Matching and verification start from stored features and take milliseconds. What the store does not
-keep, attention by head and the tokens that were dropped, takes one pass of the network over a
-photograph. It is computed when it is asked for, photograph by photograph, and kept in memory.
+This uses stored features and takes milliseconds. Attention and dropped tokens are not stored: they
+take one pass of the network a photograph, are computed on demand and kept in memory.
 """
 
 import functools
@@ -34,12 +33,12 @@ SWEPT_VALUES = {  # the values that `sweep` tries
 
 
 class InspectionError(runs.UserError, ValueError):
-    """A photograph or a pair cannot be inspected; the message says why and what to do."""
+    """A photograph or a pair cannot be inspected; the message gives reason and remedy."""
 
 
 @dataclass(frozen=True, eq=False)
 class ComparedPair:
-    """A query and a database image, compared.
+    """A compared query and database image.
 
     Attributes:
         query, database: the features that were compared.
@@ -69,7 +68,7 @@ class ComparedPair:
 def without_scales(features: LocalFeatures, hidden: Sequence[float]) -> LocalFeatures:
     """Returns the features of other scales than the hidden ones (to a thousandth).
 
-    Nothing is extracted anew: the others are those that passed suppression beside the hidden ones.
+    Suppression is not repeated.
     """
     distance = np.abs(features.scales[:, None] - np.asarray(hidden, np.float32)[None])
     return features.subset((distance > 1e-3).all(axis=1))
@@ -127,9 +126,9 @@ def _changed(settings: RerankingSettings, parameter: str, value: float) -> Reran
 
 @dataclass(eq=False)
 class Inspector:
-    """A run's queries and database images with what is stored of them.
+    """The images of a run and their stored features, read on demand.
 
-    Nothing is read before it is asked for. A side is "query" or "database".
+    A side is "query" or "database".
 
     Attributes:
         run, dataset: of the finished stages.
@@ -204,13 +203,13 @@ class Inspector:
 
     @functools.cached_property
     def _read(self) -> Callable[[Path], np.ndarray]:
-        """Decodes a file; the last few stay in memory while parameters are changed."""
+        """Decodes a file; the last four stay in memory."""
         return functools.lru_cache(maxsize=4)(read_image)
 
     def stored(self, side: str, index: int) -> LocalFeatures:
         """Returns the features of stage local, or of `selection` where the stage has none.
 
-        Raises InspectionError for a database image of no short list, which 05 has not visited.
+        Raises InspectionError for a database image that is on no short list.
         """
         name = self.name(side, index)
         if name in self.features:
@@ -225,7 +224,7 @@ class Inspector:
         )
 
     def selection(self, side: str, index: int) -> TokenSelection:
-        """Returns what became of the photograph's tokens; the first time it takes a pass."""
+        """Returns the selection of a photograph's tokens; the first call runs the network."""
         if (side, index) not in self.selections:
             boxes, image = self.dataset.ground_truth.boxes, self.image(side, index)
             cropped = side == "query" and self.settings.crop_queries
@@ -247,9 +246,9 @@ class Inspector:
         return compare(*features, settings, hidden_scales=hidden_scales)
 
     def choose(self, query: int, image: int | None = None) -> int:
-        """Returns the database image, or for None the query's verified one of most inliers.
+        """Returns `image`, or for None the verified image of most inliers, hard ones first.
 
-        Prefers hard images. Raises InspectionError for an index that does not exist, and for None
+        Raises InspectionError for an index that does not exist, and for None
         where nothing was verified.
         """
         self.name("query", query)

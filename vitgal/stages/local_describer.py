@@ -41,7 +41,7 @@ def load_images(
     tasks: Iterable[ImageTask], settings: StageSettings, machine: MachineSettings
 ) -> Iterator[tuple[ImageTask, LoadedImage | ImageError]]:
     """Yields each task with its network input or its ImageError, in order."""
-    # As published, local features keep the aspect, whatever the global descriptors do.
+    # As published, local features keep the aspect ratio.
     mode = settings.resize if isinstance(settings, GlobalSettings) else "area"
     load = partial(load_image, size=settings.size, resize_mode=mode)
     return prefetch(load, tasks, machine.read_threads)
@@ -137,8 +137,8 @@ class LocalDescriber:
     ) -> tuple[list[tuple[str, LocalFeatures | store.EncodedFeatures]], list[Failure]]:
         """Computes local features within `inference`.
 
-        The batches are those of all images, including the kept ones, so that the features of the
-        others come out as they did the first time.
+        The batches are those of all images, including the kept ones, so that the
+        others' features are the same as in the first run.
 
         Args:
             images: the loaded images, in the order of `keys`.

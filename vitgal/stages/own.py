@@ -1,4 +1,4 @@
-"""A search among one's own photographs: a folder without labels, a query, a ranking."""
+"""Search in a folder of one's own photographs, without labels."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -65,8 +65,8 @@ class Photographs:
 def describe_folder(folder: Path, describer: Describer, *, progress: bool = True) -> Photographs:
     """Describes every photograph of a folder that has no description yet.
 
-    A photograph that cannot be used is left out and named with the reason. A run that was killed
-    goes on where it stopped.
+    A photograph that cannot be used is left out and named with the reason. An interrupted run
+    continues.
 
     Raises:
         PhotographError: no photograph can be used.
@@ -164,9 +164,8 @@ def search_folder(
     Args:
         query: see `find_query`; the query is not among its own results.
         box: (x0, y0, x1, y1) in pixels of the upright photograph; None: all of it.
-        settings: the first `top` photographs are matched and verified with these settings. They
-            change places among themselves by falling number of inliers, equal numbers by
-            similarity.
+        settings: the first `top` photographs are matched, verified and sorted by inliers, equal
+            numbers by similarity.
     Raises:
         PhotographError: the query does not exist or cannot be used, or nothing else is there.
     """

@@ -1,7 +1,7 @@
-"""Descriptions of one's own photographs, kept on disk by the content of the files.
+"""Global descriptors and local features of one's own photographs, stored on disk.
 
-A photograph is described once: its global descriptor and its local features are stored under the
-sha256 of its file. Renaming and moving photographs costs nothing; only new ones are described.
+They are stored under the sha256 of the photograph's file, so that a renamed or moved photograph is
+not described again.
 
     <run>/own/<fingerprint of the settings>/settings.json    what the descriptions depend on
     <run>/own/<fingerprint of the settings>/ab/abcd….npz      one photograph, or a box of it
@@ -88,7 +88,7 @@ class Describer:
         })  # fmt: skip
 
     def _local_options(self) -> dict[str, Any]:
-        """Scales, limit, and what else differs from the defaults: earlier folders stay valid."""
+        """Scales, limit, and options that are no default: so old folders stay valid."""
         local = self.local_settings
         options = {"scales": local.scales, "max_keypoints": local.max_keypoints}
         for field in dataclasses.fields(SelectionSettings):

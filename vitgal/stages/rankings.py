@@ -36,7 +36,7 @@ def write_rankings(
     protocol: Mapping[str, Any],
     failures: Sequence[Mapping[str, str]] = (),
 ) -> None:
-    """Writes all that follows from global descriptors: rankings, short lists and scores.
+    """Writes rankings, short lists and scores of global descriptors.
 
     With an index, the ranking begins with what the index returns. The scores are then those of that
     ranking; the exact scores are stored as `exact`, the recall of the index as `recall`.

@@ -30,8 +30,8 @@ class RayDescriber:
     """A Ray cluster whose actors each hold a LocalDescriber, with the same methods.
 
     Attributes:
-        local: the network on this machine, of which only the dimensions are used, with the settings
-            of the actors: their device, threads and precision.
+        local: has the actors' device, threads and precision; only the dimensions of its network are
+            used.
         source: the weight file, by its absolute path, or "untrained:<architecture>".
     """
 
@@ -67,7 +67,7 @@ class RayDescriber:
         results = self._run(shards, _read_shard, _describe_shard, _write_shard)
         with contextlib.closing(results):
             for folder, count, failures, node in results:
-                # Listed: a network file system may remember that one name was missing.
+                # Listed, because a network file system may cache that one name is missing.
                 if not folder.is_dir() and folder.name not in os.listdir(folder.parent):
                     raise engines.ClusterError(
                         f"the node {node} has written {folder} to a disk of its own: the run "
@@ -120,7 +120,7 @@ def open_describer(
         with open_local(source, settings, machine) as local:
             yield local
         return
-    # The model is loaded here first: a mistake in it is found before Ray starts.
+    # The model is loaded here first: a bad weight file is reported before Ray starts.
     on_cpu = replace(machine, device="cpu")
     with open_local(source, replace(settings, precision="fp32"), on_cpu) as local:
         with engines.connected(machine.ray_address):
@@ -149,7 +149,7 @@ def _actor_plan(machine: MachineSettings) -> engines.ActorPlan:
 
 
 class _Actor:
-    """A LocalDescriber for as long as its process lives, and the step that it performs."""
+    """The LocalDescriber of one process, and the step that it performs."""
 
     def __init__(
         self,
@@ -200,7 +200,7 @@ class _ShardState:
 
 
 def _read_shard(shard: ShardTask, settings: StageSettings, machine: MachineSettings) -> _ShardState:
-    # The machine that wrote it may have died before it could report that.
+    # A machine that died may have written it without a report.
     if written := shard.written():
         return _ShardState(shard, None, failures=written.failures)
     return _ShardState(shard, _read_images(shard.images, settings, machine), shard.salvage())

@@ -1,4 +1,4 @@
-"""The stage of notebook 06: short lists are verified and ranked anew."""
+"""The stage of notebook 06: short lists are verified and reranked."""
 
 import functools
 import shutil
@@ -42,7 +42,7 @@ def rerank_shortlist(
 ) -> Path:
     """Verifies every short list of a run and writes the rankings that follow.
 
-    Interrupted, it keeps the finished queries. An image that could not be read counts 0.
+    An interrupted run keeps its finished queries. An unreadable image has 0 inliers.
 
     Args:
         run: its stages global and local of the data set are finished.

@@ -22,7 +22,7 @@ def make_split(
     Writes train.csv, val.csv (path, label), val_retrieval.csv (path, label, role; of the held-out
     classes alone where there are any), classes.csv (label, landmark_id, images in train and val,
     held_out) and, with an overlap table, overlap.csv (see `gldv2.overlap_audit`). Labels from the
-    number of training classes on are held-out classes. Every check comes before the stage begins.
+    number of training classes on are held-out classes. All checks come before the stage begins.
 
     Args:
         train_table: see `gldv2.read_landmark_table`.

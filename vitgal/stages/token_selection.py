@@ -1,4 +1,4 @@
-"""What becomes of one photograph's tokens: attention, the features kept, and why others are not."""
+"""The selection of one photograph's tokens: attention, kept and dropped features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ UNLIMITED = 10**9
 
 @dataclass(frozen=True, eq=False)
 class TokenSelection:
-    """What the network computed for one photograph, or its box, on the way to local features.
+    """Attention, scores and features of one photograph, or of its box.
 
     Attributes:
         attention: scale -> (heads, h, w) float32, each head's class attention over its peak.
@@ -43,7 +43,7 @@ class TokenSelection:
 
 
 class _Recorder:
-    """Stands for a model in `local_features`: runs it once at each scale, then repeats it."""
+    """A model for `local_features` that runs once at each scale, then repeats its outputs."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.code_dim, self.outputs, self.scale = model, model.code_dim, [], 0
@@ -62,7 +62,7 @@ def explain_selection(
     box: Sequence[float] | None = None,
     settings: LocalSettings | None = None,
 ) -> TokenSelection:
-    """Extracts a photograph's local features in one pass, and what extraction leaves out.
+    """Extracts a photograph's kept and dropped local features in one pass.
 
     Args:
         model: a ViTGaL with autoencoder.
@@ -106,9 +106,8 @@ def explain_selection(
 def matching_fraction(extracted: LocalFeatures, stored: LocalFeatures) -> float:
     """Returns the fraction of stored features that another extraction gives too; 1 for none.
 
-    Features are compared by position and scale. The fraction is 1 where the pass computes as
-    extraction did. Another batch or precision moves the last bits of a score, and with them a
-    feature at a threshold.
+    Features are compared by position and scale. Another batch or precision
+    changes the last bits of a score, which can drop a feature at a threshold.
     """
     return float(_among(stored, extracted).mean()) if len(stored) else 1.0
 

@@ -110,8 +110,8 @@ def read_log(folder: Path) -> pd.DataFrame:
 def compared(settings: Recipe, machine: MachineSettings) -> dict[str, Any]:
     """Returns what the result of a training depends on, as its manifest compares it.
 
-    The number of threads and of processes changes the last bits. How BatchNorm works over several
-    processes only counts where there are several.
+    The number of threads and of processes changes the last bits. `sync_batchnorm` counts only
+    if it is off and there are several.
     """
     values = settings.compared()
     if machine.num_processes == 1 or settings.sync_batchnorm:
@@ -181,7 +181,7 @@ def _fit_stage(fit: Fit, inputs: dict[str, str], overwrite: bool) -> Path:
 
 @contextlib.contextmanager
 def _open_stage(fit: Fit, inputs: dict[str, str], overwrite: bool) -> Iterator[runs.Stage]:
-    """Opens the stage and checks the images; of launched processes the first does it for all."""
+    """Opens the stage and checks the images, in the first of launched processes."""
     parameters = compared(fit.settings, fit.machine)
     stage = error = None
     with contextlib.ExitStack() as stack:

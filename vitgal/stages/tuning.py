@@ -1,7 +1,7 @@
 """The tuning stage: reranking's thresholds chosen on the retrieval validation set.
 
-Inliers are counted for a grid of thresholds; mAP follows for each of them and for each number of
-candidates. No test set is ever looked at.
+Inliers are counted for a grid of thresholds, and mAP is computed for each of them and each number
+of candidates. No test set is used.
 """
 
 import dataclasses
@@ -51,15 +51,15 @@ def tune(
     """Counts inliers over a grid of thresholds on the validation set and chooses the best point.
 
     The best point has the highest Medium mAP; of equal ones the first, that is the smallest
-    max_distance, then threshold, then number of candidates. Interrupted, it keeps the finished
-    queries.
+    max_distance, then threshold, then number of candidates. An interrupted run keeps its
+    finished queries.
 
     Args:
         run: its stages global and local of `val_retrieval` are finished (`prepare_validation`).
         ground_truth: of the validation set.
         settings: the grid; the values of `current` are added. `max_queries` are drawn with the seed
             of the verification.
-        current: compared with the best point; holds for all that the grid does not vary.
+        current: compared with the best point; sets all that the grid does not vary.
         machine: workers, engine and ray_address, on which the result does not depend.
     Returns:
         `<run>/val_retrieval/tuning` with inliers.npy (Q, D, T, C) i32, ap.npy (D, T, C', Q) f64,
@@ -164,8 +164,8 @@ def pair_counts(
 ) -> np.ndarray:
     """Counts the inliers of one pair at every max_distance and threshold of the grid.
 
-    Equal to `inspect_pair` at each point: matched once, at the greatest distance; the matches at a
-    smaller one are those of them that lie nearer. settings: all that the grid does not vary.
+    Equal to `inspect_pair` at each point. Features are matched once, at the greatest distance; a
+    smaller one keeps the nearer matches. settings: all that the grid does not vary.
     Returns (D, T) int32.
     """
     kept = slice(settings.matching.max_keypoints)
@@ -178,7 +178,7 @@ def pair_counts(
     matches = matching.match(query.descriptors, database.descriptors, max(distances))
     squares = matching.match_squares(query.descriptors, database.descriptors, matches)
     counts = np.zeros((len(distances), len(verifications)), np.int32)
-    computed: dict[int, np.ndarray] = {}  # by the number of matches: they nest
+    computed: dict[int, np.ndarray] = {}  # by number of matches, which are nested
     for row, distance in zip(counts, distances, strict=True):
         nearer = matches[squares < distance * distance]
         if len(nearer) not in computed:
@@ -206,7 +206,7 @@ def _write_choice(
     grid: Grid,
     current: RerankingSettings,
 ) -> None:
-    """Writes the counts, the AP that follow, and the best point."""
+    """Writes the counts, AP at each point, and the best point."""
     truth, ranking = lists.ground_truth, lists.ranking
     sizes = [len(values) for values in grid.values()]
     ap = np.empty((*sizes, len(truth.queries)))

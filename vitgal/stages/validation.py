@@ -1,7 +1,6 @@
-"""The retrieval validation set as a benchmark of its own, described like another data set.
+"""The retrieval validation set as the benchmark `val_retrieval`.
 
-01_data_split wrote it to val_retrieval.csv: images of landmarks that no classifier was trained on.
-Here it becomes the data set `val_retrieval`, in which every image of a query's landmark is easy.
+Its images are those of val_retrieval.csv; every image of a query's landmark is easy.
 """
 
 import os
@@ -20,7 +19,7 @@ from vitgal.stages.counting import GLOBAL_NOTEBOOK, LOCAL_NOTEBOOK
 
 
 def validation_benchmark(run: Path, image_folder: Path) -> Path:
-    """Lays the run's retrieval validation set out as a benchmark beside the run's own data.
+    """Makes a benchmark of the run's retrieval validation set, beside the run's own data.
 
     Writes `<run>/data/benchmark/gnd_val_retrieval.pkl` and, below `jpg/val_retrieval/`, links to
     the images; existing ones stay. The query's box is its whole photograph.
