@@ -1,8 +1,7 @@
-"""Widgets for notebooks: training curves that grow, and a run's queries, the worst first.
+"""Widgets for notebooks: live training curves, and a run's queries, the worst first.
 
-A browser draws its first choice at once, also where nobody can click, so that a notebook that is
-executed headlessly runs the same code and fails where the drawing fails. Later an error is shown
-where the picture would be.
+A browser draws its first choice at once, so that a headless run fails if the drawing fails. Later
+errors are shown in place of the picture.
 """
 
 from collections.abc import Callable
@@ -24,8 +23,7 @@ ORDERS = {"lowest AP": "ap", "AP lost by reranking": "change", "worst miss": "mi
 def live_curves() -> Callable[[pd.DataFrame], None]:
     """Returns a function that draws training curves into this cell; pass it to a fit as `watch`.
 
-    It draws the log so far into one output that it updates; after a headless run the executed
-    notebook holds the last state.
+    It updates one output, which holds the last state after a headless run.
     """
     handle = display(display_id=True)
 
@@ -49,7 +47,7 @@ def browse_failures(
 ) -> widgets.VBox:
     """Shows a run's queries, the worst first, each with its `failure_figure`.
 
-    by ("ap", "change" or "miss") and protocol: at first. All others: as for `failure_figure`.
+    by ("ap", "change" or "miss") and protocol: at first. Others: as for `failure_figure`.
     The first query is drawn at once. Raises ValueError for an unknown `by` or protocol,
     StageError where notebook 04 has not been run.
     """

@@ -1,8 +1,7 @@
 """Parts of the browsers: a list to choose from, and the output that shows figures.
 
-Pictures are `widgets.Image` and words `widgets.HTML`, never `widgets.Output`: with that one, about
-one cell in a hundred of a headless run waited for ever, since its client answers on the socket
-where it awaits the cell's end.
+Pictures are `widgets.Image` and words `widgets.HTML`, not `widgets.Output`: with it about one cell
+in a hundred of a headless run never ended (see `execution.Client.process_message`).
 """
 
 import contextlib
@@ -79,13 +78,13 @@ def _capture(work: Callable[..., object], *arguments: object) -> tuple[list[byte
 
 def _png(figure: plt.Figure) -> bytes:
     buffer = io.BytesIO()
-    # Compressed least: compressing took a quarter of the time from a slider's move to its picture.
+    # Little compression, which took a quarter of the time of a redraw.
     figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
     return buffer.getvalue()
 
 
 def _describe(error: Exception) -> str:
-    """A user's error in its own words, any other with its type and line."""
+    """The message of a UserError; of any other also type and line."""
     if isinstance(error, runs.UserError):
         return str(error)
     (frame,) = traceback.extract_tb(error.__traceback__)[-1:]
@@ -125,7 +124,7 @@ class Chooser:
 
 
 def labelled(control: widgets.Widget) -> widgets.Widget:
-    """Gives a control the width that all have in common; returns it."""
+    """Gives a control the common width; returns it."""
     control.style.description_width, control.layout = "9em", WIDE
     return control
 

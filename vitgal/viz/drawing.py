@@ -44,7 +44,7 @@ def shrink(image: np.ndarray, inches: float) -> np.ndarray:
 
 
 def pixel_extent(image: np.ndarray) -> tuple[float, float, float, float]:
-    """Returns imshow's extent of an image (H, W, ...) in its own pixels, at whatever size drawn."""
+    """Returns imshow's extent of an image (H, W, ...) in its own pixels."""
     height, width = image.shape[:2]
     return (-0.5, width - 0.5, height - 0.5, -0.5)
 
@@ -62,7 +62,7 @@ def hide_frame(axes: Axes) -> None:
 
 
 def write_sentence(axes: Axes, text: str) -> None:
-    """Fills the axes with a sentence: how an empty input is drawn."""
+    """Writes a sentence into the axes, for an empty input."""
     hide_frame(axes)
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
 
@@ -88,7 +88,7 @@ def _shorten_line(line: str, points: float, size: float) -> str:
 
 
 def escape(text: object) -> str:
-    """Escapes dollar signs: a name with two would be set as mathematics."""
+    """Escapes dollar signs, which matplotlib reads as mathematics."""
     return str(text).replace("$", r"\$")
 
 

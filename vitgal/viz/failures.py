@@ -21,7 +21,7 @@ from vitgal.stages import rerank
 from vitgal.viz import galleries
 from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries, query_image, ranked_image
 
-# The orders of a failure table: the column, and whether the least comes first.
+# The orders of a failure table: column, and whether ascending.
 SORTS = {"ap": ("after", True), "change": ("change", True), "miss": ("worst_rank", False)}
 EXPLAINED = 6  # images that the table of a failure figure explains
 
@@ -34,15 +34,15 @@ def failure_table(
     protocol: str = "medium",
     reranked: bool = True,
 ) -> pd.DataFrame:
-    """Lists the queries of a run, the greatest failure first.
+    """Lists the queries of a run, the worst first.
 
     Args:
         run: the run's folder.
         dataset: an opened benchmark, or the name of the run's own.
         by: "ap", the lowest AP after reranking; "change", the most AP lost by reranking; "miss",
-            the positive image that ranks farthest behind. Ties stand in the queries' order.
+            the positive image of the lowest rank. Ties keep the queries' order.
         protocol: "easy", "medium" or "hard".
-        reranked: False looks at the global ranking alone, also where there is a reranked one.
+        reranked: False uses only the global ranking.
     Returns:
         A row a query, indexed by the query's index: its name `query`; `before`, `after`, `change`:
         AP in [0, 1] (where nothing was reranked, `after` is `before`); `positives`, their number;
@@ -86,10 +86,9 @@ def failure_figure(
 ) -> Figure:
     """Draws one query's ranking before and after reranking, what moved, and why.
 
-    The query with its box; the first images of both rankings in their frames, the upper row with
-    similarities, the lower one with inliers of matches; below, the positive image that ranks last
-    and those that moved farthest, in numbers and words. Images that the protocol ignores are left
-    out, but for junk, which is drawn without a rank. Without a reranked result: one row.
+    The upper row shows the global ranking with similarities, the lower one the reranked one with
+    inliers of matches, if there is one. A table explains the positive image that ranks last and
+    those that moved farthest. Ignored images are left out, except junk, which has no rank.
 
     Args:
         run, dataset, protocol, reranked: as for `failure_table`.

@@ -193,8 +193,8 @@ def before_after(
 
     Args:
         query: drawn once.
-        before, after: the two rankings, best first, as far as they are known. The first `columns`
-            images are drawn; the rest tells where an image came from or went to. A caption of
+        before, after: the two rankings, best first. The first `columns` images are drawn; the rest
+            gives the ranks that images came from or went to. A caption of
             `after`, for example a number of inliers, is written below the rank.
         columns: images in a row.
     Returns:
@@ -376,7 +376,7 @@ def write_table(axes: Axes, table: pd.DataFrame, width: float) -> None:
 
 
 def _cell_text(value: object) -> str:
-    """A value as a person writes it; – for one that is missing."""
+    """Formats a value; – for a missing one."""
     if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
         return "–"
     return f"{value:.2f}" if isinstance(value, float) else str(value)

@@ -105,13 +105,13 @@ def attention_maps(
 ) -> np.ndarray:
     """Draws the class attention before and after the autoencoder over each photograph.
 
-    Each map is divided by its mean: 1 = what every token would get if all got the same. All
-    maps share one colour range, cut at the 99th percentile.
+    Each map is divided by its mean, so that 1 is uniform attention. All maps share one colour
+    range, cut at the 99th percentile.
 
     Args:
         images: photographs.
-        before, after: shape (h, w), one a photograph: the attention that the class token pays to
-            each token, summed or averaged over heads, of the backbone and of the autoencoder.
+        before, after: shape (h, w), one a photograph: class attention, summed or averaged over
+            heads, of the backbone and of the autoencoder.
     Returns:
         The axes, shape (photographs, 3); a sentence without photographs.
     Raises:

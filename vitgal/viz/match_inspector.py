@@ -25,9 +25,8 @@ class Layers:
     Attributes:
         rejected: the matches that are no inliers.
         outline: the query's box, and its image under the homography.
-        dropped: crosses at tokens that were dropped, where the network has looked.
-        attention: scale and head (from 0; None: all) of the attention map, where the network has
-            looked; None: no map.
+        dropped: crosses at dropped tokens.
+        attention: scale and head (from 0; None: all) of the attention map; None: no map.
     """
 
     rejected: bool = True
@@ -50,7 +49,7 @@ def inspected_matches(
     *,
     max_lines: int = 100,
 ) -> Axes:
-    """Draws a compared pair over what the network attends to and has dropped.
+    """Draws a compared pair with attention and dropped tokens.
 
     Attention and dropped tokens are drawn of those images for which `inspector.selection` has
     been called.
@@ -80,7 +79,7 @@ class MatchInspector:
 
     Attributes:
         inspector: of the run.
-        settings: of matching and verification, where no control stands for them.
+        settings: of matching and verification, for those without a control.
         widget: what a notebook shows.
     """
 
@@ -257,9 +256,9 @@ class MatchInspector:
 def inspect_matches(
     inspector: Inspector, query: int, image: int | None, settings: RerankingSettings
 ) -> widgets.VBox:
-    """Shows the match inspector; a change compares stored features anew.
+    """Shows the match inspector; a change compares the stored features again.
 
-    A button looks at both photographs with the network, once each. query, image: indices drawn
+    A button runs the network on both photographs, once each. query, image: indices drawn
     at first; image None: the verified one of most inliers. settings: of matching and
     verification; the controls' first values. Raises InspectionError where the first pair does
     not exist or cannot be compared.

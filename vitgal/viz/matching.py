@@ -50,8 +50,8 @@ def keypoints(
     """Draws local features on their photograph: a square a patch, coloured by its score.
 
     A feature of scale s covers 16 / s pixels of the network's input, which the square shows in
-    the photograph (unknown: s = 1). Colours span the scores, but the extreme 2 % at either end;
-    the lower the score, the fainter. Unknown scores have one colour.
+    the photograph (unknown: s = 1). Colours span the 2nd to the 98th percentile of the
+    scores; low scores are faint. Unknown scores have one colour.
 
     Args:
         image: the photograph that the features were extracted from.
@@ -96,7 +96,7 @@ def _patch_squares(features: LocalFeatures) -> list[Rectangle]:
 
 @plt.rc_context(STYLE)
 def feature_counts(counts: Sequence[int], scales: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Draws how many local features images have, and at which scales those of one image are.
+    """Draws the numbers of local features of images, and the scales of those of one image.
 
     Args:
         counts: (I,) features of each image.

@@ -172,7 +172,7 @@ def save_pair_matches(
 
 
 def safe_file_name(name: str) -> str:
-    """Returns an image name as one file name: what could lead to another folder becomes `_`."""
+    """Returns an image name as a file name: other than word characters, `.` and `-` become `_`."""
     return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "_"
 
 

@@ -29,8 +29,8 @@ WIDTH = 9.0  # inches, of the changes of all queries
 def ap_change(table: pd.DataFrame) -> Axes:
     """Draws how the average precision of each query changes, from most won to most lost.
 
-    Bars are in points (hundredths of AP): solid green up, hatched red down; named while there
-    is room. table: one row a query, named by the index, with the columns `before` and `after`:
+    Bars are in points (hundredths of AP): solid green up, hatched red down; named if there is
+    room. table: one row a query, named by the index, with the columns `before` and `after`:
     average precision in [0, 1], nan where the query has no positive (left out, and counted
     below; a sentence where there is no other). Raises ValueError for a missing column.
     """
@@ -60,7 +60,7 @@ def ap_change(table: pd.DataFrame) -> Axes:
 
 
 def _name_bars(axes: Axes, names: Sequence[object]) -> None:
-    """Upright names under the bars, as large as the bars are wide, or none."""
+    """Vertical names under the bars in a size that fits the bars, or none."""
     size = min(8.0, 0.75 * 72 * WIDTH / len(names))
     if size < 5:
         axes.set_xticks([])

@@ -9,9 +9,8 @@ from matplotlib.axes import Axes
 
 from vitgal.runs.files import atomic
 
-# Green, orange, red and grey as the field frames its rankings, in hues and, above all, lightnesses
-# that stay apart without red-green vision (the usual bluish green and vermilion are too close to
-# grey and to orange there). A letter on each frame says the same once more.
+# Green, orange, red and grey differ in lightness too, for red-green colour-blind readers (the usual
+# bluish green and vermilion are too close to grey and orange). Each frame also has a letter.
 LABEL_COLOURS = {"easy": "#009E73", "hard": "#F2A100", "negative": "#A31621", "junk": "#C4C4C4"}
 LABEL_LETTERS = {"easy": "E", "hard": "H", "negative": "N", "junk": "J"}
 QUERY_COLOUR = "#0072B2"
@@ -29,8 +28,8 @@ HEAT_MAP = "inferno"
 SCORE_MAP = "plasma"
 BAND_OPACITY = 0.15  # of the interval around a curve
 CAPTION_SIZE = 7.5  # points, text beside photographs
-# Photographs are kept at this many pixels a drawn pixel: an exported figure stays sharp, and a
-# notebook's picture is as large as its figure whatever the photographs.
+# Pixels of a photograph that are kept for each drawn pixel: exported figures stay sharp and
+# notebooks small.
 DETAIL = 3
 STYLE = {
     "figure.dpi": 80,
@@ -65,7 +64,7 @@ def save_figure(
 ) -> Path:
     """Writes the figure of these axes; the suffix chooses the format.
 
-    The file appears whole or not at all and holds no date: the same figure gives the same bytes.
+    The file is written atomically, without a date: the same figure gives the same bytes.
 
     Args:
         axes: what a drawing function returned; an array may have any shape.

@@ -34,12 +34,12 @@ def split_statistics(
     """Draws how many images the classes have: a histogram, and the classes by size.
 
     train, validation: shape (classes,), images of each class, in any order; 0 for a class
-    without images. A part without classes is named in the legend alone. Returns the axes, shape
+    without images. A part without classes is only in the legend. Returns the axes, shape
     (2,). Raises ValueError for negative numbers and for arrays of another dimension.
     """
     parts = {"training": _counts(train, "train"), "validation": _counts(validation, "validation")}
     largest = max([int(part[0]) for part in parts.values() if len(part)] + [1])
-    wide = largest > 60  # then single counts are too fine for bars, and the tail spans decades
+    wide = largest > 60  # then three axes are logarithmic
     edges = np.geomspace(1, largest + 1, 40) if wide else np.arange(largest + 2)
     edges = np.unique(edges.round()) - 0.5
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.9), layout="constrained")
