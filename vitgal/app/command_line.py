@@ -85,8 +85,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _execute_notebooks(execute: Callable[[], str]) -> int:
     """Prints what `execute` returns, or its error; returns the exit status."""
-    # Set before torch is loaded, for the kernels that inherit it: their waiting threads sleep. By
-    # default they spin, and two busy processes on one machine slow each other tenfold.
+    # Set before torch is loaded and inherited by the kernels: waiting threads sleep. By default
+    # they spin, which slows two busy processes on one machine tenfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from vitgal.app.execution import Interrupted, Preempted
     from vitgal.app.pipeline import RESTART
@@ -185,7 +185,3 @@ def _compare(options: argparse.Namespace) -> int:
     print("\n\n\n".join(reports))
     print("\np: sign-flip permutation test over queries; ~ marks a sample of all flips")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,8 +1,8 @@
-"""Which notebooks there are, and what each of them takes from a file and the command line.
+"""The notebooks, and their parameters from a file and the command line.
 
-A notebook takes the settings of its sections (`settings.NOTEBOOKS`) and whatever else its own cell
-tagged `parameters` declares, one `name: type = value` a line. papermill only warns of a name that
-no notebook knows and passes any type on; here all is checked before the first notebook starts.
+A notebook takes the settings of its sections (`settings.NOTEBOOKS`) and what its cell tagged
+`parameters` declares, one `name: type = value` a line. papermill only warns of an unknown name and
+checks no type; here all is checked before the first notebook starts.
 """
 
 import ast
@@ -41,8 +41,8 @@ class Declaration:
 def declared(notebook: Path) -> dict[str, Declaration]:
     """What a notebook's `parameters` cell declares, by name, in the cell's order.
 
-    Raises ValueError naming the notebook and the line where the cell is missing or doubled, where
-    a line is not `name: type = literal`, or where a default is not of its own type.
+    Raises ValueError naming the notebook and the line where the cell is missing or not
+    unique, a line is not `name: type = literal`, or a default is of another type.
     """
     cells = [
         cell
@@ -88,13 +88,13 @@ def _type(node: ast.expr) -> Any:
 
 
 def takes(notebook: Path) -> set[str]:
-    """The names that a notebook takes: its sections' settings and what its own cell declares."""
+    """The names that a notebook takes: its sections' settings and those that its cell declares."""
     sections = NOTEBOOKS.get(notebook.stem, ())
     return {name for section in sections for name in section.flat()} | set(declared(notebook))
 
 
 def further_types(notebooks: Iterable[Path]) -> dict[str, Any]:
-    """Name -> type of what the notebooks declare and no section of settings has."""
+    """Name -> type of the parameters that are declared by notebooks alone."""
     declarations = {n: d for path in notebooks for n, d in declared(path).items()}
     return {name: d.kind for name, d in declarations.items() if name not in all_names()}
 
@@ -158,7 +158,7 @@ def select(
 
 
 def typed(overrides: dict[str, Any], notebooks: list[Path], chosen: list[Path]) -> Values:
-    """What was typed on the command line, as values; a file feeds all, what is typed must be read.
+    """The values of the command line.
 
     Raises SettingsError for an unknown name, and for one that none of the chosen notebooks takes.
     """
@@ -177,7 +177,7 @@ def typed(overrides: dict[str, Any], notebooks: list[Path], chosen: list[Path]) 
 
 
 def injected(values: Values, notebook: Path) -> dict[str, Any]:
-    """What papermill injects into a notebook: what it takes and does not say itself."""
+    """The values that papermill injects: those a notebook takes and does not declare itself."""
     names, cell = takes(notebook), declared(notebook)
     return {
         name: list(value) if isinstance(value, tuple) else value

@@ -39,15 +39,15 @@ def run(
     """Executes the chosen notebooks in order and returns the run folder.
 
     The executed copies are `<run>/notebooks/NN_name.ipynb`, with `worker_count` above 1
-    `<run>/notebooks/worker-K/NN_name.ipynb`; each notebook gets just the parameters that it
-    declares with another default, and runs in the notebooks' folder, as in JupyterLab.
+    `<run>/notebooks/worker-K/NN_name.ipynb`; each notebook gets only the parameters that it
+    takes and that differ from its own, and runs in the notebooks' folder, as in JupyterLab.
 
     Args:
         params: a flat YAML file; None leaves every notebook's own defaults.
-        only, first, last: see `select`; without any, the file's own line `notebooks: 04-07` counts,
-            else all are executed. Where `first` comes after the training and would read the run's
-            own data, which are not there yet, notebook 01 makes them before it.
-        overrides: beat the file; text is parsed by the declared type.
+        only, first, last: see `select`; without any, the file's `notebooks: 04-07` counts, else all
+            are executed. Notebook 01 is executed before a `first` of 04 or later that needs the
+            run's own data, if these are missing.
+        overrides: replace values of the file; text is parsed by the declared type.
         output: the run folder, relative to the current folder; None takes `run_dir`.
         notebooks: the folder of the numbered notebooks; None is the checkout's.
         progress: one line a notebook, on a terminal with its cells and the running bar.
@@ -123,10 +123,10 @@ def plan(
     overrides: dict[str, Any] | None = None,
     output: Path | None = None,
 ) -> tuple[Path, dict[Path, dict[str, Any]]]:
-    """The run folder, and what each chosen notebook gets of a file's and a command line's values.
+    """The run folder, and the parameters of each chosen notebook.
 
-    A file may feed any of `every` notebook, a command line only the chosen ones. Starts nothing.
-    Raises SettingsError for a name that nothing knows, a wrong type and a value out of range.
+    A file may set parameters of any of `every` notebook, a command line only of the chosen ones.
+    Raises SettingsError for an unknown name, a wrong type and a value out of range.
     """
     overrides = dict(overrides or {})
     if output is not None:
@@ -144,7 +144,7 @@ def plan(
 
 
 def _lacks_data(folder: Path, maker: Path, first: Path, parameters: dict[Path, dict]) -> bool:
-    """Whether a notebook that evaluates would read data of the run that nobody has made."""
+    """Whether `first` evaluates the run's own data and these are missing."""
     evaluates = first.name >= "04" and "dataset_dir" in takes(first)
     if not evaluates or not maker.name.startswith("01"):
         return False
@@ -160,7 +160,7 @@ def _default_run(every: list[Path]) -> str:
 
 
 def _refuse_absent(values: dict[str, Any]) -> None:
-    """Data that `vitgal download` brings must be there; other paths are the notebooks' matter."""
+    """Raises FileNotFoundError for missing data that `vitgal download` fetches."""
     from vitgal.data.download import sources
 
     absent = []

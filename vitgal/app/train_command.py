@@ -25,7 +25,7 @@ STAGES = {"02": "retrieval", "03": "autoencoder"}  # by the notebook that trains
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Trains by a params file; returns 0, 75 to be started again, 2 if asked wrongly, else 1."""
+    """Trains by a params file; returns 0, 75 after SIGTERM, 2 for wrong settings, else 1."""
     parser = argparse.ArgumentParser(prog="python -m vitgal.training", description="Trains.")
     parser.add_argument("params", type=Path, metavar="PARAMS.yaml", help="as for vitgal run")
     parser.add_argument("--only", choices=STAGES, help="one of both notebooks' models")

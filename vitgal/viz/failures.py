@@ -40,7 +40,7 @@ def failure_table(
         run: the run's folder.
         dataset: an opened benchmark, or the name of the run's own.
         by: "ap", the lowest AP after reranking; "change", the most AP lost by reranking; "miss",
-            the positive image of the lowest rank. Ties keep the queries' order.
+            the positive image that ranks last. Ties keep the queries' order.
         protocol: "easy", "medium" or "hard".
         reranked: False uses only the global ranking.
     Returns:
