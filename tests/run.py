@@ -1,6 +1,6 @@
 """What `make check` and `make test` call: `python -m tests.run check|all`, from any folder.
 
-check   ruff, the notebooks' metadata, the unit tests: under two minutes
+check   ruff, the notebooks' metadata, the unit tests: two to three minutes
 all     the same; then the notebooks once, strictly under nbval, in a fresh run folder; then the
         slow tests, some of which reuse that finished run (environment variable VITGAL_FINISHED_RUN)
 """
