@@ -12,13 +12,8 @@ from hypothesis import given, strategies as st
 
 from vitgal import runs
 from vitgal.data import gldv2
-from vitgal.data.demo import (
-    benchmark as demo_benchmark,
-    drawing,
-    photographs as demo_photographs,
-    rendering,
-)
-from vitgal.data.demo.homography import invert, map_points
+from vitgal.data.demo import benchmark as demo_benchmark, photographs as demo_photographs, views
+from vitgal.data.demo.views import invert, map_points
 from vitgal.data.revisited import load_ground_truth, open_dataset
 from vitgal.settings.sections import DemoSettings, SettingsError
 from vitgal.stages import demo
@@ -76,8 +71,8 @@ def photograph(width=100, height=80, region=(0.0, 0.0, 100.0, 80.0), name="petra
 
 
 def plain_view(photograph, **changed):
-    light = drawing.Light(1.0, (1.0, 1.0, 1.0), 1.0, False, False, 0.0, 95)
-    view = drawing.View(
+    light = views.Light(1.0, (1.0, 1.0, 1.0), 1.0, False, False, 0.0, 95)
+    view = views.View(
         name="view",
         photograph=photograph,
         size=(photograph.width, photograph.height),
@@ -161,11 +156,11 @@ def test_missing_photographs_are_named(photographs):
 
 def test_homography_of_an_untilted_view_is_a_similarity():
     # A window of half a 100 x 80 photograph around (60, 30) in a view of 200 x 160: 4 pixels each.
-    matrix = drawing.tilted_board((60, 30), 100, (0, 0, 0), 4.0, (200, 160))
+    matrix = views.tilted_board((60, 30), 100, (0, 0, 0), 4.0, (200, 160))
     assert map_points(matrix, 60, 30) == (100, 80)
     assert map_points(matrix, 35, 10) == (0, 0)
     assert map_points(matrix, 85, 50) == (200, 160)
-    turned = drawing.tilted_board((60, 30), 100, (0, 0, 30), 4.0, (200, 160))
+    turned = views.tilted_board((60, 30), 100, (0, 0, 30), 4.0, (200, 160))
     x, y = map_points(turned, 70, 30)
     assert math.hypot(x - 100, y - 80) == pytest.approx(40)
     # 30 degrees clockwise on the screen (y runs down); the half-angle form is off by 0.7 of them.
@@ -173,7 +168,7 @@ def test_homography_of_an_untilted_view_is_a_similarity():
 
 
 def test_a_tilted_board_is_foreshortened_and_its_near_side_larger():
-    matrix = drawing.tilted_board((50, 40), 100, (40, 0, 0), 1.0, (100, 80))
+    matrix = views.tilted_board((50, 40), 100, (40, 0, 0), 1.0, (100, 80))
     left, right = map_points(matrix, 0, 40)[0], map_points(matrix, 100, 40)[0]
     assert map_points(matrix, 50, 40) == (50, 40)
     # Seen at 40 degrees from a distance of 1.7 sides (170): X cos 40 / (1 - X sin 40 / 170).
@@ -190,16 +185,16 @@ ANGLE = st.floats(-45, 45)
 
 @given(st.tuples(ANGLE, ANGLE, ANGLE), st.floats(0.2, 8), st.floats(0, 100), st.floats(0, 80))
 def test_the_inverse_of_a_view_leads_back_to_the_photograph(angles, scale, x, y):
-    matrix = drawing.tilted_board((60, 30), 100, angles, scale, (200, 160))
+    matrix = views.tilted_board((60, 30), 100, angles, scale, (200, 160))
     assert map_points(invert(matrix), *map_points(matrix, x, y)) == pytest.approx((x, y), abs=1e-6)
 
 
 @given(st.tuples(ANGLE, ANGLE, ANGLE), st.floats(0.2, 8))
 def test_a_query_box_lies_in_the_view_and_around_the_whole_region(angles, scale):
     region = (20.0, 10.0, 80.0, 70.0)
-    matrix = drawing.tilted_board((50, 40), 100, angles, scale, (200, 160))
+    matrix = views.tilted_board((50, 40), 100, angles, scale, (200, 160))
     view = plain_view(photograph(region=region), matrix=matrix, size=(200, 160))
-    x0, y0, x1, y1 = drawing.query_box(view)
+    x0, y0, x1, y1 = views.query_box(view)
     assert 0 <= x0 <= x1 <= 200 and 0 <= y0 <= y1 <= 160
     for corner in ((20, 10), (80, 10), (20, 70), (80, 70), (50, 40)):
         x, y = map_points(matrix, *corner)
@@ -209,29 +204,29 @@ def test_a_query_box_lies_in_the_view_and_around_the_whole_region(angles, scale)
 
 def test_visible_fraction_counts_what_is_inside_and_not_behind():
     region = (0.0, 0.0, 100.0, 80.0)
-    assert drawing.visible_fraction(IDENTITY, region, (100, 80)) == 1
-    assert drawing.visible_fraction(IDENTITY, region, (50, 80)) == 0.5
-    assert drawing.visible_fraction(IDENTITY, region, (50, 20)) == 0.125
+    assert views.visible_fraction(IDENTITY, region, (100, 80)) == 1
+    assert views.visible_fraction(IDENTITY, region, (50, 80)) == 0.5
+    assert views.visible_fraction(IDENTITY, region, (50, 20)) == 0.125
     shifted = ((1.0, 0.0, 100.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
-    assert drawing.visible_fraction(shifted, region, (100, 80)) == 0
+    assert views.visible_fraction(shifted, region, (100, 80)) == 0
     # An ellipse that touches all four sides leaves 1 - pi / 4 free; a 32 x 32 grid counts its
     # border points to within about a point each of its 4 x 32 border cells, far less in the mean.
-    hidden = drawing.visible_fraction(IDENTITY, region, (100, 80), (0.5, 0.5, 0.5, 0.5))
+    hidden = views.visible_fraction(IDENTITY, region, (100, 80), (0.5, 0.5, 0.5, 0.5))
     assert hidden == pytest.approx(1 - math.pi / 4, abs=0.01)
 
 
 def test_query_box_is_the_region_clipped_to_the_view():
     view = plain_view(photograph(region=(10.0, 20.0, 90.04, 70.0)))
-    assert drawing.query_box(view) == (10.0, 20.0, 90.0, 70.0)
+    assert views.query_box(view) == (10.0, 20.0, 90.0, 70.0)
     moved = ((1.0, 0.0, -25.0), (0.0, 1.0, 30.0), (0.0, 0.0, 1.0))
-    assert drawing.query_box(replace(view, matrix=moved)) == (0.0, 50.0, 65.0, 80.0)
+    assert views.query_box(replace(view, matrix=moved)) == (0.0, 50.0, 65.0, 80.0)
 
 
 def test_views_stay_within_the_photograph(recipes):
     for view in (*recipes[0], *recipes[1], *recipes[2]):
         sides = view.photograph.width, view.photograph.height
-        over = drawing.overhang(view.matrix, sides, view.size)
-        assert over <= drawing.OVERHANG or view.window == drawing.MIN_WINDOW
+        over = views.overhang(view.matrix, sides, view.size)
+        assert over <= views.OVERHANG or view.window == views.MIN_WINDOW
         assert over < 0.2 and max(view.size) == 320 and min(view.size) >= 80
 
 
@@ -257,8 +252,8 @@ def test_recipes_follow_the_seed(bundled):
 
 def test_mild_views_have_no_event_and_strength_grows_with_level(bundled):
     mild, strong = (
-        [drawing.draw_view(bundled[0], "v", level, seed=[9, i], view_size=64) for i in range(100)]
-        for level in (drawing.QUERY_LEVEL, 1.0)
+        [views.draw_view(bundled[0], "v", level, seed=[9, i], view_size=64) for i in range(100)]
+        for level in (views.QUERY_LEVEL, 1.0)
     )
     for view in mild:
         assert not (view.light.night or view.light.grey or view.light.blur or view.occluder)
@@ -270,9 +265,9 @@ def test_mild_views_have_no_event_and_strength_grows_with_level(bundled):
 
 
 def test_strength_adds_up():
-    light = drawing.Light(1.5, (1.2, 1.0, 0.8), 1.0, False, True, 2.0, 50)
+    light = views.Light(1.5, (1.2, 1.0, 0.8), 1.0, False, True, 2.0, 50)
     # 0.4 * 22.5/45 + 0.25 * 15/30 + 0.3 * 0.5 + 0.4 + 0.3 * 0.5 + 0.5 * 0.2 + 0.12 * 2
-    assert drawing._strength(22.5, -15.0, 0.5, light) == pytest.approx(1.365)
+    assert views._strength(22.5, -15.0, 0.5, light) == pytest.approx(1.365)
 
 
 # Labels
@@ -339,9 +334,9 @@ def test_tables_are_the_same_on_every_machine(tmp_path, recipes):
 def test_a_point_is_drawn_where_the_recipe_maps_it():
     image = np.zeros((80, 100, 3), np.uint8) + 40
     cv2.circle(image, (70, 30), 3, (255, 255, 255), -1)  # its middle is at (70.5, 30.5)
-    matrix = drawing.tilted_board((60, 35), 100, (30, 10, -20), 3.0, (200, 160))
+    matrix = views.tilted_board((60, 35), 100, (30, 10, -20), 3.0, (200, 160))
     view = plain_view(photograph(), matrix=matrix, size=(200, 160), window=0.6)
-    grey = rendering.render(view, image).mean(axis=2)
+    grey = views.render(view, image).mean(axis=2)
     rows, columns = np.nonzero(grey > 150)
     x, y = map_points(matrix, 70.5, 30.5)
     # The disc is 20 pixels wide there; noise moves its rim's middle by far less than half a pixel.
@@ -351,21 +346,21 @@ def test_a_point_is_drawn_where_the_recipe_maps_it():
 
 def test_beyond_the_border_is_no_black():
     image = np.full((80, 100, 3), 128, np.uint8)
-    matrix = drawing.tilted_board((95, 5), 100, (0, 0, 25), 1.0, (100, 80))
-    pixels = rendering.render(plain_view(photograph(), matrix=matrix), image)
+    matrix = views.tilted_board((95, 5), 100, (0, 0, 25), 1.0, (100, 80))
+    pixels = views.render(plain_view(photograph(), matrix=matrix), image)
     # Noise has a standard deviation of 0.012 * 255 = 3 and, being uniform, at most 5.3 either way.
     assert pixels.min() >= 122 and pixels.max() <= 134
 
 
 def test_render_is_deterministic_and_colour_changes_as_told():
     image, view = pattern(100, 80, 3), plain_view(photograph())
-    assert np.array_equal(rendering.render(view, image), rendering.render(view, image))
-    other = rendering.render(replace(view, noise_seed=2), image)
-    assert not np.array_equal(other, rendering.render(view, image))
-    grey = rendering.render(replace(view, light=replace(view.light, grey=True)), image).astype(int)
+    assert np.array_equal(views.render(view, image), views.render(view, image))
+    other = views.render(replace(view, noise_seed=2), image)
+    assert not np.array_equal(other, views.render(view, image))
+    grey = views.render(replace(view, light=replace(view.light, grey=True)), image).astype(int)
     assert np.abs(grey[..., 0] - grey[..., 2]).max() <= 11  # twice the noise's reach
     warm = replace(view.light, balance=(1.2, 1.0, 0.8))
-    red, _, blue = rendering.render(
+    red, _, blue = views.render(
         replace(view, light=warm), np.full((80, 100, 3), 100, np.uint8)
     ).mean(axis=(0, 1))
     assert (red, blue) == pytest.approx((120, 80), abs=0.5)  # 8000 pixels of noise 3
@@ -374,20 +369,18 @@ def test_render_is_deterministic_and_colour_changes_as_told():
 def test_a_black_photograph_is_brightened():
     night = replace(plain_view(photograph()).light, night=True, gain=0.5)
     view = plain_view(photograph(), light=night)
-    assert (
-        rendering.render(view, np.zeros((80, 100, 3), np.uint8)).mean() >= 0.8 * rendering.MIN_MEAN
-    )
+    assert views.render(view, np.zeros((80, 100, 3), np.uint8)).mean() >= 0.8 * views.MIN_MEAN
 
 
 def test_no_bundled_view_is_dark(bundled):
     train, benchmark = demo_photographs.split_photographs(bundled)
     settings = DemoSettings(view_size=64, train_views=12)
     queries, database = demo_benchmark.benchmark_recipes(benchmark, settings)
-    views = [*demo_benchmark.training_recipes(train, settings)[::3], *queries, *database]
+    recipes = [*demo_benchmark.training_recipes(train, settings)[::3], *queries, *database]
     pictures = {item.name: item.read() for item in bundled}
-    for view in views:
-        pixels = rendering.render(view, pictures[view.photograph.name])
-        assert pixels.mean() >= 0.9 * rendering.MIN_MEAN, view.name  # clipping takes some off again
+    for view in recipes:
+        pixels = views.render(view, pictures[view.photograph.name])
+        assert pixels.mean() >= 0.9 * views.MIN_MEAN, view.name  # clipping takes some off again
         assert pixels.mean() <= 250, view.name
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vitgal import runs
-from vitgal.data.demo import benchmark, rendering
+from vitgal.data.demo import benchmark
 from vitgal.data.demo.photographs import (
     ATTRIBUTION,
     PHOTOGRAPHS,
@@ -13,6 +13,8 @@ from vitgal.data.demo.photographs import (
     read_photographs,
     split_photographs,
 )
+from vitgal.data.demo.views import write_views
+from vitgal.data.gldv2 import image_path
 from vitgal.settings.sections import DemoSettings
 
 
@@ -57,9 +59,9 @@ def make_demo(
             return stage.folder
         training = benchmark.training_recipes(train, settings)
         queries, database = benchmark.benchmark_recipes(held_out, settings)
-        targets = [(view, benchmark.train_path(view.name)) for view in training]
-        targets += [(view, benchmark.jpg_path(view.name)) for view in queries + database]
-        rendering.write_views([(view, folder / path) for view, path in targets], progress=progress)
+        targets = [(view, f"train/{image_path(view.name)}") for view in training]
+        targets += [(view, f"benchmark/jpg/{view.name}.jpg") for view in queries + database]
+        write_views([(view, folder / path) for view, path in targets], progress=progress)
         benchmark.write_tables(folder, training, queries, database)
         outputs = [path for _, path in targets]
         return stage.finish([*outputs, *benchmark.TABLES], {"views": len(targets)})

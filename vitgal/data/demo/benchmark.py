@@ -8,9 +8,8 @@ import numpy as np
 import pandas as pd
 
 from vitgal import runs
-from vitgal.data.demo.drawing import QUERY_LEVEL, View, draw_view, query_box
 from vitgal.data.demo.photographs import SAME_SITE, Photograph
-from vitgal.data.gldv2 import image_path
+from vitgal.data.demo.views import QUERY_LEVEL, View, draw_view, query_box
 from vitgal.data.revisited import GroundTruth, write_ground_truth
 from vitgal.settings.sections import DemoSettings
 
@@ -23,28 +22,15 @@ TRAIN_ID_STEP = 37  # landmark ids of the training part are neither 0, 1, 2, ...
 TABLES = ("train.csv", "views.csv", "benchmark/views.csv", "benchmark/gnd_demo.pkl")
 
 
-def train_path(name: str) -> Path:
-    """Returns the path of a training view in the data folder."""
-    return Path("train", image_path(name))
-
-
-def jpg_path(name: str) -> Path:
-    """Returns the path of a benchmark view, query or database, in the data folder."""
-    return Path("benchmark", "jpg", f"{name}.jpg")
-
-
 def training_recipes(photographs: Sequence[Photograph], settings: DemoSettings) -> list[View]:
     """Draws the training views, named by 16 hexadecimal digits, in order of photograph."""
-    seed, views = settings.seed, settings.train_views
     recipes = []
     for photograph in photographs:
-        for index in range(views):
-            text = f"{seed}/{photograph.name}/{index}"
+        for index in range(settings.train_views):
+            text = f"{settings.seed}/{photograph.name}/{index}"
             name = hashlib.sha256(text.encode()).hexdigest()[:16]
-            numbers = _seed_numbers(seed, "train", photograph.name, index)
-            level = _level(index, views)
-            recipe = draw_view(photograph, name, level, seed=numbers, view_size=settings.view_size)
-            recipes.append(recipe)
+            level = _level(index, settings.train_views)
+            recipes.append(_draw("train", photograph, index, name, level, settings))
     return recipes
 
 
@@ -57,22 +43,17 @@ def benchmark_recipes(
     has two or three queries and a similar weight in the score. The last of several database views
     is aimed past the landmark.
     """
-    seed, size = settings.seed, settings.view_size
     landmarks = [photograph.landmark for photograph in photographs]
     queries, database = [], []
     for photograph in photographs:
         for index in range(2 if landmarks.count(photograph.landmark) == 1 else 1):
-            numbers = _seed_numbers(seed, "query", photograph.name, index)
             name = f"{photograph.name}_q{index}"
-            query = draw_view(photograph, name, QUERY_LEVEL, seed=numbers, view_size=size)
-            queries.append(query)
+            queries.append(_draw("query", photograph, index, name, QUERY_LEVEL, settings))
         for index in range(views):
             aside = index > 0 and index == views - 1
             level = ASIDE_LEVEL if aside else _level(index, views - 1)
-            numbers = _seed_numbers(seed, "database", photograph.name, index)
             name = f"{photograph.name}_v{index:02d}"
-            view = draw_view(photograph, name, level, seed=numbers, view_size=size, aside=aside)
-            database.append(view)
+            database.append(_draw("database", photograph, index, name, level, settings, aside))
     return queries, database
 
 
@@ -81,9 +62,18 @@ def _level(index: int, views: int) -> float:
     return QUERY_LEVEL + (1 - QUERY_LEVEL) * index / max(1, views - 1)
 
 
-def _seed_numbers(seed: int, part: str, name: str, index: int) -> list[int]:
-    digest = hashlib.sha256(f"{part}/{name}".encode()).digest()
-    return [seed, int.from_bytes(digest[:8], "big"), index]
+def _draw(
+    part: str,
+    photograph: Photograph,
+    index: int,
+    name: str,
+    level: float,
+    settings: DemoSettings,
+    aside: bool = False,
+) -> View:
+    digest = hashlib.sha256(f"{part}/{photograph.name}".encode()).digest()
+    seed = [settings.seed, int.from_bytes(digest[:8], "big"), index]
+    return draw_view(photograph, name, level, seed=seed, view_size=settings.view_size, aside=aside)
 
 
 def label(query: View, view: View) -> str:

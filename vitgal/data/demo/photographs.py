@@ -56,14 +56,9 @@ class Photograph:
 
 
 def read_photographs(folder: Path) -> list[Photograph]:
-    """Lists the photographs of ATTRIBUTION.csv, sorted by file.
+    """Lists the photographs of ATTRIBUTION.csv, with their regions of REGIONS.csv, sorted by file.
 
-    REGIONS.csv holds the regions of their landmarks, in per cent of a photograph's sides; one that
-    is not listed there has CENTRAL_REGION.
-
-    Raises:
-        FileNotFoundError: the folder, the table or a listed photograph is missing.
-        ValueError: a table's columns, a size, a region or a row is wrong.
+    Raises FileNotFoundError where the table or a photograph is missing, ValueError for a wrong row.
     """
     folder = Path(folder)
     table = folder / ATTRIBUTION
@@ -134,19 +129,15 @@ def _photograph(folder: Path, row: dict[str, str], regions: dict) -> Photograph:
     )
 
 
-def split_photographs(
-    photographs: Iterable[Photograph],
-) -> tuple[list[Photograph], list[Photograph]]:
-    """Returns training and benchmark photographs: no landmark is in both.
-
-    ValueError where either part is empty.
-    """
-    photographs = list(photographs)
-    train = [item for item in photographs if item.landmark not in BENCHMARK_LANDMARKS]
-    benchmark = [item for item in photographs if item.landmark in BENCHMARK_LANDMARKS]
+def split_photographs(photographs: Iterable[Photograph]) -> tuple[list[Photograph], ...]:
+    """Returns training and benchmark photographs by landmark; ValueError where a part is empty."""
+    parts: tuple[list[Photograph], list[Photograph]] = ([], [])
+    for photograph in photographs:
+        parts[photograph.landmark in BENCHMARK_LANDMARKS].append(photograph)
+    train, benchmark = parts
     if not train or not benchmark:
         raise ValueError(
             f"of the photographs {len(train)} are for training and {len(benchmark)} for the "
             "benchmark, but both need some: use the bundled third_party/landmarks"
         )
-    return train, benchmark
+    return parts
