@@ -1,5 +1,12 @@
 from .environment import commit as commit, versions as versions
-from .errors import StageError as StageError, UserError as UserError, abbreviate as abbreviate
+from .errors import (
+    PathError as PathError,
+    StageError as StageError,
+    UserError as UserError,
+    abbreviate as abbreviate,
+    printable as printable,
+    short as short,
+)
 from .files import (
     TEMPORARY as TEMPORARY,
     atomic as atomic,
@@ -43,6 +50,7 @@ from .paths import (
     SMALL_WEIGHTS as SMALL_WEIGHTS,
     checkout as checkout,
     data_folder as data_folder,
+    inside as inside,
     model_file as model_file,
     resolve as resolve,
     run_folder as run_folder,

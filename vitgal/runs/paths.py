@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from vitgal.runs.errors import StageError
+from vitgal.runs.errors import PathError, StageError, short
 from vitgal.runs.manifest import read_stage
 
 SMALL_WEIGHTS = "weights/vitgal_nano.safetensors"  # made by params/small_weights.yaml
@@ -23,6 +23,17 @@ def checkout() -> Path:
 def resolve(path: str | os.PathLike) -> Path:
     """Returns an absolute path: a relative one counts from the checkout; `~` is expanded."""
     return checkout() / Path(path).expanduser()
+
+
+def inside(folder: str | os.PathLike, name: str) -> Path:
+    """Returns `folder / name` for a name that a file holds; links are not followed.
+
+    Raises PathError for a name that is absolute, empty or no text, or leads out of the folder.
+    """
+    legal = isinstance(name, str) and name not in ("", ".") and not name.startswith("/")
+    if not legal or ".." in name.split("/") or "\0" in name:
+        raise PathError(f"{short(name)} is not the path of a file inside {folder}")
+    return Path(folder) / name
 
 
 def run_folder(run_dir: str | os.PathLike) -> Path:
