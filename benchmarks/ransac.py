@@ -40,8 +40,7 @@ from vitgal.evaluation.protocol import evaluate
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval import shortlists
 from vitgal.retrieval.matching import Descriptors, match_prepared
-from vitgal.retrieval.ranking import Ranking
-from vitgal.retrieval.reranking import NOT_VERIFIED, Reranking, padded
+from vitgal.retrieval.ranking import NOT_VERIFIED, Ranking, Reranking, padded
 from vitgal.retrieval.verification import ESTIMATORS, verify_matches
 from vitgal.settings import MatchingSettings, RerankingSettings, VerificationSettings
 

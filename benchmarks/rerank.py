@@ -24,8 +24,7 @@ from scipy.spatial import cKDTree
 from vitgal import engines
 from vitgal.features.local import LocalFeatures
 from vitgal.retrieval.matching import Descriptors, match_prepared
-from vitgal.retrieval.pairs import inspect_shortlist
-from vitgal.retrieval.verification import ESTIMATORS
+from vitgal.retrieval.verification import ESTIMATORS, inspect_shortlist
 from vitgal.settings import RerankingSettings, VerificationSettings
 
 WIDTH = 128

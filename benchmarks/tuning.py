@@ -10,7 +10,7 @@ import numpy as np
 
 from vitgal.evaluation import statistics
 from vitgal.features.local import LocalFeatures
-from vitgal.retrieval import pairs as retrieval_pairs
+from vitgal.retrieval import verification
 from vitgal.settings import MatchingSettings, RerankingSettings, VerificationSettings
 from vitgal.stages import tuning
 
@@ -55,7 +55,7 @@ def plain(one: LocalFeatures, other: LocalFeatures) -> np.ndarray:
     return np.array(
         [
             [
-                retrieval_pairs.inspect_pair(one, other, at(distance, threshold)).verification.count
+                verification.inspect_pair(one, other, at(distance, threshold)).verification.count
                 for threshold in GRID["threshold"]
             ]
             for distance in GRID["max_distance"]

@@ -36,7 +36,6 @@ from .models.weights import (
 )
 from .retrieval.exact_search import search as search
 from .retrieval.matching import match as match
-from .retrieval.ranking import Positions as Positions
-from .retrieval.reranking import rerank as rerank
+from .retrieval.ranking import Positions as Positions, rerank as rerank
 from .retrieval.verification import Verification as Verification, verify as verify
 from .runs.errors import StageError as StageError

@@ -16,7 +16,7 @@ from vitgal.evaluation import tuning
 from vitgal.evaluation.tuning import TuningError
 from vitgal.features import store
 from vitgal.features.local import LocalFeatures
-from vitgal.retrieval import pairs
+from vitgal.retrieval import verification
 from vitgal.settings import (
     GlobalSettings,
     MachineSettings,
@@ -233,7 +233,7 @@ def test_counts_equal_those_of_a_pair_at_every_point():
     counts = stages_tuning.pair_counts(one, other, grid, current)
     wanted = [
         [
-            pairs.inspect_pair(
+            verification.inspect_pair(
                 one,
                 other,
                 RerankingSettings(

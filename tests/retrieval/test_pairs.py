@@ -3,7 +3,7 @@
 import dataclasses
 
 from tests.retrieval_cases import image_pair
-from vitgal.retrieval.pairs import inspect_pair, inspect_shortlist
+from vitgal.retrieval.verification import inspect_pair, inspect_shortlist
 from vitgal.settings import MatchingSettings, RerankingSettings, VerificationSettings
 
 SETTINGS = RerankingSettings(matching=MatchingSettings(max_distance=0.5))

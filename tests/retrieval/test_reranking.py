@@ -7,8 +7,7 @@ from tests.retrieval_cases import random_benchmark
 from vitgal.data.revisited import GroundTruth, labelled
 from vitgal.evaluation.protocol import evaluate
 from vitgal.retrieval import shortlists
-from vitgal.retrieval.ranking import Positions
-from vitgal.retrieval.reranking import Reranking, rerank
+from vitgal.retrieval.ranking import Positions, Reranking, rerank
 
 
 def small_truth() -> GroundTruth:

@@ -13,8 +13,7 @@ from vitgal.retrieval import shortlists
 from vitgal.retrieval.exact_ranks import labelled_positions
 from vitgal.retrieval.exact_search import search
 from vitgal.retrieval.matching import match
-from vitgal.retrieval.ranking import Positions, Ranking
-from vitgal.retrieval.reranking import Reranking, padded, rerank
+from vitgal.retrieval.ranking import Positions, Ranking, Reranking, padded, rerank
 from vitgal.retrieval.shortlists import (
     read_rerank_paths,
     read_shortlist,

@@ -9,7 +9,7 @@ import pytest
 from tests.retrieval_cases import PLANTED, planted, project
 from vitgal.retrieval import verification
 from vitgal.retrieval.matching import match
-from vitgal.retrieval.reranking import rerank
+from vitgal.retrieval.ranking import rerank
 from vitgal.retrieval.verification import verify
 
 ESTIMATORS = ["degensac", "magsac", "poselib"]

@@ -21,7 +21,7 @@ from vitgal.features.local import LocalFeatures
 from vitgal.models import descriptors, inference
 from vitgal.models.network import build_model
 from vitgal.models.weights import save_model
-from vitgal.retrieval import pairs
+from vitgal.retrieval import verification
 from vitgal.settings import (
     GlobalSettings,
     LocalSettings,
@@ -270,7 +270,7 @@ def test_the_other_view_comes_first_and_never_the_query(folder, describer):
     features, pair = found.pair("a/2.png")
     assert pair.verification.count == found.table["inliers"][0] >= 5
     query = photographs.features("a/1.png")
-    alone = pairs.inspect_pair(query, features, reranking())
+    alone = verification.inspect_pair(query, features, reranking())
     np.testing.assert_array_equal(pair.matches, alone.matches)
     assert len(pair.matches) == found.table["matches"][0]
 

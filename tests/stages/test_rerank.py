@@ -20,8 +20,7 @@ from vitgal.evaluation.protocol import evaluate
 from vitgal.evaluation.statistics import bootstrap_interval
 from vitgal.features import store
 from vitgal.retrieval import exact_ranks, exact_search, shortlists
-from vitgal.retrieval.ranking import Positions
-from vitgal.retrieval.reranking import Reranking, rerank
+from vitgal.retrieval.ranking import Positions, Reranking, rerank
 from vitgal.settings import MachineSettings, RerankingSettings
 from vitgal.stages.rerank import count_inliers, rerank_shortlist
 

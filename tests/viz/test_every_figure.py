@@ -18,8 +18,7 @@ from tests.viz.drawn_samples import (
     texts,
 )
 from vitgal.features.local import LocalFeatures
-from vitgal.retrieval.pairs import PairInspection
-from vitgal.retrieval.verification import Verification
+from vitgal.retrieval.verification import PairInspection, Verification
 from vitgal.viz import diagrams, galleries, maps, matching, scores, training
 from vitgal.viz.galleries import QueryImage
 

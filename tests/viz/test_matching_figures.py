@@ -7,8 +7,7 @@ import pytest
 
 from tests.viz.drawn_samples import features, picture, texts
 from vitgal.features.local import LocalFeatures
-from vitgal.retrieval.pairs import PairInspection
-from vitgal.retrieval.verification import Verification
+from vitgal.retrieval.verification import PairInspection, Verification
 from vitgal.viz import matching
 from vitgal.viz.matching import MatchedImage
 

@@ -7,13 +7,12 @@ from .matching import (
     match_squares as match_squares,
     matching_device as matching_device,
 )
-from .pairs import (
-    PairInspection as PairInspection,
-    inspect_pair as inspect_pair,
-    inspect_shortlist as inspect_shortlist,
+from .ranking import (
+    Positions as Positions,
+    Ranking as Ranking,
+    Reranking as Reranking,
+    rerank as rerank,
 )
-from .ranking import Positions as Positions, Ranking as Ranking
-from .reranking import Reranking as Reranking, rerank as rerank
 from .shortlists import (
     candidates as candidates,
     read_global_rank as read_global_rank,
@@ -26,7 +25,10 @@ from .shortlists import (
     write_shortlist as write_shortlist,
 )
 from .verification import (
+    PairInspection as PairInspection,
     Verification as Verification,
+    inspect_pair as inspect_pair,
+    inspect_shortlist as inspect_shortlist,
     verify as verify,
     verify_matches as verify_matches,
 )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from vitgal.retrieval.products import (
+from vitgal.retrieval.exact_search import (
     BLOCK,
     block_slices,
     check_descriptors,
@@ -32,9 +32,8 @@ def labelled_positions(
     max(block, 4096), whatever N.
 
     Args:
-        queries: (Q, D) floats.  database: (N, D) floats, memory-mapped or not.
+        queries, database, block: as for `search`.
         labelled: per query the database indices (M,) to find (`revisited.labelled`); may be empty.
-        block: database rows that are read at once.
     Raises:
         ValueError: as `search`, or a labelled index is repeated or outside the database.
     """
@@ -77,14 +76,11 @@ def _labelled_similarities(
 
 
 class Steps(NamedTuple):
-    """Equal steps of similarity, the buckets of a count.
+    """Equal steps of similarity, the buckets of a count."""
 
-    low, scale: (Q, 1) float32.  labelled: (Q, BUCKETS) bool, the bucket holds a labelled image.
-    """
-
-    low: np.ndarray
-    scale: np.ndarray
-    labelled: np.ndarray
+    low: np.ndarray  # (Q, 1) float32
+    scale: np.ndarray  # (Q, 1) float32
+    labelled: np.ndarray  # (Q, BUCKETS) bool: the bucket holds a labelled image
 
 
 def count_ahead(
@@ -100,11 +96,8 @@ def count_ahead(
     Sorting all similarities would take longer than computing them. So they are counted in buckets;
     only images that share a bucket with a labelled one are compared with it exactly.
 
-    Args:
-        queries: (Q, D) floats.  database: (N, D) floats.
-        indices, values: per query the labelled images (M,) and their similarities (M,) float32.
-    Returns:
-        Per query (M,) int64.
+    indices, values: per query the labelled images (M,) and their similarities (M,) float32.
+    Returns per query (M,) int64.
     """
     counts = [np.zeros(index.size, np.int64) for index in indices]
     tally = np.zeros(steps.labelled.shape, np.int64)
@@ -114,9 +107,16 @@ def count_ahead(
     blocks = similarity_blocks(queries, database, parts)
     for part, products in zip(parts, blocks, strict=True):
         if np.diff(np.searchsorted(rows, (part.start, part.stop))):
-            _restore_labelled(products, indices, values, part)
-        close = _add_to_tally(products, steps, tally)
-        flat = np.flatnonzero(close)  # row by row, so the queries follow each other
+            # A product that is computed again may differ in the last bit, which would falsify the
+            # count: the labelled images keep the similarities that they have.
+            for row, index, value in zip(products, indices, values, strict=True):
+                first, last = np.searchsorted(index, (part.start, part.stop))
+                row[index[first:last] - part.start] = value[first:last]
+        keys = _buckets(products, steps.low, steps.scale)
+        keys += np.arange(len(keys))[:, None] * BUCKETS
+        tally += np.bincount(keys.ravel(), minlength=tally.size).reshape(tally.shape)
+        # Row by row, so the queries follow each other.
+        flat = np.flatnonzero(steps.labelled.ravel()[keys])
         cuts = np.searchsorted(flat, np.arange(len(products) + 1) * products.shape[1])
         pending.append((cuts, products.ravel()[flat], flat % products.shape[1] + part.start))
         pending_size += flat.size
@@ -127,18 +127,6 @@ def count_ahead(
         above = np.where(steps.labelled[q], 0, tally[q])[::-1].cumsum()[::-1]
         counts[q] += above[_buckets(value, steps.low[q], steps.scale[q])]
     return counts
-
-
-def _restore_labelled(
-    products: np.ndarray, indices: list[np.ndarray], values: list[np.ndarray], part: slice
-) -> None:
-    """Overwrites the labelled images' products in this part by their known similarities.
-
-    A product that is computed again may differ in the last bit, which would falsify the count.
-    """
-    for row, index, value in zip(products, indices, values, strict=True):
-        first, last = np.searchsorted(index, (part.start, part.stop))
-        row[index[first:last] - part.start] = value[first:last]
 
 
 def _similarity_steps(products: np.ndarray, values: list[np.ndarray]) -> Steps:
@@ -156,14 +144,6 @@ def _similarity_steps(products: np.ndarray, values: list[np.ndarray]) -> Steps:
 def _buckets(similarities: np.ndarray, low: np.ndarray, scale: np.ndarray) -> np.ndarray:
     """The bucket of each similarity, monotonic even with rounding."""
     return np.clip((similarities - low) * scale, 0, BUCKETS - 1).astype(np.int64)
-
-
-def _add_to_tally(products: np.ndarray, steps: Steps, tally: np.ndarray) -> np.ndarray:
-    """Counts a block (Q, B); returns (Q, B) bool: the bucket holds a labelled image."""
-    keys = _buckets(products, steps.low, steps.scale)
-    keys += np.arange(len(keys))[:, None] * BUCKETS
-    tally += np.bincount(keys.ravel(), minlength=tally.size).reshape(tally.shape)
-    return steps.labelled.ravel()[keys]
 
 
 def _compare_exactly(

@@ -9,19 +9,18 @@ A database row of zeros stands for an image that could not be read: its similari
 ranks behind every other image.
 """
 
-from collections.abc import Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-from vitgal.retrieval.products import (
-    BLOCK,
-    block_slices,
-    check_descriptors,
-    in_threads,
-    similarity_blocks,
-)
-
+# Rows of a block: the float64 copy of 2048 x 384 descriptors takes 6 MB, and 70 x 2048 similarities
+# stay in the processor's cache while they are worked on.
+BLOCK = 2048
+THREADS = 4  # at most; each takes the memory of a block
 QUERIES = 4096  # searched together: their similarities to a block fill 32 MB
 ESTIMATE_FROM = 8  # times k images; float32 estimates save no time in a smaller database
 NEAR_TIES = 4096  # images that may nearly tie at a query's last rank before float64 takes over
@@ -36,7 +35,7 @@ def search(
 
     Args:
         queries: (Q, D) floats.  database: (N, D) floats, memory-mapped or not.
-        k: the number of images wanted; at most N are returned.
+        k: at most N are returned.
         block: database rows that are read at once.
     Returns:
         similarities (K, Q) float32 and ranks (K, Q) int32, best first, one column a query: the
@@ -98,10 +97,8 @@ def _search_estimated(
     """
     if queries.dtype != np.float32 or not len(queries):
         return None
-    pools = [
-        pool
-        for (pool,) in in_threads(lambda group: [_estimate(queries, database, group, k)], parts)
-    ]
+    by_thread = in_threads(lambda group: [_estimate(queries, database, group, k)], parts)
+    pools = [pool for (pool,) in by_thread]
     if not all(pools):
         return None
     error = max(pool.error for pool in pools)
@@ -112,9 +109,7 @@ def _search_estimated(
         _, images = _possible_best(*map(np.concatenate, pairs), k, error)
         return rank_images(queries[q], database, np.sort(images), k)
 
-    by_thread = in_threads(
-        lambda group: list(map(rank_candidates, group)), list(range(len(queries)))
-    )
+    by_thread = in_threads(lambda group: list(map(rank_candidates, group)), range(len(queries)))
     return [hits for part in by_thread for hits in part]
 
 
@@ -153,10 +148,7 @@ def _length_bound(rows: np.ndarray) -> float:
 
 
 class _CandidatePool:
-    """The images that may be among the best `k` of every query, by estimated similarities.
-
-    hits: of each query; a similarity is off by `error` at most.
-    """
+    """Per query the hits that may be among the best `k`; similarities are off by up to `error`."""
 
     def __init__(self, queries: int, k: int) -> None:
         self.k, self.error = k, 0.0
@@ -218,8 +210,84 @@ def similarities(query: np.ndarray, database: np.ndarray, images: np.ndarray) ->
 
 
 def rank_images(query: np.ndarray, database: np.ndarray, images: np.ndarray, k: int) -> Hits:
-    """Ranks database images by their similarity to one query (D,).
-
-    images: (M,) rising database indices. Returns similarities float32 and indices of the best `k`.
-    """
+    """Returns the best `k` hits of one query (D,) among rising database indices (M,)."""
     return _merge([(similarities(query, database, images), images)], k)
+
+
+# Products, block by block
+
+
+def in_threads(work: Callable, items: list | range) -> list[list]:
+    """Calls `work` on consecutive parts of the items, in up to four threads; results in order.
+
+    Each matrix product runs on one thread: the threads of one product wait for each other in busy
+    loops, which takes four times as long on a shared machine.
+    """
+    workers = max(1, min(THREADS, os.cpu_count() or 1, len(items)))
+    cuts = [len(items) * worker // workers for worker in range(workers + 1)]
+    parts = [items[first:last] for first, last in pairwise(cuts)]
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(work, parts))
+
+
+def check_descriptors(queries: np.ndarray, database: np.ndarray) -> None:
+    """Raises ValueError where queries (Q, D) and a database (N, D) cannot be searched.
+
+    The values of the database are not looked at; `similarity_blocks` checks them.
+    """
+    for name, array in (("queries", queries), ("database", database)):
+        if getattr(array, "ndim", None) != 2 or array.dtype.kind != "f":
+            raise ValueError(f"{name} must be a 2-D array of floats, one descriptor a row")
+    if queries.shape[1] != database.shape[1]:
+        raise ValueError(
+            f"queries have {queries.shape[1]} dimensions and the database {database.shape[1]}: "
+            "they come from different models"
+        )
+    if not queries.shape[1] and len(database):
+        raise ValueError("the descriptors have no dimension")
+    bad = np.flatnonzero(~np.isfinite(queries).all(axis=1))
+    if bad.size:
+        raise ValueError(f"the descriptor of query {bad[0]} is not finite")
+    if len(database) > np.iinfo(np.int32).max:
+        raise ValueError(f"{len(database)} database images do not fit into int32 ranks")
+
+
+def block_slices(count: int, block: int) -> list[slice]:
+    """Returns the slices of `block` rows (the last may be shorter) that make up `count` rows."""
+    if block < 1:
+        raise ValueError(f"block is {block}; a block has one row at least")
+    return [slice(start, min(start + block, count)) for start in range(0, count, block)]
+
+
+def similarity_blocks(
+    queries: np.ndarray, database: np.ndarray, parts: Iterable[slice | np.ndarray]
+) -> Iterator[np.ndarray]:
+    """Yields the similarities (Q, B) float32 of each part of the database, a slice or indices.
+
+    Each part overwrites the last: new memory for every block takes half as long as the product.
+    Raises ValueError naming a database image whose descriptor is not finite.
+    """
+    left = np.asarray(queries, np.float64)
+    buffers: tuple[np.ndarray, ...] = ()
+    for part in parts:
+        rows = database[part]
+        if not buffers or len(buffers[0]) < len(rows):
+            buffers = (
+                np.empty((len(rows), queries.shape[1])),
+                np.empty((len(left), len(rows))),
+                np.empty((len(left), len(rows)), np.float32),
+            )
+        right = buffers[0][: len(rows)]
+        right[...] = rows
+        # Only the last part is shorter than the buffers: its products take new memory.
+        full = len(rows) == buffers[1].shape[1]
+        exact, products = buffers[1:] if full else (None, np.empty((len(left), len(rows)), "f4"))
+        with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the row's number
+            products[...] = np.matmul(left, right.T, out=exact)
+        if not np.isfinite(products).all():
+            column = np.flatnonzero(~np.isfinite(products).all(axis=0))[0]
+            row = part.start + column if isinstance(part, slice) else part[column]
+            raise ValueError(f"the descriptor of database image {row} is not finite")
+        zeros = np.flatnonzero((products == 0).all(axis=0))
+        products[:, zeros[~right[zeros].any(axis=1)]] = -np.inf  # an image that was not read
+        yield products

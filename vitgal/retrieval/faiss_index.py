@@ -16,8 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from vitgal import runs
-from vitgal.retrieval.exact_search import rank_images, search, similarities
-from vitgal.retrieval.products import check_descriptors
+from vitgal.retrieval.exact_search import check_descriptors, rank_images, search, similarities
 from vitgal.retrieval.ranking import Positions
 
 INDEX = "index.faiss"

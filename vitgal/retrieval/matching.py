@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -34,11 +35,10 @@ def match(
     """Matches each query descriptor with its nearest gallery descriptor, one way.
 
     Args:
-        query_descriptors: (N, C) real numbers.
-        gallery_descriptors: (M, C) real numbers.
+        query_descriptors, gallery_descriptors: (N, C) and (M, C) real numbers.
         max_distance: Euclidean; a match lies strictly nearer. `math.inf`: no limit.
-        device: where torch computes the products, "cuda" or "cuda:1" for example; "auto": the GPU
-            if there is one; None: NumPy. The matches are the same.
+        device: where torch computes the products; "auto": the GPU if there is one; None: NumPy. The
+            matches are the same.
     Returns:
         (K, 2) int64, (query index, gallery index) by rising query index. Several query descriptors
         may share one gallery descriptor. Equal distances: the lowest gallery index. No descriptor
@@ -53,10 +53,7 @@ def match(
 
 
 def matching_device(device: str | None) -> str | None:
-    """Returns the device for `match_prepared`: "auto" becomes a GPU, or None where there is none.
-
-    Raises ValueError where torch finds no such device.
-    """
+    """Checks a device for `match_prepared`; "auto" becomes a GPU, or None where there is none."""
     if device == "auto":
         return devices.find_gpu()
     if device is not None:
@@ -76,10 +73,7 @@ class Descriptors:
 
     @classmethod
     def read(cls, descriptors: np.ndarray, side: str) -> "Descriptors":
-        """Checks descriptors (N, C) of real numbers.
-
-        side: "query" or "gallery", for the message of the ValueError about shapes and values.
-        """
+        """Checks descriptors (N, C) of real numbers; `side` names them in a ValueError."""
         values = np.asarray(descriptors)
         values = values.astype(np.result_type(values, np.float32), copy=False)
         if values.ndim != 2:
@@ -95,12 +89,12 @@ class Descriptors:
     @functools.cached_property
     def as_query(self) -> np.ndarray:
         """(N, C + 1) float32: u, 1."""
-        return self._extended(np.ones(len(self.values)))
+        return _extended(self.values, np.ones(len(self.values)))
 
     @functools.cached_property
     def as_gallery(self) -> np.ndarray:
         """(N, C + 1) float32: v, -|v|^2 / 2."""
-        return self._extended(-self.halves)
+        return _extended(self.values, -self.halves)
 
     @functools.cached_property
     def short_as_query(self) -> np.ndarray:
@@ -115,24 +109,22 @@ class Descriptors:
     def _shortened(self, *columns: np.ndarray) -> np.ndarray:
         short = self.values.shape[1] * 5 // 8
         rest = self.values[:, short:]
-        shortened = np.empty((len(self.values), short + 3), np.float32)
-        shortened[:, :short], shortened[:, -2], shortened[:, -1] = self.values[:, :short], *columns
-        shortened[:, short] = np.sqrt(np.einsum("ij,ij->i", rest, rest, dtype=np.float64))
-        return shortened
+        lengths = np.sqrt(np.einsum("ij,ij->i", rest, rest, dtype=np.float64))
+        return _extended(self.values[:, :short], lengths, *columns)
 
-    def _extended(self, column: np.ndarray) -> np.ndarray:
-        extended = np.empty((len(self.values), self.values.shape[1] + 1), np.float32)
-        extended[:, :-1], extended[:, -1] = self.values, column
-        return extended
+
+def _extended(values: np.ndarray, *columns: np.ndarray) -> np.ndarray:
+    extended = np.empty((len(values), values.shape[1] + len(columns)), np.float32)
+    extended[:, : values.shape[1]] = values
+    for place, column in enumerate(columns, start=values.shape[1]):
+        extended[:, place] = column
+    return extended
 
 
 def match_prepared(
     query: Descriptors, gallery: Descriptors, max_distance: float, device: str | None = None
 ) -> np.ndarray:
-    """Matches the prepared descriptors of two images, as `match`: (K, 2) int64.
-
-    device: a device of torch (`matching_device`); None: NumPy.
-    """
+    """Matches as `match`, (K, 2) int64, what was prepared; device: of `matching_device`."""
     if not max_distance >= 0:
         raise ValueError(f"max_distance is {max_distance}, not a distance")
     (count, width), (size, gallery_width) = query.values.shape, gallery.values.shape
@@ -142,7 +134,10 @@ def match_prepared(
         raise ValueError(f"query descriptors are {width} wide, gallery descriptors {gallery_width}")
     candidates = []
     sieve = math.isfinite(max_distance) and device is None
-    for block in _blocks(count, size):
+    step = max(1, BLOCK // size)
+    sample = min(SAMPLE, step, count)  # for the sieve
+    for first, last in pairwise([0, *range(sample, count, step), count]):
+        block = slice(first, last)
         pairs = sieved_pairs(query, gallery, block, max_distance) if sieve else None
         sieve = pairs is not None
         if pairs is None and device is None:
@@ -150,33 +145,20 @@ def match_prepared(
         elif pairs is None:
             pairs = _closest_in_parts(device, query, gallery, block, max_distance)
         candidates.append(pairs)
-    rows, columns = (np.concatenate(parts) for parts in zip(*candidates, strict=True))
-    return _nearest(query.values, gallery.values, rows, columns, max_distance)
+    pairs = tuple(map(np.concatenate, zip(*candidates, strict=True)))
+    return _nearest(_squared_distances(query.values, gallery.values, pairs), pairs, max_distance)
 
 
 def match_squares(
     query_descriptors: np.ndarray, gallery_descriptors: np.ndarray, matches: np.ndarray
 ) -> np.ndarray:
-    """Computes the squared distances of matches, as `match` compares them.
+    """Computes the squared distances (K,) float64 of matches (K, 2), as `match` compares them.
 
-    Args:
-        query_descriptors, gallery_descriptors: (N, C) and (M, C) real numbers.
-        matches: (K, 2) integers.
-    Returns:
-        (K,) float64. A match lies within `max_distance` exactly where its value is below the
-        square of that.
+    A match lies within `max_distance` exactly where its value is below the square of that.
     """
     query = Descriptors.read(query_descriptors, "query").values
     gallery = Descriptors.read(gallery_descriptors, "gallery").values
-    return _squared_distances(query, gallery, matches[:, 0], matches[:, 1])
-
-
-def _blocks(count: int, size: int) -> list[slice]:
-    """Query rows to take at once; the first block is a small sample for the sieve."""
-    step = max(1, BLOCK // size)
-    sample = min(SAMPLE, step, count)
-    later = [slice(first, min(first + step, count)) for first in range(sample, count, step)]
-    return [slice(0, sample), *later]
+    return _squared_distances(query, gallery, (matches[:, 0], matches[:, 1]))
 
 
 def sieved_pairs(
@@ -205,7 +187,7 @@ def _closest(query: Descriptors, gallery: Descriptors, block: slice, max_distanc
     closeness = query.as_query[block] @ gallery.as_gallery.T  # (N, M) float32
     floor = _floors(closeness.max(axis=1), query, gallery, block, max_distance)
     rows = np.flatnonzero(floor < np.inf)
-    if len(rows) < len(closeness):
+    if len(rows) < len(closeness):  # fewer to compare
         closeness = closeness[rows]
     hits = np.flatnonzero(closeness >= floor[rows, None])
     row, column = np.divmod(hits, closeness.shape[1])
@@ -231,8 +213,7 @@ def _closest_in_parts(
     middle = (block.start + block.stop) // 2
     halves = slice(block.start, middle), slice(middle, block.stop)
     parts = [_closest_in_parts(device, query, gallery, half, max_distance) for half in halves]
-    rows, columns = (np.concatenate(pair) for pair in zip(*parts, strict=True))
-    return rows, columns
+    return tuple(map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _closest_on(
@@ -261,23 +242,16 @@ def float32_products() -> Iterator[None]:
     """
     import torch
 
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        before = torch.get_float32_matmul_precision()
-        try:
+    with contextlib.ExitStack() as stack:
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+                stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+                backend.fp32_precision = "ieee"
+        else:
+            before = torch.get_float32_matmul_precision()
+            stack.callback(torch.set_float32_matmul_precision, before)
             torch.set_float32_matmul_precision("highest")
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
-        return
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
         yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def _floors(
@@ -295,22 +269,16 @@ def _floors(
     return floor
 
 
-def _nearest(
-    query: np.ndarray,
-    gallery: np.ndarray,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    max_distance: float,
-) -> np.ndarray:
+def _nearest(squares: np.ndarray, pairs: Pairs, max_distance: float) -> np.ndarray:
     """The matches (K, 2) among candidate pairs: each row's nearest, of equal ones the lowest."""
-    squares = _squared_distances(query, gallery, rows, columns)
+    rows = pairs[0]
     first = np.flatnonzero(np.diff(rows, prepend=-1))  # where each row's candidates begin
     nearest = np.minimum.reduceat(squares, first) if len(first) else squares
     group = np.repeat(np.arange(len(first)), np.diff(first, append=len(rows)))
     ties = np.flatnonzero(squares == nearest[group])
     lowest = ties[np.flatnonzero(np.diff(rows[ties], prepend=-1))]
     within = squares[lowest] < max_distance * max_distance
-    return np.column_stack([rows, columns])[lowest][within]
+    return np.column_stack(pairs)[lowest][within]
 
 
 def _rounding(halves: np.ndarray | float, half: float, width: int) -> np.ndarray | float:
@@ -324,13 +292,12 @@ def _rounding(halves: np.ndarray | float, half: float, width: int) -> np.ndarray
     return relative * sizes + width * float(np.finfo(np.float32).tiny)
 
 
-def _squared_distances(
-    query: np.ndarray, gallery: np.ndarray, rows: np.ndarray, columns: np.ndarray
-) -> np.ndarray:
+def _squared_distances(query: np.ndarray, gallery: np.ndarray, pairs: Pairs) -> np.ndarray:
     """Squared Euclidean distances (P,) float64 of pairs, summed in the order of SciPy's KD-tree.
 
     Where distances differ only by rounding, the order decides which is smaller.
     """
+    rows, columns = pairs
     squares = np.empty(len(rows))
     lanes = query.shape[1] // 4 * 4
     for first in range(0, len(rows), PAIRS):

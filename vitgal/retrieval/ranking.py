@@ -1,4 +1,7 @@
-"""Rankings: the first images of every query in order, and the exact rank of each labelled one."""
+"""Rankings, and what reranking makes of them.
+
+A ranking is the first images of every query in order, and the exact rank of each labelled one.
+"""
 
 import os
 import zipfile
@@ -9,7 +12,78 @@ from pathlib import Path
 import numpy as np
 
 from vitgal import runs
-from vitgal.retrieval.reranking import Reranking
+from vitgal.data.revisited import PROTOCOLS, GroundTruth
+from vitgal.retrieval import shortlists
+from vitgal.retrieval.shortlists import PUBLISHED
+from vitgal.settings import RerankingSettings
+from vitgal.settings.sections import TIES
+
+VARIANTS = (*PROTOCOLS, PUBLISHED)
+NOT_VERIFIED = -1  # in the tables of candidates and inlier counts
+
+
+@dataclass(frozen=True, eq=False)
+class Reranking:
+    """Verified short lists, and the rules by which they change a ranking.
+
+    candidates: (Q, C) integers, database indices, padded with -1.  inliers: (Q, C) integers, the
+    inlier count of each candidate, padded with -1.  protocol, top, ties: as `rerank`.
+    Raises ValueError for an unknown protocol or unknown ties.
+    """
+
+    candidates: np.ndarray
+    inliers: np.ndarray
+    ground_truth: GroundTruth
+    protocol: str
+    top: int = RerankingSettings.top
+    ties: str = RerankingSettings.ties
+
+    def __post_init__(self) -> None:
+        if self.protocol not in VARIANTS or self.ties not in TIES:
+            raise ValueError(
+                f"protocol {self.protocol!r}, ties {self.ties!r}: known are "
+                f"{', '.join(VARIANTS)} and {', '.join(TIES)}"
+            )
+
+    def exchanges(self, order: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Returns per query the candidates' rising ranks (M,), and the images (M,) put there.
+
+        order: (K, Q) integers, the ranking before. Raises ValueError where it is too short, or a
+        candidate of the protocol was not verified.
+        """
+        lists = shortlists.candidates(order, self.ground_truth, self.protocol, top=self.top)
+        exchanges = []
+        for q, images in enumerate(lists):
+            ranks = np.flatnonzero(np.isin(order[:, q], images))
+            counts = self._counts(q, images)
+            if self.protocol == PUBLISHED:
+                counts[np.isin(images, self.ground_truth.junk[q])] = 0
+            if self.ties == "global":
+                sorter = np.argsort(-counts, kind="stable")
+            else:
+                sorter = np.argsort(-counts.astype(np.float64))
+            exchanges.append((ranks, images[sorter]))
+        return exchanges
+
+    def apply(self, order: np.ndarray) -> np.ndarray:
+        """Returns the ranking (K, Q) after reranking, in the type of `order`. Raises as above."""
+        reranked = np.array(order)
+        for q, (ranks, images) in enumerate(self.exchanges(order)):
+            reranked[ranks, q] = images
+        return reranked
+
+    def _counts(self, query: int, images: np.ndarray) -> np.ndarray:
+        row = zip(self.candidates[query].tolist(), self.inliers[query].tolist(), strict=True)
+        verified = dict(row)
+        counts = [verified.get(image, NOT_VERIFIED) for image in images.tolist()]
+        counts = np.array(counts, np.int64)
+        missing = images[counts == NOT_VERIFIED]
+        if missing.size:
+            raise ValueError(
+                f"database image {missing[0]} is on the short list of query "
+                f"{self.ground_truth.queries[query]}, but was not verified"
+            )
+        return counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +125,7 @@ class Positions:
         Args:
             ranks: (K, Q) integers, database indices, best first, one column a query.
             labelled: per query the indices to look for (`revisited.labelled`).
-            database_size: the number of database images; None: K.
+            database_size: None: K.
             truncated: leave out labelled images that the ranking does not reach.
         Raises:
             ValueError: an index is out of range or repeated in its column, a labelled image is
@@ -80,15 +154,10 @@ class Positions:
         return cls(indices, ranks_of_labelled, size)
 
     def rank(self, query: int, images: np.ndarray, ignored: np.ndarray | None = None) -> np.ndarray:
-        """Returns the zero-based ranks of some images of one query.
+        """Returns the zero-based ranks (M,) int64 of images (M,) of one query; -1: not known.
 
-        Args:
-            query: index of the query.
-            images: (M,) integers, database indices.
-            ignored: (I,) integers, labelled images that are taken out of the ranking first, so
-                that what follows them moves up; None: none.
-        Returns:
-            (M,) int64; -1 for an image without a known rank.
+        ignored: (I,) integers, labelled images that are taken out of the ranking first, so that
+        what follows them moves up; None: none.
         """
         index, ranks = self.indices[query], self.ranks[query]
         images = np.asarray(images, np.int64)
@@ -115,8 +184,8 @@ class Positions:
     def reranked(self, order: np.ndarray, reranking: Reranking) -> "Positions":
         """Returns the positions after reranking, without the ranks of unlabelled images.
 
-        order: (K, Q) integers, the beginning of the ranking that these positions belong to. Equals
-        reading the labelled images off the whole reranked ranking. Raises as `rerank`.
+        order: (K, Q) integers, the beginning of the ranking that these positions belong to. Raises
+        as `rerank`.
         """
         reranked = []
         exchanges = reranking.exchanges(order)
@@ -129,12 +198,13 @@ class Positions:
 
     def save(self, path: str | os.PathLike) -> Path:
         """Writes one `.npz` (flat arrays with offsets) atomically and returns its path."""
+        none = np.empty(0, np.int64)
         return runs.write_arrays(
             Path(path),
             number=np.int64(self.database_size),
             offsets=np.cumsum([0, *(index.size for index in self.indices)], dtype=np.int64),
-            indices=_flat(self.indices),
-            positions=_flat(self.ranks),
+            indices=np.concatenate([none, *self.indices]),
+            positions=np.concatenate([none, *self.ranks]),
         )
 
     @classmethod
@@ -170,17 +240,14 @@ class Ranking:
 
     @staticmethod
     def files(variant: str | None = None) -> tuple[str, str]:
-        """Returns the names of the two files: order, then positions.
-
-        variant: None: the global ranking; "easy", "medium", "hard" or "published": a reranked one.
-        """
+        """Returns the names of the files of order and positions; None: of the global ranking."""
         if variant is None:
             return "ranks.npy", "positions.npz"
         return f"top_{variant}.npy", f"positions_{variant}.npz"
 
     @classmethod
     def load(cls, folder: str | os.PathLike, variant: str | None = None) -> "Ranking":
-        """Opens a ranking in a stage's folder, its order memory-mapped. variant: of `files`.
+        """Opens a ranking in a stage's folder, its order memory-mapped.
 
         Raises FileNotFoundError, or ValueError for a file that holds something else.
         """
@@ -188,17 +255,14 @@ class Ranking:
         return cls(np.load(order, mmap_mode="r", allow_pickle=False), Positions.load(positions))
 
     def save(self, folder: str | os.PathLike, variant: str | None = None) -> tuple[str, str]:
-        """Writes both files into a folder and returns their names. variant: of `files`."""
+        """Writes both files into a folder and returns their names."""
         order, positions = self.files(variant)
         runs.write_array(Path(folder) / order, self.order)
         self.positions.save(Path(folder) / positions)
         return order, positions
 
     def rank(self, query: int, images: np.ndarray, ignored: np.ndarray | None = None) -> np.ndarray:
-        """Returns the zero-based ranks of some images of one query, labelled or among the first K.
-
-        Args and result as `Positions.rank`: (M,) int64, -1 for an image without a known rank.
-        """
+        """Returns ranks as `Positions.rank`, also of unlabelled images among the first K."""
         images = np.asarray(images, np.int64)
         ranks = self.positions.rank(query, images)
         column = np.asarray(self.order[:, query])
@@ -216,8 +280,42 @@ class Ranking:
         return Ranking(reranking.apply(self.order), self.positions.reranked(self.order, reranking))
 
 
-def _flat(arrays: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([np.empty(0, np.int64), *arrays])
+def rerank(
+    ranks: np.ndarray,
+    inliers: np.ndarray,
+    *,
+    candidates: np.ndarray,
+    ground_truth: GroundTruth,
+    protocol: str,
+    top: int = RerankingSettings.top,
+    ties: str = RerankingSettings.ties,
+) -> np.ndarray:
+    """Sorts the candidates of one protocol by falling inlier count; others keep their ranks.
+
+    Args:
+        ranks: (K, Q) integers, the global ranking, best first, one column a query.
+        inliers: (Q, C) inlier counts of `candidates` (Q, C), database indices; both padded with -1.
+        protocol: "easy", "medium", "hard": the first `top` images that the protocol does not
+            ignore are sorted among themselves (as in DELG); ignored images keep their ranks.
+            "published": the plain first `top`, where junk counts 0 inliers.
+        ties: "global": equal counts keep their global order. "published": as NumPy's unstable
+            sort leaves them, which depends on its version and the processor.
+    Returns:
+        (K, Q) of the type of `ranks`.
+    Raises:
+        ValueError: an unknown protocol or ties, a ranking too short, or a candidate of this
+            protocol that was not verified.
+    """
+    return Reranking(candidates, inliers, ground_truth, protocol, top, ties).apply(ranks)
+
+
+def padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns rows of integers of any lengths as one table (Q, C) int32, padded with -1."""
+    width = max((len(row) for row in rows), default=0)
+    table = np.full((len(rows), width), NOT_VERIFIED, np.int32)
+    for line, row in zip(table, rows, strict=True):
+        line[: len(row)] = row
+    return table
 
 
 def _inverse(column: np.ndarray, size: int, query: int) -> np.ndarray:

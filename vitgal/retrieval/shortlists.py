@@ -19,10 +19,7 @@ PublishedQuery = tuple[str, tuple[int, int, int, int], list[str]]  # path, box, 
 def shortlist_depth(
     ground_truth: GroundTruth, database_size: int, *, top: int = GlobalSettings.top
 ) -> int:
-    """Returns how many ranks a short list of `top` needs: `top` plus the most that a query ignores.
-
-    database_size: N, the number of database images, which is never exceeded.
-    """
+    """Returns how many ranks, N at most, a short list needs: `top` plus the most ignored images."""
     sizes = [images.size for name in PROTOCOLS for images in ignored(ground_truth, name)]
     return min(database_size, top + max(sizes, default=0))
 
@@ -71,9 +68,9 @@ def candidates(
 def shortlist(
     ranks: np.ndarray, ground_truth: GroundTruth, *, top: int = GlobalSettings.top
 ) -> list[np.ndarray]:
-    """Lists the images that any reranking needs: the candidates of all protocols together.
+    """Lists the candidates of all protocols together, per query (M,) int64 in ranking order.
 
-    Args and errors as for `candidates`. Returns per query (M,) int64 indices in ranking order.
+    ranks: (K, Q), and errors, as for `candidates`.
     """
     lists = [
         candidates(ranks, ground_truth, protocol, top=top) for protocol in (*PROTOCOLS, PUBLISHED)
@@ -94,8 +91,8 @@ def write_shortlist(
 ) -> Path:
     """Writes `shortlist.txt`: query name, tab, database name, a line each, best first.
 
-    lists: per query (M,) database indices (`shortlist`). Names may contain spaces; an empty name or
-    one with a tab or a line break raises ValueError.
+    lists: per query (M,) database indices. Names may contain spaces; an empty one or one with a tab
+    or a line break raises ValueError.
     """
     lines = [
         f"{_checked_name(query)}\t{_checked_name(database[index])}\n"
@@ -126,10 +123,8 @@ def write_rerank_paths(
     """Writes the published `rerank_path.txt`, from which the published code extracts features.
 
     A line is an image path and four integers, separated by spaces: each query with its box
-    truncated to whole pixels, then its candidates with -1 -1 -1 -1. Unlike `read_rerank_paths`, the
-    published reader does not accept paths with spaces.
-
-    lists: per query (M,) database indices, best first: `candidates(..., "published")`.
+    truncated to whole pixels, then its candidates with -1 -1 -1 -1. The published reader accepts no
+    paths with spaces. lists: per query (M,) database indices (`candidates(..., "published")`).
     """
     lines = []
     boxes = dataset.ground_truth.boxes.astype(np.int64)
@@ -166,10 +161,7 @@ def read_rerank_paths(path: str | os.PathLike) -> list[PublishedQuery]:
 
 
 def write_global_rank(path: str | os.PathLike, ranks: np.ndarray) -> Path:
-    """Writes the published `global_rank.npy`: (N, Q) int64, best first, one column a query.
-
-    The published code needs the whole ranking (`search` with k=N): 8 bytes x N x Q.
-    """
+    """Writes the published `global_rank.npy`, a whole ranking: (N, Q) int64, 8 bytes x N x Q."""
     return runs.write_array(Path(path), np.ascontiguousarray(ranks, dtype=np.int64))
 
 

@@ -1,5 +1,6 @@
-"""Geometric verification: a homography by RANSAC and its inliers."""
+"""Geometric verification: matches, a homography by RANSAC and its inliers."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import cv2
@@ -7,7 +8,9 @@ import numpy as np
 import poselib
 import pydegensac
 
-from vitgal.settings import VerificationSettings
+from vitgal.features.local import LocalFeatures
+from vitgal.retrieval.matching import Descriptors, match_prepared, matching_device
+from vitgal.settings import RerankingSettings, VerificationSettings
 
 MIN_MATCHES = 5  # below it the published code counts no inliers, though four would fix a homography
 
@@ -18,8 +21,8 @@ Model = tuple[np.ndarray | None, np.ndarray | None]  # homography and inlier mas
 class Verification:
     """The result of RANSAC on the matches of one image pair.
 
-    inliers: (M,) bool, one a match. homography: (3, 3) float64 from query points to gallery
-    points, its last element 1 unless that is 0; None where no model was found.
+    inliers: (M,) bool. homography: (3, 3) float64 from query points to gallery points, its last
+    element 1 unless that is 0; None where no model was found.
     """
 
     inliers: np.ndarray
@@ -51,7 +54,7 @@ def verify(
             symmetric: at equal scale it admits distances up to sqrt(2) * threshold.
         iterations: greatest number.
         confidence: stop once the best model is found with this probability. 1.0: never stop early.
-        seed: of the sampling; the same seed gives the same result.
+        seed: the same seed gives the same result.
     Returns:
         With fewer than 5 matches, or where no model is found or it is singular: no inlier and no
         homography.
@@ -68,7 +71,7 @@ def verify(
 def verify_matches(
     query_points: np.ndarray, gallery_points: np.ndarray, settings: VerificationSettings
 ) -> Verification:
-    """Verifies matched points (M, 2) and (M, 2), as `verify`, with a settings object."""
+    """Verifies matched points (M, 2) and (M, 2) as `verify`."""
     query, gallery = _points(query_points), _points(gallery_points)
     if len(query) != len(gallery):
         raise ValueError(f"{len(query)} query points matched with {len(gallery)} gallery points")
@@ -82,6 +85,52 @@ def verify_matches(
         return no_inliers
     scale = homography[2, 2] or 1.0
     return Verification(np.asarray(mask).reshape(-1).astype(bool), homography / scale)
+
+
+@dataclass(frozen=True, eq=False)
+class PairInspection:
+    """The matches of two images and their verification, in the frames of the network inputs.
+
+    matches: (M, 2) int64, (query index, database index) into the two images' keypoints.
+    """
+
+    matches: np.ndarray
+    verification: Verification
+
+
+def inspect_pair(
+    query: LocalFeatures,
+    database: LocalFeatures,
+    settings: RerankingSettings,
+    *,
+    device: str | None = None,
+) -> PairInspection:
+    """Matches and verifies one image pair as reranking does: no features, no inliers."""
+    return next(inspect_shortlist(query, [database], settings, device=device))
+
+
+def inspect_shortlist(
+    query: LocalFeatures,
+    candidates: Iterable[LocalFeatures],
+    settings: RerankingSettings,
+    *,
+    device: str | None = None,
+) -> Iterator[PairInspection]:
+    """Matches and verifies one query with each of its candidates; the query is prepared once.
+
+    The candidates are read one after the other, so that a short list takes no more memory than
+    its largest image. device: as for `match`. Raises ValueError as `match` and `verify`.
+    """
+    device = matching_device(device)
+    max_distance, kept = settings.matching.max_distance, slice(settings.matching.max_keypoints)
+    query = query.subset(kept)
+    prepared = Descriptors.read(query.descriptors, "query")
+    for features in candidates:
+        features = features.subset(kept)
+        gallery = Descriptors.read(features.descriptors, "gallery")
+        matches = match_prepared(prepared, gallery, max_distance, device)
+        points = query.keypoints[matches[:, 0]], features.keypoints[matches[:, 1]]
+        yield PairInspection(matches, verify_matches(*points, settings.verification))
 
 
 def _points(points: np.ndarray) -> np.ndarray:
@@ -99,14 +148,8 @@ def _degensac(query: np.ndarray, gallery: np.ndarray, settings: VerificationSett
     # NOTE: the published code seeds a patched pydegensac with 0; since 0.3.0 the seed is a
     # parameter.
     try:
-        homography, mask = pydegensac.findHomography(
-            query,
-            gallery,
-            settings.threshold,
-            settings.confidence,
-            settings.iterations,
-            seed=settings.seed,
-        )
+        options = settings.threshold, settings.confidence, settings.iterations
+        homography, mask = pydegensac.findHomography(query, gallery, *options, seed=settings.seed)
     except np.linalg.LinAlgError:  # the model cannot be inverted: no inliers, as published
         return None, None
     # All zeros stand for "no model".

@@ -11,8 +11,7 @@ from tqdm.auto import tqdm
 from vitgal import engines, runs
 from vitgal.data.revisited import GroundTruth
 from vitgal.features.store.feature_store import FeatureStore
-from vitgal.retrieval.ranking import Ranking
-from vitgal.retrieval.reranking import padded
+from vitgal.retrieval.ranking import Ranking, padded
 from vitgal.settings import MachineSettings
 
 GLOBAL_NOTEBOOK = "04_global_evaluation"

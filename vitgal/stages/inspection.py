@@ -18,8 +18,7 @@ from vitgal.data.images import read_image
 from vitgal.data.revisited import RetrievalDataset, relevance_labels
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store.feature_store import FeatureStore
-from vitgal.retrieval.pairs import PairInspection, inspect_pair
-from vitgal.retrieval.verification import MIN_MATCHES
+from vitgal.retrieval.verification import MIN_MATCHES, PairInspection, inspect_pair
 from vitgal.settings import LocalSettings, RerankingSettings
 from vitgal.stages.rerank import inlier_counts
 from vitgal.stages.token_selection import TokenSelection, explain_selection

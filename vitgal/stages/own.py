@@ -13,7 +13,7 @@ from vitgal.data.photographs import PhotographError, list_photographs, size_note
 from vitgal.features.interchange import export_hloc
 from vitgal.features.local import LocalFeatures
 from vitgal.retrieval.exact_search import search
-from vitgal.retrieval.pairs import PairInspection, inspect_shortlist
+from vitgal.retrieval.verification import PairInspection, inspect_shortlist
 from vitgal.settings import RerankingSettings
 from vitgal.stages.own_descriptions import Describer, Description
 

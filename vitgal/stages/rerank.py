@@ -14,10 +14,9 @@ from vitgal.features.local import LocalFeatures
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval import shortlists
 from vitgal.retrieval.matching import matching_device
-from vitgal.retrieval.pairs import inspect_shortlist
-from vitgal.retrieval.ranking import Positions, Ranking
-from vitgal.retrieval.reranking import VARIANTS, Reranking, padded
+from vitgal.retrieval.ranking import VARIANTS, Positions, Ranking, Reranking, padded
 from vitgal.retrieval.shortlists import PUBLISHED
+from vitgal.retrieval.verification import inspect_shortlist
 from vitgal.settings import MachineSettings, RerankingSettings
 from vitgal.stages.counting import (
     GLOBAL_NOTEBOOK,

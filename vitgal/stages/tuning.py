@@ -28,8 +28,7 @@ from vitgal.evaluation.tuning import (
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval import matching, shortlists
-from vitgal.retrieval.ranking import Ranking
-from vitgal.retrieval.reranking import NOT_VERIFIED, Reranking
+from vitgal.retrieval.ranking import NOT_VERIFIED, Ranking, Reranking
 from vitgal.retrieval.verification import verify_matches
 from vitgal.settings import MachineSettings, RerankingSettings, TuningSettings
 from vitgal.stages.counting import JOURNAL, CandidateLists, candidate_inputs, count_queries

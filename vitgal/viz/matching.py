@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from vitgal.data.images import PATCH
 from vitgal.features.local import LocalFeatures
-from vitgal.retrieval.pairs import PairInspection
+from vitgal.retrieval.verification import PairInspection
 from vitgal.viz.drawing import (
     ImageSource,
     draw_photograph,

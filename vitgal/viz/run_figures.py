@@ -11,8 +11,8 @@ from vitgal import runs
 from vitgal.data import revisited
 from vitgal.data.revisited import GroundTruth, RetrievalDataset
 from vitgal.features.store.feature_store import FeatureStore
-from vitgal.retrieval.pairs import inspect_pair
 from vitgal.retrieval.ranking import Ranking
+from vitgal.retrieval.verification import inspect_pair
 from vitgal.settings import GlobalSettings, RerankingSettings
 from vitgal.stages import rerank
 from vitgal.viz import diagrams, galleries, matching, style
