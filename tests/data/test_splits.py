@@ -192,6 +192,23 @@ def test_reading_a_split_that_is_not_there(tmp_path):
         splits.read_split(tmp_path, "test")
 
 
+def test_a_split_with_a_path_out_of_the_folder_or_no_table_is_refused_by_name(tmp_path):
+    for path in ("../a.jpg", "/etc/a.jpg", "a/../../b.jpg"):
+        (tmp_path / "val.csv").write_text(f"path,label\n{path},0\n")
+        with pytest.raises(ValueError, match=r"val\.csv lists '.*which leads out"):
+            splits.read_split(tmp_path, "val")
+    for data in (
+        b"path,label\na.jpg,x\n",
+        b"path,label\n\xff,1\n",
+        "path,label\na,1\n".encode("utf-16-le"),
+    ):
+        (tmp_path / "val.csv").write_bytes(data)
+        with pytest.raises(ValueError, match=r"val\.csv"):
+            splits.read_split(tmp_path, "val")
+    (tmp_path / "val.csv").write_text("path,label\né.jpg,1\n", encoding="utf-16")
+    assert splits.read_split(tmp_path, "val").to_numpy().tolist() == [["é.jpg", 1]]
+
+
 # The published lists
 
 

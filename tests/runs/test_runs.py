@@ -518,3 +518,26 @@ def test_commit_is_a_hash_or_none():
 def test_the_manifest_is_plain_json(tmp_path):
     work(tmp_path, rate=np.float64("nan"))
     assert json.loads((tmp_path / "stage.json").read_text())["parameters"] == {"rate": None}
+
+
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32", "utf-16-le", "utf-16-be", "latin-1"]
+)
+def test_lines_of_a_text_are_read_by_its_byte_order_mark_or_refused(tmp_path, encoding):
+    path = tmp_path / "names.txt"
+    path.write_bytes(
+        "été\r\n\r\na\x0bb\u2028c.jpg\n".replace(
+            "\u2028", "" if encoding == "latin-1" else "\u2028"
+        ).encode(encoding)
+    )
+    if encoding in ("utf-16-le", "utf-16-be", "latin-1"):  # without a mark
+        with pytest.raises(ValueError, match="names.txt is no text in UTF-8.*save it as UTF-8"):
+            runs.read_lines(path)
+    else:
+        assert runs.read_lines(path) == ["été", "", "a\x0bb\u2028c.jpg"]
+
+
+def test_a_text_without_lines(tmp_path):
+    for data in (b"", b"\n", b"\xef\xbb\xbf"):
+        (tmp_path / "names.txt").write_bytes(data)
+        assert runs.read_lines(tmp_path / "names.txt") == []

@@ -407,9 +407,8 @@ def test_a_listed_image_that_is_missing(images, run):
 
 def change_labels(run: Path, change: dict[int, int]) -> None:
     table = splits.read_split(run / "split", "train")
-    splits.write_csv(
-        run / "split" / "train.csv", table.assign(label=table["label"].replace(change))
-    )
+    table = table.assign(label=table["label"].replace(change))
+    table.to_csv(run / "split" / "train.csv", index=False)
 
 
 def test_a_label_beyond_the_classes(images, run):
@@ -432,7 +431,7 @@ def test_an_empty_class(images, run):
 
 def test_a_split_without_images(images, run):
     table = splits.read_split(run / "split", "train")
-    splits.write_csv(run / "split" / "train.csv", table[:0])
+    table[:0].to_csv(run / "split" / "train.csv", index=False)
     with pytest.raises(ValueError, match="lists no image"):
         samples.read_data(run / "split", images, SETTINGS)
 

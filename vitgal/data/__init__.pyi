@@ -52,6 +52,5 @@ from .splits import (
     split_landmarks as split_landmarks,
     split_statistics as split_statistics,
     validation_ground_truth as validation_ground_truth,
-    write_csv as write_csv,
     write_split_txt as write_split_txt,
 )

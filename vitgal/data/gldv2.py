@@ -21,69 +21,74 @@ _REMEDY = (
 
 
 def read_landmark_table(path: str | os.PathLike) -> pd.DataFrame:
-    """Reads a table of landmark images.
+    """Reads `id` (str) and `landmark_id` (int64), one row an image in the file's order.
 
     There are two forms: id, landmark_id (Kaggle 2021 and the demo), and landmark_id, images
     (`train_clean.csv`, ids separated by spaces). Further columns of the first form are dropped; a
     column url marks the noisy table.
-
-    Returns:
-        `id` (str), `landmark_id` (int64), one row an image in the file's order.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the noisy table, other columns, no image, a landmark_id that is no integer, an
             id listed twice, shorter than 3 characters or with other than letters, digits, _ and -.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no landmark table {path}; {_REMEDY}")
-    columns = set(_read_csv(path, rows=0).columns)
-    if "url" in columns:
-        raise ValueError(
-            f"{path} is the noisy table of all {NOISY_IMAGES:,} images (it has a url column), "
-            f"not the clean one that training uses; {_REMEDY}"
-        )
-    if {"landmark_id", "images"} <= columns:
-        table = _images_by_class(_read_csv(path, ["landmark_id", "images"]))
-    elif {"id", "landmark_id"} <= columns:
-        table = _read_csv(path, ["id", "landmark_id"])[["id", "landmark_id"]]
-    else:
-        raise ValueError(f"{path} has the columns {', '.join(sorted(columns))}; {_REMEDY}")
-    if len(table) >= NOISY_IMAGES:
-        raise ValueError(f"{path} lists {len(table):,} images, as the noisy table does; {_REMEDY}")
+    path = _existing(path, "landmark table", f"; {_REMEDY}")
+    try:
+        table = _image_rows(path)
+        if len(table) >= NOISY_IMAGES:
+            raise ValueError(f"{path} lists {len(table):,} images, as the noisy table does")
+        if not len(table):
+            raise ValueError(f"{path} lists no image")
+    except ValueError as error:
+        raise ValueError(f"{error}; {_REMEDY}") from None
     _check_ids(table["id"], path)
     return table
 
 
-def _read_csv(
-    path: Path, columns: list[str] | None = None, rows: int | None = None
-) -> pd.DataFrame:
-    # Everything but a class is text: an id may look like a number (1e10000000000000, nan). Plain
-    # objects: pandas' string type would check every id again at each selection.
-    types = {"id": object, "images": object, "test_set": object, "landmark_id": np.int64}
+def _existing(path: str | os.PathLike, kind: str, remedy: str = "") -> Path:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no {kind} {path}{remedy}")
+    return Path(path)
+
+
+def _image_rows(path: Path) -> pd.DataFrame:
+    columns = set(read_csv(path, rows=0).columns)
+    if "url" in columns:
+        raise ValueError(
+            f"{path} is the noisy table of all {NOISY_IMAGES:,} images (it has a url column), "
+            "not the clean one that training uses"
+        )
+    if {"landmark_id", "images"} <= columns:
+        table = read_csv(path, ["landmark_id", "images"])
+        table["id"] = [str(images).split() for images in table.pop("images")]
+        return table[["id", "landmark_id"]].explode("id", ignore_index=True).dropna()
+    if {"id", "landmark_id"} <= columns:
+        return read_csv(path, ["id", "landmark_id"])[["id", "landmark_id"]]
+    raise ValueError(f"{path} has the columns {', '.join(sorted(columns))}")
+
+
+def read_csv(path: Path, columns: list[str] | None = None, rows: int | None = None) -> pd.DataFrame:
+    """Reads a table of images; ValueError names a file that is none.
+
+    Classes and labels are int64 and everything else but counts is text: an id may look like a
+    number (1e10000000000000, nan).
+    """
+    # Plain objects: pandas' string type would check every id again at each selection.
+    types = dict.fromkeys(("id", "images", "test_set", "path", "role"), object)
+    types |= {"landmark_id": np.int64, "label": np.int64}
     try:
-        return pd.read_csv(path, usecols=columns, nrows=rows, dtype=types, keep_default_na=False)
+        encoding = runs.text_encoding(path)
+        return pd.read_csv(
+            path, usecols=columns, nrows=rows, dtype=types, keep_default_na=False, encoding=encoding
+        )
     except (ValueError, OverflowError) as error:  # among them the errors of pandas' parser
-        raise ValueError(f"{path} cannot be read as a table ({error}); {_REMEDY}") from None
-
-
-def _images_by_class(table: pd.DataFrame) -> pd.DataFrame:
-    ids = [str(images).split() for images in table["images"]]
-    return pd.DataFrame(
-        {
-            "id": pd.Series([image for images in ids for image in images], dtype=object),
-            "landmark_id": np.repeat(table["landmark_id"].to_numpy(), [len(i) for i in ids]),
-        }
-    )
+        raise ValueError(f"{path} cannot be read as a table ({error})") from None
 
 
 def _check_ids(ids: pd.Series, path: Path) -> None:
-    if not len(ids):
-        raise ValueError(f"{path} lists no image; {_REMEDY}")
-    short = [image for image in ids if len(image) < 3]
-    if short:
-        raise ValueError(f"{path}: the id {short[0]!r} has fewer than the 3 characters of a path")
+    short = next((image for image in ids if len(image) < 3), None)
+    if short is not None:
+        raise ValueError(f"{path}: the id {short!r} has fewer than the 3 characters of a path")
     if not ID_CHARACTERS.fullmatch("".join(ids)):
         wrong = next(image for image in ids if not ID_CHARACTERS.fullmatch(image))
         raise ValueError(f"{path}: the id {wrong!r} has other than letters, digits, _ and -")
@@ -112,12 +117,10 @@ def image_path(image: str) -> str:
 
 
 def missing_images(folder: Path, ids: Iterable[str]) -> list[str]:
-    """Returns the ids whose image is not in the folder, sorted.
-
-    Each of the at most 4,096 leaf folders is listed once: 1.58 million look-ups of single files
-    would take minutes on a network disk.
-    """
+    """Returns the ids whose image is not in the folder, sorted."""
     missing = []
+    # Each of the at most 4,096 leaf folders is listed once: 1.58 million look-ups of single files
+    # would take minutes on a network disk.
     for prefix, images in groupby(sorted(ids), key=lambda image: image[:3]):
         try:
             present = set(os.listdir(Path(folder, *prefix)))
@@ -148,17 +151,9 @@ def check_images(folder: Path, ids: Iterable[str]) -> None:
 def read_exclusions(path: str | os.PathLike) -> list[str]:
     """Reads image or landmark ids from a text file, one a line, without # comments.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no UTF-8 text or lists nothing.
+    Raises FileNotFoundError, and ValueError where the file is no text or lists nothing.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no exclude file {path}")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the exclude file {path} is no text: {error}") from None
+    lines = runs.read_lines(_existing(path, "exclude file"))
     entries = [entry for line in lines if (entry := line.split("#")[0].strip())]
     if not entries:
         raise ValueError(f"the exclude file {path} lists no image and no landmark")
@@ -188,18 +183,13 @@ def exclude_images(table: pd.DataFrame, entries: Iterable[str]) -> pd.DataFrame:
 def read_overlap(path: str | os.PathLike) -> pd.DataFrame:
     """Reads images (`id`) or else classes (`landmark_id`) of the test sets, and `test_set`.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no table, or has neither id nor landmark_id.
+    Raises FileNotFoundError, and ValueError where it is no table or has neither column.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no overlap table {path}")
-    columns = _read_csv(path, rows=0).columns
+    columns = read_csv(_existing(path, "overlap table"), rows=0).columns
     key = next((name for name in ("id", "landmark_id") if name in columns), None)
     if key is None:
         raise ValueError(f"the overlap table {path} needs a column id or landmark_id")
-    return _read_csv(path, [key, *{"test_set"}.intersection(columns)])
+    return read_csv(path, [key, *{"test_set"}.intersection(columns)])
 
 
 def overlap_audit(table: pd.DataFrame, overlap: pd.DataFrame) -> pd.DataFrame:
@@ -210,9 +200,8 @@ def overlap_audit(table: pd.DataFrame, overlap: pd.DataFrame) -> pd.DataFrame:
         overlap: `id` or `landmark_id`, optionally `test_set`, see `read_overlap`.
 
     Returns:
-        landmark_id, images (of the class, in the table), listed (those of them that the overlap
-        table names; a class stands for all its images), test_sets (joined by spaces); by
-        landmark_id. Empty where nothing overlaps.
+        landmark_id, images (of the class, in the table), listed (those that the overlap table
+        names; a class stands for all its images), test_sets (joined by spaces); by landmark_id.
     """
     key = "id" if "id" in overlap else "landmark_id"
     listed = overlap[[key]].assign(test_set=overlap.get("test_set", ""))

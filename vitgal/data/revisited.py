@@ -337,8 +337,7 @@ def _distractors(folder: Path) -> tuple[list[str], list[Path]]:
             f"there is no list of distractors {file}; {_remedy(DISTRACTORS)}, or write one: a path "
             "below jpg/ a line"
         )
-    lines = file.read_text(encoding="utf-8").splitlines()
-    names = [line.strip() for line in lines if line.strip()]
+    names = [line.strip() for line in runs.read_lines(file) if line.strip()]
     return names, _image_paths(images, names, "", DISTRACTORS)
 
 
@@ -354,7 +353,7 @@ def _image_paths(images: Path, names: Iterable[str], extension: str, dataset: st
     paths, missing = [], []
     files_of: dict[str, set[str]] = {}  # each folder is listed once
     for name in names:
-        if name.startswith("/") or ".." in name.split("/"):
+        if leads_out(name):
             raise ValueError(f"{dataset} lists {name!r}, which leads out of {images}")
         folder, file = os.path.split(name + extension)
         paths.append(images / (name + extension))
@@ -368,6 +367,11 @@ def _image_paths(images: Path, names: Iterable[str], extension: str, dataset: st
             f"{runs.abbreviate(missing)}; {_remedy(dataset)}"
         )
     return paths
+
+
+def leads_out(name: str) -> bool:
+    """Returns whether a listed path may name a file outside the folder that it is relative to."""
+    return name.startswith("/") or ".." in name.split("/") or "\0" in name
 
 
 def _files(folder: Path) -> set[str]:

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 
 from vitgal import runs
-from vitgal.data.gldv2 import check_images, image_path
-from vitgal.data.revisited import GroundTruth
+from vitgal.data.gldv2 import check_images, image_path, read_csv
+from vitgal.data.revisited import GroundTruth, leads_out
 from vitgal.settings.sections import SplitSettings
 
 PARTS = ("train", "val", "val_retrieval")
@@ -20,11 +20,9 @@ PARTS = ("train", "val", "val_retrieval")
 class LandmarkSplit:
     """Training and validation images of landmarks.
 
-    Attributes:
-        train, val: `path` (str), `label` (int64), in order of label, within a class in the order
-            of the landmark table. The labels of `train` are 0 .. C-1 without gaps.
-        landmarks: (L,) int64, the landmark_id of every label. Classes with labels from C on are
-            held out: all their images are in `val`.
+    `train` and `val` hold `path` (str) and `label` (int64), in order of label, within a class in
+    the order of the landmark table. `landmarks` (L,) int64 is the landmark_id of every label. The
+    labels of `train` are 0 .. C-1 without gaps; classes from C on are held out, wholly in `val`.
     """
 
     train: pd.DataFrame
@@ -34,23 +32,22 @@ class LandmarkSplit:
     @property
     def held_out(self) -> pd.DataFrame:
         """The validation images of classes that are not trained."""
-        return self.val[self.val["label"] > self.train["label"].max()]
+        return _untrained(self.train, self.val)
+
+
+def _untrained(train: pd.DataFrame, val: pd.DataFrame) -> pd.DataFrame:
+    return val[val["label"] > train["label"].max()]
 
 
 def split_landmarks(
     table: pd.DataFrame, *, val_share: float, held_out_classes: int = 0, seed: int = 0
 ) -> LandmarkSplit:
-    """Splits a landmark table into training and validation images by the published rule.
+    """Splits a landmark table (`id`, `landmark_id`) by the published rule.
 
     The first image of each class is for training, each other one with probability `val_share` for
     validation. `held_out_classes` random classes of at least two images are for validation alone.
 
-    Args:
-        table: `id`, `landmark_id`, as `read_landmark_table` returns it.
-
-    Raises:
-        ValueError: an empty table, a fraction outside [0, 1), no class left to train, more classes
-            held out than there are with two images.
+    ValueError: an empty table, a share outside [0, 1), or as `order_classes`.
     """
     if not 0 <= val_share < 1:
         raise ValueError(f"val_share must be at least 0 and below 1, not {val_share}")
@@ -81,11 +78,8 @@ def order_classes(
 ) -> np.ndarray:
     """Returns the landmark_id of every label: trained classes by landmark_id, then held-out ones.
 
-    Args:
-        landmarks: (N,) integers, the landmark_id of each image.
-
-    Raises:
-        ValueError: more classes are to be held out than have two images, or none would be left.
+    `landmarks` (N,) is the landmark_id of each image. ValueError where more classes are to be held
+    out than have two images, or none would be left.
     """
     ids, sizes = np.unique(np.asarray(landmarks), return_counts=True)
     eligible = np.flatnonzero(sizes >= 2)
@@ -94,10 +88,8 @@ def order_classes(
             f"held_out_classes is {held_out_classes}, but of {len(ids)} classes {len(eligible)} "
             "have two images, and at least one class must be left to train"
         )
-    held_out = np.zeros(len(ids), bool)
     drawn = np.random.default_rng([seed, 1]).choice(eligible, held_out_classes, replace=False)
-    held_out[drawn] = True
-    return np.concatenate([ids[~held_out], ids[held_out]])
+    return np.concatenate([np.delete(ids, drawn), ids[np.sort(drawn)]])
 
 
 def retrieval_validation(
@@ -108,22 +100,18 @@ def retrieval_validation(
     min_images: int = SplitSettings.min_val_images,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Draws queries and a database from validation images, to follow mAP during training.
+    """Draws at most so many queries and database images from `val` (`path`, `label`).
 
     Queries are drawn from classes with at least `min_images` images, one of each class in turn, at
     most half of a class. The database is drawn in the same way from the other images of these
     classes, then from other classes.
 
-    Args:
-        val: `path`, `label`.
-        queries, database: how many images at most; 0 queries give an empty table.
-
     Returns:
-        `path`, `label`, `role` ("query" or "database"), queries first, each part in val's order.
+        `path`, `label`, `role` ("query" or "database"), queries first, each part in val's order;
+        empty for 0 queries.
 
     Raises:
-        ValueError: queries are wanted and no class is large enough, or the database is smaller
-            than the number of the queries' classes.
+        ValueError: no class is large enough, or the database smaller than the queries' classes.
     """
     if queries <= 0:
         return _with_roles(val, np.zeros(0, int), np.zeros(0, int))
@@ -164,13 +152,10 @@ def _with_roles(val: pd.DataFrame, queries: np.ndarray, database: np.ndarray) ->
 
 
 def validation_ground_truth(table: pd.DataFrame, boxes: np.ndarray | None = None) -> GroundTruth:
-    """Returns the labels of a retrieval validation: database images of a query's class are easy.
+    """Returns the labels of a retrieval validation, with paths as names.
 
-    Nothing is hard or junk; every other database image is negative.
-
-    Args:
-        table: `path`, `label`, `role`, as `retrieval_validation` returns it; paths become names.
-        boxes: (Q, 4) float64, (x0, y0, x1, y1) in pixels; None: zeros, for use without images.
+    Database images of a query's class are easy, all others negative. `boxes` (Q, 4) float64 is
+    (x0, y0, x1, y1) in pixels; None: zeros, for use without images.
     """
     queries, database = (table[table["role"] == role] for role in ("query", "database"))
     rows_of_class = database.reset_index(drop=True).groupby("label").indices
@@ -201,49 +186,43 @@ def class_table(split: LandmarkSplit) -> pd.DataFrame:
     )
 
 
-def write_csv(path: Path, table: pd.DataFrame) -> Path:
-    """Writes a table of a split as CSV, atomically; returns the path."""
-    with runs.atomic(Path(path)) as temporary:
-        table.to_csv(temporary, index=False)
-    return Path(path)
-
-
 def read_split(folder: Path, part: str) -> pd.DataFrame:
-    """Reads one table of a split folder: "train", "val" or "val_retrieval".
+    """Reads `path` (str), `label` (int64) of "train", "val" or "val_retrieval" in a split folder.
 
-    Returns:
-        `path` (str), `label` (int64), for "val_retrieval" also `role` ("query" or "database").
+    "val_retrieval" also has `role` ("query" or "database").
 
     Raises:
-        ValueError: another part.
+        ValueError: another part, or a table that is damaged or whose paths lead out of the folder.
         FileNotFoundError: the folder has no such table.
     """
     if part not in PARTS:
         raise ValueError(f"there is no part {part!r} of a split; the parts are {', '.join(PARTS)}")
-    return _read_table(Path(folder) / f"{part}.csv")
+    path = Path(folder) / f"{part}.csv"
+    table = _read_table(path)
+    outside = next((name for name in table["path"] if leads_out(name)), None)
+    if outside is not None:
+        raise ValueError(f"{path} lists {outside!r}, which leads out of the image folder")
+    return table
 
 
 def _read_table(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}: run notebook 01_data_split first")
-    types = {"path": object, "role": object, "label": np.int64}
-    return pd.read_csv(path, dtype=types, keep_default_na=False)
+    return read_csv(path)
 
 
 def split_statistics(folder: Path) -> pd.DataFrame:
     """Counts images and classes of each part of a split folder, one row a part.
 
-    Returns:
-        Rows train, val, held_out (validation images of classes that are not trained), val_queries
-        and val_database; columns images, classes, smallest, median, largest (images in a class;
-        nan in an empty part), single (classes of one image). `classes` of the row train is the
-        number of labels that a classifier needs.
+    Rows train, val, held_out (validation images of classes that are not trained), val_queries and
+    val_database; columns images, classes, smallest, median, largest (images in a class; nan in an
+    empty part), single (classes of one image).
     """
     train, val, retrieval = (read_split(folder, part) for part in PARTS)
     parts = {
         "train": train,
         "val": val,
-        "held_out": val[val["label"] > train["label"].max()],
+        "held_out": _untrained(train, val),
         "val_queries": retrieval[retrieval["role"] == "query"],
         "val_database": retrieval[retrieval["role"] == "database"],
     }
@@ -276,15 +255,13 @@ def overlap_report(folder: Path) -> str:
     audit = _read_table(Path(folder) / "overlap.csv")
     if audit.empty:
         return "no class of the table is known to overlap the test sets"
-    summary = f"{len(audit)} classes with {audit['images'].sum():,} images overlap the test sets"
+    images = audit["images"].astype(int).sum()
+    summary = f"{len(audit)} classes with {images:,} images overlap the test sets"
     return f"{summary}:\n{audit.to_string(index=False)}"
 
 
 def write_split_txt(path: Path, split: pd.DataFrame, *, prefix: str = "train/") -> Path:
-    """Writes a part of a split in the published form: a line `path label` an image.
-
-    `prefix` goes before every path: the published list is relative to the folder above the images.
-    """
+    """Writes a part of a split in the published form: a line `<prefix><path> <label>` an image."""
     rows = zip(split["path"].tolist(), split["label"].tolist(), strict=True)
     return runs.write_text(path, "".join(f"{prefix}{image} {label}\n" for image, label in rows))
 
@@ -295,13 +272,10 @@ def read_split_txt(path: Path, *, prefix: str = "train/") -> pd.DataFrame:
     An empty file gives an empty table. ValueError names the first line that is not the prefix, a
     path, a space and a label.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text: {error}") from None
+    lines = runs.read_lines(path)
     # NOTE the published reader cuts at every space and fails on a path that holds one.
     pattern = re.compile(re.escape(prefix) + r"(.+) ([0-9]{1,18})", re.DOTALL)
-    rows = [pattern.fullmatch(line) for line in lines if lines != [""]]
+    rows = [pattern.fullmatch(line) for line in lines]
     if None in rows:
         number = rows.index(None)
         raise ValueError(
@@ -313,17 +287,9 @@ def read_split_txt(path: Path, *, prefix: str = "train/") -> pd.DataFrame:
 def sample_images(
     table: pd.DataFrame, image_folder: Path, *, classes: int, per_class: int
 ) -> list[tuple[str, Path]]:
-    """Picks images of some classes for a contact sheet, both spread evenly over the table.
+    """Picks titles and files for a contact sheet, spread evenly over a table (`id`, `landmark_id`).
 
-    Args:
-        table: `id`, `landmark_id`.
-
-    Returns:
-        Titles and files, up to `classes` x `per_class`, class by class; smaller classes give all
-        their images, an empty table none.
-
-    Raises:
-        FileNotFoundError: the folder or a picked image is missing; the message says what to do.
+    At most `classes` x `per_class`, class by class. Raises as `check_images`.
     """
     groups = list(table.groupby("landmark_id")["id"])
     picked = []

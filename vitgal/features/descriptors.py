@@ -66,7 +66,7 @@ def _read_npy(path: Path, names: Sequence[str]) -> np.ndarray:
             f"{path} needs the names of its rows: write them to {list_file}, one image a line"
         )
     try:
-        lines = [line for line in list_file.read_text(encoding="utf-8").splitlines() if line]
+        lines = [line for line in runs.read_lines(list_file) if line]
         rows = map_array(path)
     except ValueError as error:
         raise DescriptorError(f"{path} and {list_file.name} cannot be read: {error}") from None

@@ -181,11 +181,7 @@ def read_global_rank(path: str | os.PathLike) -> np.ndarray:
 
 
 def _numbered_lines(path: str | os.PathLike) -> list[tuple[int, str]]:
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text file in UTF-8 ({error})") from error
-    return [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line]
+    return [(number, line) for number, line in enumerate(runs.read_lines(path), start=1) if line]
 
 
 def _checked_name(name: str) -> str:

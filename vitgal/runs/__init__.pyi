@@ -13,6 +13,8 @@ from .files import (
     disk_full as disk_full,
     plain as plain,
     read_json as read_json,
+    read_lines as read_lines,
+    text_encoding as text_encoding,
     write_array as write_array,
     write_arrays as write_arrays,
     write_json as write_json,

@@ -1,5 +1,6 @@
 """Files that are written completely or not at all, and JSON with plain values."""
 
+import codecs
 import contextlib
 import errno
 import json
@@ -15,6 +16,13 @@ import numpy as np
 from vitgal.runs.errors import StageError
 
 TEMPORARY = ".tmp-"
+_BYTE_ORDER_MARKS = {  # that of UTF-32 begins with that of UTF-16
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
 
 
 @contextlib.contextmanager
@@ -60,6 +68,38 @@ def write_text(path: Path, text: str) -> Path:
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     return Path(path)
+
+
+def text_encoding(path: str | os.PathLike) -> str:
+    """Returns the encoding of a text by its byte order mark, UTF-8 without one.
+
+    Raises ValueError where the text begins like UTF-16 or UTF-32 without a mark.
+    """
+    with open(path, "rb") as handle:
+        start = handle.read(4)
+    for mark, encoding in _BYTE_ORDER_MARKS.items():
+        if start.startswith(mark):
+            return encoding
+    if b"\0" in start:
+        raise ValueError(f"{path} is no text in UTF-8, perhaps UTF-16: save it as UTF-8")
+    return "utf-8"
+
+
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """Reads the lines of a text in UTF-8, or in UTF-16 or UTF-32 with a byte order mark.
+
+    A line ends at a line feed or a carriage return alone: names may hold other separators.
+
+    Raises FileNotFoundError, and ValueError where the file is no such text.
+    """
+    encoding = text_encoding(path)
+    try:
+        lines = Path(path).read_text(encoding=encoding).removesuffix("\n").split("\n")
+    except UnicodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as UTF-8") from None
+    if any("\0" in line for line in lines):
+        raise ValueError(f"{path} is no text in UTF-8, perhaps UTF-16: save it as UTF-8")
+    return lines if lines != [""] else []
 
 
 def write_json(path: Path, value: Any) -> Path:

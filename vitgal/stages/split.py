@@ -48,7 +48,7 @@ def make_split(
             return stage.folder
         tables = tables or _make_tables(settings, paths, Path(image_folder))
         for name, table in tables.items():
-            splits.write_csv(stage.folder / name, table)
+            runs.write_text(stage.folder / name, table.to_csv(index=False))
         images = {name: len(table) for name, table in tables.items()}
         return stage.finish(tables, {"images": images})
 

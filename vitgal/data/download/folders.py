@@ -104,8 +104,7 @@ class SourceFolder:
             return [name + revisited.EXTENSION for name in (*truth.database, *truth.queries)]
         if path.suffix == ".csv":
             return [gldv2.image_path(image) for image in gldv2.read_landmark_table(path)["id"]]
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [line.strip() for line in lines if line.strip()]
+        return [line.strip() for line in runs.read_lines(path) if line.strip()]
 
     def missing_images(self) -> list[str] | None:
         """Returns the listed images that are missing, sorted; None where nothing can be compared.
