@@ -19,7 +19,7 @@ from vitgal.models.heads import ArcFace
 from vitgal.models.network import build_model
 from vitgal.models.teacher import Teacher
 from vitgal.settings import TrainingSettings
-from vitgal.training.distillation import DistilledNetwork, disagreement
+from vitgal.training.networks import DistilledNetwork, disagreement
 
 SMALL = "test_efficientnet"  # timm's: 0.4 million parameters, 256 numbers a picture
 LITE = "tf_efficientnet_lite0"

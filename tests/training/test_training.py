@@ -25,13 +25,13 @@ from vitgal.models import inference, weights
 from vitgal.models.network import build_model
 from vitgal.settings import MachineSettings, SplitSettings, TrainingSettings
 from vitgal.stages import split as stages_split, train as stages_train
-from vitgal.training import augmentation, diagnostics, errors, samples, schedule
+from vitgal.training import augmentation, diagnostics, errors, networks, samples
 
 # The schedule
 
 
 def test_learning_rates_are_the_published_ones():
-    rates = schedule.learning_rates(TrainingSettings())
+    rates = networks.learning_rates(TrainingSettings())
     assert len(rates) == 40
     # The published run's values, to the digits in which they are known
     assert rates[0] == rates[1] == 3e-5
@@ -44,11 +44,11 @@ def test_learning_rates_are_the_published_ones():
 
 
 def test_one_epoch_trains_at_the_warm_up_rate():
-    assert schedule.learning_rates(TrainingSettings(epochs=1)) == [3e-5]
+    assert networks.learning_rates(TrainingSettings(epochs=1)) == [3e-5]
 
 
 def test_no_warm_up_starts_at_the_full_rate():
-    rates = schedule.learning_rates(TrainingSettings(epochs=3, warmup_epochs=0))
+    rates = networks.learning_rates(TrainingSettings(epochs=3, warmup_epochs=0))
     assert rates[:2] == [5e-5, 5e-5]
 
 
@@ -179,7 +179,9 @@ def test_the_published_hole_is_black_and_the_fast_one_of_the_mean_colour(images,
     for augment, wanted in (("published", -2.1179), ("fast", 0.0)):
         recipe = replace(SETTINGS, image_size=64, augment=augment)
         train = samples.read_data(run / "split", images, recipe).train
-        train.transform = augmentation.squash  # nothing is drawn but the hole
+        train.transform = lambda image, size, rng: cv2.resize(
+            image, (size, size)
+        )  # only a hole is drawn
         picture, hole = train.change(np.full((64, 64, 3), 255, np.uint8), HoleAt())
         seen = augmentation.network_input(
             torch.from_numpy(picture).permute(2, 0, 1)[None], torch.tensor([hole])

@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite_keeps_the_state_before(images, run, tmp_path,
         with pytest.raises(errors.TrainingError, match="step 1 of epoch 1, images ") as error:
             fit(run, images)
     data = samples.read_data(run / "split", images, SETTINGS)
-    order = list(samples.Batches(data.train_count, 4, 1, 0, seed=0, epoch=1))
+    order = list(samples.Batches(len(data.train), 4, 1, 0, seed=0, epoch=1))
     for _, index in order[1]:
         assert data.train.names[index] in str(error.value)
     # the weights before the step stand, so that the same run without the fault goes on exactly

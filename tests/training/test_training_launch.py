@@ -176,7 +176,7 @@ def test_a_bad_loss_on_one_process_stops_all(images, run, monkeypatch):
     assert "the loss is not finite at step 0 of epoch 0" in str(error.value)
     data = samples.read_data(run / "split", images, FOUR)
     (_, *_), second = (
-        list(samples.Batches(data.train_count, 2, 2, rank, seed=0, epoch=0)) for rank in (0, 1)
+        list(samples.Batches(len(data.train), 2, 2, rank, seed=0, epoch=0)) for rank in (0, 1)
     )
     assert all(data.train.names[index] in str(error.value) for _, index in second[0])
     assert state(run / "retrieval")["progress"]["step"] == 0  # the state before is saved

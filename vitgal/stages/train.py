@@ -18,11 +18,10 @@ from vitgal.models.heads import ArcFace, LinearClassifier
 from vitgal.models.network import build_model, seeded
 from vitgal.models.teacher import Teacher
 from vitgal.settings import AutoencoderSettings, MachineSettings, Recipe, TrainingSettings
-from vitgal.training.distillation import DistilledNetwork
 from vitgal.training.errors import TrainingError
 from vitgal.training.launch import Fit, join, launched, rank, run_fit
 from vitgal.training.loop import training_precision
-from vitgal.training.networks import AutoencoderNetwork, RetrievalNetwork
+from vitgal.training.networks import AutoencoderNetwork, DistilledNetwork, RetrievalNetwork
 
 Watch = Callable[[pd.DataFrame], None]
 
@@ -48,12 +47,10 @@ def fit_retrieval(
         image_folder: what the paths of the split are relative to.
         watch: called with the log so far after each epoch; while forked processes train, whenever
             they have written it.
-        progress: whether a bar is shown.
     Raises:
         FileNotFoundError: a listed image is missing (before anything starts).
         Preempted: SIGTERM came; the state is saved.
-        TrainingError: too few images, a loss that is not finite, too many unreadable images, a
-            process or data worker that died, too little memory.
+        TrainingError: anything else that stops the run.
 
     Source: ViTGaL section 4, and the published training code where the two differ.
     """
@@ -108,10 +105,9 @@ def read_log(folder: Path) -> pd.DataFrame:
 
 
 def compared(settings: Recipe, machine: MachineSettings) -> dict[str, Any]:
-    """Returns what the result of a training depends on, as its manifest compares it.
+    """Returns what a training's result depends on: threads and processes change the last bits.
 
-    The number of threads and of processes changes the last bits. `sync_batchnorm` counts only
-    if it is off and there are several.
+    `sync_batchnorm` counts only if it is off and there are several.
     """
     values = settings.compared()
     if machine.num_processes == 1 or settings.sync_batchnorm:

@@ -9,7 +9,6 @@ from .augmentation import (
     draw_hole as draw_hole,
     network_input as network_input,
     rand_augment as rand_augment,
-    squash as squash,
 )
 from .checkpoints import Checkpoints as Checkpoints, Progress as Progress
 from .diagnostics import (
@@ -21,15 +20,17 @@ from .diagnostics import (
     token_maps as token_maps,
     validation_photographs as validation_photographs,
 )
-from .distillation import DistilledNetwork as DistilledNetwork, disagreement as disagreement
 from .errors import Preempted as Preempted, TrainingError as TrainingError
 from .launch import Fit as Fit, run_fit as run_fit
 from .loop import Trainer as Trainer, training_precision as training_precision
 from .memory import check_batch_size as check_batch_size, fitting_batch as fitting_batch
 from .networks import (
     AutoencoderNetwork as AutoencoderNetwork,
+    DistilledNetwork as DistilledNetwork,
     RetrievalNetwork as RetrievalNetwork,
     build_optimizer as build_optimizer,
+    disagreement as disagreement,
+    learning_rates as learning_rates,
 )
 from .samples import (
     Batches as Batches,
@@ -38,4 +39,3 @@ from .samples import (
     TrainingImages as TrainingImages,
     read_data as read_data,
 )
-from .schedule import learning_rates as learning_rates

@@ -1,8 +1,6 @@
-"""Augmentation of photographs for training.
+"""Augmentation: photographs (H, W, 3) uint8 RGB become pictures (size, size, 3) uint8.
 
-Parameters are drawn from one numpy Generator and applied by OpenCV, on which the published library
-of augmentations is based too. Photographs are (H, W, 3) uint8 RGB and become (size, size, 3) uint8.
-`network_input` cuts the hole and normalises, on the network's device.
+Everything is drawn from one numpy Generator and applied by OpenCV, as the published library does.
 """
 
 import functools
@@ -24,14 +22,7 @@ FAST_MARGIN = 1.6
 
 
 def augment_published(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Augments as published, step for step, at the photograph's full size.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        size: side of the square network input in pixels.
-        rng: the only source of randomness.
-    Returns:
-        (size, size, 3) uint8, without the published hole (`draw_hole`, `cut_hole`).
+    """Augments (H, W, 3) uint8 RGB to (size, size, 3) as published, but for the hole.
 
     Source: published training code: flip 0.5; colour jitter 0.4 each, p 0.5; JPEG 99-100, p 0.5;
     shift 0.2, scale 0.3, rotation 10 degrees over a black border, p 0.7; crop of 0.9 to 1 of the
@@ -53,7 +44,6 @@ def augment_published(image: np.ndarray, size: int, rng: np.random.Generator) ->
 
 
 def _colour_steps(rng: np.random.Generator) -> list[Callable[[np.ndarray], np.ndarray]]:
-    """Brightness, contrast, saturation and hue by up to 0.4 each, in a random order."""
     steps = [
         functools.partial(adjust_contrast, factor=rng.uniform(0.6, 1.4), middle=0.0),  # brightness
         functools.partial(adjust_contrast, factor=rng.uniform(0.6, 1.4)),
@@ -92,7 +82,6 @@ def _through_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
 
 
 def _shift_scale_rotate(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Rotates by up to 10 degrees, scales by 0.3, shifts by 0.2 of each side; black outside."""
     height, width = image.shape[:2]
     angle = rng.uniform(-10, 10)
     shift = [rng.uniform(-0.2, 0.2) * side for side in (width, height)]
@@ -103,11 +92,7 @@ def _shift_scale_rotate(image: np.ndarray, rng: np.random.Generator) -> np.ndarr
 
 
 def _resized_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Draws (top, left, height, width) as torchvision's RandomResizedCrop does.
-
-    0.9 to 1 of the area at an aspect of 3:4 to 4:3. The first of ten draws that fits is taken, else
-    the largest central crop in that range of aspects.
-    """
+    """Draws (top, left, height, width), of 0.9 to 1 of the area, as torchvision does."""
     for _ in range(10):
         area = height * width * rng.uniform(0.9, 1.0)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -121,11 +106,7 @@ def _resized_crop(height: int, width: int, rng: np.random.Generator) -> tuple[in
 
 
 def _random_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Draws (top, left, height, width) once: 0.9 to 1 of the area at 3:4 to 4:3.
-
-    A side that is too long is shortened, so that the aspect changes more often and the area can be
-    smaller than with `_resized_crop`.
-    """
+    """Draws as `_resized_crop`, but once: a side that is too long is shortened."""
     area = height * width * rng.uniform(0.9, 1.0)
     ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     tall = min(height, max(1, round(math.sqrt(area / ratio))))
@@ -134,18 +115,11 @@ def _random_crop(height: int, width: int, rng: np.random.Generator) -> tuple[int
 
 
 def augment_fast(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Augments in the same ways as `augment_published`, by one warp and one colour matrix.
+    """Augments (H, W, 3) uint8 RGB to (size, size, 3), by one warp and one colour matrix.
 
     Flip, shift, scale, rotation, crop and squash are one affine map sampled once at the network's
     size; brightness, contrast, saturation and a rotation of hue about the grey axis are one 3 x 3
-    matrix and an offset. There is no JPEG round trip.
-
-    Args:
-        image: (H, W, 3) uint8 RGB.
-        size: side of the square network input in pixels.
-        rng: the only source of randomness.
-    Returns:
-        (size, size, 3) uint8, without the hole.
+    matrix and an offset. There is no JPEG round trip, and no hole yet.
     """
     picture = cv2.warpAffine(
         image, _random_affine(*image.shape[:2], size, rng), (size, size), flags=cv2.INTER_LINEAR
@@ -215,32 +189,20 @@ def draw_hole(size: int, rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def cut_hole(picture: np.ndarray, hole: tuple[int, int, int]) -> None:
-    """Blackens a hole (top, left, side) of a picture (H, W, 3) uint8, in place.
-
-    As published: the hole is zero before the normalisation, hence black and not the mean colour.
-    """
+    """Blackens a hole (top, left, side) of (H, W, 3) uint8 in place, as published."""
     top, left, side = hole
     picture[top : top + side, left : left + side] = 0
 
 
 def network_input(pictures: Tensor, holes: Tensor) -> Tensor:
-    """Normalises pictures on their device and cuts their holes.
+    """Normalises pictures (B, 3, S, S) uint8 to float32; zero, the mean colour, in their holes.
 
-    Args:
-        pictures: (B, 3, S, S) uint8.
-        holes: (B, 3) int64 on the CPU: top, left, side.
-    Returns:
-        (B, 3, S, S) float32, zero (the mean colour) inside the holes.
+    holes: (B, 3) int64 on the CPU: top, left, side.
     """
     inputs = normalise(pictures)
     for index, (top, left, side) in enumerate(holes.tolist()):
         inputs[index, :, top : top + side, left : left + side] = 0
     return inputs
-
-
-def squash(image: np.ndarray, size: int, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Squashes (H, W, 3) uint8 to (size, size, 3) as at test time; `rng` is not used."""
-    return images.resize(image, size, "squash")
 
 
 def displayable(picture: Tensor, hole: tuple[int, int, int] = (0, 0, 0)) -> np.ndarray:

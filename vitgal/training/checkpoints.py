@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -17,16 +17,6 @@ from vitgal.models import weights
 from vitgal.models.network import ViTGaL
 from vitgal.training.errors import TrainingError
 from vitgal.training.processes import is_worker_error
-
-
-class Stateful(Protocol):
-    """A part of a run with a state: network, optimizer, moving average, gradient scaler."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any:
-        """Loads a state."""
 
 
 @dataclass
@@ -54,10 +44,10 @@ class Checkpoints:
 
     Args:
         owner: fingerprint of the stage's settings; a state of another owner is refused.
-        parts: name -> part of the run; None for a part that this run lacks.
+        parts: name -> part with a state; None for one that this run lacks.
     """
 
-    def __init__(self, folder: Path, owner: str, parts: Mapping[str, Stateful | None]):
+    def __init__(self, folder: Path, owner: str, parts: Mapping[str, Any]):
         self.folder, self.owner, self.parts = folder, owner, parts
 
     @property

@@ -12,7 +12,7 @@ from vitgal.models import weights
 from vitgal.models.inference import network_input
 from vitgal.models.network import ViTGaL
 from vitgal.settings import Recipe
-from vitgal.training.schedule import learning_rates
+from vitgal.training.networks import learning_rates
 
 
 def schedule_table(settings: Recipe) -> pd.DataFrame:
@@ -82,13 +82,10 @@ def validation_photographs(split: Path, image_folder: Path, *, count: int) -> li
 def token_maps(
     model: ViTGaL, photographs: Sequence[np.ndarray], *, size: int
 ) -> dict[str, list[np.ndarray]]:
-    """Computes (h, w) maps of each photograph: reconstruction error and both attentions.
+    """Computes (h, w) maps of each photograph (H, W, 3) uint8 RGB, squashed to `size` pixels.
 
-    Args:
-        photographs: (H, W, 3) uint8 RGB; each is squashed to `size` x `size` pixels.
-    Returns:
-        "error": mean squared difference of tokens and decoded tokens; "backbone_attention" and
-        "attention": the means over heads of the two class attentions.
+    "error" is the mean squared difference of tokens and decoded tokens, "backbone_attention" and
+    "attention" are the means over heads of the two class attentions.
     """
     maps: dict[str, list[np.ndarray]] = {"error": [], "backbone_attention": [], "attention": []}
     for photograph in photographs:
@@ -102,22 +99,17 @@ def token_maps(
 
 @torch.no_grad()
 def lost_variance(model: ViTGaL, photographs: Sequence[np.ndarray], *, size: int) -> float:
-    """Computes the fraction of the tokens' variance that the autoencoder loses.
-
-    0 is perfect reconstruction; 1 is as bad as the mean token.
+    """Computes the fraction of the tokens' variance that the autoencoder loses (1: as the mean).
 
     photographs: (H, W, 3) uint8 RGB, each squashed to `size` x `size` pixels.
     """
-    features = [
-        model.token_features(_network_input(photograph, size)) for photograph in photographs
-    ]
+    features = [model.token_features(_network_input(each, size)) for each in photographs]
     tokens = torch.cat([image.tokens[0] for image in features])
     decoded = torch.cat([image.decoded[0] for image in features])
     return float((decoded - tokens).square().sum() / (tokens - tokens.mean(0)).square().sum())
 
 
 def _network_input(photograph: np.ndarray, size: int) -> torch.Tensor:
-    """A photograph (H, W, 3) uint8 RGB as (1, 3, size, size) float32, squashed as at test time."""
     return network_input(images.resize(photograph, size, "squash")[None], "cpu").contiguous()
 
 

@@ -38,8 +38,6 @@ class Fit:
         build: makes the network for a number of classes.
         folder: the stage's folder, where the model, the log and the states go.
         owner: fingerprint of the stage's settings; a state of another owner is refused.
-        watch: called with the log so far.
-        progress: whether a bar is shown.
     """
 
     build: Callable[[int], nn.Module]
@@ -170,7 +168,7 @@ def _is_lost_peer(error: RuntimeError) -> bool:
 
 
 def _await_launcher() -> None:
-    """Waits: the launcher reports the first ended process and ends the others by SIGTERM."""
+    """The launcher reports the first ended process, and ends the others by SIGTERM."""
     threading.Event().wait(PEER_SECONDS)
 
 
@@ -200,11 +198,9 @@ def _watched_log(fit: Fit) -> Iterator[None]:
     log, done = fit.folder / "log.jsonl", threading.Event()
 
     def changed() -> int | None:
-        """Returns when the log was last written, in ns; None before it exists."""
         return log.stat().st_mtime_ns if log.exists() else None
 
     def show() -> None:
-        """Passes the whole log to `fit.watch`."""
         fit.watch(pd.read_json(log, lines=True))
 
     # A resumed run's log is not shown by the thread: a fork while it draws would leave locks
@@ -214,7 +210,6 @@ def _watched_log(fit: Fit) -> Iterator[None]:
         show()
 
     def follow() -> None:
-        """Shows the log whenever it has changed, until training is over."""
         last = begun
         while not done.wait(WATCH_SECONDS):
             if changed() != last:

@@ -29,8 +29,8 @@ from vitgal.settings import MachineSettings, Recipe
 from vitgal.training.augmentation import network_input
 from vitgal.training.checkpoints import Checkpoints, Progress
 from vitgal.training.errors import Preempted, TrainingError
-from vitgal.training.memory import available_memory, check_batch_size, peak_memory
-from vitgal.training.networks import build_optimizer
+from vitgal.training.memory import measure_batch
+from vitgal.training.networks import build_optimizer, learning_rates
 from vitgal.training.processes import (
     Termination,
     any_rank,
@@ -41,7 +41,6 @@ from vitgal.training.processes import (
     timeout,
 )
 from vitgal.training.samples import Batches, Sample, SplitData
-from vitgal.training.schedule import learning_rates
 
 LOG_EVERY = 50  # steps between two rows of the log
 NAMED = 8  # images that an error names
@@ -49,7 +48,7 @@ MAX_UNREADABLE = 0.001  # fraction of the training images that may be unreadable
 
 
 def training_precision(settings: Recipe) -> str:
-    """Returns the precision of training; resolves "auto" without initialising CUDA."""
+    """Returns the precision of training, without initialising CUDA."""
     device = "cuda" if torch.cuda.device_count() else "cpu"  # device_count asks NVML, not CUDA
     return resolve_precision(settings.precision, device, forks=True)
 
@@ -115,7 +114,7 @@ class Trainer:
 
     @property
     def bare(self) -> nn.Module:
-        """The network that trains, without its wrapper for several processes."""
+        """The network that trains, unwrapped."""
         return self.accelerator.unwrap_model(self.network)
 
     @property
@@ -131,10 +130,7 @@ class Trainer:
     # A run
 
     def load_state(self) -> bool:
-        """Continues from the last saved state; returns False where there is none.
-
-        Raises TrainingError as `Checkpoints.load` does.
-        """
+        """Continues from the last saved state; False without one, else as `Checkpoints.load`."""
         progress = self.checkpoints.load()
         if progress is None:
             return False
@@ -153,18 +149,13 @@ class Trainer:
             self.checkpoints.save(self.progress)
 
     def run(self, watch: Callable[[pd.DataFrame], None] | None, show: bool) -> None:
-        """Trains from the current state to the last epoch.
+        """Trains from the current state to the last epoch; raises TrainingError and Preempted.
 
-        Args:
-            watch: called on rank 0 with the log so far after each epoch.
-            show: whether rank 0 shows a bar.
-        Raises:
-            Preempted: SIGTERM came; the state is saved.
-            TrainingError: anything else that stops the run.
+        watch: called on rank 0 with the log so far after each epoch. show: whether it has a bar.
         """
         if self.steps == 0:
             raise TrainingError(
-                f"{self.data.train_count} training images are fewer than one step of "
+                f"{len(self.data.train)} training images are fewer than one step of "
                 f"{self.settings.batch_size} x {self.settings.accumulate} on each of "
                 f"{self.accelerator.num_processes} processes; make batch_size smaller"
             )
@@ -210,12 +201,9 @@ class Trainer:
         self.end_epoch()
 
     def run_step(self, batches: Sequence[Sample]) -> dict[str, Tensor]:
-        """Runs forward and backward of each batch and one update.
+        """Runs forward and backward of each batch and one update; returns the scalars' means ().
 
         A loss that is not finite on any rank stops all of them before the update.
-
-        Returns:
-            For each scalar of the network its mean over the batches, of shape () on the device.
         """
         accelerator, results = self.accelerator, []
         buffers = [buffer.clone() for buffer in self.bare.buffers()]
@@ -266,7 +254,7 @@ class Trainer:
     def batches(self, epoch: int, first: int = 0) -> Batches:
         """Returns this rank's batches of an epoch from step `first` on."""
         return Batches(
-            count=self.data.train_count,
+            count=len(self.data.train),
             batch_size=self.settings.batch_size,
             processes=self.accelerator.num_processes,
             rank=self.accelerator.process_index,
@@ -308,7 +296,7 @@ class Trainer:
     def end_epoch(self) -> None:
         """Validates if due, keeps the best model, saves the state."""
         progress, unreadable = self.progress, self.progress.unreadable
-        if len(unreadable) > MAX_UNREADABLE * self.data.train_count:
+        if len(unreadable) > MAX_UNREADABLE * len(self.data.train):
             names = ", ".join(str(self.data.train.folder / name) for name in unreadable[:5])
             raise TrainingError(f"{len(unreadable)} training images cannot be read: {names}")
         finished = progress.epoch + 1
@@ -327,8 +315,8 @@ class Trainer:
     def due(self, finished: int) -> np.ndarray:
         """Returns the positions (V,) of the images to validate after `finished` epochs.
 
-        All of them every `validate_every` epochs and at the end, otherwise the retrieval set.
-        The autoencoder is not validated by retrieval.
+        All of them every `validate_every` epochs and at the end, otherwise the retrieval set, which
+        the autoencoder does not need.
         """
         settings, data = self.settings, self.data
         if finished % settings.validate_every == 0 or finished == settings.epochs:
@@ -346,10 +334,7 @@ class Trainer:
                 self.checkpoints.save_best(self.result.model)
 
     def validate(self, images: np.ndarray | None = None) -> dict[str, float]:
-        """Scores validation images, which are divided over the ranks.
-
-        images: positions (V,) among the validation images; None for all.
-        """
+        """Scores validation images, positions (V,), divided over the ranks; None: all of them."""
         accelerator, data = self.accelerator, self.data
         images = np.arange(len(data.validation)) if images is None else images
         network = self.result
@@ -412,8 +397,7 @@ class Trainer:
 
     def _bar(self, show: bool) -> tqdm:
         # Forked and launched processes have no notebook for a widget.
-        alone = self.accelerator.num_processes == 1
-        return (tqdm if alone else text_bar)(
+        return (tqdm if self.accelerator.num_processes == 1 else text_bar)(
             total=self.steps * self.settings.epochs,
             initial=self.finished_steps,
             disable=not (show and self.accelerator.is_main_process),
@@ -502,17 +486,10 @@ class Trainer:
             ) from error
 
     def dry_run(self) -> None:
-        """Raises TrainingError with the batch size that fits, where the settings' does not.
-
-        Only a GPU is measured.
-        """
+        """Raises TrainingError with the batch size that fits a GPU, where the set one does not."""
         device = self.accelerator.device
         if device.type == "cuda":
-            check_batch_size(
-                self.settings.batch_size,
-                lambda count: peak_memory(device, self.try_step, count),
-                available_memory(device, self.bare),
-            )
+            measure_batch(device, self.bare, self.try_step, self.settings.batch_size)
 
     def try_step(self, count: int) -> None:
         """Runs forward and backward of `count` grey images; the network stays unchanged."""

@@ -23,9 +23,7 @@ def fitting_batch(peaks: dict[int, int], available: int) -> int:
 def check_batch_size(size: int, measure: Callable[[int], int], available: int) -> None:
     """Raises TrainingError naming a batch size that fits, where `size` images do not.
 
-    Args:
-        measure: returns the bytes at the peak of a step with a number of images.
-        available: bytes that a step may take.
+    measure: returns the bytes at the peak of a step with a number of images.
     """
     largest = fitting_batch({count: measure(count) for count in (2, 4)}, available)
     if size > largest:
@@ -36,8 +34,22 @@ def check_batch_size(size: int, measure: Callable[[int], int], available: int) -
         )
 
 
-def available_memory(device: torch.device, network: nn.Module) -> int:
-    """Returns the bytes of a GPU that a step may take, without those for AdamW's moments."""
+def measure_batch(
+    device: torch.device, network: nn.Module, step: Callable[[int], None], size: int
+) -> None:
+    """Raises TrainingError as `check_batch_size`, measuring steps of few images on a GPU."""
+
+    def peak(count: int) -> int:
+        """Returns the bytes at the peak of a step."""
+        torch.cuda.reset_peak_memory_stats(device)
+        step(count)
+        return torch.cuda.max_memory_allocated(device)
+
+    check_batch_size(size, peak, _available_memory(device, network))
+
+
+def _available_memory(device: torch.device, network: nn.Module) -> int:
+    """The bytes of a GPU that a step may take, without those for AdamW's moments."""
     free, _ = torch.cuda.mem_get_info(device)
     moments = 2 * sum(
         value.numel() * value.element_size()
@@ -45,10 +57,3 @@ def available_memory(device: torch.device, network: nn.Module) -> int:
         if value.requires_grad
     )
     return int((1 - RESERVE) * (free + torch.cuda.memory_reserved(device))) - moments
-
-
-def peak_memory(device: torch.device, step: Callable[[int], None], count: int) -> int:
-    """Returns the bytes at the peak of a step with `count` images on a GPU."""
-    torch.cuda.reset_peak_memory_stats(device)
-    step(count)
-    return torch.cuda.max_memory_allocated(device)

@@ -1,24 +1,49 @@
-"""The trained networks, each a model with its classifier and loss; the optimizer."""
+"""The trained networks, each a model with classifier and loss; optimizer and learning rates."""
 
 import torch
 from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitgal.models.heads import ArcFace
 from vitgal.models.network import ViTGaL
+from vitgal.models.teacher import TINY, Teacher
 from vitgal.settings import Recipe
 from vitgal.training.errors import TrainingError
 
 
-class RetrievalNetwork(nn.Module):
+class TrainedNetwork(nn.Module):
+    """A model that trains with a classifier; the base of both stages' networks."""
+
+    retrieves = False  # whether `validate` gives features, for retrieval scores
+
+    def __init__(self, model: ViTGaL, label_smoothing: float):
+        super().__init__()
+        self.model, self.label_smoothing = model, label_smoothing
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Returns the parameters without weight decay besides biases and other vectors."""
+        return {f"model.{name}" for name in self.model.no_weight_decay()}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Returns timm's layers for layer-wise learning rates: stem, blocks, and the new parts."""
+        return {
+            "stem": r"^model\.backbone\.(?:patch_embed|pos_embed|cls_token)",
+            "blocks": [(r"^model\.backbone\.blocks\.(\d+)", None), (r".", (1000,))],
+        }
+
+
+class RetrievalNetwork(TrainedNetwork):
     """The retrieval model with ArcFace."""
 
-    retrieves = True  # whether `validate` gives features, for retrieval scores
+    retrieves = True
 
     def __init__(self, model: ViTGaL, head: ArcFace, label_smoothing: float = 0.0):
-        super().__init__()
-        self.model, self.head, self.label_smoothing = model, head, label_smoothing
+        super().__init__(model, label_smoothing)
+        self.head = head
 
     def forward(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Computes the scalars `loss` and `accuracy` (with the margin).
@@ -43,27 +68,58 @@ class RetrievalNetwork(nn.Module):
             "val_accuracy_margin": (self.head(features, targets).argmax(1) == targets) & trained,
         }
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Returns the parameters without weight decay besides biases and other vectors."""
-        return {f"model.{name}" for name in self.model.no_weight_decay()}
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Returns timm's layers for layer-wise learning rates: stem, blocks, and the new parts."""
+class DistilledNetwork(RetrievalNetwork):
+    """The retrieval model with ArcFace and a teacher.
+
+    weight: the teacher's fraction of the loss, above 0; at 1 the labels have no influence.
+
+    Source: a linear map of the student's features regresses the teacher's, as in FitNets (Romero
+    et al., 2015).
+    """
+
+    def __init__(
+        self,
+        model: ViTGaL,
+        head: ArcFace,
+        teacher: Teacher,
+        weight: float,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__(model, head, label_smoothing)
+        self.teacher, self.weight = teacher, weight
+        self.projection = nn.Linear(model.embed_dim, teacher.dim)
+
+    def forward(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Computes the scalars of `RetrievalNetwork.forward` and `distilled`."""
+        features = self.model.global_features(pictures)
+        loss, predicted = self.head.loss(features, labels, smoothing=self.label_smoothing)
+        distilled = disagreement(self.projection(features), self.teacher.describe(pictures))
         return {
-            "stem": r"^model\.backbone\.(?:patch_embed|pos_embed|cls_token)",
-            "blocks": [(r"^model\.backbone\.blocks\.(\d+)", None), (r".", (1000,))],
+            "loss": (1 - self.weight) * loss + self.weight * distilled,
+            "accuracy": (predicted == labels).float().mean(),
+            "distilled": distilled,
         }
 
 
-class AutoencoderNetwork(nn.Module):
+def disagreement(student: Tensor, teacher: Tensor) -> Tensor:
+    """Computes the mean of 1 - cosine between rows (B, C), a scalar in [0, 2].
+
+    The teacher's dimensions are standardised over the batch first: otherwise their mean would
+    dominate every cosine. Raises ValueError for a batch of one picture.
+    """
+    if len(teacher) < 2:
+        raise ValueError("a teacher needs batches of two pictures or more: set batch_size")
+    centred = teacher - teacher.mean(0)
+    scaled = centred / (centred.square().mean(0).sqrt() + TINY)
+    return 1 - F.cosine_similarity(student.float(), scaled, dim=1).mean()
+
+
+class AutoencoderNetwork(TrainedNetwork):
     """The autoencoder on a frozen backbone: cross-entropy plus weighted reconstruction error.
 
     Source: ViTGaL section 3 and published loss: CE of the autoencoder's own class token + 10 MSE.
     """
-
-    retrieves = False
 
     def __init__(
         self,
@@ -72,10 +128,8 @@ class AutoencoderNetwork(nn.Module):
         reconstruction_weight: float,
         label_smoothing: float = 0.0,
     ):
-        super().__init__()
-        self.model, self.classifier = model, classifier
-        self.reconstruction_weight = reconstruction_weight
-        self.label_smoothing = label_smoothing
+        super().__init__(model, label_smoothing)
+        self.classifier, self.reconstruction_weight = classifier, reconstruction_weight
 
     def forward(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Computes the scalars `loss`, `accuracy` and `reconstruction`.
@@ -100,11 +154,6 @@ class AutoencoderNetwork(nn.Module):
         error = (decoded.float() - tokens.float()).square().mean((1, 2))
         return {"val_accuracy": hits & (labels >= 0), "val_reconstruction": error}
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Returns the parameters without weight decay besides biases and other vectors."""
-        return {f"model.{name}" for name in self.model.no_weight_decay()}
-
 
 def build_optimizer(network: nn.Module, settings: Recipe) -> torch.optim.Optimizer:
     """Builds AdamW with timm's groups: no decay for vectors, biases and class tokens.
@@ -124,3 +173,20 @@ def build_optimizer(network: nn.Module, settings: Recipe) -> torch.optim.Optimiz
         layer_decay=settings.layer_decay,
         fused=torch.cuda.device_count() > 0 or None,
     )
+
+
+def learning_rates(settings: Recipe) -> list[float]:
+    """Returns the learning rate of every epoch: timm's cosine, one epoch late as published.
+
+    The published loop steps its schedule with the number of the epoch that has just ended. The
+    first value is therefore used twice, and one warm-up epoch becomes the paper's two.
+    """
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=settings.lr)
+    schedule = CosineLRScheduler(
+        optimizer,
+        t_initial=settings.epochs,
+        lr_min=settings.min_lr,
+        warmup_t=settings.warmup_epochs,
+        warmup_lr_init=settings.warmup_lr,
+    )
+    return [schedule._get_lr(max(epoch - 1, 0))[0] for epoch in range(settings.epochs)]

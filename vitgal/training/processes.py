@@ -108,10 +108,9 @@ def _start_worker(_number: int) -> None:
 
 
 def begin_agreement(accelerator: Accelerator, flags: Tensor) -> Callable[[], list[bool]]:
-    """Reduces flags over all ranks; the returned function tells for each whether any rank set it.
+    """Reduces flags (F,) float32, 0 or 1; the returned function tells which any rank has set.
 
-    flags: (F,) float32 on the device, 0 or 1. On a GPU the answer is copied during the
-    backward pass.
+    On a GPU the answer is copied during the backward pass.
     """
     if accelerator.num_processes > 1:
         flags = accelerator.reduce(flags, "sum")
@@ -122,7 +121,6 @@ def begin_agreement(accelerator: Accelerator, flags: Tensor) -> Callable[[], lis
     copied.record()
 
     def wait() -> list[bool]:
-        """Waits for the copy from the GPU and returns the answer."""
         copied.synchronize()
         return [bool(flag) for flag in answer]
 

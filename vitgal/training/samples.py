@@ -34,10 +34,9 @@ class Sample(NamedTuple):
 
 
 class TrainingImages(Dataset):
-    """Images of a split by (epoch, index), which seed the augmentation.
+    """Samples by (epoch, index), which seed the augmentation.
 
-    `dataset[epoch, index]` gives a Sample. An image that cannot be decoded is replaced by the next
-    readable one.
+    An image that cannot be decoded is replaced by the next readable one.
     """
 
     def __init__(
@@ -52,7 +51,7 @@ class TrainingImages(Dataset):
         self.transform = {
             "published": augmentation.augment_published,
             "fast": augmentation.augment_fast,
-            "none": augmentation.squash,
+            "none": lambda image, size, rng: images.resize(image, size, "squash"),
         }[self.augment]
 
     def __len__(self) -> int:
@@ -66,7 +65,8 @@ class TrainingImages(Dataset):
         epoch, index = key
         rng = np.random.default_rng((self.settings.seed, epoch, index))
         unreadable = -1
-        for used in (*range(index, len(self)), *range(index)):
+        for further in range(len(self)):
+            used = (index + further) % len(self)
             try:
                 image = self.read(used)
             except images.ImageError:
@@ -92,11 +92,9 @@ class TrainingImages(Dataset):
     def change(
         self, image: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Augments a photograph (H, W, 3) uint8.
+        """Augments a photograph (H, W, 3) uint8 to (S, S, 3); returns its hole (top, left, side).
 
-        Returns:
-            The picture (S, S, 3) uint8, and its hole (top, left, side), zeros where there is none
-            or where it is already cut (augment "published").
+        The hole is zeros where there is none, or where it is already cut (augment "published").
         """
         settings = self.settings
         picture = self.transform(image, settings.image_size, rng)
@@ -118,10 +116,9 @@ class Batches:
     """One rank's batches of one epoch from step `first` on: lists of (epoch, index) keys.
 
     The epoch's order is a permutation by (seed, epoch), or with `labels` a draw in which every
-    class is equally frequent. A step takes `batch_size * processes * accumulate` images of it:
-    a batch for each rank, then the next accumulated batch for each rank. Two processes see in
-    a step the same images as one process that accumulates two batches. Images after the last whole
-    step are dropped.
+    class is equally frequent. A step takes from it a batch for each rank, then the next accumulated
+    batch for each rank: two processes see the images of one that accumulates two batches. Images
+    after the last whole step are dropped.
     """
 
     count: int
@@ -182,19 +179,12 @@ class SplitData:
     ground_truth: GroundTruth | None
     classes: int
 
-    @property
-    def train_count(self) -> int:
-        """The number of training images."""
-        return len(self.train)
-
     def score(self, results: list[tuple[np.ndarray, dict[str, Tensor]]]) -> dict[str, float]:
-        """Computes means over the validation images, and mAP of retrieval validation.
+        """Computes means over all validation images, and the retrieval set's mAP.
 
-        The means need all images, the mAP those of the retrieval set. The mAP comes with the ends
-        of its 95 % bootstrap interval over queries.
+        The mAP comes with the ends of its 95 % bootstrap interval over queries.
 
-        results: positions (B,) among the validation images, with what the network computed for
-        each, a row an image.
+        results: positions (B,) among the validation images, and the network's values for them.
         """
         positions = np.concatenate([batch for batch, _ in results])
         order = np.argsort(positions)
@@ -227,7 +217,8 @@ class SplitData:
     def refuse_missing(self) -> None:
         """Raises FileNotFoundError with the first missing images and their number."""
         for part in (self.train, self.validation):
-            ids = [Path(name).stem for name in part.names]
+            # Names are a/b/c/<id>.jpg; a Path for each of a million would take seconds.
+            ids = [name.rpartition("/")[2][:-4] for name in part.names.tolist()]
             missing = gldv2.missing_images(part.folder, ids)
             if missing:
                 first = ", ".join(gldv2.image_path(image) for image in missing[:NAMED])
@@ -240,14 +231,14 @@ class SplitData:
 def read_data(split: Path, image_folder: Path, settings: Recipe) -> SplitData:
     """Reads the tables of a split folder.
 
-    Raises FileNotFoundError where the image folder is missing, ValueError where training labels
-    are not the classes of the split, each with an image.
+    Raises FileNotFoundError without the image folder, ValueError where the training labels are not
+    the classes of the split, each with an image.
     """
     if not Path(image_folder).is_dir():
         raise FileNotFoundError(f"the image folder {image_folder} does not exist")
-    train = splits.read_split(split, "train")
+    train = TrainingImages(image_folder, splits.read_split(split, "train"), settings)
     classes = int((~splits.class_counts(split)["held_out"].astype(bool)).sum())
-    _check_labels(train["label"].to_numpy(), classes, split / "train.csv")
+    _check_labels(train.labels, classes, split / "train.csv")
     retrieval = splits.read_split(split, "val_retrieval")
     val = splits.read_split(split, "val")[["path", "label"]]
     val = pd.concat([val, retrieval[["path", "label"]]]).drop_duplicates("path", ignore_index=True)
@@ -258,7 +249,7 @@ def read_data(split: Path, image_folder: Path, settings: Recipe) -> SplitData:
         for role in ("query", "database")
     )
     return SplitData(
-        train=TrainingImages(image_folder, train, settings),
+        train=train,
         validation=TrainingImages(image_folder, val, settings, "none"),
         queries=queries,
         database=database,
