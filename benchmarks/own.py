@@ -35,7 +35,7 @@ from vitgal.settings import (
     RerankingSettings,
 )
 from vitgal.stages import own
-from vitgal.stages.own_descriptions import Describer
+from vitgal.stages.own import Describer
 
 RATIO = 0.8
 FEATURES = 1000

@@ -26,7 +26,7 @@ from vitgal.settings import (
     VerificationSettings,
     reader,
 )
-from vitgal.stages import descriptors, tuning as stages_tuning, validation
+from vitgal.stages import benchmark, describe, tuning as stages_tuning
 from vitgal.viz import scores as viz_scores
 
 IMAGES = {"qa": 0, "a1": 0, "a2": 0, "qb": 1, "b1": 1, "b2": 1}  # name -> landmark
@@ -75,13 +75,13 @@ def run(tmp_path: Path) -> Path:
 @pytest.fixture
 def described(run: Path, tmp_path: Path) -> Path:
     """Rankings b1 a1 a2 b2 for qa and a1 b1 b2 a2 for qb; features near to their own landmark's."""
-    folder = validation.validation_benchmark(run, run / "data" / "train")
+    folder = benchmark.validation_benchmark(run, run / "data" / "train")
     names = [f"val_retrieval/{name}" for name in ("qa", "qb", "a1", "a2", "b1", "b2")]
     rows = np.array([[0.3, 0.2, 0.9, 0.1], [0.9, 0.1, 0.3, 0.2], *np.eye(4)], np.float32)
     np.save(tmp_path / "x.npy", rows)
     (tmp_path / "x.txt").write_text("\n".join(names))
     dataset = revisited.open_dataset("val_retrieval", folder)
-    descriptors.evaluate_descriptors(run, dataset, GlobalSettings(), descriptors=tmp_path / "x.npy")
+    describe.evaluate_descriptors(run, dataset, GlobalSettings(), descriptors=tmp_path / "x.npy")
     local = run / "val_retrieval" / "local"
     with runs.stage(local, "local", parameters={}, inputs={}) as stage:
         # To qa: a1, a2 at 0.5; to qb, whose features are turned by 90 degrees: b1, b2 at 0.5.
@@ -122,7 +122,7 @@ def tune(run: Path, *, workers=1, seed=0, overwrite=False, **changed) -> Path:
 
 
 def test_validation_set_becomes_a_benchmark(run):
-    folder = validation.validation_benchmark(run, run / "data" / "train")
+    folder = benchmark.validation_benchmark(run, run / "data" / "train")
     data = revisited.open_dataset("val_retrieval", folder)
     truth = data.ground_truth
     assert truth.queries == ["val_retrieval/qa", "val_retrieval/qb"]
@@ -132,17 +132,17 @@ def test_validation_set_becomes_a_benchmark(run):
     # Links within the run stay right where the run is moved to.
     assert not os.path.isabs(os.readlink(data.query_paths[0]))
     before = (folder / "gnd_val_retrieval.pkl").stat().st_mtime_ns
-    assert validation.validation_benchmark(run, run / "data" / "train") == folder
+    assert benchmark.validation_benchmark(run, run / "data" / "train") == folder
     assert (folder / "gnd_val_retrieval.pkl").stat().st_mtime_ns == before
     moved = run.rename(run.with_name("moved")) / "data" / "benchmark"
     assert revisited.open_dataset("val_retrieval", moved).database == data.database
 
 
 def test_validation_set_follows_a_new_split_and_outer_images(run, tmp_path):
-    folder = validation.validation_benchmark(run, run / "data" / "train")
+    folder = benchmark.validation_benchmark(run, run / "data" / "train")
     outer = shutil.copytree(run / "data" / "train", tmp_path / "gldv2")
     make_split(run, ["q/qa.jpg,0,query", "a/a1.jpg,0,database"])
-    validation.validation_benchmark(run, outer)
+    benchmark.validation_benchmark(run, outer)
     data = revisited.open_dataset("val_retrieval", folder)
     assert len(data.database) == 1
     assert os.readlink(data.database_paths[0]) == str(outer / "a" / "a1.jpg")
@@ -150,12 +150,12 @@ def test_validation_set_follows_a_new_split_and_outer_images(run, tmp_path):
 
 def test_validation_set_that_is_not_there(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="qa.jpg is not there: check image_folder"):
-        validation.validation_benchmark(run, tmp_path)
+        benchmark.validation_benchmark(run, tmp_path)
     make_split(run, [])
     with pytest.raises(TuningError, match="no validation queries: run 01_data_split"):
-        validation.validation_benchmark(run, run / "data" / "train")
+        benchmark.validation_benchmark(run, run / "data" / "train")
     with pytest.raises(runs.StageError, match="run notebook 01_data_split first"):
-        validation.validation_benchmark(tmp_path / "nowhere", run / "data" / "train")
+        benchmark.validation_benchmark(tmp_path / "nowhere", run / "data" / "train")
 
 
 def test_tuning_by_hand(described):
@@ -287,7 +287,8 @@ def test_tuning_refuses_what_makes_no_sense(described):
     shutil.rmtree(path.parent)
     keys = [("val_retrieval/a1", features(0.5))]
     store.write_shard(path.parent, keys, store.ShardFormat("float32"))
-    with pytest.raises(TuningError, match=r"top=3 needs val_retrieval/a2, .*try fewer candidates"):
+    message = r"no local features of val_retrieval/qa, .*shorter than top=3: try fewer candidates"
+    with pytest.raises(runs.StageError, match=message):
         tune(described)
     shutil.rmtree(described / "val_retrieval" / "local")
     with pytest.raises(runs.StageError, match="05_local_extraction with dataset val_retrieval"):
@@ -297,7 +298,7 @@ def test_tuning_refuses_what_makes_no_sense(described):
 def test_prepare_refuses_a_ranking_that_another_system_made(described):
     # Its own ranking here is one, which stands for any.
     with pytest.raises(TuningError, match="descriptors made elsewhere"):
-        validation.prepare_validation(
+        benchmark.prepare_validation(
             described,
             MachineSettings(),
             like="val_retrieval",

@@ -14,8 +14,7 @@ from vitgal.evaluation import protocol as evaluation_protocol
 from vitgal.features.descriptors import read_descriptors
 from vitgal.retrieval import faiss_index
 from vitgal.settings import GlobalSettings
-from vitgal.stages import rankings
-from vitgal.stages.descriptors import evaluate_descriptors
+from vitgal.stages.describe import GLOBAL_OUTPUTS, evaluate_descriptors
 
 
 @pytest.fixture
@@ -123,7 +122,7 @@ def test_the_stage_ranks_and_scores(benchmark, tmp_path):
     stage += (GlobalSettings(top=2, crop_queries=False),)
     folder = evaluate_descriptors(*stage, descriptors=path)
     assert {file.name for file in folder.glob("[a-z]*")} == {
-        *rankings.GLOBAL_OUTPUTS,
+        *GLOBAL_OUTPUTS,
         "stage.json",
     }
     # Cosines of q with a, b, c: 0.8, 0.6, -0.6.

@@ -19,9 +19,8 @@ from vitgal.models.weights import save_model
 from vitgal.retrieval import shortlists
 from vitgal.settings import LocalSettings
 from vitgal.stages import extract as stages_extract, local_describer
-from vitgal.stages.images import ImageTask
+from vitgal.stages.images import ImageTask, shard_tasks
 from vitgal.stages.local_describer import LocalDescriber
-from vitgal.stages.shards import shard_tasks
 
 
 def test_store(global_run, benchmark, weight_file, model, capsys):

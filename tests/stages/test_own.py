@@ -31,7 +31,7 @@ from vitgal.settings import (
     SettingsError,
 )
 from vitgal.stages import own
-from vitgal.stages.own_descriptions import Describer
+from vitgal.stages.own import Describer
 from vitgal.training import errors
 from vitgal.viz import photographs as viz_photographs
 

@@ -11,7 +11,7 @@ from vitgal.features.selection import scaled_size, select_tokens
 from vitgal.models import descriptors
 from vitgal.models.network import build_model
 from vitgal.settings import LocalSettings
-from vitgal.stages.token_selection import (
+from vitgal.stages.inspection import (
     REASONS,
     TokenSelection,
     explain_selection,

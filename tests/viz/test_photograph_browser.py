@@ -12,7 +12,7 @@ from vitgal.settings import (
     RerankingSettings,
 )
 from vitgal.stages import inspection, own
-from vitgal.stages.own_descriptions import Describer
+from vitgal.stages.own import Describer
 from vitgal.viz.match_inspector import inspect_matches
 from vitgal.viz.photograph_browser import PhotographBrowser, browse_photographs
 

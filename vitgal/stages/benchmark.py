@@ -1,17 +1,23 @@
-"""The benchmark and the model of a run, from its settings or its earlier stages."""
+"""The benchmark and the model of a run, and its retrieval validation set as a benchmark.
 
+They come from the settings or from the run's earlier stages. The images of `val_retrieval` are
+those of val_retrieval.csv; every image of a query's landmark is easy.
+"""
+
+import os
 from pathlib import Path
 from typing import Any
 
-from vitgal import runs
-from vitgal.data import revisited
-from vitgal.data.revisited import RetrievalDataset
-from vitgal.evaluation.tuning import DATASET as VALIDATION
-from vitgal.settings.reader import Settings
-from vitgal.settings.sections import LocalSettings, RerankingSettings
-from vitgal.stages.validation import validation_benchmark
+import numpy as np
+from PIL import Image
 
-GLOBAL_NOTEBOOK = "04_global_evaluation"
+from vitgal import runs
+from vitgal.data import revisited, splits
+from vitgal.data.revisited import RetrievalDataset
+from vitgal.evaluation.tuning import DATASET as VALIDATION, TuningError
+from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings, RerankingSettings
+from vitgal.settings.reader import Settings
+from vitgal.stages.rerank import GLOBAL_NOTEBOOK, LOCAL_NOTEBOOK
 
 
 def open_benchmark(settings: Settings) -> RetrievalDataset:
@@ -40,9 +46,8 @@ def model_path(settings: Settings) -> Path:
 
 def image_folder(settings: Settings) -> Path:
     """The folder of the training images: `image_folder`, else the run's own."""
-    return runs.data_folder(
-        runs.run_folder(settings.run.run_dir), settings.run.image_folder, "train"
-    )
+    run = runs.run_folder(settings.run.run_dir)
+    return runs.data_folder(run, settings.run.image_folder, "train")
 
 
 def local_settings(settings: Settings) -> LocalSettings:
@@ -56,26 +61,116 @@ def local_settings(settings: Settings) -> LocalSettings:
 
 
 def reranking_settings(settings: Settings) -> RerankingSettings:
-    """The settings of the finished reranking stage.
-
-    Raises SettingsError where one was given another value, StageError where the stage is not
-    finished.
-    """
+    """The settings of the finished reranking stage; raises as `local_settings` does."""
     return settings.recorded(_stage_folder(settings, "rerank"), RerankingSettings, "06_rerank")
 
 
 def _path(settings: Settings, name: str) -> str | None:
     """A path as it was set, else as the global stage recorded it; None for the run's own."""
     path = getattr(settings.run, name)
-    return path if path is not None else _recorded(settings).get(name)
-
-
-def _recorded(settings: Settings) -> dict[str, Any]:
-    folder = _stage_folder(settings, "global")
-    if not (folder / runs.MANIFEST).exists():
-        return {}
-    return runs.read_json(folder / runs.MANIFEST)["recorded"]
+    manifest = _stage_folder(settings, "global") / runs.MANIFEST
+    if path is None and manifest.exists():
+        path = runs.read_json(manifest)["recorded"].get(name)
+    return path
 
 
 def _stage_folder(settings: Settings, stage: str) -> Path:
     return runs.run_folder(settings.run.run_dir) / settings.run.dataset / stage
+
+
+def validation_benchmark(run: Path, image_folder: Path) -> Path:
+    """Makes a benchmark of the run's retrieval validation set, beside the run's own data.
+
+    Writes `<run>/data/benchmark/gnd_val_retrieval.pkl` and, below `jpg/val_retrieval/`, links to
+    the images; existing ones stay. The query's box is its whole photograph.
+
+    image_folder: the folder that the paths of val_retrieval.csv start from. Returns the benchmark's
+    folder. Raises TuningError where the split has no validation queries, FileNotFoundError where it
+    or an image is missing.
+    """
+    folder, image_folder = run / "data" / "benchmark", Path(image_folder)
+    runs.read_stage(run / "split", "notebook 01_data_split")
+    table = splits.read_split(run / "split", VALIDATION)
+    if table["role"].ne("query").all():
+        raise TuningError(
+            f"the split in {run / 'split'} has no validation queries: run 01_data_split with "
+            "val_queries above 0"
+        )
+    names = [f"{VALIDATION}/{Path(path).stem}" for path in table["path"]]
+    for name, path in zip(names, table["path"], strict=True):
+        _link(folder / "jpg" / f"{name}.jpg", image_folder / path, run)
+    table = table.assign(path=names)
+    boxes = []
+    for name in table.loc[table["role"] == "query", "path"]:
+        with Image.open(folder / "jpg" / f"{name}.jpg") as image:  # reads the header alone
+            boxes.append((0.0, 0.0, *map(float, image.size)))
+    truth = splits.validation_ground_truth(table, np.array(boxes))
+    target = folder / f"gnd_{VALIDATION}.pkl"
+    if not target.exists() or revisited.load_ground_truth(target).fingerprint != truth.fingerprint:
+        revisited.write_ground_truth(target, truth)
+    return folder
+
+
+def _link(link: Path, image: Path, run: Path) -> None:
+    """A link to an image: relative within the run, so that a run can be moved, else absolute."""
+    if not image.is_file():
+        raise FileNotFoundError(f"the validation image {image} is not there: check image_folder")
+    image = image.resolve()
+    inside = image.is_relative_to(run.resolve())
+    target = os.path.relpath(image, link.parent.resolve()) if inside else str(image)
+    if link.is_symlink() and os.readlink(link) == target:
+        return
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(target)
+
+
+def prepare_validation(
+    run: Path,
+    machine: MachineSettings,
+    *,
+    like: str,
+    image_folder: Path,
+    model: Path,
+    overwrite: bool = False,
+) -> RetrievalDataset:
+    """Describes the validation set exactly as another data set of the run was described.
+
+    Args:
+        like: the name of that data set, whose stages global and local are finished.
+        image_folder: as for `validation_benchmark`.
+        overwrite: describe the validation set again where it was described otherwise.
+    Returns:
+        The validation set, its stages global and local finished in `<run>/val_retrieval`.
+    Raises:
+        TuningError: the data set was ranked by another system's descriptors or by other weights.
+        StageError: the validation set was described otherwise, and `overwrite` is not set.
+    """
+    manifests = {
+        "global": runs.read_stage(run / like / "global", GLOBAL_NOTEBOOK),
+        "local": runs.read_stage(run / like / "local", LOCAL_NOTEBOOK),
+    }
+    if "descriptors" in manifests["global"]["inputs"]:
+        raise TuningError(
+            f"{like} was ranked by descriptors made elsewhere, and there are none of {VALIDATION}: "
+            "set tune to False, or tune in a run of our own model"
+        )
+    dataset = revisited.open_dataset(VALIDATION, validation_benchmark(run, image_folder))
+    from vitgal.models import inference  # imports torch
+    from vitgal.stages import describe, extract
+
+    stages: dict[str, Any] = {
+        "global": (describe.evaluate_global, GlobalSettings),
+        "local": (extract.extract_shortlist, LocalSettings),
+    }
+    for name, (describe_dataset, section) in stages.items():
+        if manifests[name]["inputs"]["weights"] != inference.weights_fingerprint(model):
+            raise TuningError(f"{run / like / name} was made with other weights than {model}")
+        settings = section.from_manifest(manifests[name]["parameters"])
+        try:
+            describe_dataset(run, dataset, settings, machine, model=model)
+        except runs.StageError:
+            if not overwrite:
+                raise
+            describe_dataset(run, dataset, settings, machine, model=model, overwrite=True)
+    return dataset

@@ -1,4 +1,4 @@
-"""The stage of notebook 05: local features of the short lists."""
+"""The stage of notebook 05: local features of queries and short lists, written shard by shard."""
 
 import contextlib
 from collections.abc import Sequence
@@ -15,15 +15,19 @@ from vitgal.retrieval import shortlists
 from vitgal.settings import LocalSettings, MachineSettings
 from vitgal.stages.images import (
     ImageTask,
+    ShardTask,
     query_tasks,
     recorded_paths,
     refuse_failures,
     report_failures,
+    shard_tasks,
 )
 from vitgal.stages.ray_describer import ImageDescriber, open_describer
-from vitgal.stages.shards import ShardTask, shard_outputs, shard_tasks
 
 GLOBAL_NOTEBOOK = "04_global_evaluation"
+# The stage hashes these files of a shard when it ends and again when it is reused. The large arrays
+# are checked by length on opening, and byte for byte by the checksums in checksums.npy.
+SHARD_OUTPUTS = ("items.json", "failures.json", "offsets.npy", "checksums.npy")
 
 
 def extract_shortlist(
@@ -39,15 +43,12 @@ def extract_shortlist(
     """Extracts the local features that reranking needs: `<run>/<dataset>/local`, a FeatureStore.
 
     These are the queries (cropped) and the database images (whole) of the global stage's
-    shortlist.txt; images that cannot be decoded are left out. Several processes that
-    share the folder may extract together: each `machine.worker` of `machine.worker_count` writes
-    its part of the shards, and the last one finishes the stage. A second run writes missing and
-    damaged shards.
+    shortlist.txt; images that cannot be decoded are left out. Several processes that share the
+    folder may extract together: each `machine.worker` of `machine.worker_count` writes its part of
+    the shards, and the last one finishes the stage. A second run writes missing and damaged shards.
 
-    Args:
-        model: a weight file with autoencoder, or "untrained:<architecture>".
-    Returns:
-        The stage's folder; `FeatureStore.open` reads it.
+    model: a weight file with autoencoder, or "untrained:<architecture>". Returns the folder.
+
     Raises:
         StageError: the global stage is missing, the folder holds other settings, a query or too
             many images cannot be read, or this worker is done and others are not.
@@ -55,15 +56,20 @@ def extract_shortlist(
     """
     engines.check_engine(machine.engine, machine.ray_address)
     slot = runs.WorkerSlot(machine.worker, machine.worker_count)
-    folder = run / dataset.name / "global"
-    shortlist = runs.output_fingerprint(folder, "shortlist.txt", GLOBAL_NOTEBOOK)
-    images = shortlist_tasks(dataset, folder / "shortlist.txt", settings.crop_queries)
-    inputs = {"shortlist": shortlist, "images": _images_input(images)}
+    source = run / dataset.name / "global"
+    shortlist = runs.output_fingerprint(source, "shortlist.txt", GLOBAL_NOTEBOOK)
+    images = shortlist_tasks(dataset, source / "shortlist.txt", settings.crop_queries)
+    files = runs.images_input([task.key for task in images], [task.path for task in images])
+    boxes = [task.box for task in images]
     with runs.stage(
         run / dataset.name / "local",
         "local",
         parameters=settings.compared(),
-        inputs=inputs | {"weights": weights_input(model)},
+        inputs={
+            "shortlist": shortlist,
+            "images": runs.combined_input([files], lambda part: [part, boxes]),
+            "weights": weights_input(model),
+        },
         overwrite=overwrite,
         repair=True,
         slot=slot,
@@ -71,30 +77,28 @@ def extract_shortlist(
         if stage.finished and _report_finished(stage, len(images), settings):
             return stage.folder
         with open_describer(model, settings, machine) as describer:
-            shards = _shards(stage.folder, images, settings, describer)
+            code_dim = require_codes(describer.model)
+            _announce(code_dim, len(images), settings)
+            kind = store.ShardFormat(settings.dtype, code_dim, {"precision": describer.precision})
+            shards = shard_tasks(stage.folder, images, settings.shard_size, kind)
             write_shards(describer, shards, slot, settings.max_failed_share, progress=progress)
             recorded = describer.recorded() | recorded_paths(run, dataset, model)
         _refuse_unfinished(stage.folder, shards, slot)
         index = store.write_index(stage.folder)  # first: the store opens faster with it
         failures = store.FeatureStore.open(stage.folder).failures
-        refuse_failures(
-            [{"name": name, "reason": reason} for name, reason in failures.items()],
-            len(images),
-            settings.max_failed_share,
-        )
+        listed = [{"name": name, "reason": reason} for name, reason in failures.items()]
+        refuse_failures(listed, len(images), settings.max_failed_share)
+        outputs = [f"{shard.folder.name}/{name}" for shard in shards for name in SHARD_OUTPUTS]
         recorded |= {"images": len(images), "failed": len(failures)}
-        stage.finish(shard_outputs(stage.folder) + index, recorded)
+        stage.finish(outputs + index, recorded)
         report_failures(failures, len(images))
         return stage.folder
 
 
 def shortlist_tasks(dataset: RetrievalDataset, path: Path, crop: bool) -> list[ImageTask]:
-    """Lists all queries and the database images that a shortlist.txt names, sorted by key.
+    """Lists all queries, cropped or not, and the images that a shortlist.txt names, by key.
 
-    Args:
-        crop: whether queries are cropped to their box.
-    Raises:
-        StageError: the file names an image that the dataset lacks.
+    Raises StageError for an image that the dataset lacks.
     """
     paths = dict(zip(dataset.database, dataset.database_paths, strict=True))
     names = {name for names in shortlists.read_shortlist(path).values() for name in names}
@@ -102,9 +106,8 @@ def shortlist_tasks(dataset: RetrievalDataset, path: Path, crop: bool) -> list[I
         raise runs.StageError(
             f"{path} names {unknown[0]}, which {dataset.name} lacks: run {GLOBAL_NOTEBOOK} again"
         )
-    queries = query_tasks(dataset, crop)
     database = [ImageTask(name, paths[name]) for name in names]
-    return sorted(queries + database, key=lambda task: task.key)
+    return sorted(query_tasks(dataset, crop) + database, key=lambda task: task.key)
 
 
 def write_shards(
@@ -115,13 +118,10 @@ def write_shards(
     *,
     progress: bool,
 ) -> None:
-    """Writes those of a worker's shards that are missing or damaged.
+    """Writes those of a worker's shards that are missing or damaged, out of all workers' shards.
 
-    Args:
-        shards: those of all workers.
-    Raises:
-        StageError: a query or too many images cannot be read, or a shard on disk was written in
-            another precision.
+    Raises StageError where a query or too many images cannot be read, or a shard on disk was
+    written in another precision.
     """
     store_folder = shards[0].folder.parent
     if slot == runs.ALONE:
@@ -163,15 +163,6 @@ def _report_finished(stage: runs.Stage, count: int, settings: LocalSettings) -> 
     return True
 
 
-def _shards(
-    folder: Path, images: Sequence[ImageTask], settings: LocalSettings, describer: ImageDescriber
-) -> list[ShardTask]:
-    code_dim = require_codes(describer.model)
-    _announce(code_dim, len(images), settings)
-    shard_format = store.ShardFormat(settings.dtype, code_dim, {"precision": describer.precision})
-    return shard_tasks(folder, images, settings.shard_size, shard_format)
-
-
 def _refuse_unfinished(folder: Path, shards: Sequence[ShardTask], slot: runs.WorkerSlot) -> None:
     """Raises StageError if shards of other workers are missing or damaged."""
     own = set(slot.indices(len(shards)))
@@ -190,11 +181,6 @@ def _refuse_unfinished(folder: Path, shards: Sequence[ShardTask], slot: runs.Wor
             f"{done}; of the other workers' {len(damaged)} ({damaged[0]}, ...) are damaged: run "
             "this again with worker_count=1"
         )
-
-
-def _images_input(tasks: Sequence[ImageTask]) -> runs.Input:
-    images = runs.images_input([task.key for task in tasks], [task.path for task in tasks])
-    return runs.combined_input([images], lambda part: [part, [task.box for task in tasks]])
 
 
 def _announce(code_dim: int, count: int, settings: LocalSettings) -> None:

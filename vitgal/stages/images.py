@@ -1,4 +1,4 @@
-"""Loads images for the network: threads decode ahead, failures are recorded."""
+"""The images that a stage describes: decoded ahead by threads, divided into shards; failures."""
 
 import contextlib
 from collections import deque
@@ -12,6 +12,7 @@ import numpy as np
 from vitgal import runs
 from vitgal.data.images import ImageError, ReadError, crop_box, read_image, resize
 from vitgal.data.revisited import RetrievalDataset
+from vitgal.features import store
 from vitgal.features.selection import Frame
 from vitgal.models.inference import UNTRAINED
 
@@ -21,13 +22,10 @@ Failure = dict[str, str]  # {"name": key, "reason": why the image cannot be read
 
 @dataclass(frozen=True)
 class ImageTask:
-    """An image to describe.
+    """An image to describe, or its box (x0, y0, x1, y1) in pixels.
 
-    Attributes:
-        key: the name that its descriptor or its features are stored under.
-        path: the image file.
-        box: the part to describe, (x0, y0, x1, y1) in pixels; None describes the whole image.
-        is_query: a query must be readable; a database image may fail.
+    key: the name that its descriptor or its features are stored under. is_query: it must be
+    readable; a database image may fail.
     """
 
     key: str
@@ -56,13 +54,9 @@ def query_tasks(dataset: RetrievalDataset, crop: bool) -> list[ImageTask]:
 
 
 def load_image(task: ImageTask, size: int, resize_mode: str) -> LoadedImage:
-    """Decodes, crops and resizes an image.
+    """Decodes, crops and resizes an image; `size` and `resize_mode` as `data.images.resize`.
 
-    Args:
-        size, resize_mode: as `vitgal.data.images.resize` takes them.
-    Raises:
-        ImageError: the file is damaged.
-        ValueError: the box does not fit the image.
+    Raises ImageError for a damaged file, ValueError for a box that does not fit the image.
     """
     image = read_image(task.path)
     try:
@@ -77,15 +71,12 @@ def prefetch(
 ) -> Iterator[tuple[ImageTask, LoadedImage | ImageError]]:
     """Yields each task with its loaded image or its ImageError, in order.
 
-    Threads load a few images ahead, because OpenCV releases Python's lock while it decodes.
-    A ReadError is raised: the disk failed, not the image, and a later run may read it.
-
-    Args:
-        threads: 0 loads in the calling thread.
+    Threads load a few images ahead, because OpenCV releases Python's lock while it decodes; with 0
+    threads the caller loads. A ReadError is raised: the disk failed, not the image.
     """
 
     def attempt(task: ImageTask) -> LoadedImage | ImageError:
-        """Loads one image, or returns the ImageError that tells why it cannot be used."""
+        """Loads one image, or returns why it cannot be used."""
         try:
             return load(task)
         except ReadError:
@@ -102,14 +93,13 @@ def prefetch(
             for task in tasks:
                 pending.append((task, pool.submit(attempt, task)))
                 if len(pending) > AHEAD * threads:
-                    loaded_task, future = pending.popleft()
-                    yield loaded_task, future.result()
+                    first, future = pending.popleft()
+                    yield first, future.result()
             while pending:
-                loaded_task, future = pending.popleft()
-                yield loaded_task, future.result()
+                first, future = pending.popleft()
+                yield first, future.result()
         finally:
-            for _, future in pending:
-                future.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def refuse_failures(failures: Sequence[Failure], count: int, max_failed_share: float) -> None:
@@ -144,10 +134,10 @@ def report_failures(failures: Collection, count: int) -> None:
 def recorded_paths(
     run: Path, dataset: RetrievalDataset, model: Path | str | None = None
 ) -> dict[str, str | None]:
-    """Lists the paths that a stage's manifest records, for the notebooks that follow.
+    """Lists the paths that a stage's manifest records for the notebooks that follow.
 
-    They stay valid if the run or the checkout is moved: a path in the run is recorded as None, for
-    the run's own data and model; one in the checkout is relative to it.
+    They stay valid when the run or the checkout is moved: a path in the run is None, for the run's
+    own data and model; one in the checkout is relative to it.
     """
     paths = {"dataset_dir": dataset.folder, "distractors": dataset.distractors, "weights": model}
     return {name: path and _portable(run, path) for name, path in paths.items()}
@@ -162,3 +152,63 @@ def _portable(run: Path, path: Path | str) -> str | None:
     with contextlib.suppress(runs.StageError, ValueError):  # no checkout, or a path outside it
         return str(path.relative_to(runs.checkout()))
     return str(path)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardTask:
+    """A shard to write: its folder, its images sorted by key, and the format of their features."""
+
+    folder: Path
+    images: Sequence[ImageTask]
+    format: store.ShardFormat
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of the images."""
+        return [image.key for image in self.images]
+
+    def written(self) -> store.Shard | None:
+        """Opens the shard if it is complete on disk and every checksum is right, else None."""
+        return store.whole_shard(self.folder, self.keys, self.format)
+
+    def salvage(self) -> dict[str, store.EncodedFeatures]:
+        """Reads the undamaged images of a damaged shard and prints how many there are."""
+        kept = store.salvage(self.folder, self.format)
+        if self.folder.exists():
+            print(f"{self.folder} is damaged: {len(kept)} of {len(self.images)} images are kept")
+        return kept
+
+    def refuse_failed_query(self, failures: Sequence[Failure]) -> None:
+        """Raises StageError if one of the failed images is a query."""
+        queries = {image.key for image in self.images if image.is_query}
+        refuse_failed_query([failure for failure in failures if failure["name"] in queries])
+
+    def refuse_other_precision(self) -> None:
+        """Raises StageError if the shard on disk was extracted in another precision."""
+        try:
+            settings = store.Shard.open(self.folder).header["settings"]
+        except store.StoreError:  # missing or damaged: it will be written again
+            return
+        wanted = self.format.settings["precision"]
+        precision = settings.get("precision", wanted)
+        if precision != wanted:
+            raise runs.StageError(
+                f"{self.folder} was made in {precision}, and here it would be {wanted}: "
+                f"{store.PRECISION_REMEDY}"
+            )
+
+
+def shard_tasks(
+    folder: Path, images: Sequence[ImageTask], shard_size: int, shard_format: store.ShardFormat
+) -> list[ShardTask]:
+    """Divides images into the shards of a store: a fixed partition of the sorted keys.
+
+    Without images there is one empty shard.
+    """
+    by_key = {image.key: image for image in images}
+    parts = store.partition(by_key, shard_size) or [[]]
+    folders = [store.shard_folder(folder, index, len(parts)) for index in range(len(parts))]
+    return [
+        ShardTask(shard, [by_key[key] for key in keys], shard_format)
+        for shard, keys in zip(folders, parts, strict=True)
+    ]

@@ -1,7 +1,7 @@
-"""Matches and verifies one pair of a run's images under other settings.
+"""Looks into one pair of a run's images: matches under other settings, kept and dropped tokens.
 
-This uses stored features and takes milliseconds. Attention and dropped tokens are not stored: they
-take one pass of the network a photograph, are computed on demand and kept in memory.
+Matching uses stored features and takes milliseconds. Attention and dropped tokens are not stored:
+they take one pass of the network a photograph, are computed on demand and kept in memory.
 """
 
 import functools
@@ -14,21 +14,25 @@ import numpy as np
 import pandas as pd
 
 from vitgal import runs
-from vitgal.data.images import read_image
+from vitgal.data.images import crop_box, read_image, resize
 from vitgal.data.revisited import RetrievalDataset, relevance_labels
 from vitgal.features.local import LocalFeatures
-from vitgal.features.store.feature_store import FeatureStore
+from vitgal.features.store import FeatureStore
 from vitgal.retrieval.verification import MIN_MATCHES, PairInspection, inspect_pair
 from vitgal.settings import LocalSettings, RerankingSettings
-from vitgal.stages.rerank import inlier_counts
-from vitgal.stages.token_selection import TokenSelection, explain_selection
+from vitgal.stages.rerank import LOCAL_NOTEBOOK, inlier_counts
 
-LOCAL_NOTEBOOK = "05_local_extraction"
 SWEPT_VALUES = {  # the values that `sweep` tries
     "max_distance": tuple(np.round(np.arange(0.3, 1.21, 0.05), 2).tolist()),
     "threshold": (2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0, 48.0, 64.0),
     "max_keypoints": (25, 50, 100, 200, 300, 400, 600, 800, 1000),
 }
+REASONS = {
+    "overlap": "its patch overlaps a better one",
+    "candidates": "not among the candidates of suppression",
+    "keypoints": "more than max_keypoints",
+}
+UNLIMITED = 10**9
 
 
 class InspectionError(runs.UserError, ValueError):
@@ -37,12 +41,7 @@ class InspectionError(runs.UserError, ValueError):
 
 @dataclass(frozen=True, eq=False)
 class ComparedPair:
-    """A compared query and database image.
-
-    Attributes:
-        query, database: the features that were compared.
-        result: their matches, which point into these features, and the verification.
-    """
+    """The features of a query and a database image, and their matches and verification."""
 
     query: LocalFeatures
     database: LocalFeatures
@@ -88,11 +87,7 @@ def compare(
     query, database = (
         without_scales(features, hidden_scales).subset(kept) for features in (query, database)
     )
-    return ComparedPair(
-        query,
-        database,
-        inspect_pair(query, database, settings),
-    )
+    return ComparedPair(query, database, inspect_pair(query, database, settings))
 
 
 def sweep(
@@ -109,8 +104,7 @@ def sweep(
         for value in values:
             if parameter == "max_keypoints" and value > most:
                 continue
-            changed = _changed(settings, parameter, value)
-            result = compare(query, database, changed).result
+            result = compare(query, database, _changed(settings, parameter, value)).result
             rows.append((parameter, value, len(result.matches), result.verification.count))
     return pd.DataFrame(rows, columns=["parameter", "value", "matches", "inliers"])
 
@@ -123,16 +117,111 @@ def _changed(settings: RerankingSettings, parameter: str, value: float) -> Reran
     return replace(settings, matching=replace(settings.matching, max_keypoints=value))
 
 
+@dataclass(frozen=True, eq=False)
+class TokenSelection:
+    """Attention, scores and features of one photograph, or of its box.
+
+    Attributes:
+        attention: scale -> (heads, h, w) float32, each head's class attention over its peak.
+        scores: scale -> (h, w) float32 of mean 1: the mean over heads, by which tokens are chosen.
+        kept: the features, as extraction returns them.
+        dropped: tokens above the threshold that are not kept, best first.
+        reasons: (len(dropped),) strings, keys of REASONS.
+    """
+
+    attention: dict[float, np.ndarray]
+    scores: dict[float, np.ndarray]
+    kept: LocalFeatures
+    dropped: LocalFeatures
+    reasons: np.ndarray
+
+    def heat(self, scale: float, head: int | None = None) -> np.ndarray:
+        """Returns the map of a head, or the scores, of shape (h, w) at the nearest scale."""
+        nearest = min(self.scores, key=lambda candidate: abs(candidate - scale))
+        return self.scores[nearest] if head is None else self.attention[nearest][head]
+
+
+class _Recorder:
+    """A model for `local_features` that runs once at each scale, then repeats its outputs."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.code_dim, self.outputs, self.scale = model, model.code_dim, [], 0
+
+    def token_codes(self, images: Any) -> Any:
+        """Returns the TokenCodes of images (1, 3, H, W) at the next scale."""
+        if self.scale == len(self.outputs):
+            self.outputs.append(self.model.token_codes(images))
+        self.scale += 1
+        return self.outputs[self.scale - 1]
+
+
+def explain_selection(
+    model: Any,
+    image: np.ndarray,
+    box: Sequence[float] | None = None,
+    settings: LocalSettings | None = None,
+) -> TokenSelection:
+    """Extracts a photograph's kept and dropped local features in one pass.
+
+    model: a ViTGaL with autoencoder. image: (H, W, 3) uint8 RGB. box: (x0, y0, x1, y1) in pixels,
+    the part that is described. Raises ValueError where the box does not fit the image, or the model
+    has no autoencoder.
+    """
+    from vitgal.models.inference import device_of, inference, network_input
+    from vitgal.models.local_features import local_features, token_scores
+
+    settings, recorder = settings or LocalSettings(), _Recorder(model)
+    crop, box = crop_box(image, box)
+
+    def extract(changed: LocalSettings) -> LocalFeatures:
+        """Extracts under other settings of suppression."""
+        recorder.scale = 0
+        return local_features(recorder, images, [(box, image.shape[:2])], changed)[0]
+
+    with inference(model, settings.precision):
+        images = network_input(resize(crop, settings.size, "area")[None], device_of(model))
+        kept = extract(settings)
+        survivors = extract(replace(settings, max_keypoints=UNLIMITED))
+        unlimited = replace(settings, max_keypoints=UNLIMITED, nms_candidates=UNLIMITED)
+        everything = extract(replace(unlimited, nms_overlap=1.0))
+        attention, scores = {}, {}
+        for scale, output in zip(settings.scales, recorder.outputs, strict=True):
+            heads = output.attention[0].float()
+            heads = (heads / heads.amax(dim=1, keepdim=True)).cpu().numpy()
+            attention[scale] = heads.reshape(len(heads), *output.grid)
+            scores[scale] = token_scores(output.attention)[0].cpu().numpy().reshape(output.grid)
+    reasons = np.full(len(everything), "overlap", dtype="<U10")
+    reasons[settings.nms_candidates :] = "candidates"
+    reasons[_among(everything, survivors)] = "keypoints"
+    dropped = ~_among(everything, kept)
+    return TokenSelection(attention, scores, kept, everything.subset(dropped), reasons[dropped])
+
+
+def matching_fraction(extracted: LocalFeatures, stored: LocalFeatures) -> float:
+    """Returns the fraction of stored features that another extraction gives too; 1 for none.
+
+    Features are compared by position and scale. Another batch or precision changes the last bits of
+    a score, which can drop a feature at a threshold.
+    """
+    return float(_among(stored, extracted).mean()) if len(stored) else 1.0
+
+
+def _among(features: LocalFeatures, others: LocalFeatures) -> np.ndarray:
+    """(N,) bool: which features have the position and scale of one of the others."""
+    keys, other_keys = (
+        list(zip(*part.keypoints.T.tolist(), part.scales.tolist(), strict=True))
+        for part in (features, others)
+    )
+    stored = set(other_keys)
+    return np.array([key in stored for key in keys], bool)
+
+
 @dataclass(eq=False)
 class Inspector:
     """The images of a run and their stored features, read on demand.
 
-    A side is "query" or "database".
-
-    Attributes:
-        run, dataset: of the finished stages.
-        weights: the model that stage local used; None: the run's own.
-        selections: (side, index) -> what `selection` has computed.
+    A side is "query" or "database". weights: the model that stage local used; None: the run's own.
+    selections: (side, index) -> what `selection` has computed.
     """
 
     run: Path
@@ -143,15 +232,11 @@ class Inspector:
     @functools.cached_property
     def features(self) -> FeatureStore:
         """The store of stage local."""
-        return FeatureStore.open(self._folder / "local")
-
-    @property
-    def _folder(self) -> Path:
-        return self.run / self.dataset.name
+        return FeatureStore.open(self.run / self.dataset.name / "local")
 
     @functools.cached_property
     def _manifest(self) -> dict:
-        return runs.read_stage(self._folder / "local", LOCAL_NOTEBOOK)
+        return runs.read_stage(self.run / self.dataset.name / "local", LOCAL_NOTEBOOK)
 
     @functools.cached_property
     def settings(self) -> LocalSettings:
@@ -202,8 +287,7 @@ class Inspector:
 
     @functools.cached_property
     def _read(self) -> Callable[[Path], np.ndarray]:
-        """Decodes a file; the last four stay in memory."""
-        return functools.lru_cache(maxsize=4)(read_image)
+        return functools.lru_cache(maxsize=4)(read_image)  # the last four stay in memory
 
     def stored(self, side: str, index: int) -> LocalFeatures:
         """Returns the features of stage local, or of `selection` where the stage has none.
@@ -247,8 +331,7 @@ class Inspector:
     def choose(self, query: int, image: int | None = None) -> int:
         """Returns `image`, or for None the verified image of most inliers, hard ones first.
 
-        Raises InspectionError for an index that does not exist, and for None
-        where nothing was verified.
+        Raises InspectionError where there is no such index, or nothing was verified.
         """
         self.name("query", query)
         if image is not None:
@@ -264,7 +347,7 @@ class Inspector:
 
     def counts(self, query: int) -> dict[int, int]:
         """Returns the inlier counts of a query's verified images, by database index."""
-        return inlier_counts(self._folder / "rerank", query)
+        return inlier_counts(self.run / self.dataset.name / "rerank", query)
 
     def relevance(self, query: int, image: int) -> str:
         """Returns the label of the pair: "easy", "hard", "junk" or "negative"."""

@@ -31,8 +31,15 @@ from vitgal.models.inference import (
 from vitgal.models.local_features import local_features
 from vitgal.models.network import ViTGaL
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings
-from vitgal.stages.images import Failure, ImageTask, LoadedImage, LoadedImages, load_image, prefetch
-from vitgal.stages.shards import ShardTask
+from vitgal.stages.images import (
+    Failure,
+    ImageTask,
+    LoadedImage,
+    LoadedImages,
+    ShardTask,
+    load_image,
+    prefetch,
+)
 
 StageSettings = GlobalSettings | LocalSettings
 
@@ -51,13 +58,8 @@ def load_images(
 class LocalDescriber:
     """A network on this machine with its settings.
 
-    Attributes:
-        model: the network, on its device.
-        settings: of the global or the local stage.
-        machine: decoding threads and batch size.
-        precision: "fp32" or "bf16".
-        memory: the batch size that fits the device; a batch that does not fit is halved, as are
-            all after it.
+    precision: "fp32" or "bf16". memory: a batch that does not fit the device is halved, as are all
+    after it.
     """
 
     model: ViTGaL
@@ -75,10 +77,7 @@ class LocalDescriber:
     def describe_blocks(
         self, blocks: Sequence[Sequence[ImageTask]], bar: tqdm
     ) -> Iterator[tuple[np.ndarray, list[Failure]]]:
-        """Yields the global descriptors (B, D) float32 of each block, and its failures.
-
-        The row of a failed image is zero.
-        """
+        """Yields each block's global descriptors (B, D) float32, zero for failures, and these."""
         with self.stream(itertools.chain.from_iterable(blocks), bar) as images:
             for block in blocks:
                 yield self.global_rows(itertools.islice(images, len(block)), len(block))
@@ -114,12 +113,9 @@ class LocalDescriber:
             yield _counted(images, bar)
 
     def global_rows(self, images: LoadedImages, count: int) -> tuple[np.ndarray, list[Failure]]:
-        """Computes global descriptors within `inference`.
+        """Computes the global descriptors of `count` images, within `inference`.
 
-        Args:
-            images: `count` loaded images.
-        Returns:
-            Rows of shape (count, D) float32, zero where an image failed; and the failures.
+        Returns (count, D) float32, zero where an image failed, and the failures.
         """
         failures: list[Failure] = []
         rows = np.zeros((count, self.model.embed_dim), np.float32)
@@ -135,16 +131,11 @@ class LocalDescriber:
     def local_items(
         self, images: LoadedImages, keys: Sequence[str], kept: Mapping[str, store.EncodedFeatures]
     ) -> tuple[list[tuple[str, LocalFeatures | store.EncodedFeatures]], list[Failure]]:
-        """Computes local features within `inference`.
+        """Computes the local features of images in the order of `keys`, within `inference`.
 
-        The batches are those of all images, including the kept ones, so that the
-        others' features are the same as in the first run.
-
-        Args:
-            images: the loaded images, in the order of `keys`.
-            kept: features that are stored already, by key.
-        Returns:
-            (key, features) in order, without the images that failed; and the failures.
+        kept: features that are stored already, by key. Batches are formed as if there were none, so
+        that the others' features are the same as in the first run. Returns (key, features) in
+        order, without the images that failed, and the failures.
         """
         failures: list[Failure] = []
         features: dict[int, LocalFeatures | store.EncodedFeatures] = {}
@@ -163,7 +154,7 @@ class LocalDescriber:
 
     def _local_batch(self, batch: list[np.ndarray], frames: Sequence[Frame]) -> list[LocalFeatures]:
         def compute(part: slice) -> list[LocalFeatures]:
-            """Computes the features of a part of the batch, as much as memory holds."""
+            """Computes the features of as much of the batch as memory holds."""
             pixels = network_input(np.stack(batch[part]), device_of(self.model))
             return local_features(self.model, pixels, frames[part], self.settings)
 
@@ -189,11 +180,7 @@ def _readable(images: LoadedImages, failures: list[Failure]) -> Iterator[tuple[i
 def open_local(
     source: Path | str, settings: StageSettings, machine: MachineSettings
 ) -> Iterator[LocalDescriber]:
-    """Loads a model on its device, with its number of threads.
-
-    Args:
-        source: a weight file, or "untrained:<architecture>".
-    """
+    """Loads a model, a weight file or "untrained:<architecture>", with its number of threads."""
     device = pick_device(machine.device)
     with limited_threads(machine.threads):
         model = open_model(source, device)

@@ -1,32 +1,194 @@
-"""Search in a folder of one's own photographs, without labels."""
+"""Search in a folder of one's own photographs, without labels.
 
+Descriptions are stored under the sha256 of the photograph's file, so that a renamed or moved
+photograph is not described again:
+
+    <run>/own/<fingerprint of the settings>/settings.json    what the descriptions depend on
+    <run>/own/<fingerprint of the settings>/ab/abcd….npz      one photograph, or a box of it
+
+All coordinates are pixels of the upright photograph, turned by its EXIF orientation.
+"""
+
+import functools
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
 from vitgal import runs
-from vitgal.data.photographs import PhotographError, list_photographs, size_note
+from vitgal.data.images import PATCH, crop_box, resize
+from vitgal.data.photographs import (
+    PhotographError,
+    exif_orientation,
+    file_digest,
+    list_photographs,
+    read_upright,
+    size_note,
+)
+from vitgal.features import store
 from vitgal.features.interchange import export_hloc
 from vitgal.features.local import LocalFeatures
+from vitgal.features.selection import Frame
+from vitgal.models import inference
+from vitgal.models.descriptors import describe
+from vitgal.models.local_features import local_features, require_codes
+from vitgal.models.network import ViTGaL
 from vitgal.retrieval.exact_search import search
 from vitgal.retrieval.verification import PairInspection, inspect_shortlist
-from vitgal.settings import RerankingSettings
-from vitgal.stages.own_descriptions import Describer, Description
+from vitgal.settings import (
+    GlobalSettings,
+    LocalSettings,
+    MachineSettings,
+    RerankingSettings,
+    SelectionSettings,
+)
 
 SUGGESTIONS = 3  # names in an error
 
 
 @dataclass(frozen=True, eq=False)
+class Description:
+    """What a search needs of one photograph, or of a box in it.
+
+    descriptor: (D,) float32, the global descriptor, of length 1. orientation: by EXIF, 1 to 8.
+    """
+
+    descriptor: np.ndarray
+    features: LocalFeatures
+    orientation: int
+
+
+@dataclass(eq=False)
+class Describer:
+    """Describes photographs with one model and keeps the descriptions in the run's folder.
+
+    The model is loaded when the first new photograph is described. Each model and each choice of
+    settings has a folder of its own, and none is ever deleted. The descriptors of local features
+    are always stored as float16.
+
+    model: a weight file with autoencoder, or "untrained:<architecture>". machine: device and
+    threads of the network; where matching runs. extracted: number of descriptions that were
+    computed, not read.
+    """
+
+    run: Path
+    model: Path | str
+    global_settings: GlobalSettings = GlobalSettings()
+    local_settings: LocalSettings = LocalSettings()
+    machine: MachineSettings = MachineSettings()
+    extracted: int = 0
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, Any]:
+        """Everything that a description depends on, in plain values."""
+        local, precision = self.local_settings, self._precision(self.global_settings)
+        # Of the further options those that are no default, so that old folders stay valid.
+        options = {"scales": local.scales, "max_keypoints": local.max_keypoints}
+        for field in fields(SelectionSettings):
+            if getattr(local, field.name) != field.default:
+                options[field.name] = getattr(local, field.name)
+        if self._precision(local) != precision:
+            options["precision"] = self._precision(local)
+        return runs.plain({
+            "format": 1,
+            "weights": inference.weights_fingerprint(self.model),
+            "global_size": self.global_settings.size,
+            "global_resize": self.global_settings.resize,
+            "global_scales": self.global_settings.scales,
+            "local_size": local.size,
+            "precision": precision,
+            "options": options,
+        })  # fmt: skip
+
+    def _precision(self, settings: GlobalSettings | LocalSettings) -> str:
+        device = inference.pick_device(self.machine.device)
+        return inference.resolve_precision(settings.precision, device)
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        """The folder of the descriptions with these settings."""
+        folder = self.run / "own" / runs.fingerprint(self.parameters)[:12]
+        if not (folder / "settings.json").exists():
+            runs.write_json(folder / "settings.json", self.parameters)
+        return folder
+
+    @functools.cached_property
+    def network(self) -> ViTGaL:
+        """The model in memory; ValueError where it has no autoencoder."""
+        device = inference.pick_device(self.machine.device)
+        network = inference.open_model(self.model, device)
+        require_codes(network)
+        return network
+
+    def describe(self, path: Path, box: Sequence[int] | None = None) -> Description:
+        """Reads the description of a photograph or of a box in it, and computes a missing one.
+
+        box: (x0, y0, x1, y1) in pixels of the upright photograph. Raises PhotographError where the
+        photograph cannot be used, or the box does not fit it.
+        """
+        digest = file_digest(path)
+        name = digest if box is None else "-".join([digest, *(str(int(side)) for side in box)])
+        file = self.folder / digest[:2] / f"{name}.npz"
+        description = _read(file)
+        if description is None:
+            self._extract(path, box, file)
+            self.extracted += 1
+            description = _read(file)
+        return description
+
+    def _extract(self, path: Path, box: Sequence[int] | None, file: Path) -> None:
+        image = read_upright(path)
+        try:
+            crop, crop_frame = crop_box(image, box)
+        except ValueError as error:
+            raise PhotographError(f"{Path(path).name}: {error}") from None
+        if min(crop.shape[:2]) < PATCH:
+            raise PhotographError(
+                f"{Path(path).name}: a box of {crop.shape[1]} x {crop.shape[0]} pixels is less "
+                f"than one patch of {PATCH} x {PATCH}: draw a larger one"
+            )
+        with inference.limited_threads(self.machine.threads):
+            descriptor, features = self._compute(crop, (crop_frame, image.shape[:2]))
+        arrays = {"descriptor": descriptor} | store.encode_features(features, "float16")
+        sizes = np.array([*features.sizes, exif_orientation(path)])
+        runs.write_arrays(file, **arrays, sizes=sizes)
+
+    def _compute(self, crop: np.ndarray, frame: Frame) -> tuple[np.ndarray, LocalFeatures]:
+        """Returns the global descriptor (D,) and the local features of a crop (h, w, 3) uint8."""
+        network, settings, local = self.network, self.global_settings, self.local_settings
+        device = inference.device_of(network)
+        whole = resize(crop, settings.size, settings.resize)[None]
+        with inference.inference(network, self._precision(settings)):
+            (descriptor,) = describe(network, whole, settings.scales)
+        whole = inference.network_input(resize(crop, local.size, "area")[None], device)
+        with inference.inference(network, self._precision(local)):
+            (features,) = local_features(network, whole, [frame], local)
+        return descriptor, features
+
+
+def _read(file: Path) -> Description | None:
+    """Reads a stored description; None where it is missing or damaged."""
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in content.files}
+    except (FileNotFoundError, zipfile.BadZipFile, EOFError, ValueError):
+        return None
+    sizes = [int(value) for value in arrays["sizes"]]
+    code_dim = arrays["descriptors"].shape[1]
+    features = store.decode_features(arrays, sizes, "float16", code_dim)
+    return Description(arrays["descriptor"], features, orientation=sizes[8])
+
+
+@dataclass(frozen=True, eq=False)
 class Photographs:
-    """A described folder.
+    """A described folder, to which all names are relative.
 
     Attributes:
-        folder: the folder; all names are relative to it.
-        describer: holds the descriptions.
         names: the N photographs that can be searched, sorted.
         descriptors: (N, D) float32, their global descriptors.
         left_out: photographs that cannot be searched, each with the reason.
@@ -63,14 +225,10 @@ class Photographs:
 
 
 def describe_folder(folder: Path, describer: Describer, *, progress: bool = True) -> Photographs:
-    """Describes every photograph of a folder that has no description yet.
+    """Describes every photograph of a folder that has no description yet; a killed run goes on.
 
-    A photograph that cannot be used is left out and named with the reason. An interrupted run
-    continues.
-
-    Raises:
-        PhotographError: no photograph can be used.
-        StageError: another process describes photographs with the same settings.
+    A photograph that cannot be used is left out and named with the reason. Raises PhotographError
+    where none can be used, StageError where another process describes with the same settings.
     """
     listing = list_photographs(folder)
     extracted_before = describer.extracted
@@ -106,18 +264,11 @@ def describe_folder(folder: Path, describer: Describer, *, progress: bool = True
 
 @dataclass(frozen=True, eq=False)
 class SearchResult:
-    """The ranking of a folder for one query.
+    """The ranking of a folder for one query, or for a box (x0, y0, x1, y1) in pixels of it.
 
-    Attributes:
-        photographs: the folder that was searched.
-        query: name of the query.
-        path: file of the query.
-        box: (x0, y0, x1, y1) of the query in pixels, None: all of it.
-        description: of the query.
-        table: one row a photograph without the query, in the final order: `photograph`, `rank` and
-            `global_rank` from 1, `similarity`, and for the short list `matches` and `inliers`
-            (missing beyond it).
-        settings: of matching, verification and reranking.
+    query, path, description: name, file and description of the query. table: one row a photograph
+    without the query, in the final order: `photograph`, `rank` and `global_rank` from 1,
+    `similarity`, and for the short list `matches` and `inliers` (missing beyond it).
     """
 
     photographs: Photographs

@@ -20,19 +20,16 @@ from vitgal.features import store
 from vitgal.models.inference import UNTRAINED, inference, resolve_precision
 from vitgal.models.network import ViTGaL
 from vitgal.settings import MachineSettings
-from vitgal.stages.images import Failure, ImageTask
+from vitgal.stages.images import Failure, ImageTask, ShardTask
 from vitgal.stages.local_describer import LocalDescriber, StageSettings, load_images, open_local
-from vitgal.stages.shards import ShardTask
 
 
 @dataclass(frozen=True, eq=False)
 class RayDescriber:
     """A Ray cluster whose actors each hold a LocalDescriber, with the same methods.
 
-    Attributes:
-        local: has the actors' device, threads and precision; only the dimensions of its network are
-            used.
-        source: the weight file, by its absolute path, or "untrained:<architecture>".
+    local: has the actors' device, threads and precision; of its network only the dimensions are
+    used. source: the weight file, by its absolute path, or "untrained:<architecture>".
     """
 
     local: LocalDescriber
@@ -113,8 +110,7 @@ def open_describer(
 ) -> Iterator[ImageDescriber]:
     """Opens a model on this machine or on a Ray cluster, as the setting `engine` says.
 
-    Args:
-        source: a weight file, or "untrained:<architecture>".
+    source: a weight file, or "untrained:<architecture>".
     """
     if machine.engine == "local":
         with open_local(source, settings, machine) as local:

@@ -1,33 +1,77 @@
-"""The stage of notebook 06: short lists are verified and reranked."""
+"""The stage of notebook 06: short lists are verified, in parallel over queries, and reranked."""
 
 import functools
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+import joblib
 import numpy as np
+from tqdm.auto import tqdm
 
 from vitgal import engines, runs
 from vitgal.data.revisited import PROTOCOLS, GroundTruth
 from vitgal.evaluation.protocol import evaluate
 from vitgal.evaluation.scores import scores_document
 from vitgal.features.local import LocalFeatures
-from vitgal.features.store.feature_store import FeatureStore
+from vitgal.features.store import FeatureStore
 from vitgal.retrieval import shortlists
 from vitgal.retrieval.matching import matching_device
-from vitgal.retrieval.ranking import VARIANTS, Positions, Ranking, Reranking, padded
+from vitgal.retrieval.ranking import VARIANTS, Ranking, Reranking, padded
 from vitgal.retrieval.shortlists import PUBLISHED
 from vitgal.retrieval.verification import inspect_shortlist
 from vitgal.settings import MachineSettings, RerankingSettings
-from vitgal.stages.counting import (
-    GLOBAL_NOTEBOOK,
-    JOURNAL,
-    LOCAL_NOTEBOOK,
-    CandidateLists,
-    candidate_inputs,
-    count_queries,
-)
 
+GLOBAL_NOTEBOOK = "04_global_evaluation"
+LOCAL_NOTEBOOK = "05_local_extraction"
 GLOBAL_FILES = ("names.json", "ranks.npy", "positions.npz", "shortlist.txt")
+JOURNAL = "partial"  # folder of the counts of finished queries, until all are finished
+
+# (store, name of a query, names of its C candidates) -> counts (..., C) int32
+Counter = Callable[[FeatureStore, str, list[str]], np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class CandidateLists:
+    """A data set's global ranking and the images that are verified for each query.
+
+    database: N names, those of the ground truth first.  images: per query (C,) int64 database
+    indices, best first.
+    """
+
+    ground_truth: GroundTruth
+    database: list[str]
+    ranking: Ranking
+    images: list[np.ndarray]
+
+    @property
+    def candidates(self) -> np.ndarray:
+        """(Q, C) int32 database indices, padded with -1."""
+        return padded(self.images)
+
+    def names(self, query: int) -> list[str]:
+        """Returns the names of a query's candidates."""
+        return [self.database[image] for image in self.images[query]]
+
+    def open_features(self, folder: Path, remedy: str) -> FeatureStore:
+        """Opens a store; StageError where it neither holds an image nor lists it as failed.
+
+        folder: of the local stage.
+        """
+        store = FeatureStore.open(folder.absolute())
+        names = dict.fromkeys(self.ground_truth.queries)  # each once, in order
+        for query in range(len(self.images)):
+            names |= dict.fromkeys(self.names(query))
+        unreadable = store.failures.keys() - self.ground_truth.queries
+        missing = [name for name in names if name not in store and name not in unreadable]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise runs.StageError(
+                f"{store.folder} has no local features of {', '.join(missing[:3])}{more} of the "
+                f"short list: {remedy}"
+            )
+        return store
 
 
 def rerank_shortlist(
@@ -44,8 +88,7 @@ def rerank_shortlist(
     An interrupted run keeps its finished queries. An unreadable image has 0 inliers.
 
     Args:
-        run: its stages global and local of the data set are finished.
-        ground_truth: of the data set, whose name it has.
+        run: its stages global and local of the ground truth's data set are finished.
         settings: `top` is at most the short list's; `ties` affects the published ranking alone.
         machine: does not affect the result. All processes of a cluster must see the run folder.
     Returns:
@@ -71,7 +114,7 @@ def rerank_shortlist(
         if not (folder / "inliers.npy").exists():
             counts = count_queries(
                 lists,
-                _open_store(source / "local", lists),
+                lists.open_features(source / "local", f"run {LOCAL_NOTEBOOK} again"),
                 functools.partial(count_inliers, settings=settings, device=machine.match_device),
                 machine,
                 journal=folder / JOURNAL,
@@ -82,12 +125,25 @@ def rerank_shortlist(
             runs.write_array(folder / "inliers.npy", padded(counts))
         shutil.rmtree(folder / JOURNAL, ignore_errors=True)
         inliers = np.load(folder / "inliers.npy", allow_pickle=False)
-        rankings = _write_rankings(folder, lists, inliers, settings)
-        _write_scores(stage, lists)
+        outputs = _write_rankings(stage, lists, inliers, settings)
         pairs = int((inliers >= 0).sum())
         recorded = {"engine": machine.engine, "workers": machine.workers, "pairs": pairs}
-        outputs = [*rankings, "candidates.npy", "inliers.npy", "scores.json"]
-        return stage.finish(outputs, recorded)
+        return stage.finish([*outputs, "candidates.npy", "inliers.npy", "scores.json"], recorded)
+
+
+def candidate_inputs(
+    folder: Path, ground_truth: GroundTruth, files: tuple[str, ...]
+) -> dict[str, str]:
+    """Returns the fingerprints of what verification reads, by name.
+
+    folder: `<run>/<dataset>`. files: those of its global stage. StageError names the notebook to
+    run where an earlier stage is missing.
+    """
+    notebook = f"{GLOBAL_NOTEBOOK} with dataset {folder.name}"
+    inputs = {name: runs.output_fingerprint(folder / "global", name, notebook) for name in files}
+    local = runs.read_stage(folder / "local", f"{LOCAL_NOTEBOOK} with dataset {folder.name}")
+    inputs["local features"] = runs.fingerprint(local["outputs"])
+    return inputs | {"ground truth": ground_truth.fingerprint}
 
 
 def _read_lists(folder: Path, ground_truth: GroundTruth, top: int) -> CandidateLists:
@@ -119,17 +175,44 @@ def _read_lists(folder: Path, ground_truth: GroundTruth, top: int) -> CandidateL
     return lists
 
 
-def _open_store(folder: Path, lists: CandidateLists) -> FeatureStore:
-    """The local features; StageError where a query or a candidate has no entry."""
-    store = FeatureStore.open(folder.absolute())
-    missing = lists.missing_features(store)
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise runs.StageError(
-            f"{store.folder} has no local features of {', '.join(missing[:3])}{more} of the short "
-            f"list: run {LOCAL_NOTEBOOK} again"
-        )
-    return store
+def count_queries(
+    lists: CandidateLists,
+    store: FeatureStore,
+    count: Counter,
+    machine: MachineSettings,
+    *,
+    journal: Path,
+    label: str,
+    progress: bool,
+) -> list[np.ndarray]:
+    """Returns per query what `count`, which can be pickled, returns: int32 of shape (..., C).
+
+    journal: folder of the finished queries, from which an interrupted run goes on. label: of the
+    progress bar. The result does not depend on the machine's engine and workers.
+    """
+    counts = {int(path.stem): np.load(path, allow_pickle=False) for path in journal.glob("*.npy")}
+    counts = {q: row for q, row in counts.items() if row.shape[-1] == lists.images[q].size}
+    queries = lists.ground_truth.queries
+    tasks = [(q, queries[q], lists.names(q)) for q in range(len(queries)) if q not in counts]
+    # Processes, not threads: pydegensac draws from one random state a process.
+    processes = engines.parallel(
+        machine.engine, machine.ray_address, workers=machine.workers, tasks=len(tasks)
+    )
+    bar = tqdm(
+        total=len(queries), initial=len(counts), desc=label, unit="query", disable=not progress
+    )
+    with processes as pool, bar:
+        for q, row in pool(joblib.delayed(_count_query)(count, store, *task) for task in tasks):
+            runs.write_array(journal / f"{q}.npy", row)
+            counts[q] = row
+            bar.update()
+    return [counts[q] for q in range(len(queries))]
+
+
+def _count_query(
+    count: Counter, store: FeatureStore, q: int, query: str, names: list[str]
+) -> tuple[int, np.ndarray]:
+    return q, count(store, query, names)
 
 
 def count_inliers(
@@ -161,55 +244,51 @@ def count_inliers(
 
 
 def _write_rankings(
-    folder: Path, lists: CandidateLists, inliers: np.ndarray, settings: RerankingSettings
+    stage: runs.Stage, lists: CandidateLists, inliers: np.ndarray, settings: RerankingSettings
 ) -> list[str]:
-    outputs = []
+    """Writes the rankings of all variants and their scores; returns the rankings' files."""
+    truth, outputs, positions = lists.ground_truth, [], {}
     for variant in VARIANTS:
         reranking = Reranking(
             candidates=lists.candidates,
             inliers=inliers,
-            ground_truth=lists.ground_truth,
+            ground_truth=truth,
             protocol=variant,
             top=settings.top,
             ties=settings.ties if variant == PUBLISHED else "global",
         )
-        outputs += lists.ranking.reranked(reranking).save(folder, variant)
-    return outputs
-
-
-def _write_scores(stage: runs.Stage, lists: CandidateLists) -> None:
-    source, ground_truth = stage.folder.parent, lists.ground_truth
+        ranking = lists.ranking.reranked(reranking)
+        outputs += ranking.save(stage.folder, variant)
+        positions[variant] = ranking.positions
+    source = stage.folder.parent
     before = runs.read_json(source / "global" / "scores.json")
     local = runs.read_stage(source / "local", LOCAL_NOTEBOOK)
     fingerprints = before.get("fingerprints", {})
     passed_on = {key: fingerprints.get(key) for key in ("dataset", "weights", "descriptors")}
     passed_on["weights of the local features"] = local["inputs"].get("weights")
-    parameters = stage.settings["parameters"]
-    positions = {
-        variant: Positions.load(stage.folder / Ranking.files(variant)[1]) for variant in VARIANTS
-    }
     document = scores_document(
-        evaluate({protocol: positions[protocol] for protocol in PROTOCOLS}, ground_truth),
+        evaluate({protocol: positions[protocol] for protocol in PROTOCOLS}, truth),
         protocol=before.get("protocol", {})
         | {
             "reranked": True,
             "short_list": "a protocol's first candidates, without the images it ignores",
             "short_list_published": "the plain first candidates, junk counted 0",
             "ties": "global rank",
-            "ties_published": parameters["ties"],
+            "ties_published": settings.ties,
         },
-        parameters=parameters,
+        parameters=stage.settings["parameters"],
         inputs=stage.settings["inputs"]
         | {name: value for name, value in passed_on.items() if value is not None},
         failed=before.get("failed_images", 0),
-        ground_truth=ground_truth,
+        ground_truth=truth,
         further={
             "earlier": {"global": before.get("parameters", {}), "local": local["parameters"]},
-            "published": evaluate(positions[PUBLISHED], ground_truth),
-            "global": evaluate(lists.ranking.positions, ground_truth),
+            "published": evaluate(positions[PUBLISHED], truth),
+            "global": evaluate(lists.ranking.positions, truth),
         },
     )
     runs.write_json(stage.folder / "scores.json", document)
+    return outputs
 
 
 def inlier_counts(folder: Path, query: int) -> dict[int, int]:

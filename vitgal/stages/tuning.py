@@ -26,12 +26,12 @@ from vitgal.evaluation.tuning import (
     make_grid,
 )
 from vitgal.features.local import LocalFeatures
-from vitgal.features.store.feature_store import FeatureStore
+from vitgal.features.store import FeatureStore
 from vitgal.retrieval import matching, shortlists
 from vitgal.retrieval.ranking import NOT_VERIFIED, Ranking, Reranking
 from vitgal.retrieval.verification import verify_matches
 from vitgal.settings import MachineSettings, RerankingSettings, TuningSettings
-from vitgal.stages.counting import JOURNAL, CandidateLists, candidate_inputs, count_queries
+from vitgal.stages.rerank import JOURNAL, CandidateLists, candidate_inputs, count_queries
 
 GLOBAL_FILES = ("ranks.npy", "positions.npz", "shortlist.txt")
 OUTPUTS = ("inliers.npy", "ap.npy", "tuned.json", "tuning.json")
@@ -50,8 +50,8 @@ def tune(
     """Counts inliers over a grid of thresholds on the validation set and chooses the best point.
 
     The best point has the highest Medium mAP; of equal ones the first, that is the smallest
-    max_distance, then threshold, then number of candidates. An interrupted run keeps its
-    finished queries.
+    max_distance, then threshold, then number of candidates. An interrupted run keeps its finished
+    queries, and the result does not depend on the machine.
 
     Args:
         run: its stages global and local of `val_retrieval` are finished (`prepare_validation`).
@@ -59,13 +59,12 @@ def tune(
         settings: the grid; the values of `current` are added. `max_queries` are drawn with the seed
             of the verification.
         current: compared with the best point; sets all that the grid does not vary.
-        machine: workers, engine and ray_address, on which the result does not depend.
     Returns:
         `<run>/val_retrieval/tuning` with inliers.npy (Q, D, T, C) i32, ap.npy (D, T, C', Q) f64,
         tuning.json (for `Tuning.read`) and tuned.json, the chosen values as flat parameters.
     Raises:
-        StageError: a stage is missing or holds other settings.
-        TuningError: a candidate without local features, or no query that counts.
+        StageError: a stage is missing or has other settings, or a candidate has no local features.
+        TuningError: no query counts.
     """
     engines.check_engine(machine.engine, machine.ray_address)
     grid = make_grid(settings, current)
@@ -79,17 +78,17 @@ def tune(
             return stage.folder
         queries = _draw_queries(len(ground_truth.queries), settings.max_queries, current)
         lists = _read_lists(source, ground_truth, queries, max(grid["top"]))
-        store = _open_store(source / "local", lists, max(grid["top"]))
+        remedy = f"it is shorter than top={max(grid['top'])}: try fewer candidates (tune_tops)"
         rows = count_queries(
             lists,
-            store,
+            lists.open_features(source / "local", remedy),
             functools.partial(count_grid, grid=grid, settings=current),
             machine,
             journal=stage.folder / JOURNAL,
             label="tuning",
             progress=progress,
         )
-        _write_choice(stage.folder, lists, _padded_counts(rows), grid, current)
+        _write_choice(stage.folder, lists, rows, grid, current)
         shutil.rmtree(stage.folder / JOURNAL, ignore_errors=True)
         recorded = {"engine": machine.engine, "workers": machine.workers, "queries": len(queries)}
         return stage.finish(OUTPUTS, recorded)
@@ -127,18 +126,6 @@ def _read_lists(folder: Path, truth: GroundTruth, queries: np.ndarray, top: int)
     ranking = Ranking.load(folder / "global").select(queries)
     images = shortlists.candidates(ranking.order, truth, PROTOCOL, top=top)
     return CandidateLists(truth, truth.database, ranking, images)
-
-
-def _open_store(folder: Path, lists: CandidateLists, top: int) -> FeatureStore:
-    """The local features; TuningError where a query or a candidate was never extracted."""
-    store = FeatureStore.open(folder.absolute())
-    missing = lists.missing_features(store)
-    if missing:
-        raise TuningError(
-            f"top={top} needs {min(missing)}, of which {store.folder} has no local features: its "
-            "short list was shorter; try fewer candidates (tune_tops)"
-        )
-    return store
 
 
 def count_grid(
@@ -189,24 +176,19 @@ def pair_counts(
     return counts
 
 
-def _padded_counts(rows: list[np.ndarray]) -> np.ndarray:
-    """(Q, D, T, C) int32 from (D, T, C) of each query, padded with -1."""
-    width = max(row.shape[-1] for row in rows)
-    table = np.full((len(rows), *rows[0].shape[:2], width), NOT_VERIFIED, np.int32)
-    for counts, row in zip(table, rows, strict=True):
-        counts[..., : row.shape[-1]] = row
-    return table
-
-
 def _write_choice(
     folder: Path,
     lists: CandidateLists,
-    counts: np.ndarray,
+    rows: list[np.ndarray],
     grid: Grid,
     current: RerankingSettings,
 ) -> None:
-    """Writes the counts, AP at each point, and the best point."""
+    """Writes the counts, from (D, T, C) of each query; AP at each point; and the best point."""
     truth, ranking = lists.ground_truth, lists.ranking
+    width = max(row.shape[-1] for row in rows)
+    counts = np.full((len(rows), *rows[0].shape[:2], width), NOT_VERIFIED, np.int32)
+    for padded, row in zip(counts, rows, strict=True):
+        padded[..., : row.shape[-1]] = row
     sizes = [len(values) for values in grid.values()]
     ap = np.empty((*sizes, len(truth.queries)))
     for d, t, c in itertools.product(*map(range, sizes)):
