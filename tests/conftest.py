@@ -1,5 +1,6 @@
-"""Fixtures and the order of the tests: unit tests, nbval, slow tests, a Ray cluster's."""
+"""Fixtures, and the order and grouping of the tests."""
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import hypothesis
 import nbformat
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 TOP = Path(__file__).resolve().parent.parent
 
@@ -17,17 +20,42 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("repeatable")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests come last: they reuse the run that the notebooks leave behind."""
+# Files that take minutes. They begin first, so that all workers end at about the same time.
+LONG = ("test_tiny_run.py", "test_real_params.py", "test_training_launch.py", "test_cluster.py")
 
-    def place(item: pytest.Item) -> int:
-        if item.path.suffix == ".ipynb":
-            return 1
-        if item.get_closest_marker("last"):
-            return 3
-        return 2 if item.get_closest_marker("slow") else 0
+
+@functools.cache
+def needs_notebooks(path: Path) -> bool:
+    """Whether a file is a notebook, or has tests that use the run which the notebooks leave."""
+    return path.suffix == ".ipynb" or "finished_run" in path.read_text(encoding="utf-8")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Orders the files: the notebooks, what uses their run, long ones, slow ones, all others."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def place(item: pytest.Item) -> tuple[bool, ...]:
+        path = item.path
+        first = (path.suffix == ".ipynb", needs_notebooks(path), path.name in LONG, path in slow)
+        return tuple(not yes for yes in first)
 
     items.sort(key=place)
+
+
+class ByFile(LoadFileScheduling):
+    """Gives a file's tests to one worker, in order; the notebooks' and their run's are one file.
+
+    `--dist loadgroup` would do, but pytest-xdist 3.8 loses the groups under pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = super()._split_scope(nodeid)
+        return "notebooks" if needs_notebooks(self.config.rootpath / name) else name
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    config.option.loadscopereorder = False  # keep the order above
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)

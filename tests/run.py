@@ -1,8 +1,10 @@
 """What `make check` and `make test` call: `python -m tests.run check|all`, from any folder.
 
-check   ruff, the notebooks' metadata, the unit tests: two to three minutes
-all     the same; then the notebooks once, strictly under nbval, in a fresh run folder; then the
-        slow tests, some of which reuse that finished run (environment variable VITGAL_FINISHED_RUN)
+check   ruff, the notebooks' metadata, the unit tests: one or two minutes
+all     the same, with the slow tests and the notebooks, strictly under nbval, in a fresh run
+        folder; some slow tests reuse that finished run (environment variable VITGAL_FINISHED_RUN)
+
+Several tests run at once, one a core up to four; tests/conftest.py groups them.
 """
 
 import os
@@ -49,10 +51,7 @@ def style() -> dict[str, list[str]]:
 
 
 def all_tests() -> bool:
-    """Unit tests, notebooks and slow tests as one pytest session in a fresh run folder.
-
-    tests/conftest.py puts them into that order. The folder is kept where something failed.
-    """
+    """All tests as one pytest session in a fresh run folder, kept where something failed."""
     folder = Path(tempfile.mkdtemp(prefix="vitgal-test-"))
     fresh = {"VITGAL_RUNS": str(folder), "VITGAL_FINISHED_RUN": str(folder / "demo")}
     passed = call("pytest", [*PYTEST, "--nbval", "tests", *NOTEBOOKS], fresh)
@@ -63,7 +62,8 @@ def all_tests() -> bool:
     return passed
 
 
-PYTEST = [sys.executable, "-m", "pytest", "-rfEs", "--durations=10"]
+OPTIONS = "-rfEs --durations=20 -n logical --maxprocesses 4"
+PYTEST = [sys.executable, "-m", "pytest", *OPTIONS.split()]
 
 
 def call(name: str, command: list[str], environment: dict[str, str] | None = None) -> bool:

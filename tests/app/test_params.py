@@ -1,5 +1,6 @@
 """Every file in params/ against the notebooks that read it, and against the published values."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def read(name: str) -> dict:
     return dict(reader.read_file(FILES[name]).without("notebooks").values)
 
 
+@functools.cache
 def effective(name: str) -> dict:
     """What the notebooks that a file is made for run with, by flat name."""
     values = reader.read_file(FILES[name])

@@ -95,7 +95,7 @@ def test_an_address_without_a_cluster_is_refused():
 
 # Two nodes
 
-slow = [pytest.mark.slow, pytest.mark.last]
+slow = [pytest.mark.slow]
 
 
 class Two:
@@ -317,7 +317,6 @@ def _elsewhere(real, state):
 
 
 @pytest.mark.slow
-@pytest.mark.last
 def test_an_interrupt_while_ray_starts():
     """Ctrl-C at Ray's first process is handled in the end, and no process is left."""
     code = """
@@ -344,7 +343,6 @@ print(len(left), signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 
 
 @pytest.mark.slow
-@pytest.mark.last
 def test_an_instance_of_its_own():
     """Without an address Ray is started here and leaves no process behind."""
     code = """

@@ -6,61 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from tests.mini_benchmark import NANO, SHAPES, noise
-from tests.models import test_parity
 from vitgal.data import images as data_images
 from vitgal.models import descriptors as models_descriptors, inference
 from vitgal.models.network import build_model
-from vitgal.models.weights import load_model
 
 
 @pytest.fixture(scope="module")
 def model():
     return build_model(NANO, code_dim=8, seed=0)
-
-
-# Parity
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory):
-    path = tmp_path_factory.mktemp("parity") / "s12_ae.pth"
-    return load_model(test_parity.parity_weights().write_checkpoint("s12_ae", path))
-
-
-@pytest.fixture(scope="module")
-def recorded():
-    with np.load(test_parity.PARITY / "expected_s12_ae.npz") as file:
-        return dict(file)
-
-
-# Image 2 tells how sides are rounded.
-@pytest.mark.slow
-@pytest.mark.parametrize("index", [2, 0, 1, 3])
-def test_multi_scale_local_features_are_the_published(published, recorded, index):
-    """Every location and descriptor, in the published order.
-
-    Two neighbours in that order may change places where their scores agree to 1e-4.
-    """
-    found = models_descriptors.extract_local(
-        published, np.ascontiguousarray(test_parity.photograph(index))
-    )
-    assert found.input_size == tuple(recorded[f"input_shape_{index}"][2:])
-    locations, wanted = found.keypoints[:, ::-1].astype(int), recorded[f"locations_{index}"]
-    assert sorted(map(tuple, locations)) == sorted(map(tuple, wanted))
-    order = np.arange(len(found))  # the published position of each of ours
-    for at in np.flatnonzero((locations != wanted).any(axis=1)):
-        order[at] = next(j for j in (at - 1, at + 1) if (locations[at] == wanted[j]).all())
-        assert abs(found.scores[at] - found.scores[order[at]]) < 1e-4 * found.scores[at]
-    # float32 through 14 blocks in another order of summation: 2e-7 was measured
-    descriptors = recorded[f"descriptors_{index}"][order]
-    np.testing.assert_allclose(found.descriptors, descriptors, atol=2e-5)
-
-
-def test_global_descriptor_is_the_published(published, recorded):
-    wanted = recorded["global_1"] / np.linalg.norm(recorded["global_1"])
-    photo = np.ascontiguousarray(test_parity.photograph(1))
-    row = models_descriptors.extract_global(published, [photo])[0]
-    np.testing.assert_allclose(row, wanted, atol=1e-5)  # 1e-6 of the largest was measured
 
 
 # Images in memory
