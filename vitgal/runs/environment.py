@@ -1,7 +1,8 @@
-"""The software that a result is made with."""
+"""The software that a result is made with, and what it reads from the environment."""
 
 import contextlib
 import importlib.metadata
+import os
 import subprocess
 from pathlib import Path
 
@@ -15,6 +16,53 @@ LIBRARIES = (
     "pydegensac",
     "poselib",
 )
+
+# Variables that libraries read when they are loaded, so that nothing can undo them, and that change
+# results, if only in the last bits: instruction sets, reduced precision, other algorithms, limits.
+NUMERIC = (
+    "ATEN_CPU_CAPABILITY",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "DNNL_DEFAULT_FPMATH_MODE",
+    "DNNL_MAX_CPU_ISA",
+    "FAISS_OPT_LEVEL",
+    "GLIBC_TUNABLES",
+    "JSIMD_FORCENONE",
+    "MKL_CBWR",
+    "MKL_DISABLE_FAST_MM",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NCCL_ALGO",
+    "NCCL_PROTO",
+    "NPY_DISABLE_CPU_FEATURES",
+    "NPY_ENABLE_CPU_FEATURES",
+    "NVIDIA_TF32_OVERRIDE",
+    "ONEDNN_DEFAULT_FPMATH_MODE",
+    "ONEDNN_MAX_CPU_ISA",
+    "OPENBLAS_CORETYPE",
+    "OPENCV_CPU_DISABLE",
+    "OPENCV_IO_MAX_IMAGE_HEIGHT",
+    "OPENCV_IO_MAX_IMAGE_PIXELS",
+    "OPENCV_IO_MAX_IMAGE_WIDTH",
+    "OPENCV_IPP",
+    "PYTORCH_TUNABLEOP_ENABLED",
+    "TIMM_FUSED_ATTN",
+    "TIMM_USE_SCIPY_INTERP",
+    "TORCHDYNAMO_DISABLE",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+    "TORCH_BLAS_PREFER_CUBLASLT",
+    "TORCH_COMPILE_DISABLE",
+    "TORCH_CUDNN_USE_HEURISTIC_MODE_B",
+    "TORCH_CUDNN_V8_API_DISABLED",
+    "TORCH_LINALG_PREFER_CUSOLVER",
+    "TORCH_MKLDNN_MATMUL_MIN_DIM",
+    "TORCH_MKLDNN_MATMUL_MIN_SIZE",
+)
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
+
+
+def numeric_environment() -> dict[str, dict[str, str]]:
+    """Returns the parameter `environment`, the set variables of NUMERIC; empty without any."""
+    taken = {name: os.environ[name] for name in NUMERIC if os.environ.get(name)}
+    return {"environment": taken} if taken else {}
 
 
 def versions() -> dict[str, str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vitgal.runs.environment import commit, versions
+from vitgal.runs.environment import THREADS, commit, numeric_environment, versions
 from vitgal.runs.errors import StageError
 from vitgal.runs.files import TEMPORARY, plain, read_json, write_json
 from vitgal.runs.inputs import Input, input_fingerprints, input_stamps
@@ -64,6 +64,7 @@ class Stage:
             "python": platform.python_version(),
             "machine": platform.machine(),
             "commit": commit(),
+            "thread_variables": {name: os.environ[name] for name in THREADS if name in os.environ},
             "stamps": self.stamps,
         }
         manifest = self.settings | {
@@ -98,7 +99,8 @@ def stage(
     """Opens and locks a stage's folder; yields the stage, which may be finished already.
 
     Args:
-        parameters: Everything else that the result depends on, in plain values.
+        parameters: Everything else that the result depends on, in plain values, but for
+            `numeric_environment`, which comes by itself.
         inputs: By name, fingerprints of the content, never paths. An `Input` is read only where
             its files have changed since the stage was finished.
         overwrite: Deletes what the folder holds and starts anew.
@@ -123,7 +125,7 @@ def stage(
         if overwrite:
             _clear(folder)
         fingerprints = input_fingerprints(inputs, _unchanged_inputs(folder, stamps))
-        compared = (STAGE_FORMAT, name, parameters, fingerprints)
+        compared = (STAGE_FORMAT, name, parameters | numeric_environment(), fingerprints)
         settings = plain(dict(zip(SETTINGS, compared, strict=True)))
         if slot != ALONE or not _has_no_output(folder):
             _refuse_other_settings(folder, settings)

@@ -19,7 +19,7 @@ from vitgal.models.network import build_model, seeded
 from vitgal.models.teacher import Teacher
 from vitgal.settings import AutoencoderSettings, MachineSettings, Recipe, TrainingSettings
 from vitgal.training.errors import TrainingError
-from vitgal.training.launch import Fit, join, launched, rank, run_fit
+from vitgal.training.launch import Fit, join, launched, own_environment, rank, run_fit
 from vitgal.training.loop import training_precision
 from vitgal.training.networks import AutoencoderNetwork, DistilledNetwork, RetrievalNetwork
 
@@ -155,9 +155,11 @@ def _autoencoder_network(
 
 def _fit_stage(fit: Fit, inputs: dict[str, str], overwrite: bool) -> Path:
     """Opens the stage, trains where it is not finished, and finishes it; returns its folder."""
-    if launched():
-        join(fit.machine)
-    with _open_stage(fit, inputs, overwrite) as stage:
+    with contextlib.ExitStack() as stack:
+        ignored = stack.enter_context(own_environment())
+        if launched():
+            join(fit.machine)
+        stage = stack.enter_context(_open_stage(fit, inputs, overwrite))
         if not stage.finished:
             run_fit(replace(fit, owner=runs.fingerprint(stage.settings)))
             if rank() == 0:
@@ -167,6 +169,8 @@ def _fit_stage(fit: Fit, inputs: dict[str, str], overwrite: bool) -> Path:
                         "device": "cuda" if torch.cuda.device_count() else "cpu",
                         "data_workers": fit.machine.data_workers,
                         "processes": fit.machine.num_processes,
+                        "threads": fit.machine.threads or torch.get_num_threads(),
+                        "ignored_environment": ignored,
                         "unreadable": len(runs.read_json(fit.folder / "failures.json")),
                     },
                 )

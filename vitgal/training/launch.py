@@ -26,6 +26,12 @@ from vitgal.training.loop import Trainer
 from vitgal.training.processes import timeout
 from vitgal.training.samples import SplitData, read_data
 
+MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+MPI = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")  # accelerate prefers them
+# What accelerate reads where it is not told: accumulation, precision, compiler, device, sharding.
+ACCELERATE = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "USE_TORCH_XLA")
+LAUNCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torch's
+LEFT_OVER = (*LAUNCH, "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "TORCHELASTIC_")
 PEER_SECONDS = 30  # from another process's death to this one's: the launcher reports the first
 WATCH_SECONDS = 5  # between two checks of the log of forked processes
 
@@ -57,7 +63,42 @@ class Fit:
 
 def launched() -> bool:
     """Returns whether a launcher has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return _count("WORLD_SIZE") > 1
+
+
+def _count(name: str) -> int:
+    value = os.environ.get(name) or "1"
+    if not value.isdecimal():
+        raise TrainingError(f"{name} in the environment is {value!r}, not a number: unset it")
+    return int(value)
+
+
+@contextlib.contextmanager
+def own_environment() -> Iterator[dict[str, str]]:
+    """Hides from accelerate what the environment tells it besides our settings; yields that.
+
+    Hidden in a process on its own are also the variables that a launcher has left behind. Raises
+    TrainingError for half of a launch, and for one by MPI.
+    """
+    missing = [name for name in LAUNCH if name not in os.environ] if launched() else []
+    if missing:
+        raise TrainingError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']} in the environment, but {missing[0]} is not "
+            "set: unset WORLD_SIZE to train here, or start all processes by accelerate launch"
+        )
+    sizes = [] if launched() else [name for name in MPI_SIZES if _count(name) > 1]
+    if sizes:
+        raise TrainingError(
+            f"{sizes[0]} is {os.environ[sizes[0]]} in the environment, as if MPI had started "
+            "several processes, which cannot train together: start them by accelerate launch, or "
+            f"unset {sizes[0]} to train here"
+        )
+    foreign = MPI + ACCELERATE + (() if launched() else LEFT_OVER)
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(foreign)}
+    try:
+        yield hidden
+    finally:
+        os.environ.update(hidden)
 
 
 def rank() -> int:
