@@ -24,7 +24,7 @@ from tests.features.examples import (
 )
 from vitgal.features import store
 from vitgal.features.store.codec import FEATURE_ARRAYS
-from vitgal.features.store.index import INDEX_ARRAYS
+from vitgal.features.store.feature_store import INDEX_ARRAYS
 from vitgal.settings.sections import FEATURE_DTYPES
 
 NAMES = ["b", "q/b", "ähre/1", "c"]

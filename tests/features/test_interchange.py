@@ -7,6 +7,7 @@ from hypothesis import given, strategies as st
 
 from tests.features.examples import ITEMS, damaged, damaged_json, features, fuzz, restored
 from vitgal.features import interchange, store
+from vitgal.features.files import FileError
 
 
 def test_hloc(folder, tmp_path):
@@ -105,7 +106,7 @@ def read_or_refused(folder) -> None:
         for path, found in interchange.import_published(folder):
             assert isinstance(path, str) and found.descriptors.dtype == np.float32
     except (ValueError, FileNotFoundError) as error:
-        assert type(error) in (ValueError, FileNotFoundError) and str(folder) in str(error)
+        assert isinstance(error, (FileError, FileNotFoundError)) and str(folder) in str(error)
 
 
 @fuzz

@@ -139,13 +139,13 @@ def test_a_changed_size_is_found(folder):
 
 def test_offsets_of_another_type_are_damage(folder):
     np.save(folder / "shard-01" / "offsets.npy", np.array([0, 0, np.nan]))
-    with pytest.raises(store.StoreError, match="shard-01 do not fit"):
+    with pytest.raises(store.StoreError, match="shard-01 is damaged"):
         store.FeatureStore.open(folder)
 
 
 def test_files_of_two_shards_mixed(folder):
     shutil.copy(folder / "shard-00/offsets.npy", folder / "shard-01/offsets.npy")
-    with pytest.raises(store.StoreError, match="shard-01 do not fit"):
+    with pytest.raises(store.StoreError, match="shard-01 is damaged"):
         store.FeatureStore.open(folder)
     (folder / "shard-00/scores.npy").unlink()
     with pytest.raises(store.StoreError, match="shard-00 is damaged"):

@@ -5,8 +5,9 @@ and hloc's HDF5, one group an image with a dataset `global_descriptor`. Names ar
 with or without `jpg/` and suffix; one file holds queries and database images.
 """
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import h5py
@@ -17,6 +18,12 @@ from vitgal.features.files import map_array
 
 HLOC = "global_descriptor"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+LARGEST = 1 << 16  # values of one descriptor, or of one compressed piece of an HDF5 file
+LINKS = 16  # that may follow one on another, as in HDF5
+FILTERS = {
+    getattr(h5py.h5z, f"FILTER_{name}") for name in ("DEFLATE", "SHUFFLE", "FLETCHER32", "LZF")
+}
+COPY = "write the descriptors themselves into one plain file"
 
 
 class DescriptorError(runs.UserError, ValueError):
@@ -33,9 +40,9 @@ def read_descriptors(path: str | os.PathLike, names: Sequence[str]) -> np.ndarra
         (N, D) float32, a row a name, each of length 1, so that inner products are cosines.
     Raises:
         FileNotFoundError: the file, or the list of names of a `.npy`, is missing.
-        DescriptorError: another kind of file, a damaged one, no matrix of floats, another number of
-            names than rows, a repeated name, an image without descriptor, or a row that is zero or
-            not finite.
+        DescriptorError: another kind of file, a damaged one, one that reads other files, no matrix
+            of floats, another number of names than rows, a repeated name, an image without
+            descriptor, or a row that is zero or not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,7 +55,8 @@ def read_descriptors(path: str | os.PathLike, names: Sequence[str]) -> np.ndarra
     rows = readers[path.suffix.lower()](path, names)
     if rows.ndim != 2 or rows.dtype.kind != "f" or not rows.shape[1]:
         raise DescriptorError(f"{path} holds {rows.dtype} {rows.shape}, no floats (images, values)")
-    rows = rows.astype(np.float32)
+    with np.errstate(over="ignore"):  # float64 above the range of float32: refused below
+        rows = rows.astype(np.float32)
     lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
     bad = np.flatnonzero(~np.isfinite(lengths) | (lengths == 0))
     if bad.size:
@@ -69,7 +77,7 @@ def _read_npy(path: Path, names: Sequence[str]) -> np.ndarray:
         lines = [line for line in runs.read_lines(list_file) if line]
         rows = map_array(path)
     except ValueError as error:
-        raise DescriptorError(f"{path} and {list_file.name} cannot be read: {error}") from None
+        raise DescriptorError(str(error)) from None
     if rows.ndim != 2 or len(rows) != len(lines):
         raise DescriptorError(f"{path} has shape {rows.shape}, {list_file} {len(lines)} names")
     return np.asarray(rows[_positions(lines, names, path)])
@@ -78,22 +86,83 @@ def _read_npy(path: Path, names: Sequence[str]) -> np.ndarray:
 def _read_hloc(path: Path, names: Sequence[str]) -> np.ndarray:
     try:
         with h5py.File(path, "r") as file:
-            groups: list[str] = []
-            file.visititems(
-                lambda name, item: (
-                    groups.append(name) if isinstance(item, h5py.Group) and HLOC in item else None
-                )
-            )
-            wanted = [groups[position] for position in _positions(groups, names, path)]
-            rows = [np.asarray(file[name][HLOC]).ravel() for name in wanted]
+            described = dict(_described(file, path))
+            stored = list(described)
+            items = [described[stored[position]] for position in _positions(stored, names, path)]
+            for name, item in zip(names, items, strict=True):
+                _check(item, f"{path}: the descriptor of {name}")
+            if len(widths := {item.size for item in items}) > 1:
+                raise DescriptorError(f"{path}: descriptors of different lengths {sorted(widths)}")
+            return np.array([item[()].ravel() for item in items])
     except DescriptorError:
         raise
     except Exception as error:  # HDF5's library reports damage by errors of many types
+        if "lock file" in str(error) or "open for write" in str(error):
+            raise DescriptorError(
+                f"another program writes {path} or did not close it ({error}): wait until it ends, "
+                "or make the file again"
+            ) from None
         raise DescriptorError(f"{path} is not a whole HDF5 file ({error})") from None
-    widths = {row.size for row in rows}
-    if len(widths) > 1:
-        raise DescriptorError(f"{path}: descriptors of different lengths {sorted(widths)}")
-    return np.array(rows)
+
+
+def _described(file: h5py.File, path: Path) -> Iterator[tuple[str, h5py.Dataset]]:
+    """Yields the name of each group with a descriptor and this, by links inside the file alone."""
+    left = path.stat().st_size // 16  # a link takes more: groups linked over and over end here
+    groups: list[tuple[list[str], list[h5py.Group]]] = [([], [file])]
+    while groups:
+        parts, above = groups.pop()
+        for name in above[-1].id:
+            left -= 1
+            if left < 0:
+                raise DescriptorError(f"{path} has groups that hold each other")
+            item = _follow(above[-1], name, path)
+            if isinstance(item, h5py.Group) and item not in above:
+                groups.append(([*parts, os.fsdecode(name)], [*above, item]))
+            elif isinstance(item, h5py.Dataset) and name == HLOC.encode() and parts:
+                yield "/".join(parts), item
+
+
+def _follow(group: h5py.Group, name: bytes, path: Path, hops: int = LINKS) -> h5py.HLObject | None:
+    """Opens what a name in a group links to; None where a soft link leads nowhere."""
+    item = group.file if name.startswith(b"/") else group
+    for part in name.split(b"/"):
+        if part in (b"", b"."):
+            continue
+        if not isinstance(item, h5py.Group) or not item.id.links.exists(part):
+            return None
+        links = item.id.links
+        kind = links.get_info(part).type
+        if kind == h5py.h5l.TYPE_HARD:
+            item = item[part]
+        elif kind != h5py.h5l.TYPE_SOFT:
+            raise DescriptorError(f"{path} links to another file at {os.fsdecode(part)!r}: {COPY}")
+        elif not hops:
+            return None
+        else:
+            item = _follow(item, links.get_val(part), path, hops - 1)
+    return item
+
+
+def _check(item: h5py.Dataset, what: str) -> None:
+    """Refuses a dataset whose values are not in the file; reads none of them.
+
+    External and virtual storage would bring any file of the user into the results. A few bytes may
+    claim gigabytes, as values never written (they read as a fill value) or as compressed ones.
+    """
+    plan, values, kind = item.id.get_create_plist(), item.size, item.dtype
+    if plan.get_external_count() or plan.get_layout() == h5py.h5d.VIRTUAL:
+        raise DescriptorError(f"{what} is stored in another file: {COPY}")
+    if kind.kind not in "iuf" or not 0 < values <= LARGEST:
+        raise DescriptorError(f"{what} has shape {item.shape} and type {kind}: no list of numbers")
+    if plan.get_layout() == h5py.h5d.CHUNKED:
+        chunk = math.prod(plan.get_chunk())
+        filters = [plan.get_filter(number)[0] for number in range(plan.get_nfilters())]
+        whole = chunk <= LARGEST and set(filters) <= FILTERS
+        whole = whole and item.id.get_num_chunks() * chunk >= values
+    else:
+        whole = item.id.get_storage_size() == values * kind.itemsize
+    if not whole:
+        raise DescriptorError(f"{what} was never written completely, or is packed: {COPY}")
 
 
 def _plain(name: str) -> str:
@@ -113,7 +182,25 @@ def _positions(stored: Sequence[str], names: Sequence[str], path: Path) -> list[
     if missing:
         raise DescriptorError(
             f"{path} has no descriptor of {len(missing)} of {len(names)} images: "
-            f"{runs.abbreviate(missing)}; "
-            "describe every query and every database image"
+            f"{runs.abbreviate(missing)}; {_remedy(stored, missing)}"
         )
     return [positions[_plain(name)] for name in names]
+
+
+def _remedy(stored: Sequence[str], missing: Sequence[str]) -> str:
+    """What makes the file's names fit: seen where the last parts of some names are equal."""
+    wanted = {_plain(name).rpartition("/")[2]: _plain(name) for name in missing}
+    pairs = {name: wanted.get(_plain(_last(name))) for name in stored}
+    pairs = {theirs: ours for theirs, ours in pairs.items() if ours}
+    if not pairs:
+        few = " and ".join(map(repr, stored[:2])) or "no image"
+        return f"describe every query and every database image (the file names {few})"
+    few = [f"{theirs!r} to {ours!r}" for theirs, ours in list(pairs.items())[:2]]
+    cut = {name[: -len(_last(name))] for name, ours in pairs.items() if "/" not in ours}
+    how = f" (without {' and '.join(map(repr, sorted(cut - {''})[:3]))})" if cut - {""} else ""
+    return f"rename its images{how}: {', '.join(few)}"
+
+
+def _last(name: str) -> str:
+    """The last part of a path of Linux or Windows."""
+    return name.replace("\\", "/").rpartition("/")[2]

@@ -1,40 +1,96 @@
-"""Reads arrays and JSON from files that may be damaged: cut short, changed, or something else."""
+"""Reads arrays and JSON from files that may be damaged, or prepared to do harm."""
 
+import io
 import json
 import math
 import mmap
+import os
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-MAGIC = b"\x93NUMPY\x01\x00"  # of `.npy` format version 1.0, which NumPy writes for plain arrays
+from vitgal import runs
+
+INT32 = range(-(2**31), 2**31)
 
 
-def map_array(path: Path) -> np.ndarray:
-    """Maps a `.npy` of any shape into memory, read-only; pickled objects are refused.
+class FileError(runs.UserError, ValueError):
+    """A file is damaged or holds something else; the message names it."""
 
-    Raises OSError where the file cannot be read, ValueError where it is not a whole array.
+
+def map_array(
+    path: Path, dtype: np.dtype | None = None, shape: tuple[int, ...] | None = None
+) -> np.ndarray:
+    """Maps a `.npy` of plain numbers into memory, read-only.
+
+    Args:
+        path: of a file in format 1.0, which NumPy writes for plain arrays.
+        dtype, shape: together the only type and shape that are accepted, in C order.
+    Raises:
+        OSError: the file cannot be read.
+        FileError: it is not a whole array of integers or floats, or of another type or shape.
     """
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False).view(np.ndarray)
+        with open(path, "rb", buffering=0) as handle:
+            stated, start = _read_header(handle), handle.tell()
+            if dtype is not None and stated != (dtype, shape, "C"):
+                raise ValueError(f"an array of shape {stated[1]} and type {stated[0]}")
+            file = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        return _array(file, start, *stated)
     except OSError:
         raise
     except Exception as error:  # NumPy raises errors of many types for a damaged header
-        raise ValueError(f"{path} is not a whole .npy of numbers ({error})") from None
+        reason = f"{path} is not a whole .npy of numbers"
+        if dtype is not None:
+            reason += f", {dtype} of shape {shape}"
+        raise FileError(f"{reason} ({error})") from None
 
 
-def map_array_as(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """Maps a `.npy` of known type and shape without parsing its header, five times faster.
+def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Reads arrays of an `.npz` that `runs.write_arrays` wrote; they are read-only.
 
-    Raises OSError where the file cannot be read, ValueError where its length differs.
+    Raises FileNotFoundError, or FileError where one is missing or not a whole array of numbers.
     """
-    with open(path, "rb", buffering=0) as handle:
-        file = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-    start = 10 + int.from_bytes(file[8:10], "little")
-    if file[:8] != MAGIC or len(file) != start + math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{path.name} is not an array of shape {shape} and type {dtype}")
-    return np.ndarray(shape, dtype, file, start)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {name: _read_member(archive, name, os.path.getsize(path)) for name in names}
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise FileError(f"{path} is not a whole .npz of {', '.join(names)} ({error})") from None
+
+
+def _read_member(archive: zipfile.ZipFile, name: str, limit: int) -> np.ndarray:
+    member = archive.getinfo(f"{name}.npy")
+    # What is compressed could unpack to a thousand times the file's size.
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size > limit:
+        raise ValueError(f"{name} is compressed")
+    data = archive.read(member)
+    stream = io.BytesIO(data)
+    stated = _read_header(stream)
+    return _array(data, stream.tell(), *stated)
+
+
+def _read_header(file: BinaryIO) -> tuple[np.dtype, tuple[int, ...], str]:
+    """Type, shape and order ("C" or "F") in a `.npy` header, which may state numbers only.
+
+    An array of objects made of a file's bytes would hold addresses of the sender's choice.
+    """
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("another format than 1.0")
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.kind not in "biuf" or dtype.itemsize > 8 or min(shape, default=0) < 0:
+        raise ValueError(f"an array of shape {shape} and type {dtype}")
+    return dtype, shape, "F" if is_fortran else "C"
+
+
+def _array(data: Any, start: int, dtype: np.dtype, shape: tuple[int, ...], order: str):
+    if len(data) != start + math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{len(data)} bytes do not hold {dtype} of shape {shape}")
+    return np.ndarray(shape, dtype, data, start, order=order)
 
 
 def leading_rows(path: Path) -> np.ndarray:
@@ -44,35 +100,34 @@ def leading_rows(path: Path) -> np.ndarray:
     """
     try:
         with open(path, "rb") as handle:
-            if np.lib.format.read_magic(handle) != (1, 0):
-                return np.empty(0)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(handle)
-            row = math.prod(shape[1:]) * dtype.itemsize
-            if dtype.hasobject or not shape or min(shape) < 0 or not row:
-                return np.empty(0)
+            dtype, shape, order = _read_header(handle)
             data = handle.read()
+        row = math.prod(shape[1:]) * dtype.itemsize
+        rows = min(len(data) // row, shape[0])
+        if order != "C":
+            return np.empty(0)
+        return np.frombuffer(data[: rows * row], dtype).reshape(rows, *shape[1:])
     except Exception:  # as in `map_array`
         return np.empty(0)
-    rows = min(len(data) // row, shape[0])
-    return np.frombuffer(data[: rows * row], dtype).reshape(rows, *shape[1:])
 
 
 def read_json(path: Path, schema: Any) -> Any:
-    """Reads JSON that `conforms` to a schema; ValueError where it is damaged or differs."""
+    """Reads JSON that `conforms` to a schema; FileError where it is damaged or differs."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not whole JSON ({error})") from None
+        raise FileError(f"{path} is not whole JSON ({error})") from None
     if not conforms(value, schema):
-        raise ValueError(f"{path} holds other entries than expected")
+        raise FileError(f"{path} holds other entries than expected")
     return value
 
 
 def conforms(value: Any, schema: Any) -> bool:
     """Tells whether a value from a JSON file has the structure of a schema.
 
-    A type stands for its instances, a tuple for its members, a dict for dicts with at least these
-    entries, a list of one schema for lists of any length, a longer one for lists of that length.
+    A type stands for its instances, a range for its integers, a tuple for its members, a dict for
+    dicts with at least these entries, a list of one schema for lists of any length, a longer one
+    for lists of that length.
     """
     if isinstance(schema, dict):
         return isinstance(value, dict) and all(
@@ -82,4 +137,6 @@ def conforms(value: Any, schema: Any) -> bool:
         if not isinstance(value, list) or (len(schema) > 1 and len(value) != len(schema)):
             return False
         return all(conforms(part, schema[i % len(schema)]) for i, part in enumerate(value))
+    if isinstance(schema, range):
+        return type(value) is int and value in schema
     return value in schema if isinstance(schema, tuple) else isinstance(value, schema)

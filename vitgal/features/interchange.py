@@ -6,19 +6,20 @@ from pathlib import Path
 import numpy as np
 
 from vitgal import runs
-from vitgal.features.files import conforms, map_array, read_json
+from vitgal.features.descriptors import SUFFIXES
+from vitgal.features.files import FileError, conforms, map_array, read_json
 from vitgal.features.local import LocalFeatures
-from vitgal.features.store.shard import item_entry
+from vitgal.features.store.shard import SIZES, item_entry
 
 FOLDERS = ("Locations", "Descriptions")  # of the published code
-UNKNOWN_SIZES = {"input_size": [0, 0], "box": [0, 0, 0, 0], "image_size": [0, 0]}
-ENTRY = {"path": str, "input_size": [int] * 2, "box": [int] * 4, "image_size": [int] * 2}
+UNKNOWN_SIZES = {name: [0] * len(sides) for name, sides in SIZES.items()}
 
 
 def export_hloc(store: Mapping[str, LocalFeatures], path: Path, *, suffix: str = ".jpg") -> Path:
     """Writes an HDF5 file of features as hloc reads them, and returns its path.
 
-    Each image is a group, named by its key and `suffix` (hloc names images with their extension):
+    Each image is a group, named by its key (and `suffix`, where the key has no photograph's: hloc
+    names images with their extension):
     `keypoints` (N, 2) float32 in pixels of the photograph, (0, 0) the centre of the top-left pixel,
     `descriptors` (C, N) float16, `scores` (N,) float32 and `image_size` (2,) as width, height.
     Source: hloc, extract_features.
@@ -27,7 +28,8 @@ def export_hloc(store: Mapping[str, LocalFeatures], path: Path, *, suffix: str =
 
     with runs.atomic(path) as temporary, h5py.File(temporary, "w", libver="latest") as file:
         for key, features in store.items():
-            group = file.create_group(key + suffix)
+            named = key.lower().endswith(SUFFIXES)
+            group = file.create_group(key if named else key + suffix)
             group["keypoints"] = features.original_keypoints()
             # As in hloc: one pixel of the network input, in pixels of the photograph.
             crop = np.subtract(features.box[2:], features.box[:2])
@@ -99,13 +101,12 @@ def import_published(
         paths: of the images whose features may be there.
     Raises:
         FileNotFoundError: a folder or one of a pair of files is missing.
-        ValueError: two of `paths` have one published name, or a file is damaged or does not fit
-            its partner; the message names it.
+        ValueError: two of `paths` have one published name.
+        FileError: a file is damaged or does not fit its partner; the message names it.
     """
     folder, images = Path(folder), {}
     for path in map(str, paths):
-        if images.setdefault(published_name(path), path) != path:
-            name = published_name(path)
+        if images.setdefault(name := published_name(path), path) != path:
             raise ValueError(f"{images[name]} and {path} would both have been stored as {name}")
     names = sorted(path.name for path in (folder / "Locations").glob("*.npy"))
     if not names:
@@ -116,26 +117,27 @@ def import_published(
         item = index.get(name, {})
         if isinstance(item, dict):
             item = {"path": images.get(name, published_path(name))} | UNKNOWN_SIZES | item
-        if not conforms(item, ENTRY):
-            raise ValueError(f"{file} is damaged at {name}: export the features again")
+        if not conforms(item, {"path": str} | SIZES):
+            raise FileError(f"{file} is damaged at {name}: export the features again")
         points, codes = (_read_matrix(folder / part / name) for part in FOLDERS)
-        if len(points) != len(codes) or points.shape[1] != 2:
-            raise ValueError(f"{folder}: {name} has {points.shape} locations, {codes.shape} codes")
+        if points.shape != (len(codes), 2):
+            raise FileError(
+                f"{folder / 'Locations' / name} has shape {points.shape}, and for "
+                f"{codes.shape} in Descriptions it must be {(len(codes), 2)}"
+            )
         unknown = np.full(len(points), np.nan, np.float32)
         features = LocalFeatures(
             keypoints=points[:, ::-1].astype(np.float32),
             descriptors=codes.astype(np.float32),
             scores=unknown,
             scales=unknown,
-            input_size=tuple(item["input_size"]),
-            box=tuple(item["box"]),
-            image_size=tuple(item["image_size"]),
+            **{size: tuple(item[size]) for size in SIZES},
         )
         yield item["path"], features
 
 
 def _read_matrix(path: Path) -> np.ndarray:
     matrix = map_array(path)
-    if matrix.ndim != 2 or matrix.dtype.kind not in "iuf":
-        raise ValueError(f"{path} holds {matrix.dtype} {matrix.shape}, not a matrix of numbers")
+    if matrix.ndim != 2 or matrix.dtype.kind == "b":
+        raise FileError(f"{path} holds {matrix.dtype} {matrix.shape}, not a matrix of numbers")
     return matrix

@@ -32,17 +32,12 @@ class LocalFeatures:
 
     def __post_init__(self) -> None:
         count = len(self.keypoints)
-        fits = (
-            self.keypoints.shape == (count, 2)
-            and self.descriptors.ndim == 2
-            and len(self.descriptors) == count
-            and self.scores.shape == self.scales.shape == (count,)
-        )
-        if not fits:
+        expected = [(count, 2), (count, *self.descriptors.shape[1:2]), (count,), (count,)]
+        arrays = self.keypoints, self.descriptors, self.scores, self.scales
+        if self.descriptors.ndim != 2 or [array.shape for array in arrays] != expected:
             raise ValueError(
-                "local features do not fit together: keypoints "
-                f"{self.keypoints.shape}, descriptors {self.descriptors.shape}, scores "
-                f"{self.scores.shape}, scales {self.scales.shape}"
+                "local features do not fit together: keypoints, descriptors, scores and scales "
+                f"have the shapes {', '.join(str(array.shape) for array in arrays)}"
             )
 
     def __len__(self) -> int:
@@ -59,17 +54,9 @@ class LocalFeatures:
         return *self.input_size, *self.box, *self.image_size
 
     def subset(self, index: np.ndarray) -> "LocalFeatures":
-        """Returns the features that an index selects, in its order.
-
-        index: (n,) integers, an (N,) bool mask, or a slice.
-        """
-        return replace(
-            self,
-            keypoints=self.keypoints[index],
-            descriptors=self.descriptors[index],
-            scores=self.scores[index],
-            scales=self.scales[index],
-        )
+        """Returns the features that an index selects: (n,) integers, an (N,) mask or a slice."""
+        names = ("keypoints", "descriptors", "scores", "scales")
+        return replace(self, **{name: getattr(self, name)[index] for name in names})
 
     def original_keypoints(self) -> np.ndarray:
         """Returns the keypoints (N, 2) float32 as (x, y) in pixels of the stored photograph.
@@ -84,6 +71,5 @@ class LocalFeatures:
                 "the features have no position on the photograph, since their box and sizes were "
                 "not stored: extract them again"
             )
-        crop_size = np.array([x1 - x0, y1 - y0], np.float64)
-        factor = crop_size / np.array(self.input_size[::-1])
+        factor = np.array([x1 - x0, y1 - y0], np.float64) / np.array(self.input_size[::-1])
         return (self.keypoints * factor + (x0, y0) - 0.5).astype(np.float32)

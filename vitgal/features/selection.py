@@ -13,8 +13,8 @@ Frame = tuple[tuple[int, int, int, int], tuple[int, int]]  # the crop's box, the
 def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
     """Returns the (h, w) of a network input at a scale, in multiples of 16 pixels.
 
-    As published, sides are truncated to pixels and then raised to a multiple. Truncating first
-    matters: 736 at 1.4142 is 1040.9, hence 1040 and not 1056.
+    As published, sides are truncated to pixels and then raised to a multiple: 736 at 1.4142 is
+    1040.9, hence 1040 and not 1056.
     """
     height, width = (max(PATCH, -(-int(side * scale) // PATCH) * PATCH) for side in size)
     return height, width
@@ -30,7 +30,6 @@ def select_tokens(
 
     Args:
         scores: (N,) float32 of mean 1; N may be 0.
-        target: number of tokens wanted.
         ladder: falling thresholds, at least one.
     Returns:
         (n,) int64, rising indices into `scores`.

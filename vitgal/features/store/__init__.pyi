@@ -5,9 +5,7 @@ from .codec import (
     encode_features as encode_features,
     forecast as forecast,
 )
-from .feature_store import FeatureStore as FeatureStore
-from .index import write_index as write_index
-from .recovery import salvage as salvage, whole_shard as whole_shard
+from .feature_store import FeatureStore as FeatureStore, write_index as write_index
 from .rows import RowFile as RowFile
 from .shard import (
     PARTIAL as PARTIAL,
@@ -17,7 +15,9 @@ from .shard import (
     clear_partial as clear_partial,
     drop_index as drop_index,
     partition as partition,
+    salvage as salvage,
     shard_folder as shard_folder,
     shard_folders as shard_folders,
+    whole_shard as whole_shard,
     write_shard as write_shard,
 )

@@ -35,8 +35,7 @@ def encode(descriptors: np.ndarray, dtype: str) -> np.ndarray:
         dtype: one of FEATURE_DTYPES.
     Returns:
         (N, C) of that type; for "bit" (N, ceil(C / 8)) uint8.
-    Raises:
-        ValueError: an unknown dtype, or values that are not finite.
+    Raises ValueError for another dtype, or values that are not finite.
     """
     check_dtype(dtype)
     if not np.isfinite(descriptors).all():
@@ -82,44 +81,26 @@ def _half_to_single(half: np.ndarray) -> np.ndarray:
 def encode_features(features: LocalFeatures, dtype: str) -> dict[str, np.ndarray]:
     """Encodes the arrays of one image's features; `LocalFeatures.sizes` are stored beside them.
 
-    Returns:
-        "keypoints" (N, 2) float32, "descriptors" as `encode` gives them, "scores" and "scales"
-        (N,) float32.
-    Raises:
-        ValueError: an unknown dtype, or keypoints or descriptors that are not finite.
+    Returns FEATURE_ARRAYS: "descriptors" as `encode` gives them, all others float32 of the same
+    shapes. Raises ValueError where keypoints or descriptors are not finite.
     """
     if not np.isfinite(features.keypoints).all():
         raise ValueError("keypoints hold nan or infinity")
-    return {
-        "keypoints": np.asarray(features.keypoints, np.float32),
-        "descriptors": encode(np.asarray(features.descriptors, np.float32), dtype),
-        "scores": np.asarray(features.scores, np.float32),
-        "scales": np.asarray(features.scales, np.float32),
-    }
+    arrays = {name: np.asarray(getattr(features, name), np.float32) for name in FEATURE_ARRAYS}
+    return arrays | {"descriptors": encode(arrays["descriptors"], dtype)}
 
 
 def decode_features(
     arrays: Mapping[str, np.ndarray], sizes: Sequence[int], dtype: str, code_dim: int
 ) -> LocalFeatures:
-    """Decodes one image's features; the arrays are copied.
+    """Decodes one image's features, (N, ...) arrays that `encode_features` returned; copies them.
 
-    Args:
-        arrays: as `encode_features` returned them, N rows each; others are ignored.
-        sizes: the eight integers of `LocalFeatures.sizes`.
-        dtype: of the stored descriptors.
-        code_dim: dimension of a descriptor.
-    Returns:
-        Keypoints (N, 2), descriptors (N, code_dim), scores and scales (N,), all float32.
+    sizes: the eight integers of `LocalFeatures.sizes`.
     """
-    return LocalFeatures(
-        keypoints=np.array(arrays["keypoints"]),
-        descriptors=decode(arrays["descriptors"], dtype, code_dim),
-        scores=np.array(arrays["scores"]),
-        scales=np.array(arrays["scales"]),
-        input_size=tuple(sizes[:2]),
-        box=tuple(sizes[2:6]),
-        image_size=tuple(sizes[6:8]),
-    )
+    keypoints, scores, scales = (np.array(arrays[n]) for n in ("keypoints", "scores", "scales"))
+    descriptors = decode(arrays["descriptors"], dtype, code_dim)
+    frames = tuple(sizes[:2]), tuple(sizes[2:6]), tuple(sizes[6:8])
+    return LocalFeatures(keypoints, descriptors, scores, scales, *frames)
 
 
 def check_dtype(dtype: str) -> None:
@@ -130,9 +111,9 @@ def check_dtype(dtype: str) -> None:
 
 def stored_type(code_dim: int, dtype: str) -> tuple[np.dtype, int]:
     """Returns NumPy's type and the number of columns of a stored descriptor array."""
-    return (
-        (np.dtype(np.uint8), -(-code_dim // 8)) if dtype == "bit" else (np.dtype(dtype), code_dim)
-    )
+    if dtype == "bit":
+        return np.dtype(np.uint8), -(-code_dim // 8)
+    return np.dtype(dtype), code_dim
 
 
 def forecast(images: int, mean_features: float, code_dim: int, dtype: str) -> int:

@@ -9,33 +9,56 @@ an `index/` with names, sizes and positions of all its items, with which it open
 An item's key is its image's name. The features of a query are those of its crop.
 """
 
+import bisect
+import itertools
 import resource
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from vitgal.features.files import map_array_as
+from vitgal import runs
+from vitgal.features.files import map_array, read_json
 from vitgal.features.local import LocalFeatures
-from vitgal.features.store.codec import FEATURE_ARRAYS, REMEDY, StoreError, decode_features
-from vitgal.features.store.index import Index, Location
-from vitgal.features.store.shard import INDEX, Shard, shard_folders
+from vitgal.features.store.codec import FEATURE_ARRAYS, FORMAT, REMEDY, StoreError, decode_features
+from vitgal.features.store.shard import (
+    CODE_DIM,
+    FAILURES,
+    INDEX,
+    INDEX_HEADER,
+    SIZES,
+    Shard,
+    ShardFormat,
+    shard_folder,
+    shard_folders,
+)
+from vitgal.settings.sections import FEATURE_DTYPES
 
 OPEN_SHARDS = 1024  # that a store keeps mapped, four files each (a process may map 65,530)
+INDEX_ARRAYS = ("names", "name_ends", "order", "rows", "sizes", "firsts")
+HEADER = {
+    "format": (FORMAT,),
+    "folders": range(1, 1 << 31),
+    "dtype": FEATURE_DTYPES,
+    "code_dim": CODE_DIM,
+    "failures": FAILURES,
+}
 
 
 class FeatureStore(Mapping[str, LocalFeatures]):
     """All shards of a folder as one mapping, key -> LocalFeatures (float32, length 1).
 
-    With an index, a store of any size opens in the same time: a shard is opened when an item of it
-    is read, and the shards read last stay open (see `most_open`). Without one, the names and sizes
-    in all shards are read. It pickles as its folder, so a worker process opens the files itself.
+    With an index, a shard is opened when an item of it is read, and the shards read last stay open
+    (see `most_open`). Without one, the names and sizes in all shards are read first. A store
+    pickles as its folder, so a worker process opens the files itself.
     """
 
-    def __init__(self, folder: Path, index: Index):
+    def __init__(self, folder: Path, index: "Index"):
         self.folder = Path(folder)
         self.index = index
-        self._format = index.format()
+        self._format = ShardFormat(index.header["dtype"], index.header["code_dim"])
         self._open: dict[int, dict[str, np.ndarray]] = {}
         self._most_open = most_open()
 
@@ -47,21 +70,18 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         index: when an item of it is read).
         """
         index = Index.read(folder)
-        if index is None:
-            index = Index.of(map(Shard.open, shard_folders(folder)))
-        store = cls(folder, index)
+        store = cls(folder, index or Index.of(map(Shard.open, shard_folders(folder))))
         if verify:
             store.verify()
         return store
 
     def __getitem__(self, key: str) -> LocalFeatures:
-        location = self._locate(key)
+        location, kind = self._locate(key), self._format
         sizes = self.index.arrays["sizes"][location.position].tolist()
-        kind = self._format
         return decode_features(self._stored(location), sizes, kind.dtype, kind.code_dim)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.index.names())
+        return iter(self.names)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -108,7 +128,7 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         if not self.index.same(Index.of(map(Shard.open, shards))):
             raise StoreError(f"{self.folder / INDEX} does not fit the shards; {REMEDY}")
 
-    def _locate(self, key: str) -> Location:
+    def _locate(self, key: str) -> "Location":
         location = self.index.locate(key)
         if location is not None:
             return location
@@ -117,29 +137,32 @@ class FeatureStore(Mapping[str, LocalFeatures]):
             raise KeyError(f"{key} could not be read when {self.folder} was made: {reason}")
         raise KeyError(f"{key} is not in {self.folder}: it was not on the short list")
 
-    def _stored(self, location: Location) -> dict[str, np.ndarray]:
+    def _stored(self, location: "Location") -> dict[str, np.ndarray]:
         """Maps an item's arrays and marks its shard as used last."""
         arrays = self._open.pop(location.shard, None)
         if arrays is None:
-            arrays = self._map(location)
+            arrays = self._map(location.shard)
             while len(self._open) >= self._most_open:
                 self._open.pop(next(iter(self._open)), None)  # unused for the longest time
         self._open[location.shard] = arrays
         return {name: array[location.start : location.stop] for name, array in arrays.items()}
 
-    def _map(self, location: Location) -> dict[str, np.ndarray]:
-        """Maps a shard's arrays; StoreError where they are not as long as the index states."""
-        folder, layout = self.index.shard(location.shard), self._format.layout(location.rows, 0)
+    def _map(self, number: int) -> dict[str, np.ndarray]:
+        """Maps a shard's arrays; StoreError where they do not fit the index."""
+        folder, ends = self.index.shard(number), self.index.ends(number)
+        layout = self._format.layout(int(ends[-1]), len(ends))
+        names = (*FEATURE_ARRAYS, "offsets")
         try:
-            return {
-                name: map_array_as(folder / f"{name}.npy", *layout[name]) for name in FEATURE_ARRAYS
-            }
+            arrays = {name: map_array(folder / f"{name}.npy", *layout[name]) for name in names}
         except ValueError as error:
             raise StoreError(
                 f"the shard {folder} does not fit the store's index ({error}); {REMEDY}"
             ) from error
         except OSError as error:
             raise StoreError(f"the shard {folder} is damaged ({error}); {REMEDY}") from error
+        if not np.array_equal(arrays.pop("offsets")[1:], ends):
+            raise StoreError(f"{self.folder / INDEX} is of another store: delete it")
+        return arrays
 
 
 def most_open() -> int:
@@ -150,3 +173,196 @@ def most_open() -> int:
     """
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return OPEN_SHARDS if files == resource.RLIM_INFINITY else min(OPEN_SHARDS, 1 + files // 16)
+
+
+class Location(NamedTuple):
+    """An item's position in the store, its shard, and its rows there."""
+
+    position: int
+    shard: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """Names, sizes and rows of the n items of a store, in the order of its shards.
+
+    Attributes:
+        store: the store's folder.
+        header: "format", "folders" (the number of shards), "dtype", "code_dim", "failures".
+        arrays: "names" (bytes,) uint8, all keys in UTF-8; "name_ends" (n + 1,) int64; "order" (n,)
+            int64, positions by rising key; "rows" (n, 2) int64, first row and end of an item's
+            features in its shard; "sizes" (n, 8) int32, see `LocalFeatures.sizes`; "firsts"
+            (shards + 1,) int64, the first item of each shard.
+        shards: the shards' folders; None: those that `shard_folder` returns.
+    """
+
+    store: Path
+    header: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    shards: Sequence[Path] | None = None
+
+    @classmethod
+    def of(cls, shards: Iterable[Shard]) -> "Index":
+        """Builds the index of shards, at least one; only the first with features stays open.
+
+        Raises StoreError where a key occurs twice, or shards differ in their format.
+        """
+        keys: list[bytes] = []
+        folders: list[Path] = []
+        firsts, rows, sizes, failures = [0], [], [], []
+        first_filled: Shard | None = None  # the first shard with any feature
+        for shard in shards:
+            if len(shard.arrays["scores"]):
+                first_filled = first_filled or shard
+                _refuse_other_format(first_filled, shard)
+            encoded, part = _names_and_sizes(shard)
+            keys += encoded
+            sizes.append(part)
+            folders.append(shard.folder)
+            firsts.append(len(keys))
+            rows.append(np.stack([shard.arrays["offsets"][:-1], shard.arrays["offsets"][1:]], 1))
+            failures += shard.failures
+        arrays = {
+            "names": np.frombuffer(b"".join(keys), np.uint8),
+            "name_ends": np.cumsum([0, *map(len, keys)], dtype=np.int64),
+            "order": np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64),
+            "rows": np.concatenate(rows),
+            "sizes": np.concatenate(sizes),
+            "firsts": np.array(firsts, np.int64),
+        }
+        for first, second in itertools.pairwise(arrays["order"].tolist()):
+            if keys[first] == keys[second]:
+                number = bisect.bisect_right(firsts, max(first, second)) - 1
+                raise StoreError(
+                    f"{folders[number]} holds a key of an earlier shard "
+                    f"({keys[first].decode()!r}); {REMEDY}"
+                )
+        kind = (first_filled or shard).format
+        header = {"format": FORMAT, "folders": len(folders), "dtype": kind.dtype}
+        header |= {"code_dim": kind.code_dim, "failures": failures}
+        return cls(folders[0].parent, header, arrays, folders)
+
+    @classmethod
+    def read(cls, store: Path) -> "Index | None":
+        """Maps the index of a store; None where it is missing, incomplete or damaged."""
+        folder = Path(store) / INDEX
+        try:
+            header = read_json(folder / INDEX_HEADER, HEADER)
+            arrays = {name: map_array(folder / f"{name}.npy") for name in INDEX_ARRAYS}
+        except (OSError, ValueError):
+            return None
+        index = cls(Path(store), header, arrays)
+        return index if index._fits() else None
+
+    def _fits(self) -> bool:
+        """Tells whether the arrays have the right types and shapes, and ranges that can be used."""
+        names, ends, order, rows, _, firsts = (self.arrays[name] for name in INDEX_ARRAYS)
+        count = order.size
+        layout = {
+            "names": (np.uint8, (names.size,)),
+            "name_ends": (np.int64, (count + 1,)),
+            "order": (np.int64, (count,)),
+            "rows": (np.int64, (count, 2)),
+            "sizes": (np.int32, (count, 8)),
+            "firsts": (np.int64, (self.header["folders"] + 1,)),
+        }
+        if any((array.dtype, array.shape) != layout[n] for n, array in self.arrays.items()):
+            return False
+        if not (_divides(ends, names.size) and _divides(firsts, count)):
+            return False
+        starts = np.concatenate([np.zeros(1, np.int64), rows[:, 1]])  # an item's at another's end
+        starts[firsts] = 0
+        if (rows[:, 0] != starts[:-1]).any() or (rows[:, 0] > rows[:, 1]).any():
+            return False
+        if ((order < 0) | (order >= count)).any() or (np.bincount(order, minlength=1) > 1).any():
+            return False
+        beginnings = names[ends[:-1][np.diff(ends) > 0]]
+        try:
+            names.tobytes().decode()
+        except UnicodeDecodeError:
+            return False
+        return not (beginnings & 0xC0 == 0x80).any()  # the rest of a cut UTF-8 character
+
+    def __len__(self) -> int:
+        return len(self.arrays["order"])
+
+    def same(self, other: "Index") -> bool:
+        """Tells whether both indexes are equal."""
+        arrays = ((self.arrays[name], other.arrays[name]) for name in INDEX_ARRAYS)
+        return self.header == other.header and all(np.array_equal(*pair) for pair in arrays)
+
+    def shard(self, number: int) -> Path:
+        """Returns a shard's folder."""
+        if self.shards is not None:
+            return self.shards[number]
+        return shard_folder(self.store, number, self.header["folders"])
+
+    def ends(self, number: int) -> np.ndarray:
+        """Returns the end of each item's rows in a shard, (items,) int64."""
+        first, end = self.arrays["firsts"][number : number + 2]
+        return self.arrays["rows"][first:end, 1]
+
+    def names(self) -> list[str]:
+        """Lists all keys in the order of the shards."""
+        ends, text = self.arrays["name_ends"].tolist(), self.arrays["names"].tobytes()
+        return [text[start:end].decode() for start, end in itertools.pairwise(ends)]
+
+    def locate(self, key: str) -> Location | None:
+        """Finds the features of an item; None where there is no such key."""
+        wanted, order = key.encode(errors="surrogatepass"), self.arrays["order"]
+        rank = bisect.bisect_left(order, wanted, key=self._key)
+        if rank == len(order) or self._key(order[rank]) != wanted:
+            return None
+        position = int(order[rank])
+        shard = bisect.bisect_right(self.arrays["firsts"], position) - 1
+        return Location(position, shard, *self.arrays["rows"][position].tolist())
+
+    def _key(self, position: int) -> bytes:
+        ends = self.arrays["name_ends"]
+        return self.arrays["names"][ends[position] : ends[position + 1]].tobytes()
+
+
+def _divides(cuts: np.ndarray, size: int) -> bool:
+    """Tells whether cuts (n,) rise from 0 to a size."""
+    return bool(cuts[0] == 0 and cuts[-1] == size and (cuts[1:] >= cuts[:-1]).all())
+
+
+def write_index(store: Path) -> list[str]:
+    """Writes the index of a complete store, and returns its files, relative to the store.
+
+    A store without one is opened by reading the names in all its shards; `write_shard` removes the
+    index of a store that it changes.
+
+    Raises:
+        StoreError: a shard is missing or damaged, a key occurs twice, or shards differ in format.
+        FileNotFoundError: there is no shard.
+    """
+    shards = shard_folders(store)
+    if shards != [shard_folder(store, number, len(shards)) for number in range(len(shards))]:
+        raise StoreError(f"the shards of {store} are not numbered from 0 on; {REMEDY}")
+    index = Index.of(map(Shard.open, shards))
+    for name, array in index.arrays.items():
+        runs.write_array(Path(store) / INDEX / f"{name}.npy", array)
+    runs.write_json(Path(store) / INDEX / INDEX_HEADER, index.header)
+    return [*(f"{INDEX}/{name}.npy" for name in INDEX_ARRAYS), f"{INDEX}/{INDEX_HEADER}"]
+
+
+def _names_and_sizes(shard: Shard) -> tuple[list[bytes], np.ndarray]:
+    """The keys of a shard's items in UTF-8, and their sizes (n, 8) int32."""
+    sizes = [[side for name in SIZES for side in item[name]] for item in shard.header["items"]]
+    try:
+        keys = [name.encode() for name in shard.names]
+    except UnicodeEncodeError as error:
+        raise StoreError(f"the shard {shard.folder} is damaged ({error}); {REMEDY}") from error
+    return keys, np.array(sizes, np.int32).reshape(-1, 8)
+
+
+def _refuse_other_format(shard: Shard, other: Shard) -> None:
+    if other.format != shard.format:
+        raise StoreError(
+            f"the shards of {shard.folder.parent} hold descriptors of several kinds "
+            f"({shard.folder.name}: {shard.format}; {other.folder.name}: {other.format}): they "
+            "were made by different models or options; delete those that do not belong here"
+        )

@@ -14,7 +14,13 @@ from vitgal.features.files import read_json
 from vitgal.features.store.codec import PRECISION_REMEDY
 from vitgal.features.store.shard import FAILURES
 
-JOURNAL = {"settings": dict, "shape": list, "rows": int, "checksum": int, "failures": FAILURES}
+JOURNAL = {
+    "settings": dict,
+    "shape": [range(1 << 63)] * 2,
+    "rows": range(1 << 63),
+    "checksum": range(1 << 32),
+    "failures": FAILURES,
+}
 
 
 @dataclass
@@ -47,7 +53,10 @@ class RowFile:
         fresh = {"settings": runs.plain(dict(settings)), "shape": list(shape)}
         fresh |= {"rows": 0, "checksum": 0, "failures": []}
         file = cls(path, shape, fresh)
-        journal = file._read_journal()
+        try:
+            journal = read_json(file._journal_path, JOURNAL)
+        except ValueError:  # missing or damaged
+            journal = None
         if journal and journal["rows"] and journal["settings"] != fresh["settings"]:
             changes = "; ".join(runs.differences(journal["settings"], fresh["settings"]))
             raise runs.StageError(
@@ -55,8 +64,11 @@ class RowFile:
             )
         if journal and journal["shape"] == fresh["shape"] and file._is_whole(journal):
             file.journal = journal
-            return file
-        file._begin()
+        else:
+            file.forget()
+            file.path.unlink(missing_ok=True)
+            file._partial.write_bytes(file._header())
+            runs.write_json(file._journal_path, fresh)
         return file
 
     @property
@@ -111,14 +123,6 @@ class RowFile:
     def _journal_path(self) -> Path:
         return self.path.with_name(self.path.name + ".journal.json")
 
-    def _read_journal(self) -> dict | None:
-        """The journal on disk; None where it is missing or damaged."""
-        try:
-            journal = read_json(self._journal_path, JOURNAL)
-        except ValueError:
-            return None
-        return journal if journal["rows"] >= 0 else None
-
     def _header(self) -> bytes:
         buffer = io.BytesIO()
         layout = {"descr": "<f4", "fortran_order": False, "shape": tuple(self.shape)}
@@ -127,12 +131,6 @@ class RowFile:
 
     def _bytes(self, rows: int) -> int:
         return len(self._header()) + 4 * rows * self.shape[1]
-
-    def _begin(self) -> None:
-        self.forget()
-        self.path.unlink(missing_ok=True)
-        self._partial.write_bytes(self._header())
-        runs.write_json(self._journal_path, self.journal)
 
     def _is_whole(self, journal: dict) -> bool:
         """Tells whether the rows that a journal counts are on disk, byte for byte."""

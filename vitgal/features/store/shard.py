@@ -1,6 +1,9 @@
 """Shards: a part of a store's images in a few flat arrays, written whole or not at all."""
 
+import contextlib
 import functools
+import itertools
+import json
 import os
 import shutil
 import zlib
@@ -12,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vitgal import runs
-from vitgal.features.files import conforms, map_array, read_json
+from vitgal.features.files import INT32, conforms, leading_rows, map_array, read_json
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store.codec import (
     FEATURE_ARRAYS,
@@ -29,13 +32,16 @@ ARRAYS = (*FEATURE_ARRAYS, "offsets", "checksums")
 SHARD = "shard-"
 INDEX, INDEX_HEADER = "index", "index.json"
 PARTIAL = ".partial-"  # begins the name of a shard that is being written
-FAILURES = [{"name": str, "reason": str}]  # of a JSON file, see `files.conforms`
+# Of JSON files, see `files.conforms`
+FAILURES = [{"name": str, "reason": str}]
+SIZES = {"input_size": [INT32] * 2, "box": [INT32] * 4, "image_size": [INT32] * 2}
+CODE_DIM = range(1 << 20)
 HEADER = {
-    "format": int,
+    "format": (FORMAT,),
     "dtype": FEATURE_DTYPES,
-    "code_dim": int,
+    "code_dim": CODE_DIM,
     "settings": dict,
-    "items": [{"name": str, "input_size": [int] * 2, "box": [int] * 4, "image_size": [int] * 2}],
+    "items": [{"name": str} | SIZES],
 }
 
 
@@ -48,7 +54,7 @@ def partition(names: Iterable[str], shard_size: int) -> list[list[str]]:
     if shard_size < 1:
         raise ValueError(f"shard_size must be at least 1, got {shard_size}")
     ordered = sorted(names)
-    for name, following in zip(ordered, ordered[1:], strict=False):
+    for name, following in itertools.pairwise(ordered):
         if name == following:
             raise ValueError(f"{name!r} is listed twice: every name in a store must differ")
     return [ordered[start : start + shard_size] for start in range(0, len(ordered), shard_size)]
@@ -152,8 +158,7 @@ class EncodedFeatures:
 
 def item_entry(key: str, features: LocalFeatures) -> dict[str, Any]:
     """Returns an image's entry in `items.json`: its key as "name", and its sizes as lists."""
-    names = ("input_size", "box", "image_size")
-    return {"name": key} | {name: [int(side) for side in getattr(features, name)] for name in names}
+    return {"name": key} | {name: [int(n) for n in getattr(features, name)] for name in SIZES}
 
 
 def _checksum(item: Mapping, arrays: Mapping[str, np.ndarray]) -> int:
@@ -189,10 +194,8 @@ def write_shard(
             if shard_format.code_dim is None:
                 shard_format = replace(shard_format, code_dim=features.code_dim)
             if features.code_dim != shard_format.code_dim:
-                raise ValueError(
-                    f"{key!r} has descriptors of width {features.code_dim}, not "
-                    f"{shard_format.code_dim}"
-                )
+                widths = f"{features.code_dim}, not {shard_format.code_dim}"
+                raise ValueError(f"{key!r} has descriptors of width {widths}")
             features = EncodedFeatures.of(key, features, shard_format.dtype)
         encoded.append(features)
     entries = [image.item for image in encoded]
@@ -253,22 +256,16 @@ class Shard:
                 raise StoreError(f"{folder} has store format {header['format']}, not {FORMAT}")
             if not conforms(header, HEADER):
                 raise ValueError("its items.json")
-            arrays = {name: map_array(folder / f"{name}.npy") for name in ARRAYS}
+            shard = cls(folder, header, {})
+            count = len(header["items"])
+            offsets = map_array(folder / "offsets.npy", np.dtype(np.int64), (count + 1,))
+            if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any():
+                raise ValueError("its offsets.npy")
+            for name, stated in shard.format.layout(int(offsets[-1]), count).items():
+                shard.arrays[name] = map_array(folder / f"{name}.npy", *stated)
         except (OSError, ValueError) as error:
             raise StoreError(f"the shard {folder} is damaged ({error}); {REMEDY}") from error
-        shard = cls(folder, header, arrays)
-        if not shard._fits():
-            raise StoreError(f"the arrays of the shard {folder} do not fit together; {REMEDY}")
         return shard
-
-    def _fits(self) -> bool:
-        count, offsets = len(self.header["items"]), self.arrays["offsets"]
-        if offsets.dtype != np.int64 or offsets.shape != (count + 1,):
-            return False
-        if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any():
-            return False
-        layout = self.format.layout(int(offsets[-1]), count)
-        return all((array.dtype, array.shape) == layout[n] for n, array in self.arrays.items())
 
     @property
     def format(self) -> ShardFormat:
@@ -290,23 +287,69 @@ class Shard:
 
     def damaged(self) -> list[str]:
         """Returns keys of images whose bytes do not match their checksum; reads everything."""
-        images = split_images(self.header["items"], self.arrays)
+        images = _split_images(self.header["items"], self.arrays)
         return [image.item["name"] for image in images if not image.is_whole()]
 
 
-def split_images(
+def _split_images(
     items: Sequence[dict], arrays: Mapping[str, np.ndarray]
 ) -> Iterator[EncodedFeatures]:
-    """Yields each image's features out of a shard's arrays, which may be cut short.
-
-    Args:
-        items: entries of `items.json`.
-        arrays: all of ARRAYS; features (R, ...), offsets (N + 1,), checksums (N,). An image
-            whose rows are not all there is left out.
-    """
+    """Yields each image of a shard whose rows are all there; the arrays may be cut short."""
     rows = min(len(arrays[name]) for name in FEATURE_ARRAYS)
     offsets, checksums = arrays["offsets"], arrays["checksums"]
     for item, start, stop, checksum in zip(items, offsets, offsets[1:], checksums, strict=False):
         if 0 <= start <= stop <= rows:
             part = {name: arrays[name][start:stop] for name in FEATURE_ARRAYS}
             yield EncodedFeatures(item, part, int(checksum))
+
+
+def whole_shard(folder: Path, names: Sequence[str], shard_format: ShardFormat) -> Shard | None:
+    """Opens the shard in `folder` if it is whole; None where it has to be written again.
+
+    It is whole where its items and failures together are exactly `names` (those of the partition),
+    its format is the one wanted, and every checksum is right.
+    """
+    try:
+        shard = Shard.open(folder)
+        listed = shard.names + [failure["name"] for failure in shard.failures]
+    except StoreError:
+        return None
+    same = shard.format.header() == shard_format.header() and sorted(listed) == sorted(names)
+    return shard if same and not shard.damaged() else None
+
+
+def salvage(folder: Path, shard_format: ShardFormat) -> dict[str, EncodedFeatures]:
+    """Returns what a damaged shard still holds: key -> each image whose bytes match its checksum.
+
+    Any of its files may be cut short, changed or missing. Empty for a shard of another format or
+    none.
+    """
+    folder = Path(folder)
+    header, items = _leading_items(folder / "items.json")
+    arrays = {name: leading_rows(folder / f"{name}.npy") for name in ARRAYS}
+    if header != shard_format.header() or any(
+        (arrays[name].dtype, arrays[name].shape[1:]) != (dtype, shape[1:])
+        for name, (dtype, shape) in shard_format.layout(0, 0).items()
+    ):
+        return {}
+    images = _split_images(items, arrays)
+    return {image.item["name"]: image for image in images if image.is_whole()}
+
+
+def _leading_items(path: Path) -> tuple[dict, list[dict]]:
+    """The header and the whole items at the beginning of an items.json, which may be cut short."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    head, _, rest = text.partition('"items": [')
+    items: list[dict] = []
+    try:
+        header = json.loads(head.rstrip().rstrip(",") + "}")
+    except (ValueError, RecursionError):
+        return {}, items
+    with contextlib.suppress(ValueError, RecursionError):  # where the file ends, or was changed
+        while (rest := rest.lstrip(", \n")).startswith("{"):
+            item, end = json.JSONDecoder().raw_decode(rest)
+            if not conforms(item, HEADER["items"][0]):
+                break
+            items.append(item)
+            rest = rest[end:]
+    return header, items
