@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
+from tests.limited_memory import run_limited
 from vitgal.data import revisited
 from vitgal.data.revisited import (
     GroundTruth,
@@ -166,10 +167,22 @@ def test_pickle_that_runs_code_is_refused_before_it_runs(tmp_path):
     assert not (tmp_path / "harm").exists()
 
 
-def test_harmless_classes_are_refused_as_well(tmp_path):
-    content = with_entry(easy=np.array([0, 3]))
-    with pytest.raises(ValueError, match="numpy"):
-        load_ground_truth(write_pickle(tmp_path / "gnd_small.pkl", content))
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("value", [np.array([0, 3]), [np.int64(3)], np.array([0.0, 3.0])])
+def test_numpy_is_refused_with_the_way_to_write_ones_own(tmp_path, value, protocol):
+    path = tmp_path / "gnd_small.pkl"
+    path.write_bytes(pickle.dumps(with_entry(easy=value), protocol=protocol))
+    with pytest.raises(
+        ValueError, match=r"numpy arrays.*own with vitgal\.data\.write_ground_truth"
+    ):
+        load_ground_truth(path)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_every_protocol_is_read(tmp_path, protocol):
+    path = tmp_path / "gnd_small.pkl"
+    path.write_bytes(pickle.dumps(with_entry(bbx=(1, 2, 3, 4)), protocol=protocol))
+    assert load_ground_truth(path).boxes[0].tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -263,19 +276,63 @@ def test_any_value_in_place_of_another_is_read_or_refused(tmp_path_factory, key,
     check_read_or_refused(path, pickle.dumps(content))
 
 
-def test_a_file_cannot_ask_for_memory_or_depth(tmp_path):
+def nested(value, times):
+    for _ in range(times):
+        value = [value] * 10
+    return value
+
+
+def greedy_pickles():
+    """Small files that ask for memory, depth or time."""
     named = pickle.dumps(with_entry(easy="DEEP"), protocol=3)
-    deep = named.replace(b"X\x04\0\0\0DEEP", b"]" * 5000 + b"a" * 4999)
-    assert len(deep) > len(named)
-    for data in (
-        deep,
+    tuples = b"K\x01\x85\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60))
+    many = {"imlist": [f"i{i}" for i in range(9000)], "qimlist": [f"q{i}" for i in range(9000)]}
+    entry = {"bbx": [0, 0, 1, 1], "easy": list(range(9000)), "hard": [], "junk": []}
+    return [
+        named.replace(b"X\x04\0\0\0DEEP", b"]" * 5000 + b"a" * 4999),
         b"\x80\x04" + b"(" * 100_000 + b".",
         b"K\x01r\xff\xff\xff\x7f.",  # the compiled unpickler's table would take 34 GB
-        b"\x80\x04\x8e" + (1 << 50).to_bytes(8, "little") + b".",
-    ):
-        (tmp_path / "gnd_greedy.pkl").write_bytes(data)
-        with pytest.raises(ValueError, match="gnd_greedy.pkl"):
-            load_ground_truth(tmp_path / "gnd_greedy.pkl")
+        *(
+            b"\x80\x05" + code + (8 << 30).to_bytes(8, "little") + b"."
+            for code in (pickle.FRAME, pickle.BINBYTES8, pickle.BINUNICODE8, pickle.BYTEARRAY8)
+        ),
+        b"\x80\x04\x8b\xff\xff\xff\x7f.",
+        *(  # dicts and sets of tuples: 2 ** 60 numbers to hash
+            b"\x80\x04" + start + tuples + end
+            for start, end in (
+                (b"}", b"K\x01s."),
+                (b"}(", b"K\x01u."),
+                (b"(", b"K\x01d."),
+                (b"(", b"\x91."),
+                (b"\x8f(", b"\x90."),
+            )
+        ),
+        pickle.dumps(with_entry(bbx=nested(1, 40))),
+        pickle.dumps(with_entry(easy=nested("a", 40))),
+        pickle.dumps(published(imlist=nested("a", 40))),
+        pickle.dumps(with_entry(bbx=[10**4000] * 3)),
+        b"F" + b"x" * 3_000_000 + b"\n.",
+        pickle.dumps(published(qimlist=["q" * 3_000_000, "q1"])),
+        pickle.dumps(many | {"gnd": [entry] * 9000}),  # 81 million labels
+    ]
+
+
+def test_a_small_file_takes_no_memory_and_no_time(tmp_path):
+    for i, data in enumerate(greedy_pickles()):
+        (tmp_path / f"gnd_{i}.pkl").write_bytes(data)
+    printed = run_limited(
+        "from vitgal.data.revisited import load_ground_truth",
+        """
+for path in sys.argv[1:]:
+    try:
+        load_ground_truth(path)
+    except ValueError as error:
+        assert str(error).startswith(path) and len(str(error)) < 700, str(error)[:2000]
+        print("refused")
+""",
+        *sorted(tmp_path.iterdir()),
+    )
+    assert printed.count("refused") == len(greedy_pickles())
 
 
 def test_what_could_not_be_read_back_is_not_written(tmp_path):
@@ -364,11 +421,51 @@ def test_missing_folder_names_the_download(tmp_path):
         open_dataset("mine", tmp_path)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le"])
+def test_a_distractor_list_of_another_encoding_is_read_or_refused(tmp_path, encoding):
+    folder = make_folder(tmp_path / "set")
+    more = make_distractors(tmp_path / "more", ["1/é.jpg", "1/b.jpg"])
+    (more / "revisitop1m.txt").write_text("1/é.jpg\r\n1/b.jpg\r\n", encoding=encoding)
+    if encoding == "utf-16-le":  # no byte order mark
+        with pytest.raises(ValueError, match=r"revisitop1m\.txt is no text in UTF-8"):
+            open_dataset("small", folder, distractors=more)
+    else:
+        dataset = open_dataset("small", folder, distractors=more)
+        assert dataset.database[-2:] == ["1/é.jpg", "1/b.jpg"]
+
+
+def test_names_with_their_ending_and_files_with_another_get_the_remedy(tmp_path):
+    folder = make_folder(tmp_path / "set")
+    (folder / "jpg" / "b.jpg").rename(folder / "jpg" / "b.png")
+    with pytest.raises(FileNotFoundError, match=r"b\.png is there: rename it to b\.jpg, whatever"):
+        open_dataset("small", folder)
+    write_pickle(folder / "gnd_small.pkl", published(imlist=[f"{name}.jpg" for name in "abcdef"]))
+    with pytest.raises(FileNotFoundError, match=r"a\.jpg is there: list the names without \.jpg"):
+        open_dataset("small", folder)
+    folder, more = make_folder(tmp_path / "two"), make_distractors(tmp_path / "more")
+    (more / "revisitop1m.txt").write_text("2/a\n")
+    with pytest.raises(FileNotFoundError, match=r"a\.jpg is there: list the whole name"):
+        open_dataset("small", folder, distractors=more)
+
+
+def test_names_that_no_file_can_have_are_missing(tmp_path):
+    folder, more = make_folder(tmp_path / "set"), make_distractors(tmp_path / "more")
+    for name in ("x" * 300 + "/a.jpg", "a\x1b[2J/b.jpg", "c\u202e/d.jpg"):
+        (more / "revisitop1m.txt").write_text(name)
+        with pytest.raises(FileNotFoundError, match="1 of 1") as caught:
+            open_dataset("small", folder, distractors=more)
+        assert str(caught.value).isprintable()
+    content = published(imlist=["a\ud800/b", *"bcdef"])
+    write_pickle(folder / "gnd_small.pkl", content)
+    with pytest.raises(FileNotFoundError, match=r"1 of 6 .*a\\ud800/b"):
+        open_dataset("small", folder)
+
+
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path):
     folder, more = make_folder(tmp_path / "set"), make_distractors(tmp_path / "more")
     for name in ("../set/jpg/a.jpg", str(folder / "jpg" / "a.jpg")):
         (more / "revisitop1m.txt").write_text(name)
-        with pytest.raises(ValueError, match="leads out of"):
+        with pytest.raises(ValueError, match="revisitop1m lists what leads out of its folder"):
             open_dataset("small", folder, distractors=more)
 
 

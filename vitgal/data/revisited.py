@@ -5,9 +5,9 @@ demo's and a user's own. Source: Radenovic et al., "Revisiting Oxford and Paris"
 files published with it.
 """
 
+import io
 import os
 import pickle
-import reprlib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -27,18 +27,17 @@ DISTRACTORS = "revisitop1m"
 DOWNLOADS = ("roxford5k", "rparis6k", DISTRACTORS)
 EXTENSION = ".jpg"  # the lists of ROxford and RParis omit it, the distractors' list does not
 PICKLE_PROTOCOL = 4  # fixed, so that the same ground truth is the same bytes under every Python
+MOST_LABELS = 20_000_000  # of all queries together; a small file can refer to one list very often
+LONGEST_NAME = 4096  # of an image
 
 
 @dataclass(frozen=True, eq=False)
 class GroundTruth:
     """Database images that show each query's landmark, and how hard they are to recognise.
 
-    Attributes:
-        name: the benchmark's name.
-        database, queries: N and Q image names.
-        boxes: (Q, 4) float64, (x0, y0, x1, y1) in pixels of the stored query image.
-        easy, hard, junk: per query a rising int64 array of indices into `database`, from 0; no
-            index is in two of them. An image in none of them is negative.
+    `database` and `queries` are N and Q image names. `boxes` (Q, 4) float64 is (x0, y0, x1, y1) in
+    pixels of the stored query image. `easy`, `hard` and `junk` are per query a rising int64 array
+    of indices into `database`; no index is in two of them, an image in none of them is negative.
     """
 
     name: str
@@ -98,11 +97,7 @@ def labelled(ground_truth: GroundTruth) -> list[np.ndarray]:
 
 
 def relevance_labels(ground_truth: GroundTruth, query: int, images: Sequence[int]) -> list[str]:
-    """Returns the labels of database images, given by index, for one query.
-
-    Each is "easy", "hard", "junk" or "negative" (in no list). Raises IndexError for a query
-    that does not exist.
-    """
+    """Returns "easy", "hard", "junk" or "negative" (in no list) for database images by index."""
     labels = {
         int(index): label
         for label in ("junk", "hard", "easy")
@@ -121,14 +116,39 @@ def _images_with_labels(
 
 
 class _BuiltinsOnly(pickle._Unpickler):
-    """Unpickles only lists, dicts, strings and numbers, and so runs no code of a pickle.
+    """Unpickles only lists, tuples, dicts with text as keys, text and numbers.
 
     The base class is the one in Python: a damaged index makes the compiled one allocate 34 GB.
     """
 
     def find_class(self, module: str, name: str) -> Any:
         """Refuses every class and function."""
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        if module.split(".")[0] == "numpy":
+            raise pickle.UnpicklingError("it holds numpy arrays or numbers, not lists and numbers")
+        raise pickle.UnpicklingError(f"it asks for {runs.printable(module)}.{runs.printable(name)}")
+
+    def _refuse(self) -> None:
+        raise pickle.UnpicklingError("it holds more than lists, dicts, text and numbers")
+
+    def _set_items(self, items: list) -> None:
+        """Adds keys and values, in turn, to the dict on top of the stack."""
+        if not all(type(key) is str for key in items[::2]):  # to hash a tuple can take years
+            self._refuse()
+        self.stack[-1].update(zip(items[::2], items[1::2], strict=True))
+
+    def _make_dict(self) -> None:
+        items = self.pop_mark()
+        self.append({})
+        self._set_items(items)
+
+    # A few bytes of the instructions refused here claim any memory, or hash what is in a set.
+    dispatch = pickle._Unpickler.dispatch | {
+        **dict.fromkeys(pickle.BYTEARRAY8 + pickle.NEXT_BUFFER + pickle.READONLY_BUFFER, _refuse),
+        **dict.fromkeys(pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET, _refuse),
+        pickle.DICT[0]: _make_dict,
+        pickle.SETITEMS[0]: lambda self: self._set_items(self.pop_mark()),
+        pickle.SETITEM[0]: lambda self: self._set_items([self.stack.pop(-2), self.stack.pop()]),
+    }
 
 
 def load_ground_truth(path: str | os.PathLike) -> GroundTruth:
@@ -146,15 +166,16 @@ def load_ground_truth(path: str | os.PathLike) -> GroundTruth:
     path = Path(path)
     name = path.stem.removeprefix("gnd_")
     try:
-        with open(path, "rb") as handle:
-            content = _BuiltinsOnly(handle).load()
+        # From memory: a read of more than the file holds allocates nothing.
+        content = _BuiltinsOnly(io.BytesIO(path.read_bytes())).load()
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no ground truth file {path}; {_remedy(name)}") from None
     except Exception as error:  # a damaged pickle can raise anything
+        reason = runs.printable(str(error)[:200] or type(error).__name__)
         raise ValueError(
-            f"{path} is refused as ground truth: {error or type(error).__name__}; the published "
-            "files hold lists, names and numbers alone, so get the file again from its publisher"
-        ) from error
+            f"{path} is refused as ground truth: {reason}; get a published file again from its "
+            "publisher, and write your own with vitgal.data.write_ground_truth, which takes arrays"
+        ) from None
     try:
         ground_truth = _parse(name, content)
         check_ground_truth(ground_truth)
@@ -203,7 +224,7 @@ def check_ground_truth(ground_truth: GroundTruth) -> None:
             _check_box(box)
             _check_labels(arrays, len(ground_truth.database))
         except ValueError as error:
-            raise ValueError(f"query {q} ({query}) {error}") from None
+            raise ValueError(f"query {q} ({runs.printable(query)}) {error}") from None
 
 
 def _check_box(box: np.ndarray) -> None:
@@ -240,13 +261,18 @@ def _parse(name: str, content: Any) -> GroundTruth:
     if missing:
         raise ValueError(f"no {' and no '.join(missing)} in it; it is not a ground truth file")
     for key in keys[:2]:
-        if not _is_list(content[key], str) or "" in content[key]:
+        names = content[key]
+        if not _is_list(names, str) or not all(0 < len(name) < LONGEST_NAME for name in names):
             raise ValueError(f"{key} must be a list of image names")
     database, queries, entries = (content[key] for key in keys)
     if not _is_list(entries, dict) or len(entries) != len(queries):
         raise ValueError(f"gnd must be a list with one dict for each of {len(queries)} queries")
+    labels = (entry.get(label) for entry in entries for label in LABELS)
+    if sum(len(images) for images in labels if isinstance(images, list)) > MOST_LABELS:
+        raise ValueError(f"gnd holds more than {MOST_LABELS:,} labels")
     boxes, lists = [], {label: [] for label in LABELS}
     for q, (query, entry) in enumerate(zip(queries, entries, strict=True)):
+        query = runs.printable(query)
         try:
             boxes.append(_box(entry))
             for label in LABELS:
@@ -268,14 +294,14 @@ def _is_list(value: Any, kind: type | tuple[type, ...]) -> bool:
 def _box(entry: dict) -> np.ndarray:
     box = entry.get("bbx")
     if not _is_list(box, (int, float)) or len(box) != 4:
-        raise ValueError(f"needs a box (bbx) of 4 numbers: x0, y0, x1, y1; not {reprlib.repr(box)}")
+        raise ValueError(f"needs a box (bbx) of 4 numbers: x0, y0, x1, y1; not {runs.short(box)}")
     return np.array(box, np.float64)
 
 
 def _indices(entry: dict, label: str) -> np.ndarray:
     indices = entry.get(label)
     if not _is_list(indices, int):
-        raise ValueError(f"needs a list {label} of integers, not {reprlib.repr(indices)}")
+        raise ValueError(f"needs a list {label} of integers, not {runs.short(indices)}")
     return np.sort(np.array(indices, np.int64))
 
 
@@ -319,14 +345,9 @@ def open_dataset(
         names, paths = _distractors(Path(distractors))
         database, database_paths = database + names, database_paths + paths
         _refuse_repeated([*database, *ground_truth.queries], "list with distractors")
+    distractors = distractors and Path(distractors)
     return RetrievalDataset(
-        name,
-        ground_truth,
-        database,
-        database_paths,
-        query_paths,
-        folder=folder,
-        distractors=distractors and Path(distractors),
+        name, ground_truth, database, database_paths, query_paths, folder, distractors
     )
 
 
@@ -353,36 +374,48 @@ def _image_paths(images: Path, names: Iterable[str], extension: str, dataset: st
     paths, missing = [], []
     files_of: dict[str, set[str]] = {}  # each folder is listed once
     for name in names:
-        if leads_out(name):
-            raise ValueError(f"{dataset} lists {name!r}, which leads out of {images}")
+        try:
+            paths.append(runs.inside(images, name + extension))
+        except ValueError as error:
+            raise ValueError(f"{dataset} lists what leads out of its folder: {error}") from None
         folder, file = os.path.split(name + extension)
-        paths.append(images / (name + extension))
         if folder not in files_of:
             files_of[folder] = _files(images / folder)
         if file not in files_of[folder]:
             missing.append(name + extension)
     if missing:
+        folder, file = os.path.split(missing[0])
         raise FileNotFoundError(
             f"{len(missing)} of {len(paths)} images that {dataset} lists are missing in {images}: "
-            f"{runs.abbreviate(missing)}; {_remedy(dataset)}"
+            f"{runs.abbreviate(missing)}; {_similar(file, extension, files_of[folder])}"
+            f"{_remedy(dataset)}"
         )
     return paths
 
 
-def leads_out(name: str) -> bool:
-    """Returns whether a listed path may name a file outside the folder that it is relative to."""
-    return name.startswith("/") or ".." in name.split("/") or "\0" in name
+def _similar(file: str, extension: str, files: set[str]) -> str:
+    """A remedy for a missing file whose name is there with another ending, else nothing."""
+    stem = file.removesuffix(extension)
+    if stem in files:
+        return f"{runs.printable(stem)} is there: list the names without {extension}; "
+    other = min((name for name in files if os.path.splitext(name)[0] == stem), default=None)
+    if other is None:
+        return ""
+    remedy = f"rename it to {file}, whatever its format" if extension else "list the whole name"
+    return runs.printable(f"{other} is there: {remedy}; ")
 
 
 def _files(folder: Path) -> set[str]:
-    """The names of a folder's files; none where there is no such folder.
+    """The names of a folder's files; none where there can be no such folder.
 
     A million look-ups of single distractors would take minutes on a network disk.
     """
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_file()}
-    except (FileNotFoundError, NotADirectoryError):
+    except PermissionError:
+        raise
+    except (OSError, UnicodeError):
         return set()
 
 
