@@ -11,27 +11,28 @@ from .files import (
     TEMPORARY as TEMPORARY,
     atomic as atomic,
     disk_full as disk_full,
+    inside as inside,
     plain as plain,
     read_json as read_json,
     read_lines as read_lines,
+    refuse_links as refuse_links,
     text_encoding as text_encoding,
     write_array as write_array,
     write_arrays as write_arrays,
     write_json as write_json,
     write_text as write_text,
 )
-from .fingerprints import (
-    CHUNK as CHUNK,
-    fingerprint as fingerprint,
-    fingerprint_file as fingerprint_file,
-    fingerprint_images as fingerprint_images,
-)
 from .inputs import (
+    CHUNK as CHUNK,
     Input as Input,
     combined_input as combined_input,
     file_input as file_input,
+    fingerprint as fingerprint,
+    fingerprint_file as fingerprint_file,
+    fingerprint_images as fingerprint_images,
     images_input as images_input,
     input_fingerprints as input_fingerprints,
+    threaded as threaded,
 )
 from .locks import (
     ALONE as ALONE,
@@ -52,7 +53,6 @@ from .paths import (
     SMALL_WEIGHTS as SMALL_WEIGHTS,
     checkout as checkout,
     data_folder as data_folder,
-    inside as inside,
     model_file as model_file,
     resolve as resolve,
     run_folder as run_folder,

@@ -75,11 +75,18 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """Returns the checkout's commit, with `+` where tracked files are changed; None without git."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """Returns the checkout's commit, with `+` where tracked files are changed; None without git.
+
+    Neither git's environment variables nor a repository around the package are looked at.
+    """
+    top = Path(__file__).resolve().parents[2]
+    git = ["git", "-C", str(top), f"--git-dir={top / '.git'}", f"--work-tree={top}"]
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        dirty = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True)
+        head, dirty = (
+            subprocess.run([*git, *command], capture_output=True, text=True, env=clean)
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
     except FileNotFoundError:  # no git on this machine
         return None
     return head.stdout.strip() + ("+" if dirty.stdout else "") if head.returncode == 0 else None

@@ -7,13 +7,13 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vitgal.runs.errors import StageError
+from vitgal.runs.errors import PathError, StageError, short
 
 TEMPORARY = ".tmp-"
 _BYTE_ORDER_MARKS = {  # that of UTF-32 begins with that of UTF-16
@@ -61,6 +61,26 @@ def disk_full(error: OSError) -> bool:
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     # NumPy gives no error number, only "4096 requested and 1024 written".
     return error.errno in full or " requested and " in str(error)
+
+
+def inside(folder: str | os.PathLike, name: str) -> Path:
+    """Returns `folder / name` for a name that a file holds; links are not followed.
+
+    Raises PathError for a name that is absolute, empty or no text, or leads out of the folder.
+    """
+    legal = isinstance(name, str) and name not in ("", ".") and not name.startswith("/")
+    if not legal or ".." in name.split("/") or "\0" in name:
+        raise PathError(f"{short(name)} is not the path of a file inside {folder}")
+    return Path(folder) / name
+
+
+def refuse_links(paths: Iterable[Path]) -> None:
+    """Raises PathError for the first path that is a link: writing there would change its target."""
+    if link := next((path for path in paths if os.path.islink(path)), None):
+        raise PathError(
+            f"{link} is a link to {os.readlink(link)}: vitgal writes through no link; move it away "
+            "or name the folder that it leads to"
+        )
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -123,11 +143,11 @@ def write_arrays(path: Path, **arrays: np.ndarray) -> Path:
 
 def read_json(path: Path) -> Any:
     """Reads a JSON file; StageError names one that is missing or incomplete."""
+    if not Path(path).is_file():
+        raise StageError(f"{path} is missing")
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise StageError(f"{path} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits, ...
         raise StageError(
             f"{path} is not complete JSON ({error}); set overwrite: true to make it again"
         ) from None

@@ -1,13 +1,71 @@
-"""Inputs of a stage, read only where their files have changed."""
+"""Inputs of a stage: fingerprints of their content, read only where files have changed."""
 
 import hashlib
+import itertools
+import json
+import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vitgal.runs.fingerprints import fingerprint, fingerprint_file, fingerprint_images
+import numpy as np
+
+from vitgal.runs.files import plain
+
+CHUNK = 1 << 20  # bytes read at once when hashing
+ENDS = 4096  # bytes of an image that are hashed at its beginning and at its end
+READERS = 16  # threads that open images: most of the time they wait for the disk
+
+
+def fingerprint_file(path: Path) -> str:
+    """Returns the sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """Returns the sha256 of plain values (names, numbers, nested lists and dicts), in hex."""
+    text = json.dumps(plain(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def fingerprint_images(names: Sequence[str], paths: Sequence[Path]) -> str:
+    """Returns the sha256 of each image's name, file size, first and last 4 KiB, in hex.
+
+    Reading a million photographs completely would take an hour; a replaced or truncated one differs
+    in its size or at its ends. FileNotFoundError names the first missing file.
+    """
+    digest = hashlib.sha256()
+    for name, (size, ends) in zip(names, threaded(_read_ends, paths, READERS), strict=True):
+        digest.update(_encode(f"{name}\0{size}\0") + ends)
+    return digest.hexdigest()
+
+
+def _read_ends(path: Path) -> tuple[int, bytes]:
+    with open(path, "rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        head = handle.read(ENDS)
+        handle.seek(max(0, size - ENDS))
+        return size, head + handle.read(ENDS)
+
+
+def threaded(
+    function: Callable[[Any], Any], items: Iterable[Any], threads: int | None = None
+) -> Iterator[Any]:
+    """Yields `function` of each item in their order, as `map`, computed in threads (None: CPUs).
+
+    A few thousand items are in work at once: a future for each of millions would fill the memory.
+    """
+    remaining, threads = iter(items), threads or os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        while batch := list(itertools.islice(remaining, 4096)):
+            size = max(1, len(batch) // (4 * threads))
+            blocks = [batch[start : start + size] for start in range(0, len(batch), size)]
+            for results in pool.map(lambda block: [*map(function, block)], blocks):
+                yield from results
 
 
 @dataclass(frozen=True)
@@ -66,11 +124,18 @@ def input_fingerprints(
     }
 
 
-def _stamp(names: Iterable[str], paths: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for name, path in zip(names, paths, strict=True):
-        status = os.stat(path)
-        # The kernel sets ctime: it changes even where a new file keeps an old file's mtime.
-        facts = status.st_size, status.st_mtime_ns, status.st_ctime_ns
-        digest.update("\0".join(map(str, (name, os.path.abspath(path), *facts, ""))).encode())
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # a file name may be no Unicode
+
+
+def _stamp(names: Sequence[str], paths: Sequence[Path]) -> str:
+    texts = [os.fspath(path) for path in paths]
+    folder = "" if all(text.startswith("/") for text in texts) else os.getcwd()
+    digest = hashlib.sha256(
+        "\0".join([folder, *names, "", *texts]).encode("utf-8", "surrogateescape")
+    )
+    # The kernel sets ctime: it changes even where a new file keeps an old file's mtime.
+    facts = operator.attrgetter("st_size", "st_mtime_ns", "st_ctime_ns")
+    numbers = itertools.chain.from_iterable(map(facts, threaded(os.stat, texts, READERS)))
+    digest.update(np.fromiter(numbers, np.int64).tobytes())
     return digest.hexdigest()

@@ -2,12 +2,14 @@
 
 import contextlib
 import fcntl
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from vitgal.runs.errors import StageError
+from vitgal.runs.files import refuse_links
 
 LOCK = ".lock"  # the names of all lock files begin with this
 _HELD: set[IO] = set()  # open lock files of this process, inherited by its forks
@@ -47,8 +49,11 @@ def locked(folder: Path, slot: WorkerSlot = ALONE) -> Iterator[None]:
     Raises:
         StageError: Another process holds the lock, the same worker runs already, a worker of a
             different `slot.count` runs, or the folder cannot be locked.
+        PathError: The folder or something in it is a link, through which files elsewhere could be
+            overwritten.
     """
-    busy = f"another process is working in {folder}; wait for it, or use another run_dir"
+    refuse_links([folder])
+    busy = f"another process is working in {folder}; wait for it, or use another folder (run_dir)"
     with contextlib.ExitStack() as held:
         _lock(folder / LOCK, held, fcntl.LOCK_EX if slot == ALONE else fcntl.LOCK_SH, busy)
         if slot != ALONE:
@@ -57,6 +62,7 @@ def locked(folder: Path, slot: WorkerSlot = ALONE) -> Iterator[None]:
             _lock(folder / f"{name}-{slot.number}", held, fcntl.LOCK_EX, duplicate)
             _lock(folder / name, held, fcntl.LOCK_SH, None)
             _refuse_other_counts(folder, name, f"{busy} (not as one of {slot.count})")
+        refuse_links(folder.iterdir())
         yield
 
 
@@ -72,9 +78,12 @@ def _refuse_other_counts(folder: Path, name: str, busy: str) -> None:
 
 def _lock(path: Path, held: contextlib.ExitStack, kind: int, busy: str | None) -> None:
     """Locks a file until `held` closes; waits for it where `busy` is None, the error's text."""
+    refuse_links([path])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = held.enter_context(open(path, "w"))
+        # Without truncation, and without waiting for the reader of a named pipe.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        handle = held.enter_context(open(os.open(path, flags, 0o666), "rb"))
     except OSError as error:
         raise StageError(
             f"cannot write to the run folder {path.parent} ({error.strerror}); give it write "

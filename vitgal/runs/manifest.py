@@ -1,45 +1,79 @@
 """Manifests: records of a stage's settings, inputs and outputs.
 
 A running stage has `started.json`; `stage.json` is written last, when all outputs are complete.
-Both hold the settings that the result depends on: the stage's name and format, its parameters, and
-fingerprints of its inputs.
+Both hold the settings that the result depends on.
 """
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
-from vitgal.runs.errors import StageError
-from vitgal.runs.files import read_json
-from vitgal.runs.fingerprints import fingerprint, fingerprint_file
+from vitgal.runs.errors import StageError, printable
+from vitgal.runs.files import inside, read_json
+from vitgal.runs.inputs import fingerprint, fingerprint_file
 
 STAGE_FORMAT = 1
 MANIFEST = "stage.json"
 STARTED = "started.json"
-SETTINGS = ("format", "stage", "parameters", "inputs")
+SETTINGS = {"format": int, "stage": str, "parameters": dict, "inputs": dict}
 # A larger file is checked by its length alone: hashing 200 GB of features takes longer than the
 # stages that read them, and the feature store has checksums.
 HASH_LIMIT = 1 << 30
 
 
 def read_stage(folder: Path, made_by: str) -> dict:
-    """Reads a finished stage's manifest; without one, StageError names the notebook to run."""
-    if not (Path(folder) / MANIFEST).exists():
-        state = "was interrupted" if (Path(folder) / STARTED).exists() else "has not been run"
+    """Reads a finished stage's manifest.
+
+    StageError names the notebook to run where there is none, and the file where it is damaged.
+    """
+    folder = Path(folder)
+    if not (folder / MANIFEST).exists():
+        state = "was interrupted" if (folder / STARTED).exists() else "has not been run"
         raise StageError(f"the stage in {folder} {state}: run {made_by} first")
-    return read_json(Path(folder) / MANIFEST)
+    return read_record(folder / MANIFEST)
+
+
+def read_record(path: Path) -> dict:
+    """Reads `stage.json` or `started.json`; StageError for a file that is missing or damaged."""
+    record = read_json(path)
+    if not _is_record(record, SETTINGS) or (path.name == MANIFEST and not _is_manifest(record)):
+        raise StageError(f"{path} is damaged; set overwrite: true to make the stage again")
+    return record
+
+
+def _is_record(value: Any, kinds: dict[str, type]) -> bool:
+    """Returns whether a value of JSON is an object with these entries."""
+    return isinstance(value, dict) and all(
+        isinstance(value.get(key), kind) and not isinstance(value[key], bool)
+        for key, kind in kinds.items()
+    )
+
+
+def _is_manifest(record: dict) -> bool:
+    if not _is_record(record, {"outputs": dict, "recorded": dict}):
+        return False
+    recorded = record["recorded"]
+    tables = [record["inputs"], recorded.get("versions", {}), recorded.get("stamps", {})]
+    texts = itertools.chain.from_iterable(
+        table.values() if isinstance(table, dict) else [None] for table in tables
+    )
+    return all(isinstance(text, str) for text in texts) and all(
+        _is_record(entry, {"bytes": int}) and isinstance(entry.get("sha256", ""), str)
+        for entry in record["outputs"].values()
+    )
 
 
 def read_settings(folder: Path) -> dict | None:
     """Reads the settings of a folder's finished or interrupted stage; None where there is none."""
     for name in (MANIFEST, STARTED, MANIFEST):  # another worker may turn one into the other
         try:
-            record = read_json(folder / name)
+            record = read_record(folder / name)
         except StageError:
             if (folder / name).exists():
                 raise
         else:
-            return {key: record.get(key) for key in SETTINGS}
+            return {key: record[key] for key in SETTINGS}
     return None
 
 
@@ -49,8 +83,9 @@ def describe_output(path: Path) -> dict[str, Any]:
     return {"bytes": size} | ({"sha256": fingerprint_file(path)} if size <= HASH_LIMIT else {})
 
 
-def check_output(path: Path, recorded: dict[str, Any]) -> None:
+def check_output(folder: Path, output: str, recorded: dict[str, Any]) -> None:
     """Raises StageError where a file differs from its entry in the manifest."""
+    path = inside(folder, output)
     unchanged = path.is_file() and path.stat().st_size == recorded["bytes"]
     if unchanged and "sha256" in recorded:
         unchanged = fingerprint_file(path) == recorded["sha256"]
@@ -77,14 +112,22 @@ def output_fingerprint(folder: Path, output: str, made_by: str) -> str:
 
 
 def differences(recorded: dict, wanted: dict) -> list[str]:
-    """Returns a line for each entry, of any depth, in which two stages' settings differ."""
+    """Returns a line for each entry, of any depth, in which two stages' settings differ.
+
+    Of more than twenty the last line says how many follow.
+    """
+    lines = _differences(recorded, wanted)
+    return lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else [])
+
+
+def _differences(recorded: dict, wanted: dict) -> list[str]:
     lines = []
     for key in sorted(set(recorded) | set(wanted)):
         before, now = recorded.get(key), wanted.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            lines += [f"{key}.{line}" for line in differences(before, now)]
+            lines += [f"{printable(key)}.{line}" for line in _differences(before, now)]
         elif not _same(before, now):
-            lines.append(f"{key}: {_shortened(before)} there, {_shortened(now)} now")
+            lines.append(f"{printable(key)}: {_shortened(before)} there, {_shortened(now)} now")
     return lines
 
 

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from vitgal.runs.errors import PathError, StageError, short
+from vitgal.runs.errors import StageError
 from vitgal.runs.manifest import read_stage
 
 SMALL_WEIGHTS = "weights/vitgal_nano.safetensors"  # made by params/small_weights.yaml
@@ -25,24 +25,15 @@ def resolve(path: str | os.PathLike) -> Path:
     return checkout() / Path(path).expanduser()
 
 
-def inside(folder: str | os.PathLike, name: str) -> Path:
-    """Returns `folder / name` for a name that a file holds; links are not followed.
-
-    Raises PathError for a name that is absolute, empty or no text, or leads out of the folder.
-    """
-    legal = isinstance(name, str) and name not in ("", ".") and not name.startswith("/")
-    if not legal or ".." in name.split("/") or "\0" in name:
-        raise PathError(f"{short(name)} is not the path of a file inside {folder}")
-    return Path(folder) / name
-
-
 def run_folder(run_dir: str | os.PathLike) -> Path:
     """Returns a run's folder; a relative one counts from $VITGAL_RUNS, or `runs/` without it.
 
     A relative $VITGAL_RUNS counts from the checkout: a notebook's kernel and the command line that
-    starts it have different current folders.
+    starts it have different current folders. Links up to the run are resolved; links inside it are
+    refused where a stage begins.
     """
-    return resolve(os.environ.get("VITGAL_RUNS") or "runs") / Path(run_dir).expanduser()
+    runs = resolve(os.environ.get("VITGAL_RUNS") or "runs")
+    return (runs / Path(run_dir).expanduser()).resolve()
 
 
 def data_folder(run: Path, folder: str | None, part: str = "") -> Path:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from vitgal.runs.environment import THREADS, commit, numeric_environment, versions
-from vitgal.runs.errors import StageError
-from vitgal.runs.files import TEMPORARY, plain, read_json, write_json
+from vitgal.runs.errors import StageError, printable
+from vitgal.runs.files import TEMPORARY, plain, refuse_links, write_json
 from vitgal.runs.inputs import Input, input_fingerprints, input_stamps
 from vitgal.runs.locks import ALONE, LOCK, WorkerSlot, locked
 from vitgal.runs.manifest import (
@@ -27,6 +27,7 @@ from vitgal.runs.manifest import (
     check_output,
     describe_output,
     differences,
+    read_record,
     read_settings,
 )
 
@@ -67,13 +68,9 @@ class Stage:
             "thread_variables": {name: os.environ[name] for name in THREADS if name in os.environ},
             "stamps": self.stamps,
         }
-        manifest = self.settings | {
-            "outputs": {
-                name: describe_output(self.folder / name) for name in sorted(map(str, outputs))
-            },
-            "recorded": facts | dict(recorded or {}),
-        }
-        write_json(self.folder / MANIFEST, manifest)
+        entries = {name: describe_output(self.folder / name) for name in sorted(map(str, outputs))}
+        manifest = {"outputs": entries, "recorded": facts | dict(recorded or {})}
+        write_json(self.folder / MANIFEST, self.settings | manifest)
         (self.folder / STARTED).unlink(missing_ok=True)
         self.finished = True
         return self.folder
@@ -111,6 +108,7 @@ def stage(
     Raises:
         StageError: The folder cannot be written, another process works in it, or it holds a stage
             with other settings; the message names the differences.
+        PathError: The folder is a link, or holds one.
         FileNotFoundError: A file of an input is missing.
         ValueError: Several workers would overwrite the folder.
     """
@@ -119,6 +117,7 @@ def stage(
             "overwrite would delete what the other workers write: delete the folder first"
         )
     folder = Path(folder)
+    refuse_links([folder.parent])
     # Stamps come before fingerprints: a file that changes in between must differ from its stamp.
     stamps = input_stamps(inputs)
     with locked(folder, slot):
@@ -127,19 +126,22 @@ def stage(
         fingerprints = input_fingerprints(inputs, _unchanged_inputs(folder, stamps))
         compared = (STAGE_FORMAT, name, parameters | numeric_environment(), fingerprints)
         settings = plain(dict(zip(SETTINGS, compared, strict=True)))
-        if slot != ALONE or not _has_no_output(folder):
+        # A stage that stopped before its first output has nothing that depends on its settings.
+        if slot != ALONE or [path.name for path in _contents(folder)] != [STARTED]:
             _refuse_other_settings(folder, settings)
         opened = Stage(folder, name, (folder / MANIFEST).exists(), settings, stamps)
         if opened.finished:
             try:
-                _check_finished(folder)
+                _check_finished(folder, stamps if slot == ALONE else None)
             except StageError:
                 if not repair:
                     raise
                 opened.reopen()
         if not opened.finished:
+            refuse_links(folder.rglob("*"))
             if slot == ALONE:  # else a temporary file may be another worker's
-                _remove_temporary(folder)
+                for path in sorted(folder.rglob(f"{TEMPORARY}*")):  # what a killed process left
+                    _remove(path)
             write_json(folder / STARTED, settings)
         yield opened
 
@@ -147,20 +149,12 @@ def stage(
 def _unchanged_inputs(folder: Path, stamps: dict[str, str]) -> dict[str, str]:
     """Returns a finished stage's fingerprints of the inputs whose stamps are still the same."""
     try:
-        manifest = read_json(folder / MANIFEST)
-    except StageError:  # missing; `_refuse_other_settings` reports an incomplete one
+        manifest = read_record(folder / MANIFEST)
+    except StageError:  # missing; `_refuse_other_settings` reports a damaged one
         return {}
-    recorded = manifest["recorded"].get("stamps", {})
-    return {
-        name: manifest["inputs"][name]
-        for name, stamp in stamps.items()
-        if recorded.get(name) == stamp
-    }
-
-
-def _has_no_output(folder: Path) -> bool:
-    """Returns whether a stage began here and stopped before its first output."""
-    return [path.name for path in _contents(folder)] == [STARTED]
+    recorded, fingerprints = manifest["recorded"].get("stamps", {}), manifest["inputs"]
+    same = (name for name, stamp in stamps.items() if recorded.get(name) == stamp)
+    return {name: fingerprints[name] for name in same if name in fingerprints}
 
 
 def _refuse_other_settings(folder: Path, wanted: dict) -> None:
@@ -180,19 +174,25 @@ def _refuse_other_settings(folder: Path, wanted: dict) -> None:
         )
 
 
-def _check_finished(folder: Path) -> None:
-    """Raises StageError for a changed output, and warns once of changed versions of libraries."""
-    manifest = read_json(folder / MANIFEST)
+def _check_finished(folder: Path, stamps: dict[str, str] | None) -> None:
+    """Raises StageError for a changed output; warns once of changed versions of libraries.
+
+    `stamps` replace the recorded ones: files that were only copied or touched are not read again.
+    """
+    manifest = read_record(folder / MANIFEST)
     for output, recorded in manifest["outputs"].items():
-        check_output(folder / output, recorded)
+        check_output(folder, output, recorded)
     now = versions()
     changed = [
-        f"{name} {version} then, {now[name]} now"
-        for name, version in manifest["recorded"]["versions"].items()
+        f"{name} {printable(version)} then, {now[name]} now"
+        for name, version in manifest["recorded"].get("versions", {}).items()
         if name in now and now[name] != version
     ]
     if changed:
         warnings.warn(f"{folder.name} was made with {'; '.join(changed)}", stacklevel=4)
+    if stamps is not None and stamps != manifest["recorded"].get("stamps", {}):
+        manifest["recorded"]["stamps"] = stamps
+        write_json(folder / MANIFEST, manifest)
 
 
 def _clear(folder: Path) -> None:
@@ -213,17 +213,10 @@ def _clear(folder: Path) -> None:
     (folder / STARTED).unlink(missing_ok=True)
 
 
-def _remove_temporary(folder: Path) -> None:
-    """Removes temporary files and folders that a killed process left."""
-    for path in sorted(folder.rglob(f"{TEMPORARY}*")):
-        if path.exists() or path.is_symlink():  # else removed with its folder
-            _remove(path)
-
-
 def _contents(folder: Path) -> list[Path]:
     """Returns what a folder holds besides locks and temporary files."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith((LOCK, TEMPORARY)))
 
 
 def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
