@@ -28,7 +28,8 @@ from vitgal.stages.images import (
     refuse_failures,
     report_failures,
 )
-from vitgal.stages.ray_describer import ImageDescriber, open_describer
+from vitgal.stages.local_describer import LocalDescriber
+from vitgal.stages.ray_describer import open_describer
 
 BLOCK = 256  # images between two checkpoints
 DESCRIPTOR_SETTINGS = ("crop_queries", "top", "display", "index")  # that descriptors depend on
@@ -100,7 +101,7 @@ def evaluate_global(
         return stage.folder
 
 
-def _describe_queries(describer: ImageDescriber, tasks: Sequence[ImageTask]) -> np.ndarray:
+def _describe_queries(describer: LocalDescriber, tasks: Sequence[ImageTask]) -> np.ndarray:
     with tqdm(disable=True) as bar:
         ((rows, failures),) = describer.describe_blocks([tasks], bar)
     refuse_failed_query(failures)
@@ -108,7 +109,7 @@ def _describe_queries(describer: ImageDescriber, tasks: Sequence[ImageTask]) -> 
 
 
 def _describe_database(
-    describer: ImageDescriber,
+    describer: LocalDescriber,
     dataset: RetrievalDataset,
     file: Path,
     settings: GlobalSettings,

@@ -22,7 +22,8 @@ from vitgal.stages.images import (
     report_failures,
     shard_tasks,
 )
-from vitgal.stages.ray_describer import ImageDescriber, open_describer
+from vitgal.stages.local_describer import LocalDescriber
+from vitgal.stages.ray_describer import open_describer
 
 GLOBAL_NOTEBOOK = "04_global_evaluation"
 # The stage hashes these files of a shard when it ends and again when it is reused. The large arrays
@@ -111,7 +112,7 @@ def shortlist_tasks(dataset: RetrievalDataset, path: Path, crop: bool) -> list[I
 
 
 def write_shards(
-    describer: ImageDescriber,
+    describer: LocalDescriber,
     shards: Sequence[ShardTask],
     slot: runs.WorkerSlot,
     max_failed_share: float,

@@ -75,29 +75,27 @@ def prefetch(
     threads the caller loads. A ReadError is raised: the disk failed, not the image.
     """
 
-    def attempt(task: ImageTask) -> LoadedImage | ImageError:
+    def attempt(task: ImageTask) -> tuple[ImageTask, LoadedImage | ImageError]:
         """Loads one image, or returns why it cannot be used."""
         try:
-            return load(task)
+            return task, load(task)
         except ReadError:
             raise
         except ImageError as error:
-            return error
+            return task, error
 
     if threads < 1:
-        yield from ((task, attempt(task)) for task in tasks)
+        yield from map(attempt, tasks)
         return
-    pending: deque[tuple[ImageTask, Future]] = deque()
+    pending: deque[Future] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
             for task in tasks:
-                pending.append((task, pool.submit(attempt, task)))
+                pending.append(pool.submit(attempt, task))
                 if len(pending) > AHEAD * threads:
-                    first, future = pending.popleft()
-                    yield first, future.result()
+                    yield pending.popleft().result()
             while pending:
-                first, future = pending.popleft()
-                yield first, future.result()
+                yield pending.popleft().result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -117,8 +115,7 @@ def refuse_failures(failures: Sequence[Failure], count: int, max_failed_share: f
 
 def refuse_failed_query(failures: Sequence[Failure]) -> None:
     """Raises StageError if there is any failure; `failures` are those of queries."""
-    if failures:
-        failure = failures[0]
+    for failure in failures:
         raise runs.StageError(
             f"the query image {failure['name']} cannot be read: {failure['reason']}; replace it "
             "(a query cannot be left out)"

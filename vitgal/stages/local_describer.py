@@ -147,18 +147,17 @@ class LocalDescriber:
             positions, frames = zip(*labels, strict=True)
             items = [kept.get(keys[position]) for position in positions]
             if not all(items):
-                computed = self._local_batch(batch, frames)
+                computed = self.memory.run(
+                    lambda part, batch=batch, frames=frames: self._local(batch[part], frames[part]),
+                    len(batch),
+                )
                 items = [old or new for old, new in zip(items, computed, strict=True)]
             features.update(zip(positions, items, strict=True))
         return [(keys[position], features[position]) for position in sorted(features)], failures
 
-    def _local_batch(self, batch: list[np.ndarray], frames: Sequence[Frame]) -> list[LocalFeatures]:
-        def compute(part: slice) -> list[LocalFeatures]:
-            """Computes the features of as much of the batch as memory holds."""
-            pixels = network_input(np.stack(batch[part]), device_of(self.model))
-            return local_features(self.model, pixels, frames[part], self.settings)
-
-        return self.memory.run(compute, len(batch))
+    def _local(self, batch: list[np.ndarray], frames: Sequence[Frame]) -> list[LocalFeatures]:
+        pixels = network_input(np.stack(batch), device_of(self.model))
+        return local_features(self.model, pixels, frames, self.settings)
 
 
 def _counted(images: LoadedImages, bar: tqdm) -> LoadedImages:

@@ -18,32 +18,20 @@ from tqdm.auto import tqdm
 from vitgal import engines
 from vitgal.features import store
 from vitgal.models.inference import UNTRAINED, inference, resolve_precision
-from vitgal.models.network import ViTGaL
 from vitgal.settings import MachineSettings
 from vitgal.stages.images import Failure, ImageTask, ShardTask
 from vitgal.stages.local_describer import LocalDescriber, StageSettings, load_images, open_local
 
 
 @dataclass(frozen=True, eq=False)
-class RayDescriber:
-    """A Ray cluster whose actors each hold a LocalDescriber, with the same methods.
+class RayDescriber(LocalDescriber):
+    """A LocalDescriber whose work is done by those of a Ray cluster's actors.
 
-    local: has the actors' device, threads and precision; of its network only the dimensions are
-    used. source: the weight file, by its absolute path, or "untrained:<architecture>".
+    Of its network only the dimensions are used. source: the weight file, by its absolute path, or
+    "untrained:<architecture>".
     """
 
-    local: LocalDescriber
-    source: str
-
-    @property
-    def model(self) -> ViTGaL:
-        """The network; only its dimensions may be used."""
-        return self.local.model
-
-    @property
-    def precision(self) -> str:
-        """The precision of the actors, "fp32" or "bf16"."""
-        return self.local.precision
+    source: str = ""
 
     def describe_blocks(
         self, blocks: Sequence[Sequence[ImageTask]], bar: tqdm
@@ -75,22 +63,17 @@ class RayDescriber:
 
     def recorded(self) -> dict[str, Any]:
         """Lists what a stage's manifest records of the cluster; no result depends on it."""
-        machine = self.local.machine
-        return self.local.recorded() | {
+        return super().recorded() | {
             "engine": "ray",
-            "actors": _actor_plan(machine).actors,
-            "device": machine.device,
-            "threads": machine.threads,
+            "actors": _actor_plan(self.machine).actors,
+            "device": self.machine.device,
+            "threads": self.machine.threads,
         }
 
     def _run(
-        self,
-        work: Sequence[Any],
-        read: Callable,
-        describe: Callable,
-        write: Callable | None = None,
+        self, work: Sequence[Any], read: Callable, describe: Callable, write: Callable | None = None
     ) -> Iterator[Any]:
-        settings, machine = self.local.settings, self.local.machine
+        settings, machine = self.settings, self.machine
         return engines.Pipeline(
             read=partial(read, settings=settings, machine=machine),
             make_describer=partial(_Actor, describe, self.source, settings, machine),
@@ -101,13 +84,10 @@ class RayDescriber:
         ).run(work)
 
 
-ImageDescriber = LocalDescriber | RayDescriber
-
-
 @contextlib.contextmanager
 def open_describer(
     source: Path | str, settings: StageSettings, machine: MachineSettings
-) -> Iterator[ImageDescriber]:
+) -> Iterator[LocalDescriber]:
     """Opens a model on this machine or on a Ray cluster, as the setting `engine` says.
 
     source: a weight file, or "untrained:<architecture>".
@@ -125,14 +105,10 @@ def open_describer(
             precision = settings.precision
             if precision == "auto":
                 precision = engines.call_remotely(partial(resolve_precision, "auto", device), plan)
-            local = replace(
-                local,
-                settings=replace(settings, precision=precision),
-                machine=replace(machine, device=device, threads=machine.threads or 1),
-                precision=precision,
-            )
-            is_file = not str(source).startswith(UNTRAINED)
-            yield RayDescriber(local, str(Path(source).absolute() if is_file else source))
+            settings = replace(settings, precision=precision)
+            machine = replace(machine, device=device, threads=machine.threads or 1)
+            path = source if str(source).startswith(UNTRAINED) else Path(source).absolute()
+            yield RayDescriber(local.model, settings, machine, precision, source=str(path))
 
 
 def _actor_plan(machine: MachineSettings) -> engines.ActorPlan:
