@@ -7,6 +7,7 @@ import numpy as np
 
 from vitgal import runs
 from vitgal.evaluation import statistics
+from vitgal.features.files import map_array
 from vitgal.settings import RerankingSettings, TuningSettings
 
 DATASET = "val_retrieval"
@@ -74,7 +75,7 @@ class Tuning:
     def read(cls, folder: Path) -> "Tuning":
         """Reads the folder of a finished tuning stage."""
         record = runs.read_json(Path(folder) / "tuning.json")
-        ap = np.load(Path(folder) / "ap.npy", allow_pickle=False)
+        ap = map_array(Path(folder) / "ap.npy")
         points = (tuple(record[key]) for key in ("chosen", "current"))
         before, groups = np.array(record["before"], np.float64), np.array(record["groups"])
         return cls(record["grid"], ap, *points, before, groups)

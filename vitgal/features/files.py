@@ -93,6 +93,12 @@ def _array(data: Any, start: int, dtype: np.dtype, shape: tuple[int, ...], order
     return np.ndarray(shape, dtype, data, start, order=order)
 
 
+def divides(offsets: np.ndarray, size: int) -> bool:
+    """Tells whether offsets rise from 0 to a size: (n + 1,) for n parts."""
+    rising = offsets.ndim == 1 and offsets.size and (offsets[1:] >= offsets[:-1]).all()
+    return bool(rising and offsets[0] == 0 and offsets[-1] == size)
+
+
 def leading_rows(path: Path) -> np.ndarray:
     """Reads the whole rows at the beginning of a `.npy` that may be cut short.
 

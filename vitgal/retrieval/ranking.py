@@ -4,7 +4,6 @@ A ranking is the first images of every query in order, and the exact rank of eac
 """
 
 import os
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from vitgal import runs
 from vitgal.data.revisited import PROTOCOLS, GroundTruth
+from vitgal.features.files import FileError, divides, map_array, read_arrays
 from vitgal.retrieval import shortlists
 from vitgal.retrieval.shortlists import PUBLISHED
 from vitgal.settings import RerankingSettings
@@ -209,17 +209,19 @@ class Positions:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Positions":
-        """Reads what `save` wrote; ValueError names a file that holds something else."""
+        """Reads what `save` wrote; FileError names a file that holds something else."""
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                cuts = arrays["offsets"][1:-1]
-                empty = arrays["offsets"].size == 1  # no query; np.split would give one
-                indices, ranks = (
-                    [] if empty else np.split(arrays[key], cuts) for key in ("indices", "positions")
-                )
-                return cls(indices, ranks, int(arrays["number"]))
-        except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} does not hold positions ({error}); make it again") from error
+            names = ("number", "offsets", "indices", "positions")
+            number, offsets, *flat = read_arrays(path, names).values()
+            if any(array.dtype != np.int64 for array in (number, offsets, *flat)):
+                raise ValueError("no integers")
+            if flat[0].ndim != 1 or not divides(offsets, flat[0].size):
+                raise ValueError("its offsets")
+            pairs = zip(offsets[:-1], offsets[1:], strict=True)
+            cuts = [slice(start, stop) for start, stop in pairs]
+            return cls(*([array[cut] for cut in cuts] for array in flat), int(number))
+        except (TypeError, ValueError) as error:
+            raise FileError(f"{path} does not hold positions ({error}); make it again") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +254,10 @@ class Ranking:
         Raises FileNotFoundError, or ValueError for a file that holds something else.
         """
         order, positions = (Path(folder) / name for name in cls.files(variant))
-        return cls(np.load(order, mmap_mode="r", allow_pickle=False), Positions.load(positions))
+        ranks = map_array(order)
+        if ranks.ndim != 2 or ranks.dtype.kind != "i":
+            raise FileError(f"{order} holds {ranks.dtype} {ranks.shape}, no ranking: make it again")
+        return cls(ranks, Positions.load(positions))
 
     def save(self, folder: str | os.PathLike, variant: str | None = None) -> tuple[str, str]:
         """Writes both files into a folder and returns their names."""

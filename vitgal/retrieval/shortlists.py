@@ -8,6 +8,7 @@ import numpy as np
 
 from vitgal import runs
 from vitgal.data.revisited import PROTOCOLS, GroundTruth, RetrievalDataset, ignored
+from vitgal.features.files import FileError, map_array
 from vitgal.settings import GlobalSettings
 
 PUBLISHED = "published"  # the short list of the published code: the plain first ranks
@@ -171,12 +172,9 @@ def read_global_rank(path: str | os.PathLike) -> np.ndarray:
     Its indices are those of the program that wrote it: with distractors, the order of the published
     code depends on the file system. Raises ValueError for a file that holds something else.
     """
-    try:
-        ranks = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a whole .npy array ({error})") from error
-    if getattr(ranks, "ndim", None) != 2 or ranks.dtype.kind not in "iu":
-        raise ValueError(f"{path} holds no ranking, a 2-D array of integers with a column a query")
+    ranks = map_array(path)
+    if ranks.ndim != 2 or ranks.dtype.kind not in "iu":
+        raise FileError(f"{path} holds no ranking, a 2-D array of integers with a column a query")
     return ranks
 
 

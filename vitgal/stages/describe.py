@@ -16,6 +16,7 @@ from vitgal.evaluation.protocol import evaluate
 from vitgal.evaluation.scores import scores_document
 from vitgal.features import store
 from vitgal.features.descriptors import read_descriptors
+from vitgal.features.files import map_array
 from vitgal.models.inference import weights_input
 from vitgal.retrieval import exact_ranks, exact_search, faiss_index, shortlists
 from vitgal.retrieval.ranking import Ranking
@@ -198,7 +199,7 @@ def _write_rankings(
     ranking; the exact scores are stored as `exact`, the recall of the index as `recall`.
     """
     folder, truth = stage.folder, dataset.ground_truth
-    database = np.load(folder / "database.npy", mmap_mode="r", allow_pickle=False)
+    database = map_array(folder / "database.npy")
     depth = shortlists.shortlist_depth(truth, len(database), top=settings.top)
     depth = max(settings.display, depth)
     similarities, ranks = exact_search.search(queries, database, k=depth)

@@ -10,7 +10,6 @@ All coordinates are pixels of the upright photograph, turned by its EXIF orienta
 """
 
 import functools
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from vitgal.data.photographs import (
     size_note,
 )
 from vitgal.features import store
+from vitgal.features.files import read_arrays
 from vitgal.features.interchange import export_hloc
 from vitgal.features.local import LocalFeatures
 from vitgal.features.selection import Frame
@@ -174,13 +174,18 @@ class Describer:
 def _read(file: Path) -> Description | None:
     """Reads a stored description; None where it is missing or damaged."""
     try:
-        with np.load(file, allow_pickle=False) as content:
-            arrays = {name: content[name] for name in content.files}
-    except (FileNotFoundError, zipfile.BadZipFile, EOFError, ValueError):
+        arrays = read_arrays(file, ("descriptor", *store.FEATURE_ARRAYS, "sizes"))
+    except (OSError, ValueError):
         return None
-    sizes = [int(value) for value in arrays["sizes"]]
-    code_dim = arrays["descriptors"].shape[1]
-    features = store.decode_features(arrays, sizes, "float16", code_dim)
+    stored = store.ShardFormat("float16", sum(arrays["descriptors"].shape[1:]))
+    layout = stored.layout(arrays["scores"].size, 0) | {
+        "descriptor": (np.dtype(np.float32), (arrays["descriptor"].size,)),
+        "sizes": (np.dtype(np.int64), (9,)),
+    }
+    if any((array.dtype, array.shape) != layout[name] for name, array in arrays.items()):
+        return None
+    sizes = arrays["sizes"].tolist()
+    features = store.decode_features(arrays, sizes, stored.dtype, stored.code_dim)
     return Description(arrays["descriptor"], features, orientation=sizes[8])
 
 

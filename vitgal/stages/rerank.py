@@ -1,5 +1,6 @@
 """The stage of notebook 06: short lists are verified, in parallel over queries, and reranked."""
 
+import contextlib
 import functools
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from vitgal import engines, runs
 from vitgal.data.revisited import PROTOCOLS, GroundTruth
 from vitgal.evaluation.protocol import evaluate
 from vitgal.evaluation.scores import scores_document
+from vitgal.features.files import map_array
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store import FeatureStore
 from vitgal.retrieval import shortlists
@@ -124,7 +126,7 @@ def rerank_shortlist(
             runs.write_array(folder / "candidates.npy", lists.candidates)
             runs.write_array(folder / "inliers.npy", padded(counts))
         shutil.rmtree(folder / JOURNAL, ignore_errors=True)
-        inliers = np.load(folder / "inliers.npy", allow_pickle=False)
+        inliers = map_array(folder / "inliers.npy")
         outputs = _write_rankings(stage, lists, inliers, settings)
         pairs = int((inliers >= 0).sum())
         recorded = {"engine": machine.engine, "workers": machine.workers, "pairs": pairs}
@@ -190,8 +192,12 @@ def count_queries(
     journal: folder of the finished queries, from which an interrupted run goes on. label: of the
     progress bar. The result does not depend on the machine's engine and workers.
     """
-    counts = {int(path.stem): np.load(path, allow_pickle=False) for path in journal.glob("*.npy")}
-    counts = {q: row for q, row in counts.items() if row.shape[-1] == lists.images[q].size}
+    counts: dict[int, np.ndarray] = {}
+    for q, images in enumerate(lists.images):
+        with contextlib.suppress(OSError, ValueError):  # missing or damaged: it is counted again
+            row = map_array(journal / f"{q}.npy")
+            if row.dtype == np.int32 and row.shape[-1:] == images.shape:
+                counts[q] = row
     queries = lists.ground_truth.queries
     tasks = [(q, queries[q], lists.names(q)) for q in range(len(queries)) if q not in counts]
     # Processes, not threads: pydegensac draws from one random state a process.
@@ -297,8 +303,8 @@ def inlier_counts(folder: Path, query: int) -> dict[int, int]:
     folder: `<run>/<dataset>/rerank`. query: its index.
     """
     runs.read_stage(folder, "notebook 06_rerank")
-    candidates = np.load(folder / "candidates.npy", mmap_mode="r")[query]
-    counts = np.load(folder / "inliers.npy", mmap_mode="r")[query]
+    candidates = map_array(folder / "candidates.npy")[query]
+    counts = map_array(folder / "inliers.npy")[query]
     verified = candidates >= 0
     return dict(zip(candidates[verified].tolist(), counts[verified].tolist(), strict=True))
 

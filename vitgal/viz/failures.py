@@ -12,6 +12,7 @@ from vitgal import runs
 from vitgal.data import revisited
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.evaluation.protocol import evaluate
+from vitgal.features.files import map_array
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval.matching import match
 from vitgal.retrieval.ranking import Ranking
@@ -207,7 +208,7 @@ class _Evidence:
     ) -> "_Evidence":
         """Reads what the stages of `<run>/<dataset>` hold of a query and some images."""
         order, values = (
-            np.load(folder / "global" / name, mmap_mode="r")[:, query]
+            map_array(folder / "global" / name)[:, query]
             for name in ("ranks.npy", "similarities.npy")
         )
         stored = np.isin(order, images)

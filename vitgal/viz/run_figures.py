@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from vitgal import runs
 from vitgal.data import revisited
 from vitgal.data.revisited import GroundTruth, RetrievalDataset
+from vitgal.features.files import map_array
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval.ranking import Ranking
 from vitgal.retrieval.verification import inspect_pair
@@ -181,7 +182,7 @@ def global_diagram(folder: Path, settings: GlobalSettings) -> Axes:
 
     folder: a finished global stage, whose shapes are written into the diagram. Returns the axes.
     """
-    images, dimension = np.load(folder / "database.npy", mmap_mode="r").shape
+    images, dimension = map_array(folder / "database.npy").shape
     size, side = settings.size, settings.size // 16
     mean = f"mean of {len(settings.scales)} scale(s)"
     return diagrams.step_diagram(

@@ -1,4 +1,5 @@
 from .codec import (
+    FEATURE_ARRAYS as FEATURE_ARRAYS,
     PRECISION_REMEDY as PRECISION_REMEDY,
     StoreError as StoreError,
     decode_features as decode_features,

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vitgal import runs
-from vitgal.features.files import map_array, read_json
+from vitgal.features.files import divides, map_array, read_json
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store.codec import FEATURE_ARRAYS, FORMAT, REMEDY, StoreError, decode_features
 from vitgal.features.store.shard import (
@@ -270,7 +270,7 @@ class Index:
         }
         if any((array.dtype, array.shape) != layout[n] for n, array in self.arrays.items()):
             return False
-        if not (_divides(ends, names.size) and _divides(firsts, count)):
+        if not (divides(ends, names.size) and divides(firsts, count)):
             return False
         starts = np.concatenate([np.zeros(1, np.int64), rows[:, 1]])  # an item's at another's end
         starts[firsts] = 0
@@ -322,11 +322,6 @@ class Index:
     def _key(self, position: int) -> bytes:
         ends = self.arrays["name_ends"]
         return self.arrays["names"][ends[position] : ends[position + 1]].tobytes()
-
-
-def _divides(cuts: np.ndarray, size: int) -> bool:
-    """Tells whether cuts (n,) rise from 0 to a size."""
-    return bool(cuts[0] == 0 and cuts[-1] == size and (cuts[1:] >= cuts[:-1]).all())
 
 
 def write_index(store: Path) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from vitgal import runs
-from vitgal.features.files import INT32, conforms, leading_rows, map_array, read_json
+from vitgal.features.files import INT32, conforms, divides, leading_rows, map_array, read_json
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store.codec import (
     FEATURE_ARRAYS,
@@ -259,7 +259,7 @@ class Shard:
             shard = cls(folder, header, {})
             count = len(header["items"])
             offsets = map_array(folder / "offsets.npy", np.dtype(np.int64), (count + 1,))
-            if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any():
+            if not divides(offsets, offsets[-1]):
                 raise ValueError("its offsets.npy")
             for name, stated in shard.format.layout(int(offsets[-1]), count).items():
                 shard.arrays[name] = map_array(folder / f"{name}.npy", *stated)
