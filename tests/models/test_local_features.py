@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vitgal.features import selection
-from vitgal.models import local_features
+from vitgal.models import descriptors
 from vitgal.models.inference import network_input
 from vitgal.models.network import TokenCodes, build_model
 from vitgal.settings.sections import SelectionSettings
@@ -31,7 +31,7 @@ class Tokens:
 
 def one(model, size=(32, 32), **options):
     selection = SelectionSettings(**options)
-    (features,) = local_features.local_features(model, torch.zeros(1, 3, *size), [FRAME], selection)
+    (features,) = descriptors.local_features(model, torch.zeros(1, 3, *size), [FRAME], selection)
     return features
 
 
@@ -44,15 +44,15 @@ class TestScores:
         attention = torch.tensor([[[0.04, 0.02, 0.02], [0.1, 0.4, 0.1]]])
         expected = np.array([0.625, 0.75, 0.375]) / 1.75 * 3
         # float32 rounding
-        np.testing.assert_allclose(local_features.token_scores(attention)[0], expected, rtol=1e-6)
+        np.testing.assert_allclose(descriptors.token_scores(attention)[0], expected, rtol=1e-6)
 
     def test_the_mean_is_one(self):
         attention = torch.rand(3, 8, 77, generator=torch.Generator().manual_seed(0))
-        np.testing.assert_allclose(local_features.token_scores(attention).mean(dim=1), 1, rtol=1e-5)
+        np.testing.assert_allclose(descriptors.token_scores(attention).mean(dim=1), 1, rtol=1e-5)
 
     def test_nan_is_refused(self):
         with pytest.raises(ValueError, match="not finite"):
-            local_features.token_scores(torch.full((1, 2, 3), float("nan")))
+            descriptors.token_scores(torch.full((1, 2, 3), float("nan")))
 
 
 class TestSelection:
@@ -107,9 +107,9 @@ class TestScales:
     def test_published_interpolation_loses_a_pixel(self):
         """688 * (496 / 688) is 495.99..., rounded down by the published way to scale."""
         images = torch.rand(1, 3, 32, 688, generator=torch.Generator().manual_seed(0))
-        published, factors = local_features.rescale(images, 0.7071, "published")
+        published, factors = descriptors.rescale(images, 0.7071, "published")
         assert published.shape[2:] == (32, 495)
-        ours, same = local_features.rescale(images, 0.7071)
+        ours, same = descriptors.rescale(images, 0.7071)
         assert ours.shape[2:] == (32, 496)
         assert factors == same == (1.0, 496 / 688)
 
@@ -117,7 +117,7 @@ class TestScales:
         images = torch.rand(1, 3, 432, 576, generator=torch.Generator().manual_seed(0))
         for scale in SelectionSettings.scales:
             ours, theirs = (
-                local_features.rescale(images, scale, how)[0] for how in ("size", "published")
+                descriptors.rescale(images, scale, how)[0] for how in ("size", "published")
             )
             assert ours.shape == theirs.shape
             # sampling positions that differ in the last bit of about 600 (6e-5 pixels)
@@ -125,7 +125,7 @@ class TestScales:
 
     def test_scale_one_changes_nothing(self):
         images = torch.rand(1, 3, 32, 48)
-        assert local_features.rescale(images, 1.0)[0] is images
+        assert descriptors.rescale(images, 1.0)[0] is images
 
 
 class TestPatches:
@@ -274,15 +274,15 @@ class TestLocalFeatures:
         images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
             settings = SelectionSettings()
-            together = local_features.local_features(model, images, [FRAME, FRAME], settings)
+            together = descriptors.local_features(model, images, [FRAME, FRAME], settings)
             for image, expected in zip(images, together, strict=True):
-                (single,) = local_features.local_features(model, image[None], [FRAME], settings)
+                (single,) = descriptors.local_features(model, image[None], [FRAME], settings)
                 assert (-np.diff(single.scores) / single.scores[1:]).min() > 1e-5
                 np.testing.assert_array_equal(single.keypoints, expected.keypoints)
                 # batched products may sum in another order: 5e-7 was seen
                 np.testing.assert_allclose(single.descriptors, expected.descriptors, atol=1e-5)
                 np.testing.assert_allclose(single.scores, expected.scores, rtol=5e-6)
-            assert local_features.local_features(model, images[:0], [], settings) == []
+            assert descriptors.local_features(model, images[:0], [], settings) == []
 
     def test_errors(self):
         plain = build_model("xcit_nano_12_p16_224", seed=0)

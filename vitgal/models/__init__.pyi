@@ -2,6 +2,9 @@ from .descriptors import (
     describe as describe,
     extract_global as extract_global,
     extract_local as extract_local,
+    require_codes as require_codes,
+    rescale as rescale,
+    token_scores as token_scores,
 )
 from .heads import ArcFace as ArcFace, LinearClassifier as LinearClassifier
 from .inference import (
@@ -16,11 +19,6 @@ from .inference import (
     resolve_precision as resolve_precision,
     weights_fingerprint as weights_fingerprint,
     weights_input as weights_input,
-)
-from .local_features import (
-    require_codes as require_codes,
-    rescale as rescale,
-    token_scores as token_scores,
 )
 from .network import (
     Autoencoder as Autoencoder,

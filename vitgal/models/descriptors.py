@@ -1,4 +1,9 @@
-"""Global descriptors and local features of images in memory."""
+"""Global descriptors and local features of images.
+
+Local features (ViTGaL, section 3) are the autoencoder's codes of the tokens of highest class
+attention. Their coordinates are pixels of the network input at scale 1, with the image's top-left
+corner at (0, 0).
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,11 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from vitgal.data.images import crop_box, resize as resize_image
+from vitgal.data.images import PATCH, crop_box, resize as resize_image
 from vitgal.features.local import LocalFeatures
+from vitgal.features.selection import (
+    Frame,
+    centres,
+    patch_boxes,
+    scaled_size,
+    select_tokens,
+    suppress,
+)
 from vitgal.models.inference import batches, device_of, inference, network_input
-from vitgal.models.local_features import local_features
 from vitgal.models.network import ViTGaL
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings, SelectionSettings
 
@@ -35,7 +48,7 @@ def extract_global(
         scales: of the network input. Several: the mean of the normalised descriptors, renormalised.
         precision: "fp32", "bf16" or "auto".
     Returns:
-        (len(images), D) float32 of length 1, in the order of `images`; no images give (0, D).
+        (len(images), D) float32 of length 1; no images give (0, D).
     Raises:
         ValueError: a box that does not fit its image, an unknown mode or precision, a scale out of
             range, a descriptor that is not finite.
@@ -56,10 +69,7 @@ def extract_global(
 def describe(
     model: ViTGaL, batch: np.ndarray, scales: Sequence[float] = GlobalSettings.scales
 ) -> np.ndarray:
-    """Computes global descriptors (B, D) float32 of length 1 of a batch (B, H, W, 3) uint8 RGB.
-
-    To be called within `inference`. Raises ValueError where a descriptor is not finite.
-    """
+    """Computes the global descriptors (B, D) of a batch (B, H, W, 3); call it in `inference`."""
     images = network_input(batch, device_of(model))
     total = torch.zeros(len(batch), model.embed_dim, device=images.device)
     for scale in scales:
@@ -86,10 +96,9 @@ def extract_local(
     """Computes the local features of one image (H, W, 3) uint8 RGB.
 
     Args:
-        box: (x0, y0, x1, y1) in pixels to cut out first (`images.crop_box`); None: all of it.
+        box, precision: as for `extract_global`.
         size: the network input has about size x size pixels in the image's shape, sides multiples
             of 16.
-        precision: "fp32", "bf16" or "auto".
         options: fields of SelectionSettings; the defaults are the published ones.
     Raises:
         ValueError: a box that does not fit, a model without autoencoder, an option out of range.
@@ -100,3 +109,118 @@ def extract_local(
     with inference(model, precision):
         inputs = network_input(batch, device_of(model))
         return local_features(model, inputs, [(crop_frame, image.shape[:2])], selection)[0]
+
+
+def local_features(
+    model: ViTGaL,
+    images: Tensor,
+    frames: Sequence[Frame],
+    selection: SelectionSettings,
+) -> list[LocalFeatures]:
+    """Finds the local features of images of one size, at all scales together.
+
+    Thresholds, rounding and suppression are those of the published extraction code.
+
+    Args:
+        images: (B, 3, h, w) normalised network inputs on the model's device, the sides multiples
+            of 16; B may be 0.
+        frames: per image the box that was cut out of the photograph and the photograph's size.
+        selection: which tokens become features. At each scale the sides of the input are rounded
+            up to multiples of 16; `target_per_scale` is in proportion to the area.
+    Returns:
+        One LocalFeatures an image; empty where no token passes the last threshold.
+    Raises:
+        ValueError: the model has no autoencoder, or the attention is not finite.
+    """
+    require_codes(model)
+    candidates: list[list[tuple]] = [[] for _ in frames]
+    codes, count = [], 0  # of the scales so far: the codes, and the number of tokens
+    for scale in selection.scales:
+        resized, factors = rescale(images, scale, selection.interpolation)
+        features = model.token_codes(resized)
+        # NOTE the published code takes the row's length from the input, see `rescale`.
+        published = selection.interpolation == "published"
+        columns = resized.shape[-1] // PATCH if published else features.grid[1]
+        target = selection.target_per_scale * factors[0] * factors[1]
+        scores = token_scores(features.attention).cpu().numpy()
+        for parts, row in zip(candidates, scores, strict=True):
+            tokens = select_tokens(row, target, selection.ladder)
+            nominal = np.full(len(tokens), scale, np.float32)
+            boxes = patch_boxes(tokens, columns, factors)
+            parts.append((boxes, row[tokens], nominal, count + tokens))
+        codes.append(features.codes)
+        count += scores.shape[1]
+    size = tuple(images.shape[-2:])
+    return [
+        _select_best(parts, row, selection, size, frame)
+        for parts, row, frame in zip(candidates, torch.cat(codes, dim=1), frames, strict=True)
+    ]
+
+
+def require_codes(model: ViTGaL) -> int:
+    """Returns the dimension of the model's local descriptors; ValueError where it has none."""
+    if model.code_dim is None:
+        raise ValueError(
+            "the model has no autoencoder, so it gives no local descriptors: use the weights of "
+            "03_train_autoencoder or a published autoencoder checkpoint"
+        )
+    return model.code_dim
+
+
+def _select_best(
+    parts: list[tuple],
+    codes: Tensor,
+    selection: SelectionSettings,
+    size: tuple[int, int],
+    frame: Frame,
+) -> LocalFeatures:
+    """One image's features and codes after suppression over all scales."""
+    boxes, scores, nominal, tokens = (np.concatenate(part) for part in zip(*parts, strict=True))
+    kept = suppress(
+        boxes,
+        scores,
+        overlap=selection.nms_overlap,
+        candidates=selection.nms_candidates,
+        keep=selection.max_keypoints,
+    )
+    kept_codes = codes[torch.from_numpy(tokens[kept]).to(codes.device)].float()
+    return LocalFeatures(
+        keypoints=centres(boxes[kept]),
+        descriptors=F.normalize(kept_codes, dim=1).cpu().numpy(),
+        scores=scores[kept],
+        scales=nominal[kept],
+        input_size=size,
+        box=frame[0],
+        image_size=frame[1],
+    )
+
+
+def rescale(
+    images: Tensor, scale: float, interpolation: str = SelectionSettings.interpolation
+) -> tuple[Tensor, tuple[float, float]]:
+    """Scales images (B, 3, h, w), bilinear without smoothing; returns them and both sides' factors.
+
+    "published" passes the factors to the interpolation, as the published code does. Rounding then
+    costs some sides a pixel (688 at 0.7071; 752 and 880 at 0.5). A width of 495 pixels has 31
+    patches, but that code assumes 30 and gets wrong locations.
+    """
+    size = tuple(images.shape[-2:])
+    target = scaled_size(size, scale)
+    factors = (target[0] / size[0], target[1] / size[1])
+    if target == size:
+        return images, factors
+    # NOTE the published code gives `scale_factor`; the size is the same without rounding.
+    size, scale_factor = (target, None) if interpolation == "size" else (None, factors)
+    return F.interpolate(images, size, scale_factor, "bilinear", align_corners=False), factors
+
+
+def token_scores(attention: Tensor) -> Tensor:
+    """Turns class attention (B, heads, N), which must be finite, into scores (B, N) of mean 1.
+
+    Every head is divided by its peak before the mean over heads, as published.
+    """
+    if not bool(torch.isfinite(attention).all()):
+        raise ValueError("the class attention is not finite: use precision fp32, or other weights")
+    heads = attention.float()
+    mean = (heads / heads.amax(dim=2, keepdim=True)).mean(dim=1)
+    return mean / mean.sum(dim=1, keepdim=True) * mean.shape[1]

@@ -57,8 +57,7 @@ class ArcFace(nn.Module):
     def forward(self, features: Tensor, labels: Tensor | None = None) -> Tensor:
         """Computes logits (B, classes) float32 of features (B, embed_dim), not normalised.
 
-        With labels (B,) int64 the true class's angle is widened by the margin, for training;
-        without them the logits are the scaled cosines, for validation.
+        The angles of the labels (B,) int64, if given, are widened by the margin.
         """
         # NOTE float32 under autocast and a clamp before the square root: in half precision the
         # published head takes the root of negative numbers and training stops with NaN.
@@ -68,16 +67,10 @@ class ArcFace(nn.Module):
     def loss(
         self, features: Tensor, labels: Tensor, *, smoothing: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Computes the cross-entropy with the margin.
+        """Computes the cross-entropy with the margin, and the predicted classes (B,) int64.
 
-        Args:
-            features: (B, embed_dim).
-            labels: (B,) int64.
-            smoothing: fraction of the target that is spread over all classes.
-        Returns:
-            The loss, a scalar, and the predicted classes (B,) int64.
-        Raises:
-            ValueError: `sampled` is below the number of classes in the batch.
+        features: (B, embed_dim).  labels: (B,) int64.  smoothing: fraction of the target that is
+        spread over all classes. Raises ValueError where a batch has more classes than `sampled`.
         """
         if self.sampled and self.sampled < self.classes:
             kept = self._sample(labels)

@@ -30,10 +30,8 @@ def resolve_precision(
 ) -> str:
     """Resolves "auto": "bf16" where the device computes it natively, else "fp32".
 
-    Args:
-        forks: query the GPU in another process: a process that has used CUDA cannot be forked.
-    Raises:
-        ValueError: an unknown precision.
+    forks: query the GPU in another process, since one that has used CUDA cannot be forked. Raises
+    ValueError for an unknown precision.
     """
     if precision not in TRAINING_PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
@@ -67,28 +65,22 @@ def device_of(network: nn.Module) -> torch.device:
 
 
 def open_model(model: str | Path, device: torch.device | str = "cpu", *, seed: int = 0) -> ViTGaL:
-    """Loads a weight file; builds "untrained:<architecture>" with seeded random weights.
-
-    Raises as `load_model` and `build_model` do.
-    """
+    """Loads a weight file; builds "untrained:<architecture>" with seeded random weights."""
     if str(model).startswith(UNTRAINED):
         return build_model(str(model).removeprefix(UNTRAINED), seed=seed).to(device)
     return load_model(model, device)
 
 
 def weights_fingerprint(model: str | Path, *, seed: int = 0) -> str:
-    """Returns the sha256 of the file that `open_model` loads, or architecture and seed.
-
-    Raises FileNotFoundError, with the command that downloads the file if there is one.
-    """
+    """Returns the sha256 of the file that `open_model` loads, or architecture and seed."""
     weights = weights_input(model, seed=seed)
     return weights if isinstance(weights, str) else weights.fingerprint()
 
 
 def weights_input(model: str | Path, *, seed: int = 0) -> str | runs.Input:
-    """Returns a model's weights as the input of a stage, which reads the file only if it changed.
+    """Returns a model's weights as the input of a stage; random ones as architecture and seed.
 
-    Random weights are identified by architecture and seed. Raises as `weights_fingerprint` does.
+    Raises FileNotFoundError, with the command that downloads the file if there is one.
     """
     if str(model).startswith(UNTRAINED):
         return f"{model}, seed {seed}"
@@ -107,19 +99,18 @@ def weights_input(model: str | Path, *, seed: int = 0) -> str | runs.Input:
 
 @contextlib.contextmanager
 def inference(model: ViTGaL, precision: str = GlobalSettings.precision) -> Iterator[None]:
-    """Runs the model in eval mode, without gradients, in a precision; restores its mode.
-
-    Raises ValueError for a precision that is not of inference.
-    """
+    """Runs the model in eval mode, without gradients, in a precision; restores its mode."""
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     device, training = device_of(model), model.training
     bf16 = resolve_precision(precision, device) == "bf16"
     # By default cuDNN rounds the inputs of convolutions to 10 bits (TF32).
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+    one_dnn = device.type == "cpu" and not bf16 and _one_dnn_works()
+    linear_layers = _OneDNN() if one_dnn else contextlib.nullcontext()
     model.eval()
     try:
-        with torch.inference_mode(), exact, _linear_layers(device, bf16):
+        with torch.inference_mode(), exact, linear_layers:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 yield
     finally:
@@ -141,7 +132,7 @@ class _OneDNN(TorchFunctionMode):
 
 
 def _one_dnn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # NOTE: torch.compile uses this operation on CPUs. It is undocumented: see `_one_dnn_works`.
+    # torch.compile uses this operation on CPUs. It is undocumented: see `_one_dnn_works`.
     return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
@@ -157,18 +148,9 @@ def _one_dnn_works() -> bool:
     return torch.allclose(outputs, F.linear(inputs, weight, bias), rtol=0, atol=1e-5)
 
 
-def _linear_layers(device: torch.device, bf16: bool) -> contextlib.AbstractContextManager:
-    if device.type == "cpu" and not bf16 and _one_dnn_works():
-        return _OneDNN()
-    return contextlib.nullcontext()
-
-
 @contextlib.contextmanager
 def limited_threads(threads: int | None) -> Iterator[None]:
-    """Limits torch's CPU threads (None: unchanged); sums of floats depend on their number.
-
-    threadpoolctl cannot limit the MKL inside torch.
-    """
+    """Limits torch's CPU threads (None: unchanged), which threadpoolctl cannot: MKL is inside."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
@@ -189,10 +171,7 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 def network_input(batch: np.ndarray, device: torch.device | str) -> Tensor:
-    """Moves a batch (B, H, W, 3) uint8 RGB to the device, as (B, 3, H, W) float32, normalised.
-
-    Normalising on the device moves a quarter of the bytes.
-    """
+    """Moves a batch (B, H, W, 3) uint8 RGB to the device, as (B, 3, H, W) float32, normalised."""
     # Channels last in memory: convolutions on a CPU are up to 18 % faster.
     if not batch.strides[0]:  # of `image[None]`; torch would round differently
         batch = batch.copy()
@@ -202,10 +181,10 @@ def network_input(batch: np.ndarray, device: torch.device | str) -> Tensor:
 def batches(
     inputs: Iterable[tuple[Any, np.ndarray]], batch_size: int
 ) -> Iterator[tuple[list, list[np.ndarray]]]:
-    """Gathers (label, image) into batches of one image size; yields (labels, images).
+    """Gathers (label, (H, W, 3) image) into batches of one image size; yields (labels, images).
 
-    Images are (H, W, 3). A full batch is yielded at once, incomplete ones at the end; at most
-    `batch_size` - 1 images of every size wait. Raises ValueError for a batch size below 1.
+    A full batch is yielded at once, incomplete ones at the end. Raises ValueError for a batch size
+    below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -221,19 +200,14 @@ def batches(
 
 @dataclass(eq=False)
 class BatchLimit:
-    """The largest batch that fits on the device, found by halving.
+    """The largest batch that fits on the device, found by halving."""
 
-    Attributes:
-        images: the limit; 0 while it is unknown.
-    """
-
-    images: int = 0
+    images: int = 0  # 0: unknown
 
     def run(self, compute: Callable[[slice], Sequence], count: int) -> list:
-        """Calls `compute` on slices of a batch of `count`, halved until they fit.
+        """Calls `compute` on slices of a batch of `count`, halved until they fit; results in order.
 
-        Each halving is printed. Returns the results in order; raises RuntimeError where one image
-        alone does not fit.
+        Raises RuntimeError where one image alone does not fit.
         """
         results: list = []
         while len(results) < count:

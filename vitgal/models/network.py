@@ -2,12 +2,9 @@
 
 Paper: Phan, Nguyen, Warrier, Gupta, "Patch Embedding as Local Features: Unifying Deep Local and
 Global Features via Vision Transformer for Image Retrieval", ACCV 2022. The transformer is XCiT
-(El-Nouby et al., 2021) from timm (Apache-2.0). The additions are written from the paper and
-the observed behaviour of the published network. With the published weights they compute the same
-numbers (tests/models/test_parity.py).
-
-The published network behaves in ways that the paper does not mention. They are kept, because the
-published weights were trained with them, and marked "As published". Deliberate differences:
+(El-Nouby et al., 2021) from timm (Apache-2.0). The additions are written from the paper and the
+observed behaviour of the published network and compute the same numbers (test_parity.py). What the
+paper does not mention is marked "As published". Deliberate differences:
 
 * ArcFace runs in float32 under any autocast and clamps before its square root;
 * attaching an autoencoder leaves the backbone as it is (the published one initialises it anew);
@@ -42,27 +39,20 @@ LAYER_NORM_EPS = 1e-6  # XCiT's, not torch's 1e-5
 class TokenFeatures:
     """Tokens, codes and attention of images: one row a patch, row by row over the grid, float32.
 
-    Attributes:
-        grid: (h, w) patches; N = h * w. Patch (i, j) covers the input pixels from (16 i, 16 j).
-        tokens: (B, N, D) the backbone's, after its last norm.
-        backbone_attention: (B, heads, N) the backbone's class attention. A head's attentions and
-            that of the class token to itself (left out) sum to 1.
-        codes: (B, N, code_dim) not normalised; None without autoencoder.
-        decoded: (B, N, D) the tokens that the autoencoder decodes from the codes; None without one.
-        attention: (B, heads, N) the autoencoder's class attention; without one the backbone's.
+    A head's attentions and that of the class token to itself, which is left out, sum to 1.
     """
 
-    grid: tuple[int, int]
-    tokens: Tensor
-    backbone_attention: Tensor
-    codes: Tensor | None
-    decoded: Tensor | None
-    attention: Tensor
+    grid: tuple[int, int]  # (h, w); N = h * w. Patch (i, j) covers the pixels from (16 i, 16 j)
+    tokens: Tensor  # (B, N, D) the backbone's, after its last norm
+    backbone_attention: Tensor  # (B, heads, N) the backbone's class attention
+    codes: Tensor | None  # (B, N, code_dim) not normalised; None without autoencoder
+    decoded: Tensor | None  # (B, N, D) the tokens decoded from the codes; None without autoencoder
+    attention: Tensor  # (B, heads, N) the autoencoder's class attention, or the backbone's
 
 
 @dataclass(frozen=True)
 class TokenCodes:
-    """The part of TokenFeatures that local features need; attributes as there."""
+    """The part of TokenFeatures that local features need."""
 
     grid: tuple[int, int]
     codes: Tensor
@@ -73,7 +63,7 @@ class MultiAtrous(nn.Module):
     """Adds context to every token: dilated convolutions, and the mean over the image.
 
     Five dilated 3 x 3 convolutions of D // 6 channels and one pooled branch of the remaining
-    channels; a depthwise convolution mixes them, then an MLP. Tokens (B, h * w, D) in and out.
+    channels; a depthwise convolution mixes them, then an MLP.
     """
 
     def __init__(self, dim: int, *, dilations: Sequence[int] = DILATIONS, eta: float = 1.0):
@@ -105,11 +95,7 @@ class MultiAtrous(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Short codes for tokens, and a class attention that scores the tokens.
-
-    `encoder` computes the local descriptors, `decoder` maps them back to the tokens' width. A class
-    token, trained to classify landmarks, attends to the decoded tokens.
-    """
+    """Short codes for tokens; a class token that attends to the decoded tokens scores them."""
 
     def __init__(self, dim: int, code_dim: int, *, num_heads: int):
         super().__init__()
@@ -137,10 +123,10 @@ class Autoencoder(nn.Module):
 class ViTGaL(nn.Module):
     """XCiT with a multi-atrous block before its class attention, and an optional autoencoder.
 
-    Images are (B, 3, H, W) float32, normalised as `inference.normalise` does, of any size. A side
-    that is no multiple of 16 has its last patch padded with zeros, as in the published network, so
-    that the grid is (ceil(H / 16), ceil(W / 16)). No image (B = 0) gives empty features in eval
-    mode. All features are float32, under autocast too.
+    Images are (B, 3, H, W) float32, normalised as `inference.normalise` does, of any size; another
+    shape raises ValueError. A side that is no multiple of 16 has its last patch padded with zeros,
+    as published, so that the grid is (ceil(H / 16), ceil(W / 16)). No image (B = 0) gives empty
+    features in eval mode. All features are float32, under autocast too.
     """
 
     def __init__(
@@ -182,9 +168,9 @@ class ViTGaL(nn.Module):
         return None if self.autoencoder is None else self.autoencoder.encoder.out_features
 
     def attach_autoencoder(self, code_dim: int, *, seed: int | None = None) -> "ViTGaL":
-        """Attaches a new autoencoder in place of any other; returns the model.
+        """Attaches a new autoencoder in place of any other; the backbone's tensors stay.
 
-        The backbone's tensors stay as they are. Raises ValueError where `code_dim` is not positive.
+        Returns the model; raises ValueError where `code_dim` is not positive.
         """
         if code_dim < 1:
             raise ValueError(f"code_dim must be at least 1, got {code_dim}")
@@ -196,10 +182,7 @@ class ViTGaL(nn.Module):
         return self
 
     def freeze_backbone(self) -> "ViTGaL":
-        """Freezes all but the autoencoder, BatchNorm statistics included; returns the model.
-
-        The backbone stays in eval mode, also after `train()`, and gets no gradient.
-        """
+        """Freezes all but the autoencoder, BatchNorm statistics included; returns the model."""
         self.backbone_frozen = True
         for module in (self.backbone, self.local_atrous):
             module.requires_grad_(False)
@@ -223,20 +206,13 @@ class ViTGaL(nn.Module):
         return self.global_features(images)
 
     def global_features(self, images: Tensor) -> Tensor:
-        """Computes global features (B, D) of images (B, 3, H, W), not normalised.
-
-        They are the class token after the last norm. Raises ValueError for another shape.
-        """
+        """Computes the class token after the last norm (B, D), not normalised."""
         joined, _ = self._joined(images)
         (block,) = self.backbone.cls_attn_blocks
         return self.backbone.norm(block(block(joined))[:, 0]).float()
 
     def token_features(self, images: Tensor) -> TokenFeatures:
-        """Computes tokens, codes and attention of images (B, 3, H, W).
-
-        Tokens and codes are not normalised. The class token's attention to itself is left out
-        without renormalisation, as published. Raises ValueError for another shape.
-        """
+        """Computes tokens, codes and attention of images (B, 3, H, W)."""
         tokens, backbone_attention, grid = self._tokens(images)
         if self.autoencoder is None:
             return TokenFeatures(grid, tokens, backbone_attention, None, None, backbone_attention)
@@ -246,11 +222,10 @@ class ViTGaL(nn.Module):
         return TokenFeatures(grid, tokens, backbone_attention, codes, decoded, attention)
 
     def token_codes(self, images: Tensor) -> TokenCodes:
-        """Computes the codes and attention of `token_features` faster, with equal bits.
+        """Computes codes and attention of images (B, 3, H, W) as `token_features`, but faster.
 
-        Images are (B, 3, H, W). Operations on the class tokens alone are left out, since in eval
-        mode codes and attention do not depend on them. Raises ValueError in training mode, for a
-        model without autoencoder, and where `images` has another shape.
+        The bits are equal: in eval mode they do not depend on what is left out, operations on the
+        class tokens alone. Raises ValueError in training mode and without autoencoder.
         """
         if self.training:
             raise ValueError("token_codes is for eval mode: call model.eval() first")
@@ -269,12 +244,10 @@ class ViTGaL(nn.Module):
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Encodes and decodes the tokens of images (B, 3, H, W), without gradient of the backbone.
 
-        Returns:
-            The autoencoder's class feature (B, D), for its classifier; the decoded tokens
-            (B, N, D); the backbone's tokens (B, N, D), which they should equal.
-        Raises:
-            ValueError: the model has no autoencoder, it trains and its backbone is not frozen (its
-                BatchNorm statistics would drift), or `images` has another shape.
+        Returns the autoencoder's class feature (B, D), for its classifier, the decoded tokens
+        (B, N, D), and the backbone's tokens (B, N, D), which they should equal. Raises ValueError
+        without autoencoder, in training with a backbone that is not frozen (its BatchNorm
+        statistics would drift), and where `images` has another shape.
         """
         if self.autoencoder is None:
             raise ValueError(
@@ -320,13 +293,11 @@ def build_model(
     """Builds a ViTGaL network with random weights, in eval mode.
 
     Args:
-        architecture: a name from ARCHITECTURES.
         code_dim: dimension of the autoencoder's codes (published: 128); None: no autoencoder.
         seed: the same seed gives the same weights bit by bit and leaves torch's random state alone.
         drop_path: fraction of residual branches dropped in training (published: 0.1).
-        dilations: of the multi-atrous block's convolutions.
     Raises:
-        ValueError: unknown architecture, or a code_dim that is not positive.
+        ValueError: an architecture not in ARCHITECTURES, or a code_dim that is not positive.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(
@@ -338,11 +309,10 @@ def build_model(
 
 
 def class_attention(block: ClassAttentionBlock, joined: Tensor) -> Tensor:
-    """Computes the class attention of each head of a block.
+    """Computes the class attention (B, heads, N) float32 of a block from its input (B, 1 + N, D).
 
-    joined: class token and patch tokens (B, 1 + N, D), the block's input. Returns (B, heads, N)
-    float32. The softmax is over class token and patches; the class token's attention to itself is
-    left out without renormalisation, as published.
+    The softmax is over class token and patches; the class token's attention to itself is left out
+    without renormalisation, as published.
     """
     normed, attn = block.norm1(joined), block.attn
     query = attn.q(normed[:, 0]).unflatten(-1, (attn.num_heads, -1)).float()

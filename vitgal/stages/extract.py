@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 from vitgal import engines, runs
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features import store
+from vitgal.models.descriptors import require_codes
 from vitgal.models.inference import weights_input
-from vitgal.models.local_features import require_codes
 from vitgal.retrieval import shortlists
 from vitgal.settings import LocalSettings, MachineSettings
 from vitgal.stages.images import (

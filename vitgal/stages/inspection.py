@@ -167,8 +167,8 @@ def explain_selection(
     the part that is described. Raises ValueError where the box does not fit the image, or the model
     has no autoencoder.
     """
+    from vitgal.models.descriptors import local_features, token_scores
     from vitgal.models.inference import device_of, inference, network_input
-    from vitgal.models.local_features import local_features, token_scores
 
     settings, recorder = settings or LocalSettings(), _Recorder(model)
     crop, box = crop_box(image, box)

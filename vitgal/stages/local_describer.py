@@ -16,7 +16,7 @@ from vitgal.data.images import ImageError
 from vitgal.features import store
 from vitgal.features.local import LocalFeatures
 from vitgal.features.selection import Frame
-from vitgal.models.descriptors import describe
+from vitgal.models.descriptors import describe, local_features
 from vitgal.models.inference import (
     BatchLimit,
     batches,
@@ -28,7 +28,6 @@ from vitgal.models.inference import (
     pick_device,
     resolve_precision,
 )
-from vitgal.models.local_features import local_features
 from vitgal.models.network import ViTGaL
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings
 from vitgal.stages.images import (

@@ -35,8 +35,7 @@ from vitgal.features.interchange import export_hloc
 from vitgal.features.local import LocalFeatures
 from vitgal.features.selection import Frame
 from vitgal.models import inference
-from vitgal.models.descriptors import describe
-from vitgal.models.local_features import local_features, require_codes
+from vitgal.models.descriptors import describe, local_features, require_codes
 from vitgal.models.network import ViTGaL
 from vitgal.retrieval.exact_search import search
 from vitgal.retrieval.verification import PairInspection, inspect_shortlist
