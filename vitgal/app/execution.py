@@ -1,12 +1,14 @@
-"""Execution of a notebook by papermill: progress, signals, and messages about failures."""
+"""Execution of a notebook by papermill: the kernel, progress, signals and messages of failures."""
 
 import contextlib
 import html
+import itertools
 import logging
 import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -16,14 +18,20 @@ from typing import Any
 import nbformat
 import papermill
 import zmq
-from jupyter_client.kernelspec import NoSuchKernel
+from ipykernel.kernelspec import make_ipkernel_cmd
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
-KERNEL = "python3"
+from vitgal import runs
+
+KERNEL = "python3"  # the name that notebooks carry; `Kernel` says what is started
 AUTOSAVE = 300  # seconds; each save rewrites the whole notebook with its figures
+PRINTED = 200_000  # characters that are kept of what a cell prints
+AGAIN = "run the same command again to go on: finished stages return at once"
 
 
 class NotebookError(RuntimeError):
@@ -41,14 +49,8 @@ class Interrupted(NotebookError):
 def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progress: bool) -> None:
     """Executes a notebook and writes the executed copy to `target`, also where a cell fails.
 
-    Args:
-        parameters: What papermill injects, by name.
-        progress: Whether to show a bar on a terminal, and elsewhere a line for the notebook.
-
-    Raises:
-        NotebookError: A cell failed, or the kernel died or did not start.
-        Interrupted: Ctrl-C was pressed.
-        Preempted: SIGTERM came.
+    `progress` shows a bar on a terminal, elsewhere a line. Raises NotebookError where a cell fails
+    or the kernel dies or does not start, Interrupted for Ctrl-C, Preempted for SIGTERM.
     """
     # Crash reports and warnings of the kernel's process, which messages quote.
     log = target.with_suffix(".log")
@@ -68,47 +70,34 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progres
                 kernel_log=log,
                 sigterm=sigterm,
             )
+        # A cell may have handled the signal, but it is meant for the whole chain.
+        reason = "it is finished"
     except KeyboardInterrupt:
-        raise Interrupted(
-            f"{notebook.name} was interrupted {_last_cell(target)}\n{_partial(target)}\n"
-            "run the same command again to go on: finished stages return at once"
-        ) from None
-    except (PapermillExecutionError, NoSuchKernel, RuntimeError, TimeoutError) as error:
-        if sigterm.is_set():
-            reason = getattr(error, "evalue", "")
-            raise Preempted(_preemption_message(notebook, target, reason)) from None
-        raise NotebookError(_failure_message(error, notebook, target, log)) from None
-    else:
-        if sigterm.is_set():  # a cell handled the signal, but it is meant for the whole chain
-            raise Preempted(_preemption_message(notebook, target, "it is finished"))
+        where = f"{notebook.name} was interrupted {_last_cell(target)}"
+        raise Interrupted(f"{where}\n{_partial(target)}\n{AGAIN}") from None
+    except (PapermillExecutionError, RuntimeError, TimeoutError) as error:
+        if not sigterm.is_set():
+            raise NotebookError(_failure(error, notebook, target, log)) from None
+        reason = getattr(error, "evalue", "")
     finally:
         log.unlink(missing_ok=True)
+    if sigterm.is_set():
+        where = f"{notebook.name} was asked to end (SIGTERM) {_last_cell(target)}"
+        lines = [where, reason, _partial(target), f"{AGAIN}, others from what they have saved"]
+        raise Preempted("\n".join(filter(None, lines)))
 
 
-def _preemption_message(notebook: Path, target: Path, reason: str) -> str:
-    lines = [
-        f"{notebook.name} was asked to end (SIGTERM) {_last_cell(target)}",
-        reason,
-        _partial(target),
-        "run the same command again to go on: finished stages return at once, others go on from "
-        "what they have saved",
-    ]
-    return "\n".join(filter(None, lines))
-
-
-def _failure_message(error: Exception, notebook: Path, target: Path, log: Path) -> str:
+def _failure(error: Exception, notebook: Path, target: Path, log: Path) -> str:
     if isinstance(error, PapermillExecutionError):
-        return (
-            f"{notebook.name} stopped at In [{error.exec_count}]:\n{head(error.source)}\n"
-            f"{error.ename}: {error.evalue}\n{_partial(target)}"
-        )
+        where = f"stopped at In [{error.exec_count}]:\n{head(error.source)}"
+        return f"{notebook.name} {where}\n{error.ename}: {error.evalue}\n{_partial(target)}"
+    reason = str(error)
     if isinstance(error, DeadKernelError):
-        return (
-            f"{notebook.name}: the kernel died {_last_cell(target)}\nmost likely the machine ran "
-            "out of memory: lower the batch size or the number of workers\n"
-            f"{last_output(log)}{_partial(target)}"
+        reason = (
+            f"the kernel died {_last_cell(target)}\nmost likely the machine ran out of memory: "
+            "lower the batch size or the number of workers"
         )
-    return f"{notebook.name}: {error}\n{last_output(log)}{_partial(target)}"
+    return f"{notebook.name}: {reason}\n{last_output(log)}{_partial(target)}"
 
 
 def head(source: str, lines: int = 3) -> str:
@@ -119,16 +108,13 @@ def head(source: str, lines: int = 3) -> str:
 
 def _last_cell(target: Path) -> str:
     """Returns the number and source of the last cell that an executed notebook began."""
-    if not target.exists():
+    cells = nbformat.read(target, as_version=4).cells if target.exists() else []
+    codes = [cell for cell in cells if cell.cell_type == "code"]
+    begun = [c.metadata.get("papermill", {}).get("start_time") is not None for c in codes]
+    if True not in begun:
         return "before its first cell"
-    cells = nbformat.read(target, as_version=4).cells
-    code_cells = [cell for cell in cells if cell.cell_type == "code"]
-    started = [
-        f"in In [{number}]:\n{head(cell.source)}"
-        for number, cell in enumerate(code_cells, start=1)
-        if cell.metadata.get("papermill", {}).get("start_time")
-    ]
-    return started[-1] if started else "before its first cell"
+    number = len(begun) - begun[::-1].index(True)
+    return f"in In [{number}]:\n{head(codes[number - 1].source)}"
 
 
 def _partial(target: Path) -> str:
@@ -179,11 +165,50 @@ def _progress_bar(name: str, progress: bool) -> Iterator[dict | bool]:
             print(f"{outcome} after {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
 
 
+class Kernel(AsyncKernelManager):
+    """Starts this interpreter, whatever kernel is installed under the notebook's kernel name."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        """The kernel of this interpreter, without the user's IPython profile and start-up file."""
+        options = ["--IPKernelApp.exec_PYTHONSTARTUP=False"]
+        return KernelSpec(
+            argv=make_ipkernel_cmd(extra_arguments=options),
+            display_name="Python 3 (ipykernel)",
+            language="python",
+        )
+
+
 class Client(PapermillNotebookClient):
-    """papermill's client, which also shows the running cell's last output beside its bar."""
+    """papermill's client with `Kernel`, short printed texts, and the last one beside the bar."""
 
     last_shown = 0.0  # seconds on the monotonic clock
     label = ""  # of the tqdm bar that moved last
+
+    def papermill_execute_cells(self) -> None:
+        """Executes the cells; NotebookError where the kernel is another Python."""
+        asked = {"python": "__import__('sys').executable"}
+        reply = self.wait_for_reply(self.kc.execute("", silent=True, user_expressions=asked))
+        found = reply["content"]["user_expressions"]["python"].get("data", {}).get("text/plain")
+        if found != repr(sys.executable):
+            raise NotebookError(f"the kernel is {found}, not this Python, {sys.executable}")
+        super().papermill_execute_cells()
+
+    def output(self, outs: list, msg: dict, display_id: str | None, cell_index: int) -> Any:
+        """Adds an output; a text is appended to what the cell has printed just before.
+
+        A bar that is drawn at every step would otherwise add an output at every step.
+        """
+        out = super().output(outs, msg, display_id, cell_index)
+        if out is None or out.output_type != "stream":
+            return out
+        for earlier in itertools.takewhile(lambda o: o.output_type == "stream", outs[-2::-1]):
+            if earlier.name == out.name:
+                outs.pop()
+                earlier.text = appended(earlier.text, out.text)
+                return earlier
+        out.text = appended("", out.text)
+        return out
 
     def process_message(self, message: dict, *args: Any, **kwargs: Any) -> Any:
         """Processes a kernel's message and shows its text, at most five times a second."""
@@ -191,7 +216,7 @@ class Client(PapermillNotebookClient):
         due = time.monotonic() - self.last_shown > 0.2 or text == ""
         if text is not None and self.nb_man.pbar is not None and due:
             self.last_shown = time.monotonic()
-            self.nb_man.pbar.set_postfix_str(text[:60])
+            self.nb_man.pbar.set_postfix_str(runs.printable(text)[:60])
         try:
             return super().process_message(message, *args, **kwargs)
         finally:
@@ -220,6 +245,18 @@ class Client(PapermillNotebookClient):
         return f"{self.label} {value}".strip() if re.search(r"\d/\S+ \[", value) else None
 
 
+def appended(text: str, more: str) -> str:
+    r"""Returns printed text with more of it, as a terminal shows it after `\r`, and its ends only.
+
+    Of more than PRINTED characters the middle is left out.
+    """
+    done, newline, line = text.rpartition("\n")
+    text = done + newline + re.sub(r"[^\n]*\r(?=[^\r\n])", "", line + more)
+    if len(text) <= PRINTED:
+        return text
+    return f"{text[: PRINTED // 2]}\n[...]\n{text[-PRINTED // 2 :]}"
+
+
 class Engine(NBClientEngine):
     """papermill's engine with our client; the kernel's own stdout and stderr go to a file."""
 
@@ -237,13 +274,19 @@ class Engine(NBClientEngine):
         client = Client(
             nb_man,
             kernel_name=kernel_name,
+            kernel_manager_class=Kernel,
             timeout=None,
             startup_timeout=300,
             iopub_timeout=60,  # a busy machine may be slow to deliver a figure
             log=logging.getLogger("papermill"),
         )
-        with open(kernel_log, "wb") as handle, _forwarded_sigterm(client, sigterm):
-            client.execute(stdout=handle, stderr=handle)
+        with (
+            open(kernel_log, "wb") as handle,
+            tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+            _forwarded_sigterm(client, sigterm),
+        ):
+            environment = os.environ | {"IPYTHONDIR": profile}
+            client.execute(stdout=handle, stderr=handle, env=environment)
 
 
 @contextlib.contextmanager
