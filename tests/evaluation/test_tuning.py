@@ -27,7 +27,7 @@ from vitgal.settings import (
     reader,
 )
 from vitgal.stages import benchmark, describe, tuning as stages_tuning
-from vitgal.viz import scores as viz_scores
+from vitgal.viz import charts
 
 IMAGES = {"qa": 0, "a1": 0, "a2": 0, "qb": 1, "b1": 1, "b2": 1}  # name -> landmark
 GRID = dict(max_distances=(0.7,), thresholds=(16.0, 32.0), tops=(1, 3))
@@ -200,7 +200,7 @@ def test_a_choice_is_judged_by_landmarks_that_did_not_make_it():
 
 
 def test_curves_show_what_was_found(described):
-    axes = viz_scores.tuning_curves(tuning.Tuning.read(tune(described)))
+    axes = charts.tuning_curves(tuning.Tuning.read(tune(described)))
     assert [one.get_xlabel() for one in axes] == ["max_distance", "threshold", "top"]
     drawn = {line.get_label(): line for line in axes[2].lines}
     assert drawn["reranked"].get_ydata().tolist() == pytest.approx([500 / 12, 1900 / 24, 100])

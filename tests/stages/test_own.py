@@ -33,7 +33,7 @@ from vitgal.settings import (
 from vitgal.stages import own
 from vitgal.stages.own import Describer
 from vitgal.training import errors
-from vitgal.viz import photographs as viz_photographs
+from vitgal.viz import run_figures
 
 matplotlib.use("agg")
 
@@ -331,10 +331,10 @@ def test_ranking_is_written(folder, describer, tmp_path):
 
 def test_figures(folder, describer):
     found = own.search_folder(describe(folder, describer), "a/1.png", None, reranking())
-    axes = viz_photographs.ranking_figure(found, columns=2)
+    axes = run_figures.ranking_figure(found, columns=2)
     assert axes.shape == (2, 3)
     assert axes[1, 1].get_title().startswith("1   a/2.png\n")
-    assert viz_photographs.pair_figure(found, "a/2.png").get_title().endswith("matches")
+    assert run_figures.pair_figure(found, "a/2.png").get_title().endswith("matches")
     plt.close("all")
 
 

@@ -19,7 +19,7 @@ from tests.viz.drawn_samples import (
 )
 from vitgal.features.local import LocalFeatures
 from vitgal.retrieval.verification import PairInspection, Verification
-from vitgal.viz import diagrams, galleries, maps, matching, scores, training
+from vitgal.viz import charts, diagrams, galleries, maps, matching
 from vitgal.viz.galleries import QueryImage
 
 PANORAMA, TOWER, DOT = (6, 300), (300, 6), (1, 1)
@@ -47,9 +47,9 @@ def corners(image: np.ndarray, count: int) -> LocalFeatures:
 CALLS = {
     "contact_sheet": lambda: galleries.contact_sheet(photographs(6), LONG, columns=4),
     "two lines": lambda: galleries.contact_sheet(photographs(3), ["one\ntwo", "", "$a$ and $b$"]),
-    "split": lambda: training.split_statistics([3, 5, 9], [1, 0, 2]),
-    "long tail": lambda: training.split_statistics(np.arange(1, 2000), [1, 10, 100]),
-    "training_curves": lambda: training.training_curves(log()),
+    "split": lambda: charts.split_statistics([3, 5, 9], [1, 0, 2]),
+    "long tail": lambda: charts.split_statistics(np.arange(1, 2000), [1, 10, 100]),
+    "training_curves": lambda: charts.training_curves(log()),
     "reconstruction": lambda: maps.reconstruction_error(
         log(), photographs(2), [np.eye(3), np.ones((2, 4))]
     ),
@@ -68,17 +68,17 @@ CALLS = {
     "unlabelled": lambda: galleries.stacked_rankings(
         QUERY, {"by similarity": ranked("ab", [None] * 2, LONG), "by inliers": []}
     ),
-    "ap_change": lambda: scores.ap_change(
+    "ap_change": lambda: charts.ap_change(
         pd.DataFrame({"before": [0.1, 0.5, np.nan], "after": [0.9, 0.2, np.nan]}, index=LONG[:3])
     ),
-    "score_bars": lambda: scores.score_bars(SYSTEMS),
+    "score_bars": lambda: charts.score_bars(SYSTEMS),
     "feature_counts": lambda: matching.feature_counts([3, 90, 500], [0.3535, 0.5, 1.4142]),
     "keypoints": lambda: matching.keypoints(picture(150, 240), features([(8, 8), (392, 92)])),
     "match_lines": lambda: match_lines(picture(60, 80), picture(90, 40)),
 }
 EMPTY = {
     "contact_sheet": (lambda: galleries.contact_sheet([]), "no images"),
-    "training_curves": (lambda: training.training_curves(pd.DataFrame()), "no values"),
+    "training_curves": (lambda: charts.training_curves(pd.DataFrame()), "no values"),
     "reconstruction": (lambda: maps.reconstruction_error(pd.DataFrame()), "no\nreconstruction"),
     "attention": (lambda: maps.attention_maps([], [], []), "no photographs"),
     "attention_heads": (lambda: maps.attention_heads(picture(9, 9), {}, {}), "no scale"),
@@ -86,10 +86,10 @@ EMPTY = {
     "one query": (lambda: galleries.ranking_rows([QUERY], [[]], columns=2), "no image\nranked"),
     "before_after": (lambda: galleries.before_after(QUERY, [], []), "no image\nranked"),
     "ap_change": (
-        lambda: scores.ap_change(pd.DataFrame({"before": [np.nan], "after": [np.nan]})),
+        lambda: charts.ap_change(pd.DataFrame({"before": [np.nan], "after": [np.nan]})),
         "no query",
     ),
-    "score_bars": (lambda: scores.score_bars({}), "no scores"),
+    "score_bars": (lambda: charts.score_bars({}), "no scores"),
     "diagram": (lambda: diagrams.step_diagram([]), "no steps"),
 }
 
@@ -111,7 +111,7 @@ def test_one_figure_with_every_label_inside_and_no_setting_changed(name):
 
 def test_the_user_style_does_not_reach_the_figure_when_it_is_drawn_later():
     with plt.rc_context({"xtick.labelsize": 30, "font.family": "serif", "axes.grid": True}):
-        axes = scores.score_bars(SYSTEMS)
+        axes = charts.score_bars(SYSTEMS)
         axes.figure.draw_without_rendering()
         ticks = axes.get_xticklabels()
     assert {tick.get_fontsize() for tick in ticks} == {8}

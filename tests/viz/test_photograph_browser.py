@@ -13,8 +13,8 @@ from vitgal.settings import (
 )
 from vitgal.stages import inspection, own
 from vitgal.stages.own import Describer
+from vitgal.viz.browsers import PhotographBrowser, browse_photographs
 from vitgal.viz.match_inspector import inspect_matches
-from vitgal.viz.photograph_browser import PhotographBrowser, browse_photographs
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from tests.viz.tiny_run import features_of, truth_of
 from vitgal import runs
 from vitgal.features import store
 from vitgal.settings import GlobalSettings, MatchingSettings, RerankingSettings
-from vitgal.viz import run_figures
+from vitgal.viz import diagrams, run_figures
 
 
 def written(axes: np.ndarray) -> str:
@@ -75,13 +75,13 @@ def test_diagrams_show_the_run_s_own_shapes(failing):
     settings = GlobalSettings(size=224)
     text = [
         label.get_text()
-        for label in run_figures.global_diagram(run / "tiny" / "global", settings).texts
+        for label in diagrams.global_diagram(run / "tiny" / "global", settings).texts
     ]
     assert {"196 × 8", "197 × 8", "1 × 8"} <= set(text)
     # The first candidate with features is d, which has 3 of the query's 12: all match.
     settings = RerankingSettings(matching=MatchingSettings(max_distance=0.1))
-    axes = run_figures.reranking_diagram(benchmark, run / "tiny", 0, settings)
+    axes = diagrams.reranking_diagram(benchmark, run / "tiny", 0, settings)
     text = [label.get_text() for label in axes.texts]
     assert {"12 × 8", "3 × 8", "12 × 3", "3 × 2", "3 × 4", "0 of 3"} <= set(text)
     with pytest.raises(ValueError, match="query_index 2"):
-        run_figures.reranking_diagram(benchmark, run / "tiny", 2, settings)
+        diagrams.reranking_diagram(benchmark, run / "tiny", 2, settings)

@@ -12,8 +12,8 @@ from matplotlib.textpath import TextPath
 
 from tests.viz.drawn_samples import SYSTEMS, photographs, picture
 from vitgal.settings.sections import ShowSettings
-from vitgal.viz import drawing, galleries, scores, style
-from vitgal.viz.figure_folder import FigureFolder
+from vitgal.viz import charts, drawing, galleries, style
+from vitgal.viz.style import FigureFolder
 
 
 def test_frames_can_be_told_apart_without_red_green_vision():
@@ -76,13 +76,13 @@ def test_long_titles_lose_their_middle():
     assert "the_first_words_and_the_last".endswith(end) and 0 <= len(start) - len(end) <= 1
     letters = TextPath((0, 0), cut, size=style.CAPTION_SIZE).get_extents()
     assert 0.6 * 72 < letters.width <= 0.8 * 72  # matplotlib's own outlines of the letters
-    assert drawing.shorten("$5 or $6", 3) == r"\$5 or \$6"
+    assert drawing.shorten("$5 or $6", 3) == "$5 or $6"
     assert drawing.shorten("", 1) == ""
 
 
 @pytest.mark.parametrize("suffix", [".pdf", ".svg", ".png", ".jpg"])
 def test_saving_twice_gives_the_same_bytes(tmp_path, suffix):
-    figures = [scores.score_bars(SYSTEMS) for _ in range(2)]
+    figures = [charts.score_bars(SYSTEMS) for _ in range(2)]
     files = [
         style.save_figure(axes, tmp_path / f"{index}" / f"bars{suffix}", close=True).read_bytes()
         for index, axes in enumerate(figures)
@@ -103,7 +103,7 @@ def test_saving_an_array_of_axes_keeps_the_figure_open(tmp_path):
 
 
 def test_figures_are_written_where_a_notebook_asks_for_it(tmp_path):
-    axes = scores.score_bars({"a": {"easy": 0.5}})
+    axes = charts.score_bars({"a": {"easy": 0.5}})
     FigureFolder(tmp_path, ShowSettings(save_figures=False)).keep(axes, "bars")
     assert list(tmp_path.iterdir()) == []
     for figure_format, figure in (("pdf", axes), ("svg", axes.figure)):

@@ -1,7 +1,25 @@
-from .browsers import browse_failures as browse_failures, live_curves as live_curves
-from .diagrams import Step as Step, step_diagram as step_diagram
+from .browsers import (
+    PhotographBrowser as PhotographBrowser,
+    browse_failures as browse_failures,
+    browse_photographs as browse_photographs,
+    live_curves as live_curves,
+)
+from .charts import (
+    ap_change as ap_change,
+    parameter_curves as parameter_curves,
+    score_bars as score_bars,
+    split_statistics as split_statistics,
+    training_curves as training_curves,
+    tuning_curves as tuning_curves,
+)
+from .diagrams import (
+    Step as Step,
+    global_diagram as global_diagram,
+    reranking_diagram as reranking_diagram,
+    step_diagram as step_diagram,
+)
+from .drawing import reduce_image as reduce_image
 from .failures import failure_figure as failure_figure, failure_table as failure_table
-from .figure_folder import FigureFolder as FigureFolder
 from .galleries import (
     QueryImage as QueryImage,
     RankedImage as RankedImage,
@@ -28,29 +46,13 @@ from .matching import (
     keypoints as keypoints,
     match_lines as match_lines,
 )
-from .photograph_browser import (
-    PhotographBrowser as PhotographBrowser,
-    browse_photographs as browse_photographs,
-)
-from .photographs import (
-    pair_figure as pair_figure,
-    ranking_figure as ranking_figure,
-    reduce_image as reduce_image,
-)
 from .run_figures import (
     existing_queries as existing_queries,
-    global_diagram as global_diagram,
+    pair_figure as pair_figure,
     pair_matches as pair_matches,
+    ranking_figure as ranking_figure,
     ranking_gallery as ranking_gallery,
     reranked_gallery as reranked_gallery,
-    reranking_diagram as reranking_diagram,
     save_pair_matches as save_pair_matches,
 )
-from .scores import (
-    ap_change as ap_change,
-    parameter_curves as parameter_curves,
-    score_bars as score_bars,
-    tuning_curves as tuning_curves,
-)
-from .style import save_figure as save_figure
-from .training import split_statistics as split_statistics, training_curves as training_curves
+from .style import FigureFolder as FigureFolder, save_figure as save_figure

@@ -1,23 +1,155 @@
-"""Widgets for notebooks: live training curves, and a run's queries, the worst first.
+"""Widgets for notebooks: training curves, a run's failures, searches among one's own photographs.
 
 A browser draws its first choice at once, so that a headless run fails if the drawing fails. Later
 errors are shown in place of the picture.
+
+Pictures are `widgets.Image` and words `widgets.HTML`, not `widgets.Output`: with it about one cell
+in a hundred of a headless run never ended (see `execution.Client.process_message`).
 """
 
-from collections.abc import Callable
+import contextlib
+import html
+import io
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import cv2
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from IPython.display import display
 
+from vitgal import runs
+from vitgal.data.photographs import PhotographError, read_upright
 from vitgal.data.revisited import PROTOCOLS, RetrievalDataset
-from vitgal.viz.controls import Chooser, FigureOutput, Options, refill, unobserved
+from vitgal.runs import printable
+from vitgal.settings import RerankingSettings
+from vitgal.viz import style
+from vitgal.viz.charts import training_curves
+from vitgal.viz.drawing import reduce_image
 from vitgal.viz.failures import failure_figure, failure_table
-from vitgal.viz.training import training_curves
+from vitgal.viz.run_figures import pair_figure, ranking_figure
+
+if TYPE_CHECKING:  # the stage needs torch: it is imported where it works
+    from vitgal.stages.own import Photographs, SearchResult
 
 ORDERS = {"lowest AP": "ap", "AP lost by reranking": "change", "worst miss": "miss"}
+PREVIEW = 480  # pixels, the longer side of the photograph on which a box is drawn
+LISTED = 50  # photographs that can be chosen for their matches
+Options = Sequence[tuple[str, int]]  # the entries of a list: text and index
+NARROW = widgets.Layout(width="3em")
+WIDE = widgets.Layout(width="26em")
+LIST = widgets.Layout(width="36em")  # a name, its label and its numbers
+NATURAL = widgets.Layout(align_self="flex-start", max_width="100%")  # not stretched
+
+
+class FigureOutput:
+    """The output of a browser: a line of words, and the pictures under it.
+
+    `work` opens figures, which are shown and closed, and prints what is shown above them.
+    """
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        self.work = work
+        self.words, self.pictures = widgets.HTML(), widgets.VBox()
+        self.widget = widgets.VBox([self.words, self.pictures])
+
+    def draw(self, work: Callable[[], object] | None = None) -> None:
+        """Shows what `work` draws, once another one if it is given; raises what it raises."""
+        others, text = set(plt.get_fignums()), io.StringIO()
+        try:
+            with contextlib.redirect_stdout(text):
+                (work or self.work)()
+            new = sorted(set(plt.get_fignums()) - others)
+            self._show([_png(plt.figure(number)) for number in new], text.getvalue())
+        finally:
+            for number in set(plt.get_fignums()) - others:
+                plt.close(number)
+
+    def redraw(self, _: object = None, work: Callable[[], object] | None = None) -> None:
+        """Shows as `draw` does, or the error in place of the picture."""
+        try:
+            self.draw(work)
+        except runs.UserError as error:
+            self.show_error(str(error))
+        except Exception as error:
+            (frame,) = traceback.extract_tb(error.__traceback__)[-1:]
+            line = f"{Path(frame.filename).name}, line {frame.lineno}"
+            self.show_error(f"{type(error).__name__}: {error} ({line})")
+
+    def show_error(self, message: str) -> None:
+        """Shows a message in red and no picture."""
+        self._show([], message, colour=style.ERROR_COLOUR)
+
+    def _show(self, pictures: Sequence[bytes], words: str, colour: str = "inherit") -> None:
+        """Shows .png pictures and words."""
+        lines = "\n".join(printable(line) for line in words.strip().split("\n"))
+        attributes = f"style='color:{colour};white-space:pre-wrap'"
+        self.words.value = f"<pre {attributes}>{html.escape(lines)}</pre>"
+        images = self.pictures.children
+        if len(images) != len(pictures):  # else the old ones are filled anew, without flicker
+            images = [widgets.Image(format="png", layout=NATURAL) for _ in pictures]
+        for image, picture in zip(images, pictures, strict=True):
+            image.value = picture
+        self.pictures.children = tuple(images)
+
+
+def _png(figure: plt.Figure) -> bytes:
+    buffer = io.BytesIO()
+    # Little compression, which took a quarter of the time of a redraw.
+    figure.savefig(buffer, format="png", pil_kwargs={"compress_level": 1})
+    return buffer.getvalue()
+
+
+class Chooser:
+    """A list to choose from, with two arrows that move the choice by one."""
+
+    def __init__(self, label: str, options: Options, first: int | None) -> None:
+        """first: the index that is chosen; IndexError where the list does not have it."""
+        if options and first not in [value for _, value in options]:
+            raise IndexError(f"there is no {label} {first}: choose 0 to {len(options) - 1}")
+        self.list = widgets.Dropdown(
+            options=options, value=first if options else None, description=label, layout=LIST
+        )
+        arrows = [widgets.Button(description=sign, layout=NARROW) for sign in "◀▶"]
+        for arrow, step in zip(arrows, (-1, 1), strict=True):
+            arrow.on_click(lambda _, step=step: self._move(step))
+        self.widget = widgets.HBox([self.list, *arrows])
+
+    @property
+    def value(self) -> int | None:
+        """The chosen index; None where the list is empty."""
+        return self.list.value
+
+    def _move(self, step: int) -> None:
+        """Chooses the entry `step` further on, round the ends."""
+        if self.list.options:
+            self.list.index = ((self.list.index or 0) + step) % len(self.list.options)
+
+
+def labelled(control: widgets.Widget) -> widgets.Widget:
+    """Gives a control the common width; returns it."""
+    control.style.description_width, control.layout = "9em", WIDE
+    return control
+
+
+@contextlib.contextmanager
+def unobserved(widget: widgets.Widget, handler: Callable) -> Iterator[None]:
+    """Keeps changes of the widget's value within the block from calling the handler."""
+    widget.unobserve(handler, "value")
+    try:
+        yield
+    finally:
+        widget.observe(handler, "value")
+
+
+def refill(dropdown: widgets.Dropdown, options: Sequence[tuple[str, object]]) -> None:
+    """Replaces the entries of a list and chooses the first."""
+    dropdown.options = options
+    dropdown.index = 0 if options else None  # a list that was empty stays without a choice
 
 
 def live_curves() -> Callable[[pd.DataFrame], None]:
@@ -53,60 +185,162 @@ def browse_failures(
     """
     if by not in ORDERS.values():
         raise ValueError(f"by is {by!r}; queries are sorted by {', '.join(ORDERS.values())}")
-    return _FailureBrowser(run, dataset, by, protocol, reranked, columns).widget
+    protocols = widgets.Dropdown(options=PROTOCOLS, value=protocol, description="protocol")
+    order = widgets.Dropdown(options=ORDERS.items(), value=by, description="sorted by")
 
-
-class _FailureBrowser:
-    """The controls and the figure of `browse_failures`."""
-
-    def __init__(
-        self,
-        run: Path,
-        dataset: RetrievalDataset | str,
-        by: str,
-        protocol: str,
-        reranked: bool,
-        columns: int,
-    ) -> None:
-        self.run, self.dataset, self.reranked, self.columns = run, dataset, reranked, columns
-        self.protocols = widgets.Dropdown(options=PROTOCOLS, value=protocol, description="protocol")
-        self.order = widgets.Dropdown(options=ORDERS.items(), value=by, description="sorted by")
-        options, self.output = self._entries(), FigureOutput()
-        self.query = Chooser("query", options, options[0][1] if options else None)
-        self.query.list.observe(self._redraw, "value")
-        for control in (self.order, self.protocols):
-            control.observe(self._sort, "value")
-        self.output.draw(self._draw)
-        controls = widgets.HBox([self.order, self.protocols])
-        self.widget = widgets.VBox([controls, self.query.widget, self.output.widget])
-
-    def _entries(self) -> Options:
+    def entries() -> Options:
         """The queries in their order, each with its AP in percent, before and after reranking."""
-        protocol, reranked = self.protocols.value, self.reranked
         table = failure_table(
-            self.run, self.dataset, self.order.value, protocol=protocol, reranked=reranked
+            run, dataset, order.value, protocol=protocols.value, reranked=reranked
         )
         after = [f" → {100 * ap:.0f}" if reranked else "" for ap in table["after"]]
         return [
-            (f"{query}  {row.query}   AP {100 * row.before:.0f}{end}", int(query))
+            (f"{query}  {printable(row.query)}   AP {100 * row.before:.0f}{end}", int(query))
             for query, row, end in zip(table.index, table.itertuples(), after, strict=True)
         ]
 
-    def _draw(self) -> None:
-        if self.query.value is None:
+    def draw() -> None:
+        if query.value is None:
             print("nothing to choose from")
             return
         failure_figure(
-            *(self.run, self.dataset, self.query.value),
-            protocol=self.protocols.value,
-            columns=self.columns,
-            reranked=self.reranked,
+            *(run, dataset, query.value),
+            protocol=protocols.value,
+            columns=columns,
+            reranked=reranked,
         )
 
-    def _redraw(self, _: object = None) -> None:
-        self.output.redraw(self._draw)
+    def sort(_: object) -> None:
+        with unobserved(query.list, output.redraw):
+            refill(query.list, entries())
+        output.redraw()
 
-    def _sort(self, _: object) -> None:
-        with unobserved(self.query.list, self._redraw):
-            refill(self.query.list, self._entries())
-        self._redraw()
+    options, output = entries(), FigureOutput(draw)
+    query = Chooser("query", options, options[0][1] if options else None)
+    query.list.observe(output.redraw, "value")
+    for control in (order, protocols):
+        control.observe(sort, "value")
+    output.draw()
+    return widgets.VBox([widgets.HBox([order, protocols]), query.widget, output.widget])
+
+
+class PhotographBrowser:
+    """The controls and the pictures of `browse_photographs`.
+
+    Attributes:
+        result: the last search.
+        widget: what a notebook shows.
+    """
+
+    def __init__(
+        self,
+        photographs: "Photographs",
+        query: str,
+        box: Sequence[int] | None,
+        settings: RerankingSettings,
+        columns: int,
+    ) -> None:
+        from vitgal.stages.own import find_query
+
+        self.photographs, self.settings, self.columns = photographs, settings, columns
+        self.result: SearchResult | None = None
+        name, _ = find_query(photographs, query)
+        listed = name in photographs.names
+        names = photographs.names if listed else [query, *photographs.names]
+        options = [(printable(one), one) for one in names]
+        self.query = widgets.Dropdown(
+            options=options, value=name if listed else query, description="query"
+        )
+        self.across = widgets.IntRangeSlider(description="left, right")
+        self.down = widgets.IntRangeSlider(description="top, bottom")
+        self.button = widgets.Button(
+            description="search with this box", button_style="primary", layout=WIDE
+        )
+        self.preview = widgets.Image(format="jpeg")
+        self.partner = widgets.Dropdown(options=[], description="matches with")
+        self.ranking = FigureOutput(self._search)
+        self.pair = FigureOutput(lambda: pair_figure(self.result, self.partner.value))
+        self._open_query(box)
+        self.query.observe(lambda _: self._open_query(None), "value")
+        for slider in (self.across, self.down):
+            slider.observe(self._draw_preview, "value")
+        self.button.on_click(self.ranking.redraw)
+        self.partner.observe(self.pair.redraw, "value")
+        self.ranking.draw()
+        for control in (self.query, self.across, self.down, self.partner):
+            labelled(control)
+        controls = widgets.VBox([self.query, self.across, self.down, self.button])
+        top = widgets.HBox([controls, self.preview])
+        self.widget = widgets.VBox([top, self.ranking.widget, self.partner, self.pair.widget])
+
+    @property
+    def box(self) -> tuple[int, int, int, int] | None:
+        """The box (x0, y0, x1, y1) in pixels of the upright photograph; None: all of it."""
+        (x0, x1), (y0, y1) = self.across.value, self.down.value
+        whole = (0, 0, self.across.max, self.down.max)
+        return None if (x0, y0, x1, y1) == whole else (x0, y0, x1, y1)
+
+    def _open_query(self, box: Sequence[int] | None) -> None:
+        """Shows the chosen query and sets the sliders to the box, or to the whole photograph."""
+        from vitgal.stages.own import find_query
+
+        try:
+            image = read_upright(find_query(self.photographs, self.query.value)[1])
+        except PhotographError as error:
+            self.ranking.show_error(str(error))
+            return
+        height, width = image.shape[:2]
+        x0, y0, x1, y1 = (0, 0, width, height) if box is None else map(int, box)
+        self.reduced, self.factor = reduce_image(image, PREVIEW)
+        for slider, low, high, end in ((self.across, x0, x1, width), (self.down, y0, y1, height)):
+            with unobserved(slider, self._draw_preview):
+                slider.min, slider.max = 0, end
+                slider.value = (low, high)
+        self._draw_preview()
+
+    def _draw_preview(self, _: object = None) -> None:
+        """Draws the query with the box, everything outside it faded."""
+        (x0, x1), (y0, y1) = self.across.value, self.down.value
+        x0, y0, x1, y1 = (round(side * self.factor) for side in (x0, y0, x1, y1))
+        image: np.ndarray = self.reduced // 3 + 160
+        image[y0:y1, x0:x1] = self.reduced[y0:y1, x0:x1]
+        corner = (max(x0, x1 - 1), max(y0, y1 - 1))
+        cv2.rectangle(image, (x0, y0), corner, style.BOX_RGB, 2)
+        _, jpeg = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+        self.preview.value = jpeg.tobytes()
+
+    def _search(self) -> None:
+        """Draws the ranking under the box, and the matches with its first photograph."""
+        from vitgal.stages.own import search_folder
+
+        self.result = search_folder(self.photographs, self.query.value, self.box, self.settings)
+        ranking_figure(self.result, columns=self.columns)
+        entries = [
+            (f"{row.rank}  {printable(row.photograph)}", row.photograph)
+            for row in self.result.table.head(LISTED).itertuples()
+        ]
+        with unobserved(self.partner, self.pair.redraw):
+            refill(self.partner, entries)
+        self.pair.draw()
+
+
+def browse_photographs(
+    photographs: "Photographs",
+    query: str,
+    box: Sequence[int] | None,
+    settings: RerankingSettings,
+    *,
+    columns: int = 7,
+) -> widgets.VBox:
+    """Shows a browser over one's own photographs; a search with a new box runs the network once.
+
+    Args:
+        photographs: the described folder.
+        query: the first query, as `search_folder` takes it.
+        box: its box (x0, y0, x1, y1) in pixels of the upright photograph; None: all of it.
+        settings: of every search.
+        columns: photographs in a row of the ranking.
+    Raises:
+        PhotographError: the first search fails.
+    """
+    return PhotographBrowser(photographs, query, box, settings, columns).widget

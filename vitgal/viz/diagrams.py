@@ -2,13 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from vitgal.viz.drawing import escape, hide_frame, sentence_figure, text_width
-from vitgal.viz.style import CAPTION_SIZE, CURVE_COLOURS, INK, STEP_COLOUR, STYLE
+from vitgal.data import revisited
+from vitgal.data.revisited import RetrievalDataset
+from vitgal.features.files import map_array
+from vitgal.features.store.feature_store import FeatureStore
+from vitgal.retrieval.ranking import Ranking
+from vitgal.retrieval.verification import inspect_pair
+from vitgal.settings import GlobalSettings, RerankingSettings
+from vitgal.viz.drawing import drawable, hide_frame, sentence_figure, text_width
+from vitgal.viz.style import CAPTION_SIZE, CURVE_COLOURS, INK, STEP_COLOUR, styled
 
 ROW = 0.95  # inches from one row of boxes to the next
 GAP = 0.28  # inches between two boxes
@@ -26,14 +34,14 @@ class Step:
     def width(self) -> float:
         """The inches that the longest line needs; bold letters are a sixth wider."""
         widths = (
-            1.17 * text_width(self.name, CAPTION_SIZE),
-            text_width(self.shape, 9),
-            text_width(self.note, CAPTION_SIZE),
+            1.17 * text_width(drawable(self.name), CAPTION_SIZE),
+            text_width(drawable(self.shape), 9),
+            text_width(drawable(self.note), CAPTION_SIZE),
         )
         return max(widths) / 72 + 0.16
 
 
-@plt.rc_context(STYLE)
+@styled
 def step_diagram(steps: Sequence[Step], *, width: float = 10.0) -> Axes:
     """Draws steps as boxes with arrows between them, row by row as `width` inches allow.
 
@@ -41,33 +49,23 @@ def step_diagram(steps: Sequence[Step], *, width: float = 10.0) -> Axes:
     """
     if not steps:
         return sentence_figure("no steps")
-    rows = _break_rows(steps, width)
-    height = ROW * len(rows)
-    _, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    placed, left, row = [], 0.05, 0
+    for step in steps:
+        if placed and left + step.width > width - 0.05:
+            left, row = 0.05, row + 1
+        placed.append((step, left, row))
+        left += step.width + GAP
+    height = ROW * (row + 1)
+    _, axes = plt.subplots(figsize=(width, height))
     hide_frame(axes)
     axes.set(xlim=(0, width), ylim=(height, 0))
-    for number, row in enumerate(rows):
-        middle, left = ROW * number + 0.47, 0.05
-        for step in row:
-            _draw_step(axes, step, left, middle)
-            if step is not row[0]:
-                arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.0}
-                ends = (left, middle), (left - GAP, middle)
-                axes.annotate("", *ends, arrowprops=arrow)
-            left += step.width + GAP
+    for step, left, row in placed:
+        middle = ROW * row + 0.47
+        _draw_step(axes, step, left, middle)
+        if left > 0.05:
+            arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.0}
+            axes.annotate("", (left, middle), (left - GAP, middle), arrowprops=arrow)
     return axes
-
-
-def _break_rows(steps: Sequence[Step], width: float) -> list[list[Step]]:
-    """As many steps in a row as fit."""
-    rows, used = [[]], 0.0
-    for step in steps:
-        if rows[-1] and used + GAP + step.width > width - 0.1:
-            rows.append([])
-            used = 0.0
-        used += step.width + (GAP if rows[-1] else 0.0)
-        rows[-1].append(step)
-    return rows
 
 
 def _draw_step(axes: Axes, step: Step, left: float, middle: float) -> None:
@@ -76,13 +74,64 @@ def _draw_step(axes: Axes, step: Step, left: float, middle: float) -> None:
     axes.add_patch(
         Rectangle(corner, step.width, 0.7, facecolor=STEP_COLOUR, edgecolor=blue, linewidth=1)
     )
-    x = left + step.width / 2
-    for y, text, size, weight, colour in (
-        (middle - 0.19, step.name, CAPTION_SIZE, "bold", INK),
-        (middle, step.shape, 9, "normal", blue),
-        (middle + 0.19, step.note, CAPTION_SIZE, "normal", INK),
+    for down, text, size, weight, colour in (
+        (-0.19, step.name, CAPTION_SIZE, "bold", INK),
+        (0.0, step.shape, 9, "normal", blue),
+        (0.19, step.note, CAPTION_SIZE, "normal", INK),
     ):
-        axes.text(
-            *(x, y, escape(text)), fontsize=size, weight=weight, color=colour, ha="center",
-            va="center",
-        )  # fmt: skip
+        line = axes.text(left + step.width / 2, middle + down, drawable(text), fontsize=size)
+        line.set(weight=weight, color=colour, ha="center", va="center")
+
+
+def global_diagram(folder: Path, settings: GlobalSettings) -> Axes:
+    """Draws the steps from a photograph to a global descriptor and a position in a ranking.
+
+    folder: a finished global stage, whose shapes are written into the diagram. Returns the axes.
+    """
+    images, dimension = map_array(folder / "database.npy").shape
+    size, patches = settings.size, (settings.size // 16) ** 2
+    tokens, mean = f"{patches} × {dimension}", f"mean of {len(settings.scales)} scale(s)"
+    steps = [
+        ("photograph", "H × W × 3", "cut to the query's box"),
+        ("network input", f"{size} × {size} × 3", "about; resized, normalised"),
+        ("patches", tokens, "16 × 16 pixels each"),
+        ("XCiT, 12 or 24 blocks", tokens, "cross-covariance attention"),
+        ("multi-atrous", tokens, "five dilations and the mean"),
+        ("class token joins", f"{patches + 1} × {dimension}", "learnt"),
+        ("class attention, twice", f"1 × {dimension}", "the token looks at the patches"),
+        (mean, f"{dimension}", "each of length 1, and so the mean"),
+        ("similarities", f"{images:,}", "inner products with the database"),
+        ("ranking", f"{images:,}", "sorted; ties by index"),
+    ]
+    return step_diagram([Step(*step) for step in steps])
+
+
+def reranking_diagram(
+    benchmark: RetrievalDataset, folder: Path, query: int, settings: RerankingSettings
+) -> Axes:
+    """Draws the steps from a query and its first candidate to a number of inliers.
+
+    folder: `<run>/<dataset>` with the finished stages global and local, whose shapes are
+    written into the diagram. Raises ValueError for a query that does not exist.
+    """
+    truth = benchmark.ground_truth
+    query = revisited.check_query(truth, query)
+    store = FeatureStore.open(folder / "local")
+    features = store[truth.queries[query]]
+    ranked = Ranking.load(folder / "global").order[:, query].tolist()
+    names = (benchmark.database[image] for image in ranked)
+    name = next((name for name in names if name in store), None)
+    candidate = features if name is None else store[name]
+    pair = inspect_pair(features, candidate, settings)
+    first, second, matches = len(features), len(candidate), len(pair.matches)
+    steps = [
+        ("query's features", f"{first} × {features.code_dim}", "codes; places (x, y) beside"),
+        ("candidate's features", f"{second} × {candidate.code_dim}", "the first candidate's"),
+        ("distances", f"{first} × {second}", "Euclidean, between codes"),
+        ("matches", f"{matches} × 2", "nearest, within max_distance"),
+        ("places of matches", f"{matches} × 4", "x y in both network inputs"),
+        ("homography", "3 × 3", "the best of `iterations` draws"),
+        ("inliers", f"{pair.verification.count} of {matches}", "mapped within the threshold"),
+        ("short list", f"{len(ranked):,} ranks", "the first `top` sorted by inliers"),
+    ]
+    return step_diagram([Step(*step) for step in steps])

@@ -1,5 +1,7 @@
 """Photographs and text on axes: the helpers of all drawing functions."""
 
+import contextlib
+import functools
 import os
 
 import cv2
@@ -8,10 +10,12 @@ import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import findfont, get_font
+from matplotlib.font_manager import findfont, fontManager
+from matplotlib.ft2font import FT2Font
 
 from vitgal.data.images import read_image
-from vitgal.viz.style import CAPTION_SIZE, DETAIL, STYLE
+from vitgal.runs import printable
+from vitgal.viz.style import BOXES_FONT, CAPTION_SIZE, DETAIL, FONT, STYLE, styled
 
 ImageSource = np.ndarray | str | os.PathLike  # pixels, or a file
 
@@ -34,13 +38,21 @@ def read_pixels(image: ImageSource) -> np.ndarray:
     return image
 
 
+def reduce_image(image: np.ndarray, longest: float) -> tuple[np.ndarray, float]:
+    """Reduces an image (H, W, 3) to at most `longest` pixels a side.
+
+    Returns the image and the factor; smaller images keep their size, with factor 1.
+    """
+    factor = min(1.0, longest / max(image.shape[:2]))
+    if factor == 1:
+        return image, factor
+    height, width = (max(1, round(side * factor)) for side in image.shape[:2])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA), factor
+
+
 def shrink(image: np.ndarray, inches: float) -> np.ndarray:
     """Reduces (H, W, 3) pixels so that the longer side is no finer than `inches` can show."""
-    factor = inches * STYLE["figure.dpi"] * DETAIL / max(image.shape[:2])
-    if factor >= 1:
-        return image
-    size = [max(1, round(side * factor)) for side in image.shape[1::-1]]
-    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    return reduce_image(image, inches * STYLE["figure.dpi"] * DETAIL)[0]
 
 
 def pixel_extent(image: np.ndarray) -> tuple[float, float, float, float]:
@@ -67,36 +79,64 @@ def write_sentence(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
 
 
+@styled
 def sentence_figure(text: str) -> Axes:
     """Makes a small figure that holds a sentence."""
-    _, axes = plt.subplots(figsize=(5, 0.6), layout="constrained")
+    _, axes = plt.subplots(figsize=(5, 0.6))
     write_sentence(axes, text)
     return axes
 
 
-def shorten(text: object, inches: float, *, size: float = CAPTION_SIZE) -> str:
-    """Leaves out the middle of each line that is wider than `inches`; size in points."""
-    return "\n".join(_shorten_line(line, inches * 72, size) for line in str(text).split("\n"))
+def drawable(text: object) -> str:
+    """Returns any text as one line that a figure can draw, written as `runs.printable` writes it.
+
+    Called by a `styled` function, it adds the fonts that the text needs to those of the figure. A
+    letter that no installed font has is drawn as a box.
+    """
+    text = printable(text)
+    families = plt.rcParams["font.family"]
+    if families[0] == FONT:  # in a styled function
+        needed = {_glyph(letter, len(fontManager.ttflist))[0] for letter in text}
+        others = {*families[1:], *needed} - {FONT}
+        others = sorted(others, key=lambda family: (family == BOXES_FONT, family))
+        plt.rcParams["font.family"] = [FONT, *others]
+    return text
 
 
-def _shorten_line(line: str, points: float, size: float) -> str:
-    kept, text = len(line), line
-    while kept > 2 and text_width(text, size) > points:
-        kept -= 1
-        text = f"{line[: (kept + 1) // 2]}…{line[len(line) - kept // 2 :]}"
-    return escape(text)
-
-
-def escape(text: object) -> str:
-    """Escapes dollar signs, which matplotlib reads as mathematics."""
-    return str(text).replace("$", r"\$")
+@functools.cache
+def _glyph(letter: str, fonts: int) -> tuple[str, float]:
+    """The first family with a letter, and its advance in a size of one point; fonts: installed."""
+    others = sorted(
+        fontManager.ttflist,
+        key=lambda font: (font.name == BOXES_FONT, font.style != "normal", font.weight != 400),
+    )
+    for name, path in [(FONT, findfont(FONT)), *((font.name, font.fname) for font in others)]:
+        with contextlib.suppress(OSError, RuntimeError):  # the file is gone, or damaged
+            font = FT2Font(path)
+            if font.get_char_index(ord(letter)):
+                font.set_size(100, 72)
+                return name, font.load_char(ord(letter)).linearHoriAdvance / 6553600
+    return FONT, 0.6
 
 
 def text_width(text: str, size: float) -> float:
     """Returns the width of a line of text in points: the sum of its letters' advances."""
-    font = get_font(findfont(STYLE["font.family"][0]))
-    font.set_size(size, 72)
-    return sum(font.load_char(ord(letter)).linearHoriAdvance for letter in text) / 65536
+    return size * sum(_glyph(letter, len(fontManager.ttflist))[1] for letter in text)
+
+
+def shorten(text: object, inches: float, *, size: float = CAPTION_SIZE) -> str:
+    """Returns text as `drawable` does, without its middle where it is wider; size in points."""
+    line = shortened = drawable(text)
+    kept = len(line)
+    while kept > 2 and text_width(shortened, size) > 72 * inches:
+        kept -= 1
+        shortened = f"{line[: (kept + 1) // 2]}…{line[len(line) - kept // 2 :]}"
+    return shortened
+
+
+def shorten_lines(text: object, inches: float) -> str:
+    """Returns `shorten` of each line of a caption."""
+    return "\n".join(shorten(line, inches) for line in str(text).split("\n"))
 
 
 def outlined(colour: str, width: float) -> list[patheffects.AbstractPathEffect]:

@@ -10,16 +10,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
 from matplotlib.patches import ConnectionPatch, Patch, Rectangle
 
+from vitgal.runs import printable
 from vitgal.viz.drawing import (
     ImageSource,
     draw_photograph,
+    drawable,
     hide_frame,
     read_pixels,
     sentence_figure,
     shorten,
+    shorten_lines,
     text_width,
     tighten,
     write_sentence,
@@ -30,7 +32,7 @@ from vitgal.viz.style import (
     LABEL_COLOURS,
     LABEL_LETTERS,
     QUERY_COLOUR,
-    STYLE,
+    styled,
 )
 
 WIDTH = 11.0  # inches, of rankings
@@ -70,7 +72,7 @@ class RankedImage:
             )
 
 
-@plt.rc_context(STYLE)
+@styled
 def contact_sheet(
     images: Sequence[ImageSource],
     titles: Sequence[object] | None = None,
@@ -93,52 +95,47 @@ def contact_sheet(
     if len(titles) != len(images):
         raise ValueError(f"{len(titles)} titles for {len(images)} images: give one each, or None")
     pictures = [read_pixels(image) for image in images]
-    rows = -(-len(pictures) // columns)
+    rows, inches = -(-len(pictures) // columns), width / columns
     if not pictures:
         return np.array([[sentence_figure("no images")]])
     lines = max((title.count("\n") + 1 for title in titles if title), default=0)
-    inches = width / columns
     size = (width, rows * (0.75 * inches + 0.135 * lines + 0.1) + 0.1)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     tighten(figure)
     for cell in axes.flat:
         hide_frame(cell)
     for cell, picture, title in zip(axes.flat, pictures, titles, strict=False):
         draw_photograph(cell, picture, inches)
-        cell.set_title(shorten(title, 0.94 * inches), fontsize=CAPTION_SIZE)
+        cell.set_title(shorten_lines(title, 0.94 * inches), fontsize=CAPTION_SIZE)
     return axes
 
 
-@plt.rc_context(STYLE)
+@styled
 def ranking_rows(
     queries: Sequence[QueryImage],
     rankings: Sequence[Sequence[RankedImage]],
     *,
     columns: int = 10,
 ) -> np.ndarray:
-    """Draws the rankings of several queries under each other, one row a query.
+    """Draws the first `columns` images of several queries' rankings, one row a query.
 
-    The first `columns` images of each ranking are drawn; an empty one says so. Returns the
-    axes, shape (queries, 1 + columns); a sentence without queries. Raises ValueError where the
-    numbers of queries and rankings differ or an array is no photograph.
+    An empty ranking says so. Returns the axes, shape (queries, 1 + columns); a sentence without
+    queries. Raises ValueError where the numbers of queries and rankings differ or an array is no
+    photograph.
     """
     if len(queries) != len(rankings):
         raise ValueError(f"{len(queries)} queries, but {len(rankings)} rankings: give one each")
-    rankings = [_with_pixels(ranking[:columns]) for ranking in rankings]
-    queries = _with_pixels(queries)
     if not queries:
         return np.array([[sentence_figure("no queries")]])
-    figure, grid, inches = _make_grid(len(queries), columns, extra=0.35)
-    query_cells = [figure.add_subplot(grid[row, 0]) for row in range(len(queries))]
-    cells = _add_cells(figure, grid, len(queries), columns)
-    for query_cell, query, row, ranking in zip(query_cells, queries, cells, rankings, strict=True):
-        _draw_query(query_cell, query, 1.25 * inches)
-        _draw_row(row, ranking, inches)
-    _add_legend(figure, rankings)
-    return np.array([[query, *row] for query, row in zip(query_cells, cells, strict=True)])
+    rows = [_with_pixels(ranking[:columns]) for ranking in rankings]
+    axes, inches = _make_axes(_with_pixels(queries), len(rows), columns, extra=0.35)
+    for row, images in zip(axes, rows, strict=True):
+        _draw_row(row[1:], images, inches)
+    _add_legend(axes[0, 0].figure, rows)
+    return axes
 
 
-@plt.rc_context(STYLE)
+@styled
 def stacked_rankings(
     query: QueryImage,
     rankings: dict[str, Sequence[RankedImage]],
@@ -161,25 +158,23 @@ def stacked_rankings(
         ValueError: an array is no photograph.
     """
     rows = [_with_pixels(images[:columns]) for images in rankings.values()]
-    (query,) = _with_pixels([query])
     columns = columns or max([1, *map(len, rows)])
     lines = 0 if reasons is None else len(reasons)
     labelled = any(image.label for row in rows for image in row) or not any(rows)
     extra = 0.75 if not labelled else 0.4 if lines else 0.45
-    figure, grid, inches = _make_grid(len(rows), columns, extra=extra, lines=lines)
-    query_cell = figure.add_subplot(grid[: len(rows), 0])
-    cells = _add_cells(figure, grid, len(rows), columns)
-    _draw_query(query_cell, query, 1.25 * inches)
-    for row, images, name in zip(cells, rows, rankings, strict=True):
-        _draw_row(row, images, inches, below=labelled and row is not cells[0])
-        row[0].set_ylabel(name)
+    axes, inches = _make_axes(_with_pixels([query]), len(rows), columns, extra=extra, lines=lines)
+    for number, (images, name) in enumerate(zip(rows, rankings, strict=True)):
+        _draw_row(axes[number, 1:], images, inches, below=labelled and number > 0)
+        axes[number, 1].set_ylabel(drawable(name))
+    figure = axes[0, 0].figure
     if len(rows) == 2 and labelled:
-        _draw_arrows(cells, rows)
+        _draw_arrows(axes[:, 1:], rows)
     if lines:
+        grid = axes[0, 0].get_gridspec()
         write_table(figure.add_subplot(grid[len(rows), :]), reasons, WIDTH)
     if labelled:
         _add_legend(figure, rows)
-    return np.array([[query_cell, *row] for row in cells])
+    return axes
 
 
 def before_after(
@@ -191,16 +186,10 @@ def before_after(
 ) -> np.ndarray:
     """Draws a ranking before and after reranking, with arrows between an image's two positions.
 
-    Args:
-        query: drawn once.
-        before, after: the two rankings, best first. The first `columns` images are drawn; the rest
-            gives the ranks that images came from or went to. A caption of
-            `after`, for example a number of inliers, is written below the rank.
-        columns: images in a row.
-    Returns:
-        The axes, shape (2, 1 + columns), the query's in both rows.
-    Raises:
-        ValueError: a ranking holds an image twice, or an array is no photograph.
+    The first `columns` images of each are drawn; the others give the ranks that images came from
+    or went to. A caption of `after` is written below the rank. Returns the axes, shape
+    (2, 1 + columns), the query's in both rows. Raises ValueError where a ranking holds an image
+    twice or an array is no photograph.
     """
     old, new = (
         {image.key: rank for rank, image in enumerate(images, 1)} for images in (before, after)
@@ -225,33 +214,30 @@ def _with_pixels(images: Sequence[Any]) -> list[Any]:
     return [replace(image, image=read_pixels(image.image)) for image in images]
 
 
-def _make_grid(
-    rows: int, columns: int, *, extra: float, lines: int = 0
-) -> tuple[Figure, GridSpec, float]:
-    """A grid of query, gap and images, with a row for a table of so many lines; a cell's inches.
+def _make_axes(
+    queries: Sequence[QueryImage], rows: int, columns: int, *, extra: float, lines: int = 0
+) -> tuple[np.ndarray, float]:
+    """Axes (rows, 1 + columns) with the queries drawn, and the inches of an image.
 
-    extra: inches for captions and legend.
+    extra: inches for captions and legend. lines: of a table, for which a row of the grid is left.
     """
-    ratios = [1.25, 0.08] + [1.0] * columns
+    ratios = [1.25, 0.08] + [1.0] * columns  # query, gap, images
     inches = WIDTH / sum(ratios)
     heights = [0.75 * inches + 0.3] * rows + ([0.175 * (lines + 1)] if lines else [])
-    figure = plt.figure(figsize=(WIDTH, sum(heights) + extra), layout="constrained")
+    figure = plt.figure(figsize=(WIDTH, sum(heights) + extra))
     tighten(figure)
     grid = figure.add_gridspec(
         len(heights), len(ratios), width_ratios=ratios, height_ratios=heights
     )
-    return figure, grid, inches
-
-
-def _add_cells(figure: Figure, grid: GridSpec, rows: int, columns: int) -> list[list[Axes]]:
-    """Axes [row][column] of the ranked images; no frame in the whole figure."""
-    cells = [
-        [figure.add_subplot(grid[row, 2 + column]) for column in range(columns)]
-        for row in range(rows)
-    ]
-    for axes in figure.axes:
-        hide_frame(axes)
-    return cells
+    axes, span = np.empty((rows, 1 + columns), object), rows // len(queries)
+    for number, query in enumerate(queries):
+        cell = figure.add_subplot(grid[number * span : (number + 1) * span, 0])
+        axes[number * span : (number + 1) * span, 0] = cell
+        _draw_query(cell, query, 1.25 * inches)
+    for row, column in np.ndindex(rows, columns):
+        axes[row, 1 + column] = figure.add_subplot(grid[row, 2 + column])
+        hide_frame(axes[row, 1 + column])
+    return axes, inches
 
 
 def _draw_query(axes: Axes, query: QueryImage, inches: float) -> None:
@@ -259,21 +245,15 @@ def _draw_query(axes: Axes, query: QueryImage, inches: float) -> None:
     image = query.image
     if query.box is not None:
         x0, y0, x1, y1 = (max(0, int(value)) for value in query.box)
-        faded = cv2.addWeighted(image, 0.4, np.full_like(image, 255), 0.6, 0)
-        faded[y0:y1, x0:x1] = image[y0:y1, x0:x1]
-        image = faded
-    draw_photograph(axes, image, inches)
-    _draw_frame(axes, QUERY_COLOUR)
-    axes.set_title(shorten(query.title, 0.94 * inches), fontsize=CAPTION_SIZE, color=QUERY_COLOUR)
-    if query.box is not None:
+        image = cv2.addWeighted(image, 0.4, np.full_like(image, 255), 0.6, 0)
+        image[y0:y1, x0:x1] = query.image[y0:y1, x0:x1]
         corner = (x0 - 0.5, y0 - 0.5)  # edges of pixels: the last one of the crop is x1 - 1
         axes.add_patch(
             Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor=BOX_COLOUR, linewidth=1.6)
         )
-
-
-def _draw_frame(axes: Axes, colour: str) -> None:
-    axes.spines[:].set(visible=True, color=colour, linewidth=2.5)
+    draw_photograph(axes, image, inches)
+    axes.spines[:].set(visible=True, color=QUERY_COLOUR, linewidth=2.5)
+    axes.set_title(shorten(query.title, 0.94 * inches), fontsize=CAPTION_SIZE, color=QUERY_COLOUR)
 
 
 def _draw_row(
@@ -286,7 +266,7 @@ def _draw_row(
         draw_photograph(axes, image.image, inches)
         if image.label is not None:
             _draw_label(axes, image.label)
-        caption = shorten(image.caption, 0.92 * inches)
+        caption = shorten_lines(image.caption, 0.92 * inches)
         if below:
             axes.set_anchor("S")
             axes.set_xlabel(caption, fontsize=CAPTION_SIZE)
@@ -296,51 +276,40 @@ def _draw_row(
 
 def _draw_label(axes: Axes, label: str) -> None:
     """A frame in the label's colour, with the label's letter in the corner."""
-    _draw_frame(axes, LABEL_COLOURS[label])
-    axes.text(
-        *(0, 1, LABEL_LETTERS[label]),
-        transform=axes.transAxes,
-        ha="left",
-        va="top",
-        fontsize=CAPTION_SIZE,
-        fontweight="bold",
-        color="white" if label in ("easy", "negative") else "black",
-        bbox={"facecolor": LABEL_COLOURS[label], "edgecolor": "none", "pad": 1.8},
-    )
+    axes.spines[:].set(visible=True, color=LABEL_COLOURS[label], linewidth=2.5)
+    letter = axes.text(0, 1, LABEL_LETTERS[label], transform=axes.transAxes, fontsize=CAPTION_SIZE)
+    letter.set(ha="left", va="top", fontweight="bold")
+    letter.set_color("white" if label in ("easy", "negative") else "black")
+    letter.set_bbox({"facecolor": LABEL_COLOURS[label], "edgecolor": "none", "pad": 1.8})
 
 
-def _draw_arrows(cells: Sequence[Sequence[Axes]], rows: Sequence[Sequence[RankedImage]]) -> None:
+def _draw_arrows(cells: np.ndarray, rows: Sequence[Sequence[RankedImage]]) -> None:
     """From an image's position in the first row to its position in the second."""
-    after = [image.key for image in rows[1]]
-    for position, image in enumerate(rows[0]):
-        if image.key not in after:
-            continue
-        arrow = ConnectionPatch(
-            (0.5, -0.02),
-            (0.5, 1.02),
-            *("axes fraction", "axes fraction"),
-            axesA=cells[0][position],
-            axesB=cells[1][after.index(image.key)],
-            color=LABEL_COLOURS[image.label],
-            linewidth=1.8,
-            arrowstyle="-|>",
-        )
-        arrow.set_in_layout(False)  # else the layout would make room for it between the rows
-        cells[0][position].figure.add_artist(arrow)
+    after = {image.key: cell for cell, image in zip(cells[1], rows[1], strict=False)}
+    for cell, image in zip(cells[0], rows[0], strict=False):
+        if image.key in after:
+            arrow = ConnectionPatch(
+                *((0.5, -0.02), (0.5, 1.02), "axes fraction", "axes fraction"),
+                axesA=cell,
+                axesB=after[image.key],
+                color=LABEL_COLOURS[image.label],
+                linewidth=1.8,
+                arrowstyle="-|>",
+            )
+            arrow.set_in_layout(False)  # else the layout would make room for it between the rows
+            cell.figure.add_artist(arrow)
 
 
 def _add_legend(figure: Figure, rankings: Sequence[Sequence[RankedImage]]) -> None:
     """Names the frames that occur."""
     labels = {image.label for ranking in rankings for image in ranking}
-    entries = [("query", QUERY_COLOUR)]
-    entries += [
-        (f"{letter}  {label}", LABEL_COLOURS[label])
-        for label, letter in LABEL_LETTERS.items()
-        if label in labels
-    ]
+    colours = {"query": QUERY_COLOUR}
+    for label, letter in LABEL_LETTERS.items():
+        if label in labels:
+            colours[f"{letter}  {label}"] = LABEL_COLOURS[label]
     handles = [
         Patch(facecolor="white", edgecolor=colour, linewidth=2, label=name)
-        for name, colour in entries
+        for name, colour in colours.items()
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
@@ -352,31 +321,24 @@ def write_table(axes: Axes, table: pd.DataFrame, width: float) -> None:
     """
     hide_frame(axes)
     axes.set(xlim=(0, 72 * width), ylim=(len(table) + 0.5, -0.5))
-    columns = {str(name): [_cell_text(value) for value in table[name]] for name in table}
+    columns = {name: [name, *map(_cell_text, table[name])] for name in table}
+    widths = [max(text_width(text, CAPTION_SIZE) for text in texts) for texts in columns.values()]
     gap, left = 14.0, 4.0
-    widths = {
-        name: max(text_width(text, CAPTION_SIZE) for text in (name, *texts))
-        for name, texts in columns.items()
-    }
-    first = next(iter(widths))
-    rest = sum(widths.values()) - widths[first] + gap * len(widths)
-    widths[first] = min(widths[first], max(60.0, 72 * width - rest - left))
-    for name, texts in columns.items():
+    rest = sum(widths[1:]) + gap * len(widths)
+    widths[0] = min(widths[0], max(60.0, 72 * width - rest - left))
+    for (name, texts), wide in zip(columns.items(), widths, strict=True):
         number = pd.api.types.is_numeric_dtype(table[name])
-        x = left + (widths[name] if number else 0)
-        for line, text in enumerate((name, *texts)):
-            axes.text(
-                *(x, line, shorten(text, widths[name] / 72 + 0.02)),
-                ha="right" if number else "left",
-                va="center",
-                fontsize=CAPTION_SIZE,
-                fontweight="bold" if line == 0 else "normal",
+        for line, text in enumerate(texts):
+            written = axes.text(
+                left + (wide if number else 0), line, shorten(text, wide / 72 + 0.02), va="center"
             )
-        left += widths[name] + gap
+            written.set(ha="right" if number else "left", fontsize=CAPTION_SIZE)
+            written.set_fontweight("bold" if line == 0 else "normal")
+        left += wide + gap
 
 
 def _cell_text(value: object) -> str:
     """Formats a value; – for a missing one."""
-    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
+    if pd.isna(value):
         return "–"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    return f"{value:.2f}" if isinstance(value, float) else printable(value)

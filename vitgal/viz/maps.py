@@ -11,9 +11,11 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
 from vitgal.features.local import LocalFeatures
+from vitgal.viz.charts import PANELS, draw_curves, filled_columns
 from vitgal.viz.drawing import (
     ImageSource,
     draw_photograph,
+    drawable,
     hide_frame,
     outlined,
     pixel_extent,
@@ -28,9 +30,8 @@ from vitgal.viz.style import (
     HEAT_MAP,
     INLIER_COLOUR,
     INLIER_EDGE_COLOUR,
-    STYLE,
+    styled,
 )
-from vitgal.viz.training import PANELS, draw_curves, filled_columns
 
 
 def percentile_range(maps: Sequence[np.ndarray], cut: float) -> Normalize:
@@ -58,7 +59,7 @@ def mix_heat(picture: np.ndarray, heat: np.ndarray, box: Sequence[int]) -> np.nd
     return picture
 
 
-@plt.rc_context(STYLE)
+@styled
 def reconstruction_error(
     log: pd.DataFrame,
     images: Sequence[ImageSource] = (),
@@ -66,22 +67,18 @@ def reconstruction_error(
 ) -> np.ndarray:
     """Draws the autoencoder's reconstruction error over the steps, and its maps over photographs.
 
-    Args:
-        log: rows of log.jsonl with `step`, `reconstruction`, `val_reconstruction`.
-        images: photographs; none: the curves alone.
-        errors: per photograph the error (h, w) of each token, spanning it. All maps share one
-            colour range, from the 1st to the 99th percentile.
-    Returns:
-        The axes, shape (1 + 2 * photographs,): the curves, then the photographs, then their maps.
-    Raises:
-        ValueError: the maps are not (h, w) and finite, or their number differs from the images'.
+    log: rows of log.jsonl with `step`, `reconstruction`, `val_reconstruction`. errors: per
+    photograph the error (h, w) of each token, spanning it; all maps share one colour range, from
+    the 1st to the 99th percentile. Returns the axes, shape (1 + 2 * photographs,): the curves, then
+    the photographs, then their maps. Raises ValueError where the maps are not (h, w) and finite, or
+    their number differs from the images'.
     """
     pictures = [read_pixels(image) for image in images]
     errors = _check_maps(errors, len(pictures), "error maps")
     columns = PANELS["reconstruction error"]
     ratios = [1.4] + [1.0] * len(pictures)
     width = 10 if pictures else 5
-    figure = plt.figure(figsize=(width, 3.1), layout="constrained")
+    figure = plt.figure(figsize=(width, 3.1))
     grid = figure.add_gridspec(2, len(ratios), width_ratios=ratios)
     curves = figure.add_subplot(grid[:, 0])
     if filled_columns(log, columns):
@@ -99,23 +96,17 @@ def reconstruction_error(
     return np.array([curves, *cells])
 
 
-@plt.rc_context(STYLE)
+@styled
 def attention_maps(
     images: Sequence[ImageSource], before: Sequence[np.ndarray], after: Sequence[np.ndarray]
 ) -> np.ndarray:
     """Draws the class attention before and after the autoencoder over each photograph.
 
     Each map is divided by its mean, so that 1 is uniform attention. All maps share one colour
-    range, cut at the 99th percentile.
-
-    Args:
-        images: photographs.
-        before, after: shape (h, w), one a photograph: class attention, summed or averaged over
-            heads, of the backbone and of the autoencoder.
-    Returns:
-        The axes, shape (photographs, 3); a sentence without photographs.
-    Raises:
-        ValueError: the maps are not (h, w) and finite, or their number differs from the images'.
+    range, cut at the 99th percentile. before, after: shape (h, w), one a photograph: class
+    attention, summed or averaged over heads, of the backbone and of the autoencoder. Returns the
+    axes, shape (photographs, 3); a sentence without photographs. Raises ValueError where the maps
+    are not (h, w) and finite, or their number differs from the images'.
     """
     pictures = [read_pixels(image) for image in images]
     before, after = (
@@ -127,12 +118,9 @@ def attention_maps(
     norm = Normalize(0, percentile_range(before + after, 1).vmax)
     inches = 0.88 * 8 / 3  # the colour bar takes the rest
     heights = [min(1.4, picture.shape[0] / picture.shape[1]) * inches for picture in pictures]
+    size = (8, sum(heights) + 0.06 * len(heights) + 0.25)
     figure, axes = plt.subplots(
-        *(len(pictures), 3),
-        figsize=(8, sum(heights) + 0.06 * len(heights) + 0.25),
-        height_ratios=heights,
-        squeeze=False,
-        layout="constrained",
+        len(pictures), 3, figsize=size, height_ratios=heights, squeeze=False
     )
     tighten(figure)
     for row, picture, *maps in zip(axes, pictures, before, after, strict=True):
@@ -145,7 +133,7 @@ def attention_maps(
     return axes
 
 
-@plt.rc_context(STYLE)
+@styled
 def attention_heads(
     image: ImageSource,
     attention: Mapping[float, np.ndarray],
@@ -155,14 +143,10 @@ def attention_heads(
 ) -> np.ndarray:
     """Draws the class attention of every head at every scale, and the score of all heads.
 
-    Every map is drawn relative to its own peak.
-
-    Args:
-        image: the photograph.
-        attention, scores: scale -> maps of shape (heads, h, w), and one of shape (h, w).
-        box: (x0, y0, x1, y1), the pixels of the photograph that the network saw; None: all.
-    Returns:
-        The axes, shape (scales, 1 + heads), the scores first; a sentence without scales.
+    Every map is drawn relative to its own peak. attention, scores: scale -> maps of shape
+    (heads, h, w), and one of shape (h, w). box: (x0, y0, x1, y1), the pixels of the photograph
+    that the network saw; None: all. Returns the axes, shape (scales, 1 + heads), the scores first;
+    a sentence without scales.
     """
     picture = read_pixels(image)
     if box is not None:
@@ -174,9 +158,7 @@ def attention_heads(
     inches = 10 / columns
     height = min(1.4, picture.shape[0] / picture.shape[1]) * inches
     size = (10, len(attention) * (height + 0.08) + 0.3)
-    figure, axes = plt.subplots(
-        len(attention), columns, figsize=size, squeeze=False, layout="constrained"
-    )
+    figure, axes = plt.subplots(len(attention), columns, figsize=size, squeeze=False)
     tighten(figure)
     small = shrink(picture, inches)
     whole = (0, 0, small.shape[1], small.shape[0])
@@ -190,7 +172,7 @@ def attention_heads(
     return axes
 
 
-@plt.rc_context(STYLE)
+@styled
 def dropped_features(
     image: ImageSource,
     kept: LocalFeatures,
@@ -210,7 +192,7 @@ def dropped_features(
         raise ValueError(f"{len(dropped)} dropped features, but {reasons.shape} reasons")
     picture = read_pixels(image)
     height = 4.5 * min(1.3, picture.shape[0] / picture.shape[1])
-    figure, axes = plt.subplots(1, 2, figsize=(9, height + 0.6), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, height + 0.6))
     for panel in axes:
         draw_photograph(panel, picture, 4.5)
         panel.autoscale(False)
@@ -220,11 +202,9 @@ def dropped_features(
     axes[1].set_title(f"{len(dropped)} dropped")
     points = dropped.original_keypoints()
     for name, marker, colour in zip(sorted(set(reasons)), "x+1", DROPPED_COLOURS, strict=False):
-        label = f"{(reasons == name).sum()}: {(titles or {}).get(name, name)}"
-        (marks,) = axes[1].plot(
-            *points[reasons == name].T, marker, color=colour, label=label, markersize=3.5
-        )
+        (marks,) = axes[1].plot(*points[reasons == name].T, marker, color=colour, markersize=3.5)
         marks.set_path_effects(outlined("black", 2.2))
+        marks.set_label(drawable(f"{(reasons == name).sum()}: {(titles or {}).get(name, name)}"))
     if len(dropped):
         figure.legend(loc="outside lower right")
     return axes

@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 import ipywidgets as widgets
 from matplotlib.axes import Axes
 
+from vitgal.runs import printable
 from vitgal.settings import RerankingSettings
 from vitgal.settings.sections import ESTIMATORS
 from vitgal.stages.inspection import ComparedPair, InspectionError, Inspector
-from vitgal.viz.controls import WIDE, Chooser, FigureOutput, Options, labelled, refill, unobserved
+from vitgal.viz.browsers import WIDE, Chooser, FigureOutput, Options, labelled, refill, unobserved
 from vitgal.viz.matching import MatchedImage, match_lines
 
-LAYERS = (
+LAYERS = (  # as the fields of Layers
     ("rejected matches", "rejected"),
     ("outline", "outline"),
     ("dropped features", "dropped"),
@@ -34,11 +35,6 @@ class Layers:
     dropped: bool = False
     attention: tuple[float, int | None] | None = None
 
-    @property
-    def needs_network(self) -> bool:
-        """Whether a layer is drawn that is not stored."""
-        return self.dropped or self.attention is not None
-
 
 def inspected_matches(
     inspector: Inspector,
@@ -49,17 +45,11 @@ def inspected_matches(
     *,
     max_lines: int = 100,
 ) -> Axes:
-    """Draws a compared pair with attention and dropped tokens.
+    """Draws the compared pair of a query and a database image, given by index.
 
     Attention and dropped tokens are drawn of those images for which `inspector.selection` has
-    been called.
-
-    Args:
-        inspector: of the run.
-        query, image: indices of the query and of the database image.
-        pair: the two, compared.
-        layers: what is drawn besides inliers.
-        max_lines: most inliers, and most rejected matches, that are drawn.
+    been called. layers: what is drawn besides inliers. max_lines: most inliers, and most rejected
+    matches, that are drawn.
     """
     sides = []
     for side, features in ((("query", query), pair.query), (("database", image), pair.database)):
@@ -86,25 +76,27 @@ class MatchInspector:
     def __init__(
         self, inspector: Inspector, query: int, image: int | None, settings: RerankingSettings
     ) -> None:
-        self.inspector, self.settings, self.output = inspector, settings, FigureOutput()
+        self.inspector, self.settings, self.output = inspector, settings, FigureOutput(self._draw)
         names = inspector.dataset.ground_truth.queries
-        options = [(f"{index}  {name}", index) for index, name in enumerate(names)]
+        options = [(f"{index}  {printable(name)}", index) for index, name in enumerate(names)]
         self.query = Chooser("query", options, query)
-        entries = self._candidates()
-        first = inspector.choose(query, image)
+        entries, first = self._candidates(), inspector.choose(query, image)
         if first not in [value for _, value in entries]:
             entries = [self._entry(first), *entries]
         self.image = Chooser("image", entries, first)
         self.other_image = widgets.Text(placeholder="or another: name or index, Enter")
         self.other_image.continuous_update = False
-        self._make_parameters()
-        self._make_layers()
-        self._connect()
-        self.output.draw(self._draw)
+        self._make_controls()
+        self.query.list.observe(self._change_query, "value")
+        self.other_image.observe(self._add_image, "value")
+        self.button.on_click(lambda _: self.output.redraw(work=self._look))
+        parameters = (self.distance, self.threshold, self.count, self.estimator)
+        layers = (self.hidden_scales, self.layers, self.attention)
+        for control in (self.image.list, *map(labelled, (*parameters, *layers))):
+            control.observe(self.output.redraw, "value")
+        self.output.draw()
         images = widgets.HBox([*self.image.widget.children, self.other_image])
-        parameters = widgets.VBox([self.distance, self.threshold, self.count, self.estimator])
-        layers = widgets.VBox([self.hidden_scales, self.layers, self.attention, self.button])
-        controls = widgets.HBox([parameters, layers])
+        controls = widgets.HBox([widgets.VBox(parameters), widgets.VBox([*layers, self.button])])
         self.widget = widgets.VBox([self.query.widget, images, controls, self.output.widget])
 
     def _candidates(self) -> Options:
@@ -115,88 +107,63 @@ class MatchInspector:
 
     def _entry(self, image: int, note: str = "") -> tuple[str, int]:
         label = self.inspector.relevance(self.query.value, image)
-        return f"{self.inspector.name('database', image)}  ({label}{note})", image
+        return printable(f"{self.inspector.name('database', image)}  ({label}{note})"), image
 
-    def _make_parameters(self) -> None:
+    def _make_controls(self) -> None:
         matching, verification = self.settings.matching, self.settings.verification
         most = self.inspector.settings.max_keypoints
-        self.distance = labelled(
-            widgets.FloatSlider(
-                matching.max_distance, min=0, max=1.5, step=0.01, description="max_distance"
-            )
+        distance, threshold = matching.max_distance, verification.threshold
+        self.distance = widgets.FloatSlider(
+            distance, min=0, max=max(1.5, distance), step=0.01, description="max_distance"
         )
-        self.threshold = labelled(
-            widgets.FloatSlider(
-                verification.threshold, min=0.5, max=64, step=0.5, description="threshold (px)"
-            )
+        self.threshold = widgets.FloatSlider(
+            threshold, min=0.5, max=max(64, threshold), step=0.5, description="threshold (px)"
         )
-        self.count = labelled(
-            widgets.IntSlider(
-                matching.max_keypoints or most, min=5, max=most, step=5, description="features"
-            )
+        count, least = matching.max_keypoints or most, min(5, most)
+        self.count = widgets.IntSlider(count, min=least, max=most, step=5, description="features")
+        self.estimator = widgets.Dropdown(
+            options=ESTIMATORS, value=verification.estimator, description="estimator"
         )
-        self.estimator = labelled(
-            widgets.Dropdown(
-                options=ESTIMATORS, value=verification.estimator, description="estimator"
-            )
-        )
-
-    def _make_layers(self) -> None:
         scales = [(f"{scale:g}", scale) for scale in self.inspector.settings.scales]
-        self.hidden_scales = labelled(
-            widgets.SelectMultiple(options=scales, description="hidden scales", rows=len(scales))
+        self.hidden_scales = widgets.SelectMultiple(
+            options=scales, description="hidden scales", rows=len(scales)
         )
-        self.layers = labelled(
-            widgets.SelectMultiple(
-                options=LAYERS, value=("rejected", "outline"), description="drawn", rows=len(LAYERS)
-            )
+        self.layers = widgets.SelectMultiple(
+            options=LAYERS, value=("rejected", "outline"), description="drawn", rows=3
         )
-        self.attention = labelled(
-            widgets.Dropdown(options=[("none", None)], description="attention")
-        )
+        self.attention = widgets.Dropdown(options=[("none", None)], description="attention")
         self.button = widgets.Button(
             description="look with the network (one pass a photograph)", layout=WIDE
         )
 
-    def _connect(self) -> None:
-        self.query.list.observe(self._change_query, "value")
-        self.other_image.observe(self._add_image, "value")
-        parameters = (self.distance, self.threshold, self.count, self.estimator)
-        layers = (self.hidden_scales, self.layers, self.attention)
-        for control in (self.image.list, *parameters, *layers):
-            control.observe(self._redraw, "value")
-        self.button.on_click(lambda _: self.output.redraw(self._run_network))
-
-    def _redraw(self, _: object = None) -> None:
-        self.output.redraw(self._draw)
-
     def _change_query(self, _: object) -> None:
-        with unobserved(self.image.list, self._redraw):
+        with unobserved(self.image.list, self.output.redraw):
             refill(self.image.list, self._candidates())
-        self._redraw()
+        self.output.redraw()
 
     def _add_image(self, _: object) -> None:
         """Adds the database image that was typed to the list and chooses it."""
-        if not self.other_image.value.strip():
+        images, typed = self.image.list, self.other_image.value.strip()
+        if not typed:
             return
         try:
-            image = self.inspector.find(self.other_image.value.strip())
+            image = self.inspector.find(typed)
         except InspectionError as error:
             self.output.show_error(str(error))
             return
-        images = self.image.list
-        if image not in [value for _, value in images.options]:
-            with unobserved(images, self._redraw):
+        with unobserved(images, self.output.redraw):
+            if image not in [value for _, value in images.options]:
                 images.options = [self._entry(image), *images.options]
-        if images.value == image:
-            self._redraw()
-        else:
             images.value = image
+        self.output.redraw()
+
+    def _sides(self) -> tuple[tuple[str, int], tuple[str, int]]:
+        if self.image.value is None:
+            raise InspectionError("this query has no verified image: type any database image")
+        return ("query", self.query.value), ("database", self.image.value)
 
     def pair(self) -> ComparedPair:
         """Compares the chosen pair under the parameters as the controls stand."""
-        if self.image.value is None:
-            raise InspectionError("this query has no verified image: type any database image")
         matching = replace(
             self.settings.matching,
             max_distance=self.distance.value,
@@ -207,16 +174,11 @@ class MatchInspector:
             threshold=self.threshold.value,
             estimator=self.estimator.value,
         )
-        return self.inspector.pair(
-            *(self.query.value, self.image.value),
-            replace(self.settings, matching=matching, verification=verification),
-            hidden_scales=self.hidden_scales.value,
-        )
+        settings = replace(self.settings, matching=matching, verification=verification)
+        (_, query), (_, image) = self._sides()
+        return self.inspector.pair(query, image, settings, hidden_scales=self.hidden_scales.value)
 
-    def _sides(self) -> tuple[tuple[str, int], tuple[str, int]]:
-        return ("query", self.query.value), ("database", self.image.value)
-
-    def _run_network(self) -> None:
+    def _look(self) -> None:
         """Computes attention and dropped tokens of both photographs and draws them."""
         selection, _ = [self.inspector.selection(*side) for side in self._sides()]
         if len(self.attention.options) == 1:
@@ -228,15 +190,15 @@ class MatchInspector:
                 for head, name in names.items()
             ]
             nearest = min(selection.attention, key=lambda scale: abs(scale - 1))
-            with unobserved(self.attention, self._redraw):
+            with unobserved(self.attention, self.output.redraw):
                 self.attention.options = [("none", None), *maps]
                 self.attention.value = (nearest, None)
-            with unobserved(self.layers, self._redraw):
+            with unobserved(self.layers, self.output.redraw):
                 self.layers.value = (*self.layers.value, "dropped")
         self._draw()
 
     def _draw(self) -> None:
-        pair, drawn = self.pair(), self.layers.value
+        pair, sides = self.pair(), self._sides()
         print(f"{pair.sentence()}; features: {len(pair.query)} and {len(pair.database)}")
         if self.hidden_scales.value:
             scales = ", ".join(f"{scale:g}" for scale in self.hidden_scales.value)
@@ -244,11 +206,10 @@ class MatchInspector:
                 f"features of scale {scales} are hidden, not extracted anew: the others are those "
                 "that passed suppression beside them"
             )
-        layers = Layers(
-            "rejected" in drawn, "outline" in drawn, "dropped" in drawn, self.attention.value
-        )
-        missing = [side for side in self._sides() if side not in self.inspector.selections]
-        if layers.needs_network and missing:
+        drawn = [layer in self.layers.value for _, layer in LAYERS]
+        layers = Layers(*drawn, self.attention.value)
+        computed = self.inspector.selections.keys()
+        if (layers.dropped or layers.attention) and not computed >= {*sides}:
             print("attention and dropped features of this photograph: press the button")
         inspected_matches(self.inspector, self.query.value, self.image.value, pair, layers)
 

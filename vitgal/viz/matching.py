@@ -33,14 +33,14 @@ from vitgal.viz.style import (
     INLIER_EDGE_COLOUR,
     REJECTED_COLOUR,
     SCORE_MAP,
-    STYLE,
+    styled,
 )
 
 # (x, y, scale) of a drawn photograph: the centre of pixel p is at (x, y) + (p + 0.5) * scale
 Frame = tuple[float, float, float]
 
 
-@plt.rc_context(STYLE)
+@styled
 def keypoints(
     image: ImageSource,
     features: LocalFeatures,
@@ -60,7 +60,7 @@ def keypoints(
     """
     picture, drawn = read_pixels(image), features.subset(slice(max_keypoints))
     height = 5 * min(1.3, picture.shape[0] / picture.shape[1])
-    _, axes = plt.subplots(figsize=(5.7, height + 0.3), layout="constrained")
+    _, axes = plt.subplots(figsize=(5.7, height + 0.3))
     draw_photograph(axes, picture, 5)
     axes.set_title(f"{len(drawn)} of {len(features)} local features")
     if not len(drawn):
@@ -94,7 +94,7 @@ def _patch_squares(features: LocalFeatures) -> list[Rectangle]:
     return [Rectangle(corner, *side) for corner, side in zip(corners, sides, strict=True)]
 
 
-@plt.rc_context(STYLE)
+@styled
 def feature_counts(counts: Sequence[int], scales: Sequence[float] | np.ndarray) -> np.ndarray:
     """Draws the numbers of local features of images, and the scales of those of one image.
 
@@ -106,7 +106,7 @@ def feature_counts(counts: Sequence[int], scales: Sequence[float] | np.ndarray) 
     """
     counts, scales = np.asarray(counts, dtype=int), np.asarray(scales, dtype=float)
     names, numbers = np.unique(scales.round(4), return_counts=True)
-    _, axes = plt.subplots(1, 2, figsize=(9, 2.4), layout="constrained")
+    _, axes = plt.subplots(1, 2, figsize=(9, 2.4))
     axes[0].hist(counts, bins=30, color=CURVE_COLOURS[0])
     axes[0].set(xlabel="local features of an image", ylabel="images")
     axes[0].set_title(f"{counts.sum():,} features of {len(counts):,} images", loc="left")
@@ -139,7 +139,7 @@ class MatchedImage:
     heat: np.ndarray | None = None
 
 
-@plt.rc_context(STYLE)
+@styled
 def match_lines(
     query: MatchedImage,
     database: MatchedImage,
@@ -167,8 +167,12 @@ def match_lines(
     matches = np.asarray(pair.matches, dtype=int).reshape(-1, 2)
     if inliers.shape != (len(matches),):
         raise ValueError(f"{len(matches)} matches, but inliers of shape {inliers.shape}")
-    pictures = [_heated_pixels(side) for side in sides]
-    _, axes = plt.subplots(layout="constrained")
+    pictures = [read_pixels(side.image) for side in sides]
+    pictures = [
+        picture if side.heat is None else mix_heat(picture, side.heat, side.features.box)
+        for side, picture in zip(sides, pictures, strict=True)
+    ]
+    _, axes = plt.subplots()
     frames = _draw_side_by_side(axes, pictures, width)
     hide_frame(axes)
     ends = [
@@ -184,7 +188,11 @@ def match_lines(
     _draw_inliers(axes, lines[inliers][_spread(inliers.sum(), max_lines)])
     if outline:
         _draw_outlines(axes, sides, pictures, frames, pair.verification.homography)
-    _write_titles(axes, pictures, frames, (query.title, database.title))
+    for side, picture, (left, top, scale) in zip(sides, pictures, frames, strict=True):
+        height, inches = (pixels * scale for pixels in picture.shape[:2])
+        title, corner = shorten(side.title, inches, size=8), (left + inches / 2, top + height)
+        name = axes.annotate(title, corner, (0, -4), textcoords="offset points", fontsize=8)
+        name.set(ha="center", va="top")
     drawn = f" ({max_lines} drawn)" if inliers.sum() > max_lines else ""
     axes.set_title(f"{inliers.sum()} inliers{drawn} of {len(inliers)} matches")
     return axes
@@ -218,13 +226,6 @@ def _project(homography: np.ndarray, points: np.ndarray) -> np.ndarray | None:
     if not np.isfinite(mapped).all() or depth.min() * depth.max() <= 0:
         return None
     return mapped[:, :2] / depth[:, None]
-
-
-def _heated_pixels(side: MatchedImage) -> np.ndarray:
-    picture = read_pixels(side.image)
-    if side.heat is None:
-        return picture
-    return mix_heat(picture, side.heat, side.features.box)
 
 
 def _draw_side_by_side(axes: Axes, pictures: Sequence[np.ndarray], width: float) -> list[Frame]:
@@ -309,20 +310,3 @@ def _draw_outlines(
         height, width = picture.shape[:2]
         low, high = _to_inches(np.array([[-0.5, -0.5], [width - 0.5, height - 0.5]]), frame)
         shape.set_clip_path(Rectangle(low, *(high - low), transform=axes.transData))
-
-
-def _write_titles(
-    axes: Axes, pictures: Sequence[np.ndarray], frames: Sequence[Frame], titles: Sequence[str]
-) -> None:
-    """Each photograph's name under it."""
-    for picture, (left, top, scale), title in zip(pictures, frames, titles, strict=True):
-        height, inches = (side * scale for side in picture.shape[:2])
-        axes.annotate(
-            shorten(title, inches, size=8),
-            (left + inches / 2, top + height),
-            xytext=(0, -4),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            fontsize=8,
-        )

@@ -1,36 +1,45 @@
-"""Figures of a run: its rankings, pairs and computations, read from the files of its stages."""
+"""Figures of a run and of one's own photographs: rankings and pairs, read from stages' files."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.axes import Axes
 
 from vitgal import runs
 from vitgal.data import revisited
+from vitgal.data.photographs import read_upright
 from vitgal.data.revisited import GroundTruth, RetrievalDataset
-from vitgal.features.files import map_array
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval.ranking import Ranking
 from vitgal.retrieval.verification import inspect_pair
-from vitgal.settings import GlobalSettings, RerankingSettings
+from vitgal.runs import printable
+from vitgal.settings import RerankingSettings
 from vitgal.stages import rerank
-from vitgal.viz import diagrams, galleries, matching, style
-from vitgal.viz.diagrams import Step
+from vitgal.viz import galleries, style
+from vitgal.viz.drawing import reduce_image
 from vitgal.viz.galleries import QueryImage, RankedImage
+from vitgal.viz.matching import MatchedImage, match_lines
+
+if TYPE_CHECKING:  # the stage needs torch, its figures do not
+    from vitgal.stages.own import SearchResult
 
 GLOBAL_NOTEBOOK = "notebook 04_global_evaluation"
+THUMBNAIL = 1200  # pixels, the longer side of one's own photograph in a ranking
 
 
 def existing_queries(truth: GroundTruth, queries: Sequence[int]) -> list[int]:
     """Returns those query indices that exist; prints which do not, and the range."""
-    existing = [query for query in queries if 0 <= query < len(truth.queries)]
+    count = len(truth.queries)
     for query in queries:
-        if query not in existing:
-            last = len(truth.queries) - 1
-            print(f"query {query} is not drawn: {truth.name} has the queries 0 to {last}")
-    return existing
+        if not 0 <= query < count:
+            name = printable(truth.name)
+            print(f"query {query} is not drawn: {name} has the queries 0 to {count - 1}")
+    return [query for query in queries if 0 <= query < count]
 
 
 def ranking_gallery(
@@ -47,17 +56,15 @@ def ranking_gallery(
     box, as it was searched with. Returns the axes, shape (queries, 1 + columns). Raises
     IndexError for a query that does not exist.
     """
-    return galleries.ranking_rows(
-        [query_image(benchmark, query, crop=crop) for query in queries],
+    rankings = [
         [
-            [
-                ranked_image(benchmark, query, image, caption=str(rank))
-                for rank, image in enumerate(ranks[:columns, query].tolist(), 1)
-            ]
-            for query in queries
-        ],
-        columns=columns,
-    )
+            ranked_image(benchmark, query, image, caption=str(rank))
+            for rank, image in enumerate(ranks[:columns, query].tolist(), 1)
+        ]
+        for query in queries
+    ]
+    images = [query_image(benchmark, query, crop=crop) for query in queries]
+    return galleries.ranking_rows(images, rankings, columns=columns)
 
 
 def reranked_gallery(
@@ -78,19 +85,18 @@ def reranked_gallery(
     counts = rerank.inlier_counts(folder / "rerank", query)
     rankings = []
     for ranking in (Ranking.load(folder / "global"), Ranking.load(folder / "rerank", protocol)):
-        column = ranking.order[:, query]
-        images = column[~np.isin(column, ignored) & (column >= 0)].tolist()
-        notes = [f"{counts[image]} inliers" if image in counts else "" for image in images]
+        images = ranking.order[:, query]
         rankings.append(
             [
-                ranked_image(benchmark, query, image, caption=note)
-                for image, note in zip(images, notes, strict=True)
+                ranked_image(
+                    *(benchmark, query, image),
+                    caption=f"{counts[image]} inliers" if image in counts else "",
+                )
+                for image in images[~np.isin(images, ignored) & (images >= 0)].tolist()
             ]
         )
-    crop = crops_queries(folder)
-    return galleries.before_after(
-        query_image(benchmark, query, crop=crop), *rankings, columns=columns
-    )
+    first = query_image(benchmark, query, crop=crops_queries(folder))
+    return galleries.before_after(first, *rankings, columns=columns)
 
 
 def query_image(benchmark: RetrievalDataset, query: int, *, crop: bool) -> QueryImage:
@@ -128,25 +134,17 @@ def pair_matches(
 ) -> Axes:
     """Draws matches and inliers of a query and a database image, as reranking counts them.
 
-    Args:
-        benchmark: the images and their labels.
-        features: the local features of both.
-        query, image: indices of the query and of the database image.
-        settings: of matching and verification.
-        max_lines: most inliers, and most rejected matches, that are drawn.
+    features: of both. query, image: their indices. settings: of matching and verification.
+    max_lines: most inliers, and most rejected matches, that are drawn.
     """
     truth = benchmark.ground_truth
-    query_features, image_features = rerank.pair_features(features, truth, query, image)
+    first, second = rerank.pair_features(features, truth, query, image)
     label = revisited.relevance_labels(truth, query, [image])[0]
     title = f"{benchmark.database[image]} ({label})"
-    return matching.match_lines(
-        matching.MatchedImage(benchmark.query_paths[query], query_features, truth.queries[query]),
-        matching.MatchedImage(benchmark.database_paths[image], image_features, title),
-        inspect_pair(
-            query_features,
-            image_features,
-            settings,
-        ),
+    return match_lines(
+        MatchedImage(benchmark.query_paths[query], first, truth.queries[query]),
+        MatchedImage(benchmark.database_paths[image], second, title),
+        inspect_pair(first, second, settings),
         max_lines=max_lines,
     )
 
@@ -163,83 +161,70 @@ def save_pair_matches(
 
     Returns the paths.
     """
+    query_folder = Path(folder) / safe_file_name(benchmark.ground_truth.queries[query])
     paths = []
     for image in images:
         axes = pair_matches(benchmark, features, query, image, settings)
-        names = benchmark.ground_truth.queries[query], f"{benchmark.database[image]}.png"
-        path = Path(folder).joinpath(*map(safe_file_name, names))
+        path = query_folder / f"{safe_file_name(benchmark.database[image])}.png"
         paths.append(style.save_figure(axes, path, close=True))
     return paths
 
 
 def safe_file_name(name: str) -> str:
-    """Returns an image name as a file name: other than word characters, `.` and `-` become `_`."""
-    return re.sub(r"[^\w.-]", "_", name).lstrip(".") or "_"
+    """Returns an image name as a file name: other than word characters, `.` and `-` become `_`.
 
-
-def global_diagram(folder: Path, settings: GlobalSettings) -> Axes:
-    """Draws the steps from a photograph to a global descriptor and a position in a ranking.
-
-    folder: a finished global stage, whose shapes are written into the diagram. Returns the axes.
+    A name of more than 200 bytes is cut and ends with a digest of the whole.
     """
-    images, dimension = map_array(folder / "database.npy").shape
-    size, side = settings.size, settings.size // 16
-    mean = f"mean of {len(settings.scales)} scale(s)"
-    return diagrams.step_diagram(
-        [
-            Step("photograph", "H × W × 3", "cut to the query's box"),
-            Step("network input", f"{size} × {size} × 3", "about; resized, normalised"),
-            Step("patches", f"{side * side} × {dimension}", "16 × 16 pixels each"),
-            Step(
-                "XCiT, 12 or 24 blocks",
-                f"{side * side} × {dimension}",
-                "cross-covariance attention",
-            ),
-            Step("multi-atrous", f"{side * side} × {dimension}", "five dilations and the mean"),
-            Step("class token joins", f"{side * side + 1} × {dimension}", "learnt"),
-            Step("class attention, twice", f"1 × {dimension}", "the token looks at the patches"),
-            Step(mean, f"{dimension}", "each of length 1, and so the mean"),
-            Step("similarities", f"{images:,}", "inner products with the database"),
-            Step("ranking", f"{images:,}", "sorted; ties by index"),
+    safe = re.sub(r"[^\w.-]", "_", name).lstrip(".") or "_"
+    if len(safe.encode()) <= 200:
+        return safe
+    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    return f"{safe.encode()[:180].decode(errors='ignore')}-{digest}"
+
+
+def ranking_figure(result: "SearchResult", *, columns: int = 7) -> np.ndarray:
+    """Draws the query with the first photographs by similarity, and below after reranking.
+
+    Returns the axes (2, 1 + columns).
+    """
+    image, factor = reduce_image(read_upright(result.path), THUMBNAIL)
+    box = None if result.box is None else [side * factor for side in result.box]
+    before = result.table.sort_values("global_rank").head(columns)
+    after = result.table.head(columns)
+    thumbnails = {
+        name: reduce_image(read_upright(result.photographs.path(name)), THUMBNAIL)[0]
+        for name in {*before["photograph"], *after["photograph"]}
+    }
+    rankings = {
+        title: [
+            RankedImage(row.photograph, thumbnails[row.photograph], caption=caption(row))
+            for row in rows.itertuples()
         ]
+        for title, rows, caption in (
+            ("by similarity", before, _similarity_caption),
+            ("by inliers", after, _inlier_caption),
+        )
+    }
+    return galleries.stacked_rankings(
+        QueryImage(image, box, result.query), rankings, columns=columns
     )
 
 
-def reranking_diagram(
-    benchmark: RetrievalDataset, folder: Path, query: int, settings: RerankingSettings
-) -> Axes:
-    """Draws the steps from a query and its first candidate to a number of inliers.
+def _similarity_caption(row: Any) -> str:
+    return f"{row.global_rank}   {printable(row.photograph)}\nsimilarity {row.similarity:.2f}"
 
-    folder: `<run>/<dataset>` with the finished stages global and local, whose shapes are
-    written into the diagram. Raises ValueError for a query that does not exist.
-    """
-    truth = benchmark.ground_truth
-    query = revisited.check_query(truth, query)
-    store = FeatureStore.open(folder / "local")
-    features = store[truth.queries[query]]
-    ranked = Ranking.load(folder / "global").order[:, query].tolist()
-    names = (benchmark.database[image] for image in ranked)
-    name = next((name for name in names if name in store), None)
-    candidate = features if name is None else store[name]
-    pair = inspect_pair(features, candidate, settings)
-    count, matches = pair.verification.count, len(pair.matches)
-    return diagrams.step_diagram(
-        [
-            Step(
-                "query's features",
-                f"{len(features)} × {features.code_dim}",
-                "codes; places (x, y) beside",
-            ),
-            Step(
-                "candidate's features",
-                f"{len(candidate)} × {candidate.code_dim}",
-                "the first candidate's",
-            ),
-            Step("distances", f"{len(features)} × {len(candidate)}", "Euclidean, between codes"),
-            Step("matches", f"{matches} × 2", "nearest, within max_distance"),
-            Step("places of matches", f"{matches} × 4", "x y in both network inputs"),
-            Step("homography", "3 × 3", "the best of `iterations` draws"),
-            Step("inliers", f"{count} of {matches}", "mapped within the threshold"),
-            Step("short list", f"{len(ranked):,} ranks", "the first `top` sorted by inliers"),
-        ]
+
+def _inlier_caption(row: Any) -> str:
+    counts = "" if pd.isna(row.inliers) else f"\n{row.inliers} inliers of {row.matches}"
+    return f"{row.rank}   {printable(row.photograph)}{counts}"
+
+
+def pair_figure(result: "SearchResult", name: str, *, max_lines: int = 60) -> Axes:
+    """Draws the query and one photograph with their matches; returns the axes."""
+    query, (features, pair) = result.description.features, result.pair(name)
+    return match_lines(
+        MatchedImage(read_upright(result.path), query, result.query),
+        MatchedImage(read_upright(result.photographs.path(name)), features, name),
+        pair,
+        max_lines=max_lines,
     )

@@ -1,13 +1,20 @@
-"""Colours, type and files: what all figures share."""
+"""Colours, style and files: what all figures share."""
 
+import functools
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Tick
+from matplotlib.figure import Figure
 
 from vitgal.runs.files import atomic
+from vitgal.settings.sections import ShowSettings
 
 # Green, orange, red and grey differ in lightness too, for red-green colour-blind readers (the usual
 # bluish green and vermilion are too close to grey and orange). Each frame also has a letter.
@@ -31,19 +38,19 @@ CAPTION_SIZE = 7.5  # points, text beside photographs
 # Pixels of a photograph that are kept for each drawn pixel: exported figures stay sharp and
 # notebooks small.
 DETAIL = 3
+FONT = "DejaVu Sans"
+BOXES_FONT = "Last Resort High-Efficiency"  # of matplotlib: boxes for letters that no font has
 STYLE = {
     "figure.dpi": 80,
-    "figure.facecolor": "white",
-    "font.family": ["DejaVu Sans"],
+    "figure.constrained_layout.use": True,
+    "font.family": [FONT],
     "font.size": 9,
+    "text.parse_math": False,  # names may hold dollar signs
     "text.color": INK,
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
-    "axes.labelsize": 9,
     "axes.titlesize": 9,
     "axes.titlepad": 4,
-    "axes.linewidth": 0.8,
-    "axes.grid": False,
     "grid.color": "#E3E3E3",
     "grid.linewidth": 0.6,
     "axes.axisbelow": True,
@@ -59,16 +66,30 @@ STYLE = {
 }
 
 
+def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a function that returns axes: it draws in STYLE, whatever the user's style is."""
+
+    @functools.wraps(draw)
+    def draw_in_style(*arguments: Any, **options: Any) -> Any:
+        with plt.style.context(["default", STYLE]):
+            axes = draw(*arguments, **options)
+            # An axis makes its first tick when it is looked at, which may be in another style.
+            np.ravel(axes)[0].figure.findobj(Tick)
+        return axes
+
+    return draw_in_style
+
+
 def save_figure(
     axes: Axes | np.ndarray, path: str | os.PathLike, *, dpi: int = 200, close: bool = False
 ) -> Path:
-    """Writes the figure of these axes; the suffix chooses the format.
+    """Writes the figure of these axes; the suffix .pdf, .svg, .png or .jpg chooses the format.
 
     The file is written atomically, without a date: the same figure gives the same bytes.
 
     Args:
         axes: what a drawing function returned; an array may have any shape.
-        path: ends in .pdf, .svg, .png or .jpg.
+        path: of the file.
         dpi: resolution of photographs inside a .pdf or .svg, and of a .png or .jpg as a whole.
         close: closes the figure afterwards, for loops that write many.
     Returns:
@@ -82,15 +103,26 @@ def save_figure(
     if suffix not in figure.canvas.get_supported_filetypes():
         raise ValueError(f"{path}: no format is known by this suffix; use .pdf, .svg, .png or .jpg")
     metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)
-    with plt.rc_context({"svg.hashsalt": "vitgal"}), atomic(path) as temporary:
-        figure.savefig(
-            temporary,
-            format=suffix,
-            dpi=dpi,
-            bbox_inches="tight",
-            pad_inches=0.03,
-            metadata=metadata,
-        )
+    style = {"svg.hashsalt": "vitgal", "savefig.bbox": "tight", "savefig.pad_inches": 0.03}
+    with plt.style.context(["default", style]), atomic(path) as temporary:
+        figure.savefig(temporary, format=suffix, dpi=dpi, metadata=metadata)
     if close:
         plt.close(figure)
     return path
+
+
+@dataclass(frozen=True)
+class FigureFolder:
+    """A folder that figures are written to where `show.save_figures` is set."""
+
+    folder: Path
+    show: ShowSettings
+
+    def keep(self, drawing: Axes | np.ndarray | Figure, name: str) -> None:
+        """Writes a figure, or that of axes (any shape), as `<name>.<figure_format>`.
+
+        Call it before the figure is shown.
+        """
+        if self.show.save_figures:
+            axes = drawing.axes[0] if isinstance(drawing, Figure) else drawing
+            save_figure(axes, self.folder / f"{name}.{self.show.figure_format}")
