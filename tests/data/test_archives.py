@@ -33,7 +33,7 @@ def test_an_unsafe_archive_is_refused_whole(case, site, tmp_path):
 
 def test_flattening_two_images_of_one_name_is_refused(site, tmp_path):
     sources = one_archive(tmp_path, site, tar([("a/x.jpg", b"1"), ("b/x.jpg", b"2")]), "flat")
-    with pytest.raises(ValueError, match=r"two files for x\.jpg \(the second is b/x\.jpg\)"):
+    with pytest.raises(ValueError, match=r"two files for x\.jpg \(the second is 'b/x\.jpg'\)"):
         bring("set", tmp_path, sources)
 
 

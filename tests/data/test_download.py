@@ -4,7 +4,6 @@ Google Drive cannot be reached from a test. Its two sources differ from the othe
 function alone, and that one is tested here with an ordinary address, which gdown takes as well.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ from tests.data.download_server import (
     photo,
     tar,
 )
+from vitgal import runs
 from vitgal.data import revisited
 from vitgal.data.download import checks, fetch, transfer
 
@@ -41,7 +41,7 @@ def test_real_layout_and_second_run_makes_no_request(name, world, site, tmp_path
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     assert bring(name, tmp_path, world) == folder
     assert len(site.requests) == asked
-    after = {path: path.stat().st_mtime_ns for path in before if path.suffix != ".lock"}
+    after = {path: path.stat().st_mtime_ns for path in before if path.name != ".lock"}
     assert after == {path: before[path] for path in after}
     assert checks.check(name, folder=tmp_path / "data", progress=False, sources=world).ok
 
@@ -193,15 +193,15 @@ def test_a_web_page_is_not_recorded_as_the_file(site, tmp_path):
 def test_the_google_drive_transfer_resumes_and_names_what_to_do(site, tmp_path):
     content = np.random.default_rng(0).bytes(3_000_000)
     site.files["weights.pth"] = content
-    part = fetch.PartialFile(tmp_path / "things" / ".download-thing" / "weights.pth.part")
-    part.path.parent.mkdir(parents=True)
-    options = {"label": "weights.pth", "progress": False}
+    part = tmp_path / "things" / ".download-thing" / "weights.pth.part"
+    part.parent.mkdir(parents=True)
     url = f"{site.root}/weights.pth"
+    transfer = fetch.Transfer(url, part, len(content), "weights.pth", progress=False)
     site.cuts["weights.pth"] = [2_000_000]
     with pytest.raises(ConnectionError, match=rf"{url}.*save the file as .*/things/weights\.pth"):
-        fetch.fetch_from_drive(url, part, **options)
-    fetch.fetch_from_drive(url, part, **options)
-    assert part.path.read_bytes() == content
+        transfer.from_drive()
+    transfer.from_drive()
+    assert part.read_bytes() == content
     resumed = int(re.fullmatch(r"bytes=(\d+)-", site.asked("weights.pth")[-1])[1])
     assert 0 < resumed <= 2_000_000
 
@@ -352,9 +352,6 @@ def test_a_disk_full_in_unpacking_is_one_error_and_the_archive_is_kept(site, tmp
 
 def test_another_process_in_the_folder_is_refused(site, tmp_path):
     sources = one_file(tmp_path, site)
-    folder = tmp_path / "data" / "things"
-    folder.mkdir(parents=True)
-    with open(folder / ".download-thing.lock", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        with pytest.raises(OSError, match="another process .* thing"):
+    with runs.locked(tmp_path / "data" / "things" / ".download-thing"):
+        with pytest.raises(runs.StageError, match="another process .*things"):
             bring("thing", tmp_path, sources)

@@ -9,7 +9,7 @@ import requests
 from hypothesis import given, strategies as st
 
 from tests.data.download_server import tar
-from vitgal.data.download import archives, folders, sources
+from vitgal.data.download import archives, sources
 from vitgal.data.download.fetch import total_length
 
 NUMBERS = st.integers(0, 10**25).map(str) | st.sampled_from(["*", "²", "٣", "", "-1", "1e3", " 1"])
@@ -55,7 +55,7 @@ def test_a_record_is_read_or_refused(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "set.download.json"
     path.write_bytes(content)
     source = sources.Source("set", "", "set", "", "", archives=(sources.RemoteFile(url="a.tar"),))
-    folder = folders.SourceFolder(source, path.parent)
+    folder = sources.SourceFolder(source, path.parent)
     try:
         record = folder.record
     except ValueError as error:
@@ -63,7 +63,7 @@ def test_a_record_is_read_or_refused(tmp_path_factory, content):
     else:
         list(folder.pending())
         folder.save_record()
-        assert folders.read_record(path, "set") == record
+        assert sources.SourceFolder(source, path.parent).record == record
 
 
 @given(st.binary(max_size=60) | st.text(max_size=60).map(str.encode))

@@ -1,5 +1,7 @@
 """Unpacks archives of photographs and refuses unsafe ones."""
 
+import bz2
+import contextlib
 import errno
 import gzip
 import lzma
@@ -7,21 +9,30 @@ import os
 import platform
 import shutil
 import tarfile
-import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 from tqdm.auto import tqdm
 
+from vitgal import runs
 from vitgal.data import gldv2
 from vitgal.data.download.fetch import format_size
 
 STAGING = ".unpacking"  # inside the image folder: on the same disk, even where that is a link
 # Photographs hardly compress: an archive of them never unpacks to far more than its size.
 MAX_RATIO, MAX_EXTRA_BYTES, MAX_MEMBERS = 10, 16 << 20, 2_000_000
+MAX_READ = 64 << 10  # bytes of one header; tarfile reads it whole, a member's content in blocks
+COMPRESSIONS = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+    b"\x5d\0\0": lzma.open,
+}
+# Errors of the system that a damaged archive or its names cause; None: of a decompressor.
 DAMAGE = (
-    *(tarfile.TarError, gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError),
-    *(RecursionError, FileExistsError, IsADirectoryError, NotADirectoryError),
+    *(None, errno.ENAMETOOLONG, errno.EEXIST, errno.EISDIR, errno.ENOTDIR),
+    *(errno.EINVAL, errno.EILSEQ),
 )
 
 
@@ -36,7 +47,7 @@ def unpack(archive: Path, folder: Path, *, arrange: str, label: str, progress: b
     Raises:
         ValueError: the archive is damaged, unpacks to far more than its size, has two files of one
             name, or a member that is not a plain file or folder or leads out of the folder.
-        OSError: the disk is full.
+        OSError: the disk is full, or cannot be written.
     """
     if not hasattr(tarfile, "data_filter"):  # Python 3.11.0 to 3.11.3
         raise RuntimeError(
@@ -48,15 +59,15 @@ def unpack(archive: Path, folder: Path, *, arrange: str, label: str, progress: b
     staging.mkdir(parents=True)
     try:
         targets = _extract(archive, staging, arrange=arrange, label=label, progress=progress)
+        parents = {parent for target in targets for parent in list(target.parents)[:-1]}
+        runs.refuse_links(folder / parent for parent in parents)
         for target in targets:
             (folder / target).parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / target, folder / target)
-    except DAMAGE as error:
-        raise ValueError(str(error) or type(error).__name__) from error
-    except OSError as error:
-        if error.errno not in (None, errno.ENAMETOOLONG):  # None: the bytes of a .bz2
+    except Exception as error:  # zlib.error, EOFError, RecursionError, MemoryError, ...
+        if isinstance(error, OSError) and error.errno not in DAMAGE:
             raise
-        raise ValueError(str(error)) from error
+        raise ValueError(runs.printable(str(error) or type(error).__name__)) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return len(targets)
@@ -69,20 +80,20 @@ def _extract(
     unpacked = 0
     targets = []
     with (
-        tarfile.open(archive) as tar,
+        _open_tar(archive, limit) as tar,
         tqdm(desc=f"unpacking {label}", unit=" files", leave=False, disable=not progress) as bar,
     ):
         for count, member in enumerate(tar, 1):
-            _check_member(member)
+            name = runs.short(member.name)
+            _check_member(member, name)
             unpacked += member.size
             if unpacked > limit or count > MAX_MEMBERS:
-                size = format_size(limit)
-                raise ValueError(f"it unpacks to more than {size} or {MAX_MEMBERS:,} files")
+                raise ValueError(_too_large(limit))
             target = None if member.isdir() else ARRANGEMENTS[arrange](PurePosixPath(member.name))
             if target is None:
                 continue
             if (staging / target).exists():
-                raise ValueError(f"it holds two files for {target} (the second is {member.name})")
+                raise ValueError(f"it holds two files for {target} (the second is {name})")
             renamed = member.replace(name=str(target), deep=False)
             tar.extract(renamed, staging, set_attrs=False, filter="data")
             targets.append(target)
@@ -90,16 +101,48 @@ def _extract(
     return targets
 
 
-def _check_member(member: tarfile.TarInfo) -> None:
+@contextlib.contextmanager
+def _open_tar(archive: Path, limit: int) -> Iterator[tarfile.TarFile]:
+    with open(archive, "rb") as handle:
+        start = handle.read(6)
+    opener = next((o for magic, o in COMPRESSIONS.items() if start.startswith(magic)), open)
+    with (
+        opener(archive, "rb") as stream,
+        tarfile.open(fileobj=_BoundedStream(stream, limit), mode="r:") as tar,
+    ):
+        yield tar
+
+
+def _too_large(limit: int) -> str:
+    return f"it unpacks to more than {format_size(limit)} or {MAX_MEMBERS:,} files"
+
+
+class _BoundedStream:
+    """What an archive unpacks to: tarfile would read a header of any length, and any number."""
+
+    def __init__(self, stream: IO[bytes], limit: int):
+        self._stream, self._limit = stream, limit
+        self.seek, self.tell = stream.seek, stream.tell
+
+    def read(self, size: int) -> bytes:
+        """Reads `size` bytes; ValueError for more than a header or an archive may have."""
+        if size > MAX_READ:
+            raise ValueError(f"it has a header of {format_size(size)}")
+        if self.tell() > self._limit:
+            raise ValueError(_too_large(self._limit))
+        return self._stream.read(size)
+
+
+def _check_member(member: tarfile.TarInfo, name: str) -> None:
     """Raises ValueError for all but plain files and folders, and for paths that lead outside."""
     plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE)
     if not plain or member.issparse():
-        raise ValueError(f"{member.name} in it is a link, a device or another special file")
-    name = PurePosixPath(member.name)
-    if name.is_absolute() or ".." in name.parts:
-        raise ValueError(f"{member.name} in it leads out of the folder")
+        raise ValueError(f"{name} in it is a link, a device or another special file")
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"{name} in it leads out of the folder")
     if member.size < 0:
-        raise ValueError(f"{member.name} in it has a negative size")
+        raise ValueError(f"{name} in it has a negative size")
 
 
 def _is_photograph(name: PurePosixPath) -> bool:

@@ -1,7 +1,6 @@
 """Checks of data folders against what their publisher lists."""
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -9,12 +8,9 @@ from tqdm.auto import tqdm
 
 from vitgal import runs
 from vitgal.data import gldv2
-from vitgal.data.download.folders import SourceFolder
-from vitgal.data.download.sources import Source, read_sources, select_sources
+from vitgal.data.download.sources import Source, SourceFolder, read_sources, select_sources
 from vitgal.data.images import ImageError, read_image
 from vitgal.data.photographs import visible_files
-
-BATCH = 4096  # images handed to the reading threads at once
 
 
 @dataclass
@@ -56,7 +52,7 @@ class Report:
         lines += [f"  missing: {path}" for path in self.missing]
         lines += [f"  unreadable: {path}: {reason}" for path, reason in self.unreadable]
         lines += [f"  unreadable, not listed: {path}: {reason}" for path, reason in self.unlisted]
-        return "\n".join(lines)
+        return "\n".join(map(runs.printable, lines))
 
 
 def check(
@@ -200,14 +196,6 @@ def _unreadable(
             return error.reason
         return None
 
-    failures = []
-    bar = tqdm(desc="reading", total=len(images), unit=" images", disable=not progress)
-    with bar, ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        # In batches: a future for each of four million images would fill the memory.
-        for start in range(0, len(images), BATCH):
-            batch = images[start : start + BATCH]
-            for path, reason in zip(batch, pool.map(failure, batch), strict=True):
-                bar.update()
-                if reason is not None:
-                    failures.append((path, reason))
-    return failures
+    reasons = runs.threaded(failure, images, threads)
+    bar = tqdm(reasons, "reading", total=len(images), unit=" images", disable=not progress)
+    return [(path, why) for path, why in zip(images, bar, strict=True) if why is not None]

@@ -1,5 +1,6 @@
 """Files from web servers and Google Drive: transfers are resumed, checksums compared."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -24,6 +25,10 @@ TIMEOUT = (20, 120)  # seconds without an answer: to connect, between two chunks
 WAITS = (1, 5, 20, 60)
 
 
+class SizeError(runs.UserError, ValueError):
+    """A server sends more bytes than are listed."""
+
+
 class Checksum(NamedTuple):
     """The hex digest that a file must have, and where it comes from."""
 
@@ -34,35 +39,12 @@ class Checksum(NamedTuple):
 
 def matches(path: Path, checksum: Checksum | None) -> bool:
     """Whether a file has this checksum; None matches every file."""
-    return checksum is None or file_digest(path, checksum.algorithm) == checksum.digest
+    return checksum is None or _digest(path, checksum.algorithm) == checksum.digest
 
 
-def file_digest(path: Path, algorithm: str) -> str:
-    """Returns a file's checksum in hex."""
+def _digest(path: Path, algorithm: str) -> str:
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, algorithm).hexdigest()
-
-
-@dataclass(frozen=True)
-class PartialFile:
-    """An incomplete file, with the server's tag of its version (ETag) beside it."""
-
-    path: Path
-
-    @property
-    def tag(self) -> Path:
-        """The file of the tag."""
-        return self.path.with_name(f"{self.path.name}.etag")
-
-    @property
-    def length(self) -> int:
-        """The number of bytes that have arrived."""
-        return self.path.stat().st_size if self.path.is_file() else 0
-
-    def delete(self) -> None:
-        """Deletes the file and its tag."""
-        self.path.unlink(missing_ok=True)
-        self.tag.unlink(missing_ok=True)
 
 
 @dataclass
@@ -83,23 +65,26 @@ class Fetcher:
         """Fetches one file, or what is missing of it, and returns its path in the work folder.
 
         Raises:
-            ValueError: it has another checksum, or is a web page; it is deleted.
+            ValueError: it has another checksum, is larger than listed, or is a web page; it is
+                deleted.
             ConnectionError: the address cannot be reached, or refuses.
             OSError: the disk is full.
         """
         path = self.work / file.name
         if path.is_file() and matches(path, checksum):
             return path
-        self.work.mkdir(parents=True, exist_ok=True)
-        part = PartialFile(self.work / f"{file.name}.part")
-        receive = fetch_from_drive if file.drive else fetch_over_http
-        receive(file.address, part, label=label, progress=self.progress, patient=self.reached)
+        part = self.work / f"{file.name}.part"
+        transfer = Transfer(file.address, part, file.limit, runs.printable(label), self.progress)
+        if file.drive:
+            transfer.from_drive()
+        else:
+            transfer.over_http(patient=self.reached)
         self.reached = True
-        if error := self._refusal(part.path, file, checksum):
-            part.delete()
+        if error := self._refusal(part, file, checksum):
+            transfer.delete()
             raise ValueError(error)
-        os.replace(part.path, path)
-        part.delete()
+        os.replace(part, path)
+        transfer.delete()
         return path
 
     def _refusal(self, path: Path, file: RemoteFile, checksum: Checksum | None) -> str | None:
@@ -107,7 +92,7 @@ class Fetcher:
         if not matches(path, checksum):
             return (
                 f"{file.address}: expected {checksum.algorithm} {checksum.digest}, got "
-                f"{file_digest(path, checksum.algorithm)}. The expected sum is {checksum.origin}; "
+                f"{_digest(path, checksum.algorithm)}. The expected sum is {checksum.origin}; "
                 f"run the same command again, and if it differs again see {self.page}"
             )
         with open(path, "rb") as handle:
@@ -120,74 +105,157 @@ class Fetcher:
         return None
 
 
-def fetch_over_http(
-    url: str, part: PartialFile, *, label: str, progress: bool, patient: bool
-) -> None:
-    """Fetches the rest of a file from a web server, with retries.
+@dataclass(frozen=True)
+class Transfer:
+    """The transfer of one file, of at most `limit` bytes, to an incomplete file `part`.
 
-    Raises ConnectionError where nothing more arrives: after `WAITS` if `patient` or if something
-    had arrived, else at once.
+    The server's tag of its version (ETag) is beside it.
     """
-    furthest, waits = part.length, list(WAITS if patient else ())
-    while True:
-        try:
-            return _receive(url, part, label=label, progress=progress)
-        except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
-            reason = _innermost(error)
-        if part.length > furthest:  # a server without ranges begins anew each time
-            furthest, waits = part.length, list(WAITS)
-        elif waits:
-            time.sleep(waits.pop(0))
-        else:
-            kept = f"; {format_size(part.length)} of it are kept" if part.length else ""
-            raise ConnectionError(
-                f"{url} cannot be fetched ({reason}){kept}. Check the network (a proxy is taken "
-                "from HTTPS_PROXY and HTTP_PROXY) and run the same command again"
+
+    url: str
+    part: Path
+    limit: int
+    label: str
+    progress: bool
+
+    @property
+    def tag(self) -> Path:
+        """The file of the tag."""
+        return self.part.with_name(f"{self.part.name}.etag")
+
+    @property
+    def length(self) -> int:
+        """The number of bytes that have arrived."""
+        return self.part.stat().st_size if self.part.is_file() else 0
+
+    def delete(self) -> None:
+        """Deletes the incomplete file, its tag, and gdown's own incomplete file."""
+        for path in list(self.part.parent.iterdir()):
+            if path.name.startswith(self.part.name):
+                path.unlink()
+
+    def over_http(self, *, patient: bool) -> None:
+        """Fetches the rest of the file from a web server, with retries.
+
+        Raises ConnectionError where nothing more arrives: after `WAITS` if `patient` or if
+        something had arrived, else at once. SizeError where more arrives than is listed.
+        """
+        furthest, waits = self.length, list(WAITS if patient else ())
+        while True:
+            try:
+                return self._receive()
+            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+                reason = _innermost(error)
+            if self.length > furthest:  # a server without ranges begins anew each time
+                furthest, waits = self.length, list(WAITS)
+            elif waits:
+                time.sleep(waits.pop(0))
+            else:
+                kept = f"; {format_size(self.length)} of it are kept" if self.length else ""
+                raise ConnectionError(
+                    f"{self.url} cannot be fetched ({reason}){kept}. Check the network (a proxy is "
+                    "taken from HTTPS_PROXY and HTTP_PROXY) and run the same command again"
+                )
+
+    def _receive(self) -> None:
+        """Makes one request and appends the answer; RequestException: the file is not whole."""
+        offset = self.length
+        headers = HEADERS | ({"Range": f"bytes={offset}-"} if offset else {})
+        with contextlib.suppress(FileNotFoundError):
+            tag = self.tag.read_bytes()[:1000].decode("latin-1")
+            if offset and tag.isprintable() and tag:
+                headers["If-Range"] = tag  # else a changed file would follow bytes of the old one
+        with requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT) as response:
+            total = total_length(response.status_code, response.headers, offset)
+            if response.status_code == 416:
+                if total == offset:
+                    return
+                self.delete()  # longer than the file: of another version
+                raise requests.RequestException("the file has changed")
+            self._check_status(response)
+            if response.status_code == 200:  # the whole file, not a range
+                offset = 0
+            self._check_size(total or 0, offset)
+            tag = response.headers.get("ETag", "W/")  # a weak tag, W/, promises no equal bytes
+            tag = response.headers.get("Last-Modified", "") if tag[:2] == "W/" else tag
+            self.tag.write_bytes(tag.encode("latin-1", "replace"))
+            bar = tqdm(
+                desc=self.label,
+                total=total,
+                initial=offset,
+                unit="B",
+                unit_scale=True,
+                leave=False,
+                disable=not self.progress,
             )
+            with bar, open(self.part, "ab" if offset else "wb") as handle:
+                for chunk in response.raw.stream(runs.CHUNK, decode_content=False):
+                    self._check_size(handle.tell() + len(chunk))
+                    handle.write(chunk)
+                    bar.update(len(chunk))
+        if total is not None and self.length > total:
+            self.delete()
+            raise requests.RequestException("more came than the server had announced")
+        if total is not None and self.length < total:
+            raise requests.RequestException("the connection was cut")
 
-
-def _receive(url: str, part: PartialFile, *, label: str, progress: bool) -> None:
-    """Makes one request and appends the answer; RequestException where the file is not whole."""
-    offset = part.length
-    headers = HEADERS | ({"Range": f"bytes={offset}-"} if offset else {})
-    if offset and part.tag.is_file() and (tag := part.tag.read_text()):
-        headers["If-Range"] = tag  # else a changed file would be appended to bytes of the old one
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT) as response:
-        total = total_length(response.status_code, response.headers, offset)
-        if response.status_code == 416:
-            if total == offset:
-                return
-            part.delete()  # longer than the file: of another version
-            raise requests.RequestException("the file has changed")
-        _check_status(response)
-        if response.status_code == 200:  # the whole file, not a range
-            offset = 0
-        free = free_space(part.path.parent)
-        if total is not None and total - offset > free:
+    def _check_size(self, size: int, offset: int | None = None) -> None:
+        """Raises SizeError for more bytes than are listed, OSError for more than are free."""
+        if size > self.limit:
+            self.delete()
+            raise SizeError(
+                f"{self.url} is larger than the {format_size(self.limit)} that may come: stopped. "
+                f"If the file has grown, correct its `bytes` in {SOURCES}"
+            )
+        if offset is not None and size - offset > (free := free_space(self.part.parent)):
             raise OSError(
-                f"{url} needs {format_size(total - offset)} in {part.path.parent}, where "
+                f"{self.url} needs {format_size(size - offset)} in {self.part.parent}, where "
                 f"{format_size(free)} are free; make room and run the same command again"
             )
-        tag = response.headers.get("ETag", "W/")  # a weak tag, W/, does not promise the same bytes
-        part.tag.write_text(response.headers.get("Last-Modified", "") if tag[:2] == "W/" else tag)
-        bar = tqdm(
-            desc=label,
-            total=total,
-            initial=offset,
-            unit="B",
-            unit_scale=True,
-            leave=False,
-            disable=not progress,
+
+    def _check_status(self, response: requests.Response) -> None:
+        """Raises RequestException for an error that may pass, ConnectionError for another one."""
+        answer = f"the server answers {response.status_code} {runs.printable(response.reason)}"
+        if response.status_code >= 500 or response.status_code in (408, 429):
+            raise requests.RequestException(answer)
+        if self.url.startswith("https:") and not response.url.startswith("https:"):
+            answer = "the server leads from https to an address without encryption"
+        elif response.status_code in (200, 206):
+            return
+        raise ConnectionError(
+            f"{runs.printable(response.url)} cannot be fetched: {answer}. The file may have moved: "
+            f"correct its address in {SOURCES}"
         )
-        with bar, open(part.path, "ab" if offset else "wb") as handle:
-            for chunk in response.raw.stream(runs.CHUNK, decode_content=False):
-                handle.write(chunk)
-                bar.update(len(chunk))
-    if total is not None and part.length > total:
-        part.delete()
-        raise requests.RequestException("more came than the server had announced")
-    if total is not None and part.length < total:
-        raise requests.RequestException("the connection was cut")
+
+    def from_drive(self) -> None:
+        """Fetches the rest of the file from Google Drive.
+
+        Raises ConnectionError where it cannot be fetched, SizeError where it is too large.
+        """
+        import gdown  # slow to import
+
+        try:
+            gdown.download(
+                self.url,
+                str(self.part),
+                quiet=not self.progress,
+                resume=True,
+                use_cookies=False,  # of the user's home folder
+                timeout=TIMEOUT,
+                progress=lambda size, _: self._check_size(size),
+            )
+        except Exception as error:
+            of_disk = isinstance(error, OSError) and not isinstance(
+                error, requests.RequestException
+            )
+            if of_disk or isinstance(error, SizeError):
+                raise
+            path = self.part.parent.parent / self.part.name.removesuffix(".part")
+            raise ConnectionError(
+                f"{self.label} cannot be fetched from Google Drive ({_innermost(error)}). Run the "
+                f"same command again, or open {self.url} in a browser, save the file as {path} and "
+                "run the command then: it takes the file as it is"
+            ) from error
 
 
 def total_length(status: int, headers: Mapping[str, str], offset: int) -> int | None:
@@ -207,47 +275,13 @@ def total_length(status: int, headers: Mapping[str, str], offset: int) -> int | 
     return int(content_range[2]) if content_range and content_range[2] != "*" else None
 
 
-def _check_status(response: requests.Response) -> None:
-    """Raises RequestException for an error that may pass, ConnectionError for another one."""
-    answer = f"the server answers {response.status_code} {response.reason}"
-    if response.status_code >= 500 or response.status_code in (408, 429):
-        raise requests.RequestException(answer)
-    if response.status_code not in (200, 206):
-        raise ConnectionError(
-            f"{response.url} cannot be fetched: {answer}. The file may have moved: correct its "
-            f"address in {SOURCES}"
-        )
-
-
-def fetch_from_drive(
-    url: str, part: PartialFile, *, label: str, progress: bool, patient: bool = False
-) -> None:
-    """Fetches the rest of a file from Google Drive; `patient` has no effect.
-
-    Raises ConnectionError where it cannot be fetched.
-    """
-    import gdown  # slow to import
-
-    try:
-        gdown.download(url, str(part.path), quiet=not progress, resume=True)
-    except Exception as error:
-        if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
-            raise  # an error of the disk
-        path = part.path.parent.parent / part.path.name.removesuffix(".part")
-        raise ConnectionError(
-            f"{label} cannot be fetched from Google Drive ({_innermost(error)}). Run the same "
-            f"command again, or open {url} in a browser, save the file as {path} and run the "
-            "command then: it takes the file as it is"
-        ) from error
-
-
 def _innermost(error: BaseException) -> str:
     """Returns the innermost cause in one short line: requests wraps what urllib3 wraps."""
     cause: object = error
     while isinstance(cause, BaseException):
         error = cause
         cause = error.__cause__ or error.__context__ or getattr(error, "reason", None)
-    return " ".join((str(error) or type(error).__name__).split())[:200]
+    return runs.printable(" ".join((str(error) or type(error).__name__).split())[:200])
 
 
 def free_space(folder: Path) -> int:

@@ -1,17 +1,26 @@
-"""The list of data sets and weights that can be downloaded, third_party/sources.toml."""
+"""The data sets and weights that can be downloaded, third_party/sources.toml, and their folders."""
 
+import dataclasses
+import json
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 
 from vitgal import runs
+from vitgal.data import gldv2, revisited
+from vitgal.data.photographs import visible_files
 
 SOURCES = "third_party/sources.toml"
+MAX_NUMBERS = 10_000  # files of one numbered entry
+
+Entry = dict[str, int | str | bool]
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,7 @@ class RemoteFile:
     url: str = ""
     drive: str | None = None
     to: str | None = None
-    arrange: str | None = None
+    arrange: Literal["flat", "tree", "by_id"] | None = None
     sha256: str | None = None
     md5: str | None = None
 
@@ -41,6 +50,11 @@ class RemoteFile:
     def address(self) -> str:
         """The address to download from."""
         return f"https://drive.google.com/uc?id={self.drive}" if self.drive else self.url
+
+    @property
+    def limit(self) -> int:
+        """The bytes after which a transfer is stopped: with room where `bytes` is rounded."""
+        return self.bytes if self.sha256 and self.bytes else 2 * self.bytes + (1 << 20)
 
 
 @dataclass(frozen=True)
@@ -66,23 +80,42 @@ class Source:
     rows: int | None = None
     classes: int | None = None
 
+    def check(self) -> None:
+        """Raises ValueError for a path outside the folder, or a file without place or address."""
+        if any(file.to is None for file in self.files):
+            raise ValueError(f"{self.name}: `to` is missing")
+        if self.archives and (not self.image_folder or not all(a.arrange for a in self.archives)):
+            raise ValueError(f"{self.name}: archives need `arrange` and an image_folder")
+        remote = (*self.files, *self.archives)
+        paths = [self.name.replace("/", "/../"), self.folder, self.image_folder, *self.lists]
+        paths += [*self.tables, *(file.to for file in self.files), *(file.name for file in remote)]
+        for path in paths:
+            if path is not None:
+                runs.inside(self.folder, path)
+        for address in (*(file.address for file in remote), *(file.md5 for file in remote)):
+            if address is not None and not address.startswith(("https://", "http://")):
+                raise ValueError(f"{self.name}: {runs.short(address)} is no web address")
+
 
 def read_sources(path: Path | None = None) -> dict[str, Source]:
     """Reads the sources by name from a TOML file, by default third_party/sources.toml.
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: it is not a list of sources.
+        ValueError: it is not a list of sources, or a path in it leads out of its folder.
     """
     path = runs.resolve(SOURCES) if path is None else Path(path)
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8"))
         completed = {name: _complete(name, entry) for name, entry in entries.items()}
-        return validate(dict[str, Source], completed)
+        sources = validate(dict[str, Source], completed)
+        for source in sources.values():
+            source.check()
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no list of sources {path}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise ValueError(f"{path} is not a list of sources: {error}") from error
+    return sources
 
 
 def validate(kind: Any, value: Any) -> Any:
@@ -107,21 +140,26 @@ def _complete(name: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _number(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns a numbered part's files: {} or {:03d} in their addresses is the number."""
     if "numbers" not in part:
         return [part]
     first, last = part["numbers"]
-    addresses = {key: part[key] for key in ("url", "md5") if key in part}
+    if last - first >= MAX_NUMBERS:
+        raise ValueError(f"numbers = [{first}, {last}] are more than {MAX_NUMBERS:,}")
     return [
-        part | {key: address.format(number) for key, address in addresses.items()}
+        part | {key: _fill_in(part[key], number) for key in ("url", "md5") if key in part}
         for number in range(first, last + 1)
     ]
+
+
+def _fill_in(address: str, number: int) -> str:
+    return re.sub(r"\{(?::0(\d)d)?\}", lambda match: f"{number:0{match[1] or 1}d}", address)
 
 
 def select_sources(names: str | Iterable[str], sources: dict[str, Source]) -> list[Source]:
     """Returns the sources of one or several names, each once; ValueError for an unknown name."""
     names = list(dict.fromkeys([names] if isinstance(names, str) else names))
-    unknown = [name for name in names if name not in sources]
-    if unknown:
+    if unknown := [name for name in names if name not in sources]:
         raise ValueError(
             f"there is no source named {', '.join(unknown)}; known are {', '.join(sources)}"
         )
@@ -166,3 +204,94 @@ def _locations(sources: dict[str, Source]) -> Iterator[tuple[str, tuple[str, ...
             content.add("")
         for path in content - {None}:
             yield name, PurePosixPath(source.folder, path).parts
+
+
+@dataclass
+class Record:
+    """What was downloaded, `<folder>/<name>.download.json`: an entry for each file and archive.
+
+    An entry holds `bytes` and `sha256` (or `md5`); an archive's also `images`, the number of files
+    that it held, and `unpacked`.
+    """
+
+    source: str
+    files: dict[str, Entry] = field(default_factory=dict)
+    archives: dict[str, Entry] = field(default_factory=dict)
+
+
+@dataclass
+class SourceFolder:
+    """The folder of one source: which of its files and images are there or missing."""
+
+    source: Source
+    path: Path
+
+    @property
+    def images(self) -> Path:
+        """The folder of the images."""
+        return self.path / (self.source.image_folder or ".")
+
+    @property
+    def record_path(self) -> Path:
+        """The file of the record."""
+        return self.path / f"{self.source.name}.download.json"
+
+    @cached_property
+    def record(self) -> Record:
+        """The record, empty where there is no file; ValueError where the file is damaged."""
+        try:
+            return validate(Record, json.loads(self.record_path.read_bytes()))
+        except FileNotFoundError:
+            return Record(self.source.name)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{self.record_path} is not a record of downloads ({error}); delete it and run "
+                "`vitgal download` again: it keeps the files that are there"
+            ) from None
+
+    def save_record(self) -> None:
+        """Writes the record, atomically."""
+        runs.write_json(self.record_path, dataclasses.asdict(self.record))
+
+    def is_unpacked(self, archive: RemoteFile) -> bool:
+        """Whether the record says that an archive is unpacked."""
+        return bool(self.record.archives.get(archive.name, {}).get("unpacked"))
+
+    def pending(self) -> Iterator[RemoteFile]:
+        """Yields the files and archives that have to be downloaded."""
+        yield from (file for file in self.source.files if not (self.path / file.to).is_file())
+        if not self.unpacked_by_hand():
+            for archive in self.source.archives:
+                if not (self.images.is_dir() and self.is_unpacked(archive)):
+                    yield archive
+
+    def unpacked_by_hand(self) -> bool:
+        """Whether all listed images are there although no archive was downloaded."""
+        return not self.record.archives and self.missing_images() == []
+
+    def listed_images(self) -> list[str] | None:
+        """Returns the paths below `images` of all images of the set, None without a list.
+
+        Raises ValueError for a list that cannot be read.
+        """
+        lists = [self.path / name for name in self.source.lists]
+        path = next((path for path in lists if path.is_file()), None)
+        if path is None:
+            return None
+        if path.suffix == ".pkl":
+            truth = revisited.load_ground_truth(path)
+            return [name + revisited.EXTENSION for name in (*truth.database, *truth.queries)]
+        if path.suffix == ".csv":
+            return [gldv2.image_path(image) for image in gldv2.read_landmark_table(path)["id"]]
+        return [line.strip() for line in runs.read_lines(path) if line.strip()]
+
+    def missing_images(self) -> list[str] | None:
+        """Returns the listed images that are missing, sorted; None where nothing can be compared.
+
+        A list that cannot be read counts as none: `check` reports it.
+        """
+        try:
+            listed = self.listed_images() if self.images.is_dir() else None
+        except ValueError:
+            return None
+        return listed and sorted(set(listed).difference(visible_files(self.images)))

@@ -4,19 +4,22 @@ Incomplete files are in `<folder>/.download-<name>/`. After a kill, a cut connec
 the same command continues them.
 """
 
-import contextlib
-import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 
 from vitgal import runs
 from vitgal.data.download.archives import STAGING, unpack
 from vitgal.data.download.fetch import Checksum, Fetcher, format_size, free_space, matches
-from vitgal.data.download.folders import Entry, SourceFolder
-from vitgal.data.download.sources import RemoteFile, read_sources, select_sources
+from vitgal.data.download.sources import (
+    Entry,
+    RemoteFile,
+    SourceFolder,
+    read_sources,
+    select_sources,
+)
 
 
 def download(
@@ -35,9 +38,10 @@ def download(
         target: folder of all sources' folders; by default data/ of the checkout.
         sources: another list of sources than third_party/sources.toml.
     Raises:
-        ValueError: an unknown name, a wrong checksum (the file is deleted), a damaged or unsafe
-            archive (it is set aside).
+        ValueError: an unknown name, a wrong checksum or too large a file (which is deleted), a
+            damaged or unsafe archive (it is set aside), a link where files are written.
         ConnectionError: an address cannot be reached, or refuses.
+        StageError: another process downloads the same.
         OSError: the disk has too little space.
         FileNotFoundError: all archives are unpacked, yet listed images are missing.
     """
@@ -46,7 +50,15 @@ def download(
     folders = [SourceFolder(source, target / source.folder) for source in selected]
     _check_space(folders, target, progress=progress)
     for folder in folders:
-        _download_source(folder, progress=progress)
+        try:
+            _download_source(folder, progress=progress)
+        except OSError as error:
+            if not runs.disk_full(error):
+                raise
+            raise OSError(
+                f"no space left for {folder.source.name} in {folder.path} ({error.strerror}); make "
+                "room and run the same command again: it continues"
+            ) from error
     return {folder.source.name: folder.path for folder in folders}
 
 
@@ -60,12 +72,13 @@ def _check_space(folders: list[SourceFolder], target: Path, *, progress: bool) -
     needed = download_size + max((file.bytes for file in pending if file.arrange), default=0)
     free = free_space(target)
     sizes = [format_size(size) for size in (download_size, needed, free)]
+    where = runs.printable(target)
     if progress:
-        print("about {} to download, {} of disk space; {} are free in".format(*sizes), target)
+        print("about {} to download, {} of disk space; {} are free in".format(*sizes), where)
     if needed > free:
         raise OSError(
             f"{', '.join(folder.source.name for folder in folders)} need about {sizes[1]} of disk "
-            f"space in {target}, where {sizes[2]} are free; make room or choose another folder "
+            f"space in {where}, where {sizes[2]} are free; make room or choose another folder "
             "(--to)"
         )
 
@@ -73,9 +86,11 @@ def _check_space(folders: list[SourceFolder], target: Path, *, progress: bool) -
 def _download_source(folder: SourceFolder, *, progress: bool) -> None:
     source = folder.source
     work = folder.path / f".download-{source.name}"
-    with _disk_errors(folder), _locked(folder):
+    with runs.locked(work):
+        staging = folder.images / STAGING
+        runs.refuse_links([staging])
         # A killed process leaves these behind.
-        shutil.rmtree(folder.images / STAGING, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
         for path in folder.path.glob(f"{runs.TEMPORARY}*-{folder.record_path.name}"):
             path.unlink()
         fetcher = Fetcher(work, source.page, progress)
@@ -85,47 +100,18 @@ def _download_source(folder: SourceFolder, *, progress: bool) -> None:
             _download_archives(folder, fetcher)
         shutil.rmtree(work, ignore_errors=True)
     if source.note and progress:
-        print(f"{source.name}: {source.note}")
-
-
-@contextlib.contextmanager
-def _disk_errors(folder: SourceFolder) -> Iterator[None]:
-    """Explains a full disk in one line; other errors pass."""
-    try:
-        yield
-    except OSError as error:
-        if not runs.disk_full(error):
-            raise
-        raise OSError(
-            f"no space left for {folder.source.name} in {folder.path} ({error.strerror}); make "
-            "room and run the same command again: it continues"
-        ) from error
-
-
-@contextlib.contextmanager
-def _locked(folder: SourceFolder) -> Iterator[None]:
-    """Lets one process at a time download a source; the kernel frees the lock after a kill."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    with open(folder.path / f".download-{folder.source.name}.lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise OSError(
-                f"another process is downloading {folder.source.name} to {folder.path}; wait for it"
-            ) from None
-        yield
+        print(runs.printable(f"{source.name}: {source.note}"))
 
 
 def _download_file(folder: SourceFolder, file: RemoteFile, fetcher: Fetcher) -> None:
     path = folder.path / file.to
+    runs.refuse_links(folder.path / parent for parent in list(PurePosixPath(file.to).parents)[:-1])
     checksum = _expected_checksum(folder, file, folder.record.files.get(file.to), fetcher)
     if path.is_file() and not matches(path, checksum):
         aside = path.with_name(f"{path.name}.bad")
         os.replace(path, aside)
-        print(
-            f"{path} does not have the checksum {checksum.origin}: kept as {aside.name}, "
-            "fetched again"
-        )
+        text = f"{path} does not have the checksum {checksum.origin}: kept as {aside.name}"
+        print(runs.printable(f"{text}, fetched again"))
     if path.is_file():
         if file.to not in folder.record.files:
             folder.record.files[file.to] = _entry(path)
@@ -151,8 +137,7 @@ def _download_archives(folder: SourceFolder, fetcher: Fetcher) -> None:
         if not folder.is_unpacked(archive):
             of_several = f" ({number}/{len(archives)})" if len(archives) > 1 else ""
             _download_archive(folder, archive, fetcher, label=archive.name + of_several)
-    missing = folder.missing_images()
-    if missing:
+    if missing := folder.missing_images():
         raise FileNotFoundError(
             f"every archive of {folder.source.name} is unpacked, yet {len(missing):,} listed "
             f"images are missing in {folder.images}: {runs.abbreviate(missing)}; put them back, or "
