@@ -26,6 +26,12 @@ def test_hloc(folder, tmp_path):
         assert file["ähre/1.jpg"]["keypoints"].shape == (0, 2)
 
 
+def test_a_name_keeps_its_suffix(tmp_path):
+    items = {"00/1234.jpg": features(1), "x.PNG": features(1), "st.peter": features(1)}
+    with h5py.File(interchange.export_hloc(items, tmp_path / "features.h5")) as file:
+        assert list(file) == ["00", "st.peter.jpg", "x.PNG"] and list(file["00"]) == ["1234.jpg"]
+
+
 def test_published_names():
     assert interchange.published_name("../data/jpg/a.jpg") == "data__jpg__a.jpg.npy"
     assert interchange.published_path("data__jpg__a.jpg.npy") == "../data/jpg/a.jpg"
@@ -92,6 +98,17 @@ def test_published_errors(folder, tmp_path):
         interchange.export_published(opened, tmp_path / "p", clash)
     with pytest.raises(FileNotFoundError, match="Locations"):
         next(interchange.import_published(tmp_path))
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 3), (3, 2, 1), ()])
+def test_an_array_of_another_shape_is_named_with_its_file(published, shape):
+    for part in ("Locations", "Descriptions"):
+        path = published / part / "b.jpg.npy"
+        right = np.load(path)
+        np.save(path, np.zeros(shape))
+        with pytest.raises(FileError, match=f"{part if len(shape) != 2 else ''}.*/b.jpg.npy"):
+            list(interchange.import_published(published))
+        np.save(path, right)
 
 
 @pytest.fixture

@@ -384,6 +384,8 @@ def test_pairs(folder, describer, tmp_path):
     assert path.read_text() == "a/1.png a/2.png\na/1.png b/1.JPG\n"
     with pytest.raises(data_photographs.PhotographError, match="'my castle.png' has a blank"):
         own.export_pairs([("a.png", "my castle.png")], tmp_path / "pairs.txt")
+    with pytest.raises(own.PhotographError, match="'#1.png' begins with #.*comment.*rename it"):
+        own.export_pairs([("a.png", "#1.png")], tmp_path / "pairs.txt")
 
 
 def test_features_are_exported_for_hloc(folder, describer, tmp_path):

@@ -87,7 +87,7 @@ def _read_hloc(path: Path, names: Sequence[str]) -> np.ndarray:
     try:
         with h5py.File(path, "r") as file:
             described = dict(_described(file, path))
-            stored = list(described)
+            stored = sorted(described)
             items = [described[stored[position]] for position in _positions(stored, names, path)]
             for name, item in zip(names, items, strict=True):
                 _check(item, f"{path}: the descriptor of {name}")

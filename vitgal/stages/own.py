@@ -400,13 +400,14 @@ def export_pairs(pairs: Sequence[tuple[str, str]], path: Path) -> Path:
     """Writes a line `name name` a pair, for hloc and COLMAP's matches_importer; returns the path.
 
     Both read names as relative to the folder of photographs. Raises PhotographError for a name with
-    white space, at which both would cut it.
+    white space, at which both would cut it, and for one that begins like a comment.
     """
     for name in sorted({name for pair in pairs for name in pair}):
-        if any(character.isspace() for character in name):
-            raise PhotographError(
-                f"{name!r} has a blank in it, and hloc and COLMAP end a name there: rename it"
-            )
+        if any(character.isspace() for character in name) or name.startswith("#"):
+            reason = "begins with #, which marks a comment there"
+            if not name.startswith("#"):
+                reason = "has a blank in it, and hloc and COLMAP end a name there"
+            raise PhotographError(f"{name!r} {reason}: rename it")
     return runs.write_text(path, "".join(f"{first} {second}\n" for first, second in pairs))
 
 

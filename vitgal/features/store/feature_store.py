@@ -10,6 +10,7 @@ An item's key is its image's name. The features of a query are those of its crop
 """
 
 import bisect
+import functools
 import itertools
 import resource
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vitgal import runs
-from vitgal.features.files import divides, map_array, read_json
+from vitgal.features.files import FileError, divides, map_array, read_json
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store.codec import FEATURE_ARRAYS, FORMAT, REMEDY, StoreError, decode_features
 from vitgal.features.store.shard import (
@@ -58,7 +59,6 @@ class FeatureStore(Mapping[str, LocalFeatures]):
     def __init__(self, folder: Path, index: "Index"):
         self.folder = Path(folder)
         self.index = index
-        self._format = ShardFormat(index.header["dtype"], index.header["code_dim"])
         self._open: dict[int, dict[str, np.ndarray]] = {}
         self._most_open = most_open()
 
@@ -76,9 +76,9 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         return store
 
     def __getitem__(self, key: str) -> LocalFeatures:
-        location, kind = self._locate(key), self._format
-        sizes = self.index.arrays["sizes"][location.position].tolist()
-        return decode_features(self._stored(location), sizes, kind.dtype, kind.code_dim)
+        position, arrays = self._read(key)
+        sizes, kind = self.index.arrays["sizes"][position].tolist(), self.index.format
+        return decode_features(arrays, sizes, kind.dtype, kind.code_dim)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -105,7 +105,7 @@ class FeatureStore(Mapping[str, LocalFeatures]):
     @property
     def code_dim(self) -> int:
         """Dimension of a descriptor; 0 for a store without any feature."""
-        return self._format.code_dim
+        return self.index.format.code_dim
 
     def raw(self, key: str) -> dict[str, np.ndarray]:
         """Returns one item's arrays as `encode_features` gave them, mapped from the files.
@@ -113,7 +113,7 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         "keypoints" (N, 2), "scores" and "scales" (N,) are float32; "descriptors" (N, columns) are
         encoded.
         """
-        return self._stored(self._locate(key))
+        return self._read(key)[1]
 
     def verify(self) -> None:
         """Reads everything; raises StoreError naming the items whose bytes have changed."""
@@ -137,31 +137,37 @@ class FeatureStore(Mapping[str, LocalFeatures]):
             raise KeyError(f"{key} could not be read when {self.folder} was made: {reason}")
         raise KeyError(f"{key} is not in {self.folder}: it was not on the short list")
 
-    def _stored(self, location: "Location") -> dict[str, np.ndarray]:
-        """Maps an item's arrays and marks its shard as used last."""
+    def _read(self, key: str) -> tuple[int, dict[str, np.ndarray]]:
+        """Returns an item's position and its mapped arrays, and marks its shard as used last."""
+        location = self._locate(key)
         arrays = self._open.pop(location.shard, None)
         if arrays is None:
-            arrays = self._map(location.shard)
+            try:
+                arrays = self._map(location.shard)
+            except (OSError, ValueError) as error:
+                folder = self.index.shard(location.shard)
+                if isinstance(error, OSError) or self.index.shards is not None:
+                    raise StoreError(
+                        f"the shard {folder} is damaged ({error}); {REMEDY}"
+                    ) from error
+                # The index is not of these shards, if they are whole: it counts as none.
+                self.index = Index.of(map(Shard.open, shard_folders(self.folder)))
+                self._open.clear()
+                return self._read(key)
             while len(self._open) >= self._most_open:
                 self._open.pop(next(iter(self._open)), None)  # unused for the longest time
         self._open[location.shard] = arrays
-        return {name: array[location.start : location.stop] for name, array in arrays.items()}
+        rows = slice(location.start, location.stop)
+        return location.position, {name: array[rows] for name, array in arrays.items()}
 
     def _map(self, number: int) -> dict[str, np.ndarray]:
-        """Maps a shard's arrays; StoreError where they do not fit the index."""
+        """Maps a shard's arrays; FileError where they do not fit the index."""
         folder, ends = self.index.shard(number), self.index.ends(number)
-        layout = self._format.layout(int(ends[-1]), len(ends))
+        layout = self.index.format.layout(int(ends[-1]), len(ends))
         names = (*FEATURE_ARRAYS, "offsets")
-        try:
-            arrays = {name: map_array(folder / f"{name}.npy", *layout[name]) for name in names}
-        except ValueError as error:
-            raise StoreError(
-                f"the shard {folder} does not fit the store's index ({error}); {REMEDY}"
-            ) from error
-        except OSError as error:
-            raise StoreError(f"the shard {folder} is damaged ({error}); {REMEDY}") from error
+        arrays = {name: map_array(folder / f"{name}.npy", *layout[name]) for name in names}
         if not np.array_equal(arrays.pop("offsets")[1:], ends):
-            raise StoreError(f"{self.folder / INDEX} is of another store: delete it")
+            raise FileError(f"{self.folder / INDEX} is of other shards")
         return arrays
 
 
@@ -280,10 +286,15 @@ class Index:
             return False
         beginnings = names[ends[:-1][np.diff(ends) > 0]]
         try:
-            names.tobytes().decode()
+            str(names.data, "utf-8")
         except UnicodeDecodeError:
             return False
         return not (beginnings & 0xC0 == 0x80).any()  # the rest of a cut UTF-8 character
+
+    @functools.cached_property
+    def format(self) -> ShardFormat:
+        """The common format of the shards, without their settings."""
+        return ShardFormat(self.header["dtype"], self.header["code_dim"])
 
     def __len__(self) -> int:
         return len(self.arrays["order"])
