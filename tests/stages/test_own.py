@@ -1,6 +1,8 @@
 """Own photographs: what is used and what is told, nothing done twice, search, export."""
 
+import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import cv2
@@ -295,6 +297,92 @@ def test_a_query_from_elsewhere_and_with_a_box(folder, weights, tmp_path):
     assert describer.extracted == 5
     inside = own.search_folder(photographs, str(folder / "a/1.png"), None, reranking())
     assert inside.query == "a/1.png" and len(inside.table) == 2
+
+
+def test_which_file_a_query_names(folder, describer, tmp_path, monkeypatch, capsys):
+    photographs = describe(folder, describer)
+    monkeypatch.setattr(runs, "checkout", lambda: tmp_path)
+    write(tmp_path / "b/2.png", texture(0))
+    write(tmp_path / "b/1.JPG", texture(7))
+    assert own.find_query(photographs, "b/2.png") == ("2.png", tmp_path / "b/2.png")
+    assert own.find_query(photographs, "a/1.png") == ("a/1.png", folder / "a/1.png")
+    with pytest.raises(data_photographs.PhotographError, match=f"b/1.JPG is both {folder}/b/1.JPG"):
+        own.find_query(photographs, "b/1.JPG")
+    assert own.find_query(photographs, "./b/1.JPG") == ("1.JPG", tmp_path / "./b/1.JPG")
+    inside = str(folder / "b/1.JPG")
+    assert own.find_query(photographs, inside) == ("b/1.JPG", folder / "b/1.JPG")
+    (tmp_path / "b/1.JPG").unlink()
+    (tmp_path / "b/1.JPG").symlink_to(folder / "b/1.JPG")  # the same file, so not ambiguous
+    assert own.find_query(photographs, "b/1.JPG")[0] == "b/1.JPG"
+    assert own.find_query(photographs, "./b/1.JPG")[0] == "b/1.JPG"
+    capsys.readouterr()
+    own.search_folder(photographs, "b/2.png", None, reranking())
+    assert capsys.readouterr().out == (
+        f"the query is {tmp_path}/b/2.png, which is none of the photographs\n"
+    )
+
+
+def test_a_damaged_photograph_of_the_same_name_is_no_obstacle(folder, describer, tmp_path):
+    (folder / "tower.png").write_text("no image")
+    healthy = write(tmp_path / "elsewhere/tower.png", texture(3))
+    photographs = describe(folder, describer)
+    assert own.find_query(photographs, str(healthy)) == ("tower.png", healthy)
+    with pytest.raises(data_photographs.PhotographError, match="the query tower.png: not an image"):
+        own.find_query(photographs, "tower.png")
+
+
+@pytest.mark.parametrize("stored", ["NFC", "NFD"])
+def test_both_normal_forms_of_a_name_are_one_query(tmp_path, describer, stored):
+    name = unicodedata.normalize(stored, "Café/Zoë.png")
+    write(tmp_path / "photos" / name, texture(0))
+    write(tmp_path / "photos/b.png", texture(1))
+    photographs = describe(tmp_path / "photos", describer)
+    for form in ("NFC", "NFD"):
+        query = unicodedata.normalize(form, name)
+        for text in (query, str(tmp_path / "photos" / query)):
+            assert own.find_query(photographs, text) == (name, tmp_path / "photos" / name)
+    with pytest.raises(data_photographs.PhotographError, match=f"do you mean {name}"):
+        own.find_query(photographs, unicodedata.normalize("NFC", "Zoë.png"))
+
+
+def test_names_that_no_file_of_text_can_hold_are_left_out(folder, describer, tmp_path):
+    shutil.copy(folder / "a/1.png", os.fsencode(folder) + b"/caf\xe9.png")
+    shutil.copy(folder / "a/1.png", folder / "=1+1\x1b[2J.png")
+    photographs = describe(folder, describer)
+    assert photographs.names == ["=1+1\x1b[2J.png", "a/1.png", "a/2.png", "b/1.JPG"]
+    report = photographs.report().splitlines()
+    assert report[1:] == [r"left out: caf\udce9.png: its name is no UTF-8: rename it"]
+    found = own.search_folder(photographs, "a/1.png", None, reranking())
+    text = own.write_ranking(found, tmp_path / "ranking.csv").read_text()
+    assert "\n./=1+1" in text and "\n=" not in text
+
+
+def test_a_folder_that_changes_while_it_is_described(folder, describer, tmp_path, monkeypatch):
+    """One file is rewritten while it is read, one vanishes before, one after its description."""
+    os.mkfifo(folder / "pipe.png")
+    for name in ("gone", "later", "rewritten"):
+        write(folder / f"{name}.png", texture(20 + len(name)))
+    read = own.read_upright
+
+    def changing(path):
+        image = read(path)
+        if path.name == "rewritten.png":
+            write(path, texture(30))
+        (folder / "gone.png").unlink(missing_ok=True)
+        return image
+
+    monkeypatch.setattr(own, "read_upright", changing)
+    photographs = describe(folder, describer_of(describer.model, tmp_path / "run"))
+    assert photographs.names == ["a/1.png", "a/2.png", "b/1.JPG", "later.png"]
+    assert {name: text.split(":")[0] for name, text in photographs.left_out.items()} == {
+        "gone.png": f"there is no photograph {folder}/gone.png",
+        "pipe.png": "no regular file, but a folder, pipe or device",
+        "rewritten.png": "it changed while it was read",
+    }
+    (folder / "later.png").unlink()
+    found = own.search_folder(photographs, "a/1.png", None, reranking())
+    assert sorted(found.table["photograph"]) == ["a/2.png", "b/1.JPG", "later.png"]
+    assert len(found.pair("later.png")[0]) > 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Executes the numbered notebooks in order with papermill, from one flat file of settings."""
 
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -97,17 +98,20 @@ def run_own(
     """Executes 08_own_photos on a folder of photographs and returns the run folder.
 
     Args:
-        folder: of the photographs. query: one of them by its name in it, or any file. box:
-            x0,y0,x1,y1 in pixels of the query; None: all of it.
+        folder: of the photographs. query: one of them by its name in it, or any file; see
+            `find_photograph`. box: x0,y0,x1,y1 in pixels of the query; None: all of it.
         overrides, output, notebooks, progress: as in `run`; the run holds the model.
     Raises as `run` does.
     """
+    from vitgal.data.photographs import find_photograph
+
     path = (notebooks or runs.checkout() / "notebooks") / OWN
     texts = dict(overrides or {}) | {"photographs_folder": str(folder), "query_image": query}
     if box is not None:
         texts["query_box"] = box
-    if Path(query).is_file():
-        texts["query_image"] = str(Path.cwd() / query)
+    if found := find_photograph(folder, query, Path.cwd()):
+        texts["query_image"] = str(found)
+        print(f"the query is {runs.printable(found)}", file=sys.stderr)
     run_folder, parameters = plan(Values({}, {}), [path], [path], overrides=texts, output=output)
     _refuse_absent(parameters[path])
     with runs.locked(run_folder / "notebooks"):

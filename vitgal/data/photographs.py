@@ -1,6 +1,7 @@
 """Lists and reads a folder of the user's own photographs."""
 
 import os
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,3 +137,41 @@ def exif_orientation(path: Path) -> int:
     except (OSError, SyntaxError, PIL.Image.DecompressionBombError):
         return 1  # OpenCV reads the format and Pillow does not: such formats carry no tag
     return orientation if orientation in range(1, 9) else 1
+
+
+def find_photograph(folder: Path, query: str, start: Path) -> Path | None:
+    """Returns the file that a query names, or None where there is none.
+
+    A query that is absolute or begins with "~/", "./" or "../" is a path from `start` on. Any other
+    is a name in `folder`, and only where that has none a path from `start` on. Names may be written
+    in another Unicode normal form than on disk. Raises PhotographError where both are there and are
+    different files, and where several files have the name in other normal forms.
+    """
+    typed = os.path.expanduser(query)
+    as_path = _on_disk(start / typed)
+    if os.path.isabs(typed) or query.startswith(("./", "../")):
+        return as_path
+    in_folder = _on_disk(Path(folder) / query)
+    if in_folder and as_path and not in_folder.samefile(as_path):
+        raise PhotographError(
+            f"{query} is both {in_folder} and {as_path}: name the one that is meant by its whole "
+            "path"
+        )
+    return in_folder or as_path
+
+
+def _on_disk(path: Path) -> Path | None:
+    """The regular file at a path, parts of which may be written in another normal form."""
+    found = Path(path.absolute().anchor)
+    for part in path.absolute().parts[1:]:
+        entry, wanted = found / part, unicodedata.normalize("NFC", part)
+        if not os.path.lexists(entry):
+            try:
+                names = [n for n in os.listdir(found) if unicodedata.normalize("NFC", n) == wanted]
+            except (OSError, ValueError):
+                return None
+            if len(names) > 1:
+                raise PhotographError(f"several files in {found} are named {part}: rename them")
+            entry = found / (names[0] if names else part)
+        found = entry
+    return found if found.is_file() else None

@@ -357,17 +357,16 @@ def from_command_line(texts: Mapping[str, str], types: Mapping[str, Any]) -> Val
             values[name] = text
             continue
         try:
+            text.encode()
             values[name] = parse_text(text, kind)
-        except SettingsError as error:
+        except (SettingsError, UnicodeEncodeError) as error:
+            if isinstance(error, UnicodeEncodeError):
+                error = f"{runs.printable(text)} is no UTF-8: rename it"
             faults.append(f"the command line: {name}: {error}")
             continue
-        if name in known and fact(entry).path and _is_path(values[name]):
+        is_path = name in known and fact(entry).path and values[name] is not None
+        if is_path and not text.startswith("untrained:"):
             values[name] = str(Path.cwd() / Path(text).expanduser())
     if faults:
         raise SettingsError("\n".join(faults))
     return Values.of(values, "the command line")
-
-
-def _is_path(path: str | None) -> bool:
-    """Whether a value is a path, not `untrained:xcit_...` or an address."""
-    return isinstance(path, str) and ":" not in path

@@ -9,7 +9,9 @@ photograph is not described again:
 All coordinates are pixels of the upright photograph, turned by its EXIF orientation.
 """
 
+import bisect
 import functools
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from vitgal.data.photographs import (
     PhotographError,
     exif_orientation,
     file_digest,
+    find_photograph,
     list_photographs,
     read_upright,
     size_note,
@@ -54,9 +57,11 @@ SUGGESTIONS = 3  # names in an error
 class Description:
     """What a search needs of one photograph, or of a box in it.
 
-    descriptor: (D,) float32, the global descriptor, of length 1. orientation: by EXIF, 1 to 8.
+    file: where it is stored. descriptor: (D,) float32, the global descriptor, of length 1.
+    orientation: by EXIF, 1 to 8.
     """
 
+    file: Path
     descriptor: np.ndarray
     features: LocalFeatures
     orientation: int
@@ -130,32 +135,38 @@ class Describer:
         box: (x0, y0, x1, y1) in pixels of the upright photograph. Raises PhotographError where the
         photograph cannot be used, or the box does not fit it.
         """
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise PhotographError(f"{path.name}: no regular file, but a folder, pipe or device")
         digest = file_digest(path)
         name = digest if box is None else "-".join([digest, *(str(int(side)) for side in box)])
         file = self.folder / digest[:2] / f"{name}.npz"
         description = _read(file)
         if description is None:
-            self._extract(path, box, file)
+            arrays = self._extract(path, box)
+            if file_digest(path) != digest:
+                raise PhotographError(f"{path.name}: it changed while it was read: run this again")
+            runs.write_arrays(file, **arrays)
             self.extracted += 1
             description = _read(file)
         return description
 
-    def _extract(self, path: Path, box: Sequence[int] | None, file: Path) -> None:
+    def _extract(self, path: Path, box: Sequence[int] | None) -> dict[str, np.ndarray]:
+        """Returns what a description stores: its descriptor, encoded features and sizes."""
         image = read_upright(path)
         try:
             crop, crop_frame = crop_box(image, box)
         except ValueError as error:
-            raise PhotographError(f"{Path(path).name}: {error}") from None
+            raise PhotographError(f"{path.name}: {error}") from None
         if min(crop.shape[:2]) < PATCH:
             raise PhotographError(
-                f"{Path(path).name}: a box of {crop.shape[1]} x {crop.shape[0]} pixels is less "
+                f"{path.name}: a box of {crop.shape[1]} x {crop.shape[0]} pixels is less "
                 f"than one patch of {PATCH} x {PATCH}: draw a larger one"
             )
         with inference.limited_threads(self.machine.threads):
             descriptor, features = self._compute(crop, (crop_frame, image.shape[:2]))
-        arrays = {"descriptor": descriptor} | store.encode_features(features, "float16")
         sizes = np.array([*features.sizes, exif_orientation(path)])
-        runs.write_arrays(file, **arrays, sizes=sizes)
+        arrays = store.encode_features(features, "float16")
+        return {"descriptor": descriptor} | arrays | {"sizes": sizes}
 
     def _compute(self, crop: np.ndarray, frame: Frame) -> tuple[np.ndarray, LocalFeatures]:
         """Returns the global descriptor (D,) and the local features of a crop (h, w, 3) uint8."""
@@ -185,7 +196,7 @@ def _read(file: Path) -> Description | None:
         return None
     sizes = arrays["sizes"].tolist()
     features = store.decode_features(arrays, sizes, stored.dtype, stored.code_dim)
-    return Description(arrays["descriptor"], features, orientation=sizes[8])
+    return Description(file, arrays["descriptor"], features, orientation=sizes[8])
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,6 +205,7 @@ class Photographs:
 
     Attributes:
         names: the N photographs that can be searched, sorted.
+        files: the descriptions of these on disk.
         descriptors: (N, D) float32, their global descriptors.
         left_out: photographs that cannot be searched, each with the reason.
         notes: photographs of unusual shape or size, each with a warning.
@@ -204,6 +216,7 @@ class Photographs:
     folder: Path
     describer: Describer
     names: list[str]
+    files: list[Path]
     descriptors: np.ndarray
     left_out: dict[str, str]
     notes: dict[str, str]
@@ -214,9 +227,14 @@ class Photographs:
         """Returns a photograph's file."""
         return self.folder / name
 
+    def description(self, name: str) -> Description:
+        """Reads a photograph's description, also where its file has changed or vanished since."""
+        stored = _read(self.files[bisect.bisect_left(self.names, name)])
+        return stored or self.describer.describe(self.path(name))
+
     def features(self, name: str) -> LocalFeatures:
         """Reads a photograph's local features."""
-        return self.describer.describe(self.path(name)).features
+        return self.description(name).features
 
     def report(self) -> str:
         """Returns the counts, what was left out and the notes, a line each."""
@@ -224,7 +242,8 @@ class Photographs:
             f"{len(self.names)} photographs described, {self.other_files} other files passed over"
         ]
         for title, texts in (("left out", self.left_out), ("note", self.notes)):
-            lines += [f"{title}: {name}: {text}" for name, text in sorted(texts.items())]
+            for name, text in sorted(texts.items()):
+                lines.append(f"{title}: {runs.printable(name)}: {runs.printable(text)}")
         return "\n".join(lines)
 
 
@@ -236,34 +255,43 @@ def describe_folder(folder: Path, describer: Describer, *, progress: bool = True
     """
     listing = list_photographs(folder)
     extracted_before = describer.extracted
-    descriptors: dict[str, np.ndarray] = {}
+    described: dict[str, Description] = {}
     left_out, notes = dict(listing.unsupported), {}
     with runs.locked(describer.folder):
         for name in tqdm(listing.names, desc="describing", unit="image", disable=not progress):
             try:
+                _refuse_undecodable(name)
                 description = describer.describe(listing.folder / name)
             except PhotographError as error:
                 left_out[name] = str(error).removeprefix(f"{Path(name).name}: ")
                 continue
-            descriptors[name] = description.descriptor
+            described[name] = description
             if note := size_note(*description.features.image_size):
                 notes[name] = note
-    if not descriptors:
+    if not described:
         first = next(iter(left_out))
         raise PhotographError(
-            f"none of the {len(left_out)} photographs in {folder} can be used; {first}: "
-            f"{left_out[first]}"
+            f"none of the {len(left_out)} photographs in {folder} can be used; "
+            f"{runs.printable(first)}: {left_out[first]}"
         )
     return Photographs(
         folder=listing.folder,
         describer=describer,
-        names=list(descriptors),
-        descriptors=np.stack(list(descriptors.values())),
+        names=list(described),
+        files=[description.file for description in described.values()],
+        descriptors=np.stack([description.descriptor for description in described.values()]),
         left_out=left_out,
         notes=notes,
         other_files=listing.other_files,
         extracted=describer.extracted - extracted_before,
     )
+
+
+def _refuse_undecodable(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise PhotographError("its name is no UTF-8: rename it") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -292,20 +320,39 @@ class SearchResult:
 def find_query(photographs: Photographs, query: str) -> tuple[str, Path]:
     """Returns name and file of a query: a photograph of the folder, or any file by its path.
 
-    Raises PhotographError for a query that does not exist or was left out.
+    `find_photograph` states the order; here a relative path counts from the checkout. Of a file
+    outside the folder the name is the last part of its path. Raises PhotographError for a query
+    that does not exist, is ambiguous or was left out.
     """
-    folder = photographs.folder
-    for path in (folder / query, runs.resolve(query)):
-        if path.is_file():
-            inside = path.is_relative_to(folder)
-            name = path.relative_to(folder).as_posix() if inside else path.name
-            if name in photographs.left_out:
-                raise PhotographError(f"the query {name}: {photographs.left_out[name]}")
-            return name, path
-    stem = Path(query).stem.lower()
-    close = [name for name in photographs.names if stem and stem in name.lower()][:SUGGESTIONS]
-    hint = f"do you mean {' or '.join(close)}?" if close else f"one is {photographs.names[0]}"
-    raise PhotographError(f"there is no query {query} in {folder}; {hint}")
+    folder, left_out = photographs.folder, photographs.left_out
+    path = find_photograph(folder, query, runs.checkout())
+    if path is None:
+        stem = _composed(Path(query).stem)
+        close = [name for name in photographs.names if stem and stem in _composed(name)]
+        hint = (
+            f"do you mean {' or '.join(close[:SUGGESTIONS])}?"
+            if close
+            else f"one is {photographs.names[0]}"
+        )
+        raise PhotographError(f"there is no query {query} in {folder}; {hint}")
+    listed = dict.fromkeys((*photographs.names, *left_out))
+    name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else None
+    if name not in listed:  # perhaps one of them by another way, as through a link
+        name = next((name for name in listed if _same(folder / name, path)), None)
+    if name in left_out:
+        raise PhotographError(f"the query {name}: {left_out[name]}")
+    return name or path.name, path
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name.lower())
+
+
+def _same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:  # one has vanished
+        return False
 
 
 def search_folder(
@@ -325,12 +372,14 @@ def search_folder(
         PhotographError: the query does not exist or cannot be used, or nothing else is there.
     """
     name, path = find_query(photographs, query)
+    if name not in photographs.names:
+        print(f"the query is {runs.printable(path)}, which is none of the photographs")
     box = None if box is None else tuple(int(side) for side in box)
     description = photographs.describer.describe(path, box)
     others = [
         index
         for index, other in enumerate(photographs.names)
-        if not photographs.path(other).samefile(path)
+        if not _same(photographs.path(other), path)
     ]
     if not others:
         raise PhotographError(f"{photographs.folder} holds nothing but the query: add photographs")
@@ -373,8 +422,13 @@ def _rerank(table: pd.DataFrame, counts: np.ndarray) -> pd.DataFrame:
 
 
 def write_ranking(result: SearchResult, path: Path) -> Path:
-    """Writes a ranking as .csv, similarities with six digits, and returns its path."""
-    return runs.write_text(path, result.table.to_csv(index=False, float_format="%.6f"))
+    """Writes a ranking as .csv, similarities with six digits, and returns its path.
+
+    A name that a spreadsheet would run as a formula, as `=x.jpg`, is written as `./=x.jpg`.
+    """
+    names = result.table["photograph"].str.replace(r"^(?=[=+\-@\t\r])", "./", regex=True)
+    table = result.table.assign(photograph=names)
+    return runs.write_text(path, table.to_csv(index=False, float_format="%.6f"))
 
 
 def retrieval_pairs(photographs: Photographs, count: int = 20) -> list[tuple[str, str]]:
@@ -427,7 +481,7 @@ class _StoredFeatures(Mapping[str, LocalFeatures]):
     photographs: Photographs
 
     def __getitem__(self, name: str) -> LocalFeatures:
-        description = self.photographs.describer.describe(self.photographs.path(name))
+        description = self.photographs.description(name)
         return undo_orientation(description.features, description.orientation)
 
     def __iter__(self) -> Iterator[str]:
