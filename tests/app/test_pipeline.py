@@ -78,7 +78,7 @@ def test_evaluation_from_a_fresh_folder_lets_the_data_come_first(scratch, tmp_pa
     [
         ({"sizes": "3"}, "no setting sizes; did you mean size"),
         ({"zzz": "3"}, "no setting zzz$"),
-        ({"size": "big"}, "size: `big` is no int"),
+        ({"size": "big"}, "size: 'big' is no int"),
         ({"size": True}, "size: True is bool"),
         ({"rate": "nan"}, "rate: "),
     ],

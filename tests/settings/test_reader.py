@@ -1,6 +1,7 @@
 """Settings from YAML, a notebook's namespace and the command line: one reader, one result."""
 
 import dataclasses
+import json
 import math
 import string
 from pathlib import Path
@@ -118,10 +119,103 @@ def test_a_file_that_is_no_flat_mapping(tmp_path, text):
         reader.read_file(file)
 
 
-def test_bytes_that_are_no_text(tmp_path):
-    (tmp_path / "a.yaml").write_bytes(b"a: \xff\xfe")
-    with pytest.raises(SettingsError, match="a.yaml"):
+BOMB = "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{after}: &{after} [{', '.join([f'*{before}'] * 8)}]\n"
+    for before, after in zip("abcdefgh", "bcdefghi", strict=True)
+)
+WRONG = {
+    "no text": (b"a: \xff\xfe", "invalid start byte"),
+    "binary": (bytes(range(128)) * 9, "special characters are not allowed"),
+    "UTF-16 without a mark": ("seed: 1\n".encode("utf-16-le"), "not allowed"),
+    "nested references": (BOMB.encode(), "it has a reference"),
+    "one reference": (b"a: &a 1\nb: *a\n", "it has a reference"),
+    "a list of itself": (b"a: &a [*a]\n", "it has a reference"),
+    "merged": (b"<<: {seed: 1}\nseed: 2\n", "gives 'seed' 2 times"),
+    "deep lists": (b"a: " + b"[" * 40_000, "it is nested"),
+    "deep mappings": (b"a: " + b"{a: " * 20_000, "it is nested"),
+    "deep by indentation": ("".join(" " * n + "a:\n" for n in range(300)).encode(), "nested"),
+    "a bad date": (b"a: 2019-02-31\n", "day is out of range"),
+    "a wrong number": (b"a: !!int x\n", "invalid literal"),
+    "an empty number": (b"a: !!int ''\n", "is not YAML of settings"),
+    "a wrong bool": (b"a: !!bool x\n", "is not YAML of settings"),
+    "a wrong date": (b"a: !!timestamp x\n", "is not YAML of settings"),
+    "an object": (b"a: !!python/object/apply:os.system [x]\n", "constructor for the tag"),
+    "20,000 digits": (b"seed: " + b"1" * 20_000, "integer string conversion"),
+    "two documents": (b"a: 1\n---\na: 2\n", "expected a single document"),
+    "a list as a name": (b"? [a]\n: 1\n", "unhashable"),
+    "too large": (b"# " + b"x" * 200_000 + b"\nseed: 1\n", "too large for settings"),
+    "20,000 names": ("".join(f"k{n}: 1\n" for n in range(20_000)).encode(), "too large"),
+    "one name 5,000 times": (b"a: 1\n" * 5_000, "gives 'a' 5000 times"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_no_file_of_settings(tmp_path, case):
+    content, reason = WRONG[case]
+    (tmp_path / "a.yaml").write_bytes(content)
+    with pytest.raises(SettingsError, match=r"a\.yaml") as error:
         reader.read_file(tmp_path / "a.yaml")
+    assert reason in str(error.value)
+    assert len(str(error.value)) < 1_000 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_is_read(tmp_path, encoding):
+    (tmp_path / "a.yaml").write_text("query_image: ch\u00e2teau \u57ce\n", encoding=encoding)
+    found = reader.read_file(tmp_path / "a.yaml").values
+    assert found == {"query_image": "ch\u00e2teau \u57ce"}
+
+
+def test_thousands_of_unknown_names_are_one_short_message(tmp_path):
+    content = "".join(f"top{n:04}: 1\n" for n in range(8_000))
+    (tmp_path / "a.yaml").write_text(content)
+    with pytest.raises(SettingsError) as error:
+        reader.checked(reader.read_file(tmp_path / "a.yaml"))
+    first, *_, last = str(error.value).splitlines()
+    assert "a.yaml: there is no setting top0000; did you mean top" in first
+    assert last == "and 7990 more faults" and len(str(error.value)) < 10_000
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("seed", 10**400, "seed is <int of 1329 bits>; its numbers must fit into 64 bits"),
+        ("query_box", [0, 0, 10**400, 1], "query_box is .* must fit into 64 bits"),
+        ("lr", 10**400, "lr: <int of 1329 bits> is int, declared is `float`"),
+        ("top", "x" * 10**6, "top: 'xx"),
+        ("query_image", ["a"] * 10**5, "query_image: .* is list"),
+        ("estimator", "\x1b[2J\u202e", r"unknown estimator '\\x1b\[2J\\u202e'"),
+        ("a\x1b[2J\n", 1, r"there is no setting a\\x1b\[2J\\n"),
+    ],
+)
+def test_what_a_file_may_hold_is_said_in_short(name, value, said):
+    with pytest.raises(SettingsError, match=said) as error:
+        whole = reader.settings_of(reader.checked(reader.Values.of({name: value}, "mine.yaml")))
+        for section in sections.SECTIONS:
+            whole.section(section)
+    assert len(str(error.value)) < 400 and str(error.value).startswith("mine.yaml: ")
+
+
+@pytest.mark.parametrize("text", ["1" * 400, "1" * 5_000, "1e400"])
+def test_numbers_too_large_are_refused_when_typed(text):
+    for name in ("lr", "seed", "query_box"):
+        with pytest.raises(SettingsError, match=name) as error:
+            typed = reader.checked(reader.from_command_line({name: text}, {}))
+            reader.settings_of(typed).section(sections.all_names()[name][0])
+        assert len(str(error.value)) < 400
+
+
+def test_extending_in_a_chain_is_bounded(tmp_path):
+    for number in range(30):
+        (tmp_path / f"{number}.yaml").write_text(f"extends: [{number + 1}.yaml]\nseed: 1\n")
+    (tmp_path / "30.yaml").write_text("seed: 1\n")
+    assert reader.read_file(tmp_path / "25.yaml").values == {"seed": 1}
+    with pytest.raises(SettingsError, match="too many others: 0.yaml -> 1.yaml"):
+        reader.read_file(tmp_path / "0.yaml")
+    for name in ("x" * 5_000, "a\0b", "."):
+        write(tmp_path, a=f"extends: {json.dumps(name)}\nseed: 1")
+        with pytest.raises(FileNotFoundError, match="there is no file"):
+            reader.read_file(tmp_path / "a.yaml")
 
 
 @settings(max_examples=60, derandomize=True)

@@ -5,8 +5,10 @@ files that `extends` names, injected or typed values.
 """
 
 import ast
+import contextlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +33,11 @@ NOTEBOOK_RANGE = "notebooks"  # a file's line `notebooks: 04-07`: which notebook
 FOLDERS = {"recipe": "recipes", "machine": "machines"}  # below params/
 INJECTED = "# Parameters"  # first line of the cell that papermill injects
 KERNEL_NAMES = ("In", "Out", "exit", "quit")  # IPython's names in a notebook
+
+LARGEST = 100_000  # bytes of a YAML file; PyYAML takes a second for them
+DEPTH = 4  # the document, its value, a list in it, an entry
+LONGEST_CHAIN = 8  # files of which each extends the next
+MOST_FAULTS = 10  # that one message lists
 
 S = TypeVar("S", bound=Section)
 
@@ -57,12 +64,30 @@ class Values:
         return Values(kept, {name: self.sources[name] for name in kept})
 
 
+def _view(kind: type[S]) -> S:
+    """Declares an attribute of `Settings`: a section, built when it is first asked for."""
+    return cached_property(lambda settings: settings.section(kind))  # type: ignore
+
+
 @dataclass(frozen=True)
 class Settings(Values):
     """Every setting of a notebook or command; each section is an attribute."""
 
+    run = _view(sections.RunSettings)
+    demo = _view(sections.DemoSettings)
+    split = _view(sections.SplitSettings)
+    training = _view(sections.TrainingSettings)
+    autoencoder = _view(sections.AutoencoderSettings)
+    describing = _view(sections.GlobalSettings)
+    local = _view(sections.LocalSettings)
+    reranking = _view(sections.RerankingSettings)
+    tuning = _view(sections.TuningSettings)
+    own = _view(sections.OwnSettings)
+    machine = _view(sections.MachineSettings)
+    show = _view(sections.ShowSettings)
+
     def section(self, kind: type[S]) -> S:
-        """One section, built from the values; SettingsError names the source of a bad value."""
+        """Builds one section; SettingsError names the source of a bad value."""
         try:
             return kind.build(self.values)
         except SettingsError as error:
@@ -70,78 +95,13 @@ class Settings(Values):
             source = next((self.sources[name] for name in names if name in self.sources), None)
             raise SettingsError(f"{source}: {error}" if source else str(error)) from None
 
-    @cached_property
-    def run(self) -> sections.RunSettings:
-        """Where the run's inputs and outputs are."""
-        return self.section(sections.RunSettings)
-
-    @cached_property
-    def demo(self) -> sections.DemoSettings:
-        """The demo data."""
-        return self.section(sections.DemoSettings)
-
-    @cached_property
-    def split(self) -> sections.SplitSettings:
-        """The split."""
-        return self.section(sections.SplitSettings)
-
-    @cached_property
-    def training(self) -> sections.TrainingSettings:
-        """Training of the retrieval model."""
-        return self.section(sections.TrainingSettings)
-
-    @cached_property
-    def autoencoder(self) -> sections.AutoencoderSettings:
-        """Training of the autoencoder."""
-        return self.section(sections.AutoencoderSettings)
-
-    @cached_property
-    def describing(self) -> sections.GlobalSettings:
-        """Global descriptors."""
-        return self.section(sections.GlobalSettings)
-
-    @cached_property
-    def local(self) -> sections.LocalSettings:
-        """Local features."""
-        return self.section(sections.LocalSettings)
-
-    @cached_property
-    def reranking(self) -> sections.RerankingSettings:
-        """Matching, verification and reranking."""
-        return self.section(sections.RerankingSettings)
-
-    @cached_property
-    def tuning(self) -> sections.TuningSettings:
-        """The grid of thresholds."""
-        return self.section(sections.TuningSettings)
-
-    @cached_property
-    def own(self) -> sections.OwnSettings:
-        """A search among one's own photographs."""
-        return self.section(sections.OwnSettings)
-
-    @cached_property
-    def machine(self) -> sections.MachineSettings:
-        """Speed."""
-        return self.section(sections.MachineSettings)
-
-    @cached_property
-    def show(self) -> sections.ShowSettings:
-        """What is drawn and what is asserted."""
-        return self.section(sections.ShowSettings)
-
     def recorded(
         self, folder: Path, kind: type[S], notebook: str, names: Iterable[str] | None = None
     ) -> S:
-        """A section with the values that a finished stage's manifest holds.
+        """Returns a section with the values in the manifest of the finished stage in `folder`.
 
-        Args:
-            folder: of the stage.
-            notebook: which one makes the stage, for messages.
-            names: the flat settings that are taken; None takes all that the manifest has.
-        Raises:
-            SettingsError: a setting was given another value here.
-            StageError: the stage is not finished.
+        Of these are taken those with the flat `names`, or all. Raises SettingsError where a setting
+        has another value here, StageError (naming the stage's `notebook`) for an unfinished stage.
         """
         parameters = runs.read_stage(folder, notebook)["parameters"]
         values, wanted = dict(self.values), self.section(kind).compared()
@@ -162,53 +122,78 @@ class Settings(Values):
 # YAML files
 
 
+class _FlatLoader(yaml.SafeLoader):
+    """YAML without references, and not deeper than a list in a list, as settings are."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Composes a node of the document; YAMLError for what settings never hold."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it has a reference (*name); write the value out")
+        self.depth += 1
+        if self.depth > DEPTH:
+            raise yaml.YAMLError("it is nested; settings are flat")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Reads a flat YAML mapping of settings.
+    """Reads a flat YAML mapping of settings; UTF-8, or UTF-16 with a byte order mark.
 
     Raises FileNotFoundError (naming the files beside it) where there is none, SettingsError where
-    it is empty, no mapping, nested, or gives a name twice.
+    it is empty, too large, no mapping, nested, or gives a name twice.
     """
     path = Path(path)
-    if not path.is_file():
-        folder = path.parent if path.parent.is_dir() else runs.resolve("params")
-        files = ", ".join(sorted(file.name for file in folder.glob("*.yaml")))
-        raise FileNotFoundError(f"{path} does not exist; {folder} holds {files or 'no .yaml'}")
+    if not os.path.isfile(path):  # Path.is_file raises for a very long name
+        folder = path.parent if os.path.isdir(path.parent) else runs.resolve("params")
+        files = runs.abbreviate(sorted(file.name for file in folder.glob("*.yaml")), 30)
+        raise FileNotFoundError(f"there is no file {path}; {folder} holds {files or 'no .yaml'}")
+    if path.stat().st_size > LARGEST:
+        raise SettingsError(f"{path} is too large for settings: above {LARGEST:,} bytes")
     try:
-        text = path.read_text(encoding="utf-8")
-        tree, values = yaml.compose(text, Loader=yaml.SafeLoader), yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path} is not YAML: {error}") from None
+        loader = _FlatLoader(path.read_bytes())
+        tree = loader.get_single_node()
+        values = loader.construct_document(tree) if tree else None
+    except Exception as error:  # for a wrong date or !!tag PyYAML raises nearly anything
+        reason = runs.printable(" ".join(str(error).split()))[:300]
+        raise SettingsError(f"{path} is not YAML of settings: {reason}") from None
     if not isinstance(values, dict) or not values:
         shape = "empty" if not values else f"a {type(values).__name__}"
         raise SettingsError(f"{path} is {shape}; it needs lines of `name: value`")
-    names = [key.value for key, _ in tree.value]  # PyYAML keeps the last of two equal names
-    for name in values:
-        if names.count(str(name)) > 1:
-            raise SettingsError(f"{path} gives {name} {names.count(name)} times")
-        if isinstance(values[name], dict):
-            raise SettingsError(f"{path}: {name} is a mapping; settings are flat")
+    # PyYAML keeps the last of two equal names.
+    (name, count), *_ = Counter(key.value for key, _ in tree.value).most_common(1)
+    if count > 1:
+        raise SettingsError(f"{path} gives {runs.short(name)} {count} times")
+    for name, value in values.items():
+        if isinstance(value, dict):
+            raise SettingsError(f"{path}: {runs.short(name)} is a mapping; settings are flat")
     return values
 
 
 def read_file(path: Path, parents: tuple[Path, ...] = ()) -> Values:
-    """A YAML file's settings, and those of the files that its `extends` names.
+    """Reads a YAML file's settings, and those of the files that its `extends` names.
 
     Raises as `read_yaml`, and SettingsError for a file that extends itself, or two extended files
     that disagree on a setting which the file itself does not set.
     """
     path = Path(path).absolute()
-    if path.resolve() in [parent.resolve() for parent in parents]:
-        chain = " -> ".join(file.name for file in (*parents, path))
-        raise SettingsError(f"{path} extends itself: {chain}")
     values = read_yaml(path)
+    chain = (*parents, path.resolve())
+    if path.resolve() in parents or len(chain) > LONGEST_CHAIN:
+        names = " -> ".join(file.name for file in chain)
+        raise SettingsError(f"{path} extends itself, or too many others: {names}")
     names = values.pop(EXTENDS, None) or []
     if isinstance(names, str):
         names = [names]
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise SettingsError(f"{path}: {EXTENDS} is a file name or a list of them, not {names!r}")
+        raise SettingsError(
+            f"{path}: {EXTENDS} is a file name or a list of them, not {runs.short(names)}"
+        )
     inherited = Values({}, {})
-    for name in names:
-        other = read_file(path.parent / name, (*parents, path))
+    for name in dict.fromkeys(names):
+        other = read_file(path.parent / name, chain)
         _refuse_disagreement(path, inherited.without(*values), other.without(*values))
         inherited |= other
     return inherited.without(NOTEBOOK_RANGE) | Values.of(values, str(path))
@@ -217,15 +202,17 @@ def read_file(path: Path, parents: tuple[Path, ...] = ()) -> Values:
 def _refuse_disagreement(path: Path, first: Values, second: Values) -> None:
     for name in first.values.keys() & second.values.keys() - {NOTEBOOK_RANGE}:
         if first.values[name] != second.values[name]:
+            one, other = (
+                f"{runs.short(v.values[name])} in {v.sources[name]}" for v in (first, second)
+            )
             raise SettingsError(
-                f"{path} extends two files that disagree: {name} is {first.values[name]!r} in "
-                f"{first.sources[name]} and {second.values[name]!r} in {second.sources[name]}; "
+                f"{path} extends two files that disagree: {name} is {one} and {other}; "
                 f"set {name} in {path.name}"
             )
 
 
 def named_files(values: Values) -> Values:
-    """The settings of the recipe and the machine that the values name.
+    """Returns the settings of the recipe and the machine that the values name.
 
     Raises SettingsError for a name that is no file of params/recipes or params/machines.
     """
@@ -234,42 +221,48 @@ def named_files(values: Values) -> Values:
         name = values.values.get(setting)
         if name is None:
             continue
-        path = runs.resolve("params") / folder / f"{name}.yaml"
-        if os.sep in str(name) or not path.is_file():
-            known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-            raise SettingsError(
-                f"{values.sources[setting]}: {setting} {name!r} is none of {known or 'no file'}"
-            )
-        layers |= read_file(path)
+        known = {file.stem: file for file in (runs.resolve("params") / folder).glob("*.yaml")}
+        if name not in known:
+            source, files = values.sources[setting], ", ".join(sorted(known)) or "no file"
+            raise SettingsError(f"{source}: {setting} {runs.short(name)} is none of {files}")
+        layers |= read_file(known[name])
     return layers
 
 
-def checked(values: Values, names: Mapping[str, Any] | None = None) -> Values:
-    """The values in the settings' types; one SettingsError lists every fault.
+def checked(values: Values, further: Mapping[str, Any] | None = None) -> Values:
+    """Returns the values in the settings' types; SettingsError has a line for each fault.
 
-    names: name -> type of further names that are known, such as a notebook's own.
+    `further` has the types of names that are known besides, such as a notebook's own.
     """
-    known, faults, conformed = sections.all_names(), [], {}
-    further = names or {}
+    known = {
+        name: [kind.types()[name] for kind in kinds] for name, kinds in sections.all_names().items()
+    }
+    known |= {name: [kind] for name, kind in (further or {}).items() if name not in known}
+    faults, conformed = [], {}
     for name, value in values.values.items():
         try:
-            if name in known:
-                for kind in known[name]:
-                    conformed[name] = conform(name, value, kind.types()[name])
-            elif name in further:
-                conformed[name] = conform(name, value, further[name])
-            else:
-                hint = guess(name, [*known, *further])
-                raise SettingsError(f"there is no setting {name}{hint}")
+            if name not in known:
+                hint = guess(name, known) if len(faults) < MOST_FAULTS else ""
+                shown = runs.printable(str(name)[:100])
+                raise SettingsError(f"there is no setting {shown}{hint}")
+            for kind in known[name]:
+                conformed[name] = conform(name, value, kind)
         except SettingsError as error:
             faults.append(f"{values.sources[name]}: {error}")
-    if faults:
-        raise SettingsError("\n".join(faults))
+    _refuse(faults)
     return Values(conformed, values.sources)
 
 
+def _refuse(faults: list[str]) -> None:
+    """Raises SettingsError where there are faults, with the first of them."""
+    if len(faults) > MOST_FAULTS:
+        faults = [*faults[:MOST_FAULTS], f"and {len(faults) - MOST_FAULTS} more faults"]
+    if faults:
+        raise SettingsError("\n".join(faults))
+
+
 def settings_of(values: Values) -> Settings:
-    """Settings of checked values, on top of the recipe and the machine that they name."""
+    """Returns settings of checked values, on top of the recipe and the machine that they name."""
     whole = checked(named_files(values)) | values
     return Settings(whole.values, whole.sources)
 
@@ -278,7 +271,7 @@ def settings_of(values: Values) -> Settings:
 
 
 def read_settings(namespace: Mapping[str, Any]) -> Settings:
-    """The settings of a notebook: `settings = read_settings(globals())` after its parameters cell.
+    """Reads a notebook's settings: `settings = read_settings(globals())` after its parameters cell.
 
     Every plain value in the namespace must be a setting. Injected values override the files that an
     injected `extends` names; these override the notebook's cell. Raises SettingsError.
@@ -315,58 +308,50 @@ def _injected_names(history: list[str]) -> set[str]:
 
 
 def parse_text(text: str, kind: Any) -> Any:
-    """A command line's text as a setting's type: `1e-3` is a float, `007` for `str` stays text.
+    """Returns a command line's text as a setting's type; SettingsError for text of another type.
 
-    A list is written 0.7071,1,1.4142 with or without brackets; null and None are None. Raises
-    SettingsError.
+    `1e-3` is a float, `007` for `str` stays text; a list is written 0.7071,1,1.4142 with or without
+    brackets; null and None are None.
     """
     wanted = alternatives(kind)
     if type(None) in wanted and text in ("null", "None", "~"):
         return None
     if bool in wanted and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if int in wanted and re.fullmatch(r"[+-]?\d+", text):
+    if int in wanted and re.fullmatch(r"[+-]?\d{1,4000}", text):  # int() refuses more digits
         return int(text)
     if float in wanted:
-        try:
+        with contextlib.suppress(ValueError):
             return conform("it", float(text), float)
-        except ValueError:
-            pass
     for option in wanted:
         if get_origin(option) in (tuple, list):
             items = text.strip().removeprefix("[").removesuffix("]").split(",")
             return [parse_text(i.strip().strip("'\""), get_args(option)[0]) for i in items if i]
     if str in wanted:
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise SettingsError(f"{runs.printable(text)} is no UTF-8: rename it")
         return text
-    raise SettingsError(f"`{text}` is no {getattr(kind, '__name__', kind)}")
+    raise SettingsError(f"{runs.short(text)} is no {getattr(kind, '__name__', kind)}")
 
 
-def from_command_line(texts: Mapping[str, str], types: Mapping[str, Any]) -> Values:
-    """Settings typed as text; relative paths are relative to the current folder.
+def from_command_line(texts: Mapping[str, str], further: Mapping[str, Any]) -> Values:
+    """Returns settings typed as text; relative paths are relative to the current folder.
 
-    types: name -> type of further names. Raises SettingsError, a line for each fault.
+    `further` has the types of other names. Raises SettingsError, a line for each fault.
     """
     known, values, faults = sections.all_names(), {}, []
     for name, text in texts.items():
-        kind = types.get(name)
-        if name in known:
-            section = known[name][0]
-            entry = section.flat()[name]
-            kind = section.types()[name]
+        kind = known[name][0].types()[name] if name in known else further.get(name)
+        values[name] = text
         if kind is None or not isinstance(text, str):
-            values[name] = text
             continue
         try:
-            text.encode()
             values[name] = parse_text(text, kind)
-        except (SettingsError, UnicodeEncodeError) as error:
-            if isinstance(error, UnicodeEncodeError):
-                error = f"{runs.printable(text)} is no UTF-8: rename it"
+        except SettingsError as error:
             faults.append(f"the command line: {name}: {error}")
             continue
-        is_path = name in known and fact(entry).path and values[name] is not None
-        if is_path and not text.startswith("untrained:"):
+        path = name in known and fact(known[name][0].flat()[name]).path
+        if path and values[name] is not None and not text.startswith("untrained:"):
             values[name] = str(Path.cwd() / Path(text).expanduser())
-    if faults:
-        raise SettingsError("\n".join(faults))
+    _refuse(faults)
     return Values.of(values, "the command line")

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Self
 
-from vitgal.runs.errors import UserError
+from vitgal.runs.errors import UserError, short
+
+INT64 = 2**63  # the first int that no array and no seed can hold
 
 
 class SettingsError(UserError, ValueError):
@@ -30,6 +32,8 @@ class Fact:
     high: float = math.inf  # greatest value
     above: float = -math.inf  # limits that are excluded themselves
     below: float = math.inf
+    filled: bool = False  # a list that needs an entry
+    later: bool = False  # left out of manifests at its default, so that older runs stay valid
     result: bool = True  # False: results do not depend on the setting, only speed or display
     path: bool = False  # a file or folder
 
@@ -39,43 +43,70 @@ def setting(default: Any, meaning: str, **facts: Any) -> Any:
     return field(default=default, metadata={"fact": Fact(meaning, **facts)})
 
 
+def neutral(default: Any, meaning: str, **facts: Any) -> Any:
+    """Declares a field as `setting` does; results do not depend on it, only speed or display."""
+    return setting(default, meaning, result=False, **facts)
+
+
+def path(meaning: str, default: str | None = None) -> Any:
+    """Declares a file or folder; results depend on its contents, not on where it is."""
+    return neutral(default, meaning, path=True)
+
+
 def fact(entry: dataclasses.Field) -> Fact:
     """Returns the facts of a section's field."""
     return entry.metadata["fact"]
 
 
 class Section:
-    """A group of settings; a frozen dataclass that inherits it is validated when it is built."""
+    """A group of settings; a frozen dataclass that inherits it is validated when it is built.
+
+    A field may itself be a section, whose settings then count as the outer section's own.
+    """
 
     PREFIX: ClassVar[str] = ""  # starts the flat names of the fields in PREFIXED
     PREFIXED: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
-            if "fact" in entry.metadata:
-                check_range(self.flat_name(entry), getattr(self, entry.name), fact(entry))
+        for name, entry in self._own().items():
+            check_range(name, getattr(self, entry.name), fact(entry))
         self.check()
 
     def check(self) -> None:
         """Raises SettingsError where settings contradict each other; sections override it."""
 
     @classmethod
-    def flat_name(cls, entry: dataclasses.Field) -> str:
-        """Returns the flat name of one of the section's fields."""
-        name = fact(entry).flat or entry.name
-        return cls.PREFIX + name if entry.name in cls.PREFIXED else name
+    @functools.cache
+    def _own(cls) -> dict[str, dataclasses.Field]:
+        """Returns the field of each of the section's own settings, by flat name."""
+        own = {}
+        for entry in fields(cls):
+            if "fact" in entry.metadata:
+                name = fact(entry).flat or entry.name
+                own[cls.PREFIX + name if entry.name in cls.PREFIXED else name] = entry
+        return own
+
+    @classmethod
+    @functools.cache
+    def _inner(cls) -> dict[str, type["Section"]]:
+        """Returns the sections within this one, by field name."""
+        return {e.name: type(e.default) for e in fields(cls) if isinstance(e.default, Section)}
 
     @classmethod
     @functools.cache
     def flat(cls) -> dict[str, dataclasses.Field]:
         """Returns the field of each setting, by flat name."""
-        return {cls.flat_name(entry): entry for entry in fields(cls) if "fact" in entry.metadata}
+        inner = [kind.flat() for kind in cls._inner().values()]
+        return functools.reduce(dict.__or__, inner, cls._own())
 
     @classmethod
     @functools.cache
     def types(cls) -> dict[str, Any]:
         """Returns the type of each setting, by flat name."""
-        return {name: field_types(cls)[entry.name] for name, entry in cls.flat().items()}
+        hints = typing.get_type_hints(cls)
+        inner = [kind.types() for kind in cls._inner().values()]
+        own = {name: hints[entry.name] for name, entry in cls._own().items()}
+        return functools.reduce(dict.__or__, inner, own)
 
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> Self:
@@ -83,13 +114,12 @@ class Section:
 
         SettingsError names a value of the wrong type or out of range.
         """
-        types = cls.types()
         chosen = {
-            entry.name: conform(name, values[name], types[name])
-            for name, entry in cls.flat().items()
+            entry.name: conform(name, values[name], cls.types()[name])
+            for name, entry in cls._own().items()
             if name in values
         }
-        return cls(**chosen)
+        return cls(**chosen, **{name: kind.build(values) for name, kind in cls._inner().items()})
 
     @classmethod
     def from_manifest(cls, parameters: Mapping[str, Any]) -> Self:
@@ -99,17 +129,14 @@ class Section:
 
     def compared(self) -> dict[str, Any]:
         """Returns the parameters that results depend on, which manifests of stages compare."""
-        return {
-            entry.name: getattr(self, entry.name)
-            for entry in fields(self)
-            if "fact" in entry.metadata and fact(entry).result
-        }
-
-
-@functools.cache
-def field_types(section: type) -> dict[str, Any]:
-    """Returns the type of each field of a dataclass, by the field's name."""
-    return typing.get_type_hints(section)
+        found = {}
+        for entry in self._own().values():
+            value = getattr(self, entry.name)
+            if fact(entry).result and not (fact(entry).later and value == entry.default):
+                found[entry.name] = value
+        for name in self._inner():
+            found |= getattr(self, name).compared()
+        return found
 
 
 def check_range(name: str, value: Any, facts: Fact) -> None:
@@ -117,12 +144,17 @@ def check_range(name: str, value: Any, facts: Fact) -> None:
     if value is None:
         return
     if facts.choices and value not in facts.choices:
-        raise SettingsError(f"unknown {name} {value!r}; known: {', '.join(facts.choices)}")
-    for number in value if isinstance(value, (list, tuple)) else (value,):
+        raise SettingsError(f"unknown {name} {short(value)}; known: {', '.join(facts.choices)}")
+    values = value if isinstance(value, (list, tuple)) else (value,)
+    if facts.filled and not values:
+        raise SettingsError(f"{name} is empty; it needs one entry at least")
+    for number in values:
         if isinstance(number, bool) or not isinstance(number, numbers.Real):  # NumPy's as well
             continue
+        if isinstance(number, int) and not -INT64 <= number < INT64:
+            raise SettingsError(f"{name} is {short(value)}; its numbers must fit into 64 bits")
         if not (facts.low <= number <= facts.high and facts.above < number < facts.below):
-            raise SettingsError(f"{name} is {value}; it must be {_range(facts)}")
+            raise SettingsError(f"{name} is {short(value)}; it must be {_range(facts)}")
 
 
 def _range(facts: Fact) -> str:
@@ -160,24 +192,22 @@ def _adapter(kind: Any) -> Any:
 
 def alternatives(kind: Any) -> tuple:
     """Returns the alternatives of a type: (float, NoneType) for `float | None`."""
-    return typing.get_args(kind) if typing.get_origin(kind) in UNIONS else (kind,)
-
-
-UNIONS = (typing.Union, type(int | str))
+    unions = (typing.Union, type(int | str))
+    return typing.get_args(kind) if typing.get_origin(kind) in unions else (kind,)
 
 
 def _complaint(value: Any, kind: Any) -> str:
     declared = kind.__name__ if isinstance(kind, type) else str(kind)
+    if value is None:
+        return f"null is only for `X | None`, this is declared `{declared}`"
     if isinstance(value, str) and {int, float} & set(alternatives(kind)):
         try:
             float(value)
         except ValueError:
             pass
         else:
-            return f"`{value}` is text to YAML; write {yaml_number(value)}"
-    if value is None:
-        return f"null is only for `X | None`, this is declared `{declared}`"
-    return f"{value!r} is {type(value).__name__}, declared is `{declared}`"
+            return f"{short(value)} is text to YAML; write {yaml_number(value)[:40]}"
+    return f"{short(value)} is {type(value).__name__}, declared is `{declared}`"
 
 
 def yaml_number(text: str) -> str:
@@ -192,5 +222,5 @@ def yaml_number(text: str) -> str:
 
 def guess(name: str, names: Iterable[str]) -> str:
     """Returns a hint at the names that resemble an unknown one; "" where none does."""
-    close = difflib.get_close_matches(str(name), list(names), n=2)
+    close = difflib.get_close_matches(str(name)[:100], list(names), n=2)
     return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -8,11 +8,12 @@ one (`global_size`), which is unique and which notebooks, YAML files and the com
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import itertools
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
-from vitgal.settings.section import Section, SettingsError, conform, field_types, setting
+from vitgal.runs.errors import short
+from vitgal.settings.section import Section, SettingsError, neutral, path, setting
 
 SEED_MEANING = "start of every random draw"
 
@@ -21,38 +22,21 @@ SEED_MEANING = "start of every random draw"
 class RunSettings(Section):
     """Where a run's inputs and outputs are. Contents are compared by fingerprint, never paths."""
 
-    run_dir: str = setting("", "run folder, below runs/ or $VITGAL_RUNS", result=False)
-    overwrite: bool = setting(False, "delete finished stages and make them again", result=False)
-    dataset: str = setting("", "benchmark: its labels are gnd_<dataset>.pkl", result=False)
-    dataset_dir: str | None = setting(
-        None,
-        "folder of jpg/ and gnd_<dataset>.pkl; None: the run's own benchmark",
-        path=True,
-        result=False,
+    run_dir: str = neutral("", "run folder, below runs/ or $VITGAL_RUNS")
+    overwrite: bool = neutral(False, "delete finished stages and make them again")
+    dataset: str = neutral("", "benchmark: its labels are gnd_<dataset>.pkl")
+    dataset_dir: str | None = path(
+        "folder of jpg/ and gnd_<dataset>.pkl; None: the run's own benchmark"
     )
-    image_folder: str | None = setting(
-        None,
-        "folder of a/b/c/<id>.jpg; None: the run's own training images",
-        path=True,
-        result=False,
+    image_folder: str | None = path("folder of a/b/c/<id>.jpg; None: the run's own training images")
+    distractors: str | None = path("folder of further database images (revisitop1m)")
+    weights: str | None = path(
+        "model file; None: the run's model, else the small one of the checkout"
     )
-    distractors: str | None = setting(
-        None, "folder of further database images (revisitop1m)", path=True, result=False
-    )
-    weights: str | None = setting(
-        None,
-        "model file; None: the run's model, else the small one of the checkout",
-        path=True,
-        result=False,
-    )
-    descriptors: str | None = setting(
-        None, "global descriptors of another system (.npy or .h5)", path=True, result=False
-    )
-    recipe: str | None = setting(None, "training settings: a file of params/recipes/", result=False)
-    machine: str | None = setting(None, "speed settings: a file of params/machines/", result=False)
-    compared_run: str | None = setting(
-        None, "run to test against; None: global ranking alone", result=False
-    )
+    descriptors: str | None = path("global descriptors of another system (.npy or .h5)")
+    recipe: str | None = neutral(None, "training settings: a file of params/recipes/")
+    machine: str | None = neutral(None, "speed settings: a file of params/machines/")
+    compared_run: str | None = neutral(None, "run to test against; None: global ranking alone")
 
 
 @dataclass(frozen=True)
@@ -70,15 +54,9 @@ class DemoSettings(Section):
 class SplitSettings(Section):
     """How photographs of landmarks are divided into training and validation."""
 
-    train_table: str | None = setting(
-        None, "GLDv2's train.csv or train_clean.csv; None: the demo data", path=True, result=False
-    )
-    exclude: str | None = setting(
-        None, "file of image or class ids to leave out", path=True, result=False
-    )
-    overlap_table: str | None = setting(
-        None, "csv of classes known to overlap the test sets", path=True, result=False
-    )
+    train_table: str | None = path("GLDv2's train.csv or train_clean.csv; None: the demo data")
+    exclude: str | None = path("file of image or class ids to leave out")
+    overlap_table: str | None = path("csv of classes known to overlap the test sets")
     seed: int = setting(0, SEED_MEANING, low=0)
     val_share: float = setting(
         0.1,
@@ -93,12 +71,8 @@ class SplitSettings(Section):
     val_queries: int = setting(1000, "queries of retrieval validation, at most", low=0)
     val_database: int = setting(5000, "database images of retrieval validation, at most", low=0)
     min_val_images: int = setting(4, "images that a class needs to give a query", low=2)
-    expected_images: int | None = setting(
-        None, "refuse a table of another size", low=1, result=False
-    )
-    expected_classes: int | None = setting(
-        None, "refuse a table of other classes", low=1, result=False
-    )
+    expected_images: int | None = neutral(None, "refuse a table of another size", low=1)
+    expected_classes: int | None = neutral(None, "refuse a table of other classes", low=1)
 
 
 AUGMENTATIONS = ("published", "fast", "none")
@@ -127,37 +101,24 @@ class Recipe(Section):
     seed: int = setting(0, SEED_MEANING, low=0)
     validate_every: int = setting(1, "epochs between two validations", published=4, low=1)
     sync_batchnorm: bool = setting(True, "BatchNorm sees the batch of all GPUs", published=False)
-    accumulate: int = setting(1, "batches whose gradients make one step", low=1)
+    accumulate: int = setting(1, "batches whose gradients make one step", low=1, later=True)
     ema_decay: float | None = setting(
-        None, "moving average of the weights, then validated and written", above=0, below=1
+        None,
+        "moving average of the weights, then validated and written",
+        above=0,
+        below=1,
+        later=True,
     )
-    rand_augment: int = setting(0, "RandAugment's operations an image", low=0)
-    rand_augment_magnitude: int = setting(9, "their strength", low=0, high=30)
-    balanced: bool = setting(False, "an epoch shows every class equally often")
-    label_smoothing: float = setting(0.0, "fraction of the target for all classes", low=0, below=1)
-    channels_last: bool = setting(False, "torch's memory format")
-    compile: bool = setting(False, "torch's compiler")
+    rand_augment: int = setting(0, "RandAugment's operations an image", low=0, later=True)
+    rand_augment_magnitude: int = setting(9, "their strength", low=0, high=30, later=True)
+    balanced: bool = setting(False, "an epoch shows every class equally often", later=True)
+    label_smoothing: float = setting(
+        0.0, "fraction of the target for all classes", low=0, below=1, later=True
+    )
+    channels_last: bool = setting(False, "torch's memory format", later=True)
+    compile: bool = setting(False, "torch's compiler", later=True)
 
     layer_decay: ClassVar[float | None] = None  # a setting of the retrieval model's training alone
-
-    # Options that the published recipe lacks. Manifests omit an option at its default, so that
-    # older runs stay valid.
-    OPTIONS: ClassVar[frozenset[str]] = frozenset(
-        {
-            "accumulate",
-            "ema_decay",
-            "layer_decay",
-            "rand_augment",
-            "rand_augment_magnitude",
-            "balanced",
-            "label_smoothing",
-            "sub_centres",
-            "class_chunk",
-            "sampled_classes",
-            "channels_last",
-            "compile",
-        }
-    )
 
     def check(self) -> None:
         """Raises SettingsError for a size that is not a whole number of patches."""
@@ -165,35 +126,28 @@ class Recipe(Section):
             name = self.PREFIX + "image_size"
             raise SettingsError(f"{name} {self.image_size} is not a multiple of 16 above 16")
 
-    def compared(self) -> dict[str, Any]:
-        """As every section's, without the options that are off."""
-        defaults = {entry.name: entry.default for entry in dataclasses.fields(self)}
-        return {
-            name: value
-            for name, value in super().compared().items()
-            if name not in self.OPTIONS or value != defaults[name]
-        }
-
 
 @dataclass(frozen=True)
 class TrainingSettings(Recipe):
     """Training of the retrieval model with ArcFace."""
 
     architecture: str = setting("xcit_small_12_p16_224", "backbone, a name of timm's XCiT")
-    initial_weights: str | None = setting(
-        None, "ImageNet XCiT's weights or a model of ours; None: random", path=True, result=False
-    )
+    initial_weights: str | None = path("ImageNet XCiT's weights or a model of ours; None: random")
     drop_path: float = setting(0.1, "stochastic depth", low=0, below=1)
     margin: float = setting(0.15, "ArcFace's angle; paper: 0.1", unit="radians", low=0)
     scale: float = setting(30.0, "ArcFace's factor", above=0)
     layer_decay: float | None = setting(
-        None, "learning rate's factor from a block to the one below", above=0, below=1
+        None, "learning rate's factor from a block to the one below", above=0, below=1, later=True
     )
-    sub_centres: int = setting(1, "directions of a class in ArcFace", low=1)
-    class_chunk: int | None = setting(None, "classes that ArcFace takes at a time", low=1)
-    sampled_classes: int | None = setting(None, "classes that ArcFace draws a batch", low=1)
+    sub_centres: int = setting(1, "directions of a class in ArcFace", low=1, later=True)
+    class_chunk: int | None = setting(
+        None, "classes that ArcFace takes at a time", low=1, later=True
+    )
+    sampled_classes: int | None = setting(
+        None, "classes that ArcFace draws a batch", low=1, later=True
+    )
     teacher: str | None = setting(None, "network of timm to learn from besides the labels")
-    teacher_weights: str | None = setting(None, "the teacher's file", path=True, result=False)
+    teacher_weights: str | None = path("the teacher's file")
     distill_weight: float = setting(0.8, "the teacher's fraction of the loss", above=0, high=1)
 
     def check(self) -> None:
@@ -229,9 +183,7 @@ class AutoencoderSettings(Recipe):
     )
 
     epochs: int = setting(25, "passes over the training images; published README: 30", low=1)
-    backbone_weights: str | None = setting(
-        None, "trained retrieval model; None: this run's", path=True, result=False
-    )
+    backbone_weights: str | None = path("trained retrieval model; None: this run's")
     code_dim: int = setting(128, "dimension of a local descriptor", low=1)
     reconstruction_weight: float = setting(
         10.0, "of the reconstruction error beside the cross-entropy", low=0
@@ -256,29 +208,19 @@ class GlobalSettings(Section):
         "squash", '"longest" and "area" keep the aspect', flat="global_resize", choices=RESIZE_MODES
     )
     scales: tuple[float, ...] = setting(
-        (1.0,), "of the network input", flat="global_scales", above=0, high=16
+        (1.0,), "of the network input", flat="global_scales", above=0, high=16, filled=True
     )
     crop_queries: bool = setting(True, "describe the query's box alone, as the protocol demands")
     precision: str = setting("fp32", "of inference", flat="inference_precision", choices=PRECISIONS)
     top: int = setting(100, "length of the short list", low=1)
     display: int = setting(1000, "ranks kept for display", low=1)
-    index: str | None = setting(None, 'faiss index, "IVF1024,PQ64; nprobe=32"; None: exact search')
-
-    max_failed_share: float = setting(
-        0.001, "fraction of the images that may be unreadable", low=0, high=1, result=False
+    index: str | None = setting(
+        None, 'faiss index, "IVF1024,PQ64; nprobe=32"; None: exact search', later=True
     )
 
-    def check(self) -> None:
-        """Raises SettingsError for no scale."""
-        if not self.scales:
-            raise SettingsError("global_scales is empty; it needs one scale at least")
-
-    def compared(self) -> dict[str, Any]:
-        """As every section's, without `index` for exact search, so that older runs stay valid."""
-        values = super().compared()
-        if self.index is None:
-            del values["index"]
-        return values
+    max_failed_share: float = neutral(
+        0.001, "fraction of the images that may be unreadable", low=0, high=1
+    )
 
 
 INTERPOLATIONS = ("size", "published")
@@ -298,6 +240,7 @@ class SelectionSettings(Section):
         flat="local_scales",
         above=0,
         high=16,
+        filled=True,
     )
     max_keypoints: int = setting(1000, "features kept of an image", low=1)
     nms_candidates: int = setting(1200, "tokens that enter non-maximum suppression", low=1)
@@ -305,21 +248,17 @@ class SelectionSettings(Section):
         0.5, "greatest intersection over union of two features", low=0, high=1
     )
     target_per_scale: int = setting(400, "tokens wanted at scale 1", low=1)
-    ladder: tuple[float, ...] = setting(LADDER, "falling thresholds on a token's score")
+    ladder: tuple[float, ...] = setting(
+        LADDER, "falling thresholds on a token's score", filled=True
+    )
     interpolation: str = setting(
         "size", '"published" loses a pixel at a few sizes', choices=INTERPOLATIONS
     )
 
     def check(self) -> None:
-        """Raises SettingsError for no scale, and for thresholds that do not fall."""
-        if not self.scales:
-            raise SettingsError("local_scales is empty; it needs one scale at least")
-        if not self.ladder or any(
-            a <= b for a, b in zip(self.ladder, self.ladder[1:], strict=False)
-        ):
-            raise SettingsError(
-                f"ladder: the thresholds must fall, one at least; got {self.ladder}"
-            )
+        """Raises SettingsError for thresholds that do not fall."""
+        if any(a <= b for a, b in itertools.pairwise(self.ladder)):
+            raise SettingsError(f"ladder: the thresholds must fall; got {short(self.ladder)}")
 
 
 @dataclass(frozen=True)
@@ -339,8 +278,8 @@ class LocalSettings(SelectionSettings):
         choices=FEATURE_DTYPES,
     )
     shard_size: int = setting(256, "images a shard", low=1)
-    max_failed_share: float = setting(
-        0.001, "fraction of the images that may be unreadable", low=0, high=1, result=False
+    max_failed_share: float = neutral(
+        0.001, "fraction of the images that may be unreadable", low=0, high=1
     )
 
 
@@ -393,36 +332,12 @@ class RerankingSettings(Section):
     verification: VerificationSettings = VerificationSettings()
     matching: MatchingSettings = MatchingSettings()
 
-    @classmethod
-    @functools.cache
-    def flat(cls) -> dict[str, dataclasses.Field]:
-        """Flat name -> field, those of matching and verification included."""
-        return super().flat() | VerificationSettings.flat() | MatchingSettings.flat()
-
-    @classmethod
-    @functools.cache
-    def types(cls) -> dict[str, Any]:
-        """Flat name -> type, those of matching and verification included."""
-        own = {name: field_types(cls)[name] for name in ("top", "ties")}
-        return own | VerificationSettings.types() | MatchingSettings.types()
-
-    @classmethod
-    def build(cls, values: Mapping[str, Any]) -> Self:
-        """As every section's, with matching and verification."""
-        own = {n: conform(n, values[n], cls.types()[n]) for n in ("top", "ties") if n in values}
-        verification = VerificationSettings.build(values)
-        return cls(**own, verification=verification, matching=MatchingSettings.build(values))
-
-    def compared(self) -> dict[str, Any]:
-        """The parameters that the result depends on, flat."""
-        return super().compared() | self.verification.compared() | self.matching.compared()
-
 
 @dataclass(frozen=True)
 class TuningSettings(Section):
     """The grid of thresholds that is tried on the retrieval validation set."""
 
-    tune: bool = setting(False, "look for better thresholds on val_retrieval", result=False)
+    tune: bool = neutral(False, "look for better thresholds on val_retrieval")
     max_queries: int | None = setting(
         None, "queries that are used; None: all", flat="tune_queries", low=1
     )
@@ -442,12 +357,10 @@ class TuningSettings(Section):
 class OwnSettings(Section):
     """A search among one's own photographs."""
 
-    photographs_folder: str = setting(
-        "third_party/landmarks", "with its sub-folders", path=True, result=False
-    )
-    query_image: str = setting("", "a name in the folder, or any file", result=False)
-    query_box: tuple[int, ...] | None = setting(
-        None, "x0, y0, x1, y1 of the query; None: all of it", unit="pixels", result=False
+    photographs_folder: str = path("with its sub-folders", "third_party/landmarks")
+    query_image: str = neutral("", "a name in the folder, or any file")
+    query_box: tuple[int, ...] | None = neutral(
+        None, "x0, y0, x1, y1 of the query; None: all of it", unit="pixels"
     )
     export_pairs: int = setting(0, "similar photographs a photograph in pairs.txt", low=0)
     export_features: bool = setting(False, "write features.h5 for hloc and COLMAP")
@@ -457,40 +370,26 @@ class OwnSettings(Section):
 class MachineSettings(Section):
     """Speed; in training, threads and processes also change the last bits of results."""
 
-    device: str | None = setting(None, "of torch; None: a GPU if there is one", result=False)
-    threads: int | None = setting(
-        None, "torch's threads on the CPU; None: its choice", low=1, result=False
+    device: str | None = neutral(None, "of torch; None: a GPU if there is one")
+    threads: int | None = neutral(None, "torch's threads on the CPU; None: its choice", low=1)
+    read_threads: int = neutral(4, "threads that decode images ahead of the network", low=0)
+    batch_size: int = neutral(
+        16, "images at once in the global stage", flat="batch_size_inference", low=1
     )
-    read_threads: int = setting(
-        4, "threads that decode images ahead of the network", low=0, result=False
+    local_batch_size: int = neutral(8, "images at once in the local stage", low=1)
+    worker: int = neutral(0, "number of this process, where several extract together", low=0)
+    worker_count: int = neutral(1, "processes that extract together", low=1)
+    workers: int | None = neutral(None, "processes that verify; None: one a core", low=1)
+    match_device: str | None = neutral(
+        None, 'where matching runs; None: NumPy; "auto": a GPU if there is one'
     )
-    batch_size: int = setting(
-        16, "images at once in the global stage", flat="batch_size_inference", low=1, result=False
-    )
-    local_batch_size: int = setting(8, "images at once in the local stage", low=1, result=False)
-    worker: int = setting(
-        0, "number of this process, where several extract together", low=0, result=False
-    )
-    worker_count: int = setting(1, "processes that extract together", low=1, result=False)
-    workers: int | None = setting(
-        None, "processes that verify; None: one a core", low=1, result=False
-    )
-    match_device: str | None = setting(
-        None, 'where matching runs; None: NumPy; "auto": a GPU if there is one', result=False
-    )
-    engine: str = setting("local", '"ray": a Ray cluster', choices=("local", "ray"), result=False)
-    ray_address: str | None = setting(
-        None, "HOST:PORT of the cluster's head; None: Ray here", result=False
-    )
+    engine: str = neutral("local", '"ray": a Ray cluster', choices=("local", "ray"))
+    ray_address: str | None = neutral(None, "HOST:PORT of the cluster's head; None: Ray here")
     num_processes: int = setting(1, "training processes, one a GPU", low=1)
-    data_workers: int = setting(4, "processes that read training images", low=0, result=False)
-    checkpoint_minutes: float = setting(
-        10.0, "between two saved states within an epoch", low=0, result=False
-    )
-    timeout_minutes: float = setting(
-        30.0, "after which a silent process is given up", above=0, result=False
-    )
-    dry_run: bool = setting(True, "on a GPU: measure first whether the batch fits", result=False)
+    data_workers: int = neutral(4, "processes that read training images", low=0)
+    checkpoint_minutes: float = neutral(10.0, "between two saved states within an epoch", low=0)
+    timeout_minutes: float = neutral(30.0, "after which a silent process is given up", above=0)
+    dry_run: bool = neutral(True, "on a GPU: measure first whether the batch fits")
 
     def check(self) -> None:
         """Raises SettingsError for a worker out of range, and for an address without Ray."""
@@ -506,30 +405,20 @@ class MachineSettings(Section):
 class ShowSettings(Section):
     """What notebooks draw, and the bounds that the demo asserts; no result depends on it."""
 
-    shown_queries: tuple[int, ...] = setting((), "queries in the gallery", low=0, result=False)
-    shown_images: tuple[int, ...] = setting(
-        (), "queries whose features are drawn", low=0, result=False
-    )
-    shown_pairs: int = setting(3, "pairs drawn", low=0, result=False)
-    query_index: int = setting(0, "query that is looked at", result=False)
-    image_index: int | None = setting(
-        None, "database image; None: the best verified hard one", result=False
-    )
-    show_attention: bool = setting(
-        True, "one pass of the network over both photographs", result=False
-    )
-    save_figures: bool = setting(False, "write the figures to a folder as well", result=False)
-    figure_format: str = setting(
-        "pdf", "of saved figures", choices=("pdf", "svg", "png"), result=False
-    )
-    untrained: str | None = setting(
-        None, "architecture whose random weights are scored as well", result=False
-    )
-    min_train_gain: float | None = setting(None, "retrieval mAP gained in training", result=False)
-    max_reconstruction: float | None = setting(None, "fraction of variance lost", result=False)
-    min_medium_map: float | None = setting(None, "Medium mAP", result=False)
-    min_gain: float | None = setting(None, "Medium mAP above the untrained network", result=False)
-    min_rerank_gain: float | None = setting(None, "mAP gained by reranking", result=False)
+    shown_queries: tuple[int, ...] = neutral((), "queries in the gallery", low=0)
+    shown_images: tuple[int, ...] = neutral((), "queries whose features are drawn", low=0)
+    shown_pairs: int = neutral(3, "pairs drawn", low=0)
+    query_index: int = neutral(0, "query that is looked at")
+    image_index: int | None = neutral(None, "database image; None: the best verified hard one")
+    show_attention: bool = neutral(True, "one pass of the network over both photographs")
+    save_figures: bool = neutral(False, "write the figures to a folder as well")
+    figure_format: str = neutral("pdf", "of saved figures", choices=("pdf", "svg", "png"))
+    untrained: str | None = neutral(None, "architecture whose random weights are scored as well")
+    min_train_gain: float | None = neutral(None, "retrieval mAP gained in training")
+    max_reconstruction: float | None = neutral(None, "fraction of variance lost")
+    min_medium_map: float | None = neutral(None, "Medium mAP")
+    min_gain: float | None = neutral(None, "Medium mAP above the untrained network")
+    min_rerank_gain: float | None = neutral(None, "mAP gained by reranking")
 
 
 NOTEBOOKS: dict[str, tuple[type[Section], ...]] = {
