@@ -293,23 +293,29 @@ def test_a_worker_that_dies_during_a_step_is_told_alike(images, run, monkeypatch
 # The disk
 
 
-def full_disk(run: Path, images: Path) -> None:
-    """After two epochs no file may grow beyond half a state, which is what a full disk is like."""
-
-    def limit() -> None:
-        size = (run / "retrieval" / "state" / "last.pt").stat().st_size // 2
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    after_step(STEPS + 1, limit)
+def full_disk(run: Path, images: Path, step: int, size: int, said: str) -> None:
+    """After a step no file may grow beyond `size` bytes, which is what a full disk is like."""
+    after_step(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
     try:
         fit(run, images)
     except errors.TrainingError as error:
-        os._exit(41 if "make room on the disk" in str(error) else 42)
+        os._exit(41 if f"{said}: make room on the disk" in str(error) else 42)
+
+
+@pytest.mark.parametrize("size", [0, 50_000])
+def test_a_full_disk_before_the_first_state(size, images, run):
+    said = "there is none before it"
+    assert exit_code(lambda: full_disk(run, images, 1, size, said)) == 41
+    folder = run / "retrieval"
+    assert not list(folder.rglob("*.pt")) and not list(folder.rglob(f"{runs.TEMPORARY}*"))
+    assert (fit(run, images) / "stage.json").exists()
 
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_state_before(images, run, tmp_path):
-    assert exit_code(lambda: full_disk(run, images)) == 41
+    limit = 1_000_000  # less than a state
+    said = "the one before it is whole"
+    assert exit_code(lambda: full_disk(run, images, STEPS + 1, limit, said)) == 41
     folder = run / "retrieval"
     for name in ("last", "previous"):
         state = torch.load(folder / "state" / f"{name}.pt", weights_only=True)

@@ -99,7 +99,7 @@ class Checkpoints:
     def save(self, progress: Progress) -> None:
         """Writes log and state atomically; the state before becomes `previous.pt`.
 
-        Raises TrainingError where the disk is full; both states are then as they were.
+        Raises TrainingError where the disk is full; all states are then as they were.
         """
         state = {"owner": self.owner}
         for name, part in self.parts.items():
@@ -118,9 +118,12 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             if is_worker_error(error):
                 raise
+            before = (
+                "the one before it is whole" if self.last.exists() else "there is none before it"
+            )
             raise TrainingError(
-                f"the state cannot be written to {self.last} ({error}); the one before it is "
-                "whole: make room on the disk and run the same again"
+                f"the state cannot be written to {self.last} ({error}); {before}: make room on the "
+                "disk and run the same again"
             ) from error
 
     def save_best(self, model: ViTGaL) -> None:

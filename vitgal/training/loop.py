@@ -9,6 +9,7 @@ import contextlib
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -312,7 +313,7 @@ class Trainer:
         progress.epoch, progress.step = finished, 0
         self.save_state()
 
-    def due(self, finished: int) -> np.ndarray:
+    def due(self, finished: int) -> Sequence[int]:
         """Returns the positions (V,) of the images to validate after `finished` epochs.
 
         All of them every `validate_every` epochs and at the end, otherwise the retrieval set, which
@@ -320,10 +321,8 @@ class Trainer:
         """
         settings, data = self.settings, self.data
         if finished % settings.validate_every == 0 or finished == settings.epochs:
-            return np.arange(len(data.validation))
-        if self.bare.retrieves and data.ground_truth is not None:
-            return np.union1d(data.queries, data.database)
-        return np.arange(0)
+            return range(len(data.validation))
+        return data.retrieval_set if self.bare.retrieves else range(0)
 
     def _keep_best(self) -> None:
         row, progress = self.progress.rows[-1], self.progress
@@ -333,16 +332,17 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self.checkpoints.save_best(self.result.model)
 
-    def validate(self, images: np.ndarray | None = None) -> dict[str, float]:
+    def validate(self, images: Sequence[int] | None = None) -> dict[str, float]:
         """Scores validation images, positions (V,), divided over the ranks; None: all of them."""
         accelerator, data = self.accelerator, self.data
-        images = np.arange(len(data.validation)) if images is None else images
+        images = range(len(data.validation)) if images is None else images
         network = self.result
         share_buffers(accelerator, network)
         network.eval()
-        own = images[accelerator.process_index :: accelerator.num_processes].tolist()
+        own = images[accelerator.process_index :: accelerator.num_processes]
         size = self.settings.batch_size
-        keys = [[(0, index) for index in own[at : at + size]] for at in range(0, len(own), size)]
+        starts = range(0, len(own), size)
+        keys = ([(0, int(index)) for index in own[at : at + size]] for at in starts)
         batches = self.read(keys, data.validation)
         results = []
         for _ in range(-(-len(images) // (size * accelerator.num_processes))):
@@ -419,13 +419,20 @@ class Trainer:
         try:
             yield
         finally:
-            self.board.finish()
+            if self.board is not None:
+                with contextlib.suppress(OSError):  # a full disk, which log and state tell
+                    self.board.finish()
             self.board = None
 
     def _draw(self, row: dict[str, float], step: int) -> None:
-        if self.board is not None:
-            values = {key: value for key, value in row.items() if key not in ("epoch", "step")}
+        if self.board is None:
+            return
+        values = {key: value for key, value in row.items() if key not in ("epoch", "step")}
+        try:
             self.board.log(values, step)
+        except OSError as error:
+            warnings.warn(f"TensorBoard's files are no longer written: {error}", stacklevel=2)
+            self.board = None
 
     # What stops a run
 

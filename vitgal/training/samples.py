@@ -1,5 +1,6 @@
 """Training data: the images of a split by (epoch, index), batches by (epoch, step)."""
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -178,6 +179,13 @@ class SplitData:
     database: np.ndarray
     ground_truth: GroundTruth | None
     classes: int
+
+    @functools.cached_property
+    def retrieval_set(self) -> np.ndarray:
+        """Positions (V,) of the queries and the database; none without retrieval validation."""
+        if self.ground_truth is None:
+            return np.arange(0)
+        return np.union1d(self.queries, self.database)
 
     def score(self, results: list[tuple[np.ndarray, dict[str, Tensor]]]) -> dict[str, float]:
         """Computes means over all validation images, and the retrieval set's mAP.
