@@ -407,7 +407,7 @@ def after_step_stop(run: Path, images: Path) -> multiprocessing.Process:
 def test_a_listed_image_that_is_missing(images, run):
     name = splits.read_split(run / "split", "train")["path"][3]
     (images / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"1 of 13 images of the split.*first {name}"):
+    with pytest.raises(FileNotFoundError, match=f"1 of 18 images of the split.*first {name}"):
         fit(run, images)
 
 

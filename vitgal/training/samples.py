@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vitgal import runs
 from vitgal.data import gldv2, images, splits
 from vitgal.data.revisited import GroundTruth
 from vitgal.evaluation import protocol, statistics
@@ -20,8 +21,6 @@ from vitgal.retrieval import exact_search
 from vitgal.settings import Recipe
 from vitgal.training import augmentation
 from vitgal.training.errors import TrainingError
-
-NAMED = 3  # missing images that an error lists
 
 
 class Sample(NamedTuple):
@@ -224,16 +223,15 @@ class SplitData:
 
     def refuse_missing(self) -> None:
         """Raises FileNotFoundError with the first missing images and their number."""
-        for part in (self.train, self.validation):
-            # Names are a/b/c/<id>.jpg; a Path for each of a million would take seconds.
-            ids = [name.rpartition("/")[2][:-4] for name in part.names.tolist()]
-            missing = gldv2.missing_images(part.folder, ids)
-            if missing:
-                first = ", ".join(gldv2.image_path(image) for image in missing[:NAMED])
-                raise FileNotFoundError(
-                    f"{len(missing):,} of {len(part):,} images of the split are not in "
-                    f"{part.folder}, first {first}; bring them back, or make the split anew"
-                )
+        names = [*self.train.names.tolist(), *self.validation.names.tolist()]
+        # Names are a/b/c/<id>.jpg; a Path for each of a million would take seconds.
+        ids = [name.rpartition("/")[2][:-4] for name in names]
+        if missing := gldv2.missing_images(self.train.folder, ids):
+            first = runs.abbreviate([gldv2.image_path(image) for image in missing[:4]])
+            raise FileNotFoundError(
+                f"{len(missing):,} of {len(ids):,} images of the split are not in "
+                f"{self.train.folder}, first {first}; bring them back, or make the split anew"
+            )
 
 
 def read_data(split: Path, image_folder: Path, settings: Recipe) -> SplitData:
