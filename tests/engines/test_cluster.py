@@ -54,7 +54,7 @@ def test_without_ray_the_extra_is_named():
 
 @pytest.mark.slow
 def test_importing_leaves_ray_alone():
-    modules = "vitgal.engines.pipeline, vitgal.engines.pool, vitgal.stages.extract"
+    modules = "vitgal.engines.connection, vitgal.engines.pipeline, vitgal.stages.extract"
     code = f"import sys, {modules}; print('ray' in sys.modules)"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert child.stdout.split() == ["False"]
@@ -344,8 +344,10 @@ print(len(left), signal.getsignal(signal.SIGINT) is signal.default_int_handler)
 
 @pytest.mark.slow
 def test_an_instance_of_its_own():
-    """Without an address Ray is started here and leaves no process behind."""
+    """Without an address Ray is started here, for this user alone, and leaves nothing behind."""
     code = """
+import os, psutil, stat
+from pathlib import Path
 from vitgal import engines
 plan = engines.ActorPlan(actors=1, cpus=1, gpus=0, tasks=1)
 pipeline = engines.Pipeline(
@@ -354,12 +356,24 @@ pipeline = engines.Pipeline(
     write=lambda x: -x,
     plan=lambda: plan,
 )
-with engines.connected():
-    print(sorted(pipeline.run([1, 2])))
-import psutil
-_, left = psutil.wait_procs(psutil.Process().children(recursive=True), timeout=30)
-print(len(left))
+me = psutil.Process()
+for number in (1, 2):  # the second instance of a process has the same token
+    with engines.connected():
+        print(sorted(pipeline.run([number, 2])))
+        servers = {
+            connection.laddr.ip.removeprefix("::ffff:")
+            for process in [me, *me.children(recursive=True)]
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        }
+        token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+        modes = [oct(stat.S_IMODE(path.stat().st_mode)) for path in (token, token.parent)]
+        print(servers, *modes, len(token.read_text()), (token.parent / "ray").is_dir())
+_, left = psutil.wait_procs(me.children(recursive=True), timeout=30)
+print(len(left), token.parent.exists(), "RAY_AUTH_TOKEN_PATH" in os.environ)
 """
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (child.returncode, child.stdout) == (0, "[-6, -4]\n0\n"), child.stderr
+    private = "{'127.0.0.1'} 0o600 0o700 64 True\n"
+    printed = f"[-6, -4]\n{private}[-6, -6]\n{private}0 False False\n"
+    assert (child.returncode, child.stdout) == (0, printed), child.stderr
     assert child.stderr == ""

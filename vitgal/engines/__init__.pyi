@@ -3,6 +3,7 @@ from .connection import (
     ClusterError as ClusterError,
     check_engine as check_engine,
     connected as connected,
+    parallel as parallel,
 )
 from .devices import check_device as check_device, find_gpu as find_gpu
 from .pipeline import (
@@ -11,4 +12,3 @@ from .pipeline import (
     call_remotely as call_remotely,
     node_resources as node_resources,
 )
-from .pool import parallel as parallel

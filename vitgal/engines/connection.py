@@ -1,4 +1,4 @@
-"""Connects to Ray: to a cluster, or to a local instance that is started for the run.
+"""Connections to Ray, a cluster or a local instance for the run, and pools of processes.
 
 Ray is the optional dependency `scale`; importing this package does not import it.
 """
@@ -6,14 +6,19 @@ Ray is the optional dependency `scale`; importing this package does not import i
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from vitgal.runs import UserError
+import joblib
+
+from vitgal.runs import UserError, printable
 
 ENGINES = ("local", "ray")
 MAX_OBJECT_STORE = 2 << 30  # bytes of shared memory for a local instance
@@ -25,6 +30,7 @@ ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
+TOKEN = secrets.token_hex(32)  # of this process's local instances: Ray reads it once
 
 
 class ClusterError(UserError, RuntimeError):
@@ -65,7 +71,8 @@ def connected(address: str | None = None) -> Iterator[None]:
 
     Args:
         address: HOST:PORT of a cluster's head, "auto" for a cluster on this machine, or None for a
-            local instance, which is started and ended here.
+            local instance, which is started and ended here. It listens on the loopback only, and
+            its files and its token are in a folder that no other user can read.
 
     Raises:
         ClusterError: The cluster does not answer.
@@ -74,34 +81,95 @@ def connected(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    local = address is None
-    if not local:
-        _check_reachable(address)
-    try:
-        with _silent_stderr(), _deferred_interrupt():
-            ray.init(
-                address="local" if local else address,
-                include_dashboard=False if local else None,
-                object_store_memory=_object_store_size() if local else None,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-    except KeyboardInterrupt:
-        ray.shutdown()
-        raise
-    except Exception as error:  # Ray documents no types: ConnectionError, RuntimeError, ...
-        target = "a local Ray instance" if local else f"the Ray cluster at {address}"
-        raise ClusterError(f"{target} cannot be used: {last_line(error)}") from None
-    try:
+    with contextlib.ExitStack() as cleanup:
+        options = {"address": address} if address else cleanup.enter_context(_private_instance())
+        if address:
+            _check_reachable(address)
+        cleanup.callback(ray.shutdown)
+        try:
+            with _silent_stderr(), _deferred_interrupt():
+                ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+        except Exception as error:  # Ray documents no types: ConnectionError, RuntimeError, ...
+            target = f"the Ray cluster at {address}" if address else "a local Ray instance"
+            raise ClusterError(f"{target} cannot be used: {last_line(error)}") from None
         yield
+
+
+@contextlib.contextmanager
+def _private_instance() -> Iterator[dict[str, Any]]:
+    """Yields the options of `ray.init` for an instance that nobody else can reach."""
+    from ray._private import ray_constants
+
+    variables = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    before = {name: os.environ.pop(name) for name in variables if name in os.environ}
+    # Not in TMPDIR: Ray makes sockets there, whose paths have at most 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="vitgal-ray-", dir="/tmp"))  # mode 700
+    cluster, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        (folder / "token").touch(mode=0o600)
+        (folder / "token").write_text(TOKEN)
+        # Without RAY_AUTH_MODE Ray asks for the token at a local instance, and reads it from here.
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(folder / "token")
+        yield {
+            "address": "local",
+            "include_dashboard": False,
+            "object_store_memory": _object_store_size(),
+            "_node_ip_address": "127.0.0.1",  # that of the network where a cluster is enabled
+            "_temp_dir": str(folder / "ray"),  # Ray gives it mode 777
+        }
     finally:
-        ray.shutdown()
+        ray_constants.ENABLE_RAY_CLUSTER = cluster
+        for name in variables:
+            os.environ.pop(name, None)
+        os.environ |= before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def parallel(
+    engine: str, address: str | None, *, workers: int | None, tasks: int
+) -> Iterator[joblib.Parallel]:
+    """Yields a joblib pool that returns results as they are done, in any order.
+
+    Args:
+        engine: "local" or "ray".
+        address: Of the Ray cluster, as for `connected`.
+        workers: Processes, at most one for each CPU of a cluster; None: one for each CPU.
+        tasks: The number of tasks; the pool has no more processes than that.
+
+    Raises:
+        ClusterError: The cluster failed.
+    """
+    if engine == "local":
+        processes = min(workers or joblib.cpu_count(), max(1, tasks))
+        yield joblib.Parallel(n_jobs=processes, backend="loky", return_as="generator_unordered")
+        return
+    with connected(address):
+        ray = import_ray()
+        from ray.util.joblib.ray_backend import RayBackend
+
+        class UnorderedRayBackend(RayBackend):  # that of `ray.util.joblib` returns no generators
+            supports_return_generator = True
+
+        joblib.register_parallel_backend("ray", UnorderedRayBackend)
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        processes = min(workers or cpus, cpus, max(1, tasks))
+        # A pool's processes reserve no CPUs: without SPREAD Ray would start all on one node.
+        options = {"scheduling_strategy": "SPREAD"}
+        try:
+            with joblib.parallel_config(backend="ray", ray_remote_args=options):
+                yield joblib.Parallel(n_jobs=processes, return_as="generator_unordered")
+        except ray.exceptions.RayError as error:
+            raise ClusterError(
+                f"the Ray cluster failed: {last_line(error)}; finished work is kept, run the same "
+                "command again to continue"
+            ) from None
 
 
 def last_line(error: BaseException) -> str:
     """Returns the last line of an error's message that is not empty, or the error's type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__
+    return printable(lines[-1][:300]) if lines else type(error).__name__
 
 
 def _check_reachable(address: str) -> None:

@@ -4,6 +4,7 @@ A work item holds images that the local engine describes together, so both form 
 """
 
 import contextlib
+import functools
 import io
 import logging
 import pickle
@@ -207,15 +208,10 @@ class _Actor:
     """A process that makes its step at the first row, so that an item can store an error."""
 
     def __init__(self, make_step: Callable[[], Callable[[Any], Any]]):
-        self._make_step = make_step
-        self._step: Callable[[Any], Any] | None = None
+        self._make_step = functools.cache(make_step)
 
     def __call__(self, row: dict) -> dict:
-        return {"item": row["item"].apply(self._call_step)}
-
-    def _call_step(self, value: Any) -> Any:
-        self._step = self._step or self._make_step()
-        return self._step(value)
+        return {"item": row["item"].apply(lambda value: self._make_step()(value))}
 
 
 def _sendable(error: Exception) -> Exception:
