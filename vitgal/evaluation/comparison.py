@@ -15,16 +15,9 @@ import pandas as pd
 
 from vitgal import runs
 from vitgal.data.revisited import PROTOCOLS
-from vitgal.evaluation.scores import Scores
-from vitgal.evaluation.statistics import (
-    BOOTSTRAP,
-    PairedTest,
-    bootstrap_interval,
-    paired_test,
-    verdict,
-)
+from vitgal.evaluation.scores import SCORES, Scores, mean_and_interval, read_scores
+from vitgal.evaluation.statistics import BOOTSTRAP, PairedTest, paired_test, verdict
 
-SCORES = "scores.json"
 SETTINGS = ("protocol", "fingerprints", "failed_images", "bootstrap", "versions")
 # Fingerprints that are not compared: these files follow from the settings.
 DERIVED = ("names.json", "ranks.npy", "positions.npz", "shortlist.txt", "local features")
@@ -67,15 +60,10 @@ class Comparison:
 
 
 def find_results(path: str | Path) -> dict[str, Path]:
-    """Finds the results in a folder.
+    """Finds the results in a folder: "<dataset>/<stage>" -> the folder of its scores.json.
 
-    Args:
-        path: a run, a dataset's folder in it, or a stage; a path that does not exist is taken as
-            the name of a run.
-    Returns:
-        "<dataset>/<stage>" -> the folder of its scores.json.
-    Raises:
-        FileNotFoundError: there is no such folder, or no result in it.
+    path: a run, a dataset's folder in it, or a stage; a path that does not exist is taken as the
+    name of a run. Raises FileNotFoundError where there is no such folder, or no result in it.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -98,25 +86,17 @@ def compare(
     """Compares the results that two folders have in common, by label.
 
     Two single stages, such as `runs/a/demo/global` and `runs/a/demo/rerank`, are compared even
-    if their labels differ.
-
-    Args:
-        first, second: see `find_results`.
-        seed: of the bootstrap and the permutations.
-    Raises:
-        FileNotFoundError: there is no folder, no result, or no common label.
-        ValueError: see `compare_results`.
+    if their labels differ. first, second: see `find_results`. seed: of the bootstrap and the
+    permutations. Raises FileNotFoundError where there is no folder, no result or no common label,
+    and as `compare_folders`.
     """
     results = find_results(first), find_results(second)
     if all(len(result) == 1 for result in results):
         labels, folders = zip(*(next(iter(result.items())) for result in results), strict=True)
         pairs = {" and ".join(dict.fromkeys(labels)): folders}
     else:
-        pairs = {
-            label: (results[0][label], results[1][label])
-            for label in results[0]
-            if label in results[1]
-        }
+        common = [label for label in results[0] if label in results[1]]
+        pairs = {label: (results[0][label], results[1][label]) for label in common}
     if not pairs:
         raise FileNotFoundError(
             f"{first} has {', '.join(results[0])} and {second} has {', '.join(results[1])}: no "
@@ -139,12 +119,14 @@ def _distinct_names(first: str | Path, second: str | Path) -> tuple[str, str]:
 def compare_folders(
     first: Path, second: Path, *, names: tuple[str, str], seed: int = BOOTSTRAP["seed"]
 ) -> Comparison:
-    """Compares the results of two stages' folders; raises ResultError, and as `compare_results`."""
+    """Compares the results of two stages' folders.
+
+    Raises ResultError where one has none, FileError for a damaged one, and as `compare_results`.
+    """
     for folder in map(Path, (first, second)):
         if not (folder / SCORES).exists():
             raise ResultError(f"{folder} holds no {SCORES}: name a run whose stage is finished")
-    documents = [runs.read_json(Path(folder) / SCORES) for folder in (first, second)]
-    return compare_results(*documents, names=names, seed=seed)
+    return compare_results(read_scores(first), read_scores(second), names=names, seed=seed)
 
 
 def compare_results(
@@ -152,11 +134,8 @@ def compare_results(
 ) -> Comparison:
     """Compares two results query by query, under each protocol that they have in common.
 
-    Args:
-        first, second: contents of a scores.json, or parts of one (`global` in a reranked one's),
-            which have no settings.
-    Raises:
-        ValueError: the datasets, queries or labels differ.
+    first, second: contents of a scores.json, or parts of one (`global` in a reranked one's), which
+    have no settings. Raises ValueError where the datasets, queries or labels differ.
     """
     _check_comparable(first, second, names)
     protocols = [p for p in PROTOCOLS if p in first and p in second]
@@ -166,19 +145,13 @@ def compare_results(
     for protocol in protocols:
         before, after = (np.array(x[protocol]["ap"], np.float64) for x in (first, second))
         tests[protocol] = paired_test(before, after, seed=seed)
-        intervals[protocol] = [_mean_and_interval(ap, seed) for ap in (before, after)]
+        intervals[protocol] = [mean_and_interval(ap, seed) for ap in (before, after)]
         columns[protocol, "first"] = before
         columns[protocol, "second"] = after
         columns[protocol, "change"] = after - before
     queries = first.get("queries") or second.get("queries") or range(len(before))
     changes = pd.DataFrame(columns, index=pd.Index(queries, name="query"))
     return Comparison(names, setting_table(first, second, names), tests, intervals, changes)
-
-
-def _mean_and_interval(ap: np.ndarray, seed: int) -> tuple[float, float, float]:
-    counted = ap[~np.isnan(ap)]
-    mean = float(counted.mean()) if counted.size else float("nan")
-    return mean, *bootstrap_interval(ap, seed=seed)
 
 
 def _check_comparable(first: Scores, second: Scores, names: tuple[str, str]) -> None:
@@ -206,10 +179,7 @@ def _check_comparable(first: Scores, second: Scores, names: tuple[str, str]) -> 
 
 
 def setting_table(first: Scores, second: Scores, names: tuple[str, str]) -> pd.DataFrame:
-    """Lists the settings that differ between two results, a row each.
-
-    Fingerprints are shortened; – marks a setting that a result does not have.
-    """
+    """Lists the settings that differ, a row each; – marks one that a result does not have."""
     settings = [_settings(scores) for scores in (first, second)]
     rows = {}
     for key in dict.fromkeys([*settings[0], *settings[1]]):
@@ -229,13 +199,13 @@ def _settings(scores: Scores) -> dict[str, Any]:
         nested = {**scores.get("earlier", {}), stage: scores["parameters"]}
     nested |= {key: scores[key] for key in SETTINGS if key in scores}
     flat = {key: value for key, value in _flat(nested).items() if not key.endswith(DERIVED)}
-
-    def repeats_parameter(key: str, value: Any) -> bool:
-        """Whether a protocol entry only repeats a parameter of the global stage."""
-        parameter = f"global.{key.removeprefix('protocol.')}"
-        return key.startswith("protocol.") and parameter in flat and flat[parameter] == value
-
-    return {key: value for key, value in flat.items() if not repeats_parameter(key, value)}
+    # A protocol's entry may only repeat a parameter of the global stage.
+    parameters = {key: f"global.{key.removeprefix('protocol.')}" for key in flat}
+    return {
+        key: value
+        for key, value in flat.items()
+        if not (key.startswith("protocol.") and flat.get(parameters[key], ABSENT) == value)
+    }
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -256,9 +226,7 @@ def _shortened(key: str, value: Any) -> str:
 def report(comparison: Comparison, label: str, *, shown: int = 5) -> str:
     """Writes a comparison as text: settings, results, and the queries that changed most.
 
-    Args:
-        label: what is compared.
-        shown: how many of the queries that gained most, and of those that lost most.
+    label: what is compared. shown: how many of the queries that gained, and that lost, most.
     """
     names, tests = comparison.names, comparison.tests
     parts = [f"{label}: {names[0]} (first) against {names[1]} (second)"]

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,29 +11,42 @@ import pandas as pd
 from vitgal import runs
 from vitgal.data.revisited import PROTOCOLS, GroundTruth
 from vitgal.evaluation.statistics import BOOTSTRAP, bootstrap_interval
+from vitgal.features.files import FileError, conforms, read_json
 
 Scores = Mapping[str, Any]  # the result of `evaluate`, or the content of a scores.json
+SCORES = "scores.json"
+NUMBER = float | int | None
+PARTS = {name: {"map": NUMBER, "mp_at": dict, "ap": [NUMBER]} for name in PROTOCOLS}
+PARTS |= dict.fromkeys(("protocol", "parameters", "fingerprints", "earlier"), dict)
+PARTS |= {"queries": [str]}
+
+
+def read_scores(folder: Path) -> Scores:
+    """Reads the scores.json in a folder; FileError where it is missing, damaged or none."""
+    path = Path(folder) / SCORES
+    scores = read_json(path, dict)
+    fits = all(conforms(scores[name], part) for name, part in PARTS.items() if name in scores)
+    lists = [scores[name]["ap"] for name in PROTOCOLS if fits and name in scores]
+    if not fits or not all(value is None or 0 <= value <= 1 for ap in lists for value in ap):
+        raise FileError(f"{path} holds no scores: make the stage again")
+    return scores
 
 
 def intervals(
     systems: Mapping[str, Scores], *, seed: int = BOOTSTRAP["seed"]
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """Computes 95 % bootstrap intervals of the mAP of several systems.
-
-    Args:
-        systems: label -> scores.
-    Returns:
-        label -> protocol -> (low, high) in [0, 1].
-    """
+    """Computes 95 % bootstrap intervals of mAP: label -> protocol -> (low, high) in [0, 1]."""
     return {
-        label: {p: _interval(scores[p], seed) for p in PROTOCOLS if p in scores}
+        label: {p: mean_and_interval(scores[p]["ap"], seed)[1:] for p in PROTOCOLS if p in scores}
         for label, scores in systems.items()
     }
 
 
-def _interval(scores: Mapping[str, Any], seed: int = BOOTSTRAP["seed"]) -> tuple[float, float]:
-    ap = np.array(scores["ap"], np.float64)  # null in a file becomes nan
-    return bootstrap_interval(ap, seed=seed)
+def mean_and_interval(ap: np.ndarray, seed: int = BOOTSTRAP["seed"]) -> tuple[float, float, float]:
+    """Returns the mean AP and its interval's ends; ap: (Q,), nan or None where none counts."""
+    ap = np.array(ap, np.float64)
+    mean = float(np.mean(ap[~np.isnan(ap)])) if not np.isnan(ap).all() else float("nan")
+    return mean, *bootstrap_interval(ap, seed=seed)
 
 
 def hardest(scores: Scores) -> str:
@@ -56,20 +70,18 @@ def score_table(scores: Scores | Mapping[str, Scores], *, digits: int = 1) -> pd
         A row a protocol, or a row (label, protocol). Columns: mAP, the ends `low` and `high` of its
         95 % interval, mP@k, and the number of queries that count. Undefined scores are nan.
     """
-    if any(protocol in scores for protocol in PROTOCOLS):
-        rows = {p.capitalize(): _row(scores[p]) for p in PROTOCOLS if p in scores}
-        index = pd.Index(rows, name="protocol")
-    else:
-        rows = {
-            (label, p.capitalize()): _row(one_system[p])
-            for label, one_system in scores.items()
-            for p in PROTOCOLS
-            if p in one_system
-        }
-        if not rows:
-            raise ValueError(f"no scores of {', '.join(PROTOCOLS)} among {list(scores)}")
-        index = pd.MultiIndex.from_tuples(rows, names=["ranking", "protocol"])
-    return pd.DataFrame(list(rows.values()), index=index).round(digits)
+    single = any(protocol in scores for protocol in PROTOCOLS)
+    rows = {
+        (label, p.capitalize()): _row(one_system[p])
+        for label, one_system in ({"": scores} if single else scores).items()
+        for p in PROTOCOLS
+        if p in one_system
+    }
+    if not rows:
+        raise ValueError(f"no scores of {', '.join(PROTOCOLS)} among {list(scores)}")
+    index = pd.MultiIndex.from_tuples(rows, names=["ranking", "protocol"])
+    table = pd.DataFrame(list(rows.values()), index=index).round(digits)
+    return table.droplevel("ranking") if single else table
 
 
 def _row(scores: Mapping[str, Any]) -> dict[str, float]:
@@ -77,16 +89,10 @@ def _row(scores: Mapping[str, Any]) -> dict[str, float]:
         """Converts a fraction to percent; None, a score without a query, to nan."""
         return float("nan") if value is None else 100 * value
 
-    low, high = (100 * bound for bound in _interval(scores))
-    precisions = {f"mP@{k}": percent(value) for k, value in scores["mp_at"].items()}
-    counted = sum(value is not None and not np.isnan(value) for value in scores["ap"])
-    return {
-        "mAP": percent(scores["map"]),
-        "low": low,
-        "high": high,
-        **precisions,
-        "queries": counted,
-    }
+    _, low, high = mean_and_interval(scores["ap"])
+    row = {"mAP": percent(scores["map"]), "low": 100 * low, "high": 100 * high}
+    row |= {f"mP@{k}": percent(value) for k, value in scores["mp_at"].items()}
+    return row | {"queries": np.count_nonzero(~np.isnan(np.array(scores["ap"], np.float64)))}
 
 
 def scores_document(
@@ -105,14 +111,13 @@ def scores_document(
         result: the result of `evaluate`. Its protocols become the document's first keys, each with
             the 95 % `interval` of its mAP.
         protocol: how the ranking was made (queries cropped, ties, short list, ...).
-        parameters: the stage's parameters.
         inputs: name -> fingerprint of each input.
         failed: the number of database images that could not be read and rank last.
         ground_truth: gives the names of the queries, in the order of every `ap`, and a fingerprint.
         further: more keys, such as "published": another result, which gets its intervals as well.
-    Raises:
-        ValueError: a further key repeats another, or a value is a path, which would make equal runs
-            differ between machines.
+
+    Raises ValueError where a further key repeats another, or a value is a path, which would make
+    equal runs differ between machines.
     """
     document = {
         **_with_intervals(result),
@@ -140,7 +145,8 @@ def _with_intervals(value: Any) -> Any:
     if not isinstance(value, Mapping) or not set(value) & set(PROTOCOLS):
         return value
     return {
-        protocol: {"map": scores["map"], "interval": _interval(scores)} | dict(scores)
+        protocol: {"map": scores["map"], "interval": mean_and_interval(scores["ap"])[1:]}
+        | dict(scores)
         for protocol, scores in value.items()
     }
 

@@ -7,11 +7,19 @@ import numpy as np
 
 from vitgal import runs
 from vitgal.evaluation import statistics
-from vitgal.features.files import map_array
+from vitgal.features.files import INT32, FileError, map_array, read_json
 from vitgal.settings import RerankingSettings, TuningSettings
 
 DATASET = "val_retrieval"
 PROTOCOL = "medium"  # the positives of the validation set are all easy
+
+NAMES = ("max_distance", "threshold", "top")  # of the settings that a grid varies
+RECORD = {
+    "grid": {name: [float | int] for name in NAMES},
+    **dict.fromkeys(("chosen", "current"), [INT32[1 << 31 :]] * 3),
+    "before": [float | None],
+    "groups": [INT32],
+}
 
 Grid = dict[str, list[float]]  # max_distance, threshold and top, each with its rising values
 Point = tuple[int, int, int]  # the index of a value of each
@@ -23,11 +31,8 @@ class TuningError(runs.UserError, ValueError):
 
 def current_point(current: RerankingSettings) -> dict[str, float]:
     """Returns the values of the settings that a grid varies, by name, in the grid's order."""
-    return {
-        "max_distance": current.matching.max_distance,
-        "threshold": current.verification.threshold,
-        "top": current.top,
-    }
+    values = current.matching.max_distance, current.verification.threshold, current.top
+    return dict(zip(NAMES, values, strict=True))
 
 
 def make_grid(settings: TuningSettings, current: RerankingSettings) -> Grid:
@@ -73,12 +78,17 @@ class Tuning:
 
     @classmethod
     def read(cls, folder: Path) -> "Tuning":
-        """Reads the folder of a finished tuning stage."""
-        record = runs.read_json(Path(folder) / "tuning.json")
-        ap = map_array(Path(folder) / "ap.npy")
-        points = (tuple(record[key]) for key in ("chosen", "current"))
-        before, groups = np.array(record["before"], np.float64), np.array(record["groups"])
-        return cls(record["grid"], ap, *points, before, groups)
+        """Reads the folder of a finished tuning stage; FileError where a file is damaged."""
+        path = Path(folder) / "tuning.json"
+        record = read_json(path, RECORD)
+        grid, before, groups = record["grid"], record["before"], record["groups"]
+        shape = tuple(map(len, grid.values()))
+        points = [tuple(record[key]) for key in ("chosen", "current")]
+        inside = all(at < size for point in points for at, size in zip(point, shape, strict=True))
+        if list(grid) != list(NAMES) or not inside or len(groups) != len(before):
+            raise FileError(f"{path} is damaged: make the stage again")
+        ap = map_array(Path(folder) / "ap.npy", np.dtype(np.float64), (*shape, len(before)))
+        return cls(grid, ap, *points, np.array(before, np.float64), np.array(groups))
 
     def values(self, point: Point) -> dict[str, float]:
         """Returns the parameters at a point of the grid."""
