@@ -1,4 +1,4 @@
-"""Reads mutated files with every reader: `python -m tests.fuzz [--minutes N] [--seed S] [NAME ...]`.
+"""Reads mutated files with every reader: `python -m tests.fuzz [--minutes N] [NAME ...]`.
 
 Each reader works in a child process with 500 MB of memory more than it has, and five seconds a
 file. Only the reader's own errors may come out. What fails is kept, and named in the end.
@@ -86,9 +86,8 @@ def _read_for(
                 (target / "traceback").write_text(traceback.format_exc(), errors="replace")
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-    print(
-        f"{count} files, {len(faults)} faults", *sorted(faults), sep="\n  ", file=output, flush=True
-    )
+    lines = [f"{count} files, {len(faults)} faults", *sorted(faults)]
+    print("\n  ".join(lines), file=output, flush=True)
     return len(faults)
 
 

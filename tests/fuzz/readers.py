@@ -94,7 +94,7 @@ def _ranking(folder: Path) -> None:
     places.save(folder / "positions.npz")
     shortlists.write_global_rank(folder / "global_rank.npy", np.arange(8).reshape(4, 2))
     (folder / "shortlist.txt").write_text("q a\nq b\nr c\n".replace(" ", "\t"))
-    lines = "../jpg/q.jpg\t0 0 20 20\n../jpg/a.jpg\t-1 -1 -1 -1\n"
+    lines = "../jpg/q.jpg 0 0 20 20\n../jpg/a.jpg -1 -1 -1 -1\n"
     (folder / "rerank_path.txt").write_text(lines)
 
 
@@ -161,11 +161,11 @@ def _sources(folder: Path) -> None:
 def _read_sources(folder: Path) -> None:
     sources.read_sources(folder / "sources.toml")
     empty = sources.Source("x", "", "x", "", "")
-    sources.SourceFolder(empty, folder).record
+    _ = sources.SourceFolder(empty, folder).record
 
 
 def _params(folder: Path) -> None:
-    (folder / "base.yaml").write_text("machine: laptop\n" and "top: 20\nsize: 512\n")
+    (folder / "base.yaml").write_text("top: 20\nsize: 512\n")
     text = "extends: base.yaml\nscales: [1.0, 0.7]\nrun_dir: runs/x\nmax_distance: 0.8\n"
     (folder / "x.yaml").write_text(text)
 
@@ -258,7 +258,7 @@ def _read_lists(folder: Path) -> None:
 
 
 def _read_params(folder: Path) -> None:
-    settings.settings_of(settings.read_file(folder / "x.yaml")).describing
+    _ = settings.settings_of(settings.read_file(folder / "x.yaml")).describing
 
 
 V = (ValueError,)
@@ -291,7 +291,7 @@ READERS: dict[str, Reader] = {
         "x.tar",
         V,
     ),
-    "params": Reader(_params, _read_params, errors=V),
+    "params": Reader(_params, _read_params, errors=(ValueError, FileNotFoundError)),
     "stage manifest": Reader(_stage, _read_stage),
     "weights": Reader(_weights, _read_weights),
     "faiss index": Reader(_index, _read_index),

@@ -199,6 +199,9 @@ def read_split(folder: Path, part: str) -> pd.DataFrame:
         raise ValueError(f"there is no part {part!r} of a split; the parts are {', '.join(PARTS)}")
     path = Path(folder) / f"{part}.csv"
     table = _read_table(path)
+    for column in ("path", "label", *(["role"] if part == "val_retrieval" else [])):
+        if column not in table:
+            raise ValueError(f"{path} has no column {column}: run notebook 01_data_split again")
     if re.search(r"(^|\n)/|\.\.|\0", "\n".join(table["path"])):  # a million names in no time
         for name in table["path"]:
             try:

@@ -16,7 +16,7 @@ PROTOCOL = "medium"  # the positives of the validation set are all easy
 NAMES = ("max_distance", "threshold", "top")  # of the settings that a grid varies
 RECORD = {
     "grid": {name: [float | int] for name in NAMES},
-    **dict.fromkeys(("chosen", "current"), [INT32[1 << 31 :]] * 3),
+    **dict.fromkeys(("chosen", "current"), [range(1 << 31)] * 3),
     "before": [float | None],
     "groups": [INT32],
 }

@@ -128,6 +128,7 @@ def read(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Ind
 
     folder, expected = Path(folder), _record(database, text, seed)
     record = runs.read_json(folder / RECORD)
+    record = record if isinstance(record, dict) else {}
     size = (folder / INDEX).stat().st_size if (folder / INDEX).exists() else None
     differing = [key for key in expected if expected[key] != record.get(key)]
     if differing:
@@ -138,7 +139,12 @@ def read(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Ind
         raise runs.StageError(f"{folder / INDEX} is missing or not whole: build it again")
     # Newer faiss maps all parts of an index, older ones the cells of an inverted file.
     mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
-    index = faiss.read_index(str(folder / INDEX), mapped)
+    try:
+        index = faiss.read_index(str(folder / INDEX), mapped)
+    except Exception as error:  # faiss reports damage by errors of many types
+        raise runs.StageError(f"{folder / INDEX} is not whole ({error}): build it again") from None
+    if (index.ntotal, index.d) != database.shape:
+        raise runs.StageError(f"{folder / INDEX} is of {index.ntotal} rows: build it again")
     _set_search_parameters(index, text)
     return Index(index, database)
 
@@ -170,7 +176,7 @@ def find(index: Index, queries: np.ndarray, *, k: int) -> tuple[np.ndarray, np.n
     _, proposed = index.faiss.search(np.ascontiguousarray(queries, np.float32), wanted)
     unanswered = []
     for q, images in enumerate(proposed):
-        images = np.unique(images[images >= 0])
+        images = np.unique(images[(images >= 0) & (images < len(database))])
         if images.size < k:
             unanswered.append(q)
         else:
