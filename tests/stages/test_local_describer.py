@@ -1,7 +1,9 @@
 """Images on their way to the network: decoded ahead, counted, in batches that fit."""
 
+import functools
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from tqdm import tqdm
 from tests.mini_benchmark import LOCAL, MACHINE
 from vitgal.data.images import ImageError
 from vitgal.settings import GlobalSettings, MachineSettings
-from vitgal.stages.images import AHEAD, ImageTask, prefetch
+from vitgal.stages.images import AHEAD, ImageTask, load_image, prefetch
 from vitgal.stages.local_describer import LocalDescriber
 
 HIDDEN = tqdm(disable=True)
@@ -49,11 +51,21 @@ def test_prefetch_stays_a_little_ahead(threads):
     stream.close()
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_an_image_that_vanishes_is_one_failed_image(tmp_path, threads):
+    tasks = [ImageTask("a", tmp_path / "a.jpg"), ImageTask("b", tmp_path / "b.jpg")]
+    cv2.imwrite(str(tmp_path / "b.jpg"), np.zeros((32, 32, 3), np.uint8))
+    load = functools.partial(load_image, size=32, resize_mode="squash")
+    (_, gone), (_, loaded) = prefetch(load, tasks, threads)
+    assert isinstance(gone, ImageError) and gone.reason == "the file is gone"
+    assert loaded.pixels.shape == (32, 32, 3)
+
+
 def test_other_errors_stop():
     def load(task):
-        raise FileNotFoundError("gone")
+        raise MemoryError("full")
 
-    with pytest.raises(FileNotFoundError, match="gone"):
+    with pytest.raises(MemoryError, match="full"):
         list(prefetch(load, tasks(1), 2))
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 import unicodedata
 from pathlib import Path
 
@@ -101,13 +102,48 @@ def describe(folder: Path, describer: Describer) -> own.Photographs:
 
 def test_listing(folder):
     write(folder / ".thumbnails/1.png", texture(1))
-    (folder / "b/film.heic").write_bytes(b"x")
+    (folder / "b/film.DNG").write_bytes(b"II*\0")
+    (folder / "b/film.jxl").write_bytes(b"\xff\x0a")
+    (folder / "P5.txt").write_text("P5 is a chapter")
+    (folder / "gone.jpg").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.jpg")
+    os.mkfifo(folder / "pipe")
+    shutil.copy(folder / "a/1.png", folder / "no ending")
+    shutil.copy(folder / "b/1.JPG", folder / "wrong.txt")
+    for suffix in ("jfif", "jpe", "gif", "avif", "heic"):
+        (folder / f"c.{suffix}").touch()
+    names = ["a/1.png", "a/2.png", "b/1.JPG", *(f"c.{s}" for s in "avif gif heic jfif jpe".split())]
+    remedy = "is not read here: convert it to .jpg or .png"
     assert data_photographs.list_photographs(folder) == data_photographs.Listing(
         folder,
-        ["a/1.png", "a/2.png", "b/1.JPG"],
-        {"b/film.heic": ".heic is not read here: convert it to .jpg or .png"},
-        1,
+        [*names, "no ending", "wrong.txt"],
+        {
+            "b/film.DNG": f"camera raw {remedy}",
+            "b/film.jxl": f"JPEG XL {remedy}",
+            "gone.jpg": "it cannot be read (No such file or directory)",
+            "pipe.jpg": "it is no regular file",
+        },
+        3,
     )
+
+
+def test_a_sub_folder_that_cannot_be_listed_is_named():
+    """Not in pytest's folder, which another user cannot enter."""
+    with tempfile.TemporaryDirectory() as top:
+        folder, user = Path(top), os.geteuid()
+        write(folder / "a.png", texture(1))
+        write(folder / "closed/b.png", texture(2))
+        (folder / "closed").chmod(0)
+        folder.chmod(0o755)
+        try:
+            if user == 0:
+                os.seteuid(65534)
+            listing = data_photographs.list_photographs(folder)
+        finally:
+            os.seteuid(user)
+            (folder / "closed").chmod(0o700)
+    assert listing.names == ["a.png"] and listing.other_files == 0
+    assert listing.unsupported == {"closed/": "the folder cannot be listed (Permission denied)"}
 
 
 def test_links_are_followed_and_loops_end(folder, tmp_path):
@@ -120,11 +156,28 @@ def test_links_are_followed_and_loops_end(folder, tmp_path):
     ]
 
 
+def test_links_lead_to_no_folder_above(folder, tmp_path):
+    write(tmp_path / "above.png", texture(1))
+    write(tmp_path / "far/away/c.png", texture(1))
+    write(tmp_path / "far/b.png", texture(1))
+    (folder / "up").symlink_to(tmp_path, target_is_directory=True)
+    (folder / "root").symlink_to("/", target_is_directory=True)
+    (folder / "out").symlink_to(tmp_path / "far/away", target_is_directory=True)
+    (tmp_path / "far/away/back").symlink_to(tmp_path / "far", target_is_directory=True)
+    names = data_photographs.list_photographs(folder).names
+    assert names == ["a/1.png", "a/2.png", "b/1.JPG", "out/c.png"]
+    (folder / "also").symlink_to(tmp_path / "far", target_is_directory=True)
+    names = data_photographs.list_photographs(folder).names
+    assert names == ["a/1.png", "a/2.png", "also/away/c.png", "also/b.png", "b/1.JPG"]
+
+
 def test_a_folder_without_photographs_is_told(tmp_path):
-    with pytest.raises(
-        data_photographs.PhotographError, match="holds no photograph .*nothing.* end in .bmp"
-    ):
+    with pytest.raises(data_photographs.PhotographError, match="holds no photograph .*nothing"):
         data_photographs.list_photographs(tmp_path)
+    (tmp_path / "a.nef").touch()
+    with pytest.raises(data_photographs.PhotographError, match="1 files, a.nef: camera raw is not"):
+        data_photographs.list_photographs(tmp_path)
+    (tmp_path / "a.nef").unlink()
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(data_photographs.PhotographError, match="1 files, such as notes.txt"):
         data_photographs.list_photographs(tmp_path)
@@ -137,18 +190,20 @@ def test_what_cannot_be_used_is_left_out_and_named(folder, describer):
     (folder / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0")
     (folder / "text.png").write_text("no image")
     (folder / "new.heic").write_bytes(b"x")
+    (folder / "endless.jpg").write_bytes((folder / "b/1.JPG").read_bytes()[:-2])
     write(folder / "wide.png", texture(3, (64, 400)))
     found = describe(folder, describer)
-    assert found.names == ["a/1.png", "a/2.png", "b/1.JPG", "wide.png"]
+    assert found.names == ["a/1.png", "a/2.png", "b/1.JPG", "endless.jpg", "wide.png"]
     assert {name: text.split(":")[0] for name, text in found.left_out.items()} == {
         "dot.png": "1 x 1 pixels, less than one patch of 16 x 16",
         "cut.jpg": "the file is cut short",
         "text.png": "not an image that OpenCV can decode",
-        "new.heic": ".heic is not read here",
+        "new.heic": "not an image that OpenCV can decode",
     }
-    assert list(found.notes) == ["wide.png"] and "6 times the other" in found.notes["wide.png"]
+    assert found.notes["endless.jpg"] == "the file lacks its end mark, but every row is there"
+    assert len(found.notes) == 2 and "6 times the other" in found.notes["wide.png"]
     report = found.report().splitlines()
-    assert report[0] == "4 photographs described, 1 other files passed over"
+    assert report[0] == "5 photographs described, 1 other files passed over"
     assert "left out: dot.png: 1 x 1 pixels" in report[2] and report[-1].startswith("note: wide")
 
 
@@ -362,7 +417,7 @@ def test_a_folder_that_changes_while_it_is_described(folder, describer, tmp_path
     os.mkfifo(folder / "pipe.png")
     for name in ("gone", "later", "rewritten"):
         write(folder / f"{name}.png", texture(20 + len(name)))
-    read = own.read_upright
+    read = own.read_oriented
 
     def changing(path):
         image = read(path)
@@ -371,12 +426,12 @@ def test_a_folder_that_changes_while_it_is_described(folder, describer, tmp_path
         (folder / "gone.png").unlink(missing_ok=True)
         return image
 
-    monkeypatch.setattr(own, "read_upright", changing)
+    monkeypatch.setattr(own, "read_oriented", changing)
     photographs = describe(folder, describer_of(describer.model, tmp_path / "run"))
     assert photographs.names == ["a/1.png", "a/2.png", "b/1.JPG", "later.png"]
     assert {name: text.split(":")[0] for name, text in photographs.left_out.items()} == {
         "gone.png": f"there is no photograph {folder}/gone.png",
-        "pipe.png": "no regular file, but a folder, pipe or device",
+        "pipe.png": "it is no regular file",
         "rewritten.png": "it changed while it was read",
     }
     (folder / "later.png").unlink()
@@ -429,17 +484,18 @@ def test_figures(folder, describer):
 # EXIF, and what leaves the project
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif", "avif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_features_return_to_the_stored_photograph(tmp_path, orientation):
+def test_features_return_to_the_stored_photograph(tmp_path, orientation, suffix):
     """A bright dot is found upright by OpenCV; `undo_orientation` must find it in the file."""
     stored = np.zeros((64, 96, 3), np.uint8)
     stored[20:24, 70:74] = 255  # its centre: (71.5, 21.5)
     exif = PIL.Image.Exif()
     exif[PIL.ExifTags.Base.Orientation] = orientation
-    path = tmp_path / "a.jpg"
-    PIL.Image.fromarray(stored).save(path, quality=100, exif=exif)
+    path = tmp_path / f"a.{suffix}"
+    PIL.Image.fromarray(stored).save(path, quality=100, exif=exif, tiffinfo=exif)
     upright = data_photographs.read_upright(path)
-    assert data_photographs.exif_orientation(path) == orientation
+    assert data_photographs.read_oriented(path)[1] == orientation
     height, width = upright.shape[:2]
     y, x = (place.mean() for place in np.nonzero(upright[..., 0] > 128))
     none = np.ones(1, np.float32)

@@ -9,7 +9,7 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from torchvision.transforms import RandomResizedCrop
 
-from vitgal.data import images
+from vitgal.data import formats, images
 from vitgal.training import augmentation
 
 
@@ -203,10 +203,10 @@ def test_a_progressive_jpeg_with_a_long_head(tmp_path, photograph):
     note = b"\xff\xfe\x00\x06abcd" + b"\xff\xe1\x00\x08Exif\0\0"  # comment, application data
     path = tmp_path / "a.jpg"
     path.write_bytes(data.tobytes()[:2] + note + data.tobytes()[2:])
-    assert images.jpeg_shape(path.read_bytes()) == (240, 320)
+    assert formats.jpeg_shape(path.read_bytes()) == (240, 320)
     assert images.read_image(path, least_side=60).shape == (60, 80, 3)
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"\xff\xd8\xff\xda\x00\x02", b"\x89PNG"])
 def test_no_frame_header_no_shape(data):
-    assert images.jpeg_shape(data) is None
+    assert formats.jpeg_shape(data) is None

@@ -1,4 +1,5 @@
 from . import demo as demo, download as download
+from .formats import is_whole as is_whole, jpeg_shape as jpeg_shape
 from .gldv2 import (
     check_images as check_images,
     check_table_size as check_table_size,
@@ -14,8 +15,6 @@ from .images import (
     ImageError as ImageError,
     ReadError as ReadError,
     crop_box as crop_box,
-    is_whole as is_whole,
-    jpeg_shape as jpeg_shape,
     read_image as read_image,
     resize as resize,
     resized_shape as resized_shape,

@@ -4,35 +4,38 @@ Images are (H, W, 3) uint8 RGB. A box is (x0, y0, x1, y1) in pixels of the store
 is its top-left corner, and x1, y1 are the first column and row outside the box.
 """
 
+import io
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+import stat
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
 import numpy as np
+import PIL.Image
+import simplejpeg
 
 from vitgal import runs
+from vitgal.data import formats
 from vitgal.settings.sections import RESIZE_MODES
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, of values in [0, 1]
 STD = (0.229, 0.224, 0.225)
 PATCH = 16  # side of a patch in pixels of the network input
 
-_JPEG_START = b"\xff\xd8"
-_END_OF_IMAGE, _START_OF_SCAN = 0xD9, 0xDA
-_NO_LENGTH = {0x01, *range(0xD0, 0xD9)}  # markers without a segment
-_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of a frame header
-# The next marker after a JPEG scan: 0xff followed by anything but a stuffed zero, a restart marker
-# or another 0xff.
-_SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+MAX_MEGAPIXELS = 200  # unless VITGAL_MAX_MEGAPIXELS says otherwise
+CUT = "the file is cut short"
+NO_END = "the file lacks its end mark, but every row is there"
 _DECODER_FLAGS = {  # by the factor that the decoder divides both sides by
     1: cv2.IMREAD_COLOR,
     2: cv2.IMREAD_REDUCED_COLOR_2,
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
 }
+_INVERSE = {6: 8, 8: 6}  # of the orientations that are not their own inverse
 
 
 class ImageError(runs.UserError, ValueError):
@@ -60,7 +63,7 @@ class ReadError(ImageError):
 def read_image(
     path: str | os.PathLike, *, ignore_orientation: bool = True, least_side: int | None = None
 ) -> np.ndarray:
-    """Decodes a photograph; grey becomes RGB, transparency is dropped.
+    """Decodes a photograph of any name by what the file is; grey becomes RGB, no transparency.
 
     Args:
         ignore_orientation: keep the pixels as stored, in which query boxes are given. False turns
@@ -69,101 +72,159 @@ def read_image(
             this many pixels; None: full size.
 
     Returns:
-        (H, W, 3) uint8 RGB.
+        (H, W, 3) uint8 RGB. A JPEG that lacks only its end mark is read with a warning.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ImageError: the file is empty, truncated, or no image that OpenCV reads. OpenCV alone would
-            fill the missing part of a truncated JPEG with grey and report nothing.
+        ImageError: the file is no regular one, empty, truncated, damaged, has more pixels than
+            MAX_MEGAPIXELS or is no image that we decode.
         ReadError: the system cannot read it: an input/output error, too many open files.
     """
+    image, orientation, remark = read_photograph(path, not ignore_orientation, least_side)
+    if remark:
+        warnings.warn(f"{runs.printable(path)}: {remark}", stacklevel=2)
+    return image if ignore_orientation else turn(image, orientation)
+
+
+def read_photograph(
+    path: str | os.PathLike, oriented: bool = True, least_side: int | None = None
+) -> tuple[np.ndarray, int, str | None]:
+    """Reads pixels as stored, (H, W, 3) uint8 RGB, the EXIF orientation, and a remark or None.
+
+    `turn` makes the pixels upright; without `oriented` it is 1. Raises as `read_image`.
+    """
     path = Path(path)
-    data = _read_bytes(path)
-    if not data:
-        raise ImageError(path, "the file is empty")
-    if not is_whole(data):
-        raise ImageError(path, "the file is cut short")
-    flags = _DECODER_FLAGS[1 if least_side is None else _reduction_factor(data, least_side)]
-    if ignore_orientation:
-        flags |= cv2.IMREAD_IGNORE_ORIENTATION
+    data = read_file(path)
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error as error:  # among others: more pixels than OpenCV accepts
-        raise ImageError(path, f"cannot be decoded ({error.err})") from error
-    if image is None:
-        raise ImageError(path, "not an image that OpenCV can decode")
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        kind = formats.image_format(data[: formats.HEAD])
+        shape = _checked_size(data, kind)
+        remark = end_remark(data)
+        if remark:
+            data += b"\xff\xd9"
+        image = _decode(data, kind, _reduction(shape, kind, least_side), cut=bool(remark))
+        tag = formats.image_orientation(data, kind) if oriented or kind == "TIFF" else 1
+        if kind == "TIFF":  # OpenCV has turned it
+            image = turn(image, _INVERSE.get(tag, tag))
+        if least_side is None and kind not in ("AVIF", "HEIC") and image.shape[:2] != shape:
+            sizes = "{1} x {0} pixels, but {3} x {2} by its header"
+            raise ValueError(sizes.format(*image.shape[:2], *shape))
+    except Exception as error:  # decoders raise anything
+        reason = runs.printable(error.err if isinstance(error, cv2.error) else error)
+        raise ImageError(path, reason[:300] or type(error).__name__) from error
+    return image, tag if oriented else 1, remark
 
 
-def _read_bytes(path: Path) -> bytes:
+def stored_size(path: str | os.PathLike) -> tuple[int, int]:
+    """Reads (height, width) of the stored pixels by the header alone. Raises as `read_image`."""
+    data = read_file(Path(path))
     try:
-        return path.read_bytes()
+        return _checked_size(data, formats.image_format(data[: formats.HEAD]))
+    except ValueError as error:
+        raise ImageError(path, str(error)) from error
+
+
+def end_remark(data: bytes) -> str | None:
+    """Returns a remark on a JPEG that lacks its end mark, None for other files."""
+    is_jpeg = formats.image_format(data[: formats.HEAD]) == "JPEG"
+    return NO_END if is_jpeg and formats.jpeg_end(data) is None else None
+
+
+def read_file(path: Path) -> bytes:
+    """Reads the bytes of a photograph; pipes and devices are not opened. Raises as `read_image`."""
+    try:
+        before = os.stat(path)
+        if not stat.S_ISREG(before.st_mode):
+            raise ImageError(path, "cannot be read: it is no regular file")
+        data = Path(path).read_bytes()
+        after = os.stat(path)
     except FileNotFoundError:
         raise
-    except (IsADirectoryError, PermissionError) as error:
+    except PermissionError as error:
         raise ImageError(path, f"cannot be read ({error.strerror})") from error
     except OSError as error:
         raise ReadError(path, f"cannot be read just now ({error.strerror})") from error
+    if (len(data), before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise ImageError(path, "the file changed while it was read")
+    return data
 
 
-def _reduction_factor(data: bytes, least_side: int) -> int:
+def _checked_size(data: bytes, kind: str | None) -> tuple[int, int]:
+    if not data:
+        raise ValueError("the file is empty")
+    if kind is None:
+        raise ValueError("not an image that OpenCV can decode")
+    if kind not in formats.DECODED:
+        raise ValueError(f"{kind} is not read here: convert it to .jpg or .png")
+    is_headless = kind == "JPEG" and formats.jpeg_shape(data) is None
+    if (is_headless or kind in ("PNG", "WEBP")) and not formats.is_whole(data):
+        raise ValueError(CUT)
+    height, width = formats.image_size(data, kind)
+    limit = float(os.environ.get("VITGAL_MAX_MEGAPIXELS", MAX_MEGAPIXELS))
+    if height * width > limit * 1e6:
+        raise ValueError(
+            f"{width} x {height} pixels are more than {limit:g} million: reduce it, or set "
+            "VITGAL_MAX_MEGAPIXELS"
+        )
+    return height, width
+
+
+def _reduction(shape: tuple[int, int], kind: str, least_side: int | None) -> int:
     """The largest of 8, 4, 2 that leaves both sides of a JPEG `least_side` pixels, else 1."""
-    shorter = min(jpeg_shape(data) or (0,))
-    return next((factor for factor in (8, 4, 2) if shorter >= factor * least_side), 1)
+    if kind != "JPEG" or least_side is None:
+        return 1
+    return next((factor for factor in (8, 4, 2) if min(shape) >= factor * least_side), 1)
 
 
-def jpeg_shape(data: bytes) -> tuple[int, int] | None:
-    """Reads (height, width) from a JPEG's frame header; None where no frame precedes a scan."""
-    for marker, start in _jpeg_segments(data):
-        if marker in _FRAMES and start + 9 <= len(data):
-            height, width = data[start + 5 : start + 7], data[start + 7 : start + 9]
-            return int.from_bytes(height, "big"), int.from_bytes(width, "big")
-        if marker == _START_OF_SCAN:
-            return None
-    return None
+def _decode(data: bytes, kind: str, factor: int, *, cut: bool) -> np.ndarray:
+    if kind == "HEIC":
+        return _decode_heic(data)
+    if kind == "JPEG" and (factor == 1 or cut):
+        try:
+            # The same decoder as OpenCV's, and it tells of missing data, which OpenCV fills in.
+            image = simplejpeg.decode_jpeg(data, "RGB")
+            if factor == 1:
+                return image
+        except ValueError as error:
+            _refuse_damaged(data, str(error))
+    flags = _DECODER_FLAGS[factor] | cv2.IMREAD_IGNORE_ORIENTATION
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+    if image is None:
+        raise ValueError(CUT if cut else f"not a {kind} file that OpenCV can decode")
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
 
 
-def is_whole(data: bytes) -> bool:
-    """Returns False where a JPEG, PNG or WebP file lacks its end; True for other kinds of files."""
-    if data[:2] == _JPEG_START:
-        return _jpeg_is_whole(data)
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return b"IEND" in data
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return len(data) >= int.from_bytes(data[4:8], "little") + 8
-    return True
+def _refuse_damaged(data: bytes, report: str) -> None:
+    """Raises ValueError where the JPEG decoder's report means that pixels are missing or wrong."""
+    if "remature end" in report:
+        raise ValueError(CUT)
+    extra = re.search(r"(\d+) extraneous bytes before marker 0xd9", report)
+    padding = data[: formats.jpeg_end(data)][-int(extra[1]) :] if extra else b""
+    if "Corrupt JPEG data" in report and len(set(padding)) != 1:
+        raise ValueError(f"the file is damaged ({report})")
 
 
-def _jpeg_is_whole(data: bytes) -> bool:
-    """Returns whether a JPEG's last scan is followed by an end-of-image marker.
+def _decode_heic(data: bytes) -> np.ndarray:
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ValueError(
+            "HEIC is read with `pip install pillow-heif`; or convert it to .jpg"
+        ) from None
+    pillow_heif.register_heif_opener()
+    with PIL.Image.OPEN["HEIF"][0](io.BytesIO(data), "") as image:
+        return np.array(image.convert("RGB"))
 
-    A search of the whole file would find the marker of an embedded thumbnail; a test of the file's
-    end would refuse photographs with an appended film clip.
-    """
-    *_, (_, position) = _jpeg_segments(data)
-    # Like a decoder, the search skips bytes that should have been a marker.
-    return data.find(bytes((0xFF, _END_OF_IMAGE)), position) >= 0
 
-
-def _jpeg_segments(data: bytes) -> Iterator[tuple[int | None, int]]:
-    """Yields each marker outside the scans with its position, an end-of-image marker last.
-
-    A file without that marker ends with None and the position of the first unreadable byte.
-    """
-    position = 2
-    while data[:2] == _JPEG_START and position + 4 <= len(data) and data[position] == 0xFF:
-        marker = data[position + 1]
-        if marker == 0xFF or marker in _NO_LENGTH:
-            position += 1 if marker == 0xFF else 2
-            continue
-        yield marker, position
-        if marker == _END_OF_IMAGE:
-            return
-        position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-        if marker == _START_OF_SCAN:
-            scan_end = _SCAN_END.search(data, position)
-            position = len(data) if scan_end is None else scan_end.start()
-    yield None, position
+def turn(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Turns stored pixels (H, W, ...) upright by their EXIF orientation, 1 to 8."""
+    # EXIF 2.3, 4.6.4
+    if orientation >= 5:
+        image = image.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    return np.ascontiguousarray(image)
 
 
 def crop_box(

@@ -1,20 +1,26 @@
 """Lists and reads a folder of the user's own photographs."""
 
 import os
+import stat
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import PIL.ExifTags
-import PIL.Image
 
 from vitgal import runs
-from vitgal.data.images import PATCH, ImageError, read_image
+from vitgal.data import formats
+from vitgal.data.images import PATCH, ImageError, end_remark, read_file, read_photograph, turn
 
-SUPPORTED = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".pgm"}
-UNSUPPORTED = {".heic", ".heif", ".avif", ".gif", ".cr2", ".nef", ".arw", ".dng"}  # by OpenCV
+# A file with one of these endings, whatever it holds, is named where it cannot be read.
+SUFFIXES = frozenset(
+    """
+    .jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .jp2 .j2k .ppm .pgm .pbm .pnm .gif .avif
+    .heic .heif .jxl
+    """.split()
+)
+RAW = frozenset(".cr2 .cr3 .nef .arw .dng .orf .raf .rw2".split())  # most of them begin as a TIFF
 ELONGATED = 4.0  # ratio of the sides; beyond it little is recognisable once squashed to a square
 LARGE = 10_000  # pixels; small details of a larger photograph vanish in the network's input
 
@@ -29,8 +35,8 @@ class Listing:
 
     Attributes:
         folder: the folder; all names are relative to it.
-        names: photographs in formats that are supported.
-        unsupported: photographs in other formats, each with the remedy.
+        names: photographs.
+        unsupported: photographs and folders that cannot be read, each with the reason.
         other_files: number of files that are no photographs.
     """
 
@@ -43,40 +49,72 @@ class Listing:
 def list_photographs(folder: Path) -> Listing:
     """Lists the photographs of a folder and its sub-folders, without hidden files and folders.
 
-    Raises PhotographError where the folder does not exist or holds no supported photograph.
+    A photograph is a file that begins like one, whatever its name, or is named like one. Raises
+    PhotographError where the folder does not exist or holds no photograph.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise PhotographError(f"{folder} is not a folder: name the folder of your photographs")
-    files = sorted(visible_files(folder))
-    suffixes = {name: Path(name).suffix.lower() for name in files}
-    names = [name for name in files if suffixes[name] in SUPPORTED]
-    unsupported = {
-        name: f"{suffix} is not read here: convert it to .jpg or .png"
-        for name, suffix in suffixes.items()
-        if suffix in UNSUPPORTED
-    }
+    names, unsupported = [], {}
+
+    def not_listed(error: OSError) -> None:
+        name = os.path.relpath(error.filename, folder)
+        unsupported[f"{name}/"] = f"the folder cannot be listed ({error.strerror})"
+
+    files = sorted(visible_files(folder, not_listed))
+    faults = len(unsupported)
+    for name in files:
+        is_photograph, fault = _inspect(folder / name)
+        if fault:
+            unsupported[name] = fault
+        elif is_photograph:
+            names.append(name)
     if not names:
-        content = f"{len(files)} files, such as {files[0]}" if files else "nothing"
+        content = f"{len(files)} files, such as {runs.printable(files[0])}" if files else "nothing"
+        for name, fault in list(unsupported.items())[:1]:
+            content = f"{len(files)} files, {runs.printable(name)}: {fault}"
         raise PhotographError(
-            f"{folder} holds no photograph that can be read ({content}); photographs end in "
-            f"{' '.join(sorted(SUPPORTED))}: convert others to one of these"
+            f"{folder} holds no photograph that can be read ({content}); convert photographs to "
+            ".jpg or .png"
         )
-    return Listing(folder, names, unsupported, len(files) - len(names) - len(unsupported))
+    other_files = len(files) - len(names) - (len(unsupported) - faults)
+    return Listing(folder, names, unsupported, other_files)
 
 
-def visible_files(folder: Path) -> Iterator[str]:
+def _inspect(path: Path) -> tuple[bool, str | None]:
+    """Returns whether a file is a photograph by content or name, and why it cannot be read."""
+    suffix = path.suffix.lower()
+    named = suffix in SUFFIXES or suffix in RAW
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return named, "it is no regular file" if named else None
+        with open(path, "rb") as handle:
+            kind = formats.image_format(handle.read(formats.HEAD))
+    except OSError as error:
+        return named, f"it cannot be read ({error.strerror})" if named else None
+    if suffix in RAW or kind not in (None, *formats.DECODED):
+        kind = "camera raw" if suffix in RAW else kind
+        return True, f"{kind} is not read here: convert it to .jpg or .png"
+    return named or kind not in (None, "PPM"), None  # many a text begins like a PPM
+
+
+def visible_files(
+    folder: Path, not_listed: Callable[[OSError], None] | None = None
+) -> Iterator[str]:
     """Yields every file below a folder that is not hidden, relative to it, with forward slashes.
 
-    Links are followed; a folder that several links lead to is visited once.
+    Links are followed, but not to a folder that holds the link; a folder that several links lead to
+    is visited once. `not_listed` is called with the error of a sub-folder that cannot be listed.
     """
-    visited = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
+    top, visited = os.path.realpath(folder), set()
+    for root, folders, files in os.walk(folder, onerror=not_listed, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         resolved = os.path.realpath(root)
-        if resolved in visited:
-            folders.clear()
-            continue
+        if root != os.fspath(folder):
+            above, parent = os.path.join(resolved, ""), os.path.realpath(os.path.dirname(root))
+            if resolved in visited or top.startswith(above) or f"{parent}/".startswith(above):
+                folders.clear()
+                continue
         visited.add(resolved)
         prefix = "" if Path(root) == folder else f"{Path(root).relative_to(folder).as_posix()}/"
         yield from (prefix + name for name in files if not name.startswith("."))
@@ -88,19 +126,25 @@ def read_upright(path: Path) -> np.ndarray:
     Raises PhotographError where it is missing, cannot be decoded or has a side below 16 pixels,
     one patch of the network.
     """
+    return read_oriented(path)[0]
+
+
+def read_oriented(path: Path) -> tuple[np.ndarray, int]:
+    """Reads a photograph as `read_upright`, and the EXIF orientation, 1 to 8, of the stored one."""
     try:
-        image = read_image(path, ignore_orientation=False)
+        image, orientation, _ = read_photograph(path)
     except FileNotFoundError:
         raise PhotographError(f"there is no photograph {path}") from None
     except ImageError as error:
         raise PhotographError(f"{Path(path).name}: {error.reason}") from error
+    image = turn(image, orientation)
     height, width = image.shape[:2]
     if min(height, width) < PATCH:
         raise PhotographError(
             f"{Path(path).name}: {width} x {height} pixels, less than one patch of {PATCH} x "
             f"{PATCH}: nothing can be recognised in it"
         )
-    return image
+    return image, orientation
 
 
 def size_note(height: int, width: int) -> str | None:
@@ -119,6 +163,18 @@ def size_note(height: int, width: int) -> str | None:
     return None
 
 
+def end_note(path: Path) -> str | None:
+    """Returns a remark on a JPEG that lacks its end mark, None for all other files."""
+    try:
+        with open(path, "rb") as handle:
+            handle.seek(-2, os.SEEK_END)
+            if handle.read() == b"\xff\xd9":
+                return None
+        return end_remark(read_file(path))
+    except (OSError, ImageError):
+        return None
+
+
 def file_digest(path: Path) -> str:
     """Returns the sha256 of a photograph's file in hex; PhotographError where it is unreadable."""
     try:
@@ -127,16 +183,6 @@ def file_digest(path: Path) -> str:
         raise PhotographError(f"there is no photograph {path}") from None
     except OSError as error:
         raise PhotographError(f"{Path(path).name}: cannot be read ({error.strerror})") from None
-
-
-def exif_orientation(path: Path) -> int:
-    """Returns the EXIF orientation, 1 to 8, by which OpenCV turns a photograph; 1 without a tag."""
-    try:
-        with PIL.Image.open(path) as image:
-            orientation = image.getexif().get(PIL.ExifTags.Base.Orientation, 1)
-    except (OSError, SyntaxError, PIL.Image.DecompressionBombError):
-        return 1  # OpenCV reads the format and Pillow does not: such formats carry no tag
-    return orientation if orientation in range(1, 9) else 1
 
 
 def find_photograph(folder: Path, query: str, start: Path) -> Path | None:

@@ -12,6 +12,7 @@ LIBRARIES = (
     "torchvision",
     "timm",
     "opencv-python-headless",
+    "simplejpeg",
     "faiss-cpu",
     "pydegensac",
     "poselib",

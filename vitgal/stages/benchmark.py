@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from vitgal import runs
-from vitgal.data import revisited, splits
+from vitgal.data import images, revisited, splits
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.evaluation.tuning import DATASET as VALIDATION, TuningError
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings, RerankingSettings
@@ -102,8 +101,8 @@ def validation_benchmark(run: Path, image_folder: Path) -> Path:
     table = table.assign(path=names)
     boxes = []
     for name in table.loc[table["role"] == "query", "path"]:
-        with Image.open(folder / "jpg" / f"{name}.jpg") as image:  # reads the header alone
-            boxes.append((0.0, 0.0, *map(float, image.size)))
+        height, width = images.stored_size(folder / "jpg" / f"{name}.jpg")
+        boxes.append((0.0, 0.0, float(width), float(height)))
     truth = splits.validation_ground_truth(table, np.array(boxes))
     target = folder / f"gnd_{VALIDATION}.pkl"
     if not target.exists() or revisited.load_ground_truth(target).fingerprint != truth.fingerprint:

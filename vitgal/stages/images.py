@@ -81,6 +81,8 @@ def prefetch(
             return task, load(task)
         except ReadError:
             raise
+        except FileNotFoundError:  # it was there when the stage began
+            return task, ImageError(task.path, "the file is gone")
         except ImageError as error:
             return task, error
 

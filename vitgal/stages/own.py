@@ -25,11 +25,11 @@ from vitgal import runs
 from vitgal.data.images import PATCH, crop_box, resize
 from vitgal.data.photographs import (
     PhotographError,
-    exif_orientation,
+    end_note,
     file_digest,
     find_photograph,
     list_photographs,
-    read_upright,
+    read_oriented,
     size_note,
 )
 from vitgal.features import store
@@ -152,7 +152,7 @@ class Describer:
 
     def _extract(self, path: Path, box: Sequence[int] | None) -> dict[str, np.ndarray]:
         """Returns what a description stores: its descriptor, encoded features and sizes."""
-        image = read_upright(path)
+        image, orientation = read_oriented(path)
         try:
             crop, crop_frame = crop_box(image, box)
         except ValueError as error:
@@ -164,7 +164,7 @@ class Describer:
             )
         with inference.limited_threads(self.machine.threads):
             descriptor, features = self._compute(crop, (crop_frame, image.shape[:2]))
-        sizes = np.array([*features.sizes, exif_orientation(path)])
+        sizes = np.array([*features.sizes, orientation])
         arrays = store.encode_features(features, "float16")
         return {"descriptor": descriptor} | arrays | {"sizes": sizes}
 
@@ -266,7 +266,8 @@ def describe_folder(folder: Path, describer: Describer, *, progress: bool = True
                 left_out[name] = str(error).removeprefix(f"{Path(name).name}: ")
                 continue
             described[name] = description
-            if note := size_note(*description.features.image_size):
+            remarks = (size_note(*description.features.image_size), end_note(folder / name))
+            if note := "; ".join(filter(None, remarks)):
                 notes[name] = note
     if not described:
         first = next(iter(left_out))

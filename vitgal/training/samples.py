@@ -69,7 +69,7 @@ class TrainingImages(Dataset):
             used = (index + further) % len(self)
             try:
                 image = self.read(used)
-            except images.ImageError:
+            except (images.ImageError, FileNotFoundError):
                 unreadable = index
                 continue
             picture, hole = self.change(image, rng)
