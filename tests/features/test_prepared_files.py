@@ -261,13 +261,17 @@ def test_hdf5_packed_descriptors_are_read(tmp_path):
     np.testing.assert_array_equal(rows, read_descriptors(save_npy(tmp_path / "y.npy"), NAMES))
 
 
-def test_groups_that_hold_each_other_end(tmp_path):
+def twice_in_each_other(path: Path) -> None:
     """Forty groups, each twice in the one before: 2 ** 40 names in a few kilobytes."""
-    with h5py.File(tmp_path / "x.h5", "w") as file:
+    with h5py.File(path, "w") as file:
         group = file
         for _ in range(40):
             group["a"] = below = group.create_group("b")
             group = below
+
+
+def test_groups_that_hold_each_other_end(tmp_path):
+    twice_in_each_other(tmp_path / "x.h5")
     with pytest.raises(DescriptorError, match="groups that hold each other"):
         read_descriptors(tmp_path / "x.h5", NAMES)
 
@@ -300,3 +304,34 @@ def test_a_file_that_another_program_writes(tmp_path):
             read_descriptors(path, NAMES)
         writer.stdin.close()
     assert read_descriptors(path, NAMES).shape == (4, 2)
+
+
+@pytest.mark.parametrize("how", ["chunked, never written", "packed", "large chunk", "hold", "npz"])
+def test_a_small_file_takes_little_memory_and_time(tmp_path, how):
+    """In a child process with 300 MB more than its modules take, and two seconds."""
+    path = tmp_path / "x.h5"
+    if how == "hold":
+        twice_in_each_other(path)
+    elif how == "npz":
+        path = tmp_path / "x.npz"
+        np.savez_compressed(path, x=np.zeros(1 << 28, np.uint8))
+    else:
+        prepared(tmp_path, how)
+    code = """
+import resource, sys
+from pathlib import Path
+from vitgal.features.descriptors import read_descriptors
+from vitgal.features.files import read_arrays
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, 2 * (pages * resource.getpagesize() + (300 << 20),))
+used = int(sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
+resource.setrlimit(resource.RLIMIT_CPU, (used + 2, used + 2))
+try:
+    if sys.argv[1].endswith("npz"):
+        read_arrays(Path(sys.argv[1]), ["x"])
+    read_descriptors(sys.argv[1], ["q", "a", "b", "sub/c"])
+except ValueError as error:
+    print(type(error).__name__)
+"""
+    child = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    assert child.stdout in ("DescriptorError\n", "FileError\n"), child.stderr
