@@ -37,13 +37,19 @@ AGAIN = "run the same command again to go on: finished stages return at once"
 class NotebookError(RuntimeError):
     """A notebook stopped; the message has the cell, the error and the path of the partial copy."""
 
+    status = 1  # with which a command ends
+
 
 class Preempted(NotebookError):
     """The process received SIGTERM, as from a cluster's scheduler; the same command continues."""
 
+    status = 75  # sysexits.h's EX_TEMPFAIL, "try again later"
+
 
 class Interrupted(NotebookError):
     """The user pressed Ctrl-C."""
+
+    status = 130
 
 
 def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progress: bool) -> None:

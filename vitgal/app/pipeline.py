@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vitgal import runs
-from vitgal.app.execution import execute
+from vitgal.app.execution import Preempted, execute
 from vitgal.app.parameters import (
     chain,
     declared,
@@ -19,11 +19,11 @@ from vitgal.app.parameters import (
     typed,
 )
 from vitgal.settings.reader import NOTEBOOK_RANGE, Values, checked, read_file, settings_of
-from vitgal.settings.section import SettingsError
+from vitgal.settings.section import AbsentError, SettingsError
 from vitgal.settings.sections import NOTEBOOKS
 
 OWN = "08_own_photos.ipynb"  # outside the chain
-RESTART = 75  # exit status after SIGTERM: sysexits.h's EX_TEMPFAIL, "try again later"
+RESTART = Preempted.status
 
 
 def run(
@@ -53,10 +53,9 @@ def run(
         notebooks: the folder of the numbered notebooks; None is the checkout's.
         progress: one line a notebook, on a terminal with its cells and the running bar.
     Raises:
-        SettingsError, FileNotFoundError: before anything starts; where data is absent, the message
-            has the command that brings it.
-        NotebookError: a cell failed, the kernel died or did not start, Ctrl-C was pressed, or
-            SIGTERM came (Preempted).
+        SettingsError: before anything starts; where data is absent, it has the command that brings
+            it (AbsentError).
+        NotebookError: a notebook stopped, see `execute`.
         StageError: another process executes notebooks in this run folder, or it is not writable.
     """
     values = read_file(params) if params else Values({}, {})
@@ -67,22 +66,23 @@ def run(
     folder, parameters = plan(values, every, chosen, overrides=overrides, output=output)
     if first is not None and _lacks_data(folder, every[0], chosen[0], parameters):
         if progress:
-            print(f"{every[0].stem} comes first: {folder.name} has no data yet", flush=True)
+            print(f"{every[0].stem} comes first: {runs.printable(folder.name)} has no data yet")
         chosen = [every[0], *chosen]
         folder, parameters = plan(values, every, chosen, overrides=overrides, output=output)
+    return _execute(folder, parameters, progress)
+
+
+def _execute(folder: Path, parameters: dict[Path, dict[str, Any]], progress: bool) -> Path:
+    """Executes notebooks with their parameters; each of several workers has copies of its own."""
     _refuse_absent({n: v for values in parameters.values() for n, v in values.items()})
-    copies = _copies_folder(folder, parameters)
+    copies = folder / "notebooks"
+    for values in parameters.values():
+        if values.get("worker_count", 1) > 1:
+            copies = folder / "notebooks" / f"worker-{values.get('worker', 0)}"
     with runs.locked(copies):
-        for path in chosen:
-            execute(path, copies / path.name, parameters[path], progress=progress)
+        for path, values in parameters.items():
+            execute(path, copies / path.name, values, progress=progress)
     return folder
-
-
-def _copies_folder(folder: Path, parameters: dict[Path, dict[str, Any]]) -> Path:
-    """Where the executed copies go: one folder a run, but each of several workers has its own."""
-    workers = [values for values in parameters.values() if values.get("worker_count", 1) > 1]
-    shared = folder / "notebooks"
-    return shared / f"worker-{workers[0].get('worker', 0)}" if workers else shared
 
 
 def run_own(
@@ -97,11 +97,9 @@ def run_own(
 ) -> Path:
     """Executes 08_own_photos on a folder of photographs and returns the run folder.
 
-    Args:
-        folder: of the photographs. query: one of them by its name in it, or any file; see
-            `find_photograph`. box: x0,y0,x1,y1 in pixels of the query; None: all of it.
-        overrides, output, notebooks, progress: as in `run`; the run holds the model.
-    Raises as `run` does.
+    `query` is one of them by its name in the folder, or any file (see `find_photograph`), `box` its
+    x0,y0,x1,y1 in pixels or None for all of it. The others are as for `run`, which also says what
+    is raised; the run holds the model.
     """
     from vitgal.data.photographs import find_photograph
 
@@ -113,10 +111,7 @@ def run_own(
         texts["query_image"] = str(found)
         print(f"the query is {runs.printable(found)}", file=sys.stderr)
     run_folder, parameters = plan(Values({}, {}), [path], [path], overrides=texts, output=output)
-    _refuse_absent(parameters[path])
-    with runs.locked(run_folder / "notebooks"):
-        execute(path, run_folder / "notebooks" / path.name, parameters[path], progress=progress)
-    return run_folder
+    return _execute(run_folder, parameters, progress)
 
 
 def plan(
@@ -150,10 +145,9 @@ def plan(
 def _lacks_data(folder: Path, maker: Path, first: Path, parameters: dict[Path, dict]) -> bool:
     """Whether `first` evaluates the run's own data and these are missing."""
     evaluates = first.name >= "04" and "dataset_dir" in takes(first)
-    if not evaluates or not maker.name.startswith("01"):
-        return False
     own = parameters[first].get("dataset_dir") is None
-    return own and not (folder / "split" / runs.MANIFEST).exists()
+    made = (folder / "split" / runs.MANIFEST).exists()
+    return evaluates and maker.name.startswith("01") and own and not made
 
 
 def _default_run(every: list[Path]) -> str:
@@ -164,7 +158,7 @@ def _default_run(every: list[Path]) -> str:
 
 
 def _refuse_absent(values: dict[str, Any]) -> None:
-    """Raises FileNotFoundError for missing data that `vitgal download` fetches."""
+    """Raises AbsentError for missing data that `vitgal download` fetches."""
     from vitgal.data.download import sources
 
     absent = []
@@ -174,4 +168,4 @@ def _refuse_absent(values: dict[str, Any]) -> None:
             if source:
                 absent.append(f"{name}: {value} is not there; `vitgal download {source}` brings it")
     if absent:
-        raise FileNotFoundError("\n".join(absent))
+        raise AbsentError("\n".join(absent))

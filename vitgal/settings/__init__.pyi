@@ -6,6 +6,7 @@ from .reader import (
     settings_of as settings_of,
 )
 from .section import (
+    AbsentError as AbsentError,
     Fact as Fact,
     Section as Section,
     SettingsError as SettingsError,

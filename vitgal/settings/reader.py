@@ -20,6 +20,7 @@ import yaml
 from vitgal import runs
 from vitgal.settings import sections
 from vitgal.settings.section import (
+    AbsentError,
     Section,
     SettingsError,
     alternatives,
@@ -142,14 +143,14 @@ class _FlatLoader(yaml.SafeLoader):
 def read_yaml(path: Path) -> dict[str, Any]:
     """Reads a flat YAML mapping of settings; UTF-8, or UTF-16 with a byte order mark.
 
-    Raises FileNotFoundError (naming the files beside it) where there is none, SettingsError where
+    Raises AbsentError (naming the files beside it) where there is none, SettingsError where
     it is empty, too large, no mapping, nested, or gives a name twice.
     """
     path = Path(path)
     if not os.path.isfile(path):  # Path.is_file raises for a very long name
         folder = path.parent if os.path.isdir(path.parent) else runs.resolve("params")
         files = runs.abbreviate(sorted(file.name for file in folder.glob("*.yaml")), 30)
-        raise FileNotFoundError(f"there is no file {path}; {folder} holds {files or 'no .yaml'}")
+        raise AbsentError(f"there is no file {path}; {folder} holds {files or 'no .yaml'}")
     if path.stat().st_size > LARGEST:
         raise SettingsError(f"{path} is too large for settings: above {LARGEST:,} bytes")
     try:

@@ -18,6 +18,12 @@ INT64 = 2**63  # the first int that no array and no seed can hold
 class SettingsError(UserError, ValueError):
     """A setting that is unknown, of the wrong type or out of range; the message names it."""
 
+    status = 2  # with which a command ends
+
+
+class AbsentError(SettingsError, FileNotFoundError):
+    """A file that settings name is not there; the message says where it may come from."""
+
 
 @dataclass(frozen=True)
 class Fact:
