@@ -5,6 +5,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from vitgal import runs
 
@@ -23,10 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.command(options)
     except KeyboardInterrupt:
-        _say("\nvitgal: interrupted", sys.stderr)
+        say("\nvitgal: interrupted", sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
-        _say(f"vitgal: {error}", sys.stderr)
+        say(f"vitgal: {error}", sys.stderr)
         return getattr(error, "status", 1)
 
 
@@ -37,7 +38,7 @@ def escape_output() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _say(text: object, stream: object = None) -> None:
+def say(text: object, stream: object = None) -> None:
     """Prints lines, in which nothing that comes from files can steer the terminal."""
     print("\n".join(map(runs.printable, str(text).split("\n"))), file=stream or sys.stdout)
 
@@ -48,6 +49,10 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, **options) -> None:
         super().__init__(**options)
         self._negative_number_matcher = re.compile(r"-[\d.]")
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with the usage, an escaped message and status 2."""
+        super().error(runs.printable(message))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,7 +122,7 @@ def _run(options: argparse.Namespace) -> int:
         overrides=dict(options.overrides),
         output=options.output,
     )
-    _say(summary.summary(folder))
+    say(summary.summary(folder))
     return 0
 
 
@@ -131,7 +136,7 @@ def _own(options: argparse.Namespace) -> int:
         overrides=dict(options.overrides),
         output=options.output,
     )
-    _say(summary.own_summary(folder))
+    say(summary.own_summary(folder))
     return 0
 
 
@@ -140,17 +145,17 @@ def _download(options: argparse.Namespace) -> int:
 
     if options.list:
         for source in sources.list_sources().itertuples():
-            _say(f"{source.Index:<24}{source.GB:>8.2f} GB  {source.about}")
+            say(f"{source.Index:<24}{source.GB:>8.2f} GB  {source.about}")
         return 0
     if options.check:
         report = checks.check(options.check, folder=options.to or runs.resolve("data"))
-        _say(report)
+        say(report)
         return 0 if report.ok else 1
     if not options.names:
-        _say("vitgal: name what to download; --list shows what there is", sys.stderr)
+        say("vitgal: name what to download; --list shows what there is", sys.stderr)
         return 2
     for name, folder in transfer.download(options.names, target=options.to).items():
-        _say(f"{name}: {folder}")
+        say(f"{name}: {folder}")
     return 0
 
 
@@ -158,7 +163,7 @@ def _weights(options: argparse.Namespace) -> int:
     from vitgal.models import weights as models_weights
 
     dtype = "float16" if options.half else "float32"
-    _say(models_weights.convert(options.source, options.target, dtype=dtype))
+    say(models_weights.convert(options.source, options.target, dtype=dtype))
     return 0
 
 
@@ -168,6 +173,6 @@ def _compare(options: argparse.Namespace) -> int:
     results = comparison.compare(options.first, options.second, seed=options.seed)
     shown = max(0, options.queries)
     reports = [comparison.report(each, label, shown=shown) for label, each in results.items()]
-    _say("\n\n\n".join(reports))
-    _say("\np: sign-flip permutation test over queries; ~ marks a sample of all flips")
+    say("\n\n\n".join(reports))
+    say("\np: sign-flip permutation test over queries; ~ marks a sample of all flips")
     return 0

@@ -25,11 +25,12 @@ def own_summary(run: Path, lines: int = 10) -> str:
     """Returns the first photographs of the last search in a run, and the paths of its files."""
     with open(Path(run) / "own" / "ranking.csv", encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle))
-    width = max([len("photograph"), *(len(row["photograph"]) for row in rows[:lines])])
+    names = [runs.printable(row["photograph"]) for row in rows[:lines]]
+    width = max(map(len, ["photograph", *names]))
     table = [f"rank  {'photograph':<{width}}  similarity  inliers"]
-    for row in rows[:lines]:
-        name, similarity = f"{row['photograph']:<{width}}", float(row["similarity"])
-        table.append(f"{row['rank']:>4}  {name}  {similarity:>10.2f}  {row['inliers'] or '-':>7}")
+    for row, name in zip(rows, names, strict=False):
+        found = f"{float(row['similarity']):>10.2f}  {row['inliers'] or '-':>7}"
+        table.append(f"{row['rank']:>4}  {name:<{width}}  {found}")
     table += ["", f"all of it: {Path(run) / 'own' / 'ranking.csv'}"]
     return "\n".join([*table, f"executed notebook: {Path(run) / 'notebooks' / OWN}"])
 

@@ -16,6 +16,7 @@ import torch
 
 from vitgal import runs
 from vitgal.app import parameters, pipeline
+from vitgal.app.command_line import escape_output, say
 from vitgal.settings.reader import Settings, read_file
 from vitgal.settings.section import SettingsError
 from vitgal.stages.train import fit_autoencoder, fit_retrieval
@@ -33,6 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         "-p", dest="overrides", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
     )
     parser.add_argument("--output", type=Path, metavar="runs/NAME", help="the run folder")
+    escape_output()
     options = parser.parse_args(arguments)
     try:
         run, chosen = read_notebook_settings(
@@ -56,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(error: Exception, status: int) -> int:
-    print(f"vitgal.training: {error}", file=sys.stderr, flush=True)
+    say(f"vitgal.training: {error}", sys.stderr)
     return status
 
 

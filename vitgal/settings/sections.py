@@ -360,10 +360,15 @@ class OwnSettings(Section):
     photographs_folder: str = path("with its sub-folders", "third_party/landmarks")
     query_image: str = neutral("", "a name in the folder, or any file")
     query_box: tuple[int, ...] | None = neutral(
-        None, "x0, y0, x1, y1 of the query; None: all of it", unit="pixels"
+        None, "x0, y0, x1, y1 of the query; None: all of it", unit="pixels", low=0
     )
     export_pairs: int = setting(0, "similar photographs a photograph in pairs.txt", low=0)
     export_features: bool = setting(False, "write features.h5 for hloc and COLMAP")
+
+    def check(self) -> None:
+        """Raises SettingsError for a box that is not four numbers."""
+        if self.query_box is not None and len(self.query_box) != 4:
+            raise SettingsError(f"query_box is {short(self.query_box)}; it must be x0, y0, x1, y1")
 
 
 @dataclass(frozen=True)

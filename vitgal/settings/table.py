@@ -18,7 +18,7 @@ def settings_table() -> str:
 
 def _section_table(section: type[Section]) -> str:
     notebooks = ", ".join(name[:2] for name, used in NOTEBOOKS.items() if section in used)
-    title = (section.__doc__ or "").splitlines()[0]
+    title = (section.__doc__ or "").partition("\n")[0]
     lines = [f"## {section.__name__}", "", f"{title} In notebooks {notebooks}.", ""]
     lines += ["| setting | default | meaning | changes |", "|---|---|---|---|"]
     for name, entry in section.flat().items():
