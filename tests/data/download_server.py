@@ -1,5 +1,6 @@
 """A web server on the loopback with small data sets laid out as the real ones, and misbehaviour."""
 
+import contextlib
 import hashlib
 import io
 import re
@@ -24,6 +25,8 @@ class Site:
     cuts: dict[str, list[int]] = field(default_factory=dict)  # bytes sent before each cut, in turn
     statuses: dict[str, list[int]] = field(default_factory=dict)  # in turn, after the cuts
     ranges: bool = True
+    endless: set[str] = field(default_factory=set)  # files that never end, of no stated length
+    redirects: dict[str, str] = field(default_factory=dict)
     requests: list[tuple[str, str | None]] = field(default_factory=list)
     root: str = ""
 
@@ -42,6 +45,13 @@ class Handler(BaseHTTPRequestHandler):
         site.requests.append((name, wanted))
         if name not in site.cuts and site.statuses.get(name):
             return self.send_error(site.statuses[name].pop(0))
+        if name in site.redirects:
+            self.send_response(302)
+            self.send_header("Location", site.redirects[name])
+            self.end_headers()
+            return None
+        if name in site.endless:
+            return self.send_without_end()
         if name not in site.files:
             return self.send_error(404)
         content = site.files[name]
@@ -66,6 +76,14 @@ class Handler(BaseHTTPRequestHandler):
             site.cuts.pop(name, None)
         self.wfile.write(content[start : start + sent])
         return None
+
+    def send_without_end(self):
+        """Sends bytes until the client has enough."""
+        self.send_response(200)
+        self.end_headers()
+        with contextlib.suppress(OSError):
+            while True:
+                self.wfile.write(bytes(1 << 16))
 
     def log_message(self, *_):
         pass

@@ -206,6 +206,67 @@ def test_the_google_drive_transfer_resumes_and_names_what_to_do(site, tmp_path):
     assert 0 < resumed <= 2_000_000
 
 
+def test_a_server_that_never_ends_is_left_at_the_listed_size(site, tmp_path):
+    content = b"x" * 1000
+    for extra, most in ("", 2_000 + (1 << 20)), (f'sha256 = "{"0" * 64}"\n', 1000):
+        sources = one_file(tmp_path, site, content, extra)
+        site.endless = {"thing.bin"}
+        with pytest.raises(ValueError, match=r"thing\.bin is larger than the .*`bytes` in third_p"):
+            bring("thing", tmp_path, sources)
+        assert files_below(tmp_path / "data") == []
+        site.endless = set()
+        site.files["thing.bin"] = b"y" * (most + 1)  # announced: nothing of it is fetched
+        with pytest.raises(ValueError, match="larger than"):
+            bring("thing", tmp_path, sources)
+
+
+def test_a_sum_that_never_ends_is_left(world, site, tmp_path):
+    site.endless = {"md5.images_000.txt"}
+    with pytest.raises(ValueError, match=r"md5\.images_000\.txt is larger than the 1\.05MB"):
+        bring("gldv2_train", tmp_path, world)
+
+
+def test_a_drive_that_never_ends_is_left_at_the_listed_size(site, tmp_path):
+    site.endless = {"weights.pth"}
+    part = tmp_path / "things" / ".download-thing" / "weights.pth.part"
+    part.parent.mkdir(parents=True)
+    transfer = fetch.Transfer(f"{site.root}/weights.pth", part, 10**6, "weights.pth", False)
+    with pytest.raises(ValueError, match=r"weights\.pth is larger than the 1\.00MB"):
+        transfer.from_drive()
+    assert list(part.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(("end", "reason"), [("", "404"), ("\x9b", "cannot be fetched")])
+def test_a_server_cannot_write_to_the_terminal(end, reason, site, tmp_path):
+    sources = one_file(tmp_path, site)
+    site.redirects = {"thing.bin": f"/gone\x1b[2J\x07{end}"}
+    with pytest.raises(ConnectionError, match=reason) as error:
+        bring("thing", tmp_path, sources)
+    assert str(error.value).isprintable()
+
+
+def test_a_planted_link_is_refused(site, tmp_path):
+    """In the work folder, in place of it, of its lock, of a record, and of the file itself."""
+    sources = one_file(tmp_path, site, b"new")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thing.bin").write_bytes(b"mine")
+    folder = tmp_path / "data" / "things"
+    work = folder / ".download-thing"
+    for link in (work, work / ".lock", work / "thing.bin.part", work / "thing.bin.part.etag"):
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(mine if link is work else mine / "thing.bin")
+        with pytest.raises(runs.PathError, match=f"{link.name} is a link to {mine}"):
+            bring("thing", tmp_path, sources)
+        link.unlink()
+    for name in ("thing.bin", "thing.download.json"):
+        (folder / name).symlink_to(tmp_path / "nothing")
+    bring("thing", tmp_path, sources)
+    assert (folder / "thing.bin").read_bytes() == b"new" and not (folder / "thing.bin").is_symlink()
+    assert files_below(mine) == ["thing.bin"] and (mine / "thing.bin").read_bytes() == b"mine"
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_a_file_put_there_by_hand_is_taken_and_recorded(site, tmp_path):
     sources = one_file(tmp_path, site)
     path = tmp_path / "data" / "things" / "thing.bin"

@@ -34,6 +34,63 @@ def test_sources_files_that_are_none(tmp_path):
         download_sources.list_sources(tmp_path / "bad.toml")
 
 
+GOOD = """
+[a]
+about = "a"
+page = "p"
+licence = "l"
+folder = "a"
+image_folder = "jpg"
+list = "list.txt"
+[[a.files]]
+url = "https://x/b"
+to = "b/c"
+[[a.archives]]
+url = "https://x/d_{:03d}.tar"
+numbers = [1, 2]
+arrange = "flat"
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [
+        ("b/c", "../../x", r"'\.\./\.\./x' is not the path of a file inside"),
+        ("b/c", "/etc/x", "'/etc/x' is not the path"),
+        ('"a"\nimage', '"../a"\nimage', "'../a' is not"),
+        ('"a"\nimage', '"."\nimage', "'.' is not"),
+        ("jpg", "/", "'/' is not"),
+        ("list.txt", "b/../../x", "is not the path"),
+        ("[a]", "a2 = []\n[a]", "no attribute"),
+        ("a.files", "a.tables", "tables"),
+        ("https://x/b", "file:///etc/passwd", "'file:///etc/passwd' is no web address"),
+        ("https://x/d_{:03d}.tar", "https://x/..", "'..' is not the path"),
+        ("https://x/d_{:03d}.tar", "", "'' is not the path"),
+        ("[1, 2]", "[0, 1_000_000_000]", "more than 10,000"),
+        ('arrange = "flat"', "", "archives need `arrange`"),
+        ('to = "b/c"', "", "`to` is missing"),
+        ('"flat"', '"flat" # \nmd5 = "gopher://x"', "no web address"),
+        ('"flat"', '"up"', "arrange"),
+    ],
+)
+def test_paths_and_addresses_of_sources_are_checked(before, after, reason, tmp_path):
+    path = tmp_path / "sources.toml"
+    path.write_text(GOOD)
+    archives = download_sources.read_sources(path)["a"].archives
+    assert [archive.name for archive in archives] == ["d_001.tar", "d_002.tar"]
+    assert before in GOOD
+    path.write_text(GOOD.replace(before, after))
+    with pytest.raises(ValueError, match=rf"sources\.toml is not a list of sources: .*{reason}"):
+        download_sources.read_sources(path)
+
+
+def test_a_name_of_a_source_is_no_path(tmp_path):
+    path = tmp_path / "sources.toml"
+    path.write_text(GOOD.replace("[a]", "['../a']").replace("[a.", "['../a'."))
+    with pytest.raises(ValueError, match="not the path of a file inside"):
+        download_sources.read_sources(path)
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [

@@ -22,7 +22,7 @@ from vitgal.data.download.fetch import format_size
 STAGING = ".unpacking"  # inside the image folder: on the same disk, even where that is a link
 # Photographs hardly compress: an archive of them never unpacks to far more than its size.
 MAX_RATIO, MAX_EXTRA_BYTES, MAX_MEMBERS = 10, 16 << 20, 2_000_000
-MAX_READ = 64 << 10  # bytes of one header; tarfile reads it whole, a member's content in blocks
+MAX_HEADERS = 256 << 10  # bytes of headers before a member; tarfile reads any number of them
 COMPRESSIONS = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
@@ -90,14 +90,15 @@ def _extract(
             if unpacked > limit or count > MAX_MEMBERS:
                 raise ValueError(_too_large(limit))
             target = None if member.isdir() else ARRANGEMENTS[arrange](PurePosixPath(member.name))
-            if target is None:
-                continue
-            if (staging / target).exists():
-                raise ValueError(f"it holds two files for {target} (the second is {name})")
-            renamed = member.replace(name=str(target), deep=False)
-            tar.extract(renamed, staging, set_attrs=False, filter="data")
-            targets.append(target)
-            bar.update()
+            if target is not None:
+                if (staging / target).exists():
+                    raise ValueError(f"it holds two files for {target} (the second is {name})")
+                renamed = member.replace(name=str(target), deep=False)
+                tar.fileobj.left = member.size
+                tar.extract(renamed, staging, set_attrs=False, filter="data")
+                targets.append(target)
+                bar.update()
+            tar.fileobj.left = MAX_HEADERS
     return targets
 
 
@@ -118,16 +119,20 @@ def _too_large(limit: int) -> str:
 
 
 class _BoundedStream:
-    """What an archive unpacks to: tarfile would read a header of any length, and any number."""
+    """What an archive unpacks to, in which tarfile may read `left` bytes more, as far as `limit`.
+
+    Tarfile would read a header of any length into memory, and any number of them.
+    """
 
     def __init__(self, stream: IO[bytes], limit: int):
-        self._stream, self._limit = stream, limit
+        self._stream, self._limit, self.left = stream, limit, MAX_HEADERS
         self.seek, self.tell = stream.seek, stream.tell
 
     def read(self, size: int) -> bytes:
-        """Reads `size` bytes; ValueError for more than a header or an archive may have."""
-        if size > MAX_READ:
-            raise ValueError(f"it has a header of {format_size(size)}")
+        """Reads `size` bytes; ValueError for more than may be read."""
+        self.left -= size
+        if self.left < 0:
+            raise ValueError(f"a member has headers of more than {format_size(MAX_HEADERS)}")
         if self.tell() > self._limit:
             raise ValueError(_too_large(self._limit))
         return self._stream.read(size)

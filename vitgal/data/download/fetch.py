@@ -144,7 +144,7 @@ class Transfer:
         while True:
             try:
                 return self._receive()
-            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
+            except (requests.RequestException, urllib3.exceptions.HTTPError, UnicodeError) as error:
                 reason = _innermost(error)
             if self.length > furthest:  # a server without ranges begins anew each time
                 furthest, waits = self.length, list(WAITS)
