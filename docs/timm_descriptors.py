@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from vitgal import runs
 from vitgal.data import revisited
 from vitgal.data.images import crop_box, read_image
+from vitgal.models.teacher import timm_network
 
 
 def main(arguments: list[str] | None = None) -> Path:
@@ -31,18 +32,19 @@ def main(arguments: list[str] | None = None) -> Path:
     parser.add_argument("output", type=Path, metavar="OUTPUT.npy")
     parser.add_argument("--size", type=int, default=224, help="side of the square input in pixels")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--weights", help="a local file; default: timm downloads them")
+    parser.add_argument("--weights", type=Path, help="a file; default: timm downloads them")
     parser.add_argument("--untrained", action="store_true", help="random weights: to try it out")
     options = parser.parse_args(arguments)
     if options.output.suffix != ".npy":
         parser.error(f"{options.output}: the output is a .npy")
     torch.manual_seed(0)
-    model = timm.create_model(
+    model = timm_network(
         options.model,
+        (options.size, options.size),
+        options.weights,
         pretrained=not options.untrained and options.weights is None,
-        checkpoint_path=options.weights or "",
         num_classes=0,  # the pooled features, not the classifier's output
-    ).eval()
+    )
     data = revisited.open_dataset(options.dataset, options.folder)
     rows = list(describe(model, data, options.size, options.batch))
     runs.write_array(options.output, np.concatenate(rows).astype(np.float32))

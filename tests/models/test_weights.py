@@ -1,25 +1,27 @@
 """Weight files: the three layouts, strictness, and files that are broken or mean harm."""
 
 import argparse
+import fractions
 import json
 import pickle
 import re
 import resource
 import struct
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
+import numpy as np
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests import layouts
+from vitgal.models.checkpoint_files import read_checkpoint
 from vitgal.models.network import build_model
 from vitgal.models.weights import (
     convert,
     initial_weights,
     load_model,
-    read_checkpoint,
     read_configuration,
     save_model,
 )
@@ -250,6 +252,82 @@ def test_an_absent_file_is_named(nano, tmp_path, name):
     for call in (load_model, read_checkpoint, lambda path: initial_weights(nano, path)):
         with pytest.raises(FileNotFoundError, match=name):
             call(tmp_path / name)
+
+
+# Checkpoints of one's own
+
+
+def averaged(tensors):
+    return {"n_averaged": torch.tensor(3)} | {f"module.{key}": v for key, v in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    "wrap, said",
+    [
+        (lambda t: {f"module.{key}": v for key, v in t.items()}, "state dict, its names"),
+        (lambda t: {"model": {f"_orig_mod.{k}": v for k, v in t.items()}}, "read model, its names"),
+        (lambda t: {"state_dict": {f"module._orig_mod.{k}": v for k, v in t.items()}}, "prefixes"),
+        (
+            lambda t: {"state_dict": {f"model.{key}": v for key, v in t.items()}, "epoch": 3},
+            "names",
+        ),
+        (lambda t: {"state_dict": t, "hyper_parameters": {"lr": 1e-3}}, "read state_dict"),
+        (lambda t: {"model": {"state_dict": t}}, "read model.state_dict"),
+        (lambda t: {"model_ema": averaged(t), "optimizer": {"state": {}}}, "model_ema, its names"),
+        (lambda t: {"model": {"fc.bias": torch.zeros(3)}, "ema": t}, "read ema\n"),
+        (lambda t: {k.replace("norm.", "norm._orig_mod."): v for k, v in t.items()}, "prefixes"),
+        (lambda t: t, None),
+        (lambda t: {"model": t, "model_ema": t}, None),
+    ],
+)
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_wrapped_checkpoint_is_read_and_said(nano, published, tmp_path, capsys, wrap, said, ours):
+    tensors = nano.state_dict() if ours else published
+    path = tmp_path / "own.pth"
+    torch.save(wrap(dict(tensors)), path)
+    assert same(load_model(path), nano)
+    printed = capsys.readouterr().out
+    assert (printed == "") == (said is None) and (said or "") in printed
+    assert printed.count("\n") == (said is not None)
+
+
+def test_initial_weights_of_a_wrapped_network(imagenet, tmp_path, capsys):
+    network = build_model(NANO, seed=0)
+    save_file({f"module.{k}": v for k, v in imagenet.items()}, tmp_path / "own.safetensors")
+    initial_weights(network, tmp_path / "own.safetensors")
+    assert torch.equal(network.backbone.cls_token, imagenet["cls_token"])
+    assert "without prefixes" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_without_prefixes_is_refused_by_the_stripped_name(published, tmp_path):
+    wrapped = {f"module.{k}": v for k, v in published.items() if k != "cls_token"}
+    torch.save(wrapped | {"module.loss.centres": torch.zeros(3)}, tmp_path / "own.pth")
+    message = (
+        r"own\.pth does not fit.*missing: cls_token; unexpected: loss\.centres.*state_dict\(\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_model(tmp_path / "own.pth")
+    torch.save(published | {"epoch": 3}, tmp_path / "own.pth")
+    with pytest.raises(ValueError, match=r"own\.pth: epoch is no plain tensor; .*state_dict\(\)"):
+        load_model(tmp_path / "own.pth")
+    torch.save(published | {"a\x1b[2J\n": torch.zeros(1)}, tmp_path / "own.pth")
+    with pytest.raises(ValueError, match=r"unexpected: a\\x1b\[2J\\n;"):
+        load_model(tmp_path / "own.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numpy_scalars_and_paths_among_the_arguments(nano, published, tmp_path, zipped):
+    args = argparse.Namespace(lr=np.float64(0.1), out=Path("runs/x"), n=np.arange(3), sizes={1, 2})
+    args.windows, args.best = PureWindowsPath("C:/x"), {"map": np.float32(0.5), "raw": b"\xff"}
+    content = {"model": published, "args": args, "epoch": np.int64(3)}
+    torch.save(content, tmp_path / "own.pth", _use_new_zipfile_serialization=zipped)
+    assert same(load_model(tmp_path / "own.pth"), nano)
+
+
+def test_another_type_among_the_arguments_is_refused_with_the_remedy(published, tmp_path):
+    torch.save({"model": published, "args": fractions.Fraction(1, 3)}, tmp_path / "own.pth")
+    with pytest.raises(ValueError, match=r"fractions\.Fraction.*of your own.*state_dict\(\)"):
+        load_model(tmp_path / "own.pth")
 
 
 # Ours

@@ -143,11 +143,12 @@ def test_the_stage_ranks_and_scores(benchmark, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_worked_example_writes_what_is_read(benchmark, tmp_path):
+@pytest.mark.parametrize("name, width", [("resnet10t", 512), ("vit_small_patch14_dinov2", 384)])
+def test_the_worked_example_writes_what_is_read(benchmark, tmp_path, name, width):
     script = Path(__file__).resolve().parents[2] / "docs" / "timm_descriptors.py"
-    arguments = ["resnet10t", benchmark, "small", tmp_path / "x.npy", "--size", "32", "--untrained"]
+    arguments = [name, benchmark, "small", tmp_path / "x.npy", "--size", "56", "--untrained"]
     rows = runpy.run_path(str(script))["main"]([*map(str, arguments), "--batch", "3"])
     # All four images are black: one direction, wherever they stood in their batches.
     found = read_descriptors(rows, NAMES)
-    assert found.shape == (4, 512)
+    assert found.shape == (4, width)
     np.testing.assert_allclose(found @ found.T, 1, atol=1e-5)  # float32 sums in other batches

@@ -39,6 +39,9 @@ NAMES = {  # written down from both networks' listings
 }
 
 
+SIZE = 64, 64
+
+
 def network(name: str = SMALL) -> torch.nn.Module:
     torch.manual_seed(5)
     made = timm.create_model(name)
@@ -79,7 +82,7 @@ def test_disagreement_by_hand():
 
 
 def test_a_picture_is_shown_as_the_teacher_was_trained(file):
-    teacher = Teacher(SMALL, file)
+    teacher = Teacher(SMALL, file, SIZE)
     pixels = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (data_images.MEAN, data_images.STD))
     config = timm.data.resolve_model_data_config(network())
@@ -95,9 +98,8 @@ def test_a_picture_is_shown_as_the_teacher_was_trained(file):
 
 def test_a_transformer_teaches_by_its_own_pooling(tmp_path):
     save_file(network("test_vit").state_dict(), tmp_path / "vit.safetensors")
-    teacher = Teacher("test_vit", tmp_path / "vit.safetensors")
-    size = timm.data.resolve_model_data_config(network("test_vit"))["input_size"]
-    assert teacher.describe(torch.zeros(3, *size)).shape == (3, 64) and teacher.dim == 64
+    teacher = Teacher("test_vit", tmp_path / "vit.safetensors", SIZE)
+    assert teacher.describe(torch.zeros(3, 3, *SIZE)).shape == (3, 64) and teacher.dim == 64
 
 
 # Its weights
@@ -120,7 +122,7 @@ def test_a_file_in_the_other_names_fills_the_network(tmp_path):
         tensors[f"{theirs[layer]}.{part}"] = value
     assert "_blocks.0._depthwise_conv.weight" in tensors
     torch.save(tensors, tmp_path / "net.pth")
-    teacher = Teacher(LITE, tmp_path / "net.pth")
+    teacher = Teacher(LITE, tmp_path / "net.pth", SIZE)
     for name, value in own.state_dict().items():
         torch.testing.assert_close(teacher.network.state_dict()[name], value, atol=0, rtol=0)
 
@@ -138,14 +140,14 @@ def test_a_file_that_does_not_fit_is_told_apart(change, complaint, tmp_path):
     change(tensors)
     torch.save(tensors, tmp_path / "net.pth")
     with pytest.raises(ValueError, match=complaint):
-        Teacher(SMALL, tmp_path / "net.pth")
+        Teacher(SMALL, tmp_path / "net.pth", SIZE)
 
 
 def test_wrong_teachers_are_named(file, tmp_path):
     with pytest.raises(ValueError, match="'resnet_of_mine' is no network of timm"):
-        Teacher("resnet_of_mine", file)
+        Teacher("resnet_of_mine", file, SIZE)
     with pytest.raises(FileNotFoundError, match="none.pth"):
-        Teacher(SMALL, tmp_path / "none.pth")
+        Teacher(SMALL, tmp_path / "none.pth", SIZE)
     for half in ({"teacher": SMALL}, {"teacher_weights": str(file)}):
         with pytest.raises(ValueError, match="set both"):
             TrainingSettings(**half)
@@ -160,7 +162,7 @@ def test_wrong_teachers_are_named(file, tmp_path):
 def made(file: Path, weight: float) -> DistilledNetwork:
     torch.manual_seed(1)
     model = build_model("xcit_nano_12_p16_224", seed=0)
-    return DistilledNetwork(model, ArcFace(128, 3), Teacher(SMALL, file), weight)
+    return DistilledNetwork(model, ArcFace(128, 3), Teacher(SMALL, file, SIZE), weight)
 
 
 def test_the_loss_is_shared_out(file):
@@ -210,7 +212,7 @@ def test_the_teacher_stays_as_it_is_and_out_of_every_file(file, run, images):
     assert recorded["parameters"]["distill_weight"] == 0.8
     assert recorded["inputs"]["teacher_weights"] == runs.fingerprint_file(file)
     assert all(0 < row["distilled"] < 2 for row in rows(folder))
-    again = Teacher(SMALL, file)
+    again = Teacher(SMALL, file, SIZE)
     assert not any(parameter.requires_grad for parameter in again.network.parameters())
     assert not again.network.training
 

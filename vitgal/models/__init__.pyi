@@ -1,3 +1,4 @@
+from .checkpoint_files import read_checkpoint as read_checkpoint, use_tensors as use_tensors
 from .descriptors import (
     describe as describe,
     extract_global as extract_global,
@@ -30,15 +31,17 @@ from .network import (
     class_attention as class_attention,
     seeded as seeded,
 )
-from .teacher import Teacher as Teacher, efficientnet_names as efficientnet_names
+from .teacher import (
+    Teacher as Teacher,
+    efficientnet_names as efficientnet_names,
+    timm_network as timm_network,
+)
 from .weights import (
     Layout as Layout,
     convert as convert,
     fill as fill,
     initial_weights as initial_weights,
     load_model as load_model,
-    read_checkpoint as read_checkpoint,
     read_configuration as read_configuration,
-    read_tensors as read_tensors,
     save_model as save_model,
 )

@@ -68,6 +68,8 @@ class MultiAtrous(nn.Module):
 
     def __init__(self, dim: int, *, dilations: Sequence[int] = DILATIONS, eta: float = 1.0):
         super().__init__()
+        if len(dilations) >= dim or not all(1 <= rate <= 1000 for rate in dilations):
+            raise ValueError("dilations are numbers from 1 to 1000, fewer than the tokens' width")
         width = dim // (len(dilations) + 1)
         self.dilated_convs = nn.ModuleList(
             nn.Conv2d(dim, width, 3, padding=rate, dilation=rate) for rate in dilations
@@ -149,7 +151,7 @@ class ViTGaL(nn.Module):
             tokens_norm=True,
             drop_path_rate=drop_path,
         )
-        eta = self.backbone.blocks[0].gamma1[0].item()  # 1 for 12 blocks, 1e-5 for 24
+        eta = 1.0 if len(self.backbone.blocks) == 12 else 1e-5  # as XCiT's
         self.local_atrous = MultiAtrous(self.embed_dim, dilations=dilations, eta=eta)
         self.local_atrous.apply(initialise)
         self.autoencoder = None
@@ -172,8 +174,8 @@ class ViTGaL(nn.Module):
 
         Returns the model; raises ValueError where `code_dim` is not positive.
         """
-        if code_dim < 1:
-            raise ValueError(f"code_dim must be at least 1, got {code_dim}")
+        if not 1 <= code_dim <= 4096:
+            raise ValueError(f"code_dim must be from 1 to 4096, got {code_dim}")
         num_heads = self.backbone.cls_attn_blocks[0].attn.num_heads
         with seeded(seed):
             autoencoder = Autoencoder(self.embed_dim, code_dim, num_heads=num_heads)

@@ -1,15 +1,19 @@
-"""The teacher of distillation: a trained network of timm. It is frozen and never saved."""
+"""Networks of timm: built for any size of image they can take, and as teachers of distillation."""
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv
 from torch import Tensor, nn
 
 from vitgal.data import images
 from vitgal.models import weights
+from vitgal.models.checkpoint_files import use_tensors
 
 GEM = 3.0  # exponent of generalised mean pooling
 TINY = 1e-6
@@ -32,6 +36,75 @@ INVERTED = {
 }
 
 
+def timm_network(
+    name: str, size: tuple[int, int], source: Path | None = None, **options: Any
+) -> nn.Module:
+    """Builds a network of timm, in eval mode, for images of one size.
+
+    Many transformers take one size only. They are built for theirs, then their positions are
+    interpolated as timm does it; a network that cannot change is refused with the sizes it takes.
+
+    Args:
+        size: (height, width) in pixels.
+        source: weights: .safetensors or .pth in timm's names or, for an EfficientNet, in those of
+            efficientnet_pytorch; beside the network's tensors it may hold the classifier's.
+        options: of timm.create_model.
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: timm does not know the network, the file does not fit it, or the size.
+    """
+    if ":" not in name and not timm.is_model(name):
+        raise ValueError(f"{name!r} is no network of timm; timm.list_models() has all")
+    network = timm.create_model(name, **options).eval()
+    if source is not None:
+        use_tensors(source, lambda tensors: _fill_timm(network, tensors, source))
+    if _takes(network, size):
+        return network
+    embed = getattr(network, "patch_embed", None)
+    step = embed.patch_size if isinstance(embed, PatchEmbed) else (1, 1)
+    near = tuple(max(1, round(side / part)) * part for side, part in zip(size, step, strict=True))
+    resized = _resized(network, name, near, options | {"pretrained": False})
+    if resized is not None and near == tuple(size):
+        return resized
+    own = "{} x {}".format(*network.pretrained_cfg["input_size"][1:])
+    sizes = own if resized is None else f"sides that are multiples of {step[0]}, as {near}"
+    raise ValueError(f"{name} takes no images of {size[0]} x {size[1]} pixels, only {sizes}")
+
+
+def _takes(network: nn.Module, size: tuple[int, int]) -> bool:
+    try:
+        with torch.inference_mode():
+            network(torch.zeros(1, 3, *size))
+    except Exception:  # each network of timm fails in its own way
+        return False
+    return True
+
+
+def _resized(
+    network: nn.Module, name: str, size: tuple[int, int], options: dict[str, Any]
+) -> nn.Module | None:
+    """The network for another size, its positions interpolated; None where timm has none."""
+    adapt = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    state = network.state_dict()
+    try:
+        resized = timm.create_model(name, img_size=size, **options).eval()
+        resized.load_state_dict(adapt(state, resized) if adapt else state)
+    except Exception:  # as above
+        return None
+    return resized if _takes(resized, size) else None
+
+
+def _fill_timm(network: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    names = efficientnet_names(network)
+    if not names.keys() & {key.rpartition(".")[0] for key in tensors}:
+        names = {}  # the file uses timm's names
+    layout = weights.make_layout(network.state_dict(), _renamer(names))
+    classifiers = network.pretrained_cfg.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    dropped = tuple(f"{layer}." for layer in (*classifiers, "_fc"))
+    weights.fill(network, tensors, layout, dropped=dropped, source=source)
+
+
 class Teacher:
     """A trained network of timm that computes descriptors, frozen and in eval mode.
 
@@ -39,25 +112,13 @@ class Teacher:
     outputs as timm does. The class is no nn.Module, so that its tensors are not saved with the
     network that holds it.
 
-    Args:
-        name: timm's, as "tf_efficientnet_lite0".
-        source: its weights: .safetensors or .pth in timm's names or, for an EfficientNet, in those
-            of efficientnet_pytorch.
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: timm does not know the network, or the file does not fit it.
+    name: timm's, as "tf_efficientnet_lite0".  source: its weights.  size: (height, width) of its
+    images; and errors: as `timm_network`.
     """
 
-    def __init__(self, name: str, source: Path):
-        if not timm.is_model(name):
-            raise ValueError(f"teacher {name!r} is no network of timm; timm.list_models() has all")
-        network = timm.create_model(name)
-        tensors, names = weights.read_tensors(source), efficientnet_names(network)
-        if not names.keys() & {key.rpartition(".")[0] for key in tensors}:
-            names = {}  # the file uses timm's names
-        layout = weights.make_layout(network.state_dict(), _renamer(names))
-        weights.fill(network, tensors, layout, source=source)
-        self.network = network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    def __init__(self, name: str, source: Path, size: tuple[int, int]):
+        network = timm_network(name, size, source)
+        self.network = network.requires_grad_(False).to(memory_format=torch.channels_last)
         # From our normalisation to the teacher's.
         config = timm.data.resolve_model_data_config(network)
         mean, std, own_mean, own_std = (
@@ -65,7 +126,7 @@ class Teacher:
             for values in (images.MEAN, images.STD, config["mean"], config["std"])
         )
         self.factor, self.offset = std / own_std, (mean - own_mean) / own_std
-        self.dim = self.describe(torch.zeros(1, *config["input_size"])).shape[1]
+        self.dim = self.describe(torch.zeros(1, 3, *size)).shape[1]
 
     @torch.no_grad()
     def describe(self, pictures: Tensor) -> Tensor:

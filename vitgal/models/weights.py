@@ -7,10 +7,10 @@ A layout maps a file's tensor names to the model's. There are three; errors use 
   tensor and a ViTGaL autoencoder checkpoint has its backbone under `retrieval_back_bone.`;
 * timm: the names of timm's XCiT, for ImageNet weights.
 
-No code from a file is run: `.pth` are read by torch's weights-only unpickler.
+No network is built before the file's names and shapes fit it.
 """
 
-import argparse
+import functools
 import json
 import re
 import statistics
@@ -19,44 +19,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vitgal import runs
+from vitgal.features.files import FileError
+from vitgal.models.checkpoint_files import (
+    REMEDY,
+    abridged,
+    is_safetensors,
+    open_safetensors,
+    read_safetensors,
+    use_tensors,
+)
 from vitgal.models.network import ARCHITECTURES, ViTGaL, build_model
 
 FORMAT = 1
 CONFIGURATION = "vitgal"  # the metadata entry that holds the configuration
 BACKBONE_PREFIX = "retrieval_back_bone."
-NAMED = 4  # tensors that an error lists of each kind
 Layout = dict[str, tuple[str, ...]]  # a file's name -> the model's, stacked along the first axis
 
 
 def load_model(source: str | Path, device: str | torch.device = "cpu") -> ViTGaL:
-    """Loads a ViTGaL model from a published `.pth` or from our `.safetensors`.
+    """Loads a ViTGaL model, float32 in eval mode, from a published `.pth` or our `.safetensors`.
 
     The architecture is taken from the configuration inside our file, or from width and depth of a
-    published one (backbone or autoencoder checkpoint; its classifier `head.*` is left out).
+    published one (backbone or autoencoder checkpoint; its classifier `head.*` is left out). A
+    `.pth` with our names is read too. Prefixes of wrappers: see `use_tensors`.
 
-    Returns:
-        The model in eval mode, float32.
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file is cut off, no checkpoint, of another architecture, tries to run code,
             or has a tensor missing, unexpected or misshapen; the message names file and tensor.
     """
     source = Path(source)
-    tensors, metadata = _read(source)
-    if _is_safetensors(source):
-        model = _build(source, _parse_configuration(source, metadata))
-        layout, dropped = make_layout(model.state_dict(), str), ()
-    else:
-        model = _build(source, _published_configuration(source, tensors))
-        official = _official_name if model.code_dim is None else _official_autoencoder_name
-        layout, dropped = make_layout(model.state_dict(), official), ("head.",)
-    fill(model, tensors, layout, dropped=dropped, source=source)
-    return model.to(device)
+    if is_safetensors(source):
+        tensors, metadata = read_safetensors(source)
+        return _filled(source, tensors, _parse_configuration(source, metadata)).to(device)
+    return use_tensors(source, functools.partial(_load_unlabelled, source)).to(device)
 
 
 def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) -> None:
@@ -73,28 +74,33 @@ def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) ->
         FileNotFoundError: there is no such file.
         ValueError: as `load_model`; the model is then unchanged.
     """
-    in_memory = isinstance(source, Mapping)
-    tensors = source if in_memory else read_tensors(source)
-    if any(key.startswith("backbone.") for key in tensors):
-        keys = (key for key in model.state_dict() if not key.startswith("autoencoder."))
-        rename, dropped = str, ("autoencoder.",)
+
+    def fill_backbone(tensors: Mapping[str, Tensor]) -> None:
+        """Fills the model with tensors in any of the three layouts."""
+        if any(key.startswith("backbone.") for key in tensors):
+            keys = (key for key in model.state_dict() if not key.startswith("autoencoder."))
+            rename, dropped = str, ("autoencoder.",)
+        else:
+            official = any(re.match(r"cls_attn_blocks\.\d+\.attn\.qkv\.", key) for key in tensors)
+            keys = (key for key in model.state_dict() if key.startswith("backbone."))
+            rename = _official_name if official else _timm_name
+            dropped = ("head.", "cls_attn_blocks.1.")
+        fill(model, tensors, make_layout(keys, rename), dropped=dropped, source=name)
+
+    if isinstance(source, Mapping):
+        name = "the state dict"
+        fill_backbone(source)
     else:
-        official = any(re.match(r"cls_attn_blocks\.\d+\.attn\.qkv\.", key) for key in tensors)
-        keys = (key for key in model.state_dict() if key.startswith("backbone."))
-        rename = _official_name if official else _timm_name
-        dropped = ("head.", "cls_attn_blocks.1.")
-    name = "the state dict" if in_memory else source
-    fill(model, tensors, make_layout(keys, rename), dropped=dropped, source=name)
+        name = source
+        use_tensors(source, fill_backbone)
 
 
 def save_model(model: ViTGaL, path: str | Path, *, dtype: str = "float32", **metadata: Any) -> Path:
-    """Writes a model with its configuration as `.safetensors`: atomically, and reproducibly.
+    """Writes a model with its configuration as `.safetensors`, reproducibly, and returns the path.
 
     Args:
         dtype: "float32", or "float16" for half the size; both load as float32.
         metadata: plain values kept beside the configuration (`read_configuration` returns them).
-    Returns:
-        The path.
     Raises:
         ValueError: another dtype, or a path that does not end in `.safetensors`.
         OSError: the file cannot be written; an older one at `path` is kept.
@@ -135,161 +141,108 @@ def convert(source: str | Path, target: str | Path, *, dtype: str = "float32") -
     return save_model(model, target, dtype=dtype, source_sha256=sha256)
 
 
-# Reading
+# Configurations
 
 
 def read_configuration(path: str | Path) -> dict[str, Any]:
     """Reads the configuration in our `.safetensors`.
 
-    Returns:
-        A dict of format, architecture, code_dim, dilations, and metadata as `save_model` got it.
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not one of ours.
+    It is a dict of format, architecture, code_dim, dilations, and metadata as `save_model` got it.
+    Raises FileNotFoundError, and ValueError where the file is not one of ours.
     """
     path = Path(path)
-    if not _is_safetensors(path):
-        raise ValueError(f"{path} is no .safetensors file")
-    with _open(path) as handle:
+    if not is_safetensors(path):
+        raise FileError(f"{path} is no .safetensors file")
+    with open_safetensors(path) as handle:
         return _parse_configuration(path, handle.metadata())
-
-
-def read_tensors(path: str | Path) -> Mapping[str, Tensor]:
-    """Reads the tensors of any network's file, by name: `.safetensors`, or a `.pth` of tensors.
-
-    They keep the file's dtype and shape and are on the CPU.
-
-    Raises FileNotFoundError, and ValueError where the file is neither.
-    """
-    return _read(Path(path))[0]
-
-
-def read_checkpoint(path: str | Path) -> Any:
-    """Reads a `.pth` on the CPU, without running code from it.
-
-    Plain values, tensors and `argparse.Namespace` (the published checkpoints carry their arguments)
-    are read, every other type is refused.
-
-    Raises FileNotFoundError, and ValueError naming the file and, where one was refused, the type.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {path}")
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a foreign file can fail in any way; each is reported with its name
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise ValueError(
-                f"{path} was refused: it wants to load {refused[1]}, which is neither a tensor nor "
-                "plain data and could run code; get the checkpoint from a source you trust"
-            ) from error
-        raise ValueError(
-            f"{path} is no readable checkpoint (cut off, or another kind of file); fetch it again"
-        ) from error
-
-
-def _is_safetensors(path: Path) -> bool:
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {path}")
-    return path.suffix == ".safetensors"
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is no whole .safetensors file ({error}); fetch or write it again"
-        ) from error
-
-
-def _read(path: Path) -> tuple[Mapping[str, Tensor], dict[str, str] | None]:
-    """All tensors of a file, and the metadata of a `.safetensors`.
-
-    The published `.pth` hold their tensors under `model`.
-    """
-    if _is_safetensors(path):
-        with _open(path) as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata()
-    checkpoint = read_checkpoint(path)
-    tensors = checkpoint.get("model", checkpoint) if isinstance(checkpoint, Mapping) else None
-    if not isinstance(tensors, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in tensors.items()
-    ):
-        raise ValueError(
-            f"{path} holds no model weights: neither tensors nor a dict `model` of them"
-        )
-    return tensors, None
-
-
-# Configurations
 
 
 def _parse_configuration(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
     if CONFIGURATION not in (metadata or {}):
-        raise ValueError(
+        raise FileError(
             f"{path} holds no ViTGaL configuration, so save_model did not write it; ImageNet "
             "weights go to initial_weights"
         )
     try:
         configuration = json.loads(metadata[CONFIGURATION])
         file_format = configuration["format"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds a broken ViTGaL configuration; write it again") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise FileError(f"{path} holds a broken ViTGaL configuration; write it again") from error
     if file_format != FORMAT:
-        raise ValueError(
-            f"{path} has format {file_format!r}, this vitgal reads {FORMAT}; update vitgal"
+        raise FileError(
+            f"{path} has format {runs.short(file_format)}, this vitgal reads {FORMAT}: update it"
         )
     return configuration
 
 
-def _published_configuration(source: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Architecture and code dimension of a published checkpoint, by names and shapes of tensors."""
-    has_autoencoder = any(key.startswith(BACKBONE_PREFIX) for key in tensors)
-    prefix = BACKBONE_PREFIX if has_autoencoder else ""
+def _load_unlabelled(source: Path, tensors: Mapping[str, Tensor]) -> ViTGaL:
+    """Loads a checkpoint whose architecture and code dimension follow from names and shapes."""
+    if any(key.startswith(BACKBONE_PREFIX) for key in tensors):
+        prefix, rename = BACKBONE_PREFIX, _official_autoencoder_name
+    elif "backbone.cls_token" in tensors:
+        prefix, rename = "backbone.", str
+    else:
+        prefix, rename = "", _official_name
     token = f"{prefix}cls_token"
-    block = re.compile(rf"{re.escape(prefix)}blocks\.(\d+)\.")
+    block = re.compile(rf"{re.escape(prefix)}blocks\.(\d{{1,3}})\.")
     depth = max((int(match[1]) + 1 for key in tensors if (match := block.match(key))), default=0)
     if token not in tensors or not depth:
-        raise ValueError(
+        raise FileError(
             f"{source} holds no ViTGaL weights (no {token} or no blocks); its tensors are "
-            f"{_abridged(tensors) or 'none'}"
+            f"{abridged(tensors) or 'none'}; {REMEDY}"
         )
-    if not any(key.startswith(f"{prefix}local_atrous.") for key in tensors):
-        raise ValueError(
-            f"{source} has no {prefix}local_atrous.*, so it is XCiT and not ViTGaL; ImageNet "
-            "weights go to initial_weights"
+    atrous = rename("local_atrous.")
+    if not any(key.startswith(atrous) for key in tensors):
+        raise FileError(
+            f"{source} has no {atrous}*, so it is XCiT and not ViTGaL; ImageNet weights go to "
+            "initial_weights"
         )
     size = (tensors[token].numel(), depth)
     names = [name for name, known_size in ARCHITECTURES.items() if known_size == size]
     if not names:
         known = ", ".join(f"{name} {known_size}" for name, known_size in ARCHITECTURES.items())
-        raise ValueError(
+        raise FileError(
             f"{source} is of another architecture: its {token} has width {size[0]} and its blocks "
             f"number {depth}; known: {known}"
         )
-    code_dim = _published_code_dim(source, tensors) if has_autoencoder else None
-    return {"architecture": names[0], "code_dim": code_dim}
+    code_dim = _code_dim(source, tensors, rename) if rename is not _official_name else None
+    configuration = {"architecture": names[0], "code_dim": code_dim}
+    return _filled(source, tensors, configuration, rename, ("head.",))
 
 
-def _published_code_dim(source: Path, tensors: Mapping[str, Tensor]) -> int:
+def _code_dim(
+    source: Path, tensors: Mapping[str, Tensor], rename: Callable[[str], str]
+) -> int | None:
     """The code dimension by majority of three tensors, so that `fill` reports a misshapen one."""
-    axes = {"whitening_layer.weight": 0, "whitening_layer.bias": 0, "ae_decoder_layer.weight": -1}
+    parts = {"encoder.weight": 0, "encoder.bias": 0, "decoder.weight": -1}
+    axes = {rename(f"autoencoder.{part}"): axis for part, axis in parts.items()}
     shapes = {key: tensors[key].shape for key in axes if key in tensors and tensors[key].ndim}
-    if not shapes:
-        raise ValueError(f"{source} lacks matrices {', '.join(axes)}")
-    return statistics.mode(shape[axes[key]] for key, shape in shapes.items())
+    if not shapes and rename is not str:
+        raise FileError(f"{source} lacks matrices {', '.join(axes)}")
+    sizes = [shape[axes[key]] for key, shape in shapes.items()]
+    return statistics.mode(sizes) if sizes else None
 
 
-def _build(source: Path, configuration: dict[str, Any]) -> ViTGaL:
+def _filled(
+    source: Path,
+    tensors: Mapping[str, Tensor],
+    configuration: dict[str, Any],
+    rename: Callable[[str], str] = str,
+    dropped: tuple[str, ...] = (),
+) -> ViTGaL:
+    """Builds the network without memory for its tensors, and fills it if all of them fit."""
     keys = {"architecture", "code_dim", "dilations"} & configuration.keys()
     try:
-        # Any seed: it leaves torch's random state unchanged.
-        return build_model(**{key: configuration[key] for key in keys}, seed=0)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source} asks for a network that cannot be built: {error}") from error
+        with torch.device("meta"):
+            # Any seed: it leaves torch's random state unchanged.
+            model = build_model(**{key: configuration[key] for key in keys}, seed=0)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise FileError(
+            f"{source} asks for a network that cannot be built: {runs.printable(error)[:200]}"
+        ) from error
+    layout = make_layout(model.state_dict(), rename)
+    fill(model, tensors, layout, dropped=dropped, source=source)
+    return model
 
 
 # Layouts
@@ -349,9 +302,11 @@ def fill(
         ],
     }
     if any(problems.values()):
-        lines = [f"{kind}: {_abridged(names)}" for kind, names in problems.items() if names]
+        lines = [f"{kind}: {abridged(names)}" for kind, names in problems.items() if names]
         name = getattr(network, "architecture", type(network).__name__)
-        raise ValueError(f"{source} does not fit {name}; " + "; ".join(lines))
+        raise FileError(f"{source} does not fit {name}; " + "; ".join([*lines, REMEDY]))
+    if any(value.is_meta for value in own.values()):
+        own = network.to_empty(device="cpu").state_dict()
     with torch.no_grad():
         for name, keys in layout.items():
             parts = tensors[name].chunk(len(keys)) if len(keys) > 1 else [tensors[name]]
@@ -369,10 +324,3 @@ def _misfit(tensor: Tensor, parts: list[Tensor]) -> str | None:
     if tensor.is_floating_point() != parts[0].is_floating_point():
         return f"{tensor.dtype} instead of {parts[0].dtype}"
     return None
-
-
-def _abridged(names: Iterable[str]) -> str:
-    """The first few names and the number of the others."""
-    names = list(names)
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

@@ -135,7 +135,8 @@ def _retrieval_network(settings: TrainingSettings, classes: int) -> RetrievalNet
         )
         if settings.teacher is None:
             return RetrievalNetwork(model, head, settings.label_smoothing)
-        teacher = Teacher(settings.teacher, runs.resolve(settings.teacher_weights))
+        size = settings.image_size, settings.image_size
+        teacher = Teacher(settings.teacher, runs.resolve(settings.teacher_weights), size)
         return DistilledNetwork(
             model, head, teacher, settings.distill_weight, settings.label_smoothing
         )
