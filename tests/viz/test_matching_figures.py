@@ -1,6 +1,5 @@
 """Keypoints, matches and inliers on photographs."""
 
-import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -48,19 +47,6 @@ def test_feature_counts_are_counted():
     labels = [tick.get_text() for tick in by_scale.get_xticklabels()]
     assert labels == ["0.5", "0.7071", "nan"]
     assert matching.feature_counts([], [])[1].get_title("left").startswith("0 features")
-
-
-def test_homography_to_pixels_agrees_with_the_keypoints():
-    rng = np.random.default_rng(0)
-    homography = np.array([[0.9, 0.1, 12], [-0.2, 1.1, 3], [1e-4, -2e-4, 1]])
-    points = rng.uniform(0, 90, (20, 2))
-    mapped = np.array([cv2.perspectiveTransform(points[None], homography)])[0, 0]
-    query = features(points)
-    database = features(mapped, input_size=(64, 96), box=(3, 0, 50, 77), image_size=(80, 60))
-    result = matching.homography_to_pixels(homography, query, database)
-    projected = cv2.perspectiveTransform(query.original_keypoints()[None].astype(float), result)[0]
-    # keypoints are float32: 1e-5 of coordinates up to 100, magnified a little
-    assert projected == pytest.approx(database.original_keypoints(), abs=1e-3)
 
 
 def points_of(image: np.ndarray, points: list, box: tuple | None = None) -> LocalFeatures:

@@ -49,7 +49,7 @@ def test_frames_can_be_told_apart_without_red_green_vision():
         assert nearest([*style.LABEL_COLOURS.values(), style.QUERY_COLOUR], matrix) > 20
     usual = ("#009E73", "#E69F00", "#D55E00", "#999999")
     assert nearest(usual, seen["deuteranope"]) < 20  # the test can tell
-    assert len(set(style.LABEL_LETTERS.values())) == 4
+    assert len({label[0] for label in style.LABEL_COLOURS}) == 4
 
 
 def test_a_file_and_grey_pixels_are_drawn_as_their_pixels(tmp_path):

@@ -59,7 +59,11 @@ class LocalFeatures:
         return replace(self, **{name: getattr(self, name)[index] for name in names})
 
     def original_keypoints(self) -> np.ndarray:
-        """Returns the keypoints (N, 2) float32 as (x, y) in pixels of the stored photograph.
+        """Returns the keypoints (N, 2) as `to_photograph` does."""
+        return self.to_photograph(self.keypoints)
+
+    def to_photograph(self, points: np.ndarray) -> np.ndarray:
+        """Returns points (N, 2) of the network's input as float32 pixels of the stored photograph.
 
         (0, 0) is the centre of the photograph's top-left pixel, as matplotlib draws. Raises
         ValueError where box and sizes are unknown (all zero), as after a plain import of
@@ -72,4 +76,4 @@ class LocalFeatures:
                 "not stored: extract them again"
             )
         factor = np.array([x1 - x0, y1 - y0], np.float64) / np.array(self.input_size[::-1])
-        return (self.keypoints * factor + (x0, y0) - 0.5).astype(np.float32)
+        return (points * factor + (x0, y0) - 0.5).astype(np.float32)

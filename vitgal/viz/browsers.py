@@ -111,9 +111,8 @@ class Chooser:
         """first: the index that is chosen; IndexError where the list does not have it."""
         if options and first not in [value for _, value in options]:
             raise IndexError(f"there is no {label} {first}: choose 0 to {len(options) - 1}")
-        self.list = widgets.Dropdown(
-            options=options, value=first if options else None, description=label, layout=LIST
-        )
+        value = first if options else None
+        self.list = widgets.Dropdown(options=options, value=value, description=label, layout=LIST)
         arrows = [widgets.Button(description=sign, layout=NARROW) for sign in "◀▶"]
         for arrow, step in zip(arrows, (-1, 1), strict=True):
             arrow.on_click(lambda _, step=step: self._move(step))
@@ -190,25 +189,21 @@ def browse_failures(
 
     def entries() -> Options:
         """The queries in their order, each with its AP in percent, before and after reranking."""
-        table = failure_table(
-            run, dataset, order.value, protocol=protocols.value, reranked=reranked
-        )
-        after = [f" → {100 * ap:.0f}" if reranked else "" for ap in table["after"]]
-        return [
-            (f"{query}  {printable(row.query)}   AP {100 * row.before:.0f}{end}", int(query))
-            for query, row, end in zip(table.index, table.itertuples(), after, strict=True)
-        ]
+        table = failure_table(run, dataset, order.value, protocols.value, reranked=reranked)
+        options = []
+        for row in table.itertuples():
+            after = f" → {100 * row.after:.0f}" if reranked else ""
+            text = f"{row.Index}  {printable(row.query)}   AP {100 * row.before:.0f}{after}"
+            options.append((text, int(row.Index)))
+        return options
 
     def draw() -> None:
         if query.value is None:
             print("nothing to choose from")
-            return
-        failure_figure(
-            *(run, dataset, query.value),
-            protocol=protocols.value,
-            columns=columns,
-            reranked=reranked,
-        )
+        else:
+            failure_figure(
+                *(run, dataset, query.value, protocols.value), columns=columns, reranked=reranked
+            )
 
     def sort(_: object) -> None:
         with unobserved(query.list, output.redraw):
@@ -225,12 +220,7 @@ def browse_failures(
 
 
 class PhotographBrowser:
-    """The controls and the pictures of `browse_photographs`.
-
-    Attributes:
-        result: the last search.
-        widget: what a notebook shows.
-    """
+    """The controls and the pictures of `browse_photographs`; `widget` is what is shown."""
 
     def __init__(
         self,
@@ -334,13 +324,8 @@ def browse_photographs(
 ) -> widgets.VBox:
     """Shows a browser over one's own photographs; a search with a new box runs the network once.
 
-    Args:
-        photographs: the described folder.
-        query: the first query, as `search_folder` takes it.
-        box: its box (x0, y0, x1, y1) in pixels of the upright photograph; None: all of it.
-        settings: of every search.
-        columns: photographs in a row of the ranking.
-    Raises:
-        PhotographError: the first search fails.
+    query: the first one, as `search_folder` takes it. box: its box (x0, y0, x1, y1) in pixels of
+    the upright photograph; None: all of it. settings: of every search. columns: photographs in a
+    row of the ranking. Raises PhotographError where the first search fails.
     """
     return PhotographBrowser(photographs, query, box, settings, columns).widget

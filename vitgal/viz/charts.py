@@ -12,16 +12,9 @@ from vitgal.data.revisited import PROTOCOLS
 from vitgal.evaluation import statistics
 from vitgal.evaluation.tuning import Tuning
 from vitgal.settings import RerankingSettings
+from vitgal.viz import style
 from vitgal.viz.drawing import drawable, outlined, sentence_figure, shorten, text_width
-from vitgal.viz.style import (
-    BAND_OPACITY,
-    BAR_COLOURS,
-    CURVE_COLOURS,
-    INK,
-    LABEL_COLOURS,
-    LINE_STYLES,
-    styled,
-)
+from vitgal.viz.style import CURVE_COLOURS, INK, LINE_STYLES, styled
 
 WIDTH = 9.0  # inches, of the changes of all queries
 # Training logs: title of a panel -> columns of log.jsonl and their names in the legend
@@ -153,7 +146,7 @@ def draw_curves(
 def _draw_band(
     axes: Axes, positions: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str
 ) -> None:
-    axes.fill_between(positions, low, high, color=colour, alpha=BAND_OPACITY, linewidth=0)
+    axes.fill_between(positions, low, high, color=colour, alpha=style.BAND_OPACITY, linewidth=0)
 
 
 @styled
@@ -173,9 +166,9 @@ def ap_change(table: pd.DataFrame) -> Axes:
         return sentence_figure("no query has a positive image")
     _, axes = plt.subplots(figsize=(WIDTH, 3.2))
     positions, up = np.arange(len(change)), change.to_numpy() >= 0
-    axes.bar(positions[up], change[up], color=LABEL_COLOURS["easy"], width=0.8)
+    axes.bar(positions[up], change[up], color=style.LABEL_COLOURS["easy"], width=0.8)
     down = axes.bar(positions[~up], change[~up], color="white", width=0.8, hatch="//////")
-    plt.setp(list(down), edgecolor=LABEL_COLOURS["negative"])
+    plt.setp(list(down), edgecolor=style.LABEL_COLOURS["negative"])
     axes.axhline(0, color=INK, linewidth=0.8)
     axes.grid(axis="y")
     axes.set(ylabel="change of AP (points)", xlim=(-0.7, len(change) - 0.3), xticks=[])
@@ -218,8 +211,10 @@ def score_bars(
         positions = ticks + (index - (len(scores) - 1) / 2) * bar
         values = [_percent(row.get(protocol)) for protocol in PROTOCOLS]
         bars = axes.bar(positions, values, 0.92 * bar, edgecolor=INK, linewidth=0.5)
-        hatch = "////" if index >= len(BAR_COLOURS) else ""
-        plt.setp(list(bars), facecolor=BAR_COLOURS[index % len(BAR_COLOURS)], hatch=hatch)
+        hatch = "////" if index >= len(style.BAR_COLOURS) else ""
+        plt.setp(
+            list(bars), facecolor=style.BAR_COLOURS[index % len(style.BAR_COLOURS)], hatch=hatch
+        )
         bars.set_label(names[index])
         for protocol, x, value in zip(PROTOCOLS, positions, values, strict=True):
             top = _draw_whisker(axes, x, value, intervals.get(system, {}).get(protocol))

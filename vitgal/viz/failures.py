@@ -29,8 +29,8 @@ def failure_table(
     run: Path,
     dataset: RetrievalDataset | str,
     by: str = "ap",
-    *,
     protocol: str = "medium",
+    *,
     reranked: bool = True,
 ) -> pd.DataFrame:
     """Lists the queries of a run, the worst first.
@@ -76,8 +76,8 @@ def failure_figure(
     run: Path,
     dataset: RetrievalDataset | str,
     query_index: int,
-    *,
     protocol: str = "medium",
+    *,
     columns: int = 8,
     reranked: bool = True,
 ) -> Figure:

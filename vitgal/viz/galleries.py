@@ -13,27 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import ConnectionPatch, Patch, Rectangle
 
 from vitgal.runs import printable
-from vitgal.viz.drawing import (
-    ImageSource,
-    draw_photograph,
-    drawable,
-    hide_frame,
-    read_pixels,
-    sentence_figure,
-    shorten,
-    shorten_lines,
-    text_width,
-    tighten,
-    write_sentence,
-)
-from vitgal.viz.style import (
-    BOX_COLOUR,
-    CAPTION_SIZE,
-    LABEL_COLOURS,
-    LABEL_LETTERS,
-    QUERY_COLOUR,
-    styled,
-)
+from vitgal.viz import drawing
+from vitgal.viz.style import BOX_COLOUR, CAPTION_SIZE, LABEL_COLOURS, QUERY_COLOUR, styled
 
 WIDTH = 11.0  # inches, of rankings
 
@@ -42,39 +23,36 @@ WIDTH = 11.0  # inches, of rankings
 class QueryImage:
     """A query's photograph, its box (x0, y0, x1, y1) in pixels (None: all of it), its title."""
 
-    image: ImageSource
+    image: drawing.ImageSource
     box: Sequence[float] | None = None
     title: str = "query"
 
 
 @dataclass(frozen=True, eq=False)
 class RankedImage:
-    """A database image in a ranking.
+    """A database image in a ranking; ValueError for an unknown label.
 
     Attributes:
         key: identifies the image in another ranking, for example its database index.
         image: the photograph.
         label: "easy", "hard", "junk" or "negative", the colour of its frame; None: no frame.
         caption: drawn beside it; may hold a line break.
-    Raises:
-        ValueError: the label is unknown.
     """
 
     key: Hashable
-    image: ImageSource
+    image: drawing.ImageSource
     label: str | None = None
     caption: str = ""
 
     def __post_init__(self) -> None:
         if self.label not in (*LABEL_COLOURS, None):
-            raise ValueError(
-                f"{self.key}: unknown label {self.label!r}; use {', '.join(LABEL_COLOURS)} or None"
-            )
+            names = ", ".join(LABEL_COLOURS)
+            raise ValueError(f"{self.key}: unknown label {self.label!r}; use {names} or None")
 
 
 @styled
 def contact_sheet(
-    images: Sequence[ImageSource],
+    images: Sequence[drawing.ImageSource],
     titles: Sequence[object] | None = None,
     *,
     columns: int = 8,
@@ -82,31 +60,27 @@ def contact_sheet(
 ) -> np.ndarray:
     """Draws small pictures of many photographs, row by row.
 
-    Args:
-        images: of any aspect.
-        titles: one an image; may hold line breaks. A title wider than its picture loses its middle.
-        width: of the figure, in inches.
-    Returns:
-        The axes, shape (rows, columns), blank after the last image; a sentence without images.
-    Raises:
-        ValueError: an array is no photograph, or the number of titles differs.
+    images: of any aspect. titles: one an image; may hold line breaks. A title wider than its
+    picture loses its middle. width: of the figure, in inches. Returns the axes, shape (rows,
+    columns), blank after the last image; a sentence without images. Raises ValueError where an
+    array is no photograph or the number of titles differs.
     """
     titles = [""] * len(images) if titles is None else [str(title) for title in titles]
     if len(titles) != len(images):
         raise ValueError(f"{len(titles)} titles for {len(images)} images: give one each, or None")
-    pictures = [read_pixels(image) for image in images]
+    pictures = [drawing.read_pixels(image) for image in images]
     rows, inches = -(-len(pictures) // columns), width / columns
     if not pictures:
-        return np.array([[sentence_figure("no images")]])
+        return np.array([[drawing.sentence_figure("no images")]])
     lines = max((title.count("\n") + 1 for title in titles if title), default=0)
     size = (width, rows * (0.75 * inches + 0.135 * lines + 0.1) + 0.1)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    tighten(figure)
+    drawing.tighten(figure)
     for cell in axes.flat:
-        hide_frame(cell)
+        drawing.hide_frame(cell)
     for cell, picture, title in zip(axes.flat, pictures, titles, strict=False):
-        draw_photograph(cell, picture, inches)
-        cell.set_title(shorten_lines(title, 0.94 * inches), fontsize=CAPTION_SIZE)
+        drawing.draw_photograph(cell, picture, inches)
+        cell.set_title(drawing.shorten_lines(title, 0.94 * inches), fontsize=CAPTION_SIZE)
     return axes
 
 
@@ -126,7 +100,7 @@ def ranking_rows(
     if len(queries) != len(rankings):
         raise ValueError(f"{len(queries)} queries, but {len(rankings)} rankings: give one each")
     if not queries:
-        return np.array([[sentence_figure("no queries")]])
+        return np.array([[drawing.sentence_figure("no queries")]])
     rows = [_with_pixels(ranking[:columns]) for ranking in rankings]
     axes, inches = _make_axes(_with_pixels(queries), len(rows), columns, extra=0.35)
     for row, images in zip(axes, rows, strict=True):
@@ -146,16 +120,10 @@ def stacked_rankings(
     """Draws rankings of one query above each other, with a table of words below.
 
     Arrows lead from a labelled image's position in the first ranking to that in the second.
-
-    Args:
-        query: drawn once.
-        rankings: one or two of name -> images, best first. An empty one says so.
-        reasons: a table whose rows are written below; None or no row: no table.
-        columns: images drawn of each ranking; None: all.
-    Returns:
-        The axes, shape (rankings, 1 + columns), the query's in each row.
-    Raises:
-        ValueError: an array is no photograph.
+    rankings: one or two of name -> images, best first; an empty one says so. reasons: a table whose
+    rows are written below. columns: images drawn of each ranking; None: all. Returns the axes,
+    shape (rankings, 1 + columns), the query's in each row. Raises ValueError where an array is no
+    photograph.
     """
     rows = [_with_pixels(images[:columns]) for images in rankings.values()]
     columns = columns or max([1, *map(len, rows)])
@@ -165,13 +133,13 @@ def stacked_rankings(
     axes, inches = _make_axes(_with_pixels([query]), len(rows), columns, extra=extra, lines=lines)
     for number, (images, name) in enumerate(zip(rows, rankings, strict=True)):
         _draw_row(axes[number, 1:], images, inches, below=labelled and number > 0)
-        axes[number, 1].set_ylabel(drawable(name))
+        axes[number, 1].set_ylabel(drawing.drawable(name))
     figure = axes[0, 0].figure
     if len(rows) == 2 and labelled:
         _draw_arrows(axes[:, 1:], rows)
     if lines:
         grid = axes[0, 0].get_gridspec()
-        write_table(figure.add_subplot(grid[len(rows), :]), reasons, WIDTH)
+        _write_table(figure.add_subplot(grid[len(rows), :]), reasons, WIDTH)
     if labelled:
         _add_legend(figure, rows)
     return axes
@@ -211,7 +179,7 @@ def before_after(
 
 def _with_pixels(images: Sequence[Any]) -> list[Any]:
     """Queries or ranked images with their photographs read."""
-    return [replace(image, image=read_pixels(image.image)) for image in images]
+    return [replace(image, image=drawing.read_pixels(image.image)) for image in images]
 
 
 def _make_axes(
@@ -225,10 +193,9 @@ def _make_axes(
     inches = WIDTH / sum(ratios)
     heights = [0.75 * inches + 0.3] * rows + ([0.175 * (lines + 1)] if lines else [])
     figure = plt.figure(figsize=(WIDTH, sum(heights) + extra))
-    tighten(figure)
-    grid = figure.add_gridspec(
-        len(heights), len(ratios), width_ratios=ratios, height_ratios=heights
-    )
+    drawing.tighten(figure)
+    sizes = (len(heights), len(ratios))
+    grid = figure.add_gridspec(*sizes, width_ratios=ratios, height_ratios=heights)
     axes, span = np.empty((rows, 1 + columns), object), rows // len(queries)
     for number, query in enumerate(queries):
         cell = figure.add_subplot(grid[number * span : (number + 1) * span, 0])
@@ -236,7 +203,7 @@ def _make_axes(
         _draw_query(cell, query, 1.25 * inches)
     for row, column in np.ndindex(rows, columns):
         axes[row, 1 + column] = figure.add_subplot(grid[row, 2 + column])
-        hide_frame(axes[row, 1 + column])
+        drawing.hide_frame(axes[row, 1 + column])
     return axes, inches
 
 
@@ -251,9 +218,10 @@ def _draw_query(axes: Axes, query: QueryImage, inches: float) -> None:
         axes.add_patch(
             Rectangle(corner, x1 - x0, y1 - y0, fill=False, edgecolor=BOX_COLOUR, linewidth=1.6)
         )
-    draw_photograph(axes, image, inches)
+    drawing.draw_photograph(axes, image, inches)
     axes.spines[:].set(visible=True, color=QUERY_COLOUR, linewidth=2.5)
-    axes.set_title(shorten(query.title, 0.94 * inches), fontsize=CAPTION_SIZE, color=QUERY_COLOUR)
+    title = axes.set_title(drawing.shorten(query.title, 0.94 * inches), fontsize=CAPTION_SIZE)
+    title.set_color(QUERY_COLOUR)
 
 
 def _draw_row(
@@ -261,23 +229,20 @@ def _draw_row(
 ) -> None:
     """One ranking's photographs in their frames, with captions above or below."""
     if not images:
-        write_sentence(cells[0], "no image\nranked")
+        drawing.write_sentence(cells[0], "no image\nranked")
     for axes, image in zip(cells, images, strict=False):
-        draw_photograph(axes, image.image, inches)
+        drawing.draw_photograph(axes, image.image, inches)
         if image.label is not None:
             _draw_label(axes, image.label)
-        caption = shorten_lines(image.caption, 0.92 * inches)
-        if below:
-            axes.set_anchor("S")
-            axes.set_xlabel(caption, fontsize=CAPTION_SIZE)
-        else:
-            axes.set_title(caption, fontsize=CAPTION_SIZE)
+        caption = drawing.shorten_lines(image.caption, 0.92 * inches)
+        (axes.set_xlabel if below else axes.set_title)(caption, fontsize=CAPTION_SIZE)
+        axes.set_anchor("S" if below else "N")
 
 
 def _draw_label(axes: Axes, label: str) -> None:
     """A frame in the label's colour, with the label's letter in the corner."""
     axes.spines[:].set(visible=True, color=LABEL_COLOURS[label], linewidth=2.5)
-    letter = axes.text(0, 1, LABEL_LETTERS[label], transform=axes.transAxes, fontsize=CAPTION_SIZE)
+    letter = axes.text(0, 1, label[0].upper(), transform=axes.transAxes, fontsize=CAPTION_SIZE)
     letter.set(ha="left", va="top", fontweight="bold")
     letter.set_color("white" if label in ("easy", "negative") else "black")
     letter.set_bbox({"facecolor": LABEL_COLOURS[label], "edgecolor": "none", "pad": 1.8})
@@ -304,9 +269,9 @@ def _add_legend(figure: Figure, rankings: Sequence[Sequence[RankedImage]]) -> No
     """Names the frames that occur."""
     labels = {image.label for ranking in rankings for image in ranking}
     colours = {"query": QUERY_COLOUR}
-    for label, letter in LABEL_LETTERS.items():
+    for label, colour in LABEL_COLOURS.items():
         if label in labels:
-            colours[f"{letter}  {label}"] = LABEL_COLOURS[label]
+            colours[f"{label[0].upper()}  {label}"] = colour
     handles = [
         Patch(facecolor="white", edgecolor=colour, linewidth=2, label=name)
         for name, colour in colours.items()
@@ -314,24 +279,23 @@ def _add_legend(figure: Figure, rankings: Sequence[Sequence[RankedImage]]) -> No
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
 
-def write_table(axes: Axes, table: pd.DataFrame, width: float) -> None:
+def _write_table(axes: Axes, table: pd.DataFrame, width: float) -> None:
     """Writes a table as text: numbers aligned to the right, words to the left.
 
     The first column, the names, is shortened where the columns are wider than `width` inches.
     """
-    hide_frame(axes)
+    drawing.hide_frame(axes)
     axes.set(xlim=(0, 72 * width), ylim=(len(table) + 0.5, -0.5))
     columns = {name: [name, *map(_cell_text, table[name])] for name in table}
-    widths = [max(text_width(text, CAPTION_SIZE) for text in texts) for texts in columns.values()]
+    widths = [max(drawing.text_width(t, CAPTION_SIZE) for t in one) for one in columns.values()]
     gap, left = 14.0, 4.0
     rest = sum(widths[1:]) + gap * len(widths)
     widths[0] = min(widths[0], max(60.0, 72 * width - rest - left))
     for (name, texts), wide in zip(columns.items(), widths, strict=True):
         number = pd.api.types.is_numeric_dtype(table[name])
         for line, text in enumerate(texts):
-            written = axes.text(
-                left + (wide if number else 0), line, shorten(text, wide / 72 + 0.02), va="center"
-            )
+            text = drawing.shorten(text, wide / 72 + 0.02)
+            written = axes.text(left + wide * number, line, text, va="center")
             written.set(ha="right" if number else "left", fontsize=CAPTION_SIZE)
             written.set_fontweight("bold" if line == 0 else "normal")
         left += wide + gap

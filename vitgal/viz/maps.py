@@ -11,27 +11,9 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
 from vitgal.features.local import LocalFeatures
+from vitgal.viz import drawing
 from vitgal.viz.charts import PANELS, draw_curves, filled_columns
-from vitgal.viz.drawing import (
-    ImageSource,
-    draw_photograph,
-    drawable,
-    hide_frame,
-    outlined,
-    pixel_extent,
-    read_pixels,
-    sentence_figure,
-    shrink,
-    tighten,
-    write_sentence,
-)
-from vitgal.viz.style import (
-    DROPPED_COLOURS,
-    HEAT_MAP,
-    INLIER_COLOUR,
-    INLIER_EDGE_COLOUR,
-    styled,
-)
+from vitgal.viz.style import DROPPED_COLOURS, HEAT_MAP, INLIER_COLOUR, INLIER_EDGE_COLOUR, styled
 
 
 def percentile_range(maps: Sequence[np.ndarray], cut: float) -> Normalize:
@@ -51,9 +33,8 @@ def mix_heat(picture: np.ndarray, heat: np.ndarray, box: Sequence[int]) -> np.nd
     x0, y0, x1, y1 = box
     grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
     picture = np.repeat(grey[:, :, None], 3, axis=2)
-    levels = cv2.resize(
-        heat / (heat.max() or 1.0), (x1 - x0, y1 - y0), interpolation=cv2.INTER_NEAREST
-    )
+    heat, size = heat / (heat.max() or 1.0), (x1 - x0, y1 - y0)
+    levels = cv2.resize(heat, size, interpolation=cv2.INTER_NEAREST)
     colours = (plt.get_cmap(HEAT_MAP)(levels)[..., :3] * 255).astype(np.uint8)
     picture[y0:y1, x0:x1] = cv2.addWeighted(picture[y0:y1, x0:x1], 0.4, colours, 0.6, 0)
     return picture
@@ -62,7 +43,7 @@ def mix_heat(picture: np.ndarray, heat: np.ndarray, box: Sequence[int]) -> np.nd
 @styled
 def reconstruction_error(
     log: pd.DataFrame,
-    images: Sequence[ImageSource] = (),
+    images: Sequence[drawing.ImageSource] = (),
     errors: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
     """Draws the autoencoder's reconstruction error over the steps, and its maps over photographs.
@@ -73,7 +54,7 @@ def reconstruction_error(
     the photographs, then their maps. Raises ValueError where the maps are not (h, w) and finite, or
     their number differs from the images'.
     """
-    pictures = [read_pixels(image) for image in images]
+    pictures = [drawing.read_pixels(image) for image in images]
     errors = _check_maps(errors, len(pictures), "error maps")
     columns = PANELS["reconstruction error"]
     ratios = [1.4] + [1.0] * len(pictures)
@@ -85,12 +66,12 @@ def reconstruction_error(
         draw_curves(curves, log, columns, percent=False)
         curves.set_title("reconstruction error", loc="left")
     else:
-        write_sentence(curves, "the log holds no\nreconstruction error")
+        drawing.write_sentence(curves, "the log holds no\nreconstruction error")
     cells = [figure.add_subplot(grid[row, i]) for row in (0, 1) for i in range(1, len(ratios))]
     if pictures:
         norm, inches = percentile_range(errors, 1), width / sum(ratios)
         for index, (picture, error) in enumerate(zip(pictures, errors, strict=True)):
-            draw_photograph(cells[index], picture, inches)
+            drawing.draw_photograph(cells[index], picture, inches)
             _draw_heat(cells[len(pictures) + index], picture, error, norm, inches)
         _add_heat_bar(cells, norm, "squared error per token")
     return np.array([curves, *cells])
@@ -98,7 +79,7 @@ def reconstruction_error(
 
 @styled
 def attention_maps(
-    images: Sequence[ImageSource], before: Sequence[np.ndarray], after: Sequence[np.ndarray]
+    images: Sequence[drawing.ImageSource], before: Sequence[np.ndarray], after: Sequence[np.ndarray]
 ) -> np.ndarray:
     """Draws the class attention before and after the autoencoder over each photograph.
 
@@ -108,23 +89,22 @@ def attention_maps(
     axes, shape (photographs, 3); a sentence without photographs. Raises ValueError where the maps
     are not (h, w) and finite, or their number differs from the images'.
     """
-    pictures = [read_pixels(image) for image in images]
+    pictures = [drawing.read_pixels(image) for image in images]
     before, after = (
         [heat / (heat.mean() or 1.0) for heat in _check_maps(maps, len(pictures), "attention maps")]
         for maps in (before, after)
     )
     if not pictures:
-        return np.array([[sentence_figure("no photographs")]])
+        return np.array([[drawing.sentence_figure("no photographs")]])
     norm = Normalize(0, percentile_range(before + after, 1).vmax)
     inches = 0.88 * 8 / 3  # the colour bar takes the rest
     heights = [min(1.4, picture.shape[0] / picture.shape[1]) * inches for picture in pictures]
     size = (8, sum(heights) + 0.06 * len(heights) + 0.25)
-    figure, axes = plt.subplots(
-        len(pictures), 3, figsize=size, height_ratios=heights, squeeze=False
-    )
-    tighten(figure)
+    rows = len(pictures)
+    figure, axes = plt.subplots(rows, 3, figsize=size, height_ratios=heights, squeeze=False)
+    drawing.tighten(figure)
     for row, picture, *maps in zip(axes, pictures, before, after, strict=True):
-        draw_photograph(row[0], picture, inches)
+        drawing.draw_photograph(row[0], picture, inches)
         for cell, heat in zip(row[1:], maps, strict=True):
             _draw_heat(cell, picture, heat, norm, inches)
     for cell, title in zip(axes[0], ("photograph", "backbone", "autoencoder"), strict=True):
@@ -135,7 +115,7 @@ def attention_maps(
 
 @styled
 def attention_heads(
-    image: ImageSource,
+    image: drawing.ImageSource,
     attention: Mapping[float, np.ndarray],
     scores: Mapping[float, np.ndarray],
     *,
@@ -148,23 +128,23 @@ def attention_heads(
     that the network saw; None: all. Returns the axes, shape (scales, 1 + heads), the scores first;
     a sentence without scales.
     """
-    picture = read_pixels(image)
+    picture = drawing.read_pixels(image)
     if box is not None:
         x0, y0, x1, y1 = (int(side) for side in box)
         picture = picture[y0:y1, x0:x1]
     if not attention:
-        return np.array([[sentence_figure("no scale")]])
+        return np.array([[drawing.sentence_figure("no scale")]])
     columns = 1 + len(next(iter(attention.values())))
     inches = 10 / columns
     height = min(1.4, picture.shape[0] / picture.shape[1]) * inches
     size = (10, len(attention) * (height + 0.08) + 0.3)
     figure, axes = plt.subplots(len(attention), columns, figsize=size, squeeze=False)
-    tighten(figure)
-    small = shrink(picture, inches)
+    drawing.tighten(figure)
+    small = drawing.shrink(picture, inches)
     whole = (0, 0, small.shape[1], small.shape[0])
     for row, (scale, heads) in zip(axes, attention.items(), strict=True):
         for cell, heat in zip(row, (scores[scale], *heads), strict=True):
-            draw_photograph(cell, mix_heat(small, heat, whole), inches)
+            drawing.draw_photograph(cell, mix_heat(small, heat, whole), inches)
         row[0].set_ylabel(f"scale {scale:g}")
     titles = ["score: all heads", *(f"head {number}" for number in range(1, columns))]
     for cell, title in zip(axes[0], titles, strict=True):
@@ -174,7 +154,7 @@ def attention_heads(
 
 @styled
 def dropped_features(
-    image: ImageSource,
+    image: drawing.ImageSource,
     kept: LocalFeatures,
     dropped: LocalFeatures,
     reasons: Sequence[str],
@@ -190,11 +170,11 @@ def dropped_features(
     reasons = np.asarray(reasons, dtype=str)
     if reasons.shape != (len(dropped),):
         raise ValueError(f"{len(dropped)} dropped features, but {reasons.shape} reasons")
-    picture = read_pixels(image)
+    picture = drawing.read_pixels(image)
     height = 4.5 * min(1.3, picture.shape[0] / picture.shape[1])
     figure, axes = plt.subplots(1, 2, figsize=(9, height + 0.6))
     for panel in axes:
-        draw_photograph(panel, picture, 4.5)
+        drawing.draw_photograph(panel, picture, 4.5)
         panel.autoscale(False)
     (dots,) = axes[0].plot(*kept.original_keypoints().T, "o", color=INLIER_COLOUR, markersize=3.5)
     dots.set_markeredgecolor(INLIER_EDGE_COLOUR)
@@ -202,9 +182,10 @@ def dropped_features(
     axes[1].set_title(f"{len(dropped)} dropped")
     points = dropped.original_keypoints()
     for name, marker, colour in zip(sorted(set(reasons)), "x+1", DROPPED_COLOURS, strict=False):
+        count, meaning = (reasons == name).sum(), (titles or {}).get(name, name)
         (marks,) = axes[1].plot(*points[reasons == name].T, marker, color=colour, markersize=3.5)
-        marks.set_path_effects(outlined("black", 2.2))
-        marks.set_label(drawable(f"{(reasons == name).sum()}: {(titles or {}).get(name, name)}"))
+        marks.set_path_effects(drawing.outlined("black", 2.2))
+        marks.set_label(drawing.drawable(f"{count}: {meaning}"))
     if len(dropped):
         figure.legend(loc="outside lower right")
     return axes
@@ -225,17 +206,16 @@ def _draw_heat(
     axes: Axes, image: np.ndarray, heat: np.ndarray, norm: Normalize, inches: float
 ) -> None:
     """A map of tokens over a grey copy of the photograph, which it spans."""
-    grey = cv2.cvtColor(shrink(image, inches), cv2.COLOR_RGB2GRAY)
-    extent = pixel_extent(image)
+    grey = cv2.cvtColor(drawing.shrink(image, inches), cv2.COLOR_RGB2GRAY)
+    extent = drawing.pixel_extent(image)
     axes.imshow(grey, extent=extent, cmap="gray", vmin=0, vmax=255)
     axes.imshow(heat, cmap=HEAT_MAP, norm=norm, alpha=0.6, interpolation="nearest", extent=extent)
-    hide_frame(axes)
+    drawing.hide_frame(axes)
 
 
 def _add_heat_bar(cells: Sequence[Axes], norm: Normalize, label: str) -> None:
     """The colour bar of the maps, beside them all; the photographs stay where they are."""
-    bar = cells[0].figure.colorbar(
-        ScalarMappable(norm, HEAT_MAP), ax=cells, extend="max", aspect=25, pad=0.02, panchor=False
-    )
+    scale, figure = ScalarMappable(norm, HEAT_MAP), cells[0].figure
+    bar = figure.colorbar(scale, ax=cells, extend="max", aspect=25, pad=0.02, panchor=False)
     bar.outline.set_visible(False)
     bar.set_label(label)

@@ -65,13 +65,7 @@ def inspected_matches(
 
 
 class MatchInspector:
-    """The controls and the picture of `inspect_matches`.
-
-    Attributes:
-        inspector: of the run.
-        settings: of matching and verification, for those without a control.
-        widget: what a notebook shows.
-    """
+    """The controls and the picture of `inspect_matches`; `widget` is what is shown."""
 
     def __init__(
         self, inspector: Inspector, query: int, image: int | None, settings: RerankingSettings
@@ -164,16 +158,11 @@ class MatchInspector:
 
     def pair(self) -> ComparedPair:
         """Compares the chosen pair under the parameters as the controls stand."""
-        matching = replace(
-            self.settings.matching,
-            max_distance=self.distance.value,
-            max_keypoints=self.count.value,
-        )
-        verification = replace(
-            self.settings.verification,
-            threshold=self.threshold.value,
-            estimator=self.estimator.value,
-        )
+        distance, count = self.distance.value, self.count.value
+        threshold, estimator = self.threshold.value, self.estimator.value
+        matching, verification = self.settings.matching, self.settings.verification
+        matching = replace(matching, max_distance=distance, max_keypoints=count)
+        verification = replace(verification, threshold=threshold, estimator=estimator)
         settings = replace(self.settings, matching=matching, verification=verification)
         (_, query), (_, image) = self._sides()
         return self.inspector.pair(query, image, settings, hidden_scales=self.hidden_scales.value)

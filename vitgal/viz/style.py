@@ -17,9 +17,8 @@ from vitgal.runs.files import atomic
 from vitgal.settings.sections import ShowSettings
 
 # Green, orange, red and grey differ in lightness too, for red-green colour-blind readers (the usual
-# bluish green and vermilion are too close to grey and orange). Each frame also has a letter.
+# bluish green and vermilion are too close to grey and orange). A frame also has the label's letter.
 LABEL_COLOURS = {"easy": "#009E73", "hard": "#F2A100", "negative": "#A31621", "junk": "#C4C4C4"}
-LABEL_LETTERS = {"easy": "E", "hard": "H", "negative": "N", "junk": "J"}
 QUERY_COLOUR = "#0072B2"
 BOX_COLOUR = "#FFE14D"  # the query's box, and its outline in other images
 BOX_RGB = (255, 225, 77)  # the same
@@ -83,19 +82,15 @@ def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
 def save_figure(
     axes: Axes | np.ndarray, path: str | os.PathLike, *, dpi: int = 200, close: bool = False
 ) -> Path:
-    """Writes the figure of these axes; the suffix .pdf, .svg, .png or .jpg chooses the format.
+    """Writes the figure of these axes, and returns the path.
 
     The file is written atomically, without a date: the same figure gives the same bytes.
 
     Args:
         axes: what a drawing function returned; an array may have any shape.
-        path: of the file.
+        path: its suffix, .pdf, .svg, .png or .jpg, chooses the format; ValueError for others.
         dpi: resolution of photographs inside a .pdf or .svg, and of a .png or .jpg as a whole.
         close: closes the figure afterwards, for loops that write many.
-    Returns:
-        The path.
-    Raises:
-        ValueError: matplotlib does not know the suffix.
     """
     path = Path(path)
     suffix = path.suffix[1:].lower()
