@@ -13,7 +13,7 @@ from vitgal.evaluation import statistics
 from vitgal.evaluation.tuning import Tuning
 from vitgal.settings import RerankingSettings
 from vitgal.viz import style
-from vitgal.viz.drawing import drawable, outlined, sentence_figure, shorten, text_width
+from vitgal.viz.drawing import outlined, sentence_figure, shorten, text_width
 from vitgal.viz.style import CURVE_COLOURS, INK, LINE_STYLES, styled
 
 WIDTH = 9.0  # inches, of the changes of all queries
@@ -175,8 +175,7 @@ def ap_change(table: pd.DataFrame) -> Axes:
     size = min(8.0, 0.75 * 72 * WIDTH / len(change))  # points, of names that fit the bars
     if size >= 5:
         names = [shorten(name, 1.1, size=size) for name in change.index]
-        families = plt.rcParams["font.family"]
-        axes.set_xticks(positions, names, rotation=90, fontsize=size, fontfamily=families)
+        axes.set_xticks(positions, names, rotation=90, fontsize=size)
         axes.tick_params(axis="x", length=0)
     left_out = len(every) - len(change)
     note = f" ({left_out} without a positive image left out)" if left_out else ""
@@ -206,7 +205,7 @@ def score_bars(
     figure, axes = plt.subplots(figsize=(7, 3))
     ticks, bar = np.arange(len(PROTOCOLS)), 0.82 / len(scores)
     size = min(8.0, 24 * 7 / len(PROTOCOLS) * bar)
-    names = [drawable(system) for system in scores]
+    names, handles = [shorten(system, 6, size=8) for system in scores], []
     for index, (system, row) in enumerate(scores.items()):
         positions = ticks + (index - (len(scores) - 1) / 2) * bar
         values = [_percent(row.get(protocol)) for protocol in PROTOCOLS]
@@ -215,7 +214,7 @@ def score_bars(
         plt.setp(
             list(bars), facecolor=style.BAR_COLOURS[index % len(style.BAR_COLOURS)], hatch=hatch
         )
-        bars.set_label(names[index])
+        handles.append(bars)
         for protocol, x, value in zip(PROTOCOLS, positions, values, strict=True):
             top = _draw_whisker(axes, x, value, intervals.get(system, {}).get(protocol))
             if not np.isnan(value):
@@ -226,7 +225,8 @@ def score_bars(
     axes.grid(axis="y")
     longest = max(text_width(name, 8.0) for name in names) / 72 + 0.6  # and its mark
     columns = int(np.clip(0.95 * 7 / longest, 1, 4))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=columns)
+    # Given as such, since matplotlib leaves out names that begin with an underscore.
+    figure.legend(handles, names, loc="outside upper left", ncols=columns)
     return axes
 
 

@@ -15,6 +15,7 @@ from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval.matching import match
 from vitgal.retrieval.ranking import Ranking
 from vitgal.retrieval.verification import MIN_MATCHES
+from vitgal.runs import printable
 from vitgal.settings import MatchingSettings
 from vitgal.stages import rerank
 from vitgal.viz import galleries
@@ -43,10 +44,11 @@ def failure_table(
         protocol: "easy", "medium" or "hard".
         reranked: False uses only the global ranking.
     Returns:
-        A row a query, indexed by the query's index: its name `query`; `before`, `after`, `change`:
-        AP in [0, 1] (where nothing was reranked, `after` is `before`); `positives`, their number;
-        `worst`, the name of the one that ranks last, and `worst_rank`, its rank from 1 on among
-        the images that the protocol does not ignore. Queries without positives come last.
+        A row a query, indexed by the query's index: `query`, its printable name; `before`,
+        `after`, `change`: AP in [0, 1] (where nothing was reranked, `after` is `before`);
+        `positives`, their number; `worst`, the name of the one that ranks last, and `worst_rank`,
+        its rank from 1 on among the images that the protocol does not ignore. Queries without
+        positives come last.
     Raises:
         ValueError: an unknown `by` or protocol.
         StageError: notebook 04 has not been run.
@@ -58,7 +60,8 @@ def failure_table(
     scores = [
         evaluate({protocol: ranking.positions}, truth)[protocol]["ap"] for ranking in rankings
     ]
-    table = pd.DataFrame({"query": truth.queries, "before": scores[0], "after": scores[-1]})
+    names = [printable(name) for name in truth.queries]
+    table = pd.DataFrame({"query": names, "before": scores[0], "after": scores[-1]})
     table["change"] = table["after"] - table["before"]
     positives, ignored = revisited.positives(truth, protocol), revisited.ignored(truth, protocol)
     table["positives"] = [len(images) for images in positives]
@@ -66,7 +69,9 @@ def failure_table(
         _worst_positive(rankings[-1], query, *images)
         for query, images in enumerate(zip(positives, ignored, strict=True))
     ]
-    table["worst"] = [None if image is None else benchmark.database[image] for image, _ in worst]
+    table["worst"] = [
+        None if image is None else printable(benchmark.database[image]) for image, _ in worst
+    ]
     table["worst_rank"] = pd.array([rank for _, rank in worst], dtype="Int64")
     column, rising = SORTS[by]
     return table.sort_values(column, ascending=rising, kind="stable", na_position="last")
@@ -163,7 +168,7 @@ def _explain(
     """
     images = ranks[0].index
     table = pd.DataFrame(index=images)
-    table["image"] = [benchmark.database[image] for image in images]
+    table["image"] = [printable(benchmark.database[image]) for image in images]
     table["label"] = revisited.relevance_labels(benchmark.ground_truth, query, images)
     for name, column in zip(
         ("rank before", "rank after") if len(ranks) == 2 else ("rank",), ranks, strict=True

@@ -10,8 +10,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.axis import Tick
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from vitgal.runs.files import atomic
 from vitgal.settings.sections import ShowSettings
@@ -72,8 +72,9 @@ def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
     def draw_in_style(*arguments: Any, **options: Any) -> Any:
         with plt.style.context(["default", STYLE]):
             axes = draw(*arguments, **options)
-            # An axis makes its first tick when it is looked at, which may be in another style.
-            np.ravel(axes)[0].figure.findobj(Tick)
+            # All texts, with those of ticks, which are made when looked at: else in another style
+            for text in np.ravel(axes)[0].figure.findobj(Text):
+                text.set_fontfamily(plt.rcParams["font.family"])  # with what `drawable` added
         return axes
 
     return draw_in_style
