@@ -210,6 +210,12 @@ class TestReadImage:
             with pytest.raises(images.ImageError, match="cut: "):
                 images.read_image(tmp_path / "cut")
 
+    def test_a_jpeg_without_a_frame_has_no_size(self, tmp_path):
+        (tmp_path / "a.jpg").write_bytes(b"\xff\xd8\xff\xd9")
+        for read in (images.read_image, images.stored_size):
+            with pytest.raises(images.ImageError, match="does not tell its size"):
+                read(tmp_path / "a.jpg")
+
     def test_heic_is_read_upright(self, tmp_path, photograph):
         pillow_heif = pytest.importorskip("pillow_heif")
         exif = PIL.Image.Exif()

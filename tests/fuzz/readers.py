@@ -107,7 +107,7 @@ def _pictures(folder: Path) -> None:
     picture = Image.fromarray(np.arange(48 * 40 * 3, dtype=np.uint8).reshape(48, 40, 3))
     exif = Image.Exif()
     exif.update({0x0112: 6, 0x010F: "maker", 0x011A: 72.0})
-    for suffix in ("jpg", "png", "tif", "webp", "bmp"):
+    for suffix in ("jpg", "png", "tif", "webp", "bmp", "gif", "avif", "ppm", "jp2"):
         picture.save(folder / f"x.{suffix}", exif=exif)
     picture.save(folder / "p.jpg", progressive=True)
 
@@ -115,7 +115,7 @@ def _pictures(folder: Path) -> None:
 def _read_pictures(folder: Path) -> None:
     photographs.list_photographs(folder)
     for path in folder.iterdir():
-        for read in (images.read_image, photographs.read_upright, photographs.exif_orientation):
+        for read in (images.read_image, photographs.read_oriented, images.stored_size):
             try:
                 read(path)
             except runs.UserError:

@@ -119,7 +119,7 @@ def _tiff_size(data: bytes) -> tuple[int, int]:
 
 _WHOLE_NUMBERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 16: "Q", 17: "q"}  # as libtiff
 _SIZES: dict[str, Callable[[bytes], tuple[int, int]]] = {
-    "JPEG": jpeg_shape,
+    "JPEG": lambda data: jpeg_shape(data) or (0, 0),
     "PNG": lambda data: struct.unpack_from(">II", data, 16)[::-1],
     "GIF": lambda data: struct.unpack_from("<HH", data, 6)[::-1],
     "WEBP": _webp_size,

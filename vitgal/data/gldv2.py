@@ -64,7 +64,7 @@ def _image_rows(path: Path) -> pd.DataFrame:
         return table[["id", "landmark_id"]].explode("id", ignore_index=True).dropna()
     if {"id", "landmark_id"} <= columns:
         return read_csv(path, ["id", "landmark_id"])[["id", "landmark_id"]]
-    raise ValueError(f"{path} has the columns {', '.join(sorted(columns))}")
+    raise ValueError(f"{path} has the columns {runs.abbreviate(sorted(columns), 9)}")
 
 
 def read_csv(path: Path, columns: list[str] | None = None, rows: int | None = None) -> pd.DataFrame:
@@ -82,16 +82,22 @@ def read_csv(path: Path, columns: list[str] | None = None, rows: int | None = No
             path, usecols=columns, nrows=rows, dtype=types, keep_default_na=False, encoding=encoding
         )
     except (ValueError, OverflowError) as error:  # among them the errors of pandas' parser
-        raise ValueError(f"{path} cannot be read as a table ({error})") from None
+        raise ValueError(
+            f"{path} cannot be read as a table ({runs.printable(str(error)[:300])})"
+        ) from None
 
 
 def _check_ids(ids: pd.Series, path: Path) -> None:
     short = next((image for image in ids if len(image) < 3), None)
     if short is not None:
-        raise ValueError(f"{path}: the id {short!r} has fewer than the 3 characters of a path")
+        raise ValueError(
+            f"{path}: the id {runs.short(short)} has fewer than the 3 characters of a path"
+        )
     if not ID_CHARACTERS.fullmatch("".join(ids)):
         wrong = next(image for image in ids if not ID_CHARACTERS.fullmatch(image))
-        raise ValueError(f"{path}: the id {wrong!r} has other than letters, digits, _ and -")
+        raise ValueError(
+            f"{path}: the id {runs.short(wrong)} has other than letters, digits, _ and -"
+        )
     repeated = ids.duplicated().to_numpy()
     if repeated.any():
         names = runs.abbreviate(ids[repeated].unique())

@@ -261,6 +261,7 @@ def overlap_report(folder: Path) -> str:
     audit = _read_table(Path(folder) / "overlap.csv")
     if audit.empty:
         return "no class of the table is known to overlap the test sets"
+    audit["test_sets"] = audit["test_sets"].map(runs.printable)
     images = audit["images"].astype(int).sum()
     summary = f"{len(audit)} classes with {images:,} images overlap the test sets"
     return f"{summary}:\n{audit.to_string(index=False)}"
@@ -284,9 +285,8 @@ def read_split_txt(path: Path, *, prefix: str = "train/") -> pd.DataFrame:
     rows = [pattern.fullmatch(line) for line in lines]
     if None in rows:
         number = rows.index(None)
-        raise ValueError(
-            f"{path}, line {number + 1}: expected `{prefix}<image> <label>`: {lines[number]!r}"
-        )
+        line = runs.short(lines[number])
+        raise ValueError(f"{path}, line {number + 1}: expected `{prefix}<image> <label>`: {line}")
     return _part([row[1] for row in rows], [int(row[2]) for row in rows])
 
 
