@@ -49,8 +49,7 @@ def published_name(path: str) -> str:
 def published_path(name: str) -> str:
     """Returns the image path that the published code derives from such a file name.
 
-    It is wrong for absolute paths, ./image.jpg and names with __, so `export_published` also writes
-    an index.
+    It is wrong for absolute paths, ./image.jpg and names with __: hence the index.
     """
     return "../" + name.removesuffix(".npy").replace("__", "/")
 
@@ -71,8 +70,7 @@ def export_published(
     for key in store:
         if key not in paths:
             raise ValueError(f"no path is given for {key!r}")
-        path = str(paths[key])
-        name = published_name(path)
+        name = published_name(path := str(paths[key]))
         if name in index:
             raise ValueError(f"{path} and {index[name]['path']} would both be stored as {name}")
         index[name] = {"path": path}
@@ -96,13 +94,9 @@ def import_published(
     Without `index.json` boxes and sizes are zero, and a file belongs to the image of `paths` with
     its published name, or else to `published_path`.
 
-    Args:
-        folder: holds `Descriptions/` and `Locations/`.
-        paths: of the images whose features may be there.
-    Raises:
-        FileNotFoundError: a folder or one of a pair of files is missing.
-        ValueError: two of `paths` have one published name.
-        FileError: a file is damaged or does not fit its partner; the message names it.
+    paths: of the images whose features may be there. Raises FileNotFoundError where a folder or one
+    of a pair of files is missing, FileError for a file that is damaged or does not fit its partner,
+    ValueError where two of `paths` have one published name.
     """
     folder, images = Path(folder), {}
     for path in map(str, paths):

@@ -27,15 +27,10 @@ class StoreError(runs.UserError, RuntimeError):
 def encode(descriptors: np.ndarray, dtype: str) -> np.ndarray:
     """Encodes descriptors for storage.
 
-    int8 is scaled to each descriptor's largest value and "bit" keeps signs alone. The length is not
-    stored, since `decode` brings every descriptor back to length 1.
-
-    Args:
-        descriptors: (N, C) float32; N may be 0.
-        dtype: one of FEATURE_DTYPES.
-    Returns:
-        (N, C) of that type; for "bit" (N, ceil(C / 8)) uint8.
-    Raises ValueError for another dtype, or values that are not finite.
+    int8 is scaled to each descriptor's largest value and "bit" keeps signs alone; `decode` brings
+    every descriptor back to length 1. descriptors: (N, C) float32; N may be 0. Returns (N, C) of
+    the dtype, for "bit" (N, ceil(C / 8)) uint8. Raises ValueError for another dtype than
+    FEATURE_DTYPES, or values that are not finite.
     """
     check_dtype(dtype)
     if not np.isfinite(descriptors).all():

@@ -16,7 +16,7 @@ import resource
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -51,9 +51,8 @@ HEADER = {
 class FeatureStore(Mapping[str, LocalFeatures]):
     """All shards of a folder as one mapping, key -> LocalFeatures (float32, length 1).
 
-    With an index, a shard is opened when an item of it is read, and the shards read last stay open
-    (see `most_open`). Without one, the names and sizes in all shards are read first. A store
-    pickles as its folder, so a worker process opens the files itself.
+    A shard is opened when an item of it is read; the last `most_open()` stay open. Without an index
+    the names and sizes in all shards are read first. A store pickles as its folder.
     """
 
     def __init__(self, folder: Path, index: "Index"):
@@ -120,45 +119,38 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         shards = shard_folders(self.folder)
         damaged = [name for path in shards for name in Shard.open(path).damaged()]
         if damaged:
-            more = f" and {len(damaged) - 3} more" if len(damaged) > 3 else ""
             raise StoreError(
-                f"{self.folder}: the features of {', '.join(damaged[:3])}{more} do not match their "
+                f"{self.folder}: the features of {runs.abbreviate(damaged)} do not match their "
                 "checksums; delete their shards and run 05_local_extraction again"
             )
         if not self.index.same(Index.of(map(Shard.open, shards))):
             raise StoreError(f"{self.folder / INDEX} does not fit the shards; {REMEDY}")
 
-    def _locate(self, key: str) -> "Location":
-        location = self.index.locate(key)
-        if location is not None:
-            return location
-        if key in self.failures:
-            reason = self.failures[key]
-            raise KeyError(f"{key} could not be read when {self.folder} was made: {reason}")
-        raise KeyError(f"{key} is not in {self.folder}: it was not on the short list")
-
     def _read(self, key: str) -> tuple[int, dict[str, np.ndarray]]:
         """Returns an item's position and its mapped arrays, and marks its shard as used last."""
-        location = self._locate(key)
-        arrays = self._open.pop(location.shard, None)
+        location = self.index.locate(key)
+        if location is None and key in self.failures:
+            reason = self.failures[key]
+            raise KeyError(f"{key} could not be read when {self.folder} was made: {reason}")
+        if location is None:
+            raise KeyError(f"{key} is not in {self.folder}: it was not on the short list")
+        position, number, rows = location
+        arrays = self._open.pop(number, None)
         if arrays is None:
             try:
-                arrays = self._map(location.shard)
+                arrays = self._map(number)
             except (OSError, ValueError) as error:
-                folder = self.index.shard(location.shard)
                 if isinstance(error, OSError) or self.index.shards is not None:
-                    raise StoreError(
-                        f"the shard {folder} is damaged ({error}); {REMEDY}"
-                    ) from error
+                    shard = self.index.shard(number)
+                    raise StoreError(f"the shard {shard} is damaged ({error}); {REMEDY}") from error
                 # The index is not of these shards, if they are whole: it counts as none.
                 self.index = Index.of(map(Shard.open, shard_folders(self.folder)))
                 self._open.clear()
                 return self._read(key)
             while len(self._open) >= self._most_open:
                 self._open.pop(next(iter(self._open)), None)  # unused for the longest time
-        self._open[location.shard] = arrays
-        rows = slice(location.start, location.stop)
-        return location.position, {name: array[rows] for name, array in arrays.items()}
+        self._open[number] = arrays
+        return position, {name: array[rows] for name, array in arrays.items()}
 
     def _map(self, number: int) -> dict[str, np.ndarray]:
         """Maps a shard's arrays; FileError where they do not fit the index."""
@@ -172,22 +164,10 @@ class FeatureStore(Mapping[str, LocalFeatures]):
 
 
 def most_open() -> int:
-    """Returns how many shards a store keeps mapped: OPEN_SHARDS, or fewer by the limit of files.
-
-    Each mapped file counts as open. A sixteenth of the limit leaves room for other stores and
-    files.
-    """
+    """Returns how many shards a store keeps mapped: OPEN_SHARDS, or fewer by the limit of files."""
+    # Each mapped file counts as open: a sixteenth leaves room for other stores and files.
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return OPEN_SHARDS if files == resource.RLIM_INFINITY else min(OPEN_SHARDS, 1 + files // 16)
-
-
-class Location(NamedTuple):
-    """An item's position in the store, its shard, and its rows there."""
-
-    position: int
-    shard: int
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,15 +300,15 @@ class Index:
         ends, text = self.arrays["name_ends"].tolist(), self.arrays["names"].tobytes()
         return [text[start:end].decode() for start, end in itertools.pairwise(ends)]
 
-    def locate(self, key: str) -> Location | None:
-        """Finds the features of an item; None where there is no such key."""
+    def locate(self, key: str) -> tuple[int, int, slice] | None:
+        """Finds an item's position, shard and rows there; None where there is no such key."""
         wanted, order = key.encode(errors="surrogatepass"), self.arrays["order"]
         rank = bisect.bisect_left(order, wanted, key=self._key)
         if rank == len(order) or self._key(order[rank]) != wanted:
             return None
         position = int(order[rank])
         shard = bisect.bisect_right(self.arrays["firsts"], position) - 1
-        return Location(position, shard, *self.arrays["rows"][position].tolist())
+        return position, shard, slice(*self.arrays["rows"][position].tolist())
 
     def _key(self, position: int) -> bytes:
         ends = self.arrays["name_ends"]
@@ -338,12 +318,8 @@ class Index:
 def write_index(store: Path) -> list[str]:
     """Writes the index of a complete store, and returns its files, relative to the store.
 
-    A store without one is opened by reading the names in all its shards; `write_shard` removes the
-    index of a store that it changes.
-
-    Raises:
-        StoreError: a shard is missing or damaged, a key occurs twice, or shards differ in format.
-        FileNotFoundError: there is no shard.
+    `write_shard` removes the index of a store that it changes. Raises FileNotFoundError where there
+    is no shard, StoreError where one is missing or damaged, a key occurs twice, or formats differ.
     """
     shards = shard_folders(store)
     if shards != [shard_folder(store, number, len(shards)) for number in range(len(shards))]:

@@ -27,10 +27,9 @@ JOURNAL = {
 class RowFile:
     """A (rows, width) float32 `.npy` that grows block by block, also after a killed run.
 
-    Blocks are appended to `<name>.partial`. After each block a small journal records how many rows
-    are whole, and their checksum. Opened again, the file is cut back to the rows of the journal.
-    The file is not mapped: on a full disk an append raises an error, but a write to mapped memory
-    kills the process. `finish` gives the file its name.
+    Blocks are appended to `<name>.partial`; a journal records how many rows are whole, and their
+    checksum. `finish` gives the file its name. It is not mapped: on a full disk an append raises an
+    error, but a write to mapped memory kills the process.
     """
 
     path: Path
@@ -41,12 +40,8 @@ class RowFile:
     def open(cls, path: Path, shape: tuple[int, int], *, settings: Mapping) -> "RowFile":
         """Continues the file after its last whole row, or begins anew.
 
-        Args:
-            path: the `.npy` to be written.
-            shape: (rows, width) of the complete array.
-            settings: plain values that must be equal for rows to be continued.
-        Raises:
-            runs.StageError: there are rows with other settings, which are left as they are.
+        path: the `.npy` to be written. shape: (rows, width) of the complete array. settings: plain
+        values that must be equal. Raises StageError where there are rows with other settings.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -48,8 +48,7 @@ HEADER = {
 def partition(names: Iterable[str], shard_size: int) -> list[list[str]]:
     """Sorts the names and cuts them into shards of `shard_size`, the last perhaps smaller.
 
-    The shards depend on nothing but the names, so that a later run finds the same ones. No names
-    give no shards. Raises ValueError where a name occurs twice or `shard_size` is below 1.
+    No names give no shards. Raises ValueError for a repeated name or a `shard_size` below 1.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size must be at least 1, got {shard_size}")
@@ -92,10 +91,8 @@ def clear_partial(folder: Path) -> None:
 class ShardFormat:
     """How a shard's descriptors are stored, and with which settings its features were extracted.
 
-    Attributes:
-        dtype: of the stored descriptors, one of FEATURE_DTYPES; another raises ValueError.
-        code_dim: dimension of a descriptor; None: that of the first image written.
-        settings: plain values that are kept beside the items, such as the precision of inference.
+    dtype: one of FEATURE_DTYPES, else ValueError. code_dim: dimension of a descriptor; None: that
+    of the first image written. settings: plain values, such as the precision of inference.
     """
 
     dtype: str = LocalSettings.dtype
@@ -131,10 +128,8 @@ class ShardFormat:
 class EncodedFeatures:
     """One image's features as a shard stores them.
 
-    Attributes:
-        item: the image's entry in `items.json`, see `item_entry`.
-        arrays: as `encode_features` returns them.
-        checksum: CRC-32 of both when they were written.
+    item: its entry in `items.json`, see `item_entry`. arrays: as `encode_features` returns them.
+    checksum: CRC-32 of both when they were written.
     """
 
     item: dict
@@ -178,15 +173,14 @@ def write_shard(
     """Writes one shard whole or not at all, and returns its folder.
 
     Args:
-        folder: the shard's own folder (`shard-NN` in the store's); an existing one is replaced.
-        items: (key, features); each is encoded as it comes, so a generator keeps memory small.
+        folder: the shard's own (`shard-NN` in the store's); an existing one is replaced.
+        items: (key, features), encoded as they come, so a generator keeps memory small.
             `EncodedFeatures`, from another shard of this format, are written as they are.
         shard_format: its `code_dim` is needed only where `items` may be empty.
-        failures: images that belong here but could not be read, each {"name": …, "reason": …};
-            read after the items, so that the generator may fill it.
-    Raises:
-        ValueError: a repeated key, descriptors of different dimensions, or numbers that are not
-            finite (the message names the image).
+        failures: images that could not be read, each {"name": …, "reason": …}; read after the
+            items, so that the generator may fill it.
+
+    Raises ValueError for a repeated key, other dimensions, or numbers that are not finite.
     """
     folder, encoded = Path(folder), []
     for key, features in items:
@@ -306,8 +300,7 @@ def _split_images(
 def whole_shard(folder: Path, names: Sequence[str], shard_format: ShardFormat) -> Shard | None:
     """Opens the shard in `folder` if it is whole; None where it has to be written again.
 
-    It is whole where its items and failures together are exactly `names` (those of the partition),
-    its format is the one wanted, and every checksum is right.
+    Its items and failures must together be exactly `names`, and every checksum right.
     """
     try:
         shard = Shard.open(folder)
@@ -321,8 +314,7 @@ def whole_shard(folder: Path, names: Sequence[str], shard_format: ShardFormat) -
 def salvage(folder: Path, shard_format: ShardFormat) -> dict[str, EncodedFeatures]:
     """Returns what a damaged shard still holds: key -> each image whose bytes match its checksum.
 
-    Any of its files may be cut short, changed or missing. Empty for a shard of another format or
-    none.
+    Any of its files may be cut short, changed or missing. A shard of another format holds nothing.
     """
     folder = Path(folder)
     header, items = _leading_items(folder / "items.json")
