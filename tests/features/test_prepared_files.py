@@ -1,6 +1,7 @@
 """Prepared files: none makes objects, brings in another file, or takes more than it holds."""
 
 import io
+import os
 import subprocess
 import sys
 import zipfile
@@ -335,3 +336,15 @@ except ValueError as error:
 """
     child = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
     assert child.stdout in ("DescriptorError\n", "FileError\n"), child.stderr
+
+
+@pytest.mark.parametrize("name", ["items.json", "offsets.npy", "scores.npy", "failures.json"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(folder, name):
+    (folder / "shard-01" / name).unlink()
+    os.mkfifo(folder / "shard-01" / name)
+    with pytest.raises(store.StoreError, match=f"shard-01 is damaged.*{name}"):
+        store.FeatureStore.open(folder)
+    assert not store.salvage(folder / "shard-01", store.ShardFormat("int8", 10))
+    os.mkfifo(folder / "x.npz")
+    with pytest.raises(FileError, match="x.npz is not a whole"):
+        read_arrays(folder / "x.npz", ["x"])

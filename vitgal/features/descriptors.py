@@ -14,10 +14,10 @@ import h5py
 import numpy as np
 
 from vitgal import runs
+from vitgal.data.photographs import SUFFIXES
 from vitgal.features.files import map_array
 
 HLOC = "global_descriptor"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 LARGEST = 1 << 16  # values of one descriptor, or of one compressed piece of an HDF5 file
 LINKS = 16  # that may follow one on another, as in HDF5
 FILTERS = {
@@ -177,7 +177,7 @@ def _positions(stored: Sequence[str], names: Sequence[str], path: Path) -> list[
     positions: dict[str, int] = {}
     for position, name in enumerate(map(_plain, stored)):
         if positions.setdefault(name, position) != position:
-            raise DescriptorError(f"{path} names the image {name} twice")
+            raise DescriptorError(f"{path} names the image {runs.printable(name)} twice")
     missing = [name for name in names if _plain(name) not in positions]
     if missing:
         raise DescriptorError(

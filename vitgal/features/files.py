@@ -35,7 +35,7 @@ def map_array(
         FileError: it is not a whole array of integers or floats, or of another type or shape.
     """
     try:
-        with open(path, "rb", buffering=0) as handle:
+        with open(path, "rb", buffering=0, opener=_without_waiting) as handle:
             if dtype is not None and (start := _stated_as(handle, dtype, shape)):
                 stated = dtype, shape, "C"
             else:
@@ -45,13 +45,18 @@ def map_array(
                     raise ValueError(f"an array of shape {stated[1]} and type {stated[0]}")
             file = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         return _array(file, start, *stated)
-    except OSError:
-        raise
     except Exception as error:  # NumPy raises errors of many types for a damaged header
+        if isinstance(error, OSError) and error.filename:  # it cannot be opened
+            raise
         reason = f"{path} is not a whole .npy of numbers"
         if dtype is not None:
             reason += f", {dtype} of shape {shape}"
         raise FileError(f"{reason} ({error})") from None
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file; a pipe in its place is empty, where it would wait for a writer for ever."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
@@ -60,7 +65,7 @@ def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
     Raises FileNotFoundError, or FileError where one is missing or not a whole array of numbers.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open(path, "rb", opener=_without_waiting) as file, zipfile.ZipFile(file) as archive:
             return {name: _read_member(archive, name, os.path.getsize(path)) for name in names}
     except FileNotFoundError:
         raise
@@ -117,7 +122,7 @@ def leading_rows(path: Path) -> np.ndarray:
     Returns (n, ...) of the file's type; (0,) float64 where the header cannot be read.
     """
     try:
-        with open(path, "rb") as handle:
+        with open(path, "rb", opener=_without_waiting) as handle:
             dtype, shape, order = _read_header(handle)
             data = handle.read()
         row = math.prod(shape[1:]) * dtype.itemsize
@@ -132,7 +137,8 @@ def leading_rows(path: Path) -> np.ndarray:
 def read_json(path: Path, schema: Any) -> Any:
     """Reads JSON that `conforms` to a schema; FileError where it is damaged or differs."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8", opener=_without_waiting) as handle:
+            value = json.loads(handle.read())
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{path} is not whole JSON ({error})") from None
     if not conforms(value, schema):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from vitgal import runs
-from vitgal.features.descriptors import SUFFIXES
+from vitgal.data.photographs import SUFFIXES
 from vitgal.features.files import FileError, conforms, map_array, read_json
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store.shard import SIZES, item_entry
@@ -28,7 +28,7 @@ def export_hloc(store: Mapping[str, LocalFeatures], path: Path, *, suffix: str =
 
     with runs.atomic(path) as temporary, h5py.File(temporary, "w", libver="latest") as file:
         for key, features in store.items():
-            named = key.lower().endswith(SUFFIXES)
+            named = Path(key).suffix.lower() in SUFFIXES
             group = file.create_group(key if named else key + suffix)
             group["keypoints"] = features.original_keypoints()
             # As in hloc: one pixel of the network input, in pixels of the photograph.

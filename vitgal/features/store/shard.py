@@ -330,7 +330,7 @@ def salvage(folder: Path, shard_format: ShardFormat) -> dict[str, EncodedFeature
 
 def _leading_items(path: Path) -> tuple[dict, list[dict]]:
     """The header and the whole items at the beginning of an items.json, which may be cut short."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     head, _, rest = text.partition('"items": [')
     items: list[dict] = []
     try:
