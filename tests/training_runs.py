@@ -23,7 +23,7 @@ from vitgal.settings import (
     TrainingSettings,
 )
 from vitgal.stages import split as stages_split, train
-from vitgal.training import checkpoints, loop, networks, samples
+from vitgal.training import checkpoints, fit as fits, loop, networks, samples
 
 CLASSES, IMAGES = 3, 6  # images of each class
 NANO = "xcit_nano_12_p16_224"
@@ -111,7 +111,8 @@ def make_trainer(run: Path, images: Path, settings: TrainingSettings = SETTINGS)
     data = samples.read_data(run / "split", images, settings)
     network = networks.RetrievalNetwork(build_model(NANO, seed=0), ArcFace(128, data.classes))
     torch.set_num_threads(1)
-    return loop.Trainer(network, settings, MACHINE, run / "retrieval", data)
+    given = fits.Fit(None, settings, MACHINE, run / "retrieval", run / "split", images)
+    return loop.Trainer(network, given, data)
 
 
 def in_child(work: Callable[[], object]) -> multiprocessing.Process:

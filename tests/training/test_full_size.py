@@ -4,7 +4,6 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,7 +13,7 @@ import torch
 from tests.training_runs import MACHINE, NANO, SETTINGS
 from vitgal.models.heads import ArcFace
 from vitgal.models.network import build_model
-from vitgal.training import loop, networks, samples
+from vitgal.training import fit, loop, networks, samples
 
 SIZES = (100, 200_000)
 
@@ -71,8 +70,8 @@ def test_a_step_and_a_row_of_the_log_cost_the_same(images, run, fresh_accelerate
         parts = {name: enlarged(getattr(data, name), count) for name in ("train", "validation")}
         network = networks.RetrievalNetwork(build_model(NANO, seed=0), ArcFace(128, 3))
         settings = replace(SETTINGS, validate_every=2, epochs=40)
-        folder = Path(run / "retrieval")
-        trainers.append(loop.Trainer(network, settings, MACHINE, folder, replace(data, **parts)))
+        given = fit.Fit(None, settings, MACHINE, run / "retrieval", run / "split", images)
+        trainers.append(loop.Trainer(network, given, replace(data, **parts)))
     for one in trainers:
         one.network.train()
     batches = [one.read(one.batches(0)) for one in trainers]

@@ -47,6 +47,7 @@ from .manifest import (
     STARTED as STARTED,
     differences as differences,
     output_fingerprint as output_fingerprint,
+    read_settings as read_settings,
     read_stage as read_stage,
 )
 from .paths import (

@@ -75,6 +75,11 @@ class SplitSettings(Section):
     expected_classes: int | None = neutral(None, "refuse a table of other classes", low=1)
 
 
+# What `may_change` may name: a run that goes on with other values of these is still one run.
+CHANGEABLE = (
+    *("lr", "warmup_lr", "min_lr", "clip_grad", "precision", "skip_images", "skip_bad_batches"),
+    *("accumulate", "batch_size", "num_processes", "threads"),
+)
 AUGMENTATIONS = ("published", "fast", "none")
 TRAINING_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PRECISIONS = ("fp32", "bf16", "auto")
@@ -117,6 +122,15 @@ class Recipe(Section):
     )
     channels_last: bool = setting(False, "torch's memory format", later=True)
     compile: bool = setting(False, "torch's compiler", later=True)
+    skip_bad_batches: int = setting(
+        0, "steps of a run passed over because their loss is not finite", low=0, later=True
+    )
+    skip_images: tuple[str, ...] = setting(
+        (), "training images, as train.csv names them, for which the next one stands", later=True
+    )
+    may_change: tuple[str, ...] = setting(
+        (), "what a resumed run takes anew: " + ", ".join(CHANGEABLE), result=False
+    )
 
     layer_decay: ClassVar[float | None] = None  # a setting of the retrieval model's training alone
 
@@ -125,6 +139,11 @@ class Recipe(Section):
         if self.image_size % 16 or self.image_size < 32:
             name = self.PREFIX + "image_size"
             raise SettingsError(f"{name} {self.image_size} is not a multiple of 16 above 16")
+        if unknown := set(self.may_change) - set(CHANGEABLE):
+            raise SettingsError(
+                f"may_change names {min(unknown)}, which no resumed run can change; it can: "
+                + ", ".join(CHANGEABLE)
+            )
 
 
 @dataclass(frozen=True)
@@ -177,6 +196,7 @@ class AutoencoderSettings(Recipe):
     PREFIX: ClassVar[str] = "ae_"
     SHARED: ClassVar[frozenset[str]] = frozenset(
         {"augment", "precision", "seed", "accumulate", "channels_last", "compile"}
+        | {"skip_bad_batches", "may_change"}
     )
     PREFIXED: ClassVar[frozenset[str]] = (
         frozenset(entry.name for entry in dataclasses.fields(Recipe)) - SHARED

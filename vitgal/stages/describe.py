@@ -95,11 +95,34 @@ def evaluate_global(
             recorded = describer.recorded() | recorded_paths(run, dataset, model)
         protocol = {"crop_queries": settings.crop_queries, "resize": settings.resize}
         protocol |= {"scales": settings.scales, "precision": describer.precision}
+        protocol |= training_changes(model)
         outputs = _write_rankings(stage, dataset, settings, queries, protocol, rows.failures)
         stage.finish(outputs, recorded | {"images": count, "failed": len(rows.failures)})
         rows.forget()
         report_failures(rows.failures, count)
         return stage.folder
+
+
+def training_changes(model: Path | str) -> dict[str, list[str]]:
+    """Returns `training_changes`, what a run's model was trained with besides its parameters.
+
+    These are settings that resumed trainings took anew and steps without an update, as the
+    trainings' changes.json tell; nothing for a model without any.
+    """
+    lines = []
+    for stage in ("retrieval", "autoencoder") if Path(model).name == "model.safetensors" else ():
+        file = Path(model).parent.with_name(stage) / "changes.json"
+        if Path(model).parent.name in ("retrieval", "autoencoder") and file.exists():
+            told = runs.read_json(file)
+            lines += [
+                f"{stage}, step {change['step']}: {change['setting']} {change['from']} -> "
+                f"{change['to']}"
+                for change in told["changes"]
+            ]
+            lines += [f"{stage}, step {skip['step']}: skipped" for skip in told["skipped_batches"]]
+        if stage == Path(model).parent.name:
+            break
+    return {"training_changes": lines} if lines else {}
 
 
 def _describe_queries(describer: LocalDescriber, tasks: Sequence[ImageTask]) -> np.ndarray:

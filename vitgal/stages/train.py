@@ -18,8 +18,10 @@ from vitgal.models.heads import ArcFace, LinearClassifier
 from vitgal.models.network import build_model, seeded
 from vitgal.models.teacher import Teacher
 from vitgal.settings import AutoencoderSettings, MachineSettings, Recipe, TrainingSettings
+from vitgal.settings.sections import CHANGEABLE
 from vitgal.training.errors import TrainingError
-from vitgal.training.launch import Fit, join, launched, own_environment, rank, run_fit
+from vitgal.training.fit import Fit, continued
+from vitgal.training.launch import join, launched, own_environment, rank, run_fit
 from vitgal.training.loop import training_precision
 from vitgal.training.networks import AutoencoderNetwork, DistilledNetwork, RetrievalNetwork
 
@@ -156,16 +158,18 @@ def _autoencoder_network(
 
 def _fit_stage(fit: Fit, inputs: dict[str, str], overwrite: bool) -> Path:
     """Opens the stage, trains where it is not finished, and finishes it; returns its folder."""
+    fit = replace(fit, parameters=compared(fit.settings, fit.machine))
     with contextlib.ExitStack() as stack:
         ignored = stack.enter_context(own_environment())
         if launched():
             join(fit.machine)
         stage = stack.enter_context(_open_stage(fit, inputs, overwrite))
         if not stage.finished:
-            run_fit(replace(fit, owner=runs.fingerprint(stage.settings)))
+            owner, begun = runs.fingerprint(stage.settings), stage.settings["parameters"]
+            run_fit(replace(fit, owner=owner, begun=begun))
             if rank() == 0:
                 stage.finish(
-                    ["model.safetensors", "log.jsonl", "failures.json"],
+                    ["model.safetensors", "log.jsonl", "failures.json", "changes.json"],
                     {
                         "device": "cuda" if torch.cuda.device_count() else "cpu",
                         "data_workers": fit.machine.data_workers,
@@ -173,7 +177,8 @@ def _fit_stage(fit: Fit, inputs: dict[str, str], overwrite: bool) -> Path:
                         "threads": fit.machine.threads or torch.get_num_threads(),
                         "ignored_environment": ignored,
                         "unreadable": len(runs.read_json(fit.folder / "failures.json")),
-                    },
+                    }
+                    | runs.read_json(fit.folder / "changes.json"),
                 )
     if launched():
         PartialState().wait_for_everyone()  # the next stage reads what this one wrote
@@ -183,7 +188,6 @@ def _fit_stage(fit: Fit, inputs: dict[str, str], overwrite: bool) -> Path:
 @contextlib.contextmanager
 def _open_stage(fit: Fit, inputs: dict[str, str], overwrite: bool) -> Iterator[runs.Stage]:
     """Opens the stage and checks the images, in the first of launched processes."""
-    parameters = compared(fit.settings, fit.machine)
     stage = error = None
     with contextlib.ExitStack() as stack:
         if rank() == 0:
@@ -191,7 +195,7 @@ def _open_stage(fit: Fit, inputs: dict[str, str], overwrite: bool) -> Iterator[r
                 opened = runs.stage(
                     fit.folder,
                     fit.folder.name,
-                    parameters=parameters,
+                    parameters=_continued(fit, overwrite),
                     inputs=inputs,
                     overwrite=overwrite,
                 )
@@ -203,8 +207,26 @@ def _open_stage(fit: Fit, inputs: dict[str, str], overwrite: bool) -> Iterator[r
                     raise
                 error = caught  # raised when the other processes know of it
         if launched():
-            stage = _broadcast(stage, error, fit, runs.fingerprint([parameters, inputs]))
+            stage = _broadcast(stage, error, fit, runs.fingerprint([fit.parameters, inputs]))
         yield stage
+
+
+def _continued(fit: Fit, overwrite: bool) -> dict[str, Any]:
+    """The parameters of the stage: the begun run's, where a resumed one may have others."""
+    recorded = None if overwrite else runs.read_settings(fit.folder)
+    if recorded is None:
+        return dict(fit.parameters)
+    begun = recorded["parameters"]
+    parameters = continued(begun, fit.parameters, fit.settings.may_change)
+    other = runs.differences(begun, parameters | {"environment": begun.get("environment")})
+    names = {line.partition(":")[0] for line in other}
+    state, finished = ((fit.folder / name).exists() for name in ("state", runs.MANIFEST))
+    if names and names <= set(CHANGEABLE) and state and not finished:
+        raise TrainingError(
+            f"{fit.folder} was begun with other settings: {'; '.join(other)}; may_change: "
+            f"[{', '.join(sorted(names))}] goes on with the new ones and records it"
+        )
+    return parameters
 
 
 def _broadcast(

@@ -21,7 +21,8 @@ from .diagnostics import (
     validation_photographs as validation_photographs,
 )
 from .errors import Preempted as Preempted, TrainingError as TrainingError
-from .launch import Fit as Fit, run_fit as run_fit
+from .fit import Fit as Fit
+from .launch import run_fit as run_fit
 from .loop import Trainer as Trainer, training_precision as training_precision
 from .memory import check_batch_size as check_batch_size, fitting_batch as fitting_batch
 from .networks import (

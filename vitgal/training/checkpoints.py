@@ -29,6 +29,9 @@ class Progress:
         unreadable: names of the images that could not be read, sorted.
         best: the highest validation score so far.
         pending: for each rank, the scalars of the steps since the last row of the log.
+        images: of a step; 0 in states that do not tell.
+        changes: settings that resumed runs took anew, as `Fit.changes` returns them.
+        skipped: steps without an update, their loss not being finite: step, images.
     """
 
     epoch: int = 0
@@ -37,6 +40,9 @@ class Progress:
     unreadable: list[str] = field(default_factory=list)
     best: float = -math.inf
     pending: list[list[dict[str, float]]] = field(default_factory=list)
+    images: int = 0
+    changes: list[dict] = field(default_factory=list)
+    skipped: list[dict] = field(default_factory=list)
 
 
 class Checkpoints:
@@ -75,7 +81,7 @@ class Checkpoints:
                 "state/ away, or set overwrite: true to start anew"
             )
         for name, part in self.parts.items():
-            if part is not None:
+            if part is not None and state[name]:  # a scaler's is empty after another precision
                 part.load_state_dict(state[name])
         return Progress(**state["progress"])
 

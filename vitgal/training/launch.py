@@ -4,9 +4,8 @@ import contextlib
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import replace
 
 import cv2
 import pandas as pd
@@ -14,17 +13,16 @@ import torch
 from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import patch_environment
-from torch import nn
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from vitgal import runs
 from vitgal.models import weights
-from vitgal.settings import MachineSettings, Recipe
+from vitgal.settings import MachineSettings
 from vitgal.training.errors import Preempted, TrainingError
+from vitgal.training.fit import Fit
 from vitgal.training.loop import Trainer
 from vitgal.training.processes import timeout
-from vitgal.training.samples import SplitData, read_data
 
 MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 MPI = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")  # accelerate prefers them
@@ -34,31 +32,6 @@ LAUNCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # t
 LEFT_OVER = (*LAUNCH, "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "TORCHELASTIC_")
 PEER_SECONDS = 30  # from another process's death to this one's: the launcher reports the first
 WATCH_SECONDS = 5  # between two checks of the log of forked processes
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The arguments of one training.
-
-    Attributes:
-        build: makes the network for a number of classes.
-        folder: the stage's folder, where the model, the log and the states go.
-        owner: fingerprint of the stage's settings; a state of another owner is refused.
-    """
-
-    build: Callable[[int], nn.Module]
-    settings: Recipe
-    machine: MachineSettings
-    folder: Path
-    split: Path
-    image_folder: Path
-    owner: str = ""
-    watch: Callable[[pd.DataFrame], None] | None = None
-    progress: bool = True
-
-    def read_data(self) -> SplitData:
-        """Reads the split's tables; raises as `samples.read_data` does."""
-        return read_data(self.split, self.image_folder, self.settings)
 
 
 def launched() -> bool:
@@ -153,8 +126,7 @@ def train(fit: Fit, *, forked: bool = False) -> None:
     threads = 1 if forked else fit.machine.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     data = fit.read_data()
-    network = fit.build(data.classes)
-    trainer = Trainer(network, fit.settings, fit.machine, fit.folder, data, fit.owner)
+    trainer = Trainer(fit.build(data.classes), fit, data)
     torch.set_num_threads(threads)  # accelerate sets another number
     trainer.load_state()
     try:
@@ -168,7 +140,10 @@ def train(fit: Fit, *, forked: bool = False) -> None:
         raise
     if trainer.accelerator.is_main_process:
         weights.save_model(trainer.result.model, fit.folder / "model.safetensors")
-        runs.write_json(fit.folder / "failures.json", trainer.progress.unreadable)
+        progress = trainer.progress
+        runs.write_json(fit.folder / "failures.json", progress.unreadable)
+        changes = {"changes": progress.changes, "skipped_batches": progress.skipped}
+        runs.write_json(fit.folder / "changes.json", changes)
     if not launched() or forked:
         trainer.accelerator.end_training()
 

@@ -11,7 +11,6 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -25,11 +24,13 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from tqdm.std import tqdm as text_bar
 
+from vitgal import runs
 from vitgal.models.inference import resolve_precision
-from vitgal.settings import MachineSettings, Recipe
+from vitgal.settings import Recipe
 from vitgal.training.augmentation import network_input
 from vitgal.training.checkpoints import Checkpoints, Progress
 from vitgal.training.errors import Preempted, TrainingError
+from vitgal.training.fit import Fit
 from vitgal.training.memory import measure_batch
 from vitgal.training.networks import build_optimizer, learning_rates
 from vitgal.training.processes import (
@@ -48,6 +49,10 @@ NAMED = 8  # images that an error names
 MAX_UNREADABLE = 0.001  # fraction of the training images that may be unreadable
 
 
+def _described(change: dict) -> str:
+    return f"{change['setting']} {change['from']} -> {change['to']}"
+
+
 def training_precision(settings: Recipe) -> str:
     """Returns the precision of training, without initialising CUDA."""
     device = "cuda" if torch.cuda.device_count() else "cpu"  # device_count asks NVML, not CUDA
@@ -55,30 +60,21 @@ def training_precision(settings: Recipe) -> str:
 
 
 class Trainer:
-    """One process of a training: network, optimizer, data and progress.
+    """One process of a training: network, optimizer, data and progress."""
 
-    Args:
-        folder: the stage's folder, where the log and the states go.
-        owner: fingerprint of the stage's settings; a state of another owner is refused.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        settings: Recipe,
-        machine: MachineSettings,
-        folder: Path,
-        data: SplitData,
-        owner: str = "",
-    ):
+    def __init__(self, network: nn.Module, fit: Fit, data: SplitData):
+        settings, machine, folder = fit.settings, fit.machine, fit.folder
         precision = training_precision(settings)
         self.accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,
             cpu=torch.cuda.device_count() == 0,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout(machine))],
         )
-        self.settings, self.machine, self.folder, self.data = settings, machine, folder, data
-        self.progress = Progress()
+        self.fit, self.data = fit, data
+        self.settings, self.machine, self.folder = settings, machine, folder
+        processes = self.accelerator.num_processes
+        self.step_images = settings.batch_size * settings.accumulate * processes
+        self.progress = Progress(images=self.step_images)
         self.rates = learning_rates(settings)
         self.steps = self.batches(0).steps
         self.pending: list[dict[str, Tensor]] = []  # scalars of the steps since the last row
@@ -94,7 +90,7 @@ class Trainer:
             "average": None if self.average is None else self.average.module,
             "scaler": self.accelerator.scaler,
         }
-        self.checkpoints = Checkpoints(folder, owner, parts)
+        self.checkpoints = Checkpoints(folder, fit.owner, parts)
 
     def _prepare(self, network: nn.Module) -> None:
         settings, accelerator = self.settings, self.accelerator
@@ -133,16 +129,31 @@ class Trainer:
     def load_state(self) -> bool:
         """Continues from the last saved state; False without one, else as `Checkpoints.load`."""
         progress = self.checkpoints.load()
-        if progress is None:
-            return False
-        self.progress = progress
-        if progress.pending:
-            own = progress.pending[self.accelerator.process_index]
-            self.pending = [
-                {key: torch.tensor(value, dtype=torch.float32) for key, value in step.items()}
-                for step in own
-            ]
-        return True
+        if progress is not None:
+            self.progress = progress
+            self.pending = self._own_pending(progress.pending)
+            if progress.images not in (0, self.step_images):
+                # Images of the broken step can come twice; none is left out.
+                progress.step = progress.step * progress.images // self.step_images
+                progress.step = min(progress.step, self.steps - 1)
+            progress.images = self.step_images
+        changes = self.fit.changes(self.progress.changes, self.finished_steps)
+        self.progress.changes += changes
+        if changes and self.accelerator.is_main_process:
+            listed = "; ".join(map(_described, changes))
+            tqdm.write(f"going on at step {self.finished_steps} with other settings: {listed}")
+        return progress is not None
+
+    def _own_pending(self, saved: list[list[dict[str, float]]]) -> list[dict[str, Tensor]]:
+        """The pending steps of this rank; their means where there were other ranks."""
+        if len(saved) == self.accelerator.num_processes:
+            steps = [[step] for step in saved[self.accelerator.process_index]]
+        else:
+            steps = zip(*saved, strict=True)
+        return [
+            {key: torch.tensor([rank[key] for rank in ranks]).mean() for key in ranks[0]}
+            for ranks in steps
+        ]
 
     def save_state(self) -> None:
         """Saves log and state (rank 0); only after a row of the log or `_share_pending`."""
@@ -184,14 +195,16 @@ class Trainer:
         batches = self.read(self.batches(progress.epoch, progress.step))
         while progress.step < self.steps:
             accumulated = [next(batches) for _ in range(self.settings.accumulate)]
-            self.pending.append(self.run_step(accumulated))
+            if scalars := self.run_step(accumulated):
+                self.pending.append(scalars)
             done += 1
             bar.update()
             last = progress.step == self.steps
             if last or progress.step % LOG_EVERY == 0:
                 self.add_row(done, time.monotonic() - began)
                 began, done = time.monotonic(), 0
-                bar.set_postfix(epoch=progress.epoch, loss=f"{progress.rows[-1]['loss']:.3f}")
+                loss = progress.rows[-1].get("loss", math.nan)
+                bar.set_postfix(epoch=progress.epoch, loss=f"{loss:.3f}")
                 minutes = (time.monotonic() - saved) / 60
                 if not last and minutes > self.machine.checkpoint_minutes:
                     saved = time.monotonic()
@@ -204,7 +217,8 @@ class Trainer:
     def run_step(self, batches: Sequence[Sample]) -> dict[str, Tensor]:
         """Runs forward and backward of each batch and one update; returns the scalars' means ().
 
-        A loss that is not finite on any rank stops all of them before the update.
+        A loss that is not finite on any rank stops all of them before the update, or is passed over
+        by all, which gives no scalars.
         """
         accelerator, results = self.accelerator, []
         buffers = [buffer.clone() for buffer in self.bare.buffers()]
@@ -221,7 +235,8 @@ class Trainer:
         if not_finite:
             for buffer, value in zip(self.bare.buffers(), buffers, strict=True):
                 buffer.copy_(value)  # BatchNorm's statistics have seen the batch
-            self._stop_not_finite(batches, results)
+            self._pass_over(self._images_not_finite(batches, results))
+            return {}
         self._update()
         for batch in batches:
             self._note_unreadable(batch, self.data.train)
@@ -372,20 +387,24 @@ class Trainer:
         progress, accelerator = self.progress, self.accelerator
         means = {
             key: torch.stack([step[key] for step in self.pending]).float().mean()
-            for key in self.pending[0]
+            for key in (self.pending[0] if self.pending else ())
         }
         means = accelerator.reduce(means, "mean")
         self.pending, progress.pending = [], []
         self._share_unreadable()
-        images = self.settings.batch_size * self.settings.accumulate * accelerator.num_processes
+        since = progress.rows[-1]["step"] if progress.rows else 0
+        changes = [change for change in progress.changes if change["step"] >= since]
+        skipped = sum(entry["step"] >= since for entry in progress.skipped)
         row = {
             "epoch": progress.epoch,
             "step": self.finished_steps,
             "lr": self.rates[progress.epoch],
             **{key: float(value) for key, value in means.items()},
-            "images_per_second": steps * images / seconds,
+            "images_per_second": steps * self.step_images / seconds,
             "hours_left": self._seconds_left(seconds / steps) / 3600,
         }
+        row |= {"changed": "; ".join(map(_described, changes))} if changes else {}
+        row |= {"skipped_batches": skipped} if skipped else {}
         progress.rows.append(row)
         self._draw(row, row["step"])
 
@@ -452,9 +471,11 @@ class Trainer:
             f"{self.progress.epoch}; the state is saved: start the same again to go on"
         )
 
-    def _stop_not_finite(self, batches: Sequence[Sample], results: list[dict[str, Tensor]]) -> None:
-        """Raises TrainingError with the images of all ranks; saves weights that are finite."""
-        names = gather_object(
+    def _images_not_finite(
+        self, batches: Sequence[Sample], results: list[dict[str, Tensor]]
+    ) -> list[str]:
+        """The images, of all ranks, of the batches whose loss is not finite; all must call this."""
+        return gather_object(
             [
                 str(self.data.train.names[index])
                 for batch, result in zip(batches, results, strict=True)
@@ -462,16 +483,30 @@ class Trainer:
                 for index in batch.index.tolist()
             ]
         )
+
+    def _pass_over(self, images: list[str]) -> None:
+        """Ends the step without an update; raises TrainingError where no more may be skipped.
+
+        The state before the step is then saved, if its weights are finite.
+        """
+        progress = self.progress
+        where = f"the loss is not finite at step {progress.step} of epoch {progress.epoch}, images "
+        if len(progress.skipped) < self.settings.skip_bad_batches:
+            self.optimizer.zero_grad(set_to_none=True)
+            progress.skipped.append({"step": self.finished_steps, "images": images})
+            progress.step += 1
+            if self.accelerator.is_main_process:
+                tqdm.write(f"{where}{', '.join(images)}: passed over")
+            return
         self._share_pending()
-        listed = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
         kept = f"the last whole state, if any, is {self.checkpoints.last}"
         if all(bool(torch.isfinite(value).all()) for value in self.bare.state_dict().values()):
             self.save_state()
             kept = f"the state before this step is saved in {self.checkpoints.last}"
         self.accelerator.wait_for_everyone()  # rank 0 must have saved before any rank ends
         raise TrainingError(
-            f"the loss is not finite at step {self.progress.step} of epoch {self.progress.epoch}, "
-            f"images {listed}; {kept}: lower lr, set clip_grad, or train in fp32"
+            f"{where}{runs.abbreviate(images, NAMED)}; {kept}: go on with a lower lr, clip_grad, "
+            "precision fp32, skip_images or skip_bad_batches, and may_change with what is changed"
         )
 
     def _explain(self, error: RuntimeError) -> None:

@@ -48,6 +48,7 @@ class TrainingImages(Dataset):
         self.names = table["path"].to_numpy(dtype=str)
         self.labels = table["label"].to_numpy()
         self.augment = augment or settings.augment
+        self.skipped = self._indices(settings.skip_images) if augment is None else frozenset()
         self.transform = {
             "published": augmentation.augment_published,
             "fast": augmentation.augment_fast,
@@ -56,6 +57,13 @@ class TrainingImages(Dataset):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def _indices(self, names: tuple[str, ...]) -> frozenset[int]:
+        found = np.flatnonzero(np.isin(self.names, names)) if names else ()
+        unknown = set(names) - {str(self.names[index]) for index in found}
+        if unknown:
+            raise TrainingError(f"skip_images names {min(unknown)}, which train.csv does not list")
+        return frozenset(int(index) for index in found)
 
     def path(self, index: int) -> Path:
         """Returns the path of an image."""
@@ -67,6 +75,8 @@ class TrainingImages(Dataset):
         unreadable = -1
         for further in range(len(self)):
             used = (index + further) % len(self)
+            if used in self.skipped:
+                continue
             try:
                 image = self.read(used)
             except (images.ImageError, FileNotFoundError):
