@@ -23,8 +23,8 @@ def test_conda_installs_python_and_pip_installs_the_rest(environment):
     *conda, pip = environment["dependencies"]
     # Further versions here would be a second source beside pyproject.toml.
     assert [entry.partition("=")[0] for entry in conda] == ["python", "pip"]
-    assert pip == {"pip": ["-e .[dev,scale]"]}
-    assert {"dev", "scale"} == PROJECT["optional-dependencies"].keys()
+    assert pip == {"pip": ["-e .[dev,heic,scale]"]}
+    assert {"dev", "heic", "scale"} == PROJECT["optional-dependencies"].keys()
     assert environment["name"] == PROJECT["name"]
 
 
@@ -57,7 +57,7 @@ def pins() -> dict[str, list[Requirement]]:
 def test_constraints_pin_every_dependency_within_its_range():
     pinned = pins()
     extras = PROJECT["optional-dependencies"]
-    wanted = [*PROJECT["dependencies"], *extras["dev"], *extras["scale"]]
+    wanted = [*PROJECT["dependencies"], *extras["dev"], *extras["heic"], *extras["scale"]]
     for requirement in map(Requirement, wanted):
         lines = pinned.get(canonicalize_name(requirement.name), [])
         assert lines, f"constraints.txt does not pin {requirement.name}"

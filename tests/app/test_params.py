@@ -137,7 +137,7 @@ def test_a_cell_repeats_no_default_and_leaves_recipes_alone(path):
         default = kind.flat()[name].default
         plain = list(default) if isinstance(default, tuple) else default
         assert line.default in (None, True, False) or line.default != plain, name
-        conform(name, line.default, kind.types()[name])  # raises for another type
+        conform(name, line.default, kind.flat()[name].type)  # raises for another type
 
 
 @pytest.mark.parametrize("name", [*TRAIN, *TEST])
@@ -155,7 +155,7 @@ def test_a_real_file_leaves_nothing_to_the_demo(name):
 @pytest.mark.parametrize("name", [*TRAIN, *TEST])
 def test_data_paths_are_what_download_brings(name):
     found = effective(name)
-    paths = {key: value for key, value in found.items() if parameters.is_path(key) and value}
+    paths = {key: value for key, value in found.items() if sections.is_path(key) and value}
     assert paths
     for key, value in paths.items():
         assert value.startswith("data/"), key

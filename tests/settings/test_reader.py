@@ -201,7 +201,9 @@ def test_numbers_too_large_are_refused_when_typed(text):
     for name in ("lr", "seed", "query_box"):
         with pytest.raises(SettingsError, match=name) as error:
             typed = reader.checked(reader.from_command_line({name: text}, {}))
-            reader.settings_of(typed).section(sections.all_names()[name][0])
+            reader.settings_of(typed).section(
+                next(kind for kind in sections.SECTIONS if name in kind.flat())
+            )
         assert len(str(error.value)) < 400
 
 
@@ -428,12 +430,13 @@ def test_defaults_are_of_their_type_and_in_range(section):
     for name, entry in section.flat().items():
         value = entry.default
         plain = list(value) if isinstance(value, tuple) else value
-        assert conform(name, plain, section.types()[name]) == value
+        assert conform(name, plain, section.flat()[name].type) == value
     assert dataclasses.is_dataclass(instance)
 
 
 def test_a_name_shared_by_sections_has_one_default_and_one_type():
     apart = {"top", "epochs"}  # no section may differ but these, which have names of their own
-    for name, kinds in sections.all_names().items():
-        defaults = {repr(kind.flat()[name].default) for kind in kinds}
-        assert len(defaults) == 1 or name in apart, name
+    for name in sections.all_names():
+        entries = [kind.flat()[name] for kind in sections.SECTIONS if name in kind.flat()]
+        assert len({repr(entry.default) for entry in entries}) == 1 or name in apart, name
+        assert len({entry.type for entry in entries}) == 1, name

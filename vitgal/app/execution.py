@@ -61,9 +61,11 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progres
     # Crash reports and warnings of the kernel's process, which messages quote.
     log = target.with_suffix(".log")
     sigterm = threading.Event()
+    # It warns of each parameter declared `X | None` as of an unknown one.
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
     papermill_engines.register("vitgal", Engine)
     try:
-        with _silent_papermill(), _progress_bar(notebook.stem, progress) as bar:
+        with _progress_bar(notebook.stem, progress) as bar:
             papermill.execute_notebook(
                 _escaped(notebook),
                 _escaped(target),
@@ -138,18 +140,6 @@ def last_output(log: Path) -> str:
 def _escaped(path: Path) -> str:
     """Returns a path that papermill's substitution of `{name}` leaves unchanged."""
     return str(path).replace("{", "{{").replace("}", "}}")
-
-
-@contextlib.contextmanager
-def _silent_papermill() -> Iterator[None]:
-    """Silences papermill's log, which reports each parameter declared `X | None` as unknown."""
-    logger = logging.getLogger("papermill")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from vitgal.settings.reader import (
     from_command_line,
     settings_of,
 )
-from vitgal.settings.section import SettingsError, conform, fact, guess
+from vitgal.settings.section import SettingsError, conform
 from vitgal.settings.sections import NOTEBOOKS, all_names
 
 CHAIN = "0[1-7]_*.ipynb"
@@ -99,11 +99,6 @@ def further_types(notebooks: Iterable[Path]) -> dict[str, Any]:
     return {name: d.kind for name, d in declarations.items() if name not in all_names()}
 
 
-def is_path(name: str) -> bool:
-    """Whether a setting of this name is a path (`run_dir` is not: it names a run)."""
-    return name in all_names() and fact(all_names()[name][0].flat()[name]).path
-
-
 def chain(folder: Path) -> list[Path]:
     """The numbered notebooks 01 to 07 of a folder, in order; SettingsError where there is none."""
     notebooks = sorted(Path(folder).glob(CHAIN))
@@ -158,41 +153,30 @@ def select(
 
 
 def typed(overrides: dict[str, Any], notebooks: list[Path], chosen: list[Path]) -> Values:
-    """The values of the command line.
-
-    Raises SettingsError for an unknown name, and for one that none of the chosen notebooks takes.
-    """
-    users = {path.stem: takes(path) for path in notebooks}
-    known = set(all_names()) | {name for names in users.values() for name in names}
+    """Returns the values of the command line; SettingsError for one that nothing chosen takes."""
     for name in overrides:
-        if name not in known:
-            hint = guess(name, known)
-            raise SettingsError(f"the command line: there is no setting {name}{hint}")
-        if not any(name in users[path.stem] for path in chosen):
-            readers = [stem for stem, names in users.items() if name in names]
+        readers = [path for path in notebooks if name in takes(path)]
+        if readers and not set(readers) & set(chosen):
+            stems = ", ".join(path.stem for path in readers)
             raise SettingsError(
-                f"the command line: {name} has no effect here: only {', '.join(readers)} reads it"
+                f"the command line: {name} has no effect here: only {stems} reads it"
             )
     return from_command_line(overrides, further_types(notebooks))
 
 
 def injected(values: Values, notebook: Path) -> dict[str, Any]:
-    """The values that papermill injects: those a notebook takes and does not declare itself."""
-    names, cell = takes(notebook), declared(notebook)
-    return {
-        name: list(value) if isinstance(value, tuple) else value
-        for name, value in values.values.items()
-        if name in names and not (name in cell and _equal(cell[name].default, value))
-    }
-
-
-def _equal(default: Any, value: Any) -> bool:
-    return default == (list(value) if isinstance(value, tuple) else value)
+    """Returns what papermill injects: the values a notebook takes and does not declare itself."""
+    names, cell, found = takes(notebook), declared(notebook), {}
+    for name, value in values.values.items():
+        plain = list(value) if isinstance(value, tuple) else value
+        if name in names and not (name in cell and cell[name].default == plain):
+            found[name] = plain
+    return found
 
 
 def settings_in(notebook: Path, values: dict[str, Any]) -> Settings:
-    """The settings that a notebook reads where these values are injected into it."""
+    """Returns the settings that a notebook reads where these values are injected into it."""
     cell = {name: line.default for name, line in declared(notebook).items() if name in all_names()}
     kept = {name: value for name, value in values.items() if name in all_names()}
-    injected_values = Values.of(kept, "the injected parameters")
-    return settings_of(checked(Values.of(cell, notebook.name) | injected_values))
+    layers = Values.of(cell, notebook.name) | Values.of(kept, "the injected parameters")
+    return settings_of(checked(layers))

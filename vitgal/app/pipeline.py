@@ -12,7 +12,6 @@ from vitgal.app.parameters import (
     declared,
     further_types,
     injected,
-    is_path,
     notebook_range,
     select,
     takes,
@@ -20,7 +19,7 @@ from vitgal.app.parameters import (
 )
 from vitgal.settings.reader import NOTEBOOK_RANGE, Values, checked, read_file, settings_of
 from vitgal.settings.section import AbsentError, SettingsError
-from vitgal.settings.sections import NOTEBOOKS
+from vitgal.settings.sections import NOTEBOOKS, is_path
 
 OWN = "08_own_photos.ipynb"  # outside the chain
 RESTART = Preempted.status

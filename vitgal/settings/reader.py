@@ -25,7 +25,6 @@ from vitgal.settings.section import (
     SettingsError,
     alternatives,
     conform,
-    fact,
     guess,
 )
 
@@ -235,10 +234,7 @@ def checked(values: Values, further: Mapping[str, Any] | None = None) -> Values:
 
     `further` has the types of names that are known besides, such as a notebook's own.
     """
-    known = {
-        name: [kind.types()[name] for kind in kinds] for name, kinds in sections.all_names().items()
-    }
-    known |= {name: [kind] for name, kind in (further or {}).items() if name not in known}
+    known = (further or {}) | {name: entry.type for name, entry in sections.all_names().items()}
     faults, conformed = [], {}
     for name, value in values.values.items():
         try:
@@ -246,8 +242,7 @@ def checked(values: Values, further: Mapping[str, Any] | None = None) -> Values:
                 hint = guess(name, known) if len(faults) < MOST_FAULTS else ""
                 shown = runs.printable(str(name)[:100])
                 raise SettingsError(f"there is no setting {shown}{hint}")
-            for kind in known[name]:
-                conformed[name] = conform(name, value, kind)
+            conformed[name] = conform(name, value, known[name])
         except SettingsError as error:
             faults.append(f"{values.sources[name]}: {error}")
     _refuse(faults)
@@ -342,7 +337,7 @@ def from_command_line(texts: Mapping[str, str], further: Mapping[str, Any]) -> V
     """
     known, values, faults = sections.all_names(), {}, []
     for name, text in texts.items():
-        kind = known[name][0].types()[name] if name in known else further.get(name)
+        kind = known[name].type if name in known else further.get(name)
         values[name] = text
         if kind is None or not isinstance(text, str):
             continue
@@ -351,8 +346,8 @@ def from_command_line(texts: Mapping[str, str], further: Mapping[str, Any]) -> V
         except SettingsError as error:
             faults.append(f"the command line: {name}: {error}")
             continue
-        path = name in known and fact(known[name][0].flat()[name]).path
-        if path and values[name] is not None and not text.startswith("untrained:"):
+        plain = values[name] is None or text.startswith("untrained:")
+        if sections.is_path(name) and not plain:
             values[name] = str(Path.cwd() / Path(text).expanduser())
     _refuse(faults)
     return Values.of(values, "the command line")

@@ -74,45 +74,29 @@ class Section:
     PREFIXED: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        for name, entry in self._own().items():
-            check_range(name, getattr(self, entry.name), fact(entry))
+        for entry in fields(self):
+            if not isinstance(entry.default, Section):
+                check_range(self.flat_name(entry), getattr(self, entry.name), fact(entry))
         self.check()
 
     def check(self) -> None:
         """Raises SettingsError where settings contradict each other; sections override it."""
 
     @classmethod
-    @functools.cache
-    def _own(cls) -> dict[str, dataclasses.Field]:
-        """Returns the field of each of the section's own settings, by flat name."""
-        own = {}
-        for entry in fields(cls):
-            if "fact" in entry.metadata:
-                name = fact(entry).flat or entry.name
-                own[cls.PREFIX + name if entry.name in cls.PREFIXED else name] = entry
-        return own
-
-    @classmethod
-    @functools.cache
-    def _inner(cls) -> dict[str, type["Section"]]:
-        """Returns the sections within this one, by field name."""
-        return {e.name: type(e.default) for e in fields(cls) if isinstance(e.default, Section)}
+    def flat_name(cls, entry: dataclasses.Field) -> str:
+        """Returns the flat name of one of the section's fields."""
+        name = fact(entry).flat or entry.name
+        return cls.PREFIX + name if entry.name in cls.PREFIXED else name
 
     @classmethod
     @functools.cache
     def flat(cls) -> dict[str, dataclasses.Field]:
         """Returns the field of each setting, by flat name."""
-        inner = [kind.flat() for kind in cls._inner().values()]
-        return functools.reduce(dict.__or__, inner, cls._own())
-
-    @classmethod
-    @functools.cache
-    def types(cls) -> dict[str, Any]:
-        """Returns the type of each setting, by flat name."""
-        hints = typing.get_type_hints(cls)
-        inner = [kind.types() for kind in cls._inner().values()]
-        own = {name: hints[entry.name] for name, entry in cls._own().items()}
-        return functools.reduce(dict.__or__, inner, own)
+        found: dict[str, dataclasses.Field] = {}
+        for entry in fields(cls):
+            inner = isinstance(entry.default, Section)
+            found |= entry.default.flat() if inner else {cls.flat_name(entry): entry}
+        return found
 
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> Self:
@@ -120,12 +104,13 @@ class Section:
 
         SettingsError names a value of the wrong type or out of range.
         """
-        chosen = {
-            entry.name: conform(name, values[name], cls.types()[name])
-            for name, entry in cls._own().items()
-            if name in values
-        }
-        return cls(**chosen, **{name: kind.build(values) for name, kind in cls._inner().items()})
+        chosen = {}
+        for entry in fields(cls):
+            if isinstance(entry.default, Section):
+                chosen[entry.name] = entry.default.build(values)
+            elif (name := cls.flat_name(entry)) in values:
+                chosen[entry.name] = conform(name, values[name], entry.type)
+        return cls(**chosen)
 
     @classmethod
     def from_manifest(cls, parameters: Mapping[str, Any]) -> Self:
@@ -136,12 +121,12 @@ class Section:
     def compared(self) -> dict[str, Any]:
         """Returns the parameters that results depend on, which manifests of stages compare."""
         found = {}
-        for entry in self._own().values():
+        for entry in fields(self):
             value = getattr(self, entry.name)
-            if fact(entry).result and not (fact(entry).later and value == entry.default):
+            if isinstance(value, Section):
+                found |= value.compared()
+            elif fact(entry).result and not (fact(entry).later and value == entry.default):
                 found[entry.name] = value
-        for name in self._inner():
-            found |= getattr(self, name).compared()
         return found
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vitgal.runs.errors import short
-from vitgal.settings.section import Section, SettingsError, neutral, path, setting
+from vitgal.settings.section import Section, SettingsError, fact, neutral, path, setting
 
 SEED_MEANING = "start of every random draw"
 
@@ -108,11 +108,7 @@ class Recipe(Section):
     sync_batchnorm: bool = setting(True, "BatchNorm sees the batch of all GPUs", published=False)
     accumulate: int = setting(1, "batches whose gradients make one step", low=1, later=True)
     ema_decay: float | None = setting(
-        None,
-        "moving average of the weights, then validated and written",
-        above=0,
-        below=1,
-        later=True,
+        None, "moving average of the weights, validated and written", above=0, below=1, later=True
     )
     rand_augment: int = setting(0, "RandAugment's operations an image", low=0, later=True)
     rand_augment_magnitude: int = setting(9, "their strength", low=0, high=30, later=True)
@@ -217,18 +213,13 @@ RESIZE_MODES = ("squash", "longest", "area")
 class GlobalSettings(Section):
     """Global descriptors, and the ranking that follows from them."""
 
-    size: int = setting(
-        512,
-        "network input; its meaning depends on resize",
-        flat="global_size",
-        unit="pixels",
-        low=16,
-    )
-    resize: str = setting(
-        "squash", '"longest" and "area" keep the aspect', flat="global_resize", choices=RESIZE_MODES
-    )
+    PREFIX: ClassVar[str] = "global_"
+    PREFIXED: ClassVar[frozenset[str]] = frozenset({"size", "resize", "scales"})
+
+    size: int = setting(512, "network input; its meaning depends on resize", unit="pixels", low=16)
+    resize: str = setting("squash", '"longest" and "area" keep the aspect', choices=RESIZE_MODES)
     scales: tuple[float, ...] = setting(
-        (1.0,), "of the network input", flat="global_scales", above=0, high=16, filled=True
+        (1.0,), "of the network input", above=0, high=16, filled=True
     )
     crop_queries: bool = setting(True, "describe the query's box alone, as the protocol demands")
     precision: str = setting("fp32", "of inference", flat="inference_precision", choices=PRECISIONS)
@@ -254,13 +245,11 @@ LADDER = (60.0, 30.0, 15.0, 7.5, 3.75, 1.875, 0.9375)
 class SelectionSettings(Section):
     """Which patch tokens become local features."""
 
+    PREFIX: ClassVar[str] = "local_"
+    PREFIXED: ClassVar[frozenset[str]] = frozenset({"size", "scales"})
+
     scales: tuple[float, ...] = setting(
-        (0.3535, 0.5, 0.7071, 1.0, 1.4142),
-        "of the network input",
-        flat="local_scales",
-        above=0,
-        high=16,
-        filled=True,
+        (0.3535, 0.5, 0.7071, 1.0, 1.4142), "of the network input", above=0, high=16, filled=True
     )
     max_keypoints: int = setting(1000, "features kept of an image", low=1)
     nms_candidates: int = setting(1200, "tokens that enter non-maximum suppression", low=1)
@@ -285,9 +274,7 @@ class SelectionSettings(Section):
 class LocalSettings(SelectionSettings):
     """Local features of the images on the short lists."""
 
-    size: int = setting(
-        512, "network input: the square root of its area", flat="local_size", unit="pixels", low=16
-    )
+    size: int = setting(512, "network input: the square root of its area", unit="pixels", low=16)
     crop_queries: bool = setting(True, "as in the global stage")
     precision: str = setting("fp32", "of inference", flat="inference_precision", choices=PRECISIONS)
     dtype: str = setting(
@@ -468,10 +455,11 @@ SECTIONS = tuple(dict.fromkeys(section for used in NOTEBOOKS.values() for sectio
 
 
 @functools.cache
-def all_names() -> dict[str, tuple[type[Section], ...]]:
-    """Flat name -> the sections that have a setting of this name."""
-    names: dict[str, tuple[type[Section], ...]] = {}
-    for section in SECTIONS:
-        for name in section.flat():
-            names[name] = (*names.get(name, ()), section)
-    return names
+def all_names() -> dict[str, dataclasses.Field]:
+    """Flat name -> the field of a section that has it; those of one name are of one type."""
+    return {name: entry for section in SECTIONS for name, entry in section.flat().items()}
+
+
+def is_path(name: str) -> bool:
+    """Whether a setting of this name is a file or folder (`run_dir` is not: it names a run)."""
+    return name in all_names() and fact(all_names()[name]).path
