@@ -121,6 +121,36 @@ def test_a_touched_or_copied_file_is_accepted(tmp_path, files, opened):
     assert work(tmp_path / "s", inputs(tmp_path / "elsewhere"))
 
 
+def test_files_that_were_copied_are_read_once(tmp_path, files, opened):
+    work(tmp_path / "s", inputs(files))
+    for name in ("weights", *NAMES):
+        touch(files / name)
+    assert work(tmp_path / "s", inputs(files))
+    opened.clear()
+    assert work(tmp_path / "s", inputs(files))
+    assert not {"weights", *NAMES} & set(opened)
+    recorded = runs.read_stage(tmp_path / "s", "04")
+    assert recorded["inputs"] == runs.input_fingerprints(inputs(files))
+
+
+def test_names_that_are_no_unicode_have_fingerprints(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    (tmp_path / name).write_bytes(b"x")
+    image = runs.images_input([name], [tmp_path / name])
+    assert len(image.stamp()) == len(image.fingerprint()) == 64
+
+
+def test_threads_keep_the_order_and_hold_few_items():
+    taken = []
+    results = runs.threaded(lambda item: -item, (taken.append(i) or i for i in range(20_000)), 3)
+    assert [next(results) for _ in range(5)] == [0, -1, -2, -3, -4]
+    assert len(taken) <= 8192
+    assert list(results) == [-i for i in range(5, 20_000)]
+    with pytest.raises(ZeroDivisionError):
+        list(runs.threaded(lambda item: 1 / item, [1, 0]))
+    assert list(runs.threaded(len, [])) == []
+
+
 def test_an_interrupted_stage_compares_the_content(tmp_path, files):
     with pytest.raises(KeyboardInterrupt):
         with runs.stage(tmp_path / "s", "toy", parameters={}, inputs=inputs(files)):

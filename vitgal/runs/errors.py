@@ -13,12 +13,16 @@ import numpy as np
 class UserError(Exception):
     """An error that the user can correct; a notebook shows its message without a traceback.
 
-    The cell still fails. Subclasses list this class before a built-in exception.
+    The cell still fails. Subclasses list this class before a built-in exception. Names of files and
+    values from them are in many messages: each line is printable.
     """
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, super().__str__().split("\n")))
 
     def _render_traceback_(self) -> list[str]:
         """Returns the lines that IPython prints in place of the traceback."""
-        return [printable(line) for line in str(self).split("\n")]
+        return str(self).split("\n")
 
 
 class StageError(UserError, RuntimeError):
