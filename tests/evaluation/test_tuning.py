@@ -26,6 +26,7 @@ from vitgal.settings import (
     VerificationSettings,
     reader,
 )
+from vitgal.settings.reader import Values, settings_of
 from vitgal.stages import benchmark, describe, tuning as stages_tuning
 from vitgal.viz import charts
 
@@ -305,6 +306,20 @@ def test_prepare_refuses_a_ranking_that_another_system_made(described):
             image_folder=described,
             model=Path("x.safetensors"),
         )
+
+
+def test_a_run_that_cannot_be_tuned_says_why(described, tmp_path):
+    def reason(run: Path, **values: str) -> str | None:
+        values = {"run_dir": str(run), "dataset": "val_retrieval"} | values
+        return benchmark.untunable(settings_of(Values.of(values, "a test")))
+
+    assert "made elsewhere" in reason(described)  # the ranking of this run is
+    assert reason(described, dataset="not ranked yet") is None
+    assert "made elsewhere" in reason(tmp_path, descriptors="x.npy")
+    assert reason(tmp_path / "empty").startswith("empty has no split")
+    table = described / "split" / "val_retrieval.csv"
+    table.write_text(table.read_text().replace(",query", ",database"))
+    assert "no validation queries" in reason(described, dataset="not ranked yet")
 
 
 def test_nothing_in_the_result_names_the_machine(described):

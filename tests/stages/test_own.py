@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import unicodedata
 from pathlib import Path
@@ -634,3 +636,19 @@ def test_notebook_08_shares_the_defaults_of_the_chain():
                 assert (ours[name].kind, ours[name].default) == (
                     (declaration.kind, declaration.default)
                 ), name
+
+
+def test_a_terminal_that_cannot_show_a_name_shows_it_escaped(tmp_path):
+    """A real process whose search is done already: it prints the table and ends with 0."""
+    table = "photograph,rank,similarity,inliers\nCafé 東京.jpg,1,0.5,7\n"
+    runs.write_text(tmp_path / "own" / "ranking.csv", table)
+    code = (
+        "import pathlib, sys; from vitgal.app import command_line, pipeline\n"
+        f"pipeline.run_own = lambda *_, **__: pathlib.Path({str(tmp_path)!r})\n"
+        "sys.exit(command_line.main(['own', 'photos', '--query', 'a.jpg']))"
+    )
+    for encoding, name in (("ascii", r"Caf\xe9 \u6771"), ("latin-1", "Caf\xe9 \\u6771")):
+        environment = os.environ | {"PYTHONIOENCODING": encoding, "LC_ALL": "C"}
+        child = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+        assert child.returncode == 0, child.stderr
+        assert name in child.stdout.decode(encoding)

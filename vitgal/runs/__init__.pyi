@@ -47,6 +47,7 @@ from .manifest import (
     STARTED as STARTED,
     differences as differences,
     output_fingerprint as output_fingerprint,
+    read_record as read_record,
     read_settings as read_settings,
     read_stage as read_stage,
 )

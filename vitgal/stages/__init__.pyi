@@ -6,6 +6,7 @@ from .benchmark import (
     open_benchmark as open_benchmark,
     prepare_validation as prepare_validation,
     reranking_settings as reranking_settings,
+    untunable as untunable,
     validation_benchmark as validation_benchmark,
 )
 from .demo import make_demo as make_demo

@@ -69,12 +69,26 @@ def _path(settings: Settings, name: str) -> str | None:
     path = getattr(settings.run, name)
     manifest = _stage_folder(settings, "global") / runs.MANIFEST
     if path is None and manifest.exists():
-        path = runs.read_json(manifest)["recorded"].get(name)
+        path = runs.read_record(manifest)["recorded"].get(name)
     return path
 
 
 def _stage_folder(settings: Settings, stage: str) -> Path:
     return runs.run_folder(settings.run.run_dir) / settings.run.dataset / stage
+
+
+def untunable(settings: Settings) -> str | None:
+    """Says why reranking cannot be tuned in this run; None where it can."""
+    run = runs.run_folder(settings.run.run_dir)
+    manifest = _stage_folder(settings, "global") / runs.MANIFEST
+    elsewhere = manifest.exists() and "descriptors" in runs.read_record(manifest)["inputs"]
+    if settings.run.descriptors is not None or elsewhere:
+        return "the descriptors were made elsewhere, and there are none of the validation set"
+    if not (run / "split" / runs.MANIFEST).exists():
+        return f"{run.name} has no split, so no validation set: 01_data_split makes them"
+    if splits.read_split(run / "split", VALIDATION)["role"].ne("query").all():
+        return "the split has no validation queries: 01_data_split with val_queries above 0 has"
+    return None
 
 
 def validation_benchmark(run: Path, image_folder: Path) -> Path:

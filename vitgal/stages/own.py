@@ -299,8 +299,8 @@ def _refuse_undecodable(name: str) -> None:
 class SearchResult:
     """The ranking of a folder for one query, or for a box (x0, y0, x1, y1) in pixels of it.
 
-    query, path, description: name, file and description of the query. table: one row a photograph
-    without the query, in the final order: `photograph`, `rank` and `global_rank` from 1,
+    query, path, description: printable name, file and description of the query. table: one row a
+    photograph without the query, in the final order: `photograph`, `rank` and `global_rank` from 1,
     `similarity`, and for the short list `matches` and `inliers` (missing beyond it).
     """
 
@@ -396,7 +396,8 @@ def search_folder(
     pairs = _inspect(photographs, description, names[: settings.top], settings)
     counts = [(len(pair.matches), pair.verification.count) for pair in pairs]
     table = _rerank(table, np.array(counts, np.int64).reshape(-1, 2))
-    return SearchResult(photographs, name, path, box, description, table, settings)
+    shown = runs.printable(name)
+    return SearchResult(photographs, shown, path, box, description, table, settings)
 
 
 def _inspect(
