@@ -1,5 +1,5 @@
 from . import demo as demo, download as download
-from .formats import is_whole as is_whole, jpeg_shape as jpeg_shape
+from .formats import image_format as image_format, jpeg_shape as jpeg_shape
 from .gldv2 import (
     check_images as check_images,
     check_table_size as check_table_size,

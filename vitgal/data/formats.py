@@ -155,16 +155,6 @@ def image_orientation(data: bytes, kind: str) -> int:
     return int(value) if value in range(1, 9) else 1
 
 
-def is_whole(data: bytes) -> bool:
-    """Returns False where a JPEG, PNG or WebP file lacks its end; True for other kinds of files."""
-    kind = image_format(data[:HEAD])
-    if kind == "JPEG":
-        return jpeg_end(data) is not None
-    if kind == "PNG":
-        return b"IEND" in data
-    return kind != "WEBP" or len(data) >= int.from_bytes(data[4:8], "little") + 8
-
-
 def jpeg_end(data: bytes) -> int | None:
     """Returns the position of a JPEG's end marker, None where it lacks one."""
     # A search of the whole file would find the marker of an embedded thumbnail; a test of the

@@ -24,13 +24,11 @@ def read_landmark_table(path: str | os.PathLike) -> pd.DataFrame:
     """Reads `id` (str) and `landmark_id` (int64), one row an image in the file's order.
 
     There are two forms: id, landmark_id (Kaggle 2021 and the demo), and landmark_id, images
-    (`train_clean.csv`, ids separated by spaces). Further columns of the first form are dropped; a
-    column url marks the noisy table.
+    (`train_clean.csv`, ids separated by spaces). A column url marks the noisy table.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the noisy table, other columns, no image, a landmark_id that is no integer, an
-            id listed twice, shorter than 3 characters or with other than letters, digits, _ and -.
+    Raises FileNotFoundError, and ValueError for the noisy table, other columns, no image, a
+    landmark_id that is no integer, or an id listed twice or of other than 3 or more letters,
+    digits, _ and -.
     """
     path = _existing(path, "landmark table", f"; {_REMEDY}")
     try:
@@ -140,10 +138,8 @@ def check_images(folder: Path, ids: Iterable[str]) -> None:
     """Raises FileNotFoundError, with the remedy, where the folder or an image is missing."""
     folder, ids = Path(folder), list(ids)
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"there is no image folder {folder}; it is the one that holds 0/, 1/, ... f/ with "
-            "images as a/b/c/<id>.jpg"
-        )
+        layout = "it is the one that holds 0/, 1/, ... f/ with images as a/b/c/<id>.jpg"
+        raise FileNotFoundError(f"there is no image folder {folder}; {layout}")
     missing = missing_images(folder, ids)
     if missing:
         first = runs.abbreviate([image_path(image) for image in missing])
@@ -199,15 +195,10 @@ def read_overlap(path: str | os.PathLike) -> pd.DataFrame:
 
 
 def overlap_audit(table: pd.DataFrame, overlap: pd.DataFrame) -> pd.DataFrame:
-    """Lists the table's classes that are known to show landmarks of the test sets.
+    """Lists the classes of a table (`id`, `landmark_id`) that `read_overlap` knows in test sets.
 
-    Args:
-        table: `id`, `landmark_id`.
-        overlap: `id` or `landmark_id`, optionally `test_set`, see `read_overlap`.
-
-    Returns:
-        landmark_id, images (of the class, in the table), listed (those that the overlap table
-        names; a class stands for all its images), test_sets (joined by spaces); by landmark_id.
+    Returns landmark_id, images (of the class, in the table), listed (those that the overlap table
+    names; a class stands for all its images), test_sets (joined by spaces); by landmark_id.
     """
     key = "id" if "id" in overlap else "landmark_id"
     listed = overlap[[key]].assign(test_set=overlap.get("test_set", ""))

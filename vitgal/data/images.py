@@ -63,16 +63,12 @@ class ReadError(ImageError):
 def read_image(
     path: str | os.PathLike, *, ignore_orientation: bool = True, least_side: int | None = None
 ) -> np.ndarray:
-    """Decodes a photograph of any name by what the file is; grey becomes RGB, no transparency.
+    """Decodes a photograph to (H, W, 3) uint8 RGB by what the file is, without transparency.
 
-    Args:
-        ignore_orientation: keep the pixels as stored, in which query boxes are given. False turns
-            the image by its EXIF tag, as the published code does.
-        least_side: decode a JPEG at the smallest of 1/2, 1/4 and 1/8 with both sides of at least
-            this many pixels; None: full size.
-
-    Returns:
-        (H, W, 3) uint8 RGB. A JPEG that lacks only its end mark is read with a warning.
+    Query boxes are given in the pixels as stored; `ignore_orientation=False` turns them by their
+    EXIF tag, as the published code does. With `least_side` a JPEG is decoded at the smallest of
+    1/2, 1/4 and 1/8 with both sides of at least this many pixels. A JPEG that lacks only its end
+    mark is read with a warning.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -155,8 +151,9 @@ def _checked_size(data: bytes, kind: str | None) -> tuple[int, int]:
         raise ValueError("not an image that OpenCV can decode")
     if kind not in formats.DECODED:
         raise ValueError(f"{kind} is not read here: convert it to .jpg or .png")
-    is_headless = kind == "JPEG" and formats.jpeg_shape(data) is None
-    if (is_headless or kind in ("PNG", "WEBP")) and not formats.is_whole(data):
+    if kind == "JPEG" and formats.jpeg_shape(data) is None and end_remark(data):
+        raise ValueError(CUT)
+    if kind == "PNG" and b"IEND" not in data:
         raise ValueError(CUT)
     height, width = formats.image_size(data, kind)
     limit = float(os.environ.get("VITGAL_MAX_MEGAPIXELS", MAX_MEGAPIXELS))
@@ -230,20 +227,14 @@ def turn(image: np.ndarray, orientation: int) -> np.ndarray:
 def crop_box(
     image: np.ndarray, box: Sequence[float] | None
 ) -> tuple[np.ndarray, tuple[int, int, int, int]]:
-    """Cuts a box out of an image.
+    """Cuts a box (x0, y0, x1, y1) in pixels out of an image (H, W, ...); None: the whole image.
 
     Coordinates are truncated to integers, as published. Those up to 1 px past the right or lower
-    edge are clipped.
+    edge are clipped. Returns the crop (y1 - y0, x1 - x0, ...), a view of the image, and its box in
+    whole pixels.
 
-    Args:
-        image: (H, W, ...).
-        box: (x0, y0, x1, y1) in pixels; None: the whole image.
-
-    Returns:
-        The crop (y1 - y0, x1 - x0, ...), a view of the image, and its box in whole pixels.
-
-    Raises:
-        ValueError: a coordinate is negative, not finite or further outside, or the crop is empty.
+    Raises ValueError where a coordinate is negative, not finite or further outside, or the crop is
+    empty.
     """
     height, width = image.shape[:2]
     if box is None:
@@ -285,21 +276,13 @@ def resized_shape(height: int, width: int, size: int, mode: str) -> tuple[int, i
 
 
 def resize(image: np.ndarray, size: int, mode: str) -> np.ndarray:
-    """Resizes an image with bilinear interpolation and no smoothing, as published.
+    """Resizes (H, W, 3) uint8 with bilinear interpolation and no smoothing, as published.
 
-    Args:
-        image: (H, W, 3) uint8.
-        size: in pixels; its meaning depends on the mode.
-        mode: "squash" to size x size, whatever the aspect (published, global features); "longest"
-            scales the longer side to `size` and rounds the other down (published, keep-ratio);
-            "area" keeps the aspect at about size x size pixels, both sides multiples of 16 and
-            never below 16 (published, local features).
-
-    Returns:
-        (H', W', 3) uint8, see `resized_shape`.
-
-    Raises:
-        ValueError: an empty image, a size below 16, an unknown mode.
+    mode: "squash" to size x size, whatever the aspect (published, global features); "longest"
+    scales the longer side to `size` and rounds the other down (published, keep-ratio); "area" keeps
+    the aspect at about size x size pixels, both sides multiples of 16 and never below 16
+    (published, local features). Raises ValueError for an empty image, a size below 16 or another
+    mode.
     """
     height, width = resized_shape(*image.shape[:2], size, mode)
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)

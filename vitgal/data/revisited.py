@@ -155,13 +155,9 @@ def load_ground_truth(path: str | os.PathLike) -> GroundTruth:
     """Reads `gnd_<name>.pkl` in the published layout without running code from the file.
 
     The pickle is a dict with `imlist`, `qimlist` (names) and `gnd` (per query `bbx`, `easy`,
-    `hard`, `junk`). Empty label lists are allowed; boxes may be fractional.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, asks for any class or function, lacks a key, or holds a wrong
-            type, an index outside the database, an image with two labels for one query, a name
-            twice, or a box that is negative or empty; the message names file, query and value.
+    `hard`, `junk`). Empty label lists are allowed; boxes may be fractional. Raises
+    FileNotFoundError, and ValueError, naming file, query and value, where it is damaged, asks for
+    any class or function, or holds what does not fit (`check_ground_truth`).
     """
     path = Path(path)
     name = path.stem.removeprefix("gnd_")
@@ -220,42 +216,34 @@ def check_ground_truth(ground_truth: GroundTruth) -> None:
         if len(arrays) != len(queries):
             raise ValueError(f"{len(queries)} queries, but {len(arrays)} {label} lists")
     for q, (query, box, *arrays) in enumerate(zip(queries, boxes, *lists, strict=True)):
-        try:
-            _check_box(box)
-            _check_labels(arrays, len(ground_truth.database))
-        except ValueError as error:
-            raise ValueError(f"query {q} ({runs.printable(query)}) {error}") from None
+        if fault := _box_fault(box) or _label_fault(arrays, len(ground_truth.database)):
+            raise ValueError(f"query {q} ({runs.printable(query)}) {fault}")
 
 
-def _check_box(box: np.ndarray) -> None:
+def _box_fault(box: np.ndarray) -> str | None:
     if not np.isfinite(box).all() or (box < 0).any():
-        raise ValueError(f"has the box {box.tolist()}: pixels cannot be negative or nan")
+        return f"has the box {box.tolist()}: pixels cannot be negative or nan"
     x0, y0, x1, y1 = np.trunc(box)  # as published: boxes are truncated to integers
     if x1 <= x0 or y1 <= y0:
-        raise ValueError(
-            f"has the box {box.tolist()}, which holds no pixel; (x0, y0, x1, y1) needs x0 < x1 and "
-            "y0 < y1"
-        )
+        rule = "(x0, y0, x1, y1) needs x0 < x1 and y0 < y1"
+        return f"has the box {box.tolist()}, which holds no pixel; {rule}"
+    return None
 
 
-def _check_labels(arrays: list[np.ndarray], size: int) -> None:
+def _label_fault(arrays: list[np.ndarray], size: int) -> str | None:
     for label, indices in zip(LABELS, arrays, strict=True):
         outside = indices[(indices < 0) | (indices >= size)]
         if outside.size:
-            raise ValueError(
-                f"has the {label} index {outside[0]}, but the database has {size} images (0 to "
-                f"{size - 1})"
-            )
+            images = f"{size} images (0 to {size - 1})"
+            return f"has the {label} index {outside[0]}, but the database has {images}"
     images, counts = np.unique(np.concatenate(arrays), return_counts=True)
     if (counts > 1).any():
-        raise ValueError(
-            f"labels the database image {images[counts > 1][0]} twice; an image is easy, hard, "
-            "junk or none of them"
-        )
+        twice = f"labels the database image {images[counts > 1][0]} twice"
+        return f"{twice}; an image is easy, hard, junk or none of them"
+    return None
 
 
 def _parse(name: str, content: Any) -> GroundTruth:
-    """Builds the ground truth from an unpickled file; ValueError for a missing key, wrong type."""
     keys = ("imlist", "qimlist", "gnd")
     missing = [key for key in keys if not isinstance(content, dict) or key not in content]
     if missing:
@@ -272,15 +260,20 @@ def _parse(name: str, content: Any) -> GroundTruth:
         raise ValueError(f"gnd holds more than {MOST_LABELS:,} labels")
     boxes, lists = [], {label: [] for label in LABELS}
     for q, (query, entry) in enumerate(zip(queries, entries, strict=True)):
-        query = runs.printable(query)
         try:
-            boxes.append(_box(entry))
+            box = entry.get("bbx")
+            if not _is_list(box, (int, float)) or len(box) != 4:
+                needed = "a box (bbx) of 4 numbers: x0, y0, x1, y1"
+                raise ValueError(f"needs {needed}; not {runs.short(box)}")
+            boxes.append(np.array(box, np.float64))
             for label in LABELS:
-                lists[label].append(_indices(entry, label))
-        except OverflowError:
-            raise ValueError(f"query {q} ({query}) holds a number beyond any image") from None
-        except ValueError as error:
-            raise ValueError(f"query {q} ({query}) {error}") from None
+                images = entry.get(label)
+                if not _is_list(images, int):
+                    raise ValueError(f"needs a list {label} of integers, not {runs.short(images)}")
+                lists[label].append(np.sort(np.array(images, np.int64)))
+        except (OverflowError, ValueError) as error:
+            fault = error if isinstance(error, ValueError) else "holds a number beyond any image"
+            raise ValueError(f"query {q} ({runs.printable(query)}) {fault}") from None
     boxes = np.array(boxes, np.float64).reshape(-1, 4)
     return GroundTruth(name, list(database), list(queries), boxes, **lists)
 
@@ -289,20 +282,6 @@ def _is_list(value: Any, kind: type | tuple[type, ...]) -> bool:
     return isinstance(value, (list, tuple)) and all(
         isinstance(item, kind) and not isinstance(item, bool) for item in value
     )
-
-
-def _box(entry: dict) -> np.ndarray:
-    box = entry.get("bbx")
-    if not _is_list(box, (int, float)) or len(box) != 4:
-        raise ValueError(f"needs a box (bbx) of 4 numbers: x0, y0, x1, y1; not {runs.short(box)}")
-    return np.array(box, np.float64)
-
-
-def _indices(entry: dict, label: str) -> np.ndarray:
-    indices = entry.get(label)
-    if not _is_list(indices, int):
-        raise ValueError(f"needs a list {label} of integers, not {runs.short(indices)}")
-    return np.sort(np.array(indices, np.int64))
 
 
 def _refuse_repeated(names: Sequence[str], description: str) -> None:
@@ -316,16 +295,12 @@ def open_dataset(
 ) -> RetrievalDataset:
     """Opens a benchmark folder and checks that every listed image exists; none is decoded.
 
-    Args:
-        folder: holds `jpg/<image>.jpg` and `gnd_<name>.pkl`.
-        distractors: a folder with `jpg/`, whose images follow the database, and `revisitop1m.txt`,
-            a path below `jpg/` a line: the list's order fixes the indices in every ranking.
+    `folder` holds `jpg/<image>.jpg` and `gnd_<name>.pkl`. `distractors` is a folder with `jpg/`,
+    whose images follow the database, and `revisitop1m.txt`, a path below `jpg/` a line: the list's
+    order fixes the indices in every ranking.
 
-    Raises:
-        FileNotFoundError: the folder, the ground truth, the list or an image is missing; the
-            message counts the missing images and names the first few.
-        ValueError: the ground truth is refused (`load_ground_truth`), a name leads out of the
-            folder, or an image is listed twice.
+    Raises FileNotFoundError where anything is missing, and ValueError where the ground truth is
+    refused, a name leads out of the folder, or an image is listed twice.
     """
     # NOTE the published code walks the distractors with an unsorted os.listdir: its indices depend
     # on the file system, and saved rankings do not fit another machine.
@@ -370,7 +345,6 @@ def _image_folder(folder: Path, name: str) -> Path:
 
 
 def _image_paths(images: Path, names: Iterable[str], extension: str, dataset: str) -> list[Path]:
-    """Returns the path of each name; ValueError for one outside, FileNotFoundError for missing."""
     paths, missing = [], []
     files_of: dict[str, set[str]] = {}  # each folder is listed once
     for name in names:

@@ -68,9 +68,8 @@ def split_landmarks(
 
 
 def _part(paths: Sequence[str], labels: Sequence[int]) -> pd.DataFrame:
-    return pd.DataFrame(
-        {"path": pd.Series(paths, dtype=object), "label": np.asarray(labels, np.int64)}
-    )
+    paths = pd.Series(paths, dtype=object)
+    return pd.DataFrame({"path": paths, "label": np.asarray(labels, np.int64)})
 
 
 def order_classes(
@@ -173,17 +172,10 @@ def validation_ground_truth(table: pd.DataFrame, boxes: np.ndarray | None = None
 
 def class_table(split: LandmarkSplit) -> pd.DataFrame:
     """Returns a row a class: `label`, `landmark_id`, images in `train` and `val`, `held_out`."""
-    classes = len(split.landmarks)
-    train, val = (np.bincount(p["label"], minlength=classes) for p in (split.train, split.val))
-    return pd.DataFrame(
-        {
-            "label": np.arange(classes),
-            "landmark_id": split.landmarks,
-            "train": train,
-            "val": val,
-            "held_out": (train == 0).astype(int),
-        }
-    )
+    table = pd.DataFrame({"label": np.arange(len(split.landmarks)), "landmark_id": split.landmarks})
+    for name, part in (("train", split.train), ("val", split.val)):
+        table[name] = np.bincount(part["label"], minlength=len(table))
+    return table.assign(held_out=(table["train"] == 0).astype(int))
 
 
 def read_split(folder: Path, part: str) -> pd.DataFrame:
@@ -232,13 +224,10 @@ def split_statistics(folder: Path) -> pd.DataFrame:
         "val_queries": retrieval[retrieval["role"] == "query"],
         "val_database": retrieval[retrieval["role"] == "database"],
     }
-    return pd.DataFrame({name: _statistics(part) for name, part in parts.items()}).T
-
-
-def _statistics(part: pd.DataFrame) -> pd.Series:
-    sizes = part["label"].value_counts()
-    return pd.Series(
-        {
+    rows = {}
+    for name, part in parts.items():
+        sizes = part["label"].value_counts()
+        rows[name] = {
             "images": len(part),
             "classes": len(sizes),
             "smallest": sizes.min(),
@@ -246,7 +235,7 @@ def _statistics(part: pd.DataFrame) -> pd.Series:
             "largest": sizes.max(),
             "single": int((sizes == 1).sum()),
         }
-    )
+    return pd.DataFrame(rows).T
 
 
 def class_counts(folder: Path) -> pd.DataFrame:
@@ -256,15 +245,18 @@ def class_counts(folder: Path) -> pd.DataFrame:
 
 def overlap_report(folder: Path) -> str:
     """Describes the overlap audit of a split folder, in words and a table."""
-    if not (Path(folder) / "overlap.csv").is_file():
+    path = Path(folder) / "overlap.csv"
+    if not path.is_file():
         return "no overlap table was given: overlap with the test sets is not audited"
-    audit = _read_table(Path(folder) / "overlap.csv")
+    audit = read_csv(path)
     if audit.empty:
         return "no class of the table is known to overlap the test sets"
     audit["test_sets"] = audit["test_sets"].map(runs.printable)
     images = audit["images"].astype(int).sum()
-    summary = f"{len(audit)} classes with {images:,} images overlap the test sets"
-    return f"{summary}:\n{audit.to_string(index=False)}"
+    return (
+        f"{len(audit)} classes with {images:,} images overlap the test sets:\n"
+        f"{audit.to_string(index=False)}"
+    )
 
 
 def write_split_txt(path: Path, split: pd.DataFrame, *, prefix: str = "train/") -> Path:

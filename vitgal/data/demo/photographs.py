@@ -1,8 +1,9 @@
 """The bundled photographs of landmarks, with their attribution and regions."""
 
 import csv
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,10 +64,8 @@ def read_photographs(folder: Path) -> list[Photograph]:
     folder = Path(folder)
     table = folder / ATTRIBUTION
     if not table.is_file():
-        raise FileNotFoundError(
-            f"{table} is missing: it lists the demo's photographs; restore the folder from the "
-            "repository (git checkout third_party/landmarks)"
-        )
+        restore = "restore the folder from the repository (git checkout third_party/landmarks)"
+        raise FileNotFoundError(f"{table} is missing: it lists the demo's photographs; {restore}")
     rows = _read_table(table, ATTRIBUTION_COLUMNS)
     missing = [row["file"] for row in rows if not (folder / row["file"]).is_file()]
     if missing:
@@ -74,39 +73,37 @@ def read_photographs(folder: Path) -> list[Photograph]:
             f"{len(missing)} of {len(rows)} photographs listed in {table} are missing, first "
             f"{missing[0]}; restore them or remove their rows"
         )
-    regions = _read_regions(folder / REGIONS)
-    return [_photograph(folder, row, regions) for row in rows]
+    path = folder / REGIONS
+    regions = _read_table(path, REGION_COLUMNS) if path.is_file() else []
+    regions = {row["file"]: _region(path, row) for row in regions}
+    return [_photograph(folder, row, regions.get(row["file"], CENTRAL_REGION)) for row in rows]
 
 
 def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     with open(path, encoding="utf-8", newline="") as handle:
-        rows = list(csv.DictReader(handle))
+        rows = sorted(csv.DictReader(handle), key=lambda row: row.get("file") or "")
     if not rows or tuple(rows[0]) != columns:
         raise ValueError(f"{path} must hold rows with the columns {','.join(columns)}")
-    files = [row["file"] for row in rows]
-    if len(set(files)) < len(files):
-        repeated = next(name for name in files if files.count(name) > 1)
-        raise ValueError(f"{path} lists {repeated} more than once; keep one row")
-    return sorted(rows, key=lambda row: row["file"])
+    for row, following in itertools.pairwise(rows):
+        if row["file"] == following["file"]:
+            raise ValueError(f"{path} lists {row['file']} more than once; keep one row")
+    return rows
 
 
-def _read_regions(path: Path) -> dict[str, tuple[float, ...]]:
-    regions = {}
-    for row in _read_table(path, REGION_COLUMNS) if path.is_file() else ():
-        try:
-            x0, y0, x1, y1 = (float(row[side]) for side in REGION_COLUMNS[1:])
-        except (TypeError, ValueError):
-            x0 = y0 = x1 = y1 = math.nan
-        if not (0 <= x0 < x1 <= 100 and 0 <= y0 < y1 <= 100):
-            raise ValueError(
-                f"{path}: the region of {row['file']} needs numbers 0 <= x0 < x1 <= 100 and "
-                "0 <= y0 < y1 <= 100 (per cent of the photograph's sides)"
-            )
-        regions[row["file"]] = (x0, y0, x1, y1)
-    return regions
+def _region(path: Path, row: dict[str, str]) -> tuple[float, ...]:
+    try:
+        x0, y0, x1, y1 = (float(row[side]) for side in REGION_COLUMNS[1:])
+    except (TypeError, ValueError):
+        x0 = y0 = x1 = y1 = math.nan
+    if not (0 <= x0 < x1 <= 100 and 0 <= y0 < y1 <= 100):
+        raise ValueError(
+            f"{path}: the region of {row['file']} needs numbers 0 <= x0 < x1 <= 100 and "
+            "0 <= y0 < y1 <= 100 (per cent of the photograph's sides)"
+        )
+    return x0, y0, x1, y1
 
 
-def _photograph(folder: Path, row: dict[str, str], regions: dict) -> Photograph:
+def _photograph(folder: Path, row: dict[str, str], region: Sequence[float]) -> Photograph:
     table, file = folder / ATTRIBUTION, row["file"]
     landmark, number = Path(file).parent.name, Path(file).stem
     if not (landmark and row["licence"] and row["author"]):
@@ -115,7 +112,7 @@ def _photograph(folder: Path, row: dict[str, str], regions: dict) -> Photograph:
     if not all(str(side).isdecimal() and int(side) for side in sides):
         raise ValueError(f"{table}: {file} needs a width and a height in pixels, not {sides}")
     width, height = map(int, sides)
-    x0, y0, x1, y1 = regions.get(file, CENTRAL_REGION)
+    x0, y0, x1, y1 = region
     return Photograph(
         landmark=landmark,
         name=f"{landmark}_{number}",

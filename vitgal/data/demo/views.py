@@ -95,13 +95,11 @@ def draw_view(
     view_size: int,
     aside: bool = False,
 ) -> View:
-    """Draws one view's recipe.
+    """Draws one view's recipe; `view_size` is its longer side in pixels.
 
-    Args:
-        level: from 0 (the photograph itself) to 1 (tilted by up to 45 degrees, rotated by up to
-            30, cropped to 35 per cent of the sides, at night, blurred, behind an occluder, ...).
-        view_size: longer side of the view in pixels.
-        aside: show a small part of the photograph near a corner, away from the landmark.
+    `level` goes from 0 (the photograph itself) to 1 (tilted by up to 45 degrees, rotated by up to
+    30, cropped to 35 per cent of the sides, at night, blurred, behind an occluder, ...). `aside`
+    shows a small part of the photograph near a corner, away from the landmark.
     """
     # Only raw doubles and integers are drawn, which are the same on every machine; their order is
     # part of the demo data.
@@ -200,11 +198,7 @@ def _fit_window(
     window: float,
     centre: tuple[float, float],
 ) -> tuple[Matrix, float]:
-    """Returns the homography photograph -> view, and the fraction of the side that it shows.
-
-    The window shrinks and moves to the photograph's middle until at most OVERHANG of a side lies
-    outside.
-    """
+    # The window shrinks and moves to the photograph's middle until at most OVERHANG lies outside.
     sides = (photograph.width, photograph.height)
     scale = max(size[0] / sides[0], size[1] / sides[1])
     x, y = (
@@ -228,12 +222,9 @@ def tilted_board(
 ) -> Matrix:
     """Returns the 3 x 3 homography of a photograph seen as a flat board from another side.
 
-    Args:
-        centre: x, y of the photograph that become the view's centre.
-        side: longer side of the photograph; the board is 1.7 of it away.
-        angles: tilt about the vertical and the horizontal axis, rotation in the view; degrees.
-        scale: view pixels a photograph pixel.
-        size: width, height of the view.
+    `centre` becomes the view's centre. The board is 1.7 of its longer `side` away. `angles` are the
+    tilts about the vertical and the horizontal axis and the rotation in the view, in degrees;
+    `scale` is view pixels a photograph pixel, `size` the view's width and height.
     """
     (cos_a, sin_a), (cos_b, sin_b), (cos_c, sin_c) = (_cos_sin(angle) for angle in angles)
     distance = 1.7 * side
