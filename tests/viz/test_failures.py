@@ -108,3 +108,12 @@ def test_failures_of_the_global_ranking_alone(failing):
     assert table.loc[0, "after"] == table.loc[0, "before"] == pytest.approx(5 / 12, abs=1e-12)
     figure = failures.failure_figure(run, benchmark, 0, columns=4, reranked=False)
     assert "why" not in [text.get_text() for text in figure.findobj(plt.Text)]
+
+
+def test_names_of_any_kind_are_written_into_the_table(failing, recwarn):
+    run, benchmark = failing
+    truth = dataclasses.replace(benchmark.ground_truth, queries=["北京\n\x1b[2J", "caf\udce9"])
+    benchmark = dataclasses.replace(benchmark, ground_truth=truth)
+    table = failures.failure_table(run, benchmark)
+    assert table["query"].to_dict() == {0: r"北京\n\x1b[2J", 1: r"caf\udce9"}
+    assert table.to_html().encode()

@@ -1,5 +1,7 @@
 """The browser over one's own photographs."""
 
+import shutil
+
 import ipywidgets as widgets
 import pytest
 
@@ -18,15 +20,36 @@ from vitgal.viz.match_inspector import inspect_matches
 
 
 @pytest.fixture
-def photographs(inspected_run, tmp_path) -> own.Photographs:
-    describer = Describer(
+def describer(inspected_run, tmp_path) -> Describer:
+    return Describer(
         tmp_path,
         inspected_run / "model.safetensors",
         GlobalSettings(size=64),
         LocalSettings(size=96),
         MachineSettings(threads=1),
     )
+
+
+@pytest.fixture
+def photographs(inspected_run, describer) -> own.Photographs:
     return own.describe_folder(inspected_run / "jpg", describer, progress=False)
+
+
+@pytest.mark.slow
+def test_photographs_of_any_name_are_browsed(inspected_run, describer, tmp_path):
+    names = ["北京🗼", "a\u202eb", "line\nbreak\x1b[2J", "$x_1$", "漢" * 80, "caf\udce9"]
+    for name, letter in zip(names, "qabcde", strict=True):
+        shutil.copy(inspected_run / "jpg" / f"{letter}.jpg", tmp_path / f"{name}.jpg")
+    folder = own.describe_folder(tmp_path, describer, progress=False)
+    browser = PhotographBrowser(folder, folder.names[0], None, RerankingSettings(), columns=3)
+    for name in folder.names:
+        browser.query.value = name
+        browser.button.click()
+        assert len(browser.ranking.pictures.children) == 1, browser.ranking.words.value
+        browser.partner.index = 1
+        assert len(browser.pair.pictures.children) == 1, browser.pair.words.value
+    labels = [label for label, _ in (*browser.query.options, *browser.partner.options)]
+    assert len(labels) > 8 and all(label.isprintable() for label in labels)
 
 
 @pytest.mark.slow
@@ -59,6 +82,9 @@ def test_a_box_is_drawn_and_searched(photographs):
 
 
 def test_a_wrong_first_question_is_raised(photographs):
+    for box, reason in (((50, 50, 10, 90), "empty"), ((-1, 0, 50, 50), "negative")):
+        with pytest.raises(data_photographs.PhotographError, match=rf"^q\.jpg: .*{reason}"):
+            browse_photographs(photographs, "q.jpg", box, RerankingSettings())
     with pytest.raises(data_photographs.PhotographError, match="no query z.jpg"):
         browse_photographs(photographs, "z.jpg", None, RerankingSettings())
 

@@ -61,6 +61,12 @@ def test_names_stay_one_file_in_the_folder(name, safe):
     assert run_figures.safe_file_name(name) == safe
 
 
+def test_long_names_are_cut_and_stay_apart():
+    first, second = (run_figures.safe_file_name("漢" * 90 + end) for end in "ab")
+    assert first != second and len(f"{first}.png".encode()) < 230
+    assert run_figures.safe_file_name("caf\udce9" * 60).isascii()
+
+
 def test_queries_that_are_not_there_are_named(capsys):
     assert run_figures.existing_queries(truth_of(2), [1, 2, 0, -1]) == [1, 0]
     assert capsys.readouterr().out.splitlines() == [

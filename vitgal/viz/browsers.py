@@ -23,6 +23,7 @@ import pandas as pd
 from IPython.display import display
 
 from vitgal import runs
+from vitgal.data.images import crop_box
 from vitgal.data.photographs import PhotographError, read_upright
 from vitgal.data.revisited import PROTOCOLS, RetrievalDataset
 from vitgal.runs import printable
@@ -252,7 +253,7 @@ class PhotographBrowser:
         self.ranking = FigureOutput(self._search)
         self.pair = FigureOutput(lambda: pair_figure(self.result, self.partner.value))
         self._open_query(box)
-        self.query.observe(lambda _: self._open_query(None), "value")
+        self.query.observe(self._change_query, "value")
         for slider in (self.across, self.down):
             slider.observe(self._draw_preview, "value")
         self.button.on_click(self.ranking.redraw)
@@ -271,17 +272,23 @@ class PhotographBrowser:
         whole = (0, 0, self.across.max, self.down.max)
         return None if (x0, y0, x1, y1) == whole else (x0, y0, x1, y1)
 
+    def _change_query(self, _: object) -> None:
+        try:
+            self._open_query(None)
+        except PhotographError as error:
+            self.ranking.show_error(str(error))
+
     def _open_query(self, box: Sequence[int] | None) -> None:
         """Shows the chosen query and sets the sliders to the box, or to the whole photograph."""
         from vitgal.stages.own import find_query
 
+        name, path = find_query(self.photographs, self.query.value)
+        image = read_upright(path)
         try:
-            image = read_upright(find_query(self.photographs, self.query.value)[1])
-        except PhotographError as error:
-            self.ranking.show_error(str(error))
-            return
+            _, (x0, y0, x1, y1) = crop_box(image, box)
+        except ValueError as error:
+            raise PhotographError(f"{name}: {error}") from None
         height, width = image.shape[:2]
-        x0, y0, x1, y1 = (0, 0, width, height) if box is None else map(int, box)
         self.reduced, self.factor = reduce_image(image, PREVIEW)
         for slider, low, high, end in ((self.across, x0, x1, width), (self.down, y0, y1, height)):
             with unobserved(slider, self._draw_preview):
