@@ -149,6 +149,17 @@ def test_validation_set_follows_a_new_split_and_outer_images(run, tmp_path):
     assert os.readlink(data.database_paths[0]) == str(outer / "a" / "a1.jpg")
 
 
+def test_validation_set_is_not_written_through_a_link(run, tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "victim" / "qa.jpg").write_text("keep me")
+    (run / "data" / "benchmark" / "jpg").mkdir(parents=True)
+    planted = run / "data" / "benchmark" / "jpg" / "val_retrieval"
+    planted.symlink_to(tmp_path / "victim", target_is_directory=True)
+    with pytest.raises(ValueError, match="val_retrieval is a link"):
+        benchmark.validation_benchmark(run, run / "data" / "train")
+    assert (tmp_path / "victim" / "qa.jpg").read_text() == "keep me"
+
+
 def test_validation_set_that_is_not_there(run, tmp_path):
     with pytest.raises(FileNotFoundError, match="qa.jpg is not there: check image_folder"):
         benchmark.validation_benchmark(run, tmp_path)

@@ -292,6 +292,15 @@ def test_other_settings_and_weights_are_kept_apart(folder, weights, tmp_path):
     assert describe(folder, describer_of(weights, tmp_path)).extracted == 0
 
 
+def test_descriptions_are_not_written_through_a_link(folder, weights, tmp_path):
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "own").symlink_to(tmp_path / "victim", target_is_directory=True)
+    with pytest.raises(ValueError, match="own is a link"):
+        describe(folder, describer_of(weights, tmp_path / "run"))
+    assert not list((tmp_path / "victim").iterdir())
+
+
 def test_a_killed_run_goes_on(folder, weights, tmp_path):
     describer = describer_of(weights, tmp_path)
     describer.describe(folder / "a/1.png")

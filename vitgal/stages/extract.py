@@ -156,7 +156,7 @@ def _report_finished(stage: runs.Stage, count: int, settings: LocalSettings) -> 
             store.Shard.open(shard)
         features = store.FeatureStore.open(stage.folder)
     except (store.StoreError, FileNotFoundError) as error:
-        print(error)
+        print(runs.printable(error))
         stage.reopen()
         return False
     _announce(features.code_dim, count, settings)

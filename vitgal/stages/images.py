@@ -174,7 +174,8 @@ class ShardTask:
         """Reads the undamaged images of a damaged shard and prints how many there are."""
         kept = store.salvage(self.folder, self.format)
         if self.folder.exists():
-            print(f"{self.folder} is damaged: {len(kept)} of {len(self.images)} images are kept")
+            folder = runs.printable(self.folder)
+            print(f"{folder} is damaged: {len(kept)} of {len(self.images)} images are kept")
         return kept
 
     def refuse_failed_query(self, failures: Sequence[Failure]) -> None:

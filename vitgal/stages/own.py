@@ -117,6 +117,7 @@ class Describer:
     def folder(self) -> Path:
         """The folder of the descriptions with these settings."""
         folder = self.run / "own" / runs.fingerprint(self.parameters)[:12]
+        runs.refuse_links([folder.parent, folder])
         if not (folder / "settings.json").exists():
             runs.write_json(folder / "settings.json", self.parameters)
         return folder
