@@ -78,6 +78,7 @@ def _execute(folder: Path, parameters: dict[Path, dict[str, Any]], progress: boo
     for values in parameters.values():
         if values.get("worker_count", 1) > 1:
             copies = folder / "notebooks" / f"worker-{values.get('worker', 0)}"
+    runs.refuse_links([copies.parent])
     with runs.locked(copies):
         for path, values in parameters.items():
             execute(path, copies / path.name, values, progress=progress)

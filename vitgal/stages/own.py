@@ -258,6 +258,7 @@ def describe_folder(folder: Path, describer: Describer, *, progress: bool = True
     extracted_before = describer.extracted
     described: dict[str, Description] = {}
     left_out, notes = dict(listing.unsupported), {}
+    runs.refuse_links([describer.folder.parent])
     with runs.locked(describer.folder):
         for name in tqdm(listing.names, desc="describing", unit="image", disable=not progress):
             try:

@@ -6,10 +6,9 @@ import errno
 import gzip
 import lzma
 import os
-import platform
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -40,7 +39,7 @@ def unpack(archive: Path, folder: Path, *, arrange: str, label: str, progress: b
     """Unpacks the plain files of a tar archive, all of them or none.
 
     Args:
-        arrange: how files are named below `folder`, a key of ARRANGEMENTS.
+        arrange: how files are named below `folder`: "flat", "tree" or "by_id", as in sources.toml.
         label: name of the archive on the progress bar.
     Returns:
         The number of files.
@@ -49,11 +48,6 @@ def unpack(archive: Path, folder: Path, *, arrange: str, label: str, progress: b
             name, or a member that is not a plain file or folder or leads out of the folder.
         OSError: the disk is full, or cannot be written.
     """
-    if not hasattr(tarfile, "data_filter"):  # Python 3.11.0 to 3.11.3
-        raise RuntimeError(
-            f"Python {platform.python_version()} cannot check archives (tarfile.data_filter is "
-            "missing): download with Python 3.11.4 or newer, or unpack the archive by hand"
-        )
     staging = folder / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
@@ -89,7 +83,7 @@ def _extract(
             unpacked += member.size
             if unpacked > limit or count > MAX_MEMBERS:
                 raise ValueError(_too_large(limit))
-            target = None if member.isdir() else ARRANGEMENTS[arrange](PurePosixPath(member.name))
+            target = None if member.isdir() else _target(PurePosixPath(member.name), arrange)
             if target is not None:
                 if (staging / target).exists():
                     raise ValueError(f"it holds two files for {target} (the second is {name})")
@@ -150,29 +144,14 @@ def _check_member(member: tarfile.TarInfo, name: str) -> None:
         raise ValueError(f"{name} in it has a negative size")
 
 
-def _is_photograph(name: PurePosixPath) -> bool:
-    return name.suffix.lower() == ".jpg" and not name.name.startswith(".")
-
-
-def _flat(name: PurePosixPath) -> PurePosixPath | None:
-    return PurePosixPath(name.name) if _is_photograph(name) else None
-
-
-def _tree(name: PurePosixPath) -> PurePosixPath | None:
-    return None if any(part.startswith(".") for part in name.parts) else name
-
-
-def _by_id(name: PurePosixPath) -> PurePosixPath | None:
-    if not _is_photograph(name):
+def _target(name: PurePosixPath, arrange: str) -> PurePosixPath | None:
+    """Returns a member's path below the image folder, None for read-me and hidden files."""
+    if arrange == "tree":
+        return None if any(part.startswith(".") for part in name.parts) else name
+    if name.suffix.lower() != ".jpg" or name.name.startswith("."):
         return None
+    if arrange == "flat":
+        return PurePosixPath(name.name)
     if len(name.stem) < 3:
         raise ValueError(f"{name} in it has no id of 3 or more letters")
     return PurePosixPath(gldv2.image_path(name.stem))
-
-
-# Path of a member below the image folder, or None to leave it out (read-me files, hidden files)
-ARRANGEMENTS: dict[str, Callable[[PurePosixPath], PurePosixPath | None]] = {
-    "flat": _flat,
-    "tree": _tree,
-    "by_id": _by_id,
-}
