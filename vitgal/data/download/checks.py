@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from vitgal import runs
 from vitgal.data import gldv2
-from vitgal.data.download.sources import Source, SourceFolder, read_sources, select_sources
+from vitgal.data.download.sources import SourceFolder, read_sources, select_sources
 from vitgal.data.images import ImageError, read_image
 from vitgal.data.photographs import visible_files
 
@@ -72,10 +72,14 @@ def check(
         ValueError: an unknown name. The folder's faults are in the report.
     """
     (source,) = select_sources(name, read_sources(sources))
-    own = SourceFolder(source, _own_folder(source, Path(folder).expanduser()))
-    report = Report(name, own.path)
-    if not own.path.is_dir():
-        report.problems.append(f"it is not there; {_remedy(source)}")
+    path = Path(folder).expanduser()
+    content = [*(file.to for file in source.files), *source.tables, source.image_folder]
+    is_own = any(part and (path / part).exists() for part in content)
+    if not is_own or (path / source.folder).is_dir():
+        path /= source.folder
+    own, report = SourceFolder(source, path), Report(name, path)
+    if not path.is_dir():
+        report.problems.append(f"it is not there; `vitgal download {name}` brings it")
         return report
     try:
         _check_files(own, report)
@@ -88,24 +92,14 @@ def check(
     return report
 
 
-def _own_folder(source: Source, folder: Path) -> Path:
-    inside = folder / source.folder
-    content = [*(file.to for file in source.files), *source.tables, source.image_folder]
-    is_own = any(name and (folder / name).exists() for name in content)
-    return folder if is_own and not inside.is_dir() else inside
-
-
-def _remedy(source: Source) -> str:
-    return f"`vitgal download {source.name}` brings it"
-
-
 def _check_files(folder: SourceFolder, report: Report) -> None:
     for file in folder.source.files:
         path = folder.path / file.to
         expected = file.sha256 or folder.record.files.get(file.to, {}).get("sha256")
         if not path.is_file():
             if file.to not in folder.source.tables:  # any of the tables will do
-                report.problems.append(f"{file.to} is missing; {_remedy(folder.source)}")
+                remedy = f"`vitgal download {report.name}` brings it"
+                report.problems.append(f"{file.to} is missing; {remedy}")
         elif expected and expected != (actual := runs.fingerprint_file(path)):
             origin = "published" if file.sha256 else "recorded"
             report.problems.append(
@@ -116,7 +110,7 @@ def _check_files(folder: SourceFolder, report: Report) -> None:
     if folder.record.archives and pending:
         report.problems.append(
             f"{len(pending)} of {len(archives)} archives are not unpacked yet "
-            f"({runs.abbreviate(pending)}); `vitgal download {folder.source.name}` continues"
+            f"({runs.abbreviate(pending)}); `vitgal download {report.name}` continues"
         )
 
 
@@ -125,7 +119,7 @@ def _check_tables(folder: SourceFolder, report: Report) -> None:
     tables = [name for name in source.tables if (folder.path / name).is_file()]
     if not tables:
         report.problems.append(
-            f"neither of {', '.join(source.tables)} is there; `vitgal download {source.name}` "
+            f"neither of {', '.join(source.tables)} is there; `vitgal download {report.name}` "
             "brings the first"
         )
     for name in tables:
@@ -146,56 +140,41 @@ def _check_tables(folder: SourceFolder, report: Report) -> None:
 def _check_images(
     folder: SourceFolder, report: Report, *, threads: int | None, progress: bool
 ) -> None:
-    source = folder.source
+    name, count = f"{folder.source.image_folder}/", folder.source.images
     if not folder.images.is_dir():
         report.images = 0
-        report.problems.append(f"{source.image_folder}/ is missing; {_remedy(source)}")
+        report.problems.append(f"{name} is missing; `vitgal download {report.name}` brings it")
         return
     images = sorted(visible_files(folder.images))
-    report.images, required = len(images), set(images)
+    report.images, required, listed = len(images), set(images), None
     try:
         listed = folder.listed_images()
     except ValueError as error:
         report.problems.append(str(error))
-        listed = None
     if listed is not None:
         report.listed, required = len(listed), set(listed)
         report.missing = sorted(required.difference(images))
-        _check_misplaced(report, images, source.image_folder)
-    elif source.images is not None and len(images) != source.images:
-        report.problems.append(f"{len(images):,} images; the whole set has {source.images:,}")
-    for failure in _unreadable(folder.images, images, threads=threads, progress=progress):
-        (report.unreadable if failure[0] in required else report.unlisted).append(failure)
-
-
-def _check_misplaced(report: Report, images: list[str], image_folder: str) -> None:
-    """Reports missing images that are in another sub-folder, as after unpacking by hand."""
-    by_name = {PurePosixPath(path).name: path for path in images} if report.missing else {}
-    misplaced = [
-        f"{by_name[PurePosixPath(path).name]} for {path}"
-        for path in report.missing
-        if PurePosixPath(path).name in by_name
-    ]
-    if misplaced:
-        report.problems.append(
-            f"{len(misplaced):,} missing images are elsewhere in {image_folder}/ "
-            f"({runs.abbreviate(misplaced)}): move them"
-        )
-
-
-def _unreadable(
-    folder: Path, images: list[str], *, threads: int | None, progress: bool
-) -> list[tuple[str, str]]:
-    """Returns (path, reason) of the images that cannot be decoded."""
+        # After unpacking by hand, images may be in another sub-folder.
+        by_name = {PurePosixPath(path).name: path for path in images} if report.missing else {}
+        elsewhere = [(by_name.get(PurePosixPath(path).name), path) for path in report.missing]
+        if moves := [f"{other} for {path}" for other, path in elsewhere if other]:
+            report.problems.append(
+                f"{len(moves):,} missing images are elsewhere in {name} "
+                f"({runs.abbreviate(moves)}): move them"
+            )
+    elif count is not None and len(images) != count:
+        report.problems.append(f"{len(images):,} images; the whole set has {count:,}")
 
     def failure(path: str) -> str | None:
         """Returns why the image cannot be decoded; None if it can."""
         try:
-            read_image(folder / path)
+            read_image(folder.images / path)
         except ImageError as error:
             return error.reason
         return None
 
     reasons = runs.threaded(failure, images, threads)
     bar = tqdm(reasons, "reading", total=len(images), unit=" images", disable=not progress)
-    return [(path, why) for path, why in zip(images, bar, strict=True) if why is not None]
+    for path, reason in zip(images, bar, strict=True):
+        if reason is not None:
+            (report.unreadable if path in required else report.unlisted).append((path, reason))
