@@ -1,5 +1,6 @@
 """Decoding, cropping, resizing: against files written here and numbers worked out by hand."""
 
+import io
 import os
 import resource
 import socket
@@ -289,6 +290,15 @@ def test_a_small_file_with_a_large_header_takes_no_memory(tmp_path):
     for kind in CLAIMING:
         (tmp_path / f"{kind}.jpg").write_bytes(claiming(kind, 30_000))
         assert (tmp_path / f"{kind}.jpg").stat().st_size < 10_000
+    with open(tmp_path / "sparse.jpg", "wb") as handle:
+        handle.truncate(20 << 30)
+    stored = io.BytesIO()
+    PIL.Image.new("L", (64, 64), 90).save(stored, "JPEG", progressive=True)
+    scans = bytearray(stored.getvalue())
+    start = scans.index(b"\xff\xc2") + 5
+    scans[start : start + 4] = struct.pack(">HH", 14_000, 14_000)  # 196 million pixels
+    last = scans[scans.rindex(b"\xff\xda") : -2]
+    (tmp_path / "scans.jpg").write_bytes(scans[:-2] + last * 1000 + b"\xff\xd9")
     tiles = struct.pack("<4sIH", b"II*\0", 8, 4)
     for tag, value in ((256, 64), (257, 64), (322, 30_000), (323, 30_000)):
         tiles += struct.pack("<HHII", tag, 4, 1, value)
@@ -306,7 +316,8 @@ for path in sys.argv[1:]:
         *sorted(tmp_path.iterdir()),
     )
     assert printed.count("30000 x 30000 pixels are more than 200 million") == 3 * len(CLAIMING)
-    assert printed.count("tiles.jpg: ") == 3
+    for fault in ("tiles.jpg: ", "larger than 2 GiB", "it has too many scans"):
+        assert printed.count(fault) == 3
 
 
 def test_the_limit_on_pixels_is_a_setting(tmp_path, photograph, monkeypatch):

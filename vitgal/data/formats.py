@@ -155,6 +155,11 @@ def image_orientation(data: bytes, kind: str) -> int:
     return int(value) if value in range(1, 9) else 1
 
 
+def jpeg_scans(data: bytes) -> int:
+    """Returns the number of a JPEG's scans, each of which may go over all its pixels."""
+    return sum(marker == _START_OF_SCAN for marker, _ in _jpeg_segments(data))
+
+
 def jpeg_end(data: bytes) -> int | None:
     """Returns the position of a JPEG's end marker, None where it lacks one."""
     # A search of the whole file would find the marker of an embedded thumbnail; a test of the

@@ -27,7 +27,10 @@ STD = (0.229, 0.224, 0.225)
 PATCH = 16  # side of a patch in pixels of the network input
 
 MAX_MEGAPIXELS = 200  # unless VITGAL_MAX_MEGAPIXELS says otherwise
+MOST_SCANS = 20  # of a JPEG with as many pixels; smaller ones may have more
+MOST_BYTES = 2**31 - 1  # that OpenCV decodes
 CUT = "the file is cut short"
+TOO_LARGE = "the file is larger than 2 GiB"
 NO_END = "the file lacks its end mark, but every row is there"
 _DECODER_FLAGS = {  # by the factor that the decoder divides both sides by
     1: cv2.IMREAD_COLOR,
@@ -131,6 +134,8 @@ def read_file(path: Path) -> bytes:
         before = os.stat(path)
         if not stat.S_ISREG(before.st_mode):
             raise ImageError(path, "cannot be read: it is no regular file")
+        if before.st_size > MOST_BYTES:
+            raise ImageError(path, TOO_LARGE)
         data = Path(path).read_bytes()
         after = os.stat(path)
     except FileNotFoundError:
@@ -162,6 +167,8 @@ def _checked_size(data: bytes, kind: str | None) -> tuple[int, int]:
             f"{width} x {height} pixels are more than {limit:g} million: reduce it, or set "
             "VITGAL_MAX_MEGAPIXELS"
         )
+    if kind == "JPEG" and formats.jpeg_scans(data) * height * width > MOST_SCANS * limit * 1e6:
+        raise ValueError("it has too many scans to be decoded in good time")
     return height, width
 
 

@@ -11,7 +11,16 @@ import numpy as np
 
 from vitgal import runs
 from vitgal.data import formats
-from vitgal.data.images import PATCH, ImageError, end_remark, read_file, read_photograph, turn
+from vitgal.data.images import (
+    MOST_BYTES,
+    PATCH,
+    TOO_LARGE,
+    ImageError,
+    end_remark,
+    read_file,
+    read_photograph,
+    turn,
+)
 
 # A file with one of these endings, whatever it holds, is named where it cannot be read.
 SUFFIXES = frozenset(
@@ -86,8 +95,11 @@ def _inspect(path: Path) -> tuple[bool, str | None]:
     suffix = path.suffix.lower()
     named = suffix in SUFFIXES or suffix in RAW
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
             return named, "it is no regular file" if named else None
+        if named and status.st_size > MOST_BYTES:
+            return True, TOO_LARGE
         with open(path, "rb") as handle:
             kind = formats.image_format(handle.read(formats.HEAD))
     except OSError as error:

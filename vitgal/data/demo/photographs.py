@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vitgal import runs
 from vitgal.data import images
 
 PHOTOGRAPHS = "third_party/landmarks"
@@ -80,8 +81,7 @@ def read_photographs(folder: Path) -> list[Photograph]:
 
 
 def _read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as handle:
-        rows = sorted(csv.DictReader(handle), key=lambda row: row.get("file") or "")
+    rows = sorted(csv.DictReader(runs.read_lines(path)), key=lambda row: row.get("file") or "")
     if not rows or tuple(rows[0]) != columns:
         raise ValueError(f"{path} must hold rows with the columns {','.join(columns)}")
     for row, following in itertools.pairwise(rows):
