@@ -17,11 +17,11 @@ import pytest
 from nbformat import NotebookNode
 from nbval.plugin import get_sanitize_patterns
 
-from vitgal.app import parameters as app_parameters
+from vitgal.app import pipeline
 
 TOP = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))
-CHAIN = [path for path in NOTEBOOKS if path.match(app_parameters.CHAIN)]
+CHAIN = [path for path in NOTEBOOKS if path.match(pipeline.CHAIN)]
 SANITIZE = TOP / "tests" / "sanitize.cfg"
 LIMIT = 1_500_000  # bytes; above this GitHub shows a notebook badly or not at all
 LINES = 15
@@ -174,7 +174,7 @@ def test_hygiene(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_parameters_are_plain_typed_literals(path):
-    found = app_parameters.declared(path)
+    found = pipeline.declared(path)
     assert path not in CHAIN or found["run_dir"].kind is str
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from vitgal.app import parameters
+from vitgal.app import pipeline
 from vitgal.settings.reader import Values
 from vitgal.settings.section import SettingsError
 
@@ -13,7 +13,7 @@ FIRST = "run_dir: str = 'demo'\nsize: int = 4  # pixels\nrate: float = 0.5\nname
 
 
 def test_declared_reads_name_type_default(scratch):
-    declarations = parameters.declared(scratch("01_first.ipynb", FIRST)).values()
+    declarations = pipeline.declared(scratch("01_first.ipynb", FIRST)).values()
     assert [(d.name, d.kind, d.default) for d in declarations] == [
         ("run_dir", str, "demo"),
         ("size", int, 4),
@@ -37,7 +37,7 @@ def test_declared_reads_name_type_default(scratch):
 )
 def test_declared_refuses_what_papermill_cannot_inject(scratch, line, remedy):
     with pytest.raises(ValueError, match="01_a.ipynb") as error:
-        parameters.declared(scratch("01_a.ipynb", line))
+        pipeline.declared(scratch("01_a.ipynb", line))
     assert remedy in str(error.value)
 
 
@@ -48,7 +48,7 @@ def test_declared_needs_exactly_one_tagged_cell(scratch):
         notebook.cells[0].metadata["tags"] = notebook.cells[1].metadata["tags"] = tags
         nbformat.write(notebook, path)
         with pytest.raises(ValueError, match=f"has {count} cells tagged"):
-            parameters.declared(path)
+            pipeline.declared(path)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_declared_needs_exactly_one_tagged_cell(scratch):
 )
 def test_select(choice, numbers):
     paths = [Path(name) for name in ("01_a.ipynb", "02_b.ipynb", "03_c.ipynb", "05_e.ipynb")]
-    assert [path.name[:2] for path in parameters.select(paths, **choice)] == numbers.split()
+    assert [path.name[:2] for path in pipeline.select(paths, **choice)] == numbers.split()
 
 
 @pytest.mark.parametrize(
@@ -79,38 +79,38 @@ def test_select(choice, numbers):
 )
 def test_select_refuses(choice):
     with pytest.raises(SettingsError):
-        parameters.select([Path("01_a.ipynb"), Path("02_b.ipynb")], **choice)
+        pipeline.select([Path("01_a.ipynb"), Path("02_b.ipynb")], **choice)
 
 
 @pytest.mark.parametrize("value", [4, "04", "04:07", "four-five", ["04"], "04-"])
 def test_a_range_of_notebooks_is_two_numbers(value):
     with pytest.raises(SettingsError, match="04-07"):
-        parameters.notebook_range(Values.of({"notebooks": value}, "a file"))
+        pipeline.notebook_range(Values.of({"notebooks": value}, "a file"))
 
 
 def test_the_range_of_notebooks():
-    assert parameters.notebook_range(Values({}, {})) == (None, None)
-    assert parameters.notebook_range(Values.of({"notebooks": "4-07"}, "a")) == ("4", "07")
+    assert pipeline.notebook_range(Values({}, {})) == (None, None)
+    assert pipeline.notebook_range(Values.of({"notebooks": "4-07"}, "a")) == ("4", "07")
 
 
 def test_notebooks_outside_the_chain_are_left_out(scratch):
     for name in ("01_a.ipynb", "08_own.ipynb", "Untitled.ipynb"):
         folder = scratch(name, "a: int = 1").parent
-    assert [path.name for path in parameters.chain(folder)] == ["01_a.ipynb"]
+    assert [path.name for path in pipeline.chain(folder)] == ["01_a.ipynb"]
 
 
 def test_an_empty_chain_is_an_error(tmp_path):
     with pytest.raises(SettingsError, match="no numbered notebook"):
-        parameters.chain(tmp_path)
+        pipeline.chain(tmp_path)
 
 
 def test_a_notebook_gets_what_it_takes_and_does_not_say_itself(scratch):
     notebook = scratch("01_first.ipynb", FIRST)
     values = Values.of({"size": 4, "rate": 1.0, "run_dir": "x", "lr": 1.0}, "a file")
-    assert parameters.injected(values, notebook) == {"rate": 1.0, "run_dir": "x"}
+    assert pipeline.injected(values, notebook) == {"rate": 1.0, "run_dir": "x"}
 
 
 def test_a_numbered_notebook_takes_every_setting_of_its_sections():
-    names = parameters.takes(Path("notebooks/02_train.ipynb"))
+    names = pipeline.takes(Path("notebooks/02_train.ipynb"))
     assert {"lr", "drop_path", "threads", "run_dir", "min_train_gain"} <= names
     assert not {"max_distance", "global_size"} & names

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vitgal import runs
-from vitgal.app import parameters, pipeline
+from vitgal.app import pipeline
 from vitgal.data.demo import photographs
 from vitgal.data.download import sources
 from vitgal.settings import reader, sections
@@ -14,7 +14,7 @@ from vitgal.settings.section import conform
 
 TOP = Path(__file__).resolve().parents[2]
 FILES = {path.stem: path for path in sorted((TOP / "params").glob("*.yaml"))}
-NOTEBOOKS = sorted((TOP / "notebooks").glob(parameters.CHAIN))
+NOTEBOOKS = sorted((TOP / "notebooks").glob(pipeline.CHAIN))
 TRAIN = ["s12_train", "s24_train"]
 TEST = [
     f"{model}_{dataset}{distractors}"
@@ -34,13 +34,13 @@ def read(name: str) -> dict:
 def effective(name: str) -> dict:
     """What the notebooks that a file is made for run with, by flat name."""
     values = reader.read_file(FILES[name])
-    chosen = parameters.select(
-        NOTEBOOKS, **dict(zip(("first", "last"), parameters.notebook_range(values), strict=True))
+    chosen = pipeline.select(
+        NOTEBOOKS, **dict(zip(("first", "last"), pipeline.notebook_range(values), strict=True))
     )
     _, injected = pipeline.plan(values, NOTEBOOKS, chosen)
     found = {}
     for path in chosen:
-        whole = parameters.settings_in(path, injected[path])
+        whole = pipeline.settings_in(path, injected[path])
         for section in sections.NOTEBOOKS[path.stem]:
             built = whole.section(section)
             found |= flat_values(built)
@@ -98,7 +98,7 @@ def test_a_real_file_names_the_notebooks_it_is_made_for(name):
         wanted = ("01", "03")
     if name in TEST:
         wanted = ("04", "07")
-    assert parameters.notebook_range(reader.read_file(FILES[name])) == wanted
+    assert pipeline.notebook_range(reader.read_file(FILES[name])) == wanted
 
 
 def test_the_demo_changes_no_notebook():
@@ -119,9 +119,9 @@ def test_an_evaluation_says_little():
 
 def test_notebooks_agree_on_what_they_share():
     # One file feeds them all, and a run of the defaults must find its own earlier stages.
-    first: dict[str, parameters.Declaration] = {}
+    first: dict[str, pipeline.Declaration] = {}
     for path in NOTEBOOKS:
-        for name, declaration in parameters.declared(path).items():
+        for name, declaration in pipeline.declared(path).items():
             assert first.setdefault(name, declaration) == declaration, f"{name} in {path.stem}"
     assert first["run_dir"].default == read("demo")["run_dir"]
 
@@ -131,7 +131,7 @@ def test_a_cell_repeats_no_default_and_leaves_recipes_alone(path):
     """None, True and False say only that something is on, off or left to the setting's default."""
     files = [path for path in sorted((TOP / "params").glob("*/*.yaml"))]
     layered = {name for file in files for name in reader.read_file(file).values}
-    for name, line in parameters.declared(path).items():
+    for name, line in pipeline.declared(path).items():
         (kind, *_) = [k for k in sections.NOTEBOOKS[path.stem] if name in k.flat()]
         assert name not in layered, f"{name} would beat every recipe and machine"
         default = kind.flat()[name].default
@@ -143,9 +143,9 @@ def test_a_cell_repeats_no_default_and_leaves_recipes_alone(path):
 @pytest.mark.parametrize("name", [*TRAIN, *TEST])
 def test_a_real_file_leaves_nothing_to_the_demo(name):
     values = reader.read_file(FILES[name])
-    first, last = parameters.notebook_range(values)
-    for path in parameters.select(NOTEBOOKS, first=first, last=last):
-        for setting, line in parameters.declared(path).items():
+    first, last = pipeline.notebook_range(values)
+    for path in pipeline.select(NOTEBOOKS, first=first, last=last):
+        for setting, line in pipeline.declared(path).items():
             (kind, *_) = [k for k in sections.NOTEBOOKS[path.stem] if setting in k.flat()]
             default = kind.flat()[setting].default
             demo = line.default != (list(default) if isinstance(default, tuple) else default)
@@ -265,7 +265,7 @@ def test_variants_differ_in_nothing_else():
 
 
 def test_only_the_demo_checks_scores():
-    cells = [line for path in NOTEBOOKS for line in parameters.declared(path).values()]
+    cells = [line for path in NOTEBOOKS for line in pipeline.declared(path).values()]
     bounds = {line.name for line in cells if line.name in BOUNDS}
     assert bounds == BOUNDS
     assert all(line.default is not None for line in cells if line.name in bounds)

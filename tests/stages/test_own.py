@@ -19,7 +19,7 @@ import PIL.Image
 import pytest
 
 from vitgal import runs
-from vitgal.app import command_line as command_line, parameters as app_parameters, pipeline, summary
+from vitgal.app import command_line as command_line, pipeline, summary
 from vitgal.data import images, photographs as data_photographs
 from vitgal.features import store
 from vitgal.features.local import LocalFeatures
@@ -632,15 +632,15 @@ def test_the_finished_run_searches_the_bundled_photographs(finished_run, tmp_pat
 
 
 def own_folder() -> str:
-    found = app_parameters.declared(runs.checkout() / "notebooks" / pipeline.OWN)
+    found = pipeline.declared(runs.checkout() / "notebooks" / pipeline.OWN)
     return found["photographs_folder"].default
 
 
 def test_notebook_08_shares_the_defaults_of_the_chain():
     top = runs.checkout() / "notebooks"
-    ours = app_parameters.declared(top / pipeline.OWN)
-    for path in app_parameters.chain(top):
-        for name, declaration in app_parameters.declared(path).items():
+    ours = pipeline.declared(top / pipeline.OWN)
+    for path in pipeline.chain(top):
+        for name, declaration in pipeline.declared(path).items():
             if name in ours and name != "top":  # a folder of one's own is small
                 assert (ours[name].kind, ours[name].default) == (
                     (declaration.kind, declaration.default)

@@ -6,7 +6,7 @@ import torch
 from safetensors import safe_open
 
 from vitgal import runs
-from vitgal.app import parameters, pipeline
+from vitgal.app import pipeline
 from vitgal.data import revisited
 from vitgal.models import weights
 from vitgal.settings import MachineSettings, Settings
@@ -20,7 +20,7 @@ STATED = {"easy": 0.922, "medium": 0.759, "hard": 0.547}
 def demo_settings(notebook: str) -> Settings:
     """The settings of a notebook as it is committed."""
     (path,) = (runs.checkout() / "notebooks").glob(f"{notebook}_*.ipynb")
-    return parameters.settings_in(path, {})
+    return pipeline.settings_in(path, {})
 
 
 def test_the_file_is_small_whole_and_in_half_precision():

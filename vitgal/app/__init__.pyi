@@ -7,15 +7,17 @@ from .execution import (
     execute as execute,
     head as head,
 )
-from .parameters import (
+from .pipeline import (
     Declaration as Declaration,
     chain as chain,
     declared as declared,
     injected as injected,
+    plan as plan,
+    run as run,
+    run_own as run_own,
     select as select,
     settings_in as settings_in,
     takes as takes,
 )
-from .pipeline import plan as plan, run as run, run_own as run_own
 from .summary import own_summary as own_summary, score_lines as score_lines
 from .train_command import read_notebook_settings as read_notebook_settings, train as train

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from vitgal import runs
-from vitgal.app import parameters, pipeline
+from vitgal.app import pipeline
 from vitgal.app.command_line import escape_output, say
 from vitgal.settings.reader import Settings, read_file
 from vitgal.settings.section import SettingsError
@@ -73,11 +73,11 @@ def read_notebook_settings(
 
     Reads and checks the file as `vitgal run` does; raises SettingsError, FileNotFoundError.
     """
-    notebooks = parameters.chain(runs.checkout() / "notebooks")
-    selected = parameters.select(notebooks, only=[only] if only else list(STAGES))
+    notebooks = pipeline.chain(runs.checkout() / "notebooks")
+    selected = pipeline.select(notebooks, only=[only] if only else list(STAGES))
     values = read_file(params)
     run, injected = pipeline.plan(values, notebooks, selected, overrides=overrides, output=output)
-    settings = {path.name[:2]: parameters.settings_in(path, injected[path]) for path in selected}
+    settings = {path.name[:2]: pipeline.settings_in(path, injected[path]) for path in selected}
     return run, settings
 
 

@@ -106,14 +106,16 @@ class Settings(Values):
         parameters = runs.read_stage(folder, notebook)["parameters"]
         values, wanted = dict(self.values), self.section(kind).compared()
         for name in kind.flat() if names is None else names:
-            field_name = kind.flat()[name].name
-            if field_name not in parameters:
+            entry = kind.flat()[name]
+            if entry.name not in parameters:
                 continue
-            recorded, here = parameters[field_name], runs.plain(wanted[field_name])
+            recorded = parameters[entry.name]
+            here = runs.plain(wanted.get(entry.name, entry.default))
             if name in self.sources and here != recorded:
                 raise SettingsError(
-                    f"{name} is {here} ({self.sources[name]}), but {folder / runs.MANIFEST} was "
-                    f"made with {recorded}: change it in {notebook}, or leave it out here"
+                    f"{name} is {runs.short(here)} ({self.sources[name]}), but "
+                    f"{folder / runs.MANIFEST} was made with {runs.short(recorded)}: change it in "
+                    f"{notebook}, or leave it out here"
                 )
             values[name] = recorded
         return kind.build(values)
