@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tests.data.download_server import tar
 from tests.features.examples import ITEMS, NAMES, ROWS, features, save_hloc, save_npy
 from vitgal import runs
+from vitgal.app.summary import score_lines
 from vitgal.data import gldv2, images, photographs, revisited, splits
 from vitgal.data.download import archives, sources
 from vitgal.evaluation import Tuning, compare_folders
@@ -22,7 +23,7 @@ from vitgal.features import interchange, store
 from vitgal.features.descriptors import read_descriptors
 from vitgal.models import weights
 from vitgal.retrieval import faiss_index, shortlists
-from vitgal.retrieval.ranking import Positions
+from vitgal.retrieval.ranking import Positions, Ranking
 from vitgal.settings import reader as settings
 from vitgal.stages import own
 
@@ -91,7 +92,7 @@ def _read_cache(folder: Path) -> None:
 
 def _ranking(folder: Path) -> None:
     places = Positions([np.array([0, 2])], [np.array([3, 1])], 4)
-    places.save(folder / "positions.npz")
+    Ranking(np.array([[3], [2], [1], [0]]), places).save(folder)
     shortlists.write_global_rank(folder / "global_rank.npy", np.arange(8).reshape(4, 2))
     (folder / "shortlist.txt").write_text("q a\nq b\nr c\n".replace(" ", "\t"))
     lines = "../jpg/q.jpg 0 0 20 20\n../jpg/a.jpg -1 -1 -1 -1\n"
@@ -192,7 +193,7 @@ def _weights(folder: Path) -> None:
 
 def _read_weights(folder: Path) -> None:
     for name in ("x.safetensors", "x.pth"):
-        for read in (weights.read_tensors, weights.load_model):
+        for read in (weights.read_configuration, weights.load_model):
             try:
                 read(folder / name)
             except (runs.UserError, ValueError):
@@ -227,6 +228,7 @@ def _results(folder: Path) -> None:
 def _read_results(folder: Path) -> None:
     compare_folders(folder / "a", folder / "b", names=("a", "b"))
     Tuning.read(folder).advice()
+    score_lines(folder)
 
 
 def _own_pickle(folder: Path) -> None:
@@ -275,7 +277,7 @@ READERS: dict[str, Reader] = {
         lambda folder: read_descriptors(folder / "x.npy", NAMES),
     ),
     "published folder": Reader(_published, lambda f: list(interchange.import_published(f))),
-    "positions": Reader(_ranking, lambda f: Positions.load(f / "positions.npz"), "*.npz"),
+    "rankings": Reader(_ranking, Ranking.load, "[pr]*.np?"),
     "global rank": Reader(
         _ranking, lambda f: shortlists.read_global_rank(f / "global_rank.npy"), "*.npy"
     ),

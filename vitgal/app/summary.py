@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vitgal import runs
 from vitgal.app.pipeline import OWN
+from vitgal.evaluation.scores import read_scores
 
 PROTOCOLS = ("easy", "medium", "hard")
 KAPPAS = ("1", "5", "10")
@@ -41,7 +42,7 @@ def score_lines(folder: Path) -> list[str]:
     Other systems come first, then the global and the reranked results. A missing value is a dash.
     """
     scores_of = {
-        path.parent.name: runs.read_json(path) for path in sorted(folder.glob("*/scores.json"))
+        path.parent.name: read_scores(path.parent) for path in sorted(folder.glob("*/scores.json"))
     }
     labels = {"global": "global", "rerank": "reranked"}
     tables = {name: scores for name, scores in scores_of.items() if name not in labels}

@@ -26,8 +26,12 @@ def read_scores(folder: Path) -> Scores:
     path = Path(folder) / SCORES
     scores = read_json(path, dict)
     fits = all(conforms(scores[name], part) for name, part in PARTS.items() if name in scores)
-    lists = [scores[name]["ap"] for name in PROTOCOLS if fits and name in scores]
-    if not fits or not all(value is None or 0 <= value <= 1 for ap in lists for value in ap):
+    for result in [scores[name] for name in PROTOCOLS if fits and name in scores]:
+        interval = result.get("interval", [None, None])
+        numbers = [result["map"], *result["ap"], *result["mp_at"].values()]
+        fits &= conforms(interval, [NUMBER] * 2) and conforms(numbers, [NUMBER])
+        fits = fits and all(value is None or 0 <= value <= 1 for value in (*numbers, *interval))
+    if not fits:
         raise FileError(f"{path} holds no scores: make the stage again")
     return scores
 

@@ -254,10 +254,13 @@ class Ranking:
         Raises FileNotFoundError, or ValueError for a file that holds something else.
         """
         order, positions = (Path(folder) / name for name in cls.files(variant))
-        ranks = map_array(order)
-        if ranks.ndim != 2 or ranks.dtype.kind != "i":
+        ranks, places = map_array(order), Positions.load(positions)
+        size = len(places.indices), places.database_size
+        if ranks.dtype.kind != "i" or ranks.shape[1:] != size[:1]:
             raise FileError(f"{order} holds {ranks.dtype} {ranks.shape}, no ranking: make it again")
-        return cls(ranks, Positions.load(positions))
+        if ranks.size and not 0 <= ranks.min() <= ranks.max() < size[1]:
+            raise FileError(f"{order} names images beyond the {size[1]} of the database")
+        return cls(ranks, places)
 
     def save(self, folder: str | os.PathLike, variant: str | None = None) -> tuple[str, str]:
         """Writes both files into a folder and returns their names."""

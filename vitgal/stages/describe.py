@@ -16,7 +16,7 @@ from vitgal.evaluation.protocol import evaluate
 from vitgal.evaluation.scores import scores_document
 from vitgal.features import store
 from vitgal.features.descriptors import read_descriptors
-from vitgal.features.files import map_array
+from vitgal.features.files import map_array, read_json
 from vitgal.models.inference import weights_input
 from vitgal.retrieval import exact_ranks, exact_search, faiss_index, shortlists
 from vitgal.retrieval.ranking import Ranking
@@ -84,7 +84,7 @@ def evaluate_global(
     ) as stage:
         count = len(dataset.database)
         if stage.finished:
-            report_failures(runs.read_json(stage.folder / "failures.json"), count)
+            report_failures(read_json(stage.folder / "failures.json", store.FAILURES), count)
             return stage.folder
         with open_describer(model, settings, machine) as describer:
             if settings.index is not None:

@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 from vitgal import engines, runs
 from vitgal.data.revisited import PROTOCOLS, GroundTruth
 from vitgal.evaluation.protocol import evaluate
-from vitgal.evaluation.scores import scores_document
-from vitgal.features.files import map_array
+from vitgal.evaluation.scores import read_scores, scores_document
+from vitgal.features.files import map_array, read_json
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store import FeatureStore
 from vitgal.retrieval import shortlists
@@ -151,7 +151,7 @@ def candidate_inputs(
 def _read_lists(folder: Path, ground_truth: GroundTruth, top: int) -> CandidateLists:
     """The candidates of every protocol; StageError where the global stage lacks one of them."""
     source = folder / "global"
-    names = runs.read_json(source / "names.json")
+    names = read_json(source / "names.json", {"queries": [str], "database": [str]})
     database, labelled = names["database"], len(ground_truth.database)
     expected = ground_truth.queries, ground_truth.database
     if (names["queries"], database[:labelled]) != expected:
@@ -267,7 +267,7 @@ def _write_rankings(
         outputs += ranking.save(stage.folder, variant)
         positions[variant] = ranking.positions
     source = stage.folder.parent
-    before = runs.read_json(source / "global" / "scores.json")
+    before = read_scores(source / "global")
     local = runs.read_stage(source / "local", LOCAL_NOTEBOOK)
     fingerprints = before.get("fingerprints", {})
     passed_on = {key: fingerprints.get(key) for key in ("dataset", "weights", "descriptors")}

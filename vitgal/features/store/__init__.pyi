@@ -9,6 +9,7 @@ from .codec import (
 from .feature_store import FeatureStore as FeatureStore, write_index as write_index
 from .rows import RowFile as RowFile
 from .shard import (
+    FAILURES as FAILURES,
     PARTIAL as PARTIAL,
     EncodedFeatures as EncodedFeatures,
     Shard as Shard,
