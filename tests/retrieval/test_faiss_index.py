@@ -1,6 +1,8 @@
 """Stored faiss indexes against exact search, and what a ranking is that begins with one."""
 
+import contextlib
 import os
+import struct
 import subprocess
 import sys
 
@@ -104,6 +106,39 @@ def test_a_graph_keeps_as_many_images_as_are_wanted(tmp_path, database):
     assert unanswered == 0
     exact = exact_search.search(queries, database, k=700)[1]
     assert faiss_index.recall(ranks, exact, (700,))["700"] > 0.95
+
+
+@pytest.mark.parametrize("text", ["Flat", "IVF16,Flat", "PCA16,IVF16,PQ8x4", "HNSW8"])
+def test_an_index_that_states_something_else_counts_as_none(tmp_path, database, text):
+    """As from somebody who sends a prepared folder: the record fits, the index does not."""
+    path = faiss_index.build(tmp_path, database, text) / faiss_index.INDEX
+    whole = path.read_bytes()
+    other = faiss_index.build(tmp_path / "other", database, "IVF17,Flat") / faiss_index.INDEX
+    huge = struct.pack("<q", 1 << 40)
+    prepared = [
+        other.read_bytes()[: len(whole)].ljust(len(whole), b"\0"),
+        *(whole[:at] + huge + whole[at + 8 :] for at in (4, 8, 29, *range(37, 70, 4))),
+        b"\0" * len(whole),
+        whole[:100].ljust(len(whole), b"\xff"),
+    ]
+    if text.startswith("IVF"):  # cells on another disk: a file of the sender's choice
+        assert whole.count(b"ilar") == 1
+        prepared.append(whole.replace(b"ilar", b"ilod"))
+    for content in prepared:
+        path.write_bytes(content)
+        with contextlib.suppress(runs.StageError):
+            index = faiss_index.read(tmp_path, database, text)
+            assert len(faiss_index.find(index, database[:2], k=3)[1]) == 3
+        faiss_index.build(tmp_path, database, text)
+        faiss_index.read(tmp_path, database, text)
+    path.write_bytes(prepared[2])
+    with pytest.raises(runs.StageError, match="index.faiss is missing or not whole: build it ag"):
+        faiss_index.read(tmp_path, database, text)
+    faiss_index.build(tmp_path, database, text)
+    assert path.read_bytes() == whole
+    (tmp_path / faiss_index.RECORD).write_text("[1]")
+    with pytest.raises(runs.StageError, match="made with other format"):
+        faiss_index.read(tmp_path, database, text)
 
 
 def test_another_seed_or_descriptor_makes_another_index(tmp_path, database):

@@ -8,6 +8,7 @@ rank.
 import contextlib
 import hashlib
 import re
+import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,10 @@ CELLS_PER_PROBE = 16  # cells of an inverted file for each one searched, unless 
 TRAINING = 1 << 16  # descriptors that an index without cells learns its codes from
 PER_CELL = 64  # descriptors that each cell of an inverted file is learnt from
 ADDED = 1 << 16  # descriptors given to faiss at once: 100 MB at 384 dimensions
+HEAD = 37  # bytes: type, dimension, number of images, 16 of no use, is trained, metric
+SIZES = (
+    "d d_in d_out have_bias metric_type nlist code_size M M2 nbits ksub dsub bbs qtype by_residual"
+).split()
 DEPTHS = (1, 10, 100)  # at which recall is reported
 EXAMPLES = "'IVF1024,Flat', 'IVF1024,PQ64; nprobe=32' or 'HNSW32'"
 
@@ -76,7 +81,10 @@ def _refuse(text: str, reason: str) -> NoReturn:
 def build(
     folder: Path, database: np.ndarray, text: str, *, seed: int = 0, rows: int = ADDED
 ) -> Path:
-    """Builds the index of a database, unless the folder holds it.
+    """Builds the index of a database, unless the folder holds it; returns the folder.
+
+    The same arguments give the same bytes. Graphs depend on the order in which images are added and
+    are therefore built on one thread.
 
     Args:
         folder: gets index.faiss and, written last, index.json with everything the index depends on.
@@ -84,9 +92,6 @@ def build(
             (unreadable images) are indexed too, so that indices stay equal.
         text: as for `check`.
         seed: of the sample that the index learns from, and of its k-means.
-    Returns:
-        The folder. The same arguments give the same bytes. Graphs depend on the order in which
-        images are added and are therefore built on one thread.
     Raises:
         ValueError: text as in `check`; an empty database, one with a value that is not finite (its
             row is named), or of fewer images than the index has cells or codes.
@@ -94,11 +99,9 @@ def build(
     """
     folder, record = Path(folder), _record(database, text, seed)
     check(text, database.shape[1], len(database))
-    if (folder / INDEX).exists():
-        with contextlib.suppress(runs.StageError):  # missing, or not whole
-            size = (folder / INDEX).stat().st_size
-            if runs.read_json(folder / RECORD) == record | {"bytes": size}:
-                return folder
+    with contextlib.suppress(runs.StageError):  # missing, damaged or another one
+        _open(folder, text, record)
+        return folder
     (folder / RECORD).unlink(missing_ok=True)
     import faiss
 
@@ -120,33 +123,95 @@ def build(
 def read(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Index:
     """Opens an index that `build` stored, memory-mapped; the arguments are those of `build`.
 
-    The database, (N, D) floats, is compared with the one that was indexed.
-
     Raises StageError where there is no whole index, or one of other descriptors or settings.
     """
+    return Index(_open(Path(folder), text, _record(database, text, seed)), database)
+
+
+def _open(folder: Path, text: str, expected: dict[str, Any]) -> Any:
+    """Maps the stored index after a comparison of what it states with what was asked for."""
     import faiss
 
-    folder, expected = Path(folder), _record(database, text, seed)
-    record = runs.read_json(folder / RECORD)
-    record = record if isinstance(record, dict) else {}
-    size = (folder / INDEX).stat().st_size if (folder / INDEX).exists() else None
-    differing = [key for key in expected if expected[key] != record.get(key)]
+    path, record = folder / INDEX, runs.read_json(folder / RECORD)
+    known = record if isinstance(record, dict) else {}
+    differing = [key for key in expected if expected[key] != known.get(key)]
     if differing:
         raise runs.StageError(
-            f"{folder / INDEX} was made with other {' and '.join(differing)}: build it again"
+            f"{path} was made with other {' and '.join(differing)}: build it again"
         )
-    if size != record.get("bytes"):
-        raise runs.StageError(f"{folder / INDEX} is missing or not whole: build it again")
-    # Newer faiss maps all parts of an index, older ones the cells of an inverted file.
-    mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
+    images, width = expected["shape"]
     try:
-        index = faiss.read_index(str(folder / INDEX), mapped)
-    except Exception as error:  # faiss reports damage by errors of many types
-        raise runs.StageError(f"{folder / INDEX} is not whole ({error}): build it again") from None
-    if (index.ntotal, index.d) != database.shape:
-        raise runs.StageError(f"{folder / INDEX} is of {index.ntotal} rows: build it again")
-    _set_search_parameters(index, text)
-    return Index(index, database)
+        asked = faiss.serialize_index(new_index(text, width))
+        with open(path, "rb") as file:
+            head, size = file.read(HEAD), file.seek(0, 2)
+        wanted = bytearray(asked[:HEAD].tobytes())
+        wanted[8:16], wanted[32] = struct.pack("<q", images), True  # is trained
+        # A stranger's file may state any type and any size.
+        if size != known.get("bytes") or head != wanted:
+            raise ValueError("its size or its head")
+        with _vector_limit(size):
+            # Newer faiss maps all parts of an index, older ones the cells of an inverted file.
+            mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
+            index = faiss.read_index(str(path), mapped)
+        same = _structure(index) == _structure(faiss.deserialize_index(asked))
+        if not same or not _is_sound(index, images):
+            raise ValueError("its structure")
+        _set_search_parameters(index, text)
+    except Exception as error:  # faiss raises errors of many types for a damaged file
+        raise runs.StageError(f"{path} is missing or not whole: build it again") from error
+    return index
+
+
+@contextlib.contextmanager
+def _vector_limit(size: int) -> Iterator[None]:
+    """Lets faiss (from 1.14 on) read no array that is longer than the file."""
+    import faiss
+
+    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
+        yield
+        return
+    before = faiss.get_deserialization_vector_byte_limit()
+    faiss.set_deserialization_vector_byte_limit(size)
+    try:
+        yield
+    finally:
+        faiss.set_deserialization_vector_byte_limit(before)
+
+
+def _structure(index: Any) -> list:
+    """Types and sizes of an index and its parts, which do not depend on the images."""
+    import faiss
+
+    parts, found = [index], []
+    while parts:
+        part = parts.pop()
+        found += [type(part).__name__, *(getattr(part, name, None) for name in SIZES)]
+        for name, downcast in [
+            *((name, faiss.downcast_index) for name in ("quantizer", "index", "storage")),
+            *((name, faiss.downcast_index) for name in ("base_index", "refine_index")),
+            ("invlists", faiss.downcast_InvertedLists),
+            *((name, lambda inner: inner) for name in ("pq", "sq", "rq", "hnsw")),
+        ]:
+            if getattr(part, name, None) is not None:
+                parts.append(downcast(getattr(part, name)))
+        if hasattr(part, "chain"):
+            transforms = (part.chain.at(i) for i in range(part.chain.size()))
+            parts += map(faiss.downcast_VectorTransform, transforms)
+    return found
+
+
+def _is_sound(index: Any, images: int) -> bool:
+    """Whether the images, cells and graph of an index lie within it."""
+    import faiss
+
+    cells, graph = faiss.try_extract_index_ivf(index), getattr(_inner_index(index), "hnsw", None)
+    sound = index.ntotal == images and index.is_trained
+    if cells is not None:
+        sound &= cells.ntotal == images and cells.quantizer.ntotal == cells.nlist
+    if graph is not None:
+        levels = graph.cum_nneighbor_per_level.size()
+        sound &= 0 <= graph.entry_point < images and 0 <= graph.max_level < levels
+    return sound
 
 
 def find(index: Index, queries: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray, int]:
