@@ -151,7 +151,7 @@ def list_folder(tmp_path_factory):
 
 
 NAMES = st.text(
-    st.characters(blacklist_categories=["Cs"], blacklist_characters="\t\n\r"), min_size=1
+    st.characters(blacklist_categories=["Cs"], blacklist_characters="\t\n\r\0\ufeff"), min_size=1
 )
 UNIQUE_NAMES = st.lists(NAMES, min_size=1, max_size=6, unique=True)
 

@@ -183,8 +183,10 @@ def _numbered_lines(path: str | os.PathLike) -> list[tuple[int, str]]:
 
 
 def _checked_name(name: str) -> str:
-    if not name or any(character in name for character in "\t\n\r"):
+    # Zeros and byte order marks tell readers which encoding a file has.
+    if not name or any(character in name for character in "\t\n\r\0\ufeff"):
         raise ValueError(
-            f"the name {name!r} is empty or holds a tab or line break: rename the image"
+            f"the name {runs.short(name)} is empty or holds a tab, line break, zero or byte order "
+            "mark: rename the image"
         )
     return name
