@@ -351,7 +351,7 @@ def _image_paths(images: Path, names: Iterable[str], extension: str, dataset: st
         try:
             paths.append(runs.inside(images, name + extension))
         except ValueError as error:
-            raise ValueError(f"{dataset} lists what leads out of its folder: {error}") from None
+            raise ValueError(f"{dataset} lists a name that cannot be used: {error}") from None
         folder, file = os.path.split(name + extension)
         if folder not in files_of:
             files_of[folder] = _files(images / folder)

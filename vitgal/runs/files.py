@@ -66,11 +66,16 @@ def disk_full(error: OSError) -> bool:
 def inside(folder: str | os.PathLike, name: str) -> Path:
     """Returns `folder / name` for a name that a file holds; links are not followed.
 
-    Raises PathError for a name that is absolute, empty or no text, or leads out of the folder.
+    Raises PathError for a name that is absolute, empty or no text, or leads out of the folder, and
+    for one that is no UTF-8, which no file of ours could hold.
     """
     legal = isinstance(name, str) and name not in ("", ".") and not name.startswith("/")
     if not legal or ".." in name.split("/") or "\0" in name:
         raise PathError(f"{short(name)} is not the path of a file inside {folder}")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise PathError(f"{short(name)} is no UTF-8: rename the file, also where it is listed") from None
     return Path(folder) / name
 
 
