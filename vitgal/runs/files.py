@@ -75,7 +75,9 @@ def inside(folder: str | os.PathLike, name: str) -> Path:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise PathError(f"{short(name)} is no UTF-8: rename the file, also where it is listed") from None
+        raise PathError(
+            f"{short(name)} is no UTF-8: rename the file, also where it is listed"
+        ) from None
     return Path(folder) / name
 
 

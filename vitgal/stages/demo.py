@@ -36,12 +36,9 @@ def make_demo(
     benchmark/jpg/<name>.jpg and benchmark/gnd_demo.pkl, as ROxford; views.csv and
     benchmark/views.csv, the recipe of every view with its photograph's author, licence and source.
 
-    Args:
-        photographs: folder with ATTRIBUTION.csv; a relative one lies in the checkout.
-
-    Raises:
-        FileNotFoundError: the folder, its table or a photograph is missing.
-        ValueError: a table is wrong, a photograph damaged or not of the listed size.
+    photographs: folder with ATTRIBUTION.csv; a relative one lies in the checkout. Raises
+    FileNotFoundError where it, its table or a photograph is missing, ValueError where a table is
+    wrong, a photograph damaged or not of the listed size.
     """
     source = runs.resolve(photographs)
     listed = read_photographs(source)

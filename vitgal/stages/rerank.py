@@ -30,8 +30,8 @@ LOCAL_NOTEBOOK = "05_local_extraction"
 GLOBAL_FILES = ("names.json", "ranks.npy", "positions.npz", "shortlist.txt")
 JOURNAL = "partial"  # folder of the counts of finished queries, until all are finished
 
-# (store, name of a query, names of its C candidates) -> counts (..., C) int32
-Counter = Callable[[FeatureStore, str, list[str]], np.ndarray]
+# (name of a query, names of its C candidates) -> counts (..., C) int32
+Counter = Callable[[str, list[str]], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,10 +57,7 @@ class CandidateLists:
         return [self.database[image] for image in self.images[query]]
 
     def open_features(self, folder: Path, remedy: str) -> FeatureStore:
-        """Opens a store; StageError where it neither holds an image nor lists it as failed.
-
-        folder: of the local stage.
-        """
+        """Opens a store; StageError where it neither holds an image nor lists it as failed."""
         store = FeatureStore.open(folder.absolute())
         names = dict.fromkeys(self.ground_truth.queries)  # each once, in order
         for query in range(len(self.images)):
@@ -114,15 +111,12 @@ def rerank_shortlist(
             return folder
         lists = _read_lists(source, ground_truth, settings.top)
         if not (folder / "inliers.npy").exists():
-            counts = count_queries(
-                lists,
-                lists.open_features(source / "local", f"run {LOCAL_NOTEBOOK} again"),
-                functools.partial(count_inliers, settings=settings, device=machine.match_device),
-                machine,
-                journal=folder / JOURNAL,
-                label="verifying short lists",
-                progress=progress,
+            store = lists.open_features(source / "local", f"run {LOCAL_NOTEBOOK} again")
+            count = functools.partial(
+                count_inliers, store, settings=settings, device=machine.match_device
             )
+            label = "verifying short lists" if progress else None
+            counts = count_queries(lists, count, machine, folder / JOURNAL, label)
             runs.write_array(folder / "candidates.npy", lists.candidates)
             runs.write_array(folder / "inliers.npy", padded(counts))
         shutil.rmtree(folder / JOURNAL, ignore_errors=True)
@@ -179,18 +173,15 @@ def _read_lists(folder: Path, ground_truth: GroundTruth, top: int) -> CandidateL
 
 def count_queries(
     lists: CandidateLists,
-    store: FeatureStore,
     count: Counter,
     machine: MachineSettings,
-    *,
     journal: Path,
-    label: str,
-    progress: bool,
+    label: str | None,
 ) -> list[np.ndarray]:
     """Returns per query what `count`, which can be pickled, returns: int32 of shape (..., C).
 
     journal: folder of the finished queries, from which an interrupted run goes on. label: of the
-    progress bar. The result does not depend on the machine's engine and workers.
+    progress bar; None: none. The result does not depend on the machine's engine and workers.
     """
     counts: dict[int, np.ndarray] = {}
     for q, images in enumerate(lists.images):
@@ -205,20 +196,18 @@ def count_queries(
         machine.engine, machine.ray_address, workers=machine.workers, tasks=len(tasks)
     )
     bar = tqdm(
-        total=len(queries), initial=len(counts), desc=label, unit="query", disable=not progress
+        total=len(queries), initial=len(counts), desc=label, unit="query", disable=label is None
     )
     with processes as pool, bar:
-        for q, row in pool(joblib.delayed(_count_query)(count, store, *task) for task in tasks):
+        for q, row in pool(joblib.delayed(_count_query)(count, *task) for task in tasks):
             runs.write_array(journal / f"{q}.npy", row)
             counts[q] = row
             bar.update()
     return [counts[q] for q in range(len(queries))]
 
 
-def _count_query(
-    count: Counter, store: FeatureStore, q: int, query: str, names: list[str]
-) -> tuple[int, np.ndarray]:
-    return q, count(store, query, names)
+def _count_query(count: Counter, q: int, query: str, names: list[str]) -> tuple[int, np.ndarray]:
+    return q, count(query, names)
 
 
 def count_inliers(

@@ -24,13 +24,9 @@ def make_split(
     held_out) and, with an overlap table, overlap.csv (see `gldv2.overlap_audit`). Labels from the
     number of training classes on are held-out classes. All checks come before the stage begins.
 
-    Args:
-        train_table: see `gldv2.read_landmark_table`.
-        image_folder: holds the images as a/b/c/<id>.jpg; every listed one must exist.
-
-    Raises:
-        FileNotFoundError: a table, the image folder or images are missing (count and first few).
-        ValueError: a table is refused, or cannot be split with these settings.
+    train_table: see `gldv2.read_landmark_table`. image_folder: holds every listed image as
+    a/b/c/<id>.jpg. Raises FileNotFoundError where a table or images are missing, ValueError for a
+    table that is refused or cannot be split with these settings.
     """
     paths = {"train_table": Path(train_table)}
     for name in ("exclude", "overlap_table"):

@@ -79,15 +79,10 @@ def tune(
         queries = _draw_queries(len(ground_truth.queries), settings.max_queries, current)
         lists = _read_lists(source, ground_truth, queries, max(grid["top"]))
         remedy = f"it is shorter than top={max(grid['top'])}: try fewer candidates (tune_tops)"
-        rows = count_queries(
-            lists,
-            lists.open_features(source / "local", remedy),
-            functools.partial(count_grid, grid=grid, settings=current),
-            machine,
-            journal=stage.folder / JOURNAL,
-            label="tuning",
-            progress=progress,
-        )
+        store = lists.open_features(source / "local", remedy)
+        count = functools.partial(count_grid, store, grid=grid, settings=current)
+        label = "tuning" if progress else None
+        rows = count_queries(lists, count, machine, stage.folder / JOURNAL, label)
         _write_choice(stage.folder, lists, rows, grid, current)
         shutil.rmtree(stage.folder / JOURNAL, ignore_errors=True)
         recorded = {"engine": machine.engine, "workers": machine.workers, "queries": len(queries)}
