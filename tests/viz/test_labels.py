@@ -101,7 +101,7 @@ def test_no_name_ends_a_figure(draw, recwarn):
     )
 
 
-@pytest.mark.parametrize("pair", zip(NAMES[::2], NAMES[1::2], strict=False), ids=ascii)
+@pytest.mark.parametrize("pair", [*zip(NAMES[::2], NAMES[1::2], strict=False)], ids=ascii)
 def test_no_name_ends_a_figure_of_matches(pair):
     match_lines(*pair).figure.canvas.draw()
 

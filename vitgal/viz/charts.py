@@ -210,10 +210,8 @@ def score_bars(
         positions = ticks + (index - (len(scores) - 1) / 2) * bar
         values = [_percent(row.get(protocol)) for protocol in PROTOCOLS]
         bars = axes.bar(positions, values, 0.92 * bar, edgecolor=INK, linewidth=0.5)
-        hatch = "////" if index >= len(style.BAR_COLOURS) else ""
-        plt.setp(
-            list(bars), facecolor=style.BAR_COLOURS[index % len(style.BAR_COLOURS)], hatch=hatch
-        )
+        colour = style.BAR_COLOURS[index % len(style.BAR_COLOURS)]
+        plt.setp(list(bars), facecolor=colour, hatch="////" if index >= 6 else "")
         handles.append(bars)
         for protocol, x, value in zip(PROTOCOLS, positions, values, strict=True):
             top = _draw_whisker(axes, x, value, intervals.get(system, {}).get(protocol))
@@ -262,12 +260,9 @@ def parameter_curves(table: pd.DataFrame, settings: RerankingSettings) -> np.nda
     figure, axes = plt.subplots(1, len(names), figsize=(10, 2.5), squeeze=False)
     for panel, name in zip(axes[0], names, strict=True):
         rows = table[table["parameter"] == name]
-        for column, line, colour in zip(
-            ("matches", "inliers"), LINE_STYLES, CURVE_COLOURS, strict=False
-        ):
-            panel.plot(
-                rows["value"], rows[column], f"o{line}", color=colour, markersize=3, label=column
-            )
+        for index, column in enumerate(("matches", "inliers")):
+            line, colour = f"o{LINE_STYLES[index]}", CURVE_COLOURS[index]
+            panel.plot(rows["value"], rows[column], line, color=colour, label=column, markersize=3)
         if current[name] is not None:
             panel.axvline(current[name], color=INK, linewidth=0.8, linestyle=":")
         panel.set(xlabel=name.replace("_", " "), ylim=(0, None))

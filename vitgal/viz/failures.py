@@ -19,7 +19,7 @@ from vitgal.runs import printable
 from vitgal.settings import MatchingSettings
 from vitgal.stages import rerank
 from vitgal.viz import galleries
-from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries, query_image, ranked_image
+from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries, query_image, ranked_images
 
 # The orders of a failure table: column, and whether ascending.
 SORTS = {"ap": ("after", True), "change": ("change", True), "miss": ("worst_rank", False)}
@@ -114,20 +114,13 @@ def failure_figure(
     moved = (ranks[0] - ranks[-1]).abs().dropna().sort_values(ascending=False, kind="stable")
     explained = list(dict.fromkeys([*first, *moved.index]))[:EXPLAINED]
     names = ("before", "after") if len(rows) == 2 else ("ranking",)
-    axes = galleries.stacked_rankings(
-        query_image(benchmark, query, crop=crops_queries(folder)),
-        {
-            name: [
-                ranked_image(benchmark, query, image, caption=caption(table.loc[image]))
-                for image in row
-            ]
-            for name, row, caption in zip(
-                names, rows, (_similarity_caption, _inlier_caption), strict=False
-            )
-        },
-        table.loc[explained],
-        columns=columns,
-    )
+    captions = (_similarity_caption, _inlier_caption)
+    rankings = {
+        name: ranked_images(benchmark, query, row, [caption(table.loc[image]) for image in row])
+        for name, row, caption in zip(names, rows, captions, strict=False)
+    }
+    cropped = query_image(benchmark, query, crop=crops_queries(folder))
+    axes = galleries.stacked_rankings(cropped, rankings, table.loc[explained], columns=columns)
     return axes.flat[0].figure
 
 

@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -57,10 +57,7 @@ def ranking_gallery(
     IndexError for a query that does not exist.
     """
     rankings = [
-        [
-            ranked_image(benchmark, query, image, caption=str(rank))
-            for rank, image in enumerate(ranks[:columns, query].tolist(), 1)
-        ]
+        ranked_images(benchmark, query, ranks[:columns, query], range(1, columns + 1))
         for query in queries
     ]
     images = [query_image(benchmark, query, crop=crop) for query in queries]
@@ -86,15 +83,9 @@ def reranked_gallery(
     rankings = []
     for ranking in (Ranking.load(folder / "global"), Ranking.load(folder / "rerank", protocol)):
         images = ranking.order[:, query]
-        rankings.append(
-            [
-                ranked_image(
-                    *(benchmark, query, image),
-                    caption=f"{counts[image]} inliers" if image in counts else "",
-                )
-                for image in images[~np.isin(images, ignored) & (images >= 0)].tolist()
-            ]
-        )
+        images = images[~np.isin(images, ignored) & (images >= 0)].tolist()
+        notes = [f"{counts[image]} inliers" if image in counts else "" for image in images]
+        rankings.append(ranked_images(benchmark, query, images, notes))
     first = query_image(benchmark, query, crop=crops_queries(folder))
     return galleries.before_after(first, *rankings, columns=columns)
 
@@ -106,12 +97,19 @@ def query_image(benchmark: RetrievalDataset, query: int, *, crop: bool) -> Query
     return QueryImage(benchmark.query_paths[query], box, truth.queries[query])
 
 
-def ranked_image(
-    benchmark: RetrievalDataset, query: int, image: int, *, caption: str
-) -> RankedImage:
-    """Returns a database image, given by index, for `galleries`, with its label for the query."""
-    label = revisited.relevance_labels(benchmark.ground_truth, query, [image])[0]
-    return RankedImage(image, benchmark.database_paths[image], label, caption)
+def ranked_images(
+    benchmark: RetrievalDataset,
+    query: int,
+    images: Sequence[int] | np.ndarray,
+    captions: Sequence[object],
+) -> list[RankedImage]:
+    """Returns database images (N,), given by index, for `galleries`, with their labels."""
+    images = np.asarray(images, np.int64).tolist()
+    labels = revisited.relevance_labels(benchmark.ground_truth, query, images)
+    return [
+        RankedImage(image, benchmark.database_paths[image], label, str(caption))
+        for image, label, caption in zip(images, labels, captions, strict=False)
+    ]
 
 
 def crops_queries(folder: Path) -> bool:
@@ -178,7 +176,7 @@ def safe_file_name(name: str) -> str:
     safe = re.sub(r"[^\w.-]", "_", name).lstrip(".") or "_"
     if len(safe.encode()) <= 200:
         return safe
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:12]
+    digest = hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:12]
     return f"{safe.encode()[:180].decode(errors='ignore')}-{digest}"
 
 
@@ -187,7 +185,7 @@ def ranking_figure(result: "SearchResult", *, columns: int = 7) -> np.ndarray:
 
     Returns the axes (2, 1 + columns).
     """
-    image, factor = reduce_image(read_upright(result.path), THUMBNAIL)
+    thumbnail, factor = reduce_image(read_upright(result.path), THUMBNAIL)
     box = None if result.box is None else [side * factor for side in result.box]
     before = result.table.sort_values("global_rank").head(columns)
     after = result.table.head(columns)
@@ -195,28 +193,20 @@ def ranking_figure(result: "SearchResult", *, columns: int = 7) -> np.ndarray:
         name: reduce_image(read_upright(result.photographs.path(name)), THUMBNAIL)[0]
         for name in {*before["photograph"], *after["photograph"]}
     }
-    rankings = {
-        title: [
-            RankedImage(row.photograph, thumbnails[row.photograph], caption=caption(row))
-            for row in rows.itertuples()
-        ]
-        for title, rows, caption in (
-            ("by similarity", before, _similarity_caption),
-            ("by inliers", after, _inlier_caption),
+    rankings = {"by similarity": [], "by inliers": []}
+    for row in before.itertuples():
+        caption = (
+            f"{row.global_rank}   {printable(row.photograph)}\nsimilarity {row.similarity:.2f}"
         )
-    }
-    return galleries.stacked_rankings(
-        QueryImage(image, box, result.query), rankings, columns=columns
-    )
-
-
-def _similarity_caption(row: Any) -> str:
-    return f"{row.global_rank}   {printable(row.photograph)}\nsimilarity {row.similarity:.2f}"
-
-
-def _inlier_caption(row: Any) -> str:
-    counts = "" if pd.isna(row.inliers) else f"\n{row.inliers} inliers of {row.matches}"
-    return f"{row.rank}   {printable(row.photograph)}{counts}"
+        image = RankedImage(row.photograph, thumbnails[row.photograph], None, caption)
+        rankings["by similarity"].append(image)
+    for row in after.itertuples():
+        counts = "" if pd.isna(row.inliers) else f"\n{row.inliers} inliers of {row.matches}"
+        caption = f"{row.rank}   {printable(row.photograph)}{counts}"
+        image = RankedImage(row.photograph, thumbnails[row.photograph], None, caption)
+        rankings["by inliers"].append(image)
+    query = QueryImage(thumbnail, box, result.query)
+    return galleries.stacked_rankings(query, rankings, columns=columns)
 
 
 def pair_figure(result: "SearchResult", name: str, *, max_lines: int = 60) -> Axes:

@@ -74,7 +74,8 @@ def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
             axes = draw(*arguments, **options)
             # All texts, with those of ticks, which are made when looked at: else in another style
             for text in np.ravel(axes)[0].figure.findobj(Text):
-                text.set_fontfamily(plt.rcParams["font.family"])  # with what `drawable` added
+                if not text.get_text().isascii():
+                    text.set_fontfamily(plt.rcParams["font.family"])  # with what `drawable` added
         return axes
 
     return draw_in_style
