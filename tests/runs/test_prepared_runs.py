@@ -123,6 +123,7 @@ DAMAGED = {
     "a version is a list": changed("recorded", "versions", "numpy", value=[1]),
     "stamps is a text": changed("recorded", "stamps", value="x"),
     "a stamp is null": changed("recorded", "stamps", value={"table": None}),
+    "a path is a list": changed("recorded", "weights", value=["x"]),
     "no stage": changed("stage", value=...),
     "format is a text": changed("format", value="1"),
     "parameters is a list": changed("parameters", value=[]),

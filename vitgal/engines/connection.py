@@ -103,7 +103,8 @@ def _private_instance() -> Iterator[dict[str, Any]]:
     variables = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
     before = {name: os.environ.pop(name) for name in variables if name in os.environ}
     # Not in TMPDIR: Ray makes sockets there, whose paths have at most 107 characters.
-    folder = Path(tempfile.mkdtemp(prefix="vitgal-ray-", dir="/tmp"))  # mode 700
+    top = os.environ.get("RAY_TMPDIR", "/tmp")
+    folder = Path(tempfile.mkdtemp(prefix="vitgal-ray-", dir=top))  # mode 700
     cluster, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
         (folder / "token").touch(mode=0o600)

@@ -109,7 +109,8 @@ def validation_benchmark(run: Path, image_folder: Path) -> Path:
             f"the split in {run / 'split'} has no validation queries: run 01_data_split with "
             "val_queries above 0"
         )
-    runs.refuse_links([folder / "jpg", folder / "jpg" / VALIDATION])  # what they hold is replaced
+    links = folder / "jpg" / VALIDATION  # what it holds is replaced
+    runs.refuse_links([folder.parent, folder, links.parent, links])
     names = [f"{VALIDATION}/{Path(path).stem}" for path in table["path"]]
     for name, path in zip(names, table["path"], strict=True):
         _link(folder / "jpg" / f"{name}.jpg", image_folder / path, run)
