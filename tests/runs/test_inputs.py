@@ -123,14 +123,26 @@ def test_a_touched_or_copied_file_is_accepted(tmp_path, files, opened):
 
 def test_files_that_were_copied_are_read_once(tmp_path, files, opened):
     work(tmp_path / "s", inputs(files))
+    before = (tmp_path / "s" / "stage.json").read_bytes()
     for name in ("weights", *NAMES):
         touch(files / name)
     assert work(tmp_path / "s", inputs(files))
     opened.clear()
     assert work(tmp_path / "s", inputs(files))
     assert not {"weights", *NAMES} & set(opened)
-    recorded = runs.read_stage(tmp_path / "s", "04")
-    assert recorded["inputs"] == runs.input_fingerprints(inputs(files))
+    assert (tmp_path / "s" / "stage.json").read_bytes() == before
+    (files / "a").write_bytes(b"z" * 5000)
+    with pytest.raises(runs.StageError, match="images"):
+        work(tmp_path / "s", inputs(files))
+    assert not work(tmp_path / "s", inputs(files), overwrite=True)
+    assert not (tmp_path / "s" / ".stamps.json").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weights": 1, "images": null}'])
+def test_damaged_stamps_count_as_none(content, tmp_path, files, opened):
+    work(tmp_path / "s", inputs(files))
+    (tmp_path / "s" / ".stamps.json").write_text(content)
+    assert work(tmp_path / "s", inputs(files))
 
 
 def test_names_that_are_no_unicode_have_fingerprints(tmp_path):

@@ -83,16 +83,16 @@ def test_twice_the_same_bytes(run, benchmark, weight_file, finished):
 def test_a_finished_stage_is_reused_and_other_settings_are_refused(
     global_run, benchmark, weight_file
 ):
-    database = global_run / "mini" / "global" / "database.npy"
-    before = database.stat().st_mtime_ns
+    manifest = global_run / "mini" / "global" / "stage.json"
+    before = manifest.stat().st_mtime_ns
     evaluate(global_run, benchmark, weight_file, read_threads=0, batch_size=5, threads=2)
-    assert database.stat().st_mtime_ns == before
+    assert manifest.stat().st_mtime_ns == before
     with pytest.raises(runs.StageError, match="parameters.size: 64 there, 48 now"):
         evaluate(global_run, benchmark, weight_file, size=48)
     with pytest.raises(runs.StageError, match="inputs.weights"):
         evaluate(global_run, benchmark, f"untrained:{NANO}")
     evaluate(global_run, benchmark, weight_file, size=48, overwrite=True)
-    assert database.stat().st_mtime_ns != before
+    assert manifest.stat().st_mtime_ns != before
 
 
 def test_a_finished_stage_answers_before_its_inputs_are_read(

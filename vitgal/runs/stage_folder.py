@@ -16,7 +16,7 @@ from typing import Any
 
 from vitgal.runs.environment import THREADS, commit, numeric_environment, versions
 from vitgal.runs.errors import StageError, printable
-from vitgal.runs.files import TEMPORARY, plain, refuse_links, write_json
+from vitgal.runs.files import TEMPORARY, plain, read_json, refuse_links, write_json
 from vitgal.runs.inputs import Input, input_fingerprints, input_stamps
 from vitgal.runs.locks import ALONE, LOCK, WorkerSlot, locked
 from vitgal.runs.manifest import (
@@ -30,6 +30,8 @@ from vitgal.runs.manifest import (
     read_record,
     read_settings,
 )
+
+STAMPS = ".stamps.json"  # of inputs that were copied or touched after the stage was finished
 
 
 @dataclass
@@ -152,7 +154,7 @@ def _unchanged_inputs(folder: Path, stamps: dict[str, str]) -> dict[str, str]:
         manifest = read_record(folder / MANIFEST)
     except StageError:  # missing; `_refuse_other_settings` reports a damaged one
         return {}
-    recorded, fingerprints = manifest["recorded"].get("stamps", {}), manifest["inputs"]
+    recorded, fingerprints = _recorded_stamps(folder, manifest), manifest["inputs"]
     same = (name for name, stamp in stamps.items() if recorded.get(name) == stamp)
     return {name: fingerprints[name] for name in same if name in fingerprints}
 
@@ -177,7 +179,7 @@ def _refuse_other_settings(folder: Path, wanted: dict) -> None:
 def _check_finished(folder: Path, stamps: dict[str, str] | None) -> None:
     """Raises StageError for a changed output; warns once of changed versions of libraries.
 
-    `stamps` replace the recorded ones: files that were only copied or touched are not read again.
+    `stamps` are kept beside the manifest: files that were only copied or touched are read once.
     """
     manifest = read_record(folder / MANIFEST)
     for output, recorded in manifest["outputs"].items():
@@ -190,9 +192,17 @@ def _check_finished(folder: Path, stamps: dict[str, str] | None) -> None:
     ]
     if changed:
         warnings.warn(f"{folder.name} was made with {'; '.join(changed)}", stacklevel=4)
-    if stamps is not None and stamps != manifest["recorded"].get("stamps", {}):
-        manifest["recorded"]["stamps"] = stamps
-        write_json(folder / MANIFEST, manifest)
+    if stamps is not None and stamps != _recorded_stamps(folder, manifest):
+        write_json(folder / STAMPS, stamps)
+
+
+def _recorded_stamps(folder: Path, manifest: dict) -> dict[str, str]:
+    """Returns the stamps with which the inputs last had the manifest's fingerprints."""
+    if (folder / STAMPS).exists():
+        with contextlib.suppress(StageError):
+            stamps = read_json(folder / STAMPS)
+            return stamps if isinstance(stamps, dict) else {}
+    return manifest["recorded"].get("stamps", {})
 
 
 def _clear(folder: Path) -> None:

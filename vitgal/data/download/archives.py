@@ -6,6 +6,7 @@ import errno
 import gzip
 import lzma
 import os
+import platform
 import shutil
 import tarfile
 from collections.abc import Iterator
@@ -48,6 +49,11 @@ def unpack(archive: Path, folder: Path, *, arrange: str, label: str, progress: b
             name, or a member that is not a plain file or folder or leads out of the folder.
         OSError: the disk is full, or cannot be written.
     """
+    if not hasattr(tarfile, "data_filter"):  # Python 3.11.0 to 3.11.3
+        raise RuntimeError(
+            f"Python {platform.python_version()} cannot check archives (tarfile.data_filter is "
+            "missing): download with Python 3.11.4 or newer, or unpack the archive by hand"
+        )
     staging = folder / STAGING
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
