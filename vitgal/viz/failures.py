@@ -179,7 +179,7 @@ def _explain(
     matches = _count_matches(folder, benchmark, query, [one for one in images if one in inliers])
     for name, counts in (("matches", matches), ("inliers", inliers)):
         table[name] = pd.array([counts.get(image, pd.NA) for image in images], dtype="Int64")
-    table["matches"] = table["matches"].mask(table["matches"] < 0, 0)
+    table["matches"] = table["matches"].clip(lower=0)
     table["why"] = [
         _reason(before, after, matches.get(image))
         for image, before, after in zip(images, *ranks, strict=True)
