@@ -67,6 +67,7 @@ def list_photographs(folder: Path) -> Listing:
     names, unsupported = [], {}
 
     def not_listed(error: OSError) -> None:
+        """Notes a sub-folder."""
         name = os.path.relpath(error.filename, folder)
         unsupported[f"{name}/"] = f"the folder cannot be listed ({error.strerror})"
 
@@ -80,7 +81,8 @@ def list_photographs(folder: Path) -> Listing:
             names.append(name)
     if not names:
         content = f"{len(files)} files, such as {runs.printable(files[0])}" if files else "nothing"
-        for name, fault in list(unsupported.items())[:1]:
+        if unsupported:
+            name, fault = next(iter(unsupported.items()))
             content = f"{len(files)} files, {runs.printable(name)}: {fault}"
         raise PhotographError(
             f"{folder} holds no photograph that can be read ({content}); convert photographs to "
