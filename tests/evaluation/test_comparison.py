@@ -9,6 +9,7 @@ from vitgal import runs
 from vitgal.app.command_line import main
 from vitgal.data.revisited import GroundTruth
 from vitgal.evaluation import comparison, scores as evaluation_scores
+from vitgal.features.files import FileError
 
 QUERIES = ["p", "q", "r"]
 
@@ -192,3 +193,18 @@ def test_command_on_a_result_and_itself(two, capsys):
     assert main(["compare", str(two[0]), str(two[0])]) == 0
     out = capsys.readouterr().out
     assert "no setting differs" in out and "every query has the same AP in both" in out
+
+
+@pytest.mark.parametrize("part", ["medium", "queries", "protocol", "fingerprints", "parameters"])
+@pytest.mark.parametrize("value", [None, 3, "x", [1], {"ap": [2]}, {"map": 1, "ap": []}])
+def test_scores_of_another_structure_are_refused_by_file(tmp_path, part, value):
+    score = {"map": 0.5, "mp_at": {"1": 0.5}, "ap": [0.5, None]}
+    document = {"medium": score, "queries": ["q", "r"], "protocol": {}}
+    runs.write_json(tmp_path / "a" / "scores.json", document)
+    runs.write_json(tmp_path / "b" / "scores.json", document | {part: value})
+    folders = tmp_path / "a", tmp_path / "b"
+    if part in ("protocol", "fingerprints", "parameters") and isinstance(value, dict):
+        comparison.compare_folders(*folders, names=("a", "b"))
+        return
+    with pytest.raises(FileError, match="b/scores.json holds no scores"):
+        comparison.compare_folders(*folders, names=("a", "b"))

@@ -4,7 +4,8 @@ A store is a folder of shards. A shard is a folder `shard-NN` with flat arrays o
 its images (keypoints, descriptors, scores, scales), `offsets` that give the first row of each
 image, one checksum an image, and `items.json` with the names and sizes. Shards are written
 atomically, so a store can be read while later shards are still being written. A finished store has
-an `index/` with names, sizes and positions of all its items, with which it opens at once.
+an `index/` with names, sizes and positions of all its items, with which it opens at once. An index
+that does not fit counts as none.
 
 An item's key is its image's name. The features of a query are those of its crop.
 """
