@@ -202,7 +202,8 @@ def stops(run: Path, images: Path, settings, machine, step: int) -> None:
     run_step = loop.Trainer.run_step
 
     def told(self, batches):
-        self.termination.requested |= self.finished_steps + 1 == step
+        if self.finished_steps + 1 == step:
+            self.termination.requested = "SIGTERM"
         return run_step(self, batches)
 
     with pytest.MonkeyPatch.context() as patch:

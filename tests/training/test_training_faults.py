@@ -35,7 +35,7 @@ from vitgal import runs
 from vitgal.app import pipeline, train_command
 from vitgal.data import splits
 from vitgal.settings import MachineSettings
-from vitgal.training import checkpoints, errors, loop, memory, networks, samples
+from vitgal.training import checkpoints, errors, loop, memory, networks, processes, samples
 
 # Every option that holds a state of its own or draws at random, and a state after each step.
 MODERN = replace(
@@ -166,9 +166,11 @@ def test_the_last_two_states_and_the_best_are_kept(whole):
 # Told to end
 
 
-def preempted(run: Path, images: Path, machine: MachineSettings, step: int) -> None:
-    """SIGTERM to the whole process group after a step, as a cluster sends it."""
-    after_step(step, lambda: os.killpg(0, signal.SIGTERM))
+def preempted(
+    run: Path, images: Path, machine: MachineSettings, step: int, number=signal.SIGTERM
+) -> None:
+    """A signal to the whole process group after a step, as a cluster or a terminal sends it."""
+    after_step(step, lambda: os.killpg(0, number))
     try:
         fit(run, images, machine=machine)
     except errors.Preempted:
@@ -176,11 +178,15 @@ def preempted(run: Path, images: Path, machine: MachineSettings, step: int) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1])
-def test_sigterm_saves_and_asks_for_a_restart(workers, images, run, tmp_path):
+@pytest.mark.parametrize(
+    ("workers", "number"), [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGHUP)]
+)
+def test_sigterm_saves_and_asks_for_a_restart(workers, number, images, run, tmp_path, monkeypatch):
+    # The workers would end by themselves only after the test's own time-out.
+    monkeypatch.setattr(processes, "GRACE_SECONDS", 10_000)
     machine = replace(MACHINE, data_workers=workers)
     uninterrupted = fit(split(tmp_path / "other", images), images, machine=machine)
-    assert exit_code(lambda: preempted(run, images, machine, step=1)) == 75
+    assert exit_code(lambda: preempted(run, images, machine, 1, number)) == 75
     folder = run / "retrieval"
     state = torch.load(folder / "state" / "last.pt", weights_only=True)
     # the step in which the signal is heard is the second, in the middle of a row of the log
@@ -198,6 +204,16 @@ def test_sigterm_is_the_processs_own_again_after_a_fit(images, run):
     before = signal.getsignal(signal.SIGTERM)
     fit(run, images)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_lost_terminal_does_not_end_a_run_under_nohup(images, run):
+    def work() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        after_step(1, lambda: os.killpg(0, signal.SIGHUP))
+        fit(run, images, machine=replace(MACHINE, data_workers=1))
+
+    assert exit_code(work) == 0
+    assert (run / "retrieval" / "stage.json").exists()
 
 
 def test_the_command_line_asks_for_a_restart(monkeypatch, capsys, tmp_path):
@@ -263,10 +279,36 @@ def in_worker(action):
     return changed
 
 
-def test_a_dead_data_worker_ends_the_run(images, run, monkeypatch):
-    monkeypatch.setattr(samples.TrainingImages, "read", in_worker(kill))
-    with pytest.raises(errors.TrainingError, match="no longer read.* worker .*pid"):
+def test_a_dead_data_worker_asks_for_another_try_up_to_three_times(images, run, monkeypatch):
+    machine = replace(MACHINE, data_workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(samples.TrainingImages, "read", in_worker(kill))
+        for _ in range(3):
+            with pytest.raises(errors.Preempted, match="no longer read.* worker .*pid.*goes on"):
+                fit(run, images, machine=machine)
+        with pytest.raises(errors.TrainingError, match="time 4 within an hour") as told:
+            fit(run, images, machine=machine)
+        assert not isinstance(told.value, errors.Preempted)
+        # an hour later, and where the clock has jumped back, it is the first time again
+        killed = run / "retrieval" / "state" / "killed.json"
+        for seconds in (-3601, 1e6):
+            runs.write_json(killed, [time.time() + seconds] * 4)
+            with pytest.raises(errors.Preempted):
+                fit(run, images, machine=machine)
+    assert (fit(run, images, machine=machine) / "stage.json").exists()
+
+
+def test_too_little_shared_memory_is_told_before_the_first_batch(images, run, monkeypatch):
+    class Small:
+        f_bavail, f_frsize = 3, 4096
+
+    monkeypatch.setattr(os, "statvfs", lambda _: Small)
+    with pytest.raises(errors.TrainingError, match="shared memory .*--shm-size 2g, or lower"):
         fit(run, images, machine=replace(MACHINE, data_workers=1))
+    fit(run, images)  # none is needed without workers
+    # eight workers with two batches each, and the one that trains: 64 x 3 x 512 x 512 bytes
+    with pytest.raises(errors.TrainingError, match="0.86 GB .* 1.71 GB in all, .* 0.00 GB"):
+        processes.check_shared_memory(MachineSettings(data_workers=8), 64 * 3 * 512**2, 2)
 
 
 @pytest.mark.slow

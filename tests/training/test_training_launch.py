@@ -108,7 +108,7 @@ def test_a_dead_process_ends_the_others(images, run, monkeypatch):
         return step(self, batches)
 
     monkeypatch.setattr(loop.Trainer, "run_step", dying)
-    with pytest.raises(errors.TrainingError, match="process 1 .* was killed .SIGKILL"):
+    with pytest.raises(errors.Preempted, match="process 1 .* was killed .SIGKILL.*goes on"):
         fit(run, images, FOUR, TWO)
     monkeypatch.undo()
     assert (fit(run, images, FOUR, TWO) / "stage.json").exists()

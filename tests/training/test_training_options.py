@@ -429,3 +429,32 @@ def test_unreadable_images_are_replaced_and_listed(images, run, monkeypatch):
     assert listed == sorted([str(data.train.names[2]), str(data.validation.names[1])])
     manifest = json.loads((folder / "stage.json").read_text())
     assert manifest["recorded"]["unreadable"] == 2
+
+
+# The plan that is said before the first step
+
+
+def test_the_plan_by_hand(images, run, fresh_accelerate):
+    one = make_trainer(run, images, replace(SETTINGS, accumulate=2, batch_size=2))
+    assert one.plan() == (
+        "4 images a step (processes x batch_size x accumulate: 1 x 2 x 2), 3 steps an epoch, 6 in "
+        "all, learning rate up to 3e-05"
+    )
+    one = make_trainer(run, images, replace(SETTINGS, accumulate=2, batch_size=2, step_images=1))
+    assert one.plan().endswith(
+        "for 1 images a step: set another batch_size, or scale_lr: true, which multiplies them by 4"
+    )
+
+
+def test_rates_are_scaled_from_the_images_they_are_meant_for(images, run, fresh_accelerate):
+    plain = make_trainer(run, images, SETTINGS)
+    scaled = make_trainer(run, images, replace(SETTINGS, step_images=16, scale_lr=True))
+    assert scaled.rates == [rate / 4 for rate in plain.rates]
+    assert "NOTE" not in scaled.plan()
+    note = make_trainer(run, images, replace(SETTINGS, step_images=2)).plan()
+    assert "NOTE the recipe's rates are meant for 2 images a step: set batch_size 2, or" in note
+    with pytest.raises(ValueError, match="scale_lr needs step_images"):
+        TrainingSettings(scale_lr=True)
+    settings = replace(SETTINGS, step_images=16, scale_lr=True)
+    assert train.compared(settings, MachineSettings())["step_images"] == 16
+    assert "step_images" not in train.compared(SETTINGS, MachineSettings())

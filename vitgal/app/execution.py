@@ -84,9 +84,13 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progres
         where = f"{notebook.name} was interrupted {_last_cell(target)}"
         raise Interrupted(f"{where}\n{_partial(target)}\n{AGAIN}") from None
     except (PapermillExecutionError, RuntimeError, TimeoutError) as error:
-        if not sigterm.is_set():
+        # Training ends so where its state is saved and another try is worth it.
+        ended = getattr(error, "ename", "") == "Preempted"
+        if not (ended or sigterm.is_set()):
             raise NotebookError(_failure(error, notebook, target, log)) from None
         reason = getattr(error, "evalue", "")
+        if ended and not sigterm.is_set():
+            raise Preempted(f"{reason}\n{_partial(target)}") from None
     finally:
         log.unlink(missing_ok=True)
     if sigterm.is_set():
@@ -287,7 +291,7 @@ class Engine(NBClientEngine):
 
 @contextlib.contextmanager
 def _forwarded_sigterm(client: Client, sigterm: threading.Event) -> Iterator[None]:
-    """Forwards SIGTERM to the kernel, where training saves its state before it ends."""
+    """Forwards SIGTERM, and SIGHUP as SIGTERM, to the kernel, where training saves its state."""
 
     def forward(*_: object) -> None:
         """Notes the signal and sends it to the kernel; NotebookError where there is none yet."""
@@ -299,8 +303,12 @@ def _forwarded_sigterm(client: Client, sigterm: threading.Event) -> Iterator[Non
     if threading.current_thread() is not threading.main_thread():
         yield  # Python handles signals in the main thread only
         return
-    before = signal.signal(signal.SIGTERM, forward)
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)  # the terminal is lost
+    before = {number: signal.signal(number, forward) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -98,8 +98,7 @@ def stage(
     """Opens and locks a stage's folder; yields the stage, which may be finished already.
 
     Args:
-        parameters: Everything else that the result depends on, in plain values, but for
-            `numeric_environment`, which comes by itself.
+        parameters: Everything else that the result depends on; `numeric_environment` is added.
         inputs: By name, fingerprints of the content, never paths. An `Input` is read only where
             its files have changed since the stage was finished.
         overwrite: Deletes what the folder holds and starts anew.

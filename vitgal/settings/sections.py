@@ -124,6 +124,12 @@ class Recipe(Section):
     skip_images: tuple[str, ...] = setting(
         (), "training images, as train.csv names them, for which the next one stands", later=True
     )
+    step_images: int | None = setting(
+        None, "images a step that the rates are meant for; None: any", low=1, result=False
+    )
+    scale_lr: bool = setting(
+        False, "rates in proportion to the images a step, from step_images on", later=True
+    )
     may_change: tuple[str, ...] = setting(
         (), "what a resumed run takes anew: " + ", ".join(CHANGEABLE), result=False
     )
@@ -135,6 +141,8 @@ class Recipe(Section):
         if self.image_size % 16 or self.image_size < 32:
             name = self.PREFIX + "image_size"
             raise SettingsError(f"{name} {self.image_size} is not a multiple of 16 above 16")
+        if self.scale_lr and self.step_images is None:
+            raise SettingsError("scale_lr needs step_images, for which the rates are meant")
         if unknown := set(self.may_change) - set(CHANGEABLE):
             raise SettingsError(
                 f"may_change names {min(unknown)}, which no resumed run can change; it can: "
@@ -192,7 +200,7 @@ class AutoencoderSettings(Recipe):
     PREFIX: ClassVar[str] = "ae_"
     SHARED: ClassVar[frozenset[str]] = frozenset(
         {"augment", "precision", "seed", "accumulate", "channels_last", "compile"}
-        | {"skip_bad_batches", "may_change"}
+        | {"skip_bad_batches", "may_change", "step_images", "scale_lr"}
     )
     PREFIXED: ClassVar[frozenset[str]] = (
         frozenset(entry.name for entry in dataclasses.fields(Recipe)) - SHARED

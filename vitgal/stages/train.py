@@ -112,6 +112,8 @@ def compared(settings: Recipe, machine: MachineSettings) -> dict[str, Any]:
     `sync_batchnorm` counts only if it is off and there are several.
     """
     values = settings.compared()
+    if settings.scale_lr:
+        values["step_images"] = settings.step_images
     if machine.num_processes == 1 or settings.sync_batchnorm:
         del values["sync_batchnorm"]
     return values | {

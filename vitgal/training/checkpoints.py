@@ -18,6 +18,8 @@ from vitgal.models.network import ViTGaL
 from vitgal.training.errors import TrainingError
 from vitgal.training.processes import is_worker_error
 
+STATES = ("last", "previous")
+
 
 @dataclass
 class Progress:
@@ -55,16 +57,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, owner: str, parts: Mapping[str, Any]):
         self.folder, self.owner, self.parts = folder, owner, parts
-
-    @property
-    def last(self) -> Path:
-        """The file of the last state."""
-        return self.folder / "state" / "last.pt"
-
-    @property
-    def previous(self) -> Path:
-        """The file of the state before the last one."""
-        return self.last.with_name("previous.pt")
+        self.last, self.previous = (folder / "state" / f"{name}.pt" for name in STATES)
 
     def load(self) -> Progress | None:
         """Loads the last state into the parts; returns its progress, None where there is no state.

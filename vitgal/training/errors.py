@@ -8,4 +8,8 @@ class TrainingError(runs.UserError, RuntimeError):
 
 
 class Preempted(TrainingError):
-    """SIGTERM came; the state is saved, and a restart continues from it."""
+    """The run was stopped from outside; a restart continues from the last saved state."""
+
+
+class WorkerLost(TrainingError):
+    """A data worker was killed, or another process of the training; another try may succeed."""

@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -19,10 +20,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from vitgal import runs
 from vitgal.models import weights
 from vitgal.settings import MachineSettings
-from vitgal.training.errors import Preempted, TrainingError
+from vitgal.training.errors import Preempted, TrainingError, WorkerLost
 from vitgal.training.fit import Fit
 from vitgal.training.loop import Trainer
-from vitgal.training.processes import timeout
+from vitgal.training.processes import ending_signals, timeout
 
 MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 MPI = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")  # accelerate prefers them
@@ -30,6 +31,7 @@ MPI = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")  # accelerate
 ACCELERATE = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "USE_TORCH_XLA")
 LAUNCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torch's
 LEFT_OVER = (*LAUNCH, "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "TORCHELASTIC_")
+TRIES = 3  # within an hour that a killed process asks to be started again
 PEER_SECONDS = 30  # from another process's death to this one's: the launcher reports the first
 WATCH_SECONDS = 5  # between two checks of the log of forked processes
 
@@ -93,8 +95,25 @@ def join(machine: MachineSettings) -> None:
 def run_fit(fit: Fit) -> None:
     """Trains here, or in `num_processes` forked processes that accelerate joins.
 
-    Raises Preempted after SIGTERM, TrainingError for anything else that stops the training.
+    Raises Preempted after SIGTERM or SIGHUP, and where a process or data worker was killed, up to
+    TRIES times within an hour; TrainingError for anything else that stops the training.
     """
+    try:
+        _run_fit(fit)
+    except WorkerLost as error:
+        file = fit.folder / "state" / "killed.json"
+        now, times = time.time(), runs.read_json(file) if file.exists() else []
+        times = [each for each in times if 0 <= now - each < 3600]  # the clock may have jumped
+        runs.write_json(file, [*times, now])
+        if len(times) < TRIES:
+            raise Preempted(f"{error}; the same command goes on from the last state") from error
+        raise TrainingError(
+            f"{error}; this was time {len(times) + 1} within an hour: find the cause first, most "
+            "likely the memory (data_workers, batch_size)"
+        ) from error
+
+
+def _run_fit(fit: Fit) -> None:
     if launched():
         train(fit)
         AcceleratorState._reset_state()
@@ -111,8 +130,14 @@ def run_fit(fit: Fit) -> None:
             AcceleratorState._reset_state(reset_partial_state=True)
         return
     _check_fork(fit.machine)
-    threads = patch_environment(omp_num_threads=os.environ.get("OMP_NUM_THREADS", "1"))
-    with _watched_log(fit), _errors_of_children(), threads:
+    environment = patch_environment(
+        omp_num_threads=os.environ.get("OMP_NUM_THREADS", "1"),
+        # Else a run under nohup ends with the terminal.
+        torchelastic_signals_to_handle=",".join(
+            ["SIGINT", "SIGQUIT", *(each.name for each in ending_signals())]
+        ),
+    )
+    with _watched_log(fit), _errors_of_children(), environment:
         notebook_launcher(
             _train_forked,
             (fit,),
@@ -134,7 +159,7 @@ def train(fit: Fit, *, forked: bool = False) -> None:
     except RuntimeError as error:
         if trainer.termination.requested and _is_lost_peer(error):
             raise Preempted(
-                "asked to end (SIGTERM) after another process had gone: nothing could be saved, "
+                "asked to end after another process had gone: nothing could be saved, "
                 "the last saved state is valid"
             ) from error
         raise
@@ -199,9 +224,11 @@ def _errors_of_children() -> Iterator[None]:
         number, failure = error.get_first_failure()
         message = failure.message
         message = message["message"] if isinstance(message, dict) else message
+        kinds = {"Preempted": Preempted, "WorkerLost": WorkerLost}
+        kind = next((kinds[name] for name in kinds if name in message), TrainingError)
         if failure.exitcode < 0:
             message = f"it was killed ({failure.signal_name()}), perhaps for memory"
-        kind = Preempted if "Preempted" in message else TrainingError
+            kind = WorkerLost
         raise kind(f"process {number} of the launch failed: {message}") from error
 
 
@@ -213,33 +240,29 @@ def _watched_log(fit: Fit) -> Iterator[None]:
         return
     log, done = fit.folder / "log.jsonl", threading.Event()
 
-    def changed() -> int | None:
-        return log.stat().st_mtime_ns if log.exists() else None
+    def show(seen: int | None) -> int | None:
+        """Passes the log where it has changed since `seen`, in ns; returns when it did."""
+        changed = log.stat().st_mtime_ns if log.exists() else None
+        if changed != seen:
+            fit.watch(pd.read_json(log, lines=True))
+        return changed
 
-    def show() -> None:
-        fit.watch(pd.read_json(log, lines=True))
+    def follow(seen: int | None) -> None:
+        """Shows the log whenever it has changed, until training is over."""
+        while not done.wait(WATCH_SECONDS):
+            seen = show(seen)
 
     # A resumed run's log is not shown by the thread: a fork while it draws would leave locks
     # locked for ever.
-    begun = changed()
-    if begun is not None:
-        show()
-
-    def follow() -> None:
-        last = begun
-        while not done.wait(WATCH_SECONDS):
-            if changed() != last:
-                last = changed()
-                show()
-
-    thread = threading.Thread(target=follow, daemon=True)
+    begun = show(None)
+    thread = threading.Thread(target=follow, args=(begun,), daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
-    show()
+    show(None)
 
 
 def _free_port() -> int:

@@ -7,6 +7,7 @@ the same bytes as an uninterrupted one.
 
 import contextlib
 import math
+import os
 import shutil
 import time
 import warnings
@@ -29,14 +30,16 @@ from vitgal.models.inference import resolve_precision
 from vitgal.settings import Recipe
 from vitgal.training.augmentation import network_input
 from vitgal.training.checkpoints import Checkpoints, Progress
-from vitgal.training.errors import Preempted, TrainingError
+from vitgal.training.errors import Preempted, TrainingError, WorkerLost
 from vitgal.training.fit import Fit
 from vitgal.training.memory import measure_batch
 from vitgal.training.networks import build_optimizer, learning_rates
 from vitgal.training.processes import (
+    LOADER_SHARE,
     Termination,
     any_rank,
     begin_agreement,
+    check_shared_memory,
     is_worker_error,
     read_batches,
     share_buffers,
@@ -75,7 +78,8 @@ class Trainer:
         processes = self.accelerator.num_processes
         self.step_images = settings.batch_size * settings.accumulate * processes
         self.progress = Progress(images=self.step_images)
-        self.rates = learning_rates(settings)
+        factor = self.step_images / settings.step_images if settings.scale_lr else 1
+        self.rates = [factor * rate for rate in learning_rates(settings)]
         self.steps = self.batches(0).steps
         self.pending: list[dict[str, Tensor]] = []  # scalars of the steps since the last row
         self.replaced: list[str] = []  # names of unreadable images that the log lacks
@@ -171,6 +175,11 @@ class Trainer:
                 f"{self.settings.batch_size} x {self.settings.accumulate} on each of "
                 f"{self.accelerator.num_processes} processes; make batch_size smaller"
             )
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", self.accelerator.num_processes))
+        picture = 3 * self.settings.image_size**2
+        check_shared_memory(self.machine, self.settings.batch_size * picture, local)
+        if show and self.accelerator.is_main_process:
+            tqdm.write(self.plan())
         with self.termination, self._tensorboard(), self._bar(show) as bar:
             if self.finished_steps == 0 and self.machine.dry_run:
                 self.dry_run()
@@ -184,15 +193,43 @@ class Trainer:
                     watch(pd.DataFrame(self.progress.rows))
         self.accelerator.wait_for_everyone()
 
+    def plan(self) -> str:
+        """Describes a step, the run and its highest rate, and warns of another batch than meant."""
+        settings, processes = self.settings, self.accelerator.num_processes
+        parts = f"{processes} x {settings.batch_size} x {settings.accumulate}"
+        said = (
+            f"{self.step_images} images a step (processes x batch_size x accumulate: {parts}), "
+            f"{self.steps:,} steps an epoch, {self.steps * settings.epochs:,} in all, "
+            f"learning rate up to {max(self.rates):.3g}"
+        )
+        if self.bare.retrieves and self.data.ground_truth is not None:
+            labels = self.data.validation.labels[self.data.retrieval_set]
+            seen = "are not" if (labels < 0).all() else "are"
+            said += f"; the landmarks of retrieval validation {seen} trained on"
+        meant = settings.step_images
+        if meant is None or meant == self.step_images or settings.scale_lr:
+            return said
+        batch = meant / (processes * settings.accumulate)
+        remedy = f"batch_size {batch:.0f}" if batch.is_integer() else "another batch_size"
+        return (
+            f"{said}\nNOTE the recipe's rates are meant for {meant} images a step: set {remedy}, "
+            f"or scale_lr: true, which multiplies them by {self.step_images / meant:g}"
+        )
+
     def run_epoch(self, bar: tqdm) -> None:
         """Runs one epoch, or what is left of it: steps, validation, log and state."""
         progress = self.progress
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[progress.epoch] * group.get("lr_scale", 1.0)
+        self.network.train()
+        with contextlib.closing(self.read(self.batches(progress.epoch, progress.step))) as batches:
+            self._run_steps(batches, bar)
+        self.end_epoch()
+
+    def _run_steps(self, batches: Iterator[Sample], bar: tqdm) -> None:
+        progress = self.progress
         began = saved = time.monotonic()
         done = 0
-        self.network.train()
-        batches = self.read(self.batches(progress.epoch, progress.step))
         while progress.step < self.steps:
             accumulated = [next(batches) for _ in range(self.settings.accumulate)]
             if scalars := self.run_step(accumulated):
@@ -211,8 +248,7 @@ class Trainer:
                     self.save_state()
             if self.stop:
                 self._stop_preempted()
-        batches.close()
-        self.end_epoch()
+        next(batches, None)  # the workers end by themselves
 
     def run_step(self, batches: Sequence[Sample]) -> dict[str, Tensor]:
         """Runs forward and backward of each batch and one update; returns the scalars' means ().
@@ -254,7 +290,7 @@ class Trainer:
         """Asks all ranks for two flags: a loss is not finite; SIGTERM came."""
         losses = torch.stack([result["loss"] for result in results])
         not_finite = (~torch.isfinite(losses)).any().float()
-        stop = torch.tensor(float(self.termination.requested), device=losses.device)
+        stop = torch.tensor(float(bool(self.termination.requested)), device=losses.device)
         return begin_agreement(self.accelerator, torch.stack([not_finite, stop]))
 
     def _update(self) -> None:
@@ -358,24 +394,29 @@ class Trainer:
         size = self.settings.batch_size
         starts = range(0, len(own), size)
         keys = ([(0, int(index)) for index in own[at : at + size]] for at in starts)
-        batches = self.read(keys, data.validation)
         results = []
-        for _ in range(-(-len(images) // (size * accelerator.num_processes))):
-            batch = next(batches, None)  # some ranks have one batch less
-            if batch is not None:
-                with accelerator.autocast():
-                    result = network.validate(*self.to_device(batch))
-                # The result counts for the requested image even if another replaced it.
-                replaced = batch.unreadable >= 0
-                positions = torch.where(replaced, batch.unreadable, batch.index)
-                values = {key: value.cpu() for key, value in result.items()}
-                results.append((positions.numpy(), values))
-                self._note_unreadable(batch, data.validation)
-            if any_rank(accelerator, self.termination.requested):
-                raise Preempted("asked to end (SIGTERM) while validating; the epoch is saved")
-        batches.close()
+        with contextlib.closing(self.read(keys, data.validation)) as batches:
+            for _ in range(-(-len(images) // (size * accelerator.num_processes))):
+                results += self._validate_batch(network, next(batches, None))
+            next(batches, None)
         self._share_unreadable()
         return data.score(gather_object(results))
+
+    def _validate_batch(
+        self, network: nn.Module, batch: Sample | None
+    ) -> list[tuple[np.ndarray, dict[str, Tensor]]]:
+        """The positions of a batch and what the network gives; some ranks have a batch less."""
+        results = []
+        if batch is not None:
+            with self.accelerator.autocast():
+                result = network.validate(*self.to_device(batch))
+            # The result counts for the requested image even if another replaced it.
+            positions = torch.where(batch.unreadable >= 0, batch.unreadable, batch.index)
+            results.append((positions.numpy(), {key: each.cpu() for key, each in result.items()}))
+            self._note_unreadable(batch, self.data.validation)
+        if any_rank(self.accelerator, bool(self.termination.requested)):
+            raise Preempted("asked to end while validating; the epoch is saved")
+        return results
 
     # The log
 
@@ -467,8 +508,9 @@ class Trainer:
         self.save_state()
         self.accelerator.wait_for_everyone()
         raise Preempted(
-            f"asked to end (SIGTERM) after step {self.progress.step} of epoch "
-            f"{self.progress.epoch}; the state is saved: start the same again to go on"
+            f"asked to end ({self.termination.requested or 'on another process'}) after step "
+            f"{self.progress.step} of epoch {self.progress.epoch}; the state is saved: start the "
+            "same again to go on"
         )
 
     def _images_not_finite(
@@ -520,11 +562,12 @@ class Trainer:
             ) from error
         # torch reports a dead worker in a signal handler, so any line can raise this.
         if is_worker_error(error):
-            raise TrainingError(
+            kind = TrainingError if "timed out" in str(error) else WorkerLost
+            raise kind(
                 f"the images are no longer read: {error}; a worker that dies without a message "
                 "was most likely killed for memory (lower data_workers), one silent for "
-                f"timeout_minutes = {self.machine.timeout_minutes:g} waits for the disk; run "
-                "the same again to go on"
+                f"{LOADER_SHARE:g} of timeout_minutes {self.machine.timeout_minutes:g} waits for "
+                "the disk; run the same again to go on"
             ) from error
 
     def dry_run(self) -> None:

@@ -1,7 +1,9 @@
 """Processes of a training: signals, data workers, and agreement among ranks."""
 
 import datetime
+import math
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,8 +18,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from vitgal import runs
 from vitgal.settings import MachineSettings
+from vitgal.training.errors import TrainingError
 
-GRACE_SECONDS = 30  # from SIGTERM to the end of a data worker, so that the step can finish
+SHARED_MEMORY = "/dev/shm"
+PREFETCHED = 2  # batches that each data worker holds ready, torch's default
+GRACE_SECONDS = 30  # from a signal to the end of a data worker, so that the step can finish
+LOADER_SHARE = 0.8  # of the time-out: a worker that waits for the disk is named first
 
 
 def timeout(machine: MachineSettings) -> datetime.timedelta:
@@ -25,32 +31,42 @@ def timeout(machine: MachineSettings) -> datetime.timedelta:
     return datetime.timedelta(minutes=machine.timeout_minutes)
 
 
+def ending_signals() -> list[signal.Signals]:
+    """Returns SIGTERM, and SIGHUP of a lost terminal unless `nohup` has the process ignore it."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGHUP]
+
+
 class Termination:
-    """Notes SIGTERM while it is entered; the run finishes its step and saves its state."""
+    """Notes the ending signals while it is entered; the run finishes its step and saves its state.
+
+    `requested` is the name of the last one.
+    """
 
     def __init__(self) -> None:
-        self.requested = False
-        self._previous: Any = None
+        self.requested = ""
+        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Termination":
         if _is_main_thread():  # Python gives signals to the main thread alone
-            self._previous = signal.signal(signal.SIGTERM, self._note)
+            self._previous = {each: signal.signal(each, self._note) for each in ending_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        if _is_main_thread():
-            signal.signal(signal.SIGTERM, self._previous)
+        for each, handler in self._previous.items():
+            signal.signal(each, handler)
 
-    def _note(self, *_: object) -> None:
-        self.requested = True
+    def _note(self, number: int, _: object) -> None:
+        self.requested = signal.Signals(number).name
 
 
 def read_batches(
     dataset: Dataset, batches: Iterable[Sequence], machine: MachineSettings, *, pin_memory: bool
 ) -> Iterator[Any]:
-    """Yields the batches of a dataset, read by data workers; if one is lost, all are killed.
+    """Yields the batches of a dataset, read by data workers.
 
-    batches: the keys of each batch.
+    The workers are killed where they are not needed to the end: when one is lost, and when the
+    caller stops. batches: the keys of each batch.
     """
     loader = DataLoader(
         dataset,
@@ -58,17 +74,33 @@ def read_batches(
         num_workers=machine.data_workers,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
-        timeout=60 * machine.timeout_minutes if machine.data_workers else 0,
+        timeout=60 * LOADER_SHARE * machine.timeout_minutes if machine.data_workers else 0,
     )
     others = set(multiprocessing.active_children())
     iterator = iter(loader)
     workers = set(multiprocessing.active_children()) - others
     try:
         yield from iterator
-    except RuntimeError as error:
-        if is_worker_error(error):
-            _kill(workers)
+    except BaseException:
+        _kill(workers)
         raise
+
+
+def check_shared_memory(machine: MachineSettings, batch_bytes: int, processes: int) -> None:
+    """Raises TrainingError where /dev/shm cannot hold the batches of the data workers.
+
+    batch_bytes: of one batch. processes: training processes of this machine.
+    """
+    waiting = machine.data_workers * PREFETCHED + 1 if machine.data_workers else 0
+    each, there = waiting * batch_bytes, os.statvfs(SHARED_MEMORY)
+    free = there.f_bavail * there.f_frsize
+    if each * processes > free:
+        raise TrainingError(
+            f"the data workers need {each / 1e9:.2f} GB of shared memory a process, "
+            f"{each * processes / 1e9:.2f} GB in all, and {SHARED_MEMORY} has {free / 1e9:.2f} GB "
+            f"left: start the container with --shm-size {math.ceil(each * processes / 1e9) + 1}g, "
+            "or lower data_workers"
+        )
 
 
 def is_worker_error(error: Exception) -> bool:
@@ -99,9 +131,10 @@ def _start_worker(_number: int) -> None:
     cv2.setNumThreads(0)
     # Otherwise a killed run could not be started again before its workers have ended.
     runs.disown_locks()
-    # A cluster sends SIGTERM to every process of a job. The worker lets the current step finish,
-    # and still ends where it alone received the signal.
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE_SECONDS))
+    # A cluster sends SIGTERM to every process of a job, a lost terminal SIGHUP. The worker lets the
+    # current step finish, and still ends where it alone received the signal.
+    for number in ending_signals():
+        signal.signal(number, lambda *_: signal.alarm(GRACE_SECONDS))
 
 
 # Agreement among ranks
@@ -121,6 +154,7 @@ def begin_agreement(accelerator: Accelerator, flags: Tensor) -> Callable[[], lis
     copied.record()
 
     def wait() -> list[bool]:
+        """Waits for the copy from the GPU."""
         copied.synchronize()
         return [bool(flag) for flag in answer]
 
