@@ -328,6 +328,8 @@ def test_a_run_that_cannot_be_tuned_says_why(described, tmp_path):
     assert reason(described, dataset="not ranked yet") is None
     assert "made elsewhere" in reason(tmp_path, descriptors="x.npy")
     assert reason(tmp_path / "empty").startswith("empty has no split")
+    missing = reason(described, dataset="not ranked yet", image_folder=str(tmp_path / "none"))
+    assert missing.endswith("none: set image_folder")
     table = described / "split" / "val_retrieval.csv"
     table.write_text(table.read_text().replace(",query", ",database"))
     assert "no validation queries" in reason(described, dataset="not ranked yet")

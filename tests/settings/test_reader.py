@@ -411,10 +411,9 @@ def test_typed_paths_are_relative_to_the_current_folder(tmp_path, monkeypatch):
         "run_dir": "a/b",  # a run's name, not a path
         "name": "a/b",
     }
-    texts = {"image_folder": "2019: Rome/~a"}
-    assert reader.from_command_line(texts, {}).values == {
-        "image_folder": str(tmp_path / "2019: Rome/~a")
-    }
+    for text in ("2019: Rome/~a", "untrained:x"):
+        found = reader.from_command_line({"image_folder": text}, {}).values["image_folder"]
+        assert found == str(tmp_path / text)
     with pytest.raises(SettingsError, match=r"image_folder: caf\\udce9 is no UTF-8: rename it"):
         reader.from_command_line({"image_folder": "caf\udce9"}, {})
     for text, value in {"untrained:xcit": "untrained:xcit", "null": None}.items():

@@ -571,10 +571,13 @@ def own_notebook(scratch) -> Path:
     return scratch("08_own_photos.ipynb", parameters, source).parent
 
 
-def test_the_command_fills_in_the_notebook(scratch, tmp_path, folder):
+def test_the_command_fills_in_the_notebook(scratch, tmp_path, folder, monkeypatch, capsys):
+    """Folder and query are given from the current folder; the folder's name holds a colon."""
+    folder.rename(tmp_path / "2019: Rome")
+    monkeypatch.chdir(tmp_path)
     run = pipeline.run_own(
-        folder,
-        str(folder / "a/1.png"),
+        Path("2019: Rome"),
+        "a/1.png",
         "1, 2,30,40",
         overrides={"top": "3"},
         output=tmp_path / "b",
@@ -584,7 +587,12 @@ def test_the_command_fills_in_the_notebook(scratch, tmp_path, folder):
     assert run == tmp_path / "b"
     lines = summary.own_summary(run).splitlines()
     assert lines[0].split() == ["rank", "photograph", "similarity", "inliers"]
-    assert "photos 1.png 1-2-30-40 3" in lines[1] and lines[1].endswith("7")
+    assert "2019: Rome 1.png 1-2-30-40 3" in lines[1]
+    path = tmp_path / "2019: Rome"
+    assert f"the query is {path}/a/1.png\n" in capsys.readouterr().err
+    executed = nbformat.read(run / "notebooks/08_own_photos.ipynb", as_version=4)
+    assert any(f'photographs_folder = "{path}"' in cell.source for cell in executed.cells)
+    assert lines[1].endswith("7")
     assert lines[2].split() == ["2", "b.jpg", "0.25", "-"]
     assert len({len(line) for line in lines[:3]}) == 1
 

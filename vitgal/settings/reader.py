@@ -348,7 +348,7 @@ def from_command_line(texts: Mapping[str, str], further: Mapping[str, Any]) -> V
         except SettingsError as error:
             faults.append(f"the command line: {name}: {error}")
             continue
-        plain = values[name] is None or text.startswith("untrained:")
+        plain = values[name] is None or (name == "weights" and text.startswith("untrained:"))
         if sections.is_path(name) and not plain:
             values[name] = str(Path.cwd() / Path(text).expanduser())
     _refuse(faults)

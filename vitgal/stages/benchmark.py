@@ -85,9 +85,11 @@ def untunable(settings: Settings) -> str | None:
     if settings.run.descriptors is not None or elsewhere:
         return "the descriptors were made elsewhere, and there are none of the validation set"
     if not (run / "split" / runs.MANIFEST).exists():
-        return f"{run.name} has no split, so no validation set: 01_data_split makes them"
+        return f"{runs.printable(run.name)} has no split (01_data_split), so no validation set"
     if splits.read_split(run / "split", VALIDATION)["role"].ne("query").all():
         return "the split has no validation queries: 01_data_split with val_queries above 0 has"
+    if not (folder := image_folder(settings)).is_dir():
+        return f"the images of the split are not in {runs.printable(folder)}: set image_folder"
     return None
 
 

@@ -430,7 +430,7 @@ def write_ranking(result: SearchResult, path: Path) -> Path:
 
     A name that a spreadsheet would run as a formula, as `=x.jpg`, is written as `./=x.jpg`.
     """
-    names = result.table["photograph"].str.replace(r"^(?=[=+\-@\t\r])", "./", regex=True)
+    names = result.table["photograph"].str.replace(r"^(?=[=+\-@\t\r＝＋－＠])", "./", regex=True)
     table = result.table.assign(photograph=names)
     return runs.write_text(path, table.to_csv(index=False, float_format="%.6f"))
 
