@@ -18,8 +18,7 @@ class ArcFace(nn.Module):
     margin of 0.1 and a learnable scale.
 
     Args:
-        sub_centres: directions of a class, of which the nearest counts (Deng et al., ECCV 2020);
-            class c has the rows from c * sub_centres on.
+        sub_centres: directions of a class, of which the nearest counts (Deng et al., ECCV 2020).
         chunk: number of classes whose logits `loss` holds at a time; the backward pass computes
             them again. The loss is the same to rounding. None: all classes.
         sampled: number of classes that `loss` takes: the batch's own and random others (An et al.,

@@ -31,6 +31,7 @@ TRAINING = 1 << 16  # descriptors that an index without cells learns its codes f
 PER_CELL = 64  # descriptors that each cell of an inverted file is learnt from
 ADDED = 1 << 16  # descriptors given to faiss at once: 100 MB at 384 dimensions
 HEAD = 37  # bytes: type, dimension, number of images, 16 of no use, is trained, metric
+PARTS = "quantizer index storage base_index refine_index invlists pq sq rq hnsw".split()
 SIZES = (
     "d d_in d_out have_bias metric_type nlist code_size M M2 nbits ksub dsub bbs qtype by_residual"
 ).split()
@@ -47,16 +48,12 @@ class Index:
 
 
 def check(text: str, width: int, images: int | None = None) -> None:
-    """Raises ValueError where `text` describes no index of such descriptors.
+    """Raises ValueError where `text` describes no index of descriptors of this width and number.
 
     Call it before computing descriptors: faiss finds some faults only later, or ends the process.
 
-    Args:
-        text: a faiss factory string and, after an optional semicolon, search parameters:
-            "IVF1024,PQ64; nprobe=32". Without nprobe one cell of 16 of an inverted file is
-            searched.
-        width: D, the dimension of the descriptors.
-        images: the number of descriptors; None leaves out what depends on it.
+    text: a faiss factory string and, after an optional semicolon, search parameters:
+    "IVF1024,PQ64; nprobe=32". Without nprobe one cell of 16 of an inverted file is searched.
     """
     factory, options = _split(text)
     most = MOST_CELLS if images is None else min(images, MOST_CELLS)
@@ -149,10 +146,11 @@ def _open(folder: Path, text: str, expected: dict[str, Any]) -> Any:
         # A stranger's file may state any type and any size.
         if size != known.get("bytes") or head != wanted:
             raise ValueError("its size or its head")
-        with _vector_limit(size):
-            # Newer faiss maps all parts of an index, older ones the cells of an inverted file.
-            mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
-            index = faiss.read_index(str(path), mapped)
+        if hasattr(faiss, "set_deserialization_vector_byte_limit"):
+            faiss.set_deserialization_vector_byte_limit(size)  # no array longer than the file
+        # Newer faiss maps all parts of an index, older ones the cells of an inverted file.
+        mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
+        index = faiss.read_index(str(path), mapped)
         same = _structure(index) == _structure(faiss.deserialize_index(asked))
         if not same or not _is_sound(index, images):
             raise ValueError("its structure")
@@ -160,22 +158,6 @@ def _open(folder: Path, text: str, expected: dict[str, Any]) -> Any:
     except Exception as error:  # faiss raises errors of many types for a damaged file
         raise runs.StageError(f"{path} is missing or not whole: build it again") from error
     return index
-
-
-@contextlib.contextmanager
-def _vector_limit(size: int) -> Iterator[None]:
-    """Lets faiss (from 1.14 on) read no array that is longer than the file."""
-    import faiss
-
-    if not hasattr(faiss, "set_deserialization_vector_byte_limit"):
-        yield
-        return
-    before = faiss.get_deserialization_vector_byte_limit()
-    faiss.set_deserialization_vector_byte_limit(size)
-    try:
-        yield
-    finally:
-        faiss.set_deserialization_vector_byte_limit(before)
 
 
 def _structure(index: Any) -> list:
@@ -186,14 +168,13 @@ def _structure(index: Any) -> list:
     while parts:
         part = parts.pop()
         found += [type(part).__name__, *(getattr(part, name, None) for name in SIZES)]
-        for name, downcast in [
-            *((name, faiss.downcast_index) for name in ("quantizer", "index", "storage")),
-            *((name, faiss.downcast_index) for name in ("base_index", "refine_index")),
-            ("invlists", faiss.downcast_InvertedLists),
-            *((name, lambda inner: inner) for name in ("pq", "sq", "rq", "hnsw")),
-        ]:
-            if getattr(part, name, None) is not None:
-                parts.append(downcast(getattr(part, name)))
+        for name in PARTS:
+            if (inner := getattr(part, name, None)) is not None:
+                if isinstance(inner, faiss.Index):
+                    inner = faiss.downcast_index(inner)
+                elif isinstance(inner, faiss.InvertedLists):
+                    inner = faiss.downcast_InvertedLists(inner)
+                parts.append(inner)
         if hasattr(part, "chain"):
             transforms = (part.chain.at(i) for i in range(part.chain.size()))
             parts += map(faiss.downcast_VectorTransform, transforms)
@@ -215,15 +196,10 @@ def _is_sound(index: Any, images: int) -> bool:
 
 
 def find(index: Index, queries: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Finds about the `k` most similar images of every query.
+    """Finds about the `k` most similar images of every query (Q, D); raises as `search`.
 
-    Args:
-        queries: (Q, D) floats.  k: the number of images wanted; at most N are returned.
-    Returns:
-        similarities (K, Q) float32 and ranks (K, Q) int32 as `search`, of proposed images only; and
-        the number of queries with fewer than K proposals, which are searched exactly.
-    Raises:
-        ValueError: as `search`.
+    Returns similarities (K, Q) float32 and ranks (K, Q) int32 as `search`, of proposed images only,
+    and the number of queries with fewer than K proposals, which are searched exactly.
     """
     database = index.database
     check_descriptors(queries, database)
@@ -254,10 +230,9 @@ def find(index: Index, queries: np.ndarray, *, k: int) -> tuple[np.ndarray, np.n
 def recall(
     ranks: np.ndarray, exact: np.ndarray, depths: Sequence[int] = DEPTHS
 ) -> dict[str, float | None]:
-    """Computes the fraction of the exact first n images that are among the first n found.
+    """Computes the fraction of the exact first n images (K, Q) that are among the first n found.
 
-    ranks, exact: (K, Q) integers. Returns the mean over queries in [0, 1] by depth n (as text), for
-    depths up to K; None without queries.
+    Returns the mean over queries by depth n (as text), for depths up to K; None without queries.
     """
     fractions: dict[str, float | None] = {}
     for depth in depths:
@@ -278,10 +253,8 @@ def positions_behind(
 ) -> Positions:
     """Computes the labelled images' ranks in a ranking that begins with a list of `find`.
 
-    Args:
-        exact: positions in the exact ranking, which continues behind the list.
-        values, ranks: (K, Q) float32 and int32, the list and its similarities.
-        queries, database: (Q, D) and (N, D) floats, as given to `find`.
+    exact: positions in the exact ranking, which continues behind the list.  values, ranks: (K, Q),
+    the list.  queries, database: (Q, D) and (N, D), as given to `find`.
     """
     positions = []
     for q, (index, exact_ranks) in enumerate(zip(exact.indices, exact.ranks, strict=True)):

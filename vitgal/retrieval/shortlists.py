@@ -106,8 +106,7 @@ def write_shortlist(
 def read_shortlist(path: str | os.PathLike) -> dict[str, list[str]]:
     """Reads `shortlist.txt`: query name -> database names, both in the order of the file.
 
-    A query without candidates has no entry. ValueError names a line that is not two names separated
-    by one tab, or a file that is not UTF-8.
+    ValueError names a line that is not two names separated by one tab, or a file not in UTF-8.
     """
     lists: dict[str, list[str]] = {}
     for number, line in _numbered_lines(path):
@@ -139,8 +138,7 @@ def write_rerank_paths(
 def read_rerank_paths(path: str | os.PathLike) -> list[PublishedQuery]:
     """Reads a published `rerank_path.txt`: per query its path, its box and its candidates' paths.
 
-    ValueError names a line that is not a path and four integers, a candidate before the first
-    query, or a file that is not UTF-8.
+    ValueError names a line that is something else, or a file that is not UTF-8.
     """
     queries: list[PublishedQuery] = []
     for number, line in _numbered_lines(path):
