@@ -277,7 +277,7 @@ class Engine(NBClientEngine):
             kernel_manager_class=Kernel,
             timeout=None,
             startup_timeout=300,
-            iopub_timeout=60,  # a busy machine may be slow to deliver a figure
+            iopub_timeout=600,  # a busy machine may be slow to deliver what was printed
             log=logging.getLogger("papermill"),
         )
         with (
