@@ -168,6 +168,12 @@ def _progress_bar(name: str, progress: bool) -> Iterator[dict | bool]:
 class Kernel(AsyncKernelManager):
     """Starts this interpreter, whatever kernel is installed under the notebook's kernel name."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # No limit on messages that wait to be read: beyond zmq's thousand it drops them, and a
+        # cell that prints much on a busy machine would seem never to end.
+        self.context.setsockopt(zmq.RCVHWM, 0)
+
     @property
     def kernel_spec(self) -> KernelSpec:
         """The kernel of this interpreter, without the user's IPython profile and start-up file."""
