@@ -110,6 +110,8 @@ def test_a_very_long_text_keeps_its_ends():
     assert len(text) < execution.PRINTED + 20
     assert text.startswith("line 0\nline 1\n") and text.endswith("line 49999\n")
     assert text.count("\n[...]\n") == 1
+    line = execution.appended("", "x" * 1_000_000)  # in time that grows with the length alone
+    assert len(line) < execution.PRINTED + 20
 
 
 def test_names_that_are_no_utf8_and_latin1_output_do_no_harm(scratch, monkeypatch):

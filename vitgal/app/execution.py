@@ -31,6 +31,11 @@ from vitgal import runs
 KERNEL = "python3"  # the name that notebooks carry; `Kernel` says what is started
 AUTOSAVE = 300  # seconds; each save rewrites the whole notebook with its figures
 PRINTED = 200_000  # characters that are kept of what a cell prints
+# Executed in the kernel; see `Kernel`.
+UNLIMITED = (
+    "(lambda thread, zmq: thread.schedule(lambda: thread.socket.setsockopt(zmq.SNDHWM, 0)))"
+    "(get_ipython().kernel.iopub_thread, __import__('zmq'))"
+)
 AGAIN = "run the same command again to go on: finished stages return at once"
 
 
@@ -170,7 +175,7 @@ class Kernel(AsyncKernelManager):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        # No limit on messages that wait to be read: beyond zmq's thousand it drops them, and a
+        # No limit on messages that wait, here and in the kernel: zmq drops those beyond 1,000, and a
         # cell that prints much on a busy machine would seem never to end.
         self.context.setsockopt(zmq.RCVHWM, 0)
 
@@ -193,7 +198,7 @@ class Client(PapermillNotebookClient):
 
     def papermill_execute_cells(self) -> None:
         """Executes the cells; NotebookError where the kernel is another Python."""
-        asked = {"python": "__import__('sys').executable"}
+        asked = {"python": "__import__('sys').executable", "limit": UNLIMITED}
         reply = self.wait_for_reply(self.kc.execute("", silent=True, user_expressions=asked))
         found = reply["content"]["user_expressions"]["python"].get("data", {}).get("text/plain")
         if found != repr(sys.executable):
@@ -256,8 +261,9 @@ def appended(text: str, more: str) -> str:
 
     Of more than PRINTED characters the middle is left out.
     """
-    done, newline, line = text.rpartition("\n")
-    text = done + newline + re.sub(r"[^\n]*\r(?=[^\r\n])", "", line + more)
+    done, newline, last = text.rpartition("\n")
+    lines = (last + more).split("\n")
+    text = done + newline + "\n".join(line[line.rstrip("\r").rfind("\r") + 1 :] for line in lines)
     if len(text) <= PRINTED:
         return text
     return f"{text[: PRINTED // 2]}\n[...]\n{text[-PRINTED // 2 :]}"
