@@ -175,7 +175,7 @@ class Kernel(AsyncKernelManager):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        # No limit on messages that wait, here and in the kernel: zmq drops those beyond 1,000, and a
+        # No limit on messages that wait, here and in the kernel: zmq drops those beyond 1,000; a
         # cell that prints much on a busy machine would seem never to end.
         self.context.setsockopt(zmq.RCVHWM, 0)
 
