@@ -9,6 +9,7 @@ import numpy as np
 
 from vitgal import runs
 from vitgal.data import revisited
+from vitgal.runs.stage_folder import STAMPS
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings
 from vitgal.stages.describe import evaluate_global
 from vitgal.stages.extract import extract_shortlist
@@ -87,7 +88,7 @@ def interrupt(folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every result file of a stage; the manifest holds times."""
-    skipped = (runs.MANIFEST, runs.LOCK)
+    """Every result file of a stage; the manifest and the stamps beside it hold times."""
+    skipped = (runs.MANIFEST, runs.LOCK, STAMPS)
     files = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(skipped))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -221,7 +221,7 @@ class Client(PapermillNotebookClient):
         out.text = appended("", out.text)
         return out
 
-    def process_message(self, message: dict, *args: Any, **kwargs: Any) -> Any:
+    def process_message(self, message: dict, cell: nbformat.NotebookNode, cell_index: int) -> Any:
         """Processes a kernel's message and shows its text, at most five times a second."""
         text = self.activity(message)
         due = time.monotonic() - self.last_shown > 0.2 or text == ""
@@ -229,7 +229,7 @@ class Client(PapermillNotebookClient):
             self.last_shown = time.monotonic()
             self.nb_man.pbar.set_postfix_str(runs.printable(text)[:60])
         try:
-            return super().process_message(message, *args, **kwargs)
+            return super().process_message(message, cell, cell_index)
         finally:
             # Replies to a widget are sent on the socket where the end of the cell is awaited, and
             # sending can consume zmq's single notice of an incoming message: about one cell with a

@@ -275,7 +275,8 @@ def _parse(name: str, content: Any) -> GroundTruth:
             fault = error if isinstance(error, ValueError) else "holds a number beyond any image"
             raise ValueError(f"query {q} ({runs.printable(query)}) {fault}") from None
     boxes = np.array(boxes, np.float64).reshape(-1, 4)
-    return GroundTruth(name, list(database), list(queries), boxes, **lists)
+    labels = lists["easy"], lists["hard"], lists["junk"]
+    return GroundTruth(name, list(database), list(queries), boxes, *labels)
 
 
 def _is_list(value: Any, kind: type | tuple[type, ...]) -> bool:

@@ -55,8 +55,13 @@ class LocalFeatures:
 
     def subset(self, index: np.ndarray) -> "LocalFeatures":
         """Returns the features that an index selects: (n,) integers, an (N,) mask or a slice."""
-        names = ("keypoints", "descriptors", "scores", "scales")
-        return replace(self, **{name: getattr(self, name)[index] for name in names})
+        return replace(
+            self,
+            keypoints=self.keypoints[index],
+            descriptors=self.descriptors[index],
+            scores=self.scores[index],
+            scales=self.scales[index],
+        )
 
     def original_keypoints(self) -> np.ndarray:
         """Returns the keypoints (N, 2) as `to_photograph` does."""

@@ -56,7 +56,7 @@ class Values:
 
     def __or__(self, other: "Values") -> "Values":
         """Merges two; the other's value wins."""
-        return Values({**self.values, **other.values}, {**self.sources, **other.sources})
+        return Values(self.values | other.values, self.sources | other.sources)
 
     def without(self, *names: str) -> "Values":
         """All but these names."""

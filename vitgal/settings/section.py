@@ -49,9 +49,8 @@ def setting(default: Any, meaning: str, **facts: Any) -> Any:
     return field(default=default, metadata={"fact": Fact(meaning, **facts)})
 
 
-def neutral(default: Any, meaning: str, **facts: Any) -> Any:
-    """Declares a field as `setting` does; results do not depend on it, only speed or display."""
-    return setting(default, meaning, result=False, **facts)
+# Declares a field as `setting` does; results do not depend on it, only speed or display.
+neutral = functools.partial(setting, result=False)
 
 
 def path(meaning: str, default: str | None = None) -> Any:

@@ -43,16 +43,14 @@ def extract_shortlist(
 ) -> Path:
     """Extracts the local features that reranking needs: `<run>/<dataset>/local`, a FeatureStore.
 
-    These are the queries (cropped) and the database images (whole) of the global stage's
-    shortlist.txt; images that cannot be decoded are left out. Several processes that share the
-    folder may extract together: each `machine.worker` of `machine.worker_count` writes its part of
-    the shards, and the last one finishes the stage. A second run writes missing and damaged shards.
-
-    model: a weight file with autoencoder, or "untrained:<architecture>". Returns the folder.
+    These are the queries (cropped) and the images (whole) of the global stage's shortlist.txt; any
+    that cannot be decoded is left out. Of several processes each `machine.worker` writes its part
+    of the shards; the last finishes the stage. A second run writes missing and damaged shards.
+    `model` is a weight file with autoencoder, or "untrained:<architecture>".
 
     Raises:
         StageError: the global stage is missing, the folder holds other settings, a query or too
-            many images cannot be read, or this worker is done and others are not.
+            many images cannot be read, or other workers are not done.
         FileNotFoundError, ValueError: the weights are missing, invalid or without autoencoder.
     """
     engines.check_engine(machine.engine, machine.ray_address)
@@ -60,8 +58,8 @@ def extract_shortlist(
     source = run / dataset.name / "global"
     shortlist = runs.output_fingerprint(source, "shortlist.txt", GLOBAL_NOTEBOOK)
     images = shortlist_tasks(dataset, source / "shortlist.txt", settings.crop_queries)
-    files = runs.images_input([task.key for task in images], [task.path for task in images])
     boxes = [task.box for task in images]
+    files = runs.images_input([task.key for task in images], [task.path for task in images])
     with runs.stage(
         run / dataset.name / "local",
         "local",
@@ -90,8 +88,7 @@ def extract_shortlist(
         listed = [{"name": name, "reason": reason} for name, reason in failures.items()]
         refuse_failures(listed, len(images), settings.max_failed_share)
         outputs = [f"{shard.folder.name}/{name}" for shard in shards for name in SHARD_OUTPUTS]
-        recorded |= {"images": len(images), "failed": len(failures)}
-        stage.finish(outputs + index, recorded)
+        stage.finish(outputs + index, recorded | {"images": len(images), "failed": len(failures)})
         report_failures(failures, len(images))
         return stage.folder
 
