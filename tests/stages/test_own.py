@@ -103,7 +103,9 @@ def describe(folder: Path, describer: Describer) -> own.Photographs:
 
 
 def test_listing(folder):
-    write(folder / ".thumbnails/1.png", texture(1))
+    for hidden in (".thumbnails/1.png", "@eaDir/1.png/thumbnail.png", "b/__MACOSX/._1.png"):
+        write(folder / hidden, texture(1))
+    write(folder / "._1.png", texture(1))
     (folder / "b/film.DNG").write_bytes(b"II*\0")
     (folder / "b/film.jxl").write_bytes(b"\xff\x0a")
     (folder / "P5.txt").write_text("P5 is a chapter")

@@ -30,6 +30,10 @@ SUFFIXES = frozenset(
     """.split()
 )
 RAW = frozenset(".cr2 .cr3 .nef .arw .dng .orf .raf .rw2".split())  # most of them begin as a TIFF
+# Folders of storage systems and archives: thumbnails, deleted files, other systems' attributes
+SYSTEM_FOLDERS = frozenset(
+    ["@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found"]
+)
 ELONGATED = 4.0  # ratio of the sides; beyond it little is recognisable once squashed to a square
 LARGE = 10_000  # pixels; small details of a larger photograph vanish in the network's input
 
@@ -56,7 +60,7 @@ class Listing:
 
 
 def list_photographs(folder: Path) -> Listing:
-    """Lists the photographs of a folder and its sub-folders, without hidden files and folders.
+    """Lists the photographs of a folder and its sub-folders, without hidden and system folders.
 
     A photograph is a file that begins like one, whatever its name, or is named like one. Raises
     PhotographError where the folder does not exist or holds no photograph.
@@ -117,12 +121,14 @@ def visible_files(
 ) -> Iterator[str]:
     """Yields every file below a folder that is not hidden, relative to it, with forward slashes.
 
-    Links are followed, but not to a folder that holds the link; a folder that several links lead to
-    is visited once. `not_listed` is called with the error of a sub-folder that cannot be listed.
+    Hidden folders and SYSTEM_FOLDERS are skipped. Links are followed, but not to a folder that
+    holds the link; a folder that several links lead to is visited once. `not_listed` is called with
+    the error of a sub-folder that cannot be listed.
     """
     top, visited = os.path.realpath(folder), set()
     for root, folders, files in os.walk(folder, onerror=not_listed, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        visible = (name for name in folders if not name.startswith("."))
+        folders[:] = sorted(set(visible) - SYSTEM_FOLDERS)
         resolved = os.path.realpath(root)
         if root != os.fspath(folder):
             above, parent = os.path.join(resolved, ""), os.path.realpath(os.path.dirname(root))

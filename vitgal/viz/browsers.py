@@ -200,6 +200,7 @@ def browse_failures(
         return options
 
     def draw() -> None:
+        """Draws the chosen query."""
         if query.value is None:
             print("nothing to choose from")
         else:
@@ -208,6 +209,7 @@ def browse_failures(
             )
 
     def sort(_: object) -> None:
+        """Lists the queries in the chosen order."""
         with unobserved(query.list, output.redraw):
             refill(query.list, entries())
         output.redraw()

@@ -70,6 +70,7 @@ def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(draw)
     def draw_in_style(*arguments: Any, **options: Any) -> Any:
+        """Draws in STYLE."""
         with plt.style.context(["default", STYLE]):
             axes = draw(*arguments, **options)
             # All texts, with those of ticks, which are made when looked at: else in another style
