@@ -127,6 +127,18 @@ def test_an_index_with_other_ranges_counts_as_none(indexed, rows):
         assert_same(opened[key], wanted, 5e-4)
 
 
+@pytest.mark.parametrize("name", ["names", "order"])
+def test_an_index_whose_keys_are_in_no_order_counts_as_none(indexed, name):
+    path = indexed / "index" / f"{name}.npy"
+    np.save(path, np.load(path)[::-1] if name == "order" else np.zeros_like(np.load(path)))
+    opened = store.FeatureStore.open(indexed)
+    for key, wanted in ITEMS.items():
+        assert key in opened
+        assert_same(opened[key], wanted, 5e-4)
+    with pytest.raises(KeyError, match="not on the short list"):
+        opened["of no shard"]
+
+
 @pytest.mark.parametrize("name", INDEX_ARRAYS)
 def test_an_index_with_any_number_changed(indexed, name):
     """What is opened is what was stored, or one sentence."""

@@ -87,7 +87,7 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         return len(self.index)
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, str) and self.index.locate(key) is not None
+        return isinstance(key, str) and self._locate(key) is not None
 
     def __reduce__(self):
         return FeatureStore.open, (self.folder,)
@@ -127,9 +127,21 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         if not self.index.same(Index.of(map(Shard.open, shards))):
             raise StoreError(f"{self.folder / INDEX} does not fit the shards; {REMEDY}")
 
+    def _locate(self, key: str) -> tuple[int, int, slice] | None:
+        """Finds an item; an index whose keys are in no order counts as none."""
+        location = self.index.locate(key)
+        if location is None and not self.index.is_sorted:
+            self._rebuild()
+            location = self.index.locate(key)
+        return location
+
+    def _rebuild(self) -> None:
+        self.index = Index.of(map(Shard.open, shard_folders(self.folder)))
+        self._open.clear()
+
     def _read(self, key: str) -> tuple[int, dict[str, np.ndarray]]:
         """Returns an item's position and its mapped arrays, and marks its shard as used last."""
-        location = self.index.locate(key)
+        location = self._locate(key)
         if location is None and key in self.failures:
             reason = self.failures[key]
             raise KeyError(f"{key} could not be read when {self.folder} was made: {reason}")
@@ -145,8 +157,7 @@ class FeatureStore(Mapping[str, LocalFeatures]):
                     shard = self.index.shard(number)
                     raise StoreError(f"the shard {shard} is damaged ({error}); {REMEDY}") from error
                 # The index is not of these shards, if they are whole: it counts as none.
-                self.index = Index.of(map(Shard.open, shard_folders(self.folder)))
-                self._open.clear()
+                self._rebuild()
                 return self._read(key)
             while len(self._open) >= self._most_open:
                 self._open.pop(next(iter(self._open)), None)  # unused for the longest time
@@ -276,6 +287,12 @@ class Index:
     def format(self) -> ShardFormat:
         """The common format of the shards, without their settings."""
         return ShardFormat(self.header["dtype"], self.header["code_dim"])
+
+    @functools.cached_property
+    def is_sorted(self) -> bool:
+        """Whether `order` lists the keys rising, each once; read where a key is not found."""
+        keys = map(self._key, self.arrays["order"])
+        return all(key < following for key, following in itertools.pairwise(keys))
 
     def __len__(self) -> int:
         return len(self.arrays["order"])
