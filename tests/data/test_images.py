@@ -297,6 +297,7 @@ def test_a_small_file_with_a_large_header_takes_no_memory(tmp_path):
     scans = bytearray(stored.getvalue())
     start = scans.index(b"\xff\xc2") + 5
     scans[start : start + 4] = struct.pack(">HH", 14_000, 14_000)  # 196 million pixels
+    (tmp_path / "claims.jpg").write_bytes(scans)
     last = scans[scans.rindex(b"\xff\xda") : -2]
     (tmp_path / "scans.jpg").write_bytes(scans[:-2] + last * 1000 + b"\xff\xd9")
     tiles = struct.pack("<4sIH", b"II*\0", 8, 4)
@@ -316,8 +317,15 @@ for path in sys.argv[1:]:
         *sorted(tmp_path.iterdir()),
     )
     assert printed.count("30000 x 30000 pixels are more than 200 million") == 3 * len(CLAIMING)
-    for fault in ("tiles.jpg: ", "larger than 2 GiB", "it has too many scans"):
+    for fault in ("tiles.jpg: ", "larger than 2 GiB", "it has too many scans", "cannot hold 14000"):
         assert printed.count(fault) == 3
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"optimize": True}])
+def test_a_photograph_of_one_colour_is_no_small_file(tmp_path, options):
+    """The shortest JPEG there is: the largest sampling, a bit or two a block."""
+    PIL.Image.new("RGB", (4096, 4096)).save(tmp_path / "a.jpg", "JPEG", subsampling=2, **options)
+    assert images.stored_size(tmp_path / "a.jpg") == (4096, 4096)
 
 
 def test_the_limit_on_pixels_is_a_setting(tmp_path, photograph, monkeypatch):
@@ -325,6 +333,10 @@ def test_the_limit_on_pixels_is_a_setting(tmp_path, photograph, monkeypatch):
     monkeypatch.setenv("VITGAL_MAX_MEGAPIXELS", "0.003")
     with pytest.raises(images.ImageError, match="64 x 48 pixels are more than 0.003 million"):
         images.read_image(path)
+    for text in ("many", "nan", "-1"):
+        monkeypatch.setenv("VITGAL_MAX_MEGAPIXELS", text)
+        with pytest.raises(images.ImageError, match=f"MEGAPIXELS is '{text}', no number above 0"):
+            images.read_image(path)
     monkeypatch.setenv("VITGAL_MAX_MEGAPIXELS", "0.004")
     assert images.read_image(path).shape == (48, 64, 3)
 

@@ -28,6 +28,7 @@ PATCH = 16  # side of a patch in pixels of the network input
 
 MAX_MEGAPIXELS = 200  # unless VITGAL_MAX_MEGAPIXELS says otherwise
 MOST_SCANS = 20  # of a JPEG with as many pixels; smaller ones may have more
+MOST_PIXELS_A_BYTE = 1024  # of a JPEG: a block of 64 pixels takes at least a bit
 MOST_BYTES = 2**31 - 1  # that OpenCV decodes
 CUT = "the file is cut short"
 TOO_LARGE = "the file is larger than 2 GiB"
@@ -161,7 +162,7 @@ def _checked_size(data: bytes, kind: str | None) -> tuple[int, int]:
     if kind == "PNG" and b"IEND" not in data:
         raise ValueError(CUT)
     height, width = formats.image_size(data, kind)
-    limit = float(os.environ.get("VITGAL_MAX_MEGAPIXELS", MAX_MEGAPIXELS))
+    limit = _max_megapixels()
     if height * width > limit * 1e6:
         raise ValueError(
             f"{width} x {height} pixels are more than {limit:g} million: reduce it, or set "
@@ -169,7 +170,20 @@ def _checked_size(data: bytes, kind: str | None) -> tuple[int, int]:
         )
     if kind == "JPEG" and formats.jpeg_scans(data) * height * width > MOST_SCANS * limit * 1e6:
         raise ValueError("it has too many scans to be decoded in good time")
+    if kind == "JPEG" and height * width > MOST_PIXELS_A_BYTE * len(data):
+        raise ValueError(f"{len(data)} bytes cannot hold {width} x {height} pixels: {CUT}")
     return height, width
+
+
+def _max_megapixels() -> float:
+    text = os.environ.get("VITGAL_MAX_MEGAPIXELS") or str(MAX_MEGAPIXELS)
+    try:
+        limit = float(text)
+    except ValueError:
+        limit = math.nan
+    if not limit > 0:
+        raise ValueError(f"VITGAL_MAX_MEGAPIXELS is {runs.short(text)}, no number above 0")
+    return limit
 
 
 def _reduction(shape: tuple[int, int], kind: str, least_side: int | None) -> int:
