@@ -52,6 +52,10 @@ def test_a_pair_is_drawn_with_its_counts_and_saved_inside_its_folder(benchmark, 
     paths = run_figures.save_pair_matches(benchmark, stored, 0, [1], settings, tmp_path / "matches")
     assert paths == [tmp_path / "matches" / "q" / "b.png"]
     assert paths[0].read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "matches" / "q").rename(tmp_path / "elsewhere")
+    (tmp_path / "matches" / "q").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(runs.PathError, match="q is a link to"):
+        run_figures.save_pair_matches(benchmark, stored, 0, [1], settings, tmp_path / "matches")
 
 
 @pytest.mark.parametrize(

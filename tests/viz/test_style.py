@@ -11,6 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.textpath import TextPath
 
 from tests.viz.drawn_samples import SYSTEMS, photographs, picture
+from vitgal.runs import PathError
 from vitgal.settings.sections import ShowSettings
 from vitgal.viz import charts, drawing, galleries, style
 from vitgal.viz.style import FigureFolder
@@ -109,5 +110,8 @@ def test_figures_are_written_where_a_notebook_asks_for_it(tmp_path):
     for figure_format, figure in (("pdf", axes), ("svg", axes.figure)):
         show = ShowSettings(save_figures=True, figure_format=figure_format)
         FigureFolder(tmp_path / "figures", show).keep(figure, "bars")
+    (tmp_path / "link").symlink_to(tmp_path / "figures")
+    with pytest.raises(PathError, match="link is a link to"):
+        FigureFolder(tmp_path / "link", show).keep(axes, "bars")
     assert (tmp_path / "figures" / "bars.pdf").read_bytes().startswith(b"%PDF")
     assert "<svg" in (tmp_path / "figures" / "bars.svg").read_text()

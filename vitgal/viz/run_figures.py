@@ -157,9 +157,10 @@ def save_pair_matches(
 ) -> list[Path]:
     """Writes the figure of `pair_matches` for each image as `<folder>/<query>/<image>.png`.
 
-    Returns the paths.
+    Returns the paths. Raises PathError where a folder is a link.
     """
     query_folder = Path(folder) / safe_file_name(benchmark.ground_truth.queries[query])
+    runs.refuse_links([*query_folder.parents[:2], query_folder])
     paths = []
     for image in images:
         axes = pair_matches(benchmark, features, query, image, settings)

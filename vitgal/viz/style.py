@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from vitgal.runs.files import atomic
+from vitgal.runs.files import atomic, refuse_links
 from vitgal.settings.sections import ShowSettings
 
 # Green, orange, red and grey differ in lightness too, for red-green colour-blind readers (the usual
@@ -119,8 +119,9 @@ class FigureFolder:
     def keep(self, drawing: Axes | np.ndarray | Figure, name: str) -> None:
         """Writes a figure, or that of axes (any shape), as `<name>.<figure_format>`.
 
-        Call it before the figure is shown.
+        Call it before the figure is shown. Raises PathError where the folder is a link.
         """
         if self.show.save_figures:
+            refuse_links([self.folder.parent, self.folder])
             axes = drawing.axes[0] if isinstance(drawing, Figure) else drawing
             save_figure(axes, self.folder / f"{name}.{self.show.figure_format}")
