@@ -143,6 +143,9 @@ class TestReadImage:
             whole[:-60] + end,
             whole[:middle] + whole[middle + 500 :],
             whole[:middle] + bytes(500) + whole[middle + 500 :],
+            whole[:middle] + b"\xff" * 500 + whole[middle + 500 :],  # as on an erased card
+            whole[:middle] + b"\xff\x30" + whole[middle + 2 :],
+            whole[:middle] + b"\xff\xc9" + whole[middle + 2 :],
         ):
             path.write_bytes(damaged)
             with pytest.raises(images.ImageError, match="cut short|damaged"):

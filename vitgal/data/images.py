@@ -217,7 +217,9 @@ def _refuse_damaged(data: bytes, report: str) -> None:
         raise ValueError(CUT)
     extra = re.search(r"(\d+) extraneous bytes before marker 0xd9", report)
     padding = data[: formats.jpeg_end(data)][-int(extra[1]) :] if extra else b""
-    if "Corrupt JPEG data" in report and len(set(padding)) != 1:
+    # OpenCV returns what it had decoded before an error as a whole image.
+    fatal = ("Unsupported marker", "Bogus ", "Invalid JPEG file", "Unsupported JPEG process")
+    if report.startswith(fatal) or ("Corrupt JPEG data" in report and len(set(padding)) != 1):
         raise ValueError(f"the file is damaged ({report})")
 
 
@@ -260,8 +262,9 @@ def crop_box(
     height, width = image.shape[:2]
     if box is None:
         box = (0, 0, width, height)
-    if len(box) != 4 or not all(math.isfinite(value) for value in box):
-        raise ValueError(f"a box is four finite numbers (x0, y0, x1, y1), got {tuple(box)}")
+    if len(box) != 4 or not all(abs(value) < 1e18 for value in box):
+        shown = runs.short(tuple(box))
+        raise ValueError(f"a box is four finite numbers (x0, y0, x1, y1), got {shown}")
     x0, y0, x1, y1 = (int(value) for value in box)
     described = f"box {tuple(float(value) for value in box)} of a {width} x {height} image"
     if min(box) < 0:

@@ -104,6 +104,8 @@ def _inspect(path: Path) -> tuple[bool, str | None]:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             return named, "it is no regular file" if named else None
+        if not status.st_size:  # as of all in /proc, of which some never end
+            return named, "the file is empty" if named else None
         if named and status.st_size > MOST_BYTES:
             return True, TOO_LARGE
         with open(path, "rb") as handle:
