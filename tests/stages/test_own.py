@@ -112,10 +112,12 @@ def test_listing(folder):
     (folder / "gone.jpg").symlink_to("nowhere")
     os.mkfifo(folder / "pipe.jpg")
     os.mkfifo(folder / "pipe")
+    (folder / "kernel.jpg").symlink_to("/proc/self/status")  # its size is stated as 0
     shutil.copy(folder / "a/1.png", folder / "no ending")
     shutil.copy(folder / "b/1.JPG", folder / "wrong.txt")
     for suffix in ("jfif", "jpe", "gif", "avif", "heic"):
-        (folder / f"c.{suffix}").touch()
+        (folder / f"c.{suffix}").write_bytes(b"x")
+    (folder / "d.jpg").touch()
     names = ["a/1.png", "a/2.png", "b/1.JPG", *(f"c.{s}" for s in "avif gif heic jfif jpe".split())]
     remedy = "is not read here: convert it to .jpg or .png"
     assert data_photographs.list_photographs(folder) == data_photographs.Listing(
@@ -124,7 +126,9 @@ def test_listing(folder):
         {
             "b/film.DNG": f"camera raw {remedy}",
             "b/film.jxl": f"JPEG XL {remedy}",
+            "d.jpg": "the file is empty",
             "gone.jpg": "it cannot be read (No such file or directory)",
+            "kernel.jpg": "the file is empty",
             "pipe.jpg": "it is no regular file",
         },
         3,
@@ -463,6 +467,8 @@ def test_a_folder_that_changes_while_it_is_described(folder, describer, tmp_path
         ("a/1.png", (50, 0, 50, 90), "is empty"),
         ("a/1.png", (0, 0, 9, 90), "9 x 90 pixels is less than one patch"),
         ("a/1.png", (0, 0, 9), "four finite numbers"),
+        ("a/1.png", (0, 0, float("nan"), 9), "four finite numbers"),
+        ("a/1.png", (0, 0, 10**400, 9), "four finite numbers"),
     ],
 )
 def test_a_wrong_question_is_told(folder, describer, query, box, message):

@@ -377,7 +377,10 @@ def search_folder(
     name, path = find_query(photographs, query)
     if name not in photographs.names:
         print(f"the query is {runs.printable(path)}, which is none of the photographs")
-    box = None if box is None else tuple(int(side) for side in box)
+    try:
+        box = None if box is None else tuple(int(side) for side in box)
+    except (ValueError, OverflowError):  # nan or infinity
+        raise PhotographError(f"a box is four finite numbers, not {runs.short(box)}") from None
     description = photographs.describer.describe(path, box)
     others = [
         index
