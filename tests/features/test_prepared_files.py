@@ -289,6 +289,22 @@ def test_groups_that_hold_each_other_end(tmp_path):
         read_descriptors(tmp_path / "x.h5", NAMES)
 
 
+def test_groups_far_inside_each_other_end(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as group:
+        for _ in range(500):
+            group = group.create_group("g")
+        group["global_descriptor"] = np.ones(4, np.float32)
+    with pytest.raises(DescriptorError, match="groups in groups more than 64 deep"):
+        read_descriptors(tmp_path / "x.h5", ["g"])
+
+
+def test_a_dataset_without_values(tmp_path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        file["a/global_descriptor"] = h5py.Empty("f4")
+    with pytest.raises(DescriptorError, match="of a has shape None .*: no list of numbers"):
+        read_descriptors(tmp_path / "x.h5", ["a"])
+
+
 @pytest.mark.parametrize(
     ("theirs", "message"),
     [

@@ -19,6 +19,7 @@ from vitgal.features.files import map_array
 
 HLOC = "global_descriptor"
 LARGEST = 1 << 16  # values of one descriptor, or of one compressed piece of an HDF5 file
+DEPTH = 64  # of groups in groups
 LINKS = 16  # that may follow one on another, as in HDF5
 FILTERS = {
     getattr(h5py.h5z, f"FILTER_{name}") for name in ("DEFLATE", "SHUFFLE", "FLETCHER32", "LZF")
@@ -117,6 +118,8 @@ def _described(file: h5py.File, path: Path) -> Iterator[tuple[str, h5py.Dataset]
                 raise DescriptorError(f"{path} has groups that hold each other")
             item = _follow(above[-1], name, path)
             if isinstance(item, h5py.Group) and item not in above:
+                if len(above) > DEPTH:
+                    raise DescriptorError(f"{path} has groups in groups more than {DEPTH} deep")
                 groups.append(([*parts, os.fsdecode(name)], [*above, item]))
             elif isinstance(item, h5py.Dataset) and name == HLOC.encode() and parts:
                 yield "/".join(parts), item
@@ -149,7 +152,7 @@ def _check(item: h5py.Dataset, what: str) -> None:
     External and virtual storage would bring any file of the user into the results. A few bytes may
     claim gigabytes, as values never written (they read as a fill value) or as compressed ones.
     """
-    plan, values, kind = item.id.get_create_plist(), item.size, item.dtype
+    plan, values, kind = item.id.get_create_plist(), item.size or 0, item.dtype
     if plan.get_external_count() or plan.get_layout() == h5py.h5d.VIRTUAL:
         raise DescriptorError(f"{what} is stored in another file: {COPY}")
     if kind.kind not in "iuf" or not 0 < values <= LARGEST:
