@@ -29,6 +29,15 @@ def test_finished_work_succeeds_whatever_the_terminal_can_show(coding, tmp_path)
     assert done.stdout.endswith(b"/" + shown + b" \\u57ce \\x1b[2J\\u202e.safetensors\n")
 
 
+def test_a_reader_that_has_gone_is_no_failure():
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "vitgal", "download", "--list"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_name_in_an_error_cannot_steer_the_terminal(tmp_path):
     name = os.fsdecode(b"caf\xe9\x1b[2J\xc2\x9b\n\rvitgal: all is well")
     done = vitgal("compare", tmp_path / name, tmp_path)

@@ -39,8 +39,17 @@ def escape_output() -> None:
 
 
 def say(text: object, stream: object = None) -> None:
-    """Prints lines, in which nothing that comes from files can steer the terminal."""
-    print("\n".join(map(runs.printable, str(text).split("\n"))), file=stream or sys.stdout)
+    """Prints lines, in which nothing that comes from files can steer the terminal.
+
+    A reader that has gone, as `head` does, is no fault of the work: the rest is not printed.
+    """
+    stream = stream or sys.stdout
+    try:
+        print("\n".join(map(runs.printable, str(text).split("\n"))), file=stream, flush=True)
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # else Python reports the rest when it ends
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 class _Parser(argparse.ArgumentParser):
