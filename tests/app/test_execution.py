@@ -48,6 +48,21 @@ def test_the_kernel_is_this_python_whatever_is_installed(scratch, tmp_path, monk
     }
 
 
+def test_a_users_matplotlibrc_changes_no_shown_figure(scratch, tmp_path, monkeypatch):
+    rc = tmp_path / "matplotlib" / "matplotlibrc"
+    rc.parent.mkdir()
+    rc.write_text("image.cmap: nowhere\nsavefig.transparent: True\n")
+    monkeypatch.setenv("MPLCONFIGDIR", str(rc.parent))
+    monkeypatch.setenv("MATPLOTLIBRC", str(rc))
+    source = (
+        "%matplotlib inline\nimport matplotlib.pyplot as plt\n"
+        "plt.plot([1])\nplt.show()\n"
+        "print(plt.rcParams['image.cmap'], plt.rcParams['savefig.transparent'])"
+    )
+    copy = executed(scratch("01_a.ipynb", PARAMETERS, source))
+    assert streams(copy) == {"stdout": "viridis False\n"}
+
+
 def test_another_python_is_refused(scratch, monkeypatch):
     notebook = scratch("01_a.ipynb", PARAMETERS, "print(1)")
     monkeypatch.setattr(execution, "make_ipkernel_cmd", elsewhere(execution.make_ipkernel_cmd))

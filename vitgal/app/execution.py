@@ -297,7 +297,10 @@ class Engine(NBClientEngine):
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
             _forwarded_sigterm(client, sigterm),
         ):
-            environment = os.environ | {"IPYTHONDIR": profile}
+            # A cell's figures are drawn once more where they are shown, in the style of this file.
+            style = Path(profile, "matplotlibrc")
+            style.touch()
+            environment = os.environ | {"IPYTHONDIR": profile, "MATPLOTLIBRC": str(style)}
             client.execute(stdout=handle, stderr=handle, env=environment)
 
 
