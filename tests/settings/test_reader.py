@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import string
+import sys
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,28 @@ def write(folder: Path, **files: str) -> Path:
     for name, text in files.items():
         (folder / f"{name}.yaml").write_text(text)
     return folder
+
+
+def test_a_file_that_several_extend_is_read_once(tmp_path):
+    # Seven levels, of which each file extends all five of the next: 97,656 ways to the last.
+    for level in range(7):
+        names = [f"{level + 1}-{file}.yaml" for file in range(5)] if level < 6 else []
+        for file in range(5):
+            text = f"extends: [{', '.join(names)}]\n" if names else ""
+            (tmp_path / f"{level}-{file}.yaml").write_text(text + "seed: 5\n")
+    reads = []
+
+    def count(frame, event, _):
+        if event == "call":
+            reads.append(frame.f_code.co_name)
+
+    sys.setprofile(count)
+    try:
+        values = reader.read_file(tmp_path / "0-0.yaml").values
+    finally:
+        sys.setprofile(None)
+    assert values == {"seed": 5}
+    assert reads.count("read_yaml") == 1 + 6 * 5
 
 
 def test_a_file_beats_what_it_extends(tmp_path):

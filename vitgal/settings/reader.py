@@ -174,13 +174,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_file(path: Path, parents: tuple[Path, ...] = ()) -> Values:
+def read_file(
+    path: Path, parents: tuple[Path, ...] = (), finished: dict[Path, Values] | None = None
+) -> Values:
     """Reads a YAML file's settings, and those of the files that its `extends` names.
+
+    parents: the files that extend this one. finished: those read already, so that a file that
+    several others extend is read once.
 
     Raises as `read_yaml`, and SettingsError for a file that extends itself, or two extended files
     that disagree on a setting which the file itself does not set.
     """
     path = Path(path).absolute()
+    finished = {} if finished is None else finished
+    if path.resolve() in finished:
+        return finished[path.resolve()]
     values = read_yaml(path)
     chain = (*parents, path.resolve())
     if path.resolve() in parents or len(chain) > LONGEST_CHAIN:
@@ -195,10 +203,12 @@ def read_file(path: Path, parents: tuple[Path, ...] = ()) -> Values:
         )
     inherited = Values({}, {})
     for name in dict.fromkeys(names):
-        other = read_file(path.parent / name, chain)
+        other = read_file(path.parent / name, chain, finished)
         _refuse_disagreement(path, inherited.without(*values), other.without(*values))
         inherited |= other
-    return inherited.without(NOTEBOOK_RANGE) | Values.of(values, str(path))
+    result = inherited.without(NOTEBOOK_RANGE) | Values.of(values, str(path))
+    finished[path.resolve()] = result
+    return result
 
 
 def _refuse_disagreement(path: Path, first: Values, second: Values) -> None:
