@@ -13,7 +13,7 @@ from vitgal import runs
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit status.
 
-    0: success. 1: the work failed. 2: the command was wrong. 75: SIGTERM came, start it again.
+    0: success. 1: an error. 2: a wrong command. 75: SIGTERM was received; start the command again.
     130: Ctrl-C was pressed.
     """
     escape_output()
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def escape_output() -> None:
-    """Lets this process write escapes for what its standard streams cannot encode."""
+    """Makes the standard streams write escapes for characters that they cannot encode."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has no encoding
             stream.reconfigure(errors="backslashreplace")
@@ -53,7 +53,7 @@ def say(text: object, stream: object = None) -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that takes a text such as -5,0,90,80 for a value, not for an option."""
+    """A parser that reads a text such as -5,0,90,80 as a value, not as an option."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -73,34 +73,38 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--only", metavar="04,05", help="just these notebooks")
     run.add_argument("--from", dest="first", metavar="02", help="begin with this notebook")
     run.add_argument("--to", dest="last", metavar="06", help="end with this notebook")
-    relative = "a parameter that beats the file; relative paths are relative to this folder"
+    relative = "overrides a parameter of the file; relative paths start in the current folder"
     _add_run(run, _run, relative, "the run folder")
 
     download = commands.add_parser("download", help="fetch data sets and weights")
     download.add_argument("names", nargs="*", metavar="NAME", help="from third_party/sources.toml")
     download.add_argument("--to", type=Path, metavar="data/", help="default: the checkout's data/")
-    download.add_argument("--list", action="store_true", help="what there is")
+    download.add_argument("--list", action="store_true", help="list what can be downloaded")
     download.add_argument("--check", metavar="NAME", help="verify an existing folder")
     download.set_defaults(command=_download)
 
     own = commands.add_parser("own", help="search a folder of your own photographs")
     own.add_argument("folder", type=Path, metavar="FOLDER", help="photographs, any sub-folders")
     own.add_argument("--query", required=True, metavar="IMAGE", help="one of them, or any file")
-    own.add_argument("--box", metavar="x0,y0,x1,y1", help="what of it, in pixels")
+    own.add_argument("--box", metavar="x0,y0,x1,y1", help="its part to search for, in pixels")
     _add_run(own, _own, "another parameter of notebook 08, such as weights", "the model's run")
 
     weights = commands.add_parser("weights", help="convert a published .pth to .safetensors")
-    weights.add_argument("source", type=Path, metavar="SOURCE.pth", help="or our .safetensors")
+    weights.add_argument(
+        "source", type=Path, metavar="SOURCE.pth", help="or a model of vitgal, .safetensors"
+    )
     weights.add_argument("target", type=Path, metavar="TARGET.safetensors")
     weights.add_argument("--half", action="store_true", help="float16: half the size")
     weights.set_defaults(command=_weights)
 
     compare = commands.add_parser("compare", help="test two runs against each other")
-    level = "a run, a data set's folder in it, or a stage's, as runs/demo/demo/global"
+    level = "a run, or the folder of a data set or stage in it, such as runs/demo/demo/global"
     compare.add_argument("first", metavar="runs/A", help=level)
-    compare.add_argument("second", metavar="runs/B", help="the same, compared with the first")
-    compare.add_argument("--queries", type=int, default=5, metavar="5", help="how many are listed")
-    compare.add_argument("--seed", type=int, default=0, metavar="0", help="of the resampling")
+    compare.add_argument("second", metavar="runs/B", help="the same kind, compared with the first")
+    compare.add_argument(
+        "--queries", type=int, default=5, metavar="5", help="number of queries listed"
+    )
+    compare.add_argument("--seed", type=int, default=0, metavar="0", help="seed of the resampling")
     compare.set_defaults(command=_compare)
     return parser
 
@@ -161,7 +165,7 @@ def _download(options: argparse.Namespace) -> int:
         say(report)
         return 0 if report.ok else 1
     if not options.names:
-        say("vitgal: name what to download; --list shows what there is", sys.stderr)
+        say("vitgal: download needs a name; `vitgal download --list` prints the names", sys.stderr)
         return 2
     for name, folder in transfer.download(options.names, target=options.to).items():
         say(f"{name}: {folder}")
@@ -180,8 +184,8 @@ def _compare(options: argparse.Namespace) -> int:
     from vitgal.evaluation import comparison
 
     results = comparison.compare(options.first, options.second, seed=options.seed)
-    shown = max(0, options.queries)
-    reports = [comparison.report(each, label, shown=shown) for label, each in results.items()]
+    listed = max(0, options.queries)
+    reports = [comparison.report(result, label, listed=listed) for label, result in results.items()]
     say("\n\n\n".join(reports))
     say("\np: sign-flip permutation test over queries; ~ marks a sample of all flips")
     return 0

@@ -28,9 +28,9 @@ from papermill.exceptions import PapermillExecutionError
 
 from vitgal import runs
 
-KERNEL = "python3"  # the name that notebooks carry; `Kernel` says what is started
+KERNEL = "python3"  # the kernel's name in the notebooks; `Kernel` starts this interpreter for it
 AUTOSAVE = 300  # seconds; each save rewrites the whole notebook with its figures
-PRINTED = 200_000  # characters that are kept of what a cell prints
+PRINTED = 200_000  # most characters kept of a cell's printed text
 # Executed in the kernel; see `Kernel`.
 UNLIMITED = (
     "(lambda thread, zmq: thread.schedule(lambda: thread.socket.setsockopt(zmq.SNDHWM, 0)))"
@@ -42,7 +42,7 @@ AGAIN = "run the same command again to go on: finished stages return at once"
 class NotebookError(RuntimeError):
     """A notebook stopped; the message has the cell, the error and the path of the partial copy."""
 
-    status = 1  # with which a command ends
+    status = 1  # exit status of the command
 
 
 class Preempted(NotebookError):
@@ -66,7 +66,7 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progres
     # Crash reports and warnings of the kernel's process, which messages quote.
     log = target.with_suffix(".log")
     sigterm = threading.Event()
-    # It warns of each parameter declared `X | None` as of an unknown one.
+    # papermill warns that every parameter declared `X | None` is unknown.
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     papermill_engines.register("vitgal", Engine)
     try:
@@ -83,13 +83,13 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progres
                 kernel_log=log,
                 sigterm=sigterm,
             )
-        # A cell may have handled the signal, but it is meant for the whole chain.
+        # A cell may have handled the signal; the remaining notebooks must not start.
         reason = "it is finished"
     except KeyboardInterrupt:
         where = f"{notebook.name} was interrupted {_last_cell(target)}"
         raise Interrupted(f"{where}\n{_partial(target)}\n{AGAIN}") from None
     except (PapermillExecutionError, RuntimeError, TimeoutError) as error:
-        # Training ends so where its state is saved and another try is worth it.
+        # Training raises Preempted after it has saved its state.
         ended = getattr(error, "ename", "") == "Preempted"
         if not (ended or sigterm.is_set()):
             raise NotebookError(_failure(error, notebook, target, log)) from None
@@ -139,7 +139,7 @@ def _partial(target: Path) -> str:
 
 
 def last_output(log: Path) -> str:
-    """Returns the last line that a kernel's process wrote, or the fatal one; "" without any."""
+    """Returns the kernel process's fatal error, else its last line; "" if it wrote none."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     lines = [line.strip() for line in lines if line.strip() and "IPKernelApp" not in line]
     fatal = [line for line in lines if line.startswith("Fatal")]
@@ -175,8 +175,8 @@ class Kernel(AsyncKernelManager):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        # No limit on messages that wait, here and in the kernel: zmq drops those beyond 1,000; a
-        # cell that prints much on a busy machine would seem never to end.
+        # By default zmq drops messages when 1,000 wait, and a cell whose last message is lost never
+        # ends. The limit is lifted here and, by UNLIMITED, in the kernel.
         self.context.setsockopt(zmq.RCVHWM, 0)
 
     @property
@@ -191,24 +191,26 @@ class Kernel(AsyncKernelManager):
 
 
 class Client(PapermillNotebookClient):
-    """papermill's client with `Kernel`, short printed texts, and the last one beside the bar."""
+    """papermill's client, which limits printed text and shows its last line beside the bar."""
 
-    last_shown = 0.0  # seconds on the monotonic clock
+    last_update = 0.0  # seconds on the monotonic clock
     label = ""  # of the tqdm bar that moved last
 
     def papermill_execute_cells(self) -> None:
-        """Executes the cells; NotebookError where the kernel is another Python."""
-        asked = {"python": "__import__('sys').executable", "limit": UNLIMITED}
-        reply = self.wait_for_reply(self.kc.execute("", silent=True, user_expressions=asked))
-        found = reply["content"]["user_expressions"]["python"].get("data", {}).get("text/plain")
-        if found != repr(sys.executable):
-            raise NotebookError(f"the kernel is {found}, not this Python, {sys.executable}")
+        """Executes the cells; raises NotebookError if the kernel runs another Python."""
+        expressions = {"python": "__import__('sys').executable", "limit": UNLIMITED}
+        reply = self.wait_for_reply(self.kc.execute("", silent=True, user_expressions=expressions))
+        executable = (
+            reply["content"]["user_expressions"]["python"].get("data", {}).get("text/plain")
+        )
+        if executable != repr(sys.executable):
+            raise NotebookError(f"the kernel is {executable}, not this Python, {sys.executable}")
         super().papermill_execute_cells()
 
     def output(self, outs: list, msg: dict, display_id: str | None, cell_index: int) -> Any:
-        """Adds an output; a text is appended to what the cell has printed just before.
+        """Adds an output; printed text is appended to the text just before it.
 
-        A bar that is drawn at every step would otherwise add an output at every step.
+        Otherwise a progress bar would add an output at every step.
         """
         out = super().output(outs, msg, display_id, cell_index)
         if out is None or out.output_type != "stream":
@@ -224,16 +226,16 @@ class Client(PapermillNotebookClient):
     def process_message(self, message: dict, cell: nbformat.NotebookNode, cell_index: int) -> Any:
         """Processes a kernel's message and shows its text, at most five times a second."""
         text = self.activity(message)
-        due = time.monotonic() - self.last_shown > 0.2 or text == ""
+        due = time.monotonic() - self.last_update > 0.2 or text == ""
         if text is not None and self.nb_man.pbar is not None and due:
-            self.last_shown = time.monotonic()
+            self.last_update = time.monotonic()
             self.nb_man.pbar.set_postfix_str(runs.printable(text)[:60])
         try:
             return super().process_message(message, cell, cell_index)
         finally:
-            # Replies to a widget are sent on the socket where the end of the cell is awaited, and
-            # sending can consume zmq's single notice of an incoming message: about one cell with a
-            # widget in a hundred then waited for ever. Reading the events renews the notice.
+            # Replies to a widget are sent on the socket that receives the end of the cell, and
+            # sending can consume zmq's only notification of a received message: about 1 % of the
+            # cells with widgets never ended. Reading EVENTS renews the notification.
             self.kc.shell_channel.socket.get(zmq.EVENTS)
 
     def activity(self, message: dict) -> str | None:
@@ -257,9 +259,9 @@ class Client(PapermillNotebookClient):
 
 
 def appended(text: str, more: str) -> str:
-    r"""Returns printed text with more of it, as a terminal shows it after `\r`, and its ends only.
+    r"""Returns `text` followed by `more`, where `\r` overwrites a line as on a terminal.
 
-    Of more than PRINTED characters the middle is left out.
+    A text of more than PRINTED characters loses its middle.
     """
     done, newline, last = text.rpartition("\n")
     lines = (last + more).split("\n")
@@ -270,7 +272,7 @@ def appended(text: str, more: str) -> str:
 
 
 class Engine(NBClientEngine):
-    """papermill's engine with our client; the kernel's own stdout and stderr go to a file."""
+    """papermill's engine with `Client`; the kernel's own stdout and stderr go to a file."""
 
     @classmethod
     def execute_managed_notebook(
@@ -309,7 +311,7 @@ def _forwarded_sigterm(client: Client, sigterm: threading.Event) -> Iterator[Non
     """Forwards SIGTERM, and SIGHUP as SIGTERM, to the kernel, where training saves its state."""
 
     def forward(*_: object) -> None:
-        """Notes the signal and sends it to the kernel; NotebookError where there is none yet."""
+        """Sends the signal to the kernel; raises NotebookError before the kernel has started."""
         sigterm.set()
         if client.km is None or not client.km.has_kernel:
             raise NotebookError("SIGTERM came before the kernel had started")

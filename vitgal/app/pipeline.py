@@ -1,8 +1,8 @@
 """Executes the numbered notebooks in order with papermill, from one flat file of settings.
 
 A notebook takes the settings of its sections (`settings.NOTEBOOKS`) and what its cell tagged
-`parameters` declares, one `name: type = value` a line. papermill only warns of an unknown name and
-checks no type; here all is checked before the first notebook starts.
+`parameters` declares, one `name: type = value` a line. papermill only warns about unknown
+names and checks no types; this module checks both before the first notebook starts.
 """
 
 import ast
@@ -108,8 +108,8 @@ def run_own(
     """Executes 08_own_photos on a folder of photographs and returns the run folder.
 
     `query` is one of them by its name in the folder, or any file (see `find_photograph`), `box` its
-    x0,y0,x1,y1 in pixels or None for all of it. The others are as for `run`, which also says what
-    is raised; the run holds the model.
+    x0,y0,x1,y1 in pixels or None for all of it. `output` is the run with the model; the other
+    arguments and the errors are those of `run`.
     """
     from vitgal.data.photographs import find_photograph
 
@@ -117,9 +117,9 @@ def run_own(
     texts = dict(overrides or {}) | {"photographs_folder": str(folder), "query_image": query}
     if box is not None:
         texts["query_box"] = box
-    if found := find_photograph(folder, query, Path.cwd()):
-        texts["query_image"] = str(found)
-        print(f"the query is {runs.printable(found)}", file=sys.stderr)
+    if photograph := find_photograph(folder, query, Path.cwd()):
+        texts["query_image"] = str(photograph)
+        print(f"the query is {runs.printable(photograph)}", file=sys.stderr)
     run_folder, parameters = plan(Values({}, {}), [path], [path], overrides=texts, output=output)
     return _execute(run_folder, parameters, progress)
 
@@ -142,22 +142,22 @@ def plan(
         if "run_dir" in overrides:
             raise SettingsError("give either --output or -p run_dir, not both")
         overrides["run_dir"] = str(Path.cwd() / Path(output).expanduser())
-    given = values.without(NOTEBOOK_RANGE) | typed(overrides, every, chosen)
-    given = checked(given, further_types(every))
-    settings = settings_of(given.without(*further_types(every)))
+    merged = values.without(NOTEBOOK_RANGE) | typed(overrides, every, chosen)
+    merged = checked(merged, further_types(every))
+    settings = settings_of(merged.without(*further_types(every)))
     for path in chosen:
         for section in NOTEBOOKS.get(path.stem, ()):
             settings.section(section)
-    run_dir = given.values.get("run_dir") or _default_run(every)
-    return runs.run_folder(run_dir), {path: injected(given, path) for path in chosen}
+    run_dir = merged.values.get("run_dir") or _default_run(every)
+    return runs.run_folder(run_dir), {path: injected(merged, path) for path in chosen}
 
 
 def _lacks_data(folder: Path, maker: Path, first: Path, parameters: dict[Path, dict]) -> bool:
-    """Whether `first` evaluates the run's own data and these are missing."""
+    """Returns whether `first` evaluates the run's own data and the data are missing."""
     evaluates = first.name >= "04" and "dataset_dir" in takes(first)
     own = parameters[first].get("dataset_dir") is None
-    made = (folder / "split" / runs.MANIFEST).exists()
-    return evaluates and maker.name.startswith("01") and own and not made
+    finished = (folder / "split" / runs.MANIFEST).exists()
+    return evaluates and maker.name.startswith("01") and own and not finished
 
 
 def _default_run(every: list[Path]) -> str:
@@ -205,7 +205,7 @@ def declared(notebook: Path) -> dict[str, Declaration]:
         raise ValueError(f"{notebook} has {len(cells)} cells tagged `parameters`; it needs one")
     try:
         lines = ast.parse(cells[0].source).body
-        return {found.name: found for found in map(_declaration, lines)}
+        return {line.name: line for line in map(_declaration, lines)}
     except SyntaxError as error:
         raise ValueError(f"{notebook}, parameters cell, line {error.lineno}: {error.msg}") from None
     except ValueError as error:
@@ -226,7 +226,7 @@ def _declaration(line: ast.stmt) -> Declaration:
 
 
 def _type(node: ast.expr) -> Any:
-    """The type that an annotation names: one of TYPES, a list of one, or a union of these."""
+    """Returns an annotation's type: one of TYPES, a list of one, or a union of these."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return _type(node.left) | _type(node.right)
     if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "list":
@@ -259,14 +259,14 @@ def chain(folder: Path) -> list[Path]:
 def notebook_range(values: Values) -> tuple[str | None, str | None]:
     """Returns the ends of a file's line `notebooks: 04-07`; None, None without it.
 
-    Raises SettingsError where it is no range of numbers.
+    Raises SettingsError for a value that is not such a range.
     """
     text = values.values.get(NOTEBOOK_RANGE)
     if text is None:
         return None, None
     numbers = re.fullmatch(r"(\d\d?)-(\d\d?)", text) if isinstance(text, str) else None
     if not numbers:
-        raise SettingsError(f"{NOTEBOOK_RANGE}: {runs.short(text)} is no range such as 04-07")
+        raise SettingsError(f"{NOTEBOOK_RANGE}: {runs.short(text)} is not a range such as 04-07")
     return numbers[1], numbers[2]
 
 
@@ -304,7 +304,7 @@ def select(
 
 
 def typed(overrides: dict[str, Any], notebooks: list[Path], chosen: list[Path]) -> Values:
-    """Returns the values of the command line; SettingsError for one that nothing chosen takes."""
+    """Returns the command line's values; SettingsError for one that no chosen notebook reads."""
     for name in overrides:
         readers = [path for path in notebooks if name in takes(path)]
         if readers and not set(readers) & set(chosen):
@@ -316,13 +316,13 @@ def typed(overrides: dict[str, Any], notebooks: list[Path], chosen: list[Path]) 
 
 
 def injected(values: Values, notebook: Path) -> dict[str, Any]:
-    """Returns what papermill injects: the values a notebook takes and does not declare itself."""
-    names, cell, found = takes(notebook), declared(notebook), {}
+    """Returns the values to inject: those a notebook reads and does not declare itself."""
+    names, cell, chosen = takes(notebook), declared(notebook), {}
     for name, value in values.values.items():
         plain = list(value) if isinstance(value, tuple) else value
         if name in names and not (name in cell and cell[name].default == plain):
-            found[name] = plain
-    return found
+            chosen[name] = plain
+    return chosen
 
 
 def settings_in(notebook: Path, values: dict[str, Any]) -> Settings:

@@ -12,7 +12,7 @@ KAPPAS = ("1", "5", "10")
 
 
 def summary(run: Path) -> str:
-    """Returns a run's scores in percent, a table for each data set, and where to look further."""
+    """Returns a run's scores in percent, a table per data set, and the paths of its figures."""
     run = Path(run)
     lines = []
     for folder in sorted({path.parent.parent for path in run.glob("*/*/scores.json")}):
@@ -30,8 +30,8 @@ def own_summary(run: Path, lines: int = 10) -> str:
     width = max(map(len, ["photograph", *names]))
     table = [f"rank  {'photograph':<{width}}  similarity  inliers"]
     for row, name in zip(rows, names, strict=False):
-        found = f"{float(row['similarity']):>10.2f}  {row['inliers'] or '-':>7}"
-        table.append(f"{row['rank']:>4}  {name:<{width}}  {found}")
+        values = f"{float(row['similarity']):>10.2f}  {row['inliers'] or '-':>7}"
+        table.append(f"{row['rank']:>4}  {name:<{width}}  {values}")
     table += ["", f"all of it: {Path(run) / 'own' / 'ranking.csv'}"]
     return "\n".join([*table, f"executed notebook: {Path(run) / 'notebooks' / OWN}"])
 

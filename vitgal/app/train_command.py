@@ -27,9 +27,11 @@ STAGES = {"02": "retrieval", "03": "autoencoder"}  # by the notebook that trains
 
 def main(arguments: list[str] | None = None) -> int:
     """Trains by a params file; returns 0, 75 after SIGTERM, 2 for wrong settings, else 1."""
-    parser = argparse.ArgumentParser(prog="python -m vitgal.training", description="Trains.")
+    parser = argparse.ArgumentParser(
+        prog="python -m vitgal.training", description="Trains the models of notebooks 02 and 03."
+    )
     parser.add_argument("params", type=Path, metavar="PARAMS.yaml", help="as for vitgal run")
-    parser.add_argument("--only", choices=STAGES, help="one of both notebooks' models")
+    parser.add_argument("--only", choices=STAGES, help="train only this notebook's model")
     parser.add_argument(
         "-p", dest="overrides", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
     )

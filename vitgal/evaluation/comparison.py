@@ -165,10 +165,10 @@ def _check_comparable(first: Scores, second: Scores, names: tuple[str, str]) -> 
     queries = [scores.get("queries") for scores in (first, second)]
     if None not in queries and queries[0] != queries[1]:
         pairs = enumerate(itertools.zip_longest(*queries))
-        index, (one, other) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+        index, (query, other) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
         raise ValueError(
             f"{names[0]} has {len(queries[0])} queries, {names[1]} {len(queries[1])}, and query "
-            f"{index} is {one} there and {other} here: only the same queries can be compared"
+            f"{index} is {query} there and {other} here: only the same queries can be compared"
         )
     labels = [scores.get("fingerprints", {}).get("ground truth") for scores in (first, second)]
     if None not in labels and labels[0] != labels[1]:
@@ -223,10 +223,10 @@ def _shortened(key: str, value: Any) -> str:
     return text if len(text) <= SETTING_WIDTH else f"{text[: SETTING_WIDTH - 1]}…"
 
 
-def report(comparison: Comparison, label: str, *, shown: int = 5) -> str:
+def report(comparison: Comparison, label: str, *, listed: int = 5) -> str:
     """Writes a comparison as text: settings, results, and the queries that changed most.
 
-    label: what is compared. shown: how many of the queries that gained, and that lost, most.
+    label: what is compared. listed: number of the queries that gained most, and that lost most.
     """
     names, tests = comparison.names, comparison.tests
     parts = [f"{label}: {names[0]} (first) against {names[1]} (second)"]
@@ -239,7 +239,7 @@ def report(comparison: Comparison, label: str, *, shown: int = 5) -> str:
     parts.append("mAP in percent with its 95 % interval\n" + _aligned(_results(comparison)))
     parts.append("\n".join(f"{p.capitalize():7} {comparison.sentence(p)}" for p in tests))
     protocol = next(p for p in ("medium", "easy", "hard") if p in tests)
-    queries = _changed(comparison, protocol, shown)
+    queries = _changed(comparison, protocol, listed)
     if len(queries):
         title = f"queries that changed most, {protocol.capitalize()} AP"
         parts.append(f"{title}\n{_aligned(queries)}")
@@ -264,12 +264,12 @@ def _percent(mean: float, low: float, high: float) -> str:
     return ABSENT if np.isnan(mean) else f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _changed(comparison: Comparison, protocol: str, shown: int) -> pd.DataFrame:
+def _changed(comparison: Comparison, protocol: str, listed: int) -> pd.DataFrame:
     """Returns the queries that lost and gained most, AP in percent as text."""
     table = comparison.changes[protocol].dropna(subset="change")
     table = table[table["change"] != 0].sort_values("change", kind="stable")
-    if len(table) > 2 * shown:
-        table = pd.concat([table.iloc[:shown], table.iloc[len(table) - shown :]])
+    if len(table) > 2 * listed:
+        table = pd.concat([table.iloc[:listed], table.iloc[len(table) - listed :]])
     text = (100 * table).map("{:.1f}".format)
     text["change"] = [f"{100 * value:+.1f}" for value in table["change"]]
     return text.set_axis([*comparison.names, "change"], axis=1)
