@@ -18,8 +18,8 @@ LIBRARIES = (
     "poselib",
 )
 
-# Variables that libraries read when they are loaded, so that nothing can undo them, and that change
-# results, if only in the last bits: instruction sets, reduced precision, other algorithms, limits.
+# Variables that libraries read once, when they are loaded, and that change results, if only in the
+# last bits: instruction sets, reduced precision, other algorithms, limits.
 NUMERIC = (
     "ATEN_CPU_CAPABILITY",
     "CUBLAS_WORKSPACE_CONFIG",
@@ -66,8 +66,8 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXP
 
 def numeric_environment() -> dict[str, dict[str, str]]:
     """Returns the parameter `environment`, the set variables of NUMERIC; empty without any."""
-    taken = {name: os.environ[name] for name in NUMERIC if os.environ.get(name)}
-    return {"environment": taken} if taken else {}
+    variables = {name: os.environ[name] for name in NUMERIC if os.environ.get(name)}
+    return {"environment": variables} if variables else {}
 
 
 def versions() -> dict[str, str]:
@@ -82,7 +82,7 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """Returns the checkout's commit, with `+` where tracked files are changed; None without git.
 
-    Neither git's environment variables nor a repository around the package are looked at.
+    Ignores git's environment variables and a repository that encloses the package.
     """
     top = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(top), f"--git-dir={top / '.git'}", f"--work-tree={top}"]

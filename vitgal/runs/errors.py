@@ -13,8 +13,8 @@ import numpy as np
 class UserError(Exception):
     """An error that the user can correct; a notebook shows its message without a traceback.
 
-    The cell still fails. Subclasses list this class before a built-in exception. Names of files and
-    values from them are in many messages: each line is printable.
+    The cell still fails. Subclasses list this class before a built-in exception. Messages quote
+    names and contents of files, so control characters are escaped.
     """
 
     def __str__(self) -> str:
@@ -30,11 +30,11 @@ class StageError(UserError, RuntimeError):
 
 
 class PathError(UserError, ValueError):
-    """A path in a file leads out of the folder that it must stay in, or a link stands there."""
+    """A path that leads out of its folder, or that is a link."""
 
 
 def printable(text: object) -> str:
-    r"""Returns `str(text)` on one line that cannot steer a terminal, as in "a\x1b[2Jb".
+    r"""Returns `str(text)` on one line without control characters, as in "a\x1b[2Jb".
 
     Control characters, newlines, bidirectional overrides, unassigned characters and lone surrogates
     are written as Python escapes; letters of every script stay.
@@ -57,7 +57,7 @@ def _is_visible(character: str) -> bool:
 def short(value: Any) -> str:
     """Returns a short representation of any value for a message, in little time and memory.
 
-    Of nested values it shows the first few. A thousand references to one list do not multiply.
+    Nested values are cut to their first few items.
     """
     text = printable(_SHORT.repr(value))
     return text if len(text) <= 200 else text[:199] + "…"

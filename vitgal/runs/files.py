@@ -66,8 +66,8 @@ def disk_full(error: OSError) -> bool:
 def inside(folder: str | os.PathLike, name: str) -> Path:
     """Returns `folder / name` for a name that a file holds; links are not followed.
 
-    Raises PathError for a name that is absolute, empty or no text, or leads out of the folder, and
-    for one that is no UTF-8, which no file of ours could hold.
+    Raises PathError for a name that is absolute, empty, not a str or not UTF-8, or that leads out
+    of the folder.
     """
     legal = isinstance(name, str) and name not in ("", ".") and not name.startswith("/")
     if not legal or ".." in name.split("/") or "\0" in name:
@@ -85,8 +85,8 @@ def refuse_links(paths: Iterable[Path]) -> None:
     """Raises PathError for the first path that is a link: writing there would change its target."""
     if link := next((path for path in paths if os.path.islink(path)), None):
         raise PathError(
-            f"{link} is a link to {os.readlink(link)}: vitgal writes through no link; move it away "
-            "or name the folder that it leads to"
+            f"{link} is a link to {os.readlink(link)}: vitgal does not write through links; "
+            "move it away, or use the folder that it leads to"
         )
 
 

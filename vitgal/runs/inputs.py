@@ -57,7 +57,7 @@ def threaded(
 ) -> Iterator[Any]:
     """Yields `function` of each item in their order, as `map`, computed in threads (None: CPUs).
 
-    A few thousand items are in work at once: a future for each of millions would fill the memory.
+    At most 4,096 items are submitted at once: millions of futures would fill the memory.
     """
     remaining, threads = iter(items), threads or os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
@@ -70,7 +70,7 @@ def threaded(
 
 @dataclass(frozen=True)
 class Input:
-    """An input: a fingerprint of its content, and a stamp made without reading it.
+    """An input: a fingerprint of its content, and a stamp that needs no reading.
 
     Attributes:
         stamp: Returns a hash of paths, sizes and times. It changes whenever a file is written.
@@ -125,7 +125,7 @@ def input_fingerprints(
 
 
 def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")  # a file name may be no Unicode
+    return text.encode("utf-8", "surrogatepass")  # file names may not be Unicode
 
 
 def _stamp(names: Sequence[str], paths: Sequence[Path]) -> str:

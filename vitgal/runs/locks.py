@@ -12,7 +12,7 @@ from vitgal.runs.errors import StageError
 from vitgal.runs.files import refuse_links
 
 LOCK = ".lock"  # the names of all lock files begin with this
-_HELD: set[IO] = set()  # open lock files of this process, inherited by its forks
+_OPEN: set[IO] = set()  # open lock files of this process, inherited by its forks
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ def locked(folder: Path, slot: WorkerSlot = ALONE) -> Iterator[None]:
     """
     refuse_links([folder])
     busy = f"another process is working in {folder}; wait for it, or use another folder (run_dir)"
-    with contextlib.ExitStack() as held:
-        _lock(folder / LOCK, held, fcntl.LOCK_EX if slot == ALONE else fcntl.LOCK_SH, busy)
+    with contextlib.ExitStack() as locks:
+        _lock(folder / LOCK, locks, fcntl.LOCK_EX if slot == ALONE else fcntl.LOCK_SH, busy)
         if slot != ALONE:
             name = f"{LOCK}-of-{slot.count}"
             duplicate = f"worker {slot.number} of {slot.count} is working in {folder} already"
-            _lock(folder / f"{name}-{slot.number}", held, fcntl.LOCK_EX, duplicate)
-            _lock(folder / name, held, fcntl.LOCK_SH, None)
+            _lock(folder / f"{name}-{slot.number}", locks, fcntl.LOCK_EX, duplicate)
+            _lock(folder / name, locks, fcntl.LOCK_SH, None)
             _refuse_other_counts(folder, name, f"{busy} (not as one of {slot.count})")
         refuse_links(folder.iterdir())
         yield
@@ -69,21 +69,21 @@ def locked(folder: Path, slot: WorkerSlot = ALONE) -> Iterator[None]:
 def _refuse_other_counts(folder: Path, name: str, busy: str) -> None:
     """Raises StageError where a worker of another `slot.count` works in the folder."""
     with contextlib.ExitStack() as probing:
-        # One worker probes at a time, or workers would find each other's probes.
+        # One worker probes at a time; otherwise workers would detect each other's probes.
         _lock(folder / f"{LOCK}-look", probing, fcntl.LOCK_EX, None)
         for other in sorted(folder.glob(f"{LOCK}-of-*[0-9]")):
             if other.name != name and "-" not in other.name.removeprefix(f"{LOCK}-of-"):
                 _lock(other, probing, fcntl.LOCK_EX, busy)
 
 
-def _lock(path: Path, held: contextlib.ExitStack, kind: int, busy: str | None) -> None:
-    """Locks a file until `held` closes; waits for it where `busy` is None, the error's text."""
+def _lock(path: Path, locks: contextlib.ExitStack, kind: int, busy: str | None) -> None:
+    """Locks a file until `locks` closes; waits for it where `busy` is None, the error's text."""
     refuse_links([path])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Without truncation, and without waiting for the reader of a named pipe.
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-        handle = held.enter_context(open(os.open(path, flags, 0o666), "rb"))
+        handle = locks.enter_context(open(os.open(path, flags, 0o666), "rb"))
     except OSError as error:
         raise StageError(
             f"cannot write to the run folder {path.parent} ({error.strerror}); give it write "
@@ -99,11 +99,11 @@ def _lock(path: Path, held: contextlib.ExitStack, kind: int, busy: str | None) -
             "flock (Lustre: mount it with the option flock), or set run_dir or the environment "
             "variable VITGAL_RUNS to a folder elsewhere"
         ) from error
-    _HELD.add(handle)
-    held.callback(_HELD.discard, handle)
+    _OPEN.add(handle)
+    locks.callback(_OPEN.discard, handle)
 
 
 def disown_locks() -> None:
     """Closes inherited lock files in a forked process; its parent keeps the locks."""
-    for handle in _HELD:
+    for handle in _OPEN:
         handle.close()

@@ -22,7 +22,7 @@ SETTINGS = {"format": int, "stage": str, "parameters": dict, "inputs": dict}
 HASH_LIMIT = 1 << 30
 
 
-def read_stage(folder: Path, made_by: str) -> dict:
+def read_stage(folder: Path, notebook: str) -> dict:
     """Reads a finished stage's manifest.
 
     StageError names the notebook to run where there is none, and the file where it is damaged.
@@ -30,7 +30,7 @@ def read_stage(folder: Path, made_by: str) -> dict:
     folder = Path(folder)
     if not (folder / MANIFEST).exists():
         state = "was interrupted" if (folder / STARTED).exists() else "has not been run"
-        raise StageError(f"the stage in {folder} {state}: run {made_by} first")
+        raise StageError(f"the stage in {folder} {state}: run {notebook} first")
     return read_record(folder / MANIFEST)
 
 
@@ -97,15 +97,15 @@ def check_output(folder: Path, output: str, recorded: dict[str, Any]) -> None:
         )
 
 
-def output_fingerprint(folder: Path, output: str, made_by: str) -> str:
+def output_fingerprint(folder: Path, output: str, notebook: str) -> str:
     """Returns the sha256 of a finished stage's output, as the manifest records it.
 
     Above HASH_LIMIT it is the sha256 of the output's length and the stage's settings. StageError
     names the notebook to run where the output is missing.
     """
-    manifest = read_stage(folder, made_by)
+    manifest = read_stage(folder, notebook)
     if output not in manifest["outputs"]:
-        raise StageError(f"the stage in {folder} has no {output}: run {made_by} again")
+        raise StageError(f"the stage in {folder} has no {output}: run {notebook} again")
     recorded = manifest["outputs"][output]
     if "sha256" in recorded:
         return recorded["sha256"]
@@ -115,7 +115,7 @@ def output_fingerprint(folder: Path, output: str, made_by: str) -> str:
 def differences(recorded: dict, wanted: dict) -> list[str]:
     """Returns a line for each entry, of any depth, in which two stages' settings differ.
 
-    Of more than twenty the last line says how many follow.
+    Of more than twenty the last line is the number of the others.
     """
     lines = _differences(recorded, wanted)
     return lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else [])

@@ -1,7 +1,4 @@
-"""Stage folders: a stage is begun, resumed, finished, reused or refused.
-
-No stage is continued with other settings.
-"""
+"""Stage folders: begin, resume, finish or reuse a stage, never with other settings."""
 
 import contextlib
 import os
@@ -141,7 +138,7 @@ def stage(
         if not opened.finished:
             refuse_links(folder.rglob("*"))
             if slot == ALONE:  # else a temporary file may be another worker's
-                for path in sorted(folder.rglob(f"{TEMPORARY}*")):  # what a killed process left
+                for path in sorted(folder.rglob(f"{TEMPORARY}*")):  # left by a killed process
                     _remove(path)
             write_json(folder / STARTED, settings)
         yield opened
@@ -223,7 +220,7 @@ def _clear(folder: Path) -> None:
 
 
 def _contents(folder: Path) -> list[Path]:
-    """Returns what a folder holds besides locks and temporary files."""
+    """Returns a folder's contents without locks and temporary files."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith((LOCK, TEMPORARY)))
 
 
