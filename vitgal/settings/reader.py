@@ -29,7 +29,7 @@ from vitgal.settings.section import (
 )
 
 EXTENDS = "extends"
-NOTEBOOK_RANGE = "notebooks"  # a file's line `notebooks: 04-07`: which notebooks it is made for
+NOTEBOOK_RANGE = "notebooks"  # a file's line `notebooks: 04-07`: the notebooks that it is meant for
 FOLDERS = {"recipe": "recipes", "machine": "machines"}  # below params/
 INJECTED = "# Parameters"  # first line of the cell that papermill injects
 KERNEL_NAMES = ("In", "Out", "exit", "quit")  # IPython's names in a notebook
@@ -65,7 +65,7 @@ class Values:
 
 
 def _view(kind: type[S]) -> S:
-    """Declares an attribute of `Settings`: a section, built when it is first asked for."""
+    """Declares an attribute of `Settings`: a section, built on first access."""
     return cached_property(lambda settings: settings.section(kind))  # type: ignore
 
 
@@ -100,8 +100,8 @@ class Settings(Values):
     ) -> S:
         """Returns a section with the values in the manifest of the finished stage in `folder`.
 
-        Of these are taken those with the flat `names`, or all. Raises SettingsError where a setting
-        has another value here, StageError (naming the stage's `notebook`) for an unfinished stage.
+        names: the flat names of the settings to read; None: all. Raises SettingsError where a
+        setting has another value here, StageError (naming `notebook`) for an unfinished stage.
         """
         parameters = runs.read_stage(folder, notebook)["parameters"]
         values, wanted = dict(self.values), self.section(kind).compared()
@@ -125,12 +125,12 @@ class Settings(Values):
 
 
 class _FlatLoader(yaml.SafeLoader):
-    """YAML without references, and not deeper than a list in a list, as settings are."""
+    """A YAML loader that refuses references, and nesting deeper than a list in a list."""
 
     depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Composes a node of the document; YAMLError for what settings never hold."""
+        """Composes a node; raises YAMLError for a reference or a deeper nesting."""
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("it has a reference (*name); write the value out")
         self.depth += 1
@@ -214,11 +214,11 @@ def read_file(
 def _refuse_disagreement(path: Path, first: Values, second: Values) -> None:
     for name in first.values.keys() & second.values.keys() - {NOTEBOOK_RANGE}:
         if first.values[name] != second.values[name]:
-            one, other = (
+            before, after = (
                 f"{runs.short(v.values[name])} in {v.sources[name]}" for v in (first, second)
             )
             raise SettingsError(
-                f"{path} extends two files that disagree: {name} is {one} and {other}; "
+                f"{path} extends two files that disagree: {name} is {before} and {after}; "
                 f"set {name} in {path.name}"
             )
 
@@ -233,28 +233,28 @@ def named_files(values: Values) -> Values:
         name = values.values.get(setting)
         if name is None:
             continue
-        known = {file.stem: file for file in (runs.resolve("params") / folder).glob("*.yaml")}
-        if name not in known:
-            source, files = values.sources[setting], ", ".join(sorted(known)) or "no file"
-            raise SettingsError(f"{source}: {setting} {runs.short(name)} is none of {files}")
-        layers |= read_file(known[name])
+        paths = {file.stem: file for file in (runs.resolve("params") / folder).glob("*.yaml")}
+        if name not in paths:
+            source, names = values.sources[setting], ", ".join(sorted(paths)) or "no file"
+            raise SettingsError(f"{source}: {setting} {runs.short(name)} is none of {names}")
+        layers |= read_file(paths[name])
     return layers
 
 
 def checked(values: Values, further: Mapping[str, Any] | None = None) -> Values:
     """Returns the values in the settings' types; SettingsError has a line for each fault.
 
-    `further` has the types of names that are known besides, such as a notebook's own.
+    further: types of additional names, such as a notebook's own.
     """
-    known = (further or {}) | {name: entry.type for name, entry in sections.all_names().items()}
+    types = (further or {}) | {name: entry.type for name, entry in sections.all_names().items()}
     faults, conformed = [], {}
     for name, value in values.values.items():
         try:
-            if name not in known:
-                hint = guess(name, known) if len(faults) < MOST_FAULTS else ""
-                shown = runs.printable(str(name)[:100])
-                raise SettingsError(f"there is no setting {shown}{hint}")
-            conformed[name] = conform(name, value, known[name])
+            if name not in types:
+                hint = guess(name, types) if len(faults) < MOST_FAULTS else ""
+                label = runs.printable(str(name)[:100])
+                raise SettingsError(f"there is no setting {label}{hint}")
+            conformed[name] = conform(name, value, types[name])
         except SettingsError as error:
             faults.append(f"{values.sources[name]}: {error}")
     _refuse(faults)
@@ -293,14 +293,14 @@ def read_settings(namespace: Mapping[str, Any]) -> Settings:
     }
     injected = _injected_names(namespace.get("In", []))
     cell = {name: value for name, value in plain.items() if name not in injected}
-    given = {name: value for name, value in plain.items() if name in injected}
-    given.pop(NOTEBOOK_RANGE, None)
-    extends = given.pop(EXTENDS, None)
+    values = {name: value for name, value in plain.items() if name in injected}
+    values.pop(NOTEBOOK_RANGE, None)
+    extends = values.pop(EXTENDS, None)
     layers = Values.of(cell, "the notebook's parameters cell")
     if extends is not None:
         for name in [extends] if isinstance(extends, str) else extends:
             layers |= read_file(runs.resolve("params") / name).without(NOTEBOOK_RANGE)
-    return settings_of(checked(layers | Values.of(given, "the injected parameters")))
+    return settings_of(checked(layers | Values.of(values, "the injected parameters")))
 
 
 def _injected_names(history: list[str]) -> set[str]:
@@ -345,11 +345,11 @@ def parse_text(text: str, kind: Any) -> Any:
 def from_command_line(texts: Mapping[str, str], further: Mapping[str, Any]) -> Values:
     """Returns settings typed as text; relative paths are relative to the current folder.
 
-    `further` has the types of other names. Raises SettingsError, a line for each fault.
+    further: types of additional names. Raises SettingsError, with a line for each fault.
     """
-    known, values, faults = sections.all_names(), {}, []
+    names, values, faults = sections.all_names(), {}, []
     for name, text in texts.items():
-        kind = known[name].type if name in known else further.get(name)
+        kind = names[name].type if name in names else further.get(name)
         values[name] = text
         if kind is None or not isinstance(text, str):
             continue

@@ -12,17 +12,17 @@ from typing import Any, ClassVar, Self
 
 from vitgal.runs.errors import UserError, short
 
-INT64 = 2**63  # the first int that no array and no seed can hold
+INT64 = 2**63  # the smallest int that does not fit into int64
 
 
 class SettingsError(UserError, ValueError):
     """A setting that is unknown, of the wrong type or out of range; the message names it."""
 
-    status = 2  # with which a command ends
+    status = 2  # exit status of the command
 
 
 class AbsentError(SettingsError, FileNotFoundError):
-    """A file that settings name is not there; the message says where it may come from."""
+    """A file that a setting names does not exist; the message states how to get it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ neutral = functools.partial(setting, result=False)
 
 
 def path(meaning: str, default: str | None = None) -> Any:
-    """Declares a file or folder; results depend on its contents, not on where it is."""
+    """Declares a file or folder; results depend on its contents, not on its path."""
     return neutral(default, meaning, path=True)
 
 
@@ -91,11 +91,11 @@ class Section:
     @functools.cache
     def flat(cls) -> dict[str, dataclasses.Field]:
         """Returns the field of each setting, by flat name."""
-        found: dict[str, dataclasses.Field] = {}
+        entries: dict[str, dataclasses.Field] = {}
         for entry in fields(cls):
             inner = isinstance(entry.default, Section)
-            found |= entry.default.flat() if inner else {cls.flat_name(entry): entry}
-        return found
+            entries |= entry.default.flat() if inner else {cls.flat_name(entry): entry}
+        return entries
 
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> Self:
@@ -119,14 +119,14 @@ class Section:
 
     def compared(self) -> dict[str, Any]:
         """Returns the parameters that results depend on, which manifests of stages compare."""
-        found = {}
+        parameters = {}
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, Section):
-                found |= value.compared()
+                parameters |= value.compared()
             elif fact(entry).result and not (fact(entry).later and value == entry.default):
-                found[entry.name] = value
-        return found
+                parameters[entry.name] = value
+        return parameters
 
 
 def check_range(name: str, value: Any, facts: Fact) -> None:
@@ -211,6 +211,6 @@ def yaml_number(text: str) -> str:
 
 
 def guess(name: str, names: Iterable[str]) -> str:
-    """Returns a hint at the names that resemble an unknown one; "" where none does."""
+    """Returns a hint at names similar to an unknown one; "" without any."""
     close = difflib.get_close_matches(str(name)[:100], list(names), n=2)
     return f"; did you mean {' or '.join(close)}?" if close else ""

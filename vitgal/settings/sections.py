@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from vitgal.runs.errors import short
 from vitgal.settings.section import Section, SettingsError, fact, neutral, path, setting
 
-SEED_MEANING = "start of every random draw"
+SEED_MEANING = "seed of all random draws"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class SplitSettings(Section):
     expected_classes: int | None = neutral(None, "refuse a table of other classes", low=1)
 
 
-# What `may_change` may name: a run that goes on with other values of these is still one run.
+# The settings that `may_change` may name.
 CHANGEABLE = (
     *("lr", "warmup_lr", "min_lr", "clip_grad", "precision", "skip_images", "skip_bad_batches"),
     *("accumulate", "batch_size", "num_processes", "threads"),
@@ -94,44 +94,51 @@ class Recipe(Section):
 
     image_size: int = setting(512, "side of the square network input", unit="pixels", low=16)
     epochs: int = setting(40, "passes over the training images", low=1)
-    warmup_epochs: int = setting(1, "the published schedule lags an epoch: 1 acts as 2", low=0)
-    batch_size: int = setting(64, "images a process and step", low=1)
+    warmup_epochs: int = setting(1, "epochs of warm-up; 1 lasts two epochs, as published", low=0)
+    batch_size: int = setting(64, "images per process and step", low=1)
     lr: float = setting(5e-5, "highest learning rate", above=0)
-    warmup_lr: float = setting(3e-5, "learning rate of the warm-up", low=0)
+    warmup_lr: float = setting(3e-5, "learning rate at the start of the warm-up", low=0)
     min_lr: float = setting(1e-7, "learning rate at the end", low=0)
-    weight_decay: float = setting(0.005, "of AdamW", low=0)
+    weight_decay: float = setting(0.005, "weight decay of AdamW", low=0)
     clip_grad: float | None = setting(None, "largest norm of the gradient", above=0)
     augment: str = setting("published", '"fast": the same in one warp', choices=AUGMENTATIONS)
-    precision: str = setting("auto", "of training", choices=TRAINING_PRECISIONS)
+    precision: str = setting("auto", "arithmetic of training", choices=TRAINING_PRECISIONS)
     seed: int = setting(0, SEED_MEANING, low=0)
     validate_every: int = setting(1, "epochs between two validations", published=4, low=1)
-    sync_batchnorm: bool = setting(True, "BatchNorm sees the batch of all GPUs", published=False)
+    sync_batchnorm: bool = setting(True, "BatchNorm over the batches of all GPUs", published=False)
     accumulate: int = setting(1, "batches whose gradients make one step", low=1, later=True)
     ema_decay: float | None = setting(
-        None, "moving average of the weights, validated and written", above=0, below=1, later=True
+        None,
+        "decay of an averaged model, which is validated and written",
+        above=0,
+        below=1,
+        later=True,
     )
-    rand_augment: int = setting(0, "RandAugment's operations an image", low=0, later=True)
-    rand_augment_magnitude: int = setting(9, "their strength", low=0, high=30, later=True)
-    balanced: bool = setting(False, "an epoch shows every class equally often", later=True)
+    rand_augment: int = setting(0, "RandAugment's operations per image", low=0, later=True)
+    rand_augment_magnitude: int = setting(9, "strength of RandAugment", low=0, high=30, later=True)
+    balanced: bool = setting(False, "sample all classes equally often", later=True)
     label_smoothing: float = setting(
-        0.0, "fraction of the target for all classes", low=0, below=1, later=True
+        0.0, "fraction of the target spread over all classes", low=0, below=1, later=True
     )
-    channels_last: bool = setting(False, "torch's memory format", later=True)
-    compile: bool = setting(False, "torch's compiler", later=True)
+    channels_last: bool = setting(False, "channels-last memory format", later=True)
+    compile: bool = setting(False, "compile the network with torch.compile", later=True)
     skip_bad_batches: int = setting(
-        0, "steps of a run passed over because their loss is not finite", low=0, later=True
+        0, "steps of a run that may be skipped for a loss that is not finite", low=0, later=True
     )
     skip_images: tuple[str, ...] = setting(
-        (), "training images, as train.csv names them, for which the next one stands", later=True
+        (), "training images (names as in train.csv) to replace by the next one", later=True
     )
     step_images: int | None = setting(
-        None, "images a step that the rates are meant for; None: any", low=1, result=False
+        None,
+        "images per step that the learning rates are meant for; None: any",
+        low=1,
+        result=False,
     )
     scale_lr: bool = setting(
-        False, "rates in proportion to the images a step, from step_images on", later=True
+        False, "scale the rates by images per step over step_images", later=True
     )
     may_change: tuple[str, ...] = setting(
-        (), "what a resumed run takes anew: " + ", ".join(CHANGEABLE), result=False
+        (), "settings that a resumed run may change: " + ", ".join(CHANGEABLE), result=False
     )
 
     layer_decay: ClassVar[float | None] = None  # a setting of the retrieval model's training alone
@@ -160,22 +167,25 @@ class TrainingSettings(Recipe):
     margin: float = setting(0.15, "ArcFace's angle; paper: 0.1", unit="radians", low=0)
     scale: float = setting(30.0, "ArcFace's factor", above=0)
     layer_decay: float | None = setting(
-        None, "learning rate's factor from a block to the one below", above=0, below=1, later=True
+        None,
+        "factor of the learning rate from a block to the one below",
+        above=0,
+        below=1,
+        later=True,
     )
-    sub_centres: int = setting(1, "directions of a class in ArcFace", low=1, later=True)
+    sub_centres: int = setting(1, "sub-centres of a class in ArcFace", low=1, later=True)
     class_chunk: int | None = setting(
-        None, "classes that ArcFace takes at a time", low=1, later=True
+        None, "classes per chunk of ArcFace's logits; None: all", low=1, later=True
     )
     sampled_classes: int | None = setting(
-        None, "classes that ArcFace draws a batch", low=1, later=True
+        None, "classes that ArcFace samples per batch; None: all", low=1, later=True
     )
-    teacher: str | None = setting(None, "network of timm to learn from besides the labels")
-    teacher_weights: str | None = path("the teacher's file")
+    teacher: str | None = setting(None, "timm network to distil from; None: no distillation")
+    teacher_weights: str | None = path("weights of the teacher")
     distill_weight: float = setting(0.8, "the teacher's fraction of the loss", above=0, high=1)
 
     def check(self) -> None:
-        """Raises SettingsError also for class_chunk with sampled_classes, or an incomplete
-        teacher."""
+        """Raises SettingsError for contradictory classes or an incomplete teacher."""
         super().check()
         if self.class_chunk and self.sampled_classes:
             raise SettingsError("set class_chunk or sampled_classes, not both")
@@ -183,7 +193,7 @@ class TrainingSettings(Recipe):
             raise SettingsError("teacher is a network's name, teacher_weights its file: set both")
 
     def compared(self) -> dict[str, Any]:
-        """As a recipe's, without distillation where there is no teacher."""
+        """Returns the parameters of a recipe, without distillation if there is no teacher."""
         values = super().compared()
         if self.teacher is None:
             del values["teacher"], values["distill_weight"]
@@ -210,7 +220,7 @@ class AutoencoderSettings(Recipe):
     backbone_weights: str | None = path("trained retrieval model; None: this run's")
     code_dim: int = setting(128, "dimension of a local descriptor", low=1)
     reconstruction_weight: float = setting(
-        10.0, "of the reconstruction error beside the cross-entropy", low=0
+        10.0, "weight of the reconstruction error beside the cross-entropy", low=0
     )
 
 
@@ -229,7 +239,7 @@ class GlobalSettings(Section):
     scales: tuple[float, ...] = setting(
         (1.0,), "of the network input", above=0, high=16, filled=True
     )
-    crop_queries: bool = setting(True, "describe the query's box alone, as the protocol demands")
+    crop_queries: bool = setting(True, "describe only the query's box, as in the protocol")
     precision: str = setting("fp32", "of inference", flat="inference_precision", choices=PRECISIONS)
     top: int = setting(100, "length of the short list", low=1)
     display: int = setting(1000, "ranks kept for display", low=1)
@@ -327,7 +337,7 @@ class VerificationSettings(Section):
         unit="pixels of the network input",
         above=0,
     )
-    iterations: int = setting(2000, "most draws of RANSAC", low=1)
+    iterations: int = setting(2000, "maximum iterations of RANSAC", low=1)
     confidence: float = setting(1.0, "at which RANSAC stops; 1.0: never early", above=0, high=1)
     # For pydegensac a negative seed means the clock.
     seed: int = setting(0, SEED_MEANING, low=0, high=2**31 - 1)
@@ -372,7 +382,9 @@ class TuningSettings(Section):
 class OwnSettings(Section):
     """A search among one's own photographs."""
 
-    photographs_folder: str = path("with its sub-folders", "third_party/landmarks")
+    photographs_folder: str = path(
+        "photographs to search, with sub-folders", "third_party/landmarks"
+    )
     query_image: str = neutral("", "a name in the folder, or any file")
     query_box: tuple[int, ...] | None = neutral(
         None, "x0, y0, x1, y1 of the query; None: all of it", unit="pixels", low=0
@@ -390,8 +402,8 @@ class OwnSettings(Section):
 class MachineSettings(Section):
     """Speed; in training, threads and processes also change the last bits of results."""
 
-    device: str | None = neutral(None, "of torch; None: a GPU if there is one")
-    threads: int | None = neutral(None, "torch's threads on the CPU; None: its choice", low=1)
+    device: str | None = neutral(None, "torch device; None: a GPU if there is one")
+    threads: int | None = neutral(None, "torch's threads on the CPU; None: torch's default", low=1)
     read_threads: int = neutral(4, "threads that decode images ahead of the network", low=0)
     batch_size: int = neutral(
         16, "images at once in the global stage", flat="batch_size_inference", low=1
@@ -401,7 +413,7 @@ class MachineSettings(Section):
     worker_count: int = neutral(1, "processes that extract together", low=1)
     workers: int | None = neutral(None, "processes that verify; None: one a core", low=1)
     match_device: str | None = neutral(
-        None, 'where matching runs; None: NumPy; "auto": a GPU if there is one'
+        None, 'device of matching; None: NumPy; "auto": a GPU if there is one'
     )
     engine: str = neutral("local", '"ray": a Ray cluster', choices=("local", "ray"))
     ray_address: str | None = neutral(None, "HOST:PORT of the cluster's head; None: Ray here")
@@ -464,10 +476,10 @@ SECTIONS = tuple(dict.fromkeys(section for used in NOTEBOOKS.values() for sectio
 
 @functools.cache
 def all_names() -> dict[str, dataclasses.Field]:
-    """Flat name -> the field of a section that has it; those of one name are of one type."""
+    """Returns a field by flat name; fields of one name have one type."""
     return {name: entry for section in SECTIONS for name, entry in section.flat().items()}
 
 
 def is_path(name: str) -> bool:
-    """Whether a setting of this name is a file or folder (`run_dir` is not: it names a run)."""
+    """Returns whether a setting is a file or folder (`run_dir` is neither)."""
     return name in all_names() and fact(all_names()[name]).path

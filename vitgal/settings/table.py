@@ -12,7 +12,7 @@ column says whether a setting changes results; the others change speed, paths or
 
 
 def settings_table() -> str:
-    """All sections as Markdown, a table each."""
+    """Returns all sections in Markdown, one table each."""
     return "\n".join([HEAD, *(_section_table(section) for section in SECTIONS)])
 
 
