@@ -1,4 +1,4 @@
-"""What an image file is, by its first bytes: format, size in pixels, orientation, completeness."""
+"""Reads an image file's format, size, orientation and completeness from its header."""
 
 import io
 import math
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import PIL.ExifTags
 import PIL.Image
 
-HEAD = 32  # bytes that tell the format
+HEAD = 32  # bytes that identify the format
 MOST_TILE_PIXELS = 64_000_000  # a tile of a TIFF may be larger than the image
 _FORMATS = {  # by the first bytes
     "JPEG": rb"\xff\xd8\xff",
@@ -36,12 +36,12 @@ _SCAN_END = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
 def image_format(data: bytes) -> str | None:
-    """Returns the format of a file that begins with these bytes; None for no image that we know."""
+    """Returns the format of a file that begins with these bytes; None for an unknown one."""
     return next((name for name, pattern in _FORMATS.items() if pattern.match(data)), None)
 
 
 def image_size(data: bytes, kind: str) -> tuple[int, int]:
-    """Returns (height, width) as stored, by the header alone; ValueError where it does not tell."""
+    """Reads (height, width) as stored from the header; ValueError where it is damaged."""
     try:
         height, width = map(abs, _SIZES[kind](data))  # a bitmap from top to bottom has a minus
     except (struct.error, LookupError, ValueError, AttributeError):
@@ -62,7 +62,7 @@ def jpeg_shape(data: bytes) -> tuple[int, int] | None:
 
 
 def _box_size(data: bytes) -> tuple[int, int]:
-    """The largest of the images, tiles and previews of an AVIF or HEIC file."""
+    """Returns the largest of the images, tiles and previews of an AVIF or HEIC file."""
     sizes = re.findall(rb"ispe\0{4}(.{4})(.{4})", data, re.DOTALL)
     sizes = [(int.from_bytes(height), int.from_bytes(width)) for width, height in sizes]
     return max(sizes, key=math.prod)
@@ -95,7 +95,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _tiff_tags(data: bytes) -> dict[int, int]:
-    """The whole numbers in the first directory of a TIFF or BigTIFF file by their tag."""
+    """Returns the whole numbers in the first directory of a TIFF or BigTIFF file by their tag."""
     order, big = "<" if data[:2] == b"II" else ">", b"+" in data[2:4]
     count, entry = (order + layout for layout in (("Q", "HHQ") if big else ("H", "HHI")))
     (start,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
@@ -136,9 +136,9 @@ DECODED = tuple(_SIZES)
 
 
 def image_orientation(data: bytes, kind: str) -> int:
-    """Returns by which EXIF orientation, 1 to 8, an image has to be turned; 1 where none is read.
+    """Returns an image's EXIF orientation, 1 to 8; 1 where it has none.
 
-    Pillow reads EXIF, XMP and the boxes of AVIF, numbers of any type. HEIC comes turned.
+    Pillow also reads XMP and the boxes of AVIF. The decoder has already turned HEIC.
     """
     try:
         if kind == "TIFF":  # what OpenCV turns by
@@ -150,7 +150,7 @@ def image_orientation(data: bytes, kind: str) -> int:
             value = float(value[0] if isinstance(value, tuple) else value)
         else:
             value = 1
-    except Exception:  # a damaged block can raise anything, and a viewer shows the photograph
+    except Exception:  # a damaged block can raise anything; the pixels may still be intact
         return 1
     return int(value) if value in range(1, 9) else 1
 
@@ -169,7 +169,7 @@ def jpeg_end(data: bytes) -> int | None:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int | None, int]]:
-    """Yields each marker outside the scans with its position, None last if no end marker follows.
+    """Yields each marker outside the scans with its position; None last without an end marker.
 
     Like a decoder, it skips bytes that should have been a marker.
     """

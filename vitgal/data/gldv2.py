@@ -27,8 +27,8 @@ def read_landmark_table(path: str | os.PathLike) -> pd.DataFrame:
     (`train_clean.csv`, ids separated by spaces). A column url marks the noisy table.
 
     Raises FileNotFoundError, and ValueError for the noisy table, other columns, no image, a
-    landmark_id that is no integer, or an id listed twice or of other than 3 or more letters,
-    digits, _ and -.
+    landmark_id that is not an integer, or an id that is repeated, shorter than 3 characters or not
+    of letters, digits, _ and -.
     """
     path = _existing(path, "landmark table", f"; {_REMEDY}")
     try:
@@ -195,7 +195,7 @@ def read_overlap(path: str | os.PathLike) -> pd.DataFrame:
 
 
 def overlap_audit(table: pd.DataFrame, overlap: pd.DataFrame) -> pd.DataFrame:
-    """Lists the classes of a table (`id`, `landmark_id`) that `read_overlap` knows in test sets.
+    """Lists the classes of a table (`id`, `landmark_id`) that occur in test sets (`read_overlap`).
 
     Returns landmark_id, images (of the class, in the table), listed (those that the overlap table
     names; a class stands for all its images), test_sets (joined by spaces); by landmark_id.

@@ -26,7 +26,7 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, of values in [0, 1]
 STD = (0.229, 0.224, 0.225)
 PATCH = 16  # side of a patch in pixels of the network input
 
-MAX_MEGAPIXELS = 200  # unless VITGAL_MAX_MEGAPIXELS says otherwise
+MAX_MEGAPIXELS = 200  # default of VITGAL_MAX_MEGAPIXELS
 MOST_SCANS = 20  # of a JPEG with as many pixels; smaller ones may have more
 MOST_PIXELS_A_BYTE = 1024  # of a JPEG: a block of 64 pixels takes at least a bit
 MOST_BYTES = 2**31 - 1  # that OpenCV decodes
@@ -67,7 +67,7 @@ class ReadError(ImageError):
 def read_image(
     path: str | os.PathLike, *, ignore_orientation: bool = True, least_side: int | None = None
 ) -> np.ndarray:
-    """Decodes a photograph to (H, W, 3) uint8 RGB by what the file is, without transparency.
+    """Decodes a photograph to (H, W, 3) uint8 RGB by its content, without transparency.
 
     Query boxes are given in the pixels as stored; `ignore_orientation=False` turns them by their
     EXIF tag, as the published code does. With `least_side` a JPEG is decoded at the smallest of
@@ -77,7 +77,7 @@ def read_image(
     Raises:
         FileNotFoundError: there is no such file.
         ImageError: the file is no regular one, empty, truncated, damaged, has more pixels than
-            MAX_MEGAPIXELS or is no image that we decode.
+            MAX_MEGAPIXELS or has an unsupported format.
         ReadError: the system cannot read it: an input/output error, too many open files.
     """
     image, orientation, remark = read_photograph(path, not ignore_orientation, least_side)
@@ -115,7 +115,7 @@ def read_photograph(
 
 
 def stored_size(path: str | os.PathLike) -> tuple[int, int]:
-    """Reads (height, width) of the stored pixels by the header alone. Raises as `read_image`."""
+    """Reads (height, width) of the stored pixels from the header. Raises as `read_image`."""
     data = read_file(Path(path))
     try:
         return _checked_size(data, formats.image_format(data[: formats.HEAD]))
@@ -169,7 +169,7 @@ def _checked_size(data: bytes, kind: str | None) -> tuple[int, int]:
             "VITGAL_MAX_MEGAPIXELS"
         )
     if kind == "JPEG" and formats.jpeg_scans(data) * height * width > MOST_SCANS * limit * 1e6:
-        raise ValueError("it has too many scans to be decoded in good time")
+        raise ValueError("it has too many scans: decoding would take too long")
     if kind == "JPEG" and height * width > MOST_PIXELS_A_BYTE * len(data):
         raise ValueError(f"{len(data)} bytes cannot hold {width} x {height} pixels: {CUT}")
     return height, width
@@ -198,7 +198,7 @@ def _decode(data: bytes, kind: str, factor: int, *, cut: bool) -> np.ndarray:
         return _decode_heic(data)
     if kind == "JPEG" and (factor == 1 or cut):
         try:
-            # The same decoder as OpenCV's, and it tells of missing data, which OpenCV fills in.
+            # OpenCV uses the same decoder, but fills in missing data without an error.
             image = simplejpeg.decode_jpeg(data, "RGB")
             if factor == 1:
                 return image
@@ -302,7 +302,7 @@ def resized_shape(height: int, width: int, size: int, mode: str) -> tuple[int, i
 def resize(image: np.ndarray, size: int, mode: str) -> np.ndarray:
     """Resizes (H, W, 3) uint8 with bilinear interpolation and no smoothing, as published.
 
-    mode: "squash" to size x size, whatever the aspect (published, global features); "longest"
+    mode: "squash" to size x size, ignoring the aspect (published, global features); "longest"
     scales the longer side to `size` and rounds the other down (published, keep-ratio); "area" keeps
     the aspect at about size x size pixels, both sides multiples of 16 and never below 16
     (published, local features). Raises ValueError for an empty image, a size below 16 or another

@@ -22,7 +22,7 @@ from vitgal.data.images import (
     turn,
 )
 
-# A file with one of these endings, whatever it holds, is named where it cannot be read.
+# A file with one of these endings is reported if it cannot be read, whatever its content.
 SUFFIXES = frozenset(
     """
     .jpg .jpeg .jpe .jfif .png .webp .bmp .dib .tif .tiff .jp2 .j2k .ppm .pgm .pbm .pnm .gif .avif
@@ -39,7 +39,7 @@ LARGE = 10_000  # pixels; small details of a larger photograph vanish in the net
 
 
 class PhotographError(runs.UserError, ValueError):
-    """A folder, a photograph or a box cannot be searched; the message says why."""
+    """A folder, a photograph or a box cannot be searched; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Listing:
 def list_photographs(folder: Path) -> Listing:
     """Lists the photographs of a folder and its sub-folders, without hidden and system folders.
 
-    A photograph is a file that begins like one, whatever its name, or is named like one. Raises
+    A photograph is a file with the content or the name of one. Raises
     PhotographError where the folder does not exist or holds no photograph.
     """
     folder = Path(folder)
@@ -71,7 +71,6 @@ def list_photographs(folder: Path) -> Listing:
     names, unsupported = [], {}
 
     def not_listed(error: OSError) -> None:
-        """Notes a sub-folder."""
         name = os.path.relpath(error.filename, folder)
         unsupported[f"{name}/"] = f"the folder cannot be listed ({error.strerror})"
 
@@ -115,7 +114,7 @@ def _inspect(path: Path) -> tuple[bool, str | None]:
     if suffix in RAW or kind not in (None, *formats.DECODED):
         kind = "camera raw" if suffix in RAW else kind
         return True, f"{kind} is not read here: convert it to .jpg or .png"
-    return named or kind not in (None, "PPM"), None  # many a text begins like a PPM
+    return named or kind not in (None, "PPM"), None  # many text files begin like a PPM
 
 
 def visible_files(
@@ -210,10 +209,9 @@ def file_digest(path: Path) -> str:
 def find_photograph(folder: Path, query: str, start: Path) -> Path | None:
     """Returns the file that a query names, or None where there is none.
 
-    A query that is absolute or begins with "~/", "./" or "../" is a path from `start` on. Any other
-    is a name in `folder`, and only where that has none a path from `start` on. Names may be written
-    in another Unicode normal form than on disk. Raises PhotographError where both are there and are
-    different files, and where several files have the name in other normal forms.
+    A query that is absolute or begins with "~/", "./" or "../" is a path relative to `start`. Any
+    other is a name in `folder`, else a path relative to `start`. Its Unicode normal form may differ
+    from the file's. Raises PhotographError for an ambiguous query.
     """
     typed = os.path.expanduser(query)
     as_path = _on_disk(start / typed)
@@ -222,24 +220,25 @@ def find_photograph(folder: Path, query: str, start: Path) -> Path | None:
     in_folder = _on_disk(Path(folder) / query)
     if in_folder and as_path and not in_folder.samefile(as_path):
         raise PhotographError(
-            f"{query} is both {in_folder} and {as_path}: name the one that is meant by its whole "
-            "path"
+            f"{query} is both {in_folder} and {as_path}: give the absolute path of one"
         )
     return in_folder or as_path
 
 
 def _on_disk(path: Path) -> Path | None:
-    """The regular file at a path, parts of which may be written in another normal form."""
-    found = Path(path.absolute().anchor)
+    """Returns the regular file at a path, parts of which may be written in another normal form."""
+    existing = Path(path.absolute().anchor)
     for part in path.absolute().parts[1:]:
-        entry, wanted = found / part, unicodedata.normalize("NFC", part)
+        entry, wanted = existing / part, unicodedata.normalize("NFC", part)
         if not os.path.lexists(entry):
             try:
-                names = [n for n in os.listdir(found) if unicodedata.normalize("NFC", n) == wanted]
+                names = [
+                    n for n in os.listdir(existing) if unicodedata.normalize("NFC", n) == wanted
+                ]
             except (OSError, ValueError):
                 return None
             if len(names) > 1:
-                raise PhotographError(f"several files in {found} are named {part}: rename them")
-            entry = found / (names[0] if names else part)
-        found = entry
-    return found if found.is_file() else None
+                raise PhotographError(f"several files in {existing} are named {part}: rename them")
+            entry = existing / (names[0] if names else part)
+        existing = entry
+    return existing if existing.is_file() else None

@@ -27,7 +27,7 @@ DISTRACTORS = "revisitop1m"
 DOWNLOADS = ("roxford5k", "rparis6k", DISTRACTORS)
 EXTENSION = ".jpg"  # the lists of ROxford and RParis omit it, the distractors' list does not
 PICKLE_PROTOCOL = 4  # fixed, so that the same ground truth is the same bytes under every Python
-MOST_LABELS = 20_000_000  # of all queries together; a small file can refer to one list very often
+MOST_LABELS = 20_000_000  # of all queries; a small file can refer to one list many times
 LONGEST_NAME = 4096  # of an image
 
 
@@ -125,7 +125,9 @@ class _BuiltinsOnly(pickle._Unpickler):
         """Refuses every class and function."""
         if module.split(".")[0] == "numpy":
             raise pickle.UnpicklingError("it holds numpy arrays or numbers, not lists and numbers")
-        raise pickle.UnpicklingError(f"it asks for {runs.printable(module)}.{runs.printable(name)}")
+        raise pickle.UnpicklingError(
+            f"it refers to {runs.printable(module)}.{runs.printable(name)}"
+        )
 
     def _refuse(self) -> None:
         raise pickle.UnpicklingError("it holds more than lists, dicts, text and numbers")
@@ -141,7 +143,7 @@ class _BuiltinsOnly(pickle._Unpickler):
         self.append({})
         self._set_items(items)
 
-    # A few bytes of the instructions refused here claim any memory, or hash what is in a set.
+    # The opcodes refused here can allocate any amount of memory, or hash the items of a set.
     dispatch = pickle._Unpickler.dispatch | {
         **dict.fromkeys(pickle.BYTEARRAY8 + pickle.NEXT_BUFFER + pickle.READONLY_BUFFER, _refuse),
         **dict.fromkeys(pickle.EMPTY_SET + pickle.ADDITEMS + pickle.FROZENSET, _refuse),
@@ -156,8 +158,8 @@ def load_ground_truth(path: str | os.PathLike) -> GroundTruth:
 
     The pickle is a dict with `imlist`, `qimlist` (names) and `gnd` (per query `bbx`, `easy`,
     `hard`, `junk`). Empty label lists are allowed; boxes may be fractional. Raises
-    FileNotFoundError, and ValueError, naming file, query and value, where it is damaged, asks for
-    any class or function, or holds what does not fit (`check_ground_truth`).
+    FileNotFoundError, and ValueError, naming file, query and value, where it is damaged, refers to
+    a class or function, or fails `check_ground_truth`.
     """
     path = Path(path)
     name = path.stem.removeprefix("gnd_")
@@ -369,7 +371,7 @@ def _image_paths(images: Path, names: Iterable[str], extension: str, dataset: st
 
 
 def _similar(file: str, extension: str, files: set[str]) -> str:
-    """A remedy for a missing file whose name is there with another ending, else nothing."""
+    """Returns a remedy for a missing file that exists with another ending, else ""."""
     stem = file.removesuffix(extension)
     if stem in files:
         return f"{runs.printable(stem)} is there: list the names without {extension}; "
@@ -381,10 +383,7 @@ def _similar(file: str, extension: str, files: set[str]) -> str:
 
 
 def _files(folder: Path) -> set[str]:
-    """The names of a folder's files; none where there can be no such folder.
-
-    A million look-ups of single distractors would take minutes on a network disk.
-    """
+    """Lists a folder's files at once: a million look-ups take minutes on a network disk."""
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_file()}

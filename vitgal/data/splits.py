@@ -194,7 +194,7 @@ def read_split(folder: Path, part: str) -> pd.DataFrame:
     for column in ("path", "label", *(["role"] if part == "val_retrieval" else [])):
         if column not in table:
             raise ValueError(f"{path} has no column {column}: run notebook 01_data_split again")
-    if re.search(r"(^|\n)/|\.\.|\0", "\n".join(table["path"])):  # a million names in no time
+    if re.search(r"(^|\n)/|\.\.|\0", "\n".join(table["path"])):  # fast for a million names
         for name in table["path"]:
             try:
                 runs.inside("the image folder", name)

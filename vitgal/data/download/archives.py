@@ -119,9 +119,9 @@ def _too_large(limit: int) -> str:
 
 
 class _BoundedStream:
-    """What an archive unpacks to, in which tarfile may read `left` bytes more, as far as `limit`.
+    """An unpacked stream that refuses to read more than `left` bytes, or beyond `limit`.
 
-    Tarfile would read a header of any length into memory, and any number of them.
+    Otherwise tarfile reads any number of headers of any length into memory.
     """
 
     def __init__(self, stream: IO[bytes], limit: int):
@@ -139,7 +139,6 @@ class _BoundedStream:
 
 
 def _check_member(member: tarfile.TarInfo, name: str) -> None:
-    """Raises ValueError for all but plain files and folders, and for paths that lead outside."""
     plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE)
     if not plain or member.issparse():
         raise ValueError(f"{name} in it is a link, a device or another special file")

@@ -1,4 +1,4 @@
-"""Checks of data folders against what their publisher lists."""
+"""Checks data folders against the publisher's lists."""
 
 import os
 from dataclasses import dataclass, field
@@ -23,8 +23,8 @@ class Report:
         missing: listed images that are not there.
         unreadable: (path, reason) of listed images, or of all images without a list.
         unlisted: (path, reason) of unreadable images that no result depends on.
-        problems: everything else that is wrong, a line each.
-        notes: what else to know, a line each.
+        problems: all other faults, a line each.
+        notes: further information, a line each.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether everything is right that a result depends on."""
+        """Returns whether all files that results depend on are intact."""
         return not (self.problems or self.missing or self.unreadable)
 
     def __str__(self) -> str:
@@ -166,7 +166,6 @@ def _check_images(
         report.problems.append(f"{len(images):,} images; the whole set has {count:,}")
 
     def failure(path: str) -> str | None:
-        """Returns why the image cannot be decoded; None if it can."""
         try:
             read_image(folder.images / path)
         except ImageError as error:

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from vitgal import runs
 from vitgal.data.download.sources import SOURCES, RemoteFile
 
-HEADERS = {"User-Agent": "vitgal", "Accept-Encoding": "identity"}  # the bytes as on the server
+HEADERS = {"User-Agent": "vitgal", "Accept-Encoding": "identity"}  # uncompressed
 TIMEOUT = (20, 120)  # seconds without an answer: to connect, between two chunks
 # Seconds before each retry after an attempt that received nothing; others are continued at once.
 # The first attempt is not retried, so that a missing network is reported immediately.
@@ -62,7 +62,7 @@ class Fetcher:
     reached: bool = False
 
     def fetch(self, file: RemoteFile, checksum: Checksum | None, *, label: str) -> Path:
-        """Fetches one file, or what is missing of it, and returns its path in the work folder.
+        """Fetches one file, or the rest of it, and returns its path in the work folder.
 
         Raises:
             ValueError: it has another checksum, is larger than listed, or is a web page; it is
@@ -88,7 +88,7 @@ class Fetcher:
         return path
 
     def _refusal(self, path: Path, file: RemoteFile, checksum: Checksum | None) -> str | None:
-        """Returns why a file that has arrived is refused, None where it is not."""
+        """Returns why a fetched file is refused, None where it is accepted."""
         if not matches(path, checksum):
             return (
                 f"{file.address}: expected {checksum.algorithm} {checksum.digest}, got "
@@ -138,7 +138,7 @@ class Transfer:
         """Fetches the rest of the file from a web server, with retries.
 
         Raises ConnectionError where nothing more arrives: after `WAITS` if `patient` or if
-        something had arrived, else at once. SizeError where more arrives than is listed.
+        something had arrived, else at once; SizeError for more bytes than listed.
         """
         furthest, waits = self.length, list(WAITS if patient else ())
         while True:
@@ -164,7 +164,7 @@ class Transfer:
         with contextlib.suppress(FileNotFoundError):
             tag = self.tag.read_bytes()[:1000].decode("latin-1")
             if offset and tag.isprintable() and tag:
-                headers["If-Range"] = tag  # else a changed file would follow bytes of the old one
+                headers["If-Range"] = tag  # otherwise bytes of two versions could be joined
         with requests.get(self.url, headers=headers, stream=True, timeout=TIMEOUT) as response:
             total = total_length(response.status_code, response.headers, offset)
             if response.status_code == 416:
@@ -195,7 +195,7 @@ class Transfer:
                     bar.update(len(chunk))
         if total is not None and self.length > total:
             self.delete()
-            raise requests.RequestException("more came than the server had announced")
+            raise requests.RequestException("the server sent more bytes than announced")
         if total is not None and self.length < total:
             raise requests.RequestException("the connection was cut")
 
@@ -204,7 +204,7 @@ class Transfer:
         if size > self.limit:
             self.delete()
             raise SizeError(
-                f"{self.url} is larger than the {format_size(self.limit)} that may come: stopped. "
+                f"{self.url} is larger than the {format_size(self.limit)} allowed: stopped. "
                 f"If the file has grown, correct its `bytes` in {SOURCES}"
             )
         if offset is not None and size - offset > (free := free_space(self.part.parent)):
@@ -219,7 +219,7 @@ class Transfer:
         if response.status_code >= 500 or response.status_code in (408, 429):
             raise requests.RequestException(answer)
         if self.url.startswith("https:") and not response.url.startswith("https:"):
-            answer = "the server leads from https to an address without encryption"
+            answer = "the server redirects from https to an unencrypted address"
         elif response.status_code in (200, 206):
             return
         raise ConnectionError(
@@ -254,7 +254,7 @@ class Transfer:
             raise ConnectionError(
                 f"{self.label} cannot be fetched from Google Drive ({_innermost(error)}). Run the "
                 f"same command again, or open {self.url} in a browser, save the file as {path} and "
-                "run the command then: it takes the file as it is"
+                "run the command again"
             ) from error
 
 
@@ -271,12 +271,12 @@ def total_length(status: int, headers: Mapping[str, str], offset: int) -> int | 
     content_range = re.fullmatch(pattern, headers.get("Content-Range", ""))
     start = int(content_range[1] or -1) if content_range else None
     if status == 206 and start != offset:
-        raise requests.RequestException("the server sends another range than was asked for")
+        raise requests.RequestException("the server sent another range than requested")
     return int(content_range[2]) if content_range and content_range[2] != "*" else None
 
 
 def _innermost(error: BaseException) -> str:
-    """Returns the innermost cause in one short line: requests wraps what urllib3 wraps."""
+    """Returns the innermost cause in one short line; requests and urllib3 wrap errors twice."""
     cause: object = error
     while isinstance(cause, BaseException):
         error = cause

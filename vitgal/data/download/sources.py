@@ -53,7 +53,7 @@ class RemoteFile:
 
     @property
     def limit(self) -> int:
-        """The bytes after which a transfer is stopped: with room where `bytes` is rounded."""
+        """The bytes after which a transfer is stopped; larger where `bytes` is rounded."""
         return self.bytes if self.sha256 and self.bytes else 2 * self.bytes + (1 << 20)
 
 
@@ -81,7 +81,7 @@ class Source:
     classes: int | None = None
 
     def check(self) -> None:
-        """Raises ValueError for a path outside the folder, or a file without place or address."""
+        """Raises ValueError for a path outside the folder, or a file without path or address."""
         if any(file.to is None for file in self.files):
             raise ValueError(f"{self.name}: `to` is missing")
         if self.archives and (not self.image_folder or not all(a.arrange for a in self.archives)):
@@ -182,8 +182,8 @@ def list_sources(sources: Path | None = None) -> pd.DataFrame:
 def source_of(path: str | os.PathLike, *, sources: Path | None = None) -> str | None:
     """Returns the name of the source that a path belongs to, None where there is none.
 
-    Only the path's parts are compared (`.../roxford5k/jpg` belongs to roxford5k), so that any
-    target folder will do. A folder that several sources share belongs to none of them.
+    Only the path's parts are compared (`.../roxford5k/jpg` belongs to roxford5k), so the target
+    folder may be any. A folder that several sources share belongs to none of them.
     """
     parts = Path(path).parts
     matches = [
@@ -208,7 +208,7 @@ def _locations(sources: dict[str, Source]) -> Iterator[tuple[str, tuple[str, ...
 
 @dataclass
 class Record:
-    """What was downloaded, `<folder>/<name>.download.json`: an entry for each file and archive.
+    """The record of downloads, `<folder>/<name>.download.json`: an entry per file and archive.
 
     An entry holds `bytes` and `sha256` (or `md5`); an archive's also `images`, the number of files
     that it held, and `unpacked`.
@@ -221,7 +221,7 @@ class Record:
 
 @dataclass
 class SourceFolder:
-    """The folder of one source: which of its files and images are there or missing."""
+    """The folder of one source, with its present and missing files and images."""
 
     source: Source
     path: Path

@@ -63,7 +63,7 @@ def download(
 
 
 def _check_space(folders: list[SourceFolder], target: Path, *, progress: bool) -> None:
-    """Raises OSError before anything is fetched where the disk cannot hold what is pending."""
+    """Raises OSError if the disk is too small for the pending files."""
     pending = [file for folder in folders for file in folder.pending()]
     if not pending:
         return
@@ -176,7 +176,6 @@ def _entry(path: Path) -> Entry:
 def _expected_checksum(
     folder: SourceFolder, file: RemoteFile, recorded: Entry | None, fetcher: Fetcher
 ) -> Checksum | None:
-    """Returns the published checksum of a file, else the recorded one, else None."""
     if file.sha256:
         return Checksum("sha256", file.sha256, "published with its address")
     if file.md5:
