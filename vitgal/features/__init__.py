@@ -1,4 +1,4 @@
-"""Local features: what they are, how they are selected, stored and exchanged."""
+"""Local features: selection, storage and exchange with other programs."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Reads global descriptors of another system, to be ranked and scored like our own.
+"""Reads global descriptors of another system, to be ranked and scored like the model's own.
 
 Two layouts are read: a `.npy` (N, D) beside a `.txt` of the same stem with one image name a line,
 and hloc's HDF5, one group an image with a dataset `global_descriptor`. Names are the benchmark's,
@@ -126,7 +126,7 @@ def _described(file: h5py.File, path: Path) -> Iterator[tuple[str, h5py.Dataset]
 
 
 def _follow(group: h5py.Group, name: bytes, path: Path, hops: int = LINKS) -> h5py.HLObject | None:
-    """Opens what a name in a group links to; None where a soft link leads nowhere."""
+    """Opens the target of a name in a group; None for a broken soft link."""
     item = group.file if name.startswith(b"/") else group
     for part in name.split(b"/"):
         if part in (b"", b"."):
@@ -146,17 +146,17 @@ def _follow(group: h5py.Group, name: bytes, path: Path, hops: int = LINKS) -> h5
     return item
 
 
-def _check(item: h5py.Dataset, what: str) -> None:
+def _check(item: h5py.Dataset, label: str) -> None:
     """Refuses a dataset whose values are not in the file; reads none of them.
 
-    External and virtual storage would bring any file of the user into the results. A few bytes may
-    claim gigabytes, as values never written (they read as a fill value) or as compressed ones.
+    External and virtual storage could copy any file of the user into the results. Unwritten or
+    compressed values could claim gigabytes in a few bytes.
     """
     plan, values, kind = item.id.get_create_plist(), item.size or 0, item.dtype
     if plan.get_external_count() or plan.get_layout() == h5py.h5d.VIRTUAL:
-        raise DescriptorError(f"{what} is stored in another file: {COPY}")
+        raise DescriptorError(f"{label} is stored in another file: {COPY}")
     if kind.kind not in "iuf" or not 0 < values <= LARGEST:
-        raise DescriptorError(f"{what} has shape {item.shape} and type {kind}: no list of numbers")
+        raise DescriptorError(f"{label} has shape {item.shape} and type {kind}: no list of numbers")
     if plan.get_layout() == h5py.h5d.CHUNKED:
         chunk = math.prod(plan.get_chunk())
         filters = [plan.get_filter(number)[0] for number in range(plan.get_nfilters())]
@@ -165,18 +165,17 @@ def _check(item: h5py.Dataset, what: str) -> None:
     else:
         whole = item.id.get_storage_size() == values * kind.itemsize
     if not whole:
-        raise DescriptorError(f"{what} was never written completely, or is packed: {COPY}")
+        raise DescriptorError(f"{label} was never written completely, or is packed: {COPY}")
 
 
 def _plain(name: str) -> str:
-    """An image's name without `jpg/` before and without its suffix."""
+    """Returns an image's name without `jpg/` before and without its suffix."""
     name = name.removeprefix("./").removeprefix("jpg/")
     stem, suffix = os.path.splitext(name)
     return stem if suffix.lower() in SUFFIXES else name
 
 
 def _positions(stored: Sequence[str], names: Sequence[str], path: Path) -> list[int]:
-    """Positions of `names` in the list `stored`; DescriptorError where one is missing."""
     positions: dict[str, int] = {}
     for position, name in enumerate(map(_plain, stored)):
         if positions.setdefault(name, position) != position:
@@ -191,19 +190,19 @@ def _positions(stored: Sequence[str], names: Sequence[str], path: Path) -> list[
 
 
 def _remedy(stored: Sequence[str], missing: Sequence[str]) -> str:
-    """What makes the file's names fit: seen where the last parts of some names are equal."""
+    """Returns how to rename the images if names differ only in their folders."""
     wanted = {_plain(name).rpartition("/")[2]: _plain(name) for name in missing}
     pairs = {name: wanted.get(_plain(_last(name))) for name in stored}
-    pairs = {theirs: ours for theirs, ours in pairs.items() if ours}
+    pairs = {name: target for name, target in pairs.items() if target}
     if not pairs:
         few = " and ".join(map(repr, stored[:2])) or "no image"
         return f"describe every query and every database image (the file names {few})"
-    few = [f"{theirs!r} to {ours!r}" for theirs, ours in list(pairs.items())[:2]]
-    cut = {name[: -len(_last(name))] for name, ours in pairs.items() if "/" not in ours}
-    how = f" (without {' and '.join(map(repr, sorted(cut - {''})[:3]))})" if cut - {""} else ""
-    return f"rename its images{how}: {', '.join(few)}"
+    few = [f"{name!r} to {target!r}" for name, target in list(pairs.items())[:2]]
+    cut = {name[: -len(_last(name))] for name, target in pairs.items() if "/" not in target}
+    prefixes = f" (without {' and '.join(map(repr, sorted(cut - {''})[:3]))})" if cut - {""} else ""
+    return f"rename its images{prefixes}: {', '.join(few)}"
 
 
 def _last(name: str) -> str:
-    """The last part of a path of Linux or Windows."""
+    """Returns the last part of a path of Linux or Windows."""
     return name.replace("\\", "/").rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""Reads arrays and JSON from files that may be damaged, or prepared to do harm."""
+"""Reads arrays and JSON from files that may be damaged, or malicious."""
 
 import io
 import json
@@ -55,7 +55,7 @@ def map_array(
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Opens a file; a pipe in its place is empty, where it would wait for a writer for ever."""
+    """Opens a file without waiting for the writer of a pipe."""
     return os.open(path, flags | os.O_NONBLOCK)
 
 
@@ -75,7 +75,7 @@ def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
 
 def _read_member(archive: zipfile.ZipFile, name: str, limit: int) -> np.ndarray:
     member = archive.getinfo(f"{name}.npy")
-    # What is compressed could unpack to a thousand times the file's size.
+    # A compressed array could unpack to a thousand times the file's size.
     if member.compress_type != zipfile.ZIP_STORED or member.file_size > limit:
         raise ValueError(f"{name} is compressed")
     data = archive.read(member)
@@ -87,7 +87,7 @@ def _read_member(archive: zipfile.ZipFile, name: str, limit: int) -> np.ndarray:
 def _read_header(file: BinaryIO) -> tuple[np.dtype, tuple[int, ...], str]:
     """Type, shape and order ("C" or "F") in a `.npy` header, which may state numbers only.
 
-    An array of objects made of a file's bytes would hold addresses of the sender's choice.
+    Object arrays are refused: the file's bytes would become memory addresses.
     """
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("another format than 1.0")
@@ -98,7 +98,7 @@ def _read_header(file: BinaryIO) -> tuple[np.dtype, tuple[int, ...], str]:
 
 
 def _stated_as(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    """The header's length, where it is what NumPy writes for this array: parsing takes longer."""
+    """Returns the header's length if the header is what NumPy writes; faster than parsing."""
     head = file.read(128)
     text = f"{{'descr': {dtype.str!r}, 'fortran_order': False, 'shape': {shape}, }}"
     return 128 if head == MAGIC + text.encode().ljust(117) + b"\n" else 0
@@ -111,7 +111,7 @@ def _array(data: Any, start: int, dtype: np.dtype, shape: tuple[int, ...], order
 
 
 def divides(offsets: np.ndarray, size: int) -> bool:
-    """Tells whether offsets rise from 0 to a size: (n + 1,) for n parts."""
+    """Returns whether offsets rise from 0 to a size: (n + 1,) for n parts."""
     rising = offsets.ndim == 1 and offsets.size and (offsets[1:] >= offsets[:-1]).all()
     return bool(rising and offsets[0] == 0 and offsets[-1] == size)
 
@@ -147,7 +147,7 @@ def read_json(path: Path, schema: Any) -> Any:
 
 
 def conforms(value: Any, schema: Any) -> bool:
-    """Tells whether a value from a JSON file has the structure of a schema.
+    """Returns whether a value from a JSON file has the structure of a schema.
 
     A type stands for its instances, a range for its integers, a tuple for its members, a dict for
     dicts with at least these entries, a list of one schema for lists of any length, a longer one

@@ -1,4 +1,4 @@
-"""Which patch tokens become local features: thresholds, patches and suppression."""
+"""Selects the patch tokens that become local features: thresholds and suppression."""
 
 from collections.abc import Sequence
 

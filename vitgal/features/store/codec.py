@@ -1,4 +1,4 @@
-"""How local features are encoded for storage, and how much space they take."""
+"""Encodes local features for storage, and predicts the space they take."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ def encode(descriptors: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def decode(stored: np.ndarray, dtype: str, code_dim: int) -> np.ndarray:
-    """Decodes what `encode` returned to (N, code_dim) float32 of length 1; zero stays zero."""
+    """Decodes the result of `encode` to (N, code_dim) float32 of length 1; zero stays zero."""
     if dtype == "bit":
         decoded = _signs()[stored].reshape(len(stored), 8 * stored.shape[1])[:, :code_dim]
     elif dtype == "float16":

@@ -5,7 +5,7 @@ its images (keypoints, descriptors, scores, scales), `offsets` that give the fir
 image, one checksum an image, and `items.json` with the names and sizes. Shards are written
 atomically, so a store can be read while later shards are still being written. A finished store has
 an `index/` with names, sizes and positions of all its items, with which it opens at once. An index
-that does not fit counts as none.
+that does not fit is ignored.
 
 An item's key is its image's name. The features of a query are those of its crop.
 """
@@ -171,7 +171,7 @@ class FeatureStore(Mapping[str, LocalFeatures]):
         names = (*FEATURE_ARRAYS, "offsets")
         arrays = {name: map_array(folder / f"{name}.npy", *layout[name]) for name in names}
         if not np.array_equal(arrays.pop("offsets")[1:], ends):
-            raise FileError(f"{self.folder / INDEX} is of other shards")
+            raise FileError(f"{self.folder / INDEX} belongs to other shards")
         return arrays
 
 
@@ -255,7 +255,7 @@ class Index:
         return index if index._fits() else None
 
     def _fits(self) -> bool:
-        """Tells whether the arrays have the right types and shapes, and ranges that can be used."""
+        """Returns whether the arrays have the right types, shapes and ranges."""
         names, ends, order, rows, _, firsts = (self.arrays[name] for name in INDEX_ARRAYS)
         count = order.size
         layout = {
@@ -298,7 +298,7 @@ class Index:
         return len(self.arrays["order"])
 
     def same(self, other: "Index") -> bool:
-        """Tells whether both indexes are equal."""
+        """Returns whether both indexes are equal."""
         arrays = ((self.arrays[name], other.arrays[name]) for name in INDEX_ARRAYS)
         return self.header == other.header and all(np.array_equal(*pair) for pair in arrays)
 
@@ -350,7 +350,7 @@ def write_index(store: Path) -> list[str]:
 
 
 def _names_and_sizes(shard: Shard) -> tuple[list[bytes], np.ndarray]:
-    """The keys of a shard's items in UTF-8, and their sizes (n, 8) int32."""
+    """Returns the keys of a shard's items in UTF-8, and their sizes (n, 8) int32."""
     sizes = [[side for name in SIZES for side in item[name]] for item in shard.header["items"]]
     try:
         keys = [name.encode() for name in shard.names]

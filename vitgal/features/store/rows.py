@@ -107,7 +107,7 @@ class RowFile:
         return self.path
 
     def forget(self) -> None:
-        """Removes the journal, once a stage's manifest holds the file's checksum."""
+        """Removes the journal; call it once a manifest holds the file's checksum."""
         self._journal_path.unlink(missing_ok=True)
 
     @property
@@ -128,7 +128,7 @@ class RowFile:
         return len(self._header()) + 4 * rows * self.shape[1]
 
     def _is_whole(self, journal: dict) -> bool:
-        """Tells whether the rows that a journal counts are on disk, byte for byte."""
+        """Returns whether the rows that a journal counts are on disk, byte for byte."""
         file = self._partial if self._partial.exists() else self.path
         end = self._bytes(journal["rows"])
         if journal["rows"] > self.shape[0] or not file.exists() or file.stat().st_size < end:

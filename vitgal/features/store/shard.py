@@ -89,7 +89,7 @@ def clear_partial(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class ShardFormat:
-    """How a shard's descriptors are stored, and with which settings its features were extracted.
+    """The storage of a shard's descriptors and the settings of their extraction.
 
     dtype: one of FEATURE_DTYPES, else ValueError. code_dim: dimension of a descriptor; None: that
     of the first image written. settings: plain values, such as the precision of inference.
@@ -147,7 +147,7 @@ class EncodedFeatures:
         return cls(item, arrays, _checksum(item, arrays))
 
     def is_whole(self) -> bool:
-        """Tells whether item and arrays still have their checksum."""
+        """Returns whether item and arrays still have their checksum."""
         return _checksum(self.item, self.arrays) == self.checksum
 
 
@@ -201,7 +201,7 @@ def write_shard(
 
 
 def _joined(encoded: Sequence[EncodedFeatures], shard_format: ShardFormat) -> dict[str, np.ndarray]:
-    """The images' arrays concatenated, their offsets and checksums."""
+    """Returns the images' arrays concatenated, their offsets and checksums."""
     layout = shard_format.layout(0, 0)  # gives an empty shard its types
     arrays = {
         name: np.concatenate(
@@ -312,7 +312,7 @@ def whole_shard(folder: Path, names: Sequence[str], shard_format: ShardFormat) -
 
 
 def salvage(folder: Path, shard_format: ShardFormat) -> dict[str, EncodedFeatures]:
-    """Returns what a damaged shard still holds: key -> each image whose bytes match its checksum.
+    """Returns a damaged shard's intact images by key: those that match their checksums.
 
     Any of its files may be cut short, changed or missing. A shard of another format holds nothing.
     """
