@@ -1,4 +1,4 @@
-"""Networks: ViTGaL, its heads, weights, and how they are run."""
+"""Networks: ViTGaL, its heads, its weights and inference."""
 
 import lazy_loader
 

@@ -1,6 +1,6 @@
-"""Tensors from files that anybody may have made: `.safetensors`, and `.pth` of any training.
+"""Reads tensors from untrusted files: `.safetensors`, and `.pth` of any training.
 
-No code from a file is run, and no file takes more memory than it has bytes on disk.
+No code from a file is run, and no file allocates more memory than its size.
 """
 
 import argparse
@@ -26,7 +26,7 @@ CONTAINERS = (
     "model state_dict model_state_dict network net module model_ema state_dict_ema ema_model ema"
 ).split()
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")
-# What the pickle in a `.pth` may name: the parts of tensors and plain values ...
+# Names allowed in the pickle of a `.pth`: the parts of tensors and plain values ...
 TENSORS = re.compile(
     r"torch\.(storage\.)?\w*Storage|torch\.(Size|device|(b?float|u?int|bool|half|double|long)\w*)|"
     r"torch\._utils\._rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter\.Parameter|"
@@ -47,29 +47,29 @@ Result = TypeVar("Result")
 def use_tensors(source: str | Path, use: Callable[[Mapping[str, Tensor]], Result]) -> Result:
     """Calls `use` with the tensors of a network's file: `.safetensors`, or a `.pth` of tensors.
 
-    In a `.pth` they stand at the top or under a name such as `model` or `state_dict`. Where `use`
-    raises ValueError, it is tried without the prefixes of wrappers (`module.`, `_orig_mod.`, …) and
-    with the file's other state dicts; what was taken is printed.
+    In a `.pth` they are at the top level or under a key such as `model` or `state_dict`. Where
+    `use` raises ValueError, it is called again without the prefixes of wrappers (`module.`,
+    `_orig_mod.`, …) and with the file's other state dicts; the accepted one is printed.
 
-    Raises FileNotFoundError, and ValueError where the file is neither or `use` takes none.
+    Raises FileNotFoundError, and ValueError where the file is neither or `use` accepts none.
     """
     source = Path(source)
     if is_safetensors(source):
-        found = {"": read_safetensors(source)[0]}
+        state_dicts = {"": read_safetensors(source)[0]}
     else:
-        found = _state_dicts(read_checkpoint(source))
-    errors: dict[str, ValueError] = {}  # by place, the last one
-    for place, tensors in found.items():
+        state_dicts = _state_dicts(read_checkpoint(source))
+    errors: dict[str, ValueError] = {}  # by key, the last one
+    for key, tensors in state_dicts.items():
         stripped = _without_prefixes(tensors)
         for candidate in [tensors] if stripped is None else [tensors, stripped]:
             try:
                 result = use(_checked(source, candidate))
             except ValueError as error:
-                errors[place] = error
+                errors[key] = error
                 continue
             prefixes = ", its names without prefixes" if candidate is stripped else ""
-            if prefixes or place not in ("", "model"):
-                print(f"{runs.printable(source)}: read {place or 'the state dict'}{prefixes}")
+            if prefixes or key not in ("", "model"):
+                print(f"{runs.printable(source)}: read {key or 'the state dict'}{prefixes}")
             return result
     raise next(
         iter(errors.values()),
@@ -77,25 +77,25 @@ def use_tensors(source: str | Path, use: Callable[[Mapping[str, Tensor]], Result
     )
 
 
-def _state_dicts(checkpoint: Any, place: str = "") -> dict[str, Mapping[str, Tensor]]:
-    """The state dicts in a checkpoint by their places, those of `model` first."""
+def _state_dicts(checkpoint: Any, path: str = "") -> dict[str, Mapping[str, Tensor]]:
+    """Returns the state dicts in a checkpoint by their dotted keys, those of `model` first."""
     if not isinstance(checkpoint, Mapping):
         return {}
     inner = [name for name in CONTAINERS if isinstance(checkpoint.get(name), Mapping)]
-    if inner and place.count(".") < 2:
-        parts = (_state_dicts(checkpoint[name], f"{place}.{name}".strip(".")) for name in inner)
-        found = {key: tensors for part in parts for key, tensors in part.items()}
-        first = {id(tensors): key for key, tensors in reversed(found.items())}
-        return {key: tensors for key, tensors in found.items() if first[id(tensors)] == key}
+    if inner and path.count(".") < 2:
+        parts = (_state_dicts(checkpoint[name], f"{path}.{name}".strip(".")) for name in inner)
+        state_dicts = {key: tensors for part in parts for key, tensors in part.items()}
+        first = {id(tensors): key for key, tensors in reversed(state_dicts.items())}
+        return {key: tensors for key, tensors in state_dicts.items() if first[id(tensors)] == key}
     if all(isinstance(key, str) for key in checkpoint) and any(
         isinstance(value, Tensor) for value in checkpoint.values()
     ):
-        return {place: checkpoint}
+        return {path: checkpoint}
     return {}
 
 
 def _without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The tensors without what wrappers of a network put before its names; None without that."""
+    """Returns the tensors without the prefixes of wrappers; None if there are none."""
     names = [key for key in tensors if key != "n_averaged"]  # a count of torch's AveragedModel
     stripped = [WRAPPERS.sub("", key) for key in names]
     for word in 3 * CONTAINERS:
@@ -146,7 +146,7 @@ def read_checkpoint(path: str | Path) -> Any:
 
 
 class Ignored:
-    """Stands for a value in a training's arguments that is not needed."""
+    """A placeholder for an unneeded value in a training's arguments."""
 
     def __new__(cls, *arguments: Any) -> "Ignored":
         """Takes any arguments."""
@@ -180,9 +180,9 @@ def _scan_zip(file: BinaryIO) -> str | None:
 
 
 def _scan_pickles(file: BinaryIO, count: int) -> str | None:
-    """The first name in some pickles that is not among what a checkpoint is made of.
+    """Returns the first name in the pickles that a checkpoint does not need.
 
-    torch's own list has functions that make gigabytes of a few bytes.
+    torch's own list includes functions that allocate gigabytes from a few bytes.
     """
     for _ in range(count):
         names, texts = set(), []
@@ -195,7 +195,7 @@ def _scan_pickles(file: BinaryIO, count: int) -> str | None:
         if refused:
             return min(refused)
         if "_codecs.encode" in names and any(map(_is_binary_codec, texts)):
-            return "_codecs.encode"  # "hex" doubles what it gets
+            return "_codecs.encode"  # "hex" doubles its input
     return None
 
 

@@ -110,7 +110,7 @@ class ArcFace(nn.Module):
         return torch.where(cosine > -math.cos(self.margin), widened, fallback)
 
     def _sample(self, labels: Tensor) -> Tensor:
-        """The batch's classes and random others, `sampled` in all, rising."""
+        """Returns the batch's classes and random others, `sampled` in all, rising."""
         own = labels.unique()
         if self.sampled < len(own):
             raise ValueError(f"{self.sampled} sampled classes for a batch of {len(own)} classes")
@@ -181,7 +181,7 @@ def _within(labels: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(head: ArcFace) -> Iterator[tuple[int, slice]]:
-    """The first class of each chunk, and its rows of the weight."""
+    """Yields the first class of each chunk, and its rows of the weight."""
     for first in range(0, head.classes, head.chunk):
         last = min(first + head.chunk, head.classes)
         yield first, slice(first * head.sub_centres, last * head.sub_centres)

@@ -1,4 +1,4 @@
-"""How a network is run: device, precision, threads, batches."""
+"""Runs networks: device, precision, threads, batches."""
 
 import contextlib
 import subprocess
@@ -46,11 +46,11 @@ def resolve_precision(
 
 
 def _capability() -> int:
-    """The GPU's major compute capability, asked in another process."""
+    """Returns the GPU's major compute capability, queried in another process."""
     code = "import torch; print(torch.cuda.get_device_capability()[0])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if answer.returncode:
-        raise RuntimeError(f"the GPU does not answer: {answer.stderr.strip()[-300:]}")
+        raise RuntimeError(f"the GPU cannot be queried: {answer.stderr.strip()[-300:]}")
     return int(answer.stdout)
 
 
@@ -150,7 +150,7 @@ def _one_dnn_works() -> bool:
 
 @contextlib.contextmanager
 def limited_threads(threads: int | None) -> Iterator[None]:
-    """Limits torch's CPU threads (None: unchanged), which threadpoolctl cannot: MKL is inside."""
+    """Limits torch's CPU threads (None: unchanged); threadpoolctl cannot, as MKL is linked in."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

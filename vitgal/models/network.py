@@ -3,8 +3,8 @@
 Paper: Phan, Nguyen, Warrier, Gupta, "Patch Embedding as Local Features: Unifying Deep Local and
 Global Features via Vision Transformer for Image Retrieval", ACCV 2022. The transformer is XCiT
 (El-Nouby et al., 2021) from timm (Apache-2.0). The additions are written from the paper and the
-observed behaviour of the published network and compute the same numbers (test_parity.py). What the
-paper does not mention is marked "As published". Deliberate differences:
+observed behaviour of the published network and compute the same numbers (test_parity.py). Details
+that the paper does not mention are marked "As published". Deliberate differences:
 
 * ArcFace runs in float32 under any autocast and clamps before its square root;
 * attaching an autoencoder leaves the backbone as it is (the published one initialises it anew);
@@ -226,8 +226,8 @@ class ViTGaL(nn.Module):
     def token_codes(self, images: Tensor) -> TokenCodes:
         """Computes codes and attention of images (B, 3, H, W) as `token_features`, but faster.
 
-        The bits are equal: in eval mode they do not depend on what is left out, operations on the
-        class tokens alone. Raises ValueError in training mode and without autoencoder.
+        The bits are equal: the omitted operations concern class tokens only, and in eval mode the
+        result does not depend on them. Raises ValueError in training mode and without autoencoder.
         """
         if self.training:
             raise ValueError("token_codes is for eval mode: call model.eval() first")

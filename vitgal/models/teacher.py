@@ -51,7 +51,7 @@ def timm_network(
         options: of timm.create_model.
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: timm does not know the network, the file does not fit it, or the size.
+        ValueError: an unknown network, or a file or size that does not fit it.
     """
     if ":" not in name and not timm.is_model(name):
         raise ValueError(f"{name!r} is no network of timm; timm.list_models() has all")
@@ -75,7 +75,7 @@ def _takes(network: nn.Module, size: tuple[int, int]) -> bool:
     try:
         with torch.inference_mode():
             network(torch.zeros(1, 3, *size))
-    except Exception:  # each network of timm fails in its own way
+    except Exception:  # each timm network raises its own errors
         return False
     return True
 
@@ -164,7 +164,6 @@ def _renamer(names: dict[str, str]) -> Callable[[str], str]:
     in_file = {timm_layer: layer for layer, timm_layer in names.items()}
 
     def rename(key: str) -> str:
-        """Returns the name in the file of the tensor that timm calls `key`."""
         layer, _, part = key.rpartition(".")
         return f"{in_file[layer]}.{part}" if layer in in_file else key
 

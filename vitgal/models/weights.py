@@ -76,7 +76,6 @@ def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) ->
     """
 
     def fill_backbone(tensors: Mapping[str, Tensor]) -> None:
-        """Fills the model with tensors in any of the three layouts."""
         if any(key.startswith("backbone.") for key in tensors):
             keys = (key for key in model.state_dict() if not key.startswith("autoencoder."))
             rename, dropped = str, ("autoencoder.",)
@@ -198,12 +197,12 @@ def _load_unlabelled(source: Path, tensors: Mapping[str, Tensor]) -> ViTGaL:
             "initial_weights"
         )
     size = (tensors[token].numel(), depth)
-    names = [name for name, known_size in ARCHITECTURES.items() if known_size == size]
+    names = [name for name, shape in ARCHITECTURES.items() if shape == size]
     if not names:
-        known = ", ".join(f"{name} {known_size}" for name, known_size in ARCHITECTURES.items())
+        sizes = ", ".join(f"{name} {shape}" for name, shape in ARCHITECTURES.items())
         raise FileError(
             f"{source} is of another architecture: its {token} has width {size[0]} and its blocks "
-            f"number {depth}; known: {known}"
+            f"number {depth}; known: {sizes}"
         )
     code_dim = _code_dim(source, tensors, rename) if rename is not _official_name else None
     configuration = {"architecture": names[0], "code_dim": code_dim}
