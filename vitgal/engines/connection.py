@@ -97,7 +97,7 @@ def connected(address: str | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _private_instance() -> Iterator[dict[str, Any]]:
-    """Yields the options of `ray.init` for an instance that nobody else can reach."""
+    """Yields the options of `ray.init` for an instance that no other user can reach."""
     from ray._private import ray_constants
 
     variables = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -109,7 +109,7 @@ def _private_instance() -> Iterator[dict[str, Any]]:
     try:
         (folder / "token").touch(mode=0o600)
         (folder / "token").write_text(TOKEN)
-        # Without RAY_AUTH_MODE Ray asks for the token at a local instance, and reads it from here.
+        # Without RAY_AUTH_MODE a local Ray instance requires the token, and reads it from here.
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(folder / "token")
         yield {
             "address": "local",

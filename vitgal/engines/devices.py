@@ -1,4 +1,4 @@
-"""Devices of torch by name; torch itself is imported only where a device is asked for."""
+"""Devices of torch by name; torch is imported only when a device is used."""
 
 
 def find_gpu() -> str | None:

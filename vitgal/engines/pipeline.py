@@ -69,14 +69,14 @@ def node_resources() -> list[dict[str, float]]:
 
 
 def call_remotely(function: Callable[[], Any], plan: ActorPlan) -> Any:
-    """Returns what a function returns on a machine that has room for an actor of the plan."""
+    """Calls a function on a machine with free resources for an actor of the plan."""
     task = import_ray().remote(num_cpus=plan.cpus, num_gpus=plan.gpus)(function)
     return import_ray().get(task.remote())
 
 
 @dataclass(frozen=True, eq=False)
 class WorkItem:
-    """A value in a pipeline, with what its steps printed.
+    """A value in a pipeline, with the output of its steps.
 
     A step's error is stored as a value; Ray would wrap a raised one in its own.
     """
@@ -106,7 +106,7 @@ class Pipeline:
     Attributes:
         read: Runs as tasks on any machine. Like `write` it reserves no CPU, or it could wait for
             CPUs that are held by the actors that wait for it.
-        make_describer: Called once in each actor; returns the step that takes what `read` returned.
+        make_describer: Called once in each actor; returns the step that takes the result of `read`.
         write: Runs as tasks; None: the describer's results are yielded.
         plan: Called before every start, since a cluster changes.
         label: Returns the name of an item for error messages.
@@ -121,7 +121,7 @@ class Pipeline:
     ordered: bool = False
 
     def run(self, values: Sequence[Any]) -> Iterator[Any]:
-        """Yields the result of each value, and prints what its steps printed.
+        """Yields the result of each value, and prints the output of its steps.
 
         After the loss of a process or machine the pipeline restarts with the remaining items.
 
@@ -183,7 +183,7 @@ class Pipeline:
                 ),
                 num_cpus=plan.cpus,
                 num_gpus=plan.gpus,
-                # A lost actor's items would wait for its restart, for ever if no machine has room
+                # A lost actor's items would wait for its restart, forever if no machine has room
                 # for it.
                 max_restarts=0,
             )

@@ -22,7 +22,7 @@ SETTINGS = ("protocol", "fingerprints", "failed_images", "bootstrap", "versions"
 # Fingerprints that are not compared: these files follow from the settings.
 DERIVED = ("names.json", "ranks.npy", "positions.npz", "shortlist.txt", "local features")
 ABSENT = "–"
-FINGERPRINT_DIGITS = 12  # enough to tell two apart
+FINGERPRINT_DIGITS = 12  # enough to distinguish two
 SETTING_WIDTH = 40  # characters
 
 
@@ -192,7 +192,7 @@ def setting_table(first: Scores, second: Scores, names: tuple[str, str]) -> pd.D
 
 
 def _settings(scores: Scores) -> dict[str, Any]:
-    """Returns what a result depends on, by dotted name; parameters under their stage's name."""
+    """Returns a result's settings by dotted name; parameters under their stage's name."""
     nested: dict[str, Any] = {}
     if "parameters" in scores:
         stage = "rerank" if "short_list" in scores.get("protocol", {}) else "global"
@@ -226,7 +226,7 @@ def _shortened(key: str, value: Any) -> str:
 def report(comparison: Comparison, label: str, *, listed: int = 5) -> str:
     """Writes a comparison as text: settings, results, and the queries that changed most.
 
-    label: what is compared. listed: number of the queries that gained most, and that lost most.
+    label: names the comparison. listed: number of the queries that gained most, and that lost most.
     """
     names, tests = comparison.names, comparison.tests
     parts = [f"{label}: {names[0]} (first) against {names[1]} (second)"]

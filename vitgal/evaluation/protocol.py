@@ -46,8 +46,8 @@ def evaluate(
         if set(ranking) - set(PROTOCOLS) or not ranking:
             raise ValueError(f"rankings by protocol are for {PROTOCOLS}, not {sorted(ranking)}")
         positions = {
-            protocol: _positions(one_ranking, ground_truth, truncated, database_size)
-            for protocol, one_ranking in ranking.items()
+            protocol: _positions(columns, ground_truth, truncated, database_size)
+            for protocol, columns in ranking.items()
         }
     else:
         shared = _positions(ranking, ground_truth, truncated, database_size)
@@ -123,12 +123,12 @@ def average_precision(ranks: np.ndarray, count: int) -> float:
     precision is 1, so that a single positive at rank 1 scores 0.25.
 
     Args:
-        ranks: (F,) rising zero-based ranks of the positives that were found; none gives 0.
+        ranks: (F,) rising zero-based ranks of the retrieved positives; none gives 0.
         count: the total number of positives, at least 1.
     """
-    found = np.arange(ranks.size)
-    before = np.divide(found, ranks, out=np.ones(ranks.size), where=ranks > 0)
-    at = (found + 1) / (ranks + 1)
+    earlier = np.arange(ranks.size)
+    before = np.divide(earlier, ranks, out=np.ones(ranks.size), where=ranks > 0)
+    at = (earlier + 1) / (ranks + 1)
     return float((before + at).sum() / (2 * count))
 
 
@@ -139,7 +139,7 @@ def precision_at(ranks: np.ndarray, k: int) -> float:
     precision 1 at every k >= 2.
 
     Args:
-        ranks: (F,) zero-based ranks of the positives that were found; none gives 0.
+        ranks: (F,) zero-based ranks of the retrieved positives; none gives 0.
     """
     if not ranks.size:  # NOTE the published code fails here (the maximum of nothing)
         return 0.0

@@ -76,10 +76,10 @@ def score_table(scores: Scores | Mapping[str, Scores], *, digits: int = 1) -> pd
     """
     single = any(protocol in scores for protocol in PROTOCOLS)
     rows = {
-        (label, p.capitalize()): _row(one_system[p])
-        for label, one_system in ({"": scores} if single else scores).items()
+        (label, p.capitalize()): _row(system[p])
+        for label, system in ({"": scores} if single else scores).items()
         for p in PROTOCOLS
-        if p in one_system
+        if p in system
     }
     if not rows:
         raise ValueError(f"no scores of {', '.join(PROTOCOLS)} among {list(scores)}")
@@ -90,7 +90,6 @@ def score_table(scores: Scores | Mapping[str, Scores], *, digits: int = 1) -> pd
 
 def _row(scores: Mapping[str, Any]) -> dict[str, float]:
     def percent(value: float | None) -> float:
-        """Converts a fraction to percent; None, a score without a query, to nan."""
         return float("nan") if value is None else 100 * value
 
     _, low, high = mean_and_interval(scores["ap"])

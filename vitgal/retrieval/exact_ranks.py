@@ -142,7 +142,7 @@ def _similarity_steps(products: np.ndarray, values: list[np.ndarray]) -> Steps:
 
 
 def _buckets(similarities: np.ndarray, low: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """The bucket of each similarity, monotonic even with rounding."""
+    """Returns the bucket of each similarity, monotonic even with rounding."""
     return np.clip((similarities - low) * scale, 0, BUCKETS - 1).astype(np.int64)
 
 

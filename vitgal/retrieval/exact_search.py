@@ -90,7 +90,7 @@ def _search_parts(
 def _search_estimated(
     queries: np.ndarray, database: np.ndarray, parts: list[slice], k: int
 ) -> list[Hits] | None:
-    """The best `k` of every query: float32 products select the images that float64 ranks.
+    """Returns the best `k` of every query: float32 products select the images that float64 ranks.
 
     None for queries of another type, values that are not finite (`_search_parts` names them) or too
     large, or too many images that nearly tie.
@@ -141,7 +141,7 @@ def _estimate(
 
 
 def _length_bound(rows: np.ndarray) -> float:
-    """An upper bound of the rows' lengths: the length of up to 64 rows together."""
+    """Returns an upper bound of the rows' lengths: the length of up to 64 rows together."""
     together = 64 if len(rows) % 64 == 0 else 1
     groups = rows.reshape(-1, together * rows.shape[1])
     return float(np.sqrt(np.einsum("ij,ij->i", groups, groups).max(initial=0)))
@@ -233,7 +233,7 @@ def in_threads(work: Callable, items: list | range) -> list[list]:
 def check_descriptors(queries: np.ndarray, database: np.ndarray) -> None:
     """Raises ValueError where queries (Q, D) and a database (N, D) cannot be searched.
 
-    The values of the database are not looked at; `similarity_blocks` checks them.
+    The values of the database are checked by `similarity_blocks`.
     """
     for name, array in (("queries", queries), ("database", database)):
         if getattr(array, "ndim", None) != 2 or array.dtype.kind != "f":

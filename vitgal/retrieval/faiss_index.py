@@ -50,7 +50,7 @@ class Index:
 def check(text: str, width: int, images: int | None = None) -> None:
     """Raises ValueError where `text` describes no index of descriptors of this width and number.
 
-    Call it before computing descriptors: faiss finds some faults only later, or ends the process.
+    Call it before computing descriptors: faiss detects some faults late or ends the process.
 
     text: a faiss factory string and, after an optional semicolon, search parameters:
     "IVF1024,PQ64; nprobe=32". Without nprobe one cell of 16 of an inverted file is searched.
@@ -126,32 +126,32 @@ def read(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Ind
 
 
 def _open(folder: Path, text: str, expected: dict[str, Any]) -> Any:
-    """Maps the stored index after a comparison of what it states with what was asked for."""
+    """Maps the stored index; raises StageError where it differs from `expected`."""
     import faiss
 
     path, record = folder / INDEX, runs.read_json(folder / RECORD)
-    known = record if isinstance(record, dict) else {}
-    differing = [key for key in expected if expected[key] != known.get(key)]
+    stored = record if isinstance(record, dict) else {}
+    differing = [key for key in expected if expected[key] != stored.get(key)]
     if differing:
         raise runs.StageError(
             f"{path} was made with other {' and '.join(differing)}: build it again"
         )
     images, width = expected["shape"]
     try:
-        asked = faiss.serialize_index(new_index(text, width))
+        expected_bytes = faiss.serialize_index(new_index(text, width))
         with open(path, "rb") as file:
             head, size = file.read(HEAD), file.seek(0, 2)
-        wanted = bytearray(asked[:HEAD].tobytes())
+        wanted = bytearray(expected_bytes[:HEAD].tobytes())
         wanted[8:16], wanted[32] = struct.pack("<q", images), True  # is trained
-        # A stranger's file may state any type and any size.
-        if size != known.get("bytes") or head != wanted:
+        # An untrusted file may state any type and size.
+        if size != stored.get("bytes") or head != wanted:
             raise ValueError("its size or its head")
         if hasattr(faiss, "set_deserialization_vector_byte_limit"):
             faiss.set_deserialization_vector_byte_limit(size)  # no array longer than the file
         # Newer faiss maps all parts of an index, older ones the cells of an inverted file.
         mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
         index = faiss.read_index(str(path), mapped)
-        same = _structure(index) == _structure(faiss.deserialize_index(asked))
+        same = _structure(index) == _structure(faiss.deserialize_index(expected_bytes))
         if not same or not _is_sound(index, images):
             raise ValueError("its structure")
         _set_search_parameters(index, text)
@@ -161,13 +161,13 @@ def _open(folder: Path, text: str, expected: dict[str, Any]) -> Any:
 
 
 def _structure(index: Any) -> list:
-    """Types and sizes of an index and its parts, which do not depend on the images."""
+    """Returns the types and sizes of an index's parts, which do not depend on the images."""
     import faiss
 
-    parts, found = [index], []
+    parts, structure = [index], []
     while parts:
         part = parts.pop()
-        found += [type(part).__name__, *(getattr(part, name, None) for name in SIZES)]
+        structure += [type(part).__name__, *(getattr(part, name, None) for name in SIZES)]
         for name in PARTS:
             if (inner := getattr(part, name, None)) is not None:
                 if isinstance(inner, faiss.Index):
@@ -178,11 +178,11 @@ def _structure(index: Any) -> list:
         if hasattr(part, "chain"):
             transforms = (part.chain.at(i) for i in range(part.chain.size()))
             parts += map(faiss.downcast_VectorTransform, transforms)
-    return found
+    return structure
 
 
 def _is_sound(index: Any, images: int) -> bool:
-    """Whether the images, cells and graph of an index lie within it."""
+    """Returns whether the images, cells and graph of an index lie within it."""
     import faiss
 
     cells, graph = faiss.try_extract_index_ivf(index), getattr(_inner_index(index), "hnsw", None)
@@ -279,7 +279,7 @@ def _split(text: str) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def _explained_errors(text: str, images: int | None = None) -> Iterator[None]:
-    """Turns a RuntimeError of faiss into a ValueError about the index that was asked for."""
+    """Turns a RuntimeError of faiss into a ValueError about the requested index."""
     try:
         yield
     except RuntimeError as error:
@@ -328,7 +328,7 @@ def _set_search_parameters(index: Any, text: str) -> None:
 
 
 def _inner_index(index: Any) -> Any:
-    """The part that holds the codes or the graph, without transforms of the descriptors."""
+    """Returns the part that holds the codes or the graph, without transforms of the descriptors."""
     import faiss
 
     cells = faiss.try_extract_index_ivf(index)

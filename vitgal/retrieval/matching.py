@@ -116,15 +116,15 @@ class Descriptors:
 def _extended(values: np.ndarray, *columns: np.ndarray) -> np.ndarray:
     extended = np.empty((len(values), values.shape[1] + len(columns)), np.float32)
     extended[:, : values.shape[1]] = values
-    for place, column in enumerate(columns, start=values.shape[1]):
-        extended[:, place] = column
+    for position, column in enumerate(columns, start=values.shape[1]):
+        extended[:, position] = column
     return extended
 
 
 def match_prepared(
     query: Descriptors, gallery: Descriptors, max_distance: float, device: str | None = None
 ) -> np.ndarray:
-    """Matches as `match`, (K, 2) int64, what was prepared; device: of `matching_device`."""
+    """Matches prepared descriptors as `match` does, (K, 2) int64; device: of `matching_device`."""
     if not max_distance >= 0:
         raise ValueError(f"max_distance is {max_distance}, not a distance")
     (count, width), (size, gallery_width) = query.values.shape, gallery.values.shape
@@ -183,7 +183,7 @@ def sieved_pairs(
 
 
 def _closest(query: Descriptors, gallery: Descriptors, block: slice, max_distance: float) -> Pairs:
-    """All pairs within rounding error of their row's nearest, if near enough."""
+    """Returns all pairs within rounding error of their row's nearest, if near enough."""
     closeness = query.as_query[block] @ gallery.as_gallery.T  # (N, M) float32
     floor = _floors(closeness.max(axis=1), query, gallery, block, max_distance)
     rows = np.flatnonzero(floor < np.inf)
@@ -235,7 +235,7 @@ def _closest_on(
 
 @contextlib.contextmanager
 def float32_products() -> Iterator[None]:
-    """Keeps torch's products in float32, without TF32 and bf16, whatever the program allows.
+    """Keeps torch's products in float32, without TF32 and bf16 that the program may allow.
 
     Since PyTorch 2.9 each backend has a setting of its own, and reading the common one raises where
     these differ.

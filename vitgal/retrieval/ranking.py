@@ -1,4 +1,4 @@
-"""Rankings, and what reranking makes of them.
+"""Rankings before and after reranking.
 
 A ranking is the first images of every query in order, and the exact rank of each labelled one.
 """
@@ -46,7 +46,7 @@ class Reranking:
             )
 
     def exchanges(self, order: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns per query the candidates' rising ranks (M,), and the images (M,) put there.
+        """Returns per query the candidates' rising ranks (M,), and the images (M,) that take them.
 
         order: (K, Q) integers, the ranking before. Raises ValueError where it is too short, or a
         candidate of the protocol was not verified.
@@ -124,7 +124,7 @@ class Positions:
 
         Args:
             ranks: (K, Q) integers, database indices, best first, one column a query.
-            labelled: per query the indices to look for (`revisited.labelled`).
+            labelled: per query the wanted indices (`revisited.labelled`).
             database_size: None: K.
             truncated: leave out labelled images that the ranking does not reach.
         Raises:
@@ -147,7 +147,7 @@ class Positions:
                 raise ValueError(
                     f"the ranking of query {q} does not reach the labelled image "
                     f"{index[missing][0]}: give the full ranking or Positions, or set "
-                    "truncated=True to count what it misses as never found"
+                    "truncated=True to count missing images as never found"
                 )
             indices[q] = index[~missing]
             ranks_of_labelled.append(positions[~missing])
@@ -157,7 +157,7 @@ class Positions:
         """Returns the zero-based ranks (M,) int64 of images (M,) of one query; -1: not known.
 
         ignored: (I,) integers, labelled images that are taken out of the ranking first, so that
-        what follows them moves up; None: none.
+        later images move up; None: none.
         """
         index, ranks = self.indices[query], self.ranks[query]
         images = np.asarray(images, np.int64)
@@ -169,7 +169,7 @@ class Positions:
     def ignored_before(
         self, query: int, ranks: np.ndarray, ignored: np.ndarray | None
     ) -> np.ndarray:
-        """Returns for each of the zero-based ranks (M,) how many ignored images stand before it."""
+        """Returns the number of ignored images before each of the zero-based ranks (M,)."""
         if ignored is None:
             return np.zeros(ranks.shape, np.int64)
         of_ignored = self.ranks[query][np.isin(self.indices[query], ignored)]
@@ -209,7 +209,7 @@ class Positions:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Positions":
-        """Reads what `save` wrote; FileError names a file that holds something else."""
+        """Reads a file written by `save`; raises FileError for another content."""
         try:
             names = ("number", "offsets", "indices", "positions")
             number, offsets, *flat = read_arrays(path, names).values()
