@@ -110,7 +110,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_run(parser: argparse.ArgumentParser, command: object, override: str, run: str) -> None:
-    """Adds the options of a command that executes notebooks."""
     parser.add_argument(
         "-p",
         dest="overrides",

@@ -100,7 +100,12 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progres
         log.unlink(missing_ok=True)
     if sigterm.is_set():
         where = f"{notebook.name} was asked to end (SIGTERM) {_last_cell(target)}"
-        lines = [where, reason, _partial(target), f"{AGAIN}, others from what they have saved"]
+        lines = [
+            where,
+            reason,
+            _partial(target),
+            f"{AGAIN}, others continue from their saved state",
+        ]
         raise Preempted("\n".join(filter(None, lines)))
 
 
@@ -171,7 +176,7 @@ def _progress_bar(name: str, progress: bool) -> Iterator[dict | bool]:
 
 
 class Kernel(AsyncKernelManager):
-    """Starts this interpreter, whatever kernel is installed under the notebook's kernel name."""
+    """Starts this interpreter, regardless of the kernels that are installed."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
@@ -291,7 +296,7 @@ class Engine(NBClientEngine):
             kernel_manager_class=Kernel,
             timeout=None,
             startup_timeout=300,
-            iopub_timeout=600,  # a busy machine may be slow to deliver what was printed
+            iopub_timeout=600,  # a busy machine may deliver printed text late
             log=logging.getLogger("papermill"),
         )
         with (

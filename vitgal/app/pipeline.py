@@ -1,7 +1,7 @@
 """Executes the numbered notebooks in order with papermill, from one flat file of settings.
 
-A notebook takes the settings of its sections (`settings.NOTEBOOKS`) and what its cell tagged
-`parameters` declares, one `name: type = value` a line. papermill only warns about unknown
+A notebook takes the settings of its sections (`settings.NOTEBOOKS`) and those that its cell
+tagged `parameters` declares, one `name: type = value` a line. papermill only warns about unknown
 names and checks no types; this module checks both before the first notebook starts.
 """
 
@@ -284,7 +284,6 @@ def select(
     numbers = [path.name[:2] for path in notebooks]
 
     def index(name: str) -> int:
-        """Returns the position of the notebook with this number or name."""
         number = re.match(r"\d*", str(name))[0].zfill(2)
         if number not in numbers:
             raise SettingsError(

@@ -84,7 +84,7 @@ def read_notebook_settings(
 
 
 def train(notebook: str, run: Path, settings: Settings) -> Path:
-    """Trains what notebook "02" or "03" trains; returns the stage's folder."""
+    """Trains the model of notebook "02" or "03"; returns the stage's folder."""
     images = runs.data_folder(run, settings.run.image_folder, "train")
     machine, overwrite = settings.machine, settings.run.overwrite
     if notebook == "02":

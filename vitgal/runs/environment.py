@@ -1,4 +1,4 @@
-"""The software that a result is made with, and what it reads from the environment."""
+"""The software behind a result, and the environment variables that affect it."""
 
 import contextlib
 import importlib.metadata

@@ -26,7 +26,7 @@ class UserError(Exception):
 
 
 class StageError(UserError, RuntimeError):
-    """A stage cannot begin, continue or be read; the message says why and what to do."""
+    """A stage cannot begin, continue or be read; the message has the reason and the remedy."""
 
 
 class PathError(UserError, ValueError):

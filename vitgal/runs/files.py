@@ -32,7 +32,7 @@ def atomic(path: Path) -> Iterator[Path]:
     A failure removes the temporary file: readers see the old content or the new, never a part.
 
     Raises:
-        OSError: The disk is full; the message says what to do.
+        OSError: The disk is full; the message has a remedy.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

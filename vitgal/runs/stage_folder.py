@@ -98,7 +98,7 @@ def stage(
         parameters: Everything else that the result depends on; `numeric_environment` is added.
         inputs: By name, fingerprints of the content, never paths. An `Input` is read only where
             its files have changed since the stage was finished.
-        overwrite: Deletes what the folder holds and starts anew.
+        overwrite: Deletes the folder's contents and starts anew.
         repair: Reopens a finished stage whose outputs have changed, instead of refusing it.
         slot: This process among those that work in the folder at once. Each writes only its own
             files, and all must have the same `slot.count`.

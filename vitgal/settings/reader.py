@@ -304,7 +304,6 @@ def read_settings(namespace: Mapping[str, Any]) -> Settings:
 
 
 def _injected_names(history: list[str]) -> set[str]:
-    """The names that papermill's last injected cell assigns."""
     for source in reversed(history):
         if source.startswith(INJECTED):
             body = ast.parse(source).body

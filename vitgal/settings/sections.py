@@ -255,7 +255,7 @@ class GlobalSettings(Section):
 INTERPOLATIONS = ("size", "published")
 FEATURE_DTYPES = ("float32", "float16", "int8", "bit")
 # Thresholds on a token's score, whose mean over the image is 1; tried from the top. The published
-# argument asks for 0.6 at least, but halving 60 passes from 0.9375 to 0.47: 0.6 is never used.
+# argument of 0.6 is never used, because halving 60 passes from 0.9375 to 0.47.
 LADDER = (60.0, 30.0, 15.0, 7.5, 3.75, 1.875, 0.9375)
 
 
@@ -362,7 +362,7 @@ class RerankingSettings(Section):
 class TuningSettings(Section):
     """The grid of thresholds that is tried on the retrieval validation set."""
 
-    tune: bool = neutral(False, "look for better thresholds on val_retrieval")
+    tune: bool = neutral(False, "tune thresholds on val_retrieval")
     max_queries: int | None = setting(
         None, "queries that are used; None: all", flat="tune_queries", low=1
     )

@@ -1,7 +1,7 @@
 """The benchmark and the model of a run, and its retrieval validation set as a benchmark.
 
-They come from the settings or from the run's earlier stages. The images of `val_retrieval` are
-those of val_retrieval.csv; every image of a query's landmark is easy.
+They come from the settings or from the run's earlier stages. `val_retrieval` has the images
+of val_retrieval.csv; every image of a query's landmark is easy.
 """
 
 import os
@@ -78,7 +78,7 @@ def _stage_folder(settings: Settings, stage: str) -> Path:
 
 
 def untunable(settings: Settings) -> str | None:
-    """Says why reranking cannot be tuned in this run; None where it can."""
+    """Returns why reranking cannot be tuned in this run; None if it can."""
     run = runs.run_folder(settings.run.run_dir)
     manifest = _stage_folder(settings, "global") / runs.MANIFEST
     elsewhere = manifest.exists() and "descriptors" in runs.read_record(manifest)["inputs"]
@@ -111,7 +111,7 @@ def validation_benchmark(run: Path, image_folder: Path) -> Path:
             f"the split in {run / 'split'} has no validation queries: run 01_data_split with "
             "val_queries above 0"
         )
-    links = folder / "jpg" / VALIDATION  # what it holds is replaced
+    links = folder / "jpg" / VALIDATION  # its contents are replaced
     runs.refuse_links([folder.parent, folder, links.parent, links])
     names = [f"{VALIDATION}/{Path(path).stem}" for path in table["path"]]
     for name, path in zip(names, table["path"], strict=True):
@@ -129,7 +129,7 @@ def validation_benchmark(run: Path, image_folder: Path) -> Path:
 
 
 def _link(link: Path, image: Path, run: Path) -> None:
-    """A link to an image: relative within the run, so that a run can be moved, else absolute."""
+    """Links to an image: relative within the run, so that a run can be moved, else absolute."""
     if not image.is_file():
         raise FileNotFoundError(f"the validation image {image} is not there: check image_folder")
     image = image.resolve()

@@ -104,22 +104,23 @@ def evaluate_global(
 
 
 def training_changes(model: Path | str) -> dict[str, list[str]]:
-    """Returns `training_changes`, what a run's model was trained with besides its parameters.
+    """Returns `training_changes`: changed settings and skipped steps of the model's training.
 
-    These are settings that resumed trainings took anew and steps without an update, as the
-    trainings' changes.json tell; nothing for a model without any.
+    They are read from the trainings' changes.json; empty for a model without any.
     """
     lines = []
     for stage in ("retrieval", "autoencoder") if Path(model).name == "model.safetensors" else ():
         file = Path(model).parent.with_name(stage) / "changes.json"
         if Path(model).parent.name in ("retrieval", "autoencoder") and file.exists():
-            told = runs.read_json(file)
+            changes = runs.read_json(file)
             lines += [
                 f"{stage}, step {change['step']}: {change['setting']} {change['from']} -> "
                 f"{change['to']}"
-                for change in told["changes"]
+                for change in changes["changes"]
             ]
-            lines += [f"{stage}, step {skip['step']}: skipped" for skip in told["skipped_batches"]]
+            lines += [
+                f"{stage}, step {skip['step']}: skipped" for skip in changes["skipped_batches"]
+            ]
         if stage == Path(model).parent.name:
             break
     return {"training_changes": lines} if lines else {}
@@ -170,8 +171,8 @@ def evaluate_descriptors(
     reranking and comparison follow as usual. Returns its folder.
 
     Args:
-        settings: of these, `crop_queries` (whether the other system cropped the queries, recorded
-            with the scores), `top`, `display` and `index` matter.
+        settings: only `crop_queries` (whether the other system cropped the queries, recorded with
+            the scores), `top`, `display` and `index` are used.
         descriptors: see `read_descriptors`.
     Raises:
         StageError: the folder holds other settings or descriptors.
@@ -184,7 +185,6 @@ def evaluate_descriptors(
 
     @functools.cache
     def rows() -> np.ndarray:
-        """Reads the descriptors, (N, D) float32: first the queries, then the database."""
         return read_descriptors(descriptors, [*queries, *dataset.database])
 
     compared = settings.compared()
@@ -216,7 +216,7 @@ def _write_rankings(
     protocol: Mapping[str, Any],
     failures: Sequence[Mapping[str, str]] = (),
 ) -> tuple[str, ...]:
-    """Writes all files of the stage but database.npy, which is there, and returns their names.
+    """Writes all files of the stage but database.npy, and returns their names.
 
     With an index, the ranking begins with what the index returns. The scores are then those of that
     ranking; the exact scores are stored as `exact`, the recall of the index as `recall`.

@@ -26,7 +26,7 @@ from vitgal.stages.local_describer import LocalDescriber
 from vitgal.stages.ray_describer import open_describer
 
 GLOBAL_NOTEBOOK = "04_global_evaluation"
-# The stage hashes these files of a shard when it ends and again when it is reused. The large arrays
+# Files of a shard that are hashed when the stage ends and when it is reused. The large arrays
 # are checked by length on opening, and byte for byte by the checksums in checksums.npy.
 SHARD_OUTPUTS = ("items.json", "failures.json", "offsets.npy", "checksums.npy")
 
@@ -147,7 +147,7 @@ def write_shards(
 
 
 def _report_finished(stage: runs.Stage, count: int, settings: LocalSettings) -> bool:
-    """Prints what a finished stage printed; reopens it if a shard is damaged or missing."""
+    """Prints a finished stage's report; reopens the stage if a shard is damaged or missing."""
     try:
         for shard in store.shard_folders(stage.folder):
             store.Shard.open(shard)
@@ -162,14 +162,13 @@ def _report_finished(stage: runs.Stage, count: int, settings: LocalSettings) -> 
 
 
 def _refuse_unfinished(folder: Path, shards: Sequence[ShardTask], slot: runs.WorkerSlot) -> None:
-    """Raises StageError if shards of other workers are missing or damaged."""
     own = set(slot.indices(len(shards)))
     others = [shard for index, shard in enumerate(shards) if index not in own]
     done = f"worker {slot.number} has written its shards of {folder}"
     if missing := [shard.folder.name for shard in others if not shard.folder.exists()]:
         raise runs.StageError(
             f"{done}; {len(missing)} of {len(shards)} ({missing[0]}, ...) are for other workers: "
-            "the last of them finishes the stage; if none is at work, run this again with "
+            "the last of them finishes the stage; if no other worker runs, run this again with "
             "worker_count=1"
         )
     for shard in others:

@@ -76,7 +76,6 @@ def prefetch(
     """
 
     def attempt(task: ImageTask) -> tuple[ImageTask, LoadedImage | ImageError]:
-        """Loads one image, or returns why it cannot be used."""
         try:
             return task, load(task)
         except ReadError:
@@ -111,7 +110,7 @@ def refuse_failures(failures: Sequence[Failure], count: int, max_failed_share: f
     raise runs.StageError(
         f"{len(failures)} of {count} images cannot be read, more than max_failed_share="
         f"{max_failed_share} allows ({examples}{more}); replace them, or raise max_failed_share "
-        "to go on without them: what is done so far is kept"
+        "to continue without them: what is done so far is kept"
     )
 
 

@@ -1,4 +1,4 @@
-"""Looks into one pair of a run's images: matches under other settings, kept and dropped tokens.
+"""Inspects a pair of a run's images: matches under other settings, kept and dropped tokens.
 
 Matching uses stored features and takes milliseconds. Attention and dropped tokens are not stored:
 they take one pass of the network a photograph, are computed on demand and kept in memory.
@@ -174,7 +174,6 @@ def explain_selection(
     crop, box = crop_box(image, box)
 
     def extract(changed: LocalSettings) -> LocalFeatures:
-        """Extracts under other settings of suppression."""
         recorder.scale = 0
         return local_features(recorder, images, [(box, image.shape[:2])], changed)[0]
 
@@ -198,7 +197,7 @@ def explain_selection(
 
 
 def matching_fraction(extracted: LocalFeatures, stored: LocalFeatures) -> float:
-    """Returns the fraction of stored features that another extraction gives too; 1 for none.
+    """Returns the fraction of stored features that another extraction repeats; 1 for none.
 
     Features are compared by position and scale. Another batch or precision changes the last bits of
     a score, which can drop a feature at a threshold.
@@ -221,7 +220,7 @@ class Inspector:
     """The images of a run and their stored features, read on demand.
 
     A side is "query" or "database". weights: the model that stage local used; None: the run's own.
-    selections: (side, index) -> what `selection` has computed.
+    selections: (side, index) -> results of `selection`.
     """
 
     run: Path
@@ -241,7 +240,7 @@ class Inspector:
     @functools.cached_property
     def settings(self) -> LocalSettings:
         """The settings that features were extracted with, from the manifest of stage local."""
-        # The precision that "auto" stood for is recorded.
+        # The manifest records the precision that "auto" was resolved to.
         precision = self._manifest["recorded"].get("precision", "fp32")
         return LocalSettings.from_manifest(self._manifest["parameters"] | {"precision": precision})
 
@@ -302,8 +301,8 @@ class Inspector:
         if name in self.features.failures:
             raise InspectionError(f"{name} could not be read: {self.features.failures[name]}")
         raise InspectionError(
-            f"{name} is on no short list, so {LOCAL_NOTEBOOK} extracted no features of it: look at "
-            "it with the network, which takes one pass"
+            f"{name} is on no short list, so {LOCAL_NOTEBOOK} extracted no features of it: run "
+            "the network on it, which takes one pass"
         )
 
     def selection(self, side: str, index: int) -> TokenSelection:

@@ -94,7 +94,7 @@ class LocalDescriber:
                 yield failures
 
     def recorded(self) -> dict[str, Any]:
-        """Lists what a stage's manifest records of the machine; no result depends on it."""
+        """Returns the machine's entries for a stage's manifest; no result depends on them."""
         return {
             "engine": "local",
             "device": str(device_of(self.model)),
@@ -132,9 +132,9 @@ class LocalDescriber:
     ) -> tuple[list[tuple[str, LocalFeatures | store.EncodedFeatures]], list[Failure]]:
         """Computes the local features of images in the order of `keys`, within `inference`.
 
-        kept: features that are stored already, by key. Batches are formed as if there were none, so
-        that the others' features are the same as in the first run. Returns (key, features) in
-        order, without the images that failed, and the failures.
+        kept: features that are stored already, by key. Their images still take part in batches, so
+        that the other features are the same as in the first run. Returns (key, features) in order,
+        without the images that failed, and the failures.
         """
         failures: list[Failure] = []
         features: dict[int, LocalFeatures | store.EncodedFeatures] = {}

@@ -55,7 +55,7 @@ SUGGESTIONS = 3  # names in an error
 
 @dataclass(frozen=True, eq=False)
 class Description:
-    """What a search needs of one photograph, or of a box in it.
+    """The description of one photograph, or of a box in it.
 
     file: where it is stored. descriptor: (D,) float32, the global descriptor, of length 1.
     orientation: by EXIF, 1 to 8.
@@ -72,7 +72,7 @@ class Describer:
     """Describes photographs with one model and keeps the descriptions in the run's folder.
 
     The model is loaded when the first new photograph is described. Each model and each choice of
-    settings has a folder of its own, and none is ever deleted. The descriptors of local features
+    settings has its own folder, which is never deleted. The descriptors of local features
     are always stored as float16.
 
     model: a weight file with autoencoder, or "untrained:<architecture>". machine: device and
@@ -91,7 +91,7 @@ class Describer:
     def parameters(self) -> dict[str, Any]:
         """Everything that a description depends on, in plain values."""
         local, precision = self.local_settings, self._precision(self.global_settings)
-        # Of the further options those that are no default, so that old folders stay valid.
+        # Later options are added only if they are not the default, so that old folders stay valid.
         options = {"scales": local.scales, "max_keypoints": local.max_keypoints}
         for field in fields(SelectionSettings):
             if getattr(local, field.name) != field.default:
@@ -136,7 +136,7 @@ class Describer:
         box: (x0, y0, x1, y1) in pixels of the upright photograph. Raises PhotographError where the
         photograph cannot be used, or the box does not fit it.
         """
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # opening a pipe would block
             raise PhotographError(f"{path.name}: no regular file, but a folder, pipe or device")
         digest = file_digest(path)
         name = digest if box is None else "-".join([digest, *(str(int(side)) for side in box)])
@@ -152,7 +152,7 @@ class Describer:
         return description
 
     def _extract(self, path: Path, box: Sequence[int] | None) -> dict[str, np.ndarray]:
-        """Returns what a description stores: its descriptor, encoded features and sizes."""
+        """Returns a description's arrays: its descriptor, encoded features and sizes."""
         image, orientation = read_oriented(path)
         try:
             crop, crop_frame = crop_box(image, box)
@@ -238,7 +238,7 @@ class Photographs:
         return self.description(name).features
 
     def report(self) -> str:
-        """Returns the counts, what was left out and the notes, a line each."""
+        """Returns the counts, the photographs left out and the notes, a line each."""
         lines = [
             f"{len(self.names)} photographs described, {self.other_files} other files passed over"
         ]
@@ -340,7 +340,7 @@ def find_query(photographs: Photographs, query: str) -> tuple[str, Path]:
         raise PhotographError(f"there is no query {query} in {folder}; {hint}")
     listed = dict.fromkeys((*photographs.names, *left_out))
     name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else None
-    if name not in listed:  # perhaps one of them by another way, as through a link
+    if name not in listed:  # perhaps a link to one of them
         name = next((name for name in listed if _same(folder / name, path)), None)
     if name in left_out:
         raise PhotographError(f"the query {name}: {left_out[name]}")
@@ -351,10 +351,10 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name.lower())
 
 
-def _same(one: Path, other: Path) -> bool:
+def _same(path: Path, other: Path) -> bool:
     try:
-        return one.samefile(other)
-    except OSError:  # one has vanished
+        return path.samefile(other)
+    except OSError:  # the file has vanished
         return False
 
 
@@ -401,8 +401,8 @@ def search_folder(
     pairs = _inspect(photographs, description, names[: settings.top], settings)
     counts = [(len(pair.matches), pair.verification.count) for pair in pairs]
     table = _rerank(table, np.array(counts, np.int64).reshape(-1, 2))
-    shown = runs.printable(name)
-    return SearchResult(photographs, shown, path, box, description, table, settings)
+    label = runs.printable(name)
+    return SearchResult(photographs, label, path, box, description, table, settings)
 
 
 def _inspect(

@@ -25,7 +25,7 @@ from vitgal.stages.local_describer import LocalDescriber, StageSettings, load_im
 
 @dataclass(frozen=True, eq=False)
 class RayDescriber(LocalDescriber):
-    """A LocalDescriber whose work is done by those of a Ray cluster's actors.
+    """A LocalDescriber that delegates its work to the actors of a Ray cluster.
 
     Of its network only the dimensions are used. source: the weight file, by its absolute path, or
     "untrained:<architecture>".
@@ -62,7 +62,7 @@ class RayDescriber(LocalDescriber):
                 yield failures
 
     def recorded(self) -> dict[str, Any]:
-        """Lists what a stage's manifest records of the cluster; no result depends on it."""
+        """Returns the cluster's entries for a stage's manifest; no result depends on them."""
         return super().recorded() | {
             "engine": "ray",
             "actors": _actor_plan(self.machine).actors,
@@ -88,7 +88,7 @@ class RayDescriber(LocalDescriber):
 def open_describer(
     source: Path | str, settings: StageSettings, machine: MachineSettings
 ) -> Iterator[LocalDescriber]:
-    """Opens a model on this machine or on a Ray cluster, as the setting `engine` says.
+    """Opens a model on this machine or on a Ray cluster, by the setting `engine`.
 
     source: a weight file, or "untrained:<architecture>".
     """
@@ -189,8 +189,8 @@ def _describe_shard(describer: LocalDescriber, state: _ShardState) -> _ShardStat
 def _write_shard(state: _ShardState) -> tuple[Path, int, list[Failure], str]:
     """Writes a shard; returns its folder, its number of images, its failures and this node's name.
 
-    It is written under another name and moved, because a machine that was given up may still be
-    writing the same shard.
+    It is written under another name and moved, because a lost machine may still be writing the
+    same shard.
     """
     shard = state.shard
     if state.images is not None:

@@ -82,7 +82,7 @@ def rerank_shortlist(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Verifies every short list of a run and writes the rankings that follow.
+    """Verifies every short list of a run and writes the reranked rankings.
 
     An interrupted run keeps its finished queries. An unreadable image has 0 inliers.
 
@@ -130,7 +130,7 @@ def rerank_shortlist(
 def candidate_inputs(
     folder: Path, ground_truth: GroundTruth, files: tuple[str, ...]
 ) -> dict[str, str]:
-    """Returns the fingerprints of what verification reads, by name.
+    """Returns the fingerprints of verification's inputs, by name.
 
     folder: `<run>/<dataset>`. files: those of its global stage. StageError names the notebook to
     run where an earlier stage is missing.
@@ -143,7 +143,6 @@ def candidate_inputs(
 
 
 def _read_lists(folder: Path, ground_truth: GroundTruth, top: int) -> CandidateLists:
-    """The candidates of every protocol; StageError where the global stage lacks one of them."""
     source = folder / "global"
     names = read_json(source / "names.json", {"queries": [str], "database": [str]})
     database, labelled = names["database"], len(ground_truth.database)
@@ -178,7 +177,7 @@ def count_queries(
     journal: Path,
     label: str | None,
 ) -> list[np.ndarray]:
-    """Returns per query what `count`, which can be pickled, returns: int32 of shape (..., C).
+    """Returns per query the result of `count`, which must be picklable: int32 (..., C).
 
     journal: folder of the finished queries, from which an interrupted run goes on. label: of the
     progress bar; None: none. The result does not depend on the machine's engine and workers.

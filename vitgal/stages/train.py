@@ -46,7 +46,7 @@ def fit_retrieval(
     finished stage returns at once, an interrupted one continues from its last state.
 
     Args:
-        image_folder: what the paths of the split are relative to.
+        image_folder: the folder that the split's paths are relative to.
         watch: called with the log so far after each epoch; while forked processes train, whenever
             they have written it.
     Raises:
@@ -107,7 +107,7 @@ def read_log(folder: Path) -> pd.DataFrame:
 
 
 def compared(settings: Recipe, machine: MachineSettings) -> dict[str, Any]:
-    """Returns what a training's result depends on: threads and processes change the last bits.
+    """Returns the parameters of a training; threads and processes change the last bits.
 
     `sync_batchnorm` counts only if it is off and there are several.
     """
@@ -183,7 +183,7 @@ def _fit_stage(fit: Fit, inputs: dict[str, str], overwrite: bool) -> Path:
                     | runs.read_json(fit.folder / "changes.json"),
                 )
     if launched():
-        PartialState().wait_for_everyone()  # the next stage reads what this one wrote
+        PartialState().wait_for_everyone()  # the next stage reads this one's files
     return fit.folder
 
 
@@ -214,7 +214,7 @@ def _open_stage(fit: Fit, inputs: dict[str, str], overwrite: bool) -> Iterator[r
 
 
 def _continued(fit: Fit, overwrite: bool) -> dict[str, Any]:
-    """The parameters of the stage: the begun run's, where a resumed one may have others."""
+    """Returns the parameters of the stage: the begun run's, where a resumed one may have others."""
     recorded = None if overwrite else runs.read_settings(fit.folder)
     if recorded is None:
         return dict(fit.parameters)
@@ -236,7 +236,7 @@ def _broadcast(
 ) -> runs.Stage:
     """Gives the first process's stage to all launched processes; raises its error in all.
 
-    settings: fingerprint of what this process was started with, which must be the first one's.
+    settings: fingerprint of this process's arguments, which must equal the first one's.
     """
     message = [(str(error or ""), stage and stage.finished, stage and stage.settings, settings)]
     broadcast_object_list(message)

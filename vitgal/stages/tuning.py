@@ -109,7 +109,6 @@ def _draw_queries(count: int, wanted: int | None, current: RerankingSettings) ->
 
 
 def _read_lists(folder: Path, truth: GroundTruth, queries: np.ndarray, top: int) -> CandidateLists:
-    """The candidates of some queries, given by index."""
     truth = dataclasses.replace(
         truth,
         queries=[truth.queries[q] for q in queries],
