@@ -168,7 +168,7 @@ def rand_augment(
 ) -> np.ndarray:
     """Applies torchvision's RandAugment (Cubuk et al., 2020) to a picture (H, W, 3) uint8.
 
-    magnitude: strength of the operations, at most 30. torch's own generator is left as it was.
+    magnitude: strength of the operations, at most 30. torch's own generator is unchanged.
     """
     change = transforms.RandAugment(
         operations, magnitude, interpolation=transforms.InterpolationMode.BILINEAR

@@ -23,7 +23,7 @@ STATES = ("last", "previous")
 
 @dataclass
 class Progress:
-    """How far a run is.
+    """The progress of a run.
 
     Attributes:
         step: finished steps of this epoch.
@@ -31,8 +31,8 @@ class Progress:
         unreadable: names of the images that could not be read, sorted.
         best: the highest validation score so far.
         pending: for each rank, the scalars of the steps since the last row of the log.
-        images: of a step; 0 in states that do not tell.
-        changes: settings that resumed runs took anew, as `Fit.changes` returns them.
+        images: of a step; 0 in states that lack it.
+        changes: settings that resumed runs changed, as `Fit.changes` returns them.
         skipped: steps without an update, their loss not being finite: step, images.
     """
 

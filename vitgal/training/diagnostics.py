@@ -103,7 +103,7 @@ def lost_variance(model: ViTGaL, photographs: Sequence[np.ndarray], *, size: int
 
     photographs: (H, W, 3) uint8 RGB, each squashed to `size` x `size` pixels.
     """
-    features = [model.token_features(_network_input(each, size)) for each in photographs]
+    features = [model.token_features(_network_input(image, size)) for image in photographs]
     tokens = torch.cat([image.tokens[0] for image in features])
     decoded = torch.cat([image.decoded[0] for image in features])
     return float((decoded - tokens).square().sum() / (tokens - tokens.mean(0)).square().sum())

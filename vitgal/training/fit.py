@@ -1,4 +1,4 @@
-"""What one training is given, and the settings that a resumed one may take anew."""
+"""The arguments of one training, and the settings that a resumed one may change."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ from vitgal.settings import MachineSettings, Recipe
 from vitgal.training.samples import SplitData, read_data
 
 STEP = ("num_processes", "batch_size", "accumulate")  # their product: the images of a step
-# What manifests leave out, and what it then is.
+# Parameters that manifests omit, and their values then.
 ABSENT = {"accumulate": 1, "skip_images": [], "skip_bad_batches": 0, "sync_batchnorm": True}
 
 
@@ -26,7 +26,7 @@ class Fit:
         build: makes the network for a number of classes.
         folder: the stage's folder, where the model, the log and the states go.
         owner: fingerprint of the stage's settings; a state of another owner is refused.
-        parameters: what the result depends on; `begun`: the same as the run was begun with.
+        parameters: the stage's parameters; `begun`: those that the run was begun with.
     """
 
     build: Callable[[int], nn.Module]
@@ -46,7 +46,7 @@ class Fit:
         return read_data(self.split, self.image_folder, self.settings)
 
     def changes(self, recorded: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
-        """Returns what is now another setting than before: step, setting, from, to.
+        """Returns the settings that changed: step, setting, from, to.
 
         recorded: the changes so far.
         """
@@ -65,12 +65,12 @@ def continued(
     """Returns parameters with the begun run's values wherever a resumed one may differ.
 
     These are the `named` ones, and processes, batch size and accumulation where a step has the same
-    images. What else differs is left, so that the stage refuses it.
+    images. Other differences are kept, so that the stage refuses them.
     """
-    both = [ABSENT | dict(part) for part in (begun, parameters)]
-    before, now = (math.prod(part.get(name, 1) for name in STEP) for part in both)
+    recipes = [ABSENT | dict(part) for part in (begun, parameters)]
+    before, now = (math.prod(part.get(name, 1) for name in STEP) for part in recipes)
     names = {*named, *(STEP if before == now else ())}
-    if 1 in (part.get("num_processes") for part in both):
+    if 1 in (part.get("num_processes") for part in recipes):
         names.add("sync_batchnorm")  # means nothing on one process
     kept = {name: value for name, value in parameters.items() if name not in names}
     return kept | {name: begun[name] for name in names if name in begun}

@@ -1,4 +1,4 @@
-"""Runs one training in this process, in forked ones, or in those that a launcher started."""
+"""Runs one training in this process, in forked processes, or in a launcher's processes."""
 
 import contextlib
 import os
@@ -27,11 +27,11 @@ from vitgal.training.processes import ending_signals, timeout
 
 MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 MPI = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")  # accelerate prefers them
-# What accelerate reads where it is not told: accumulation, precision, compiler, device, sharding.
+# Variables that accelerate reads: accumulation, precision, compiler, device, sharding.
 ACCELERATE = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "USE_TORCH_XLA")
 LAUNCH = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torch's
 LEFT_OVER = (*LAUNCH, "LOCAL_WORLD_SIZE", "GROUP_", "ROLE_", "NODE_RANK", "TORCHELASTIC_")
-TRIES = 3  # within an hour that a killed process asks to be started again
+TRIES = 3  # restarts within an hour after a killed process
 PEER_SECONDS = 30  # from another process's death to this one's: the launcher reports the first
 WATCH_SECONDS = 5  # between two checks of the log of forked processes
 
@@ -50,10 +50,10 @@ def _count(name: str) -> int:
 
 @contextlib.contextmanager
 def own_environment() -> Iterator[dict[str, str]]:
-    """Hides from accelerate what the environment tells it besides our settings; yields that.
+    """Removes accelerate's variables from the environment; yields the removed ones.
 
-    Hidden in a process on its own are also the variables that a launcher has left behind. Raises
-    TrainingError for half of a launch, and for one by MPI.
+    Without a launcher, variables left by an earlier launch are removed too. Raises TrainingError
+    for an incomplete launch, and for a launch by MPI.
     """
     missing = [name for name in LAUNCH if name not in os.environ] if launched() else []
     if missing:
@@ -103,7 +103,7 @@ def run_fit(fit: Fit) -> None:
     except WorkerLost as error:
         file = fit.folder / "state" / "killed.json"
         now, times = time.time(), runs.read_json(file) if file.exists() else []
-        times = [each for each in times if 0 <= now - each < 3600]  # the clock may have jumped
+        times = [past for past in times if 0 <= now - past < 3600]  # the clock may have jumped
         runs.write_json(file, [*times, now])
         if len(times) < TRIES:
             raise Preempted(f"{error}; the same command goes on from the last state") from error
@@ -132,9 +132,9 @@ def _run_fit(fit: Fit) -> None:
     _check_fork(fit.machine)
     environment = patch_environment(
         omp_num_threads=os.environ.get("OMP_NUM_THREADS", "1"),
-        # Else a run under nohup ends with the terminal.
+        # Otherwise a run under nohup ends with its terminal.
         torchelastic_signals_to_handle=",".join(
-            ["SIGINT", "SIGQUIT", *(each.name for each in ending_signals())]
+            ["SIGINT", "SIGQUIT", *(ending.name for ending in ending_signals())]
         ),
     )
     with _watched_log(fit), _errors_of_children(), environment:
@@ -159,8 +159,8 @@ def train(fit: Fit, *, forked: bool = False) -> None:
     except RuntimeError as error:
         if trainer.termination.requested and _is_lost_peer(error):
             raise Preempted(
-                "asked to end after another process had gone: nothing could be saved, "
-                "the last saved state is valid"
+                "ended by a signal after another process had died: nothing more was saved; "
+                "start the same again to continue from the last state"
             ) from error
         raise
     if trainer.accelerator.is_main_process:
@@ -174,8 +174,7 @@ def train(fit: Fit, *, forked: bool = False) -> None:
 
 
 def _check_fork(machine: MachineSettings) -> None:
-    """Raises TrainingError where forked processes could not compute."""
-    # torch otherwise asks the CUDA driver whether there is a GPU, after which no fork can use one.
+    # By default torch queries the CUDA driver for GPUs, after which no fork can use one.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if torch.cuda.is_initialized():
         raise TrainingError(
@@ -191,7 +190,7 @@ def _check_fork(machine: MachineSettings) -> None:
 
 
 def _train_forked(fit: Fit) -> None:
-    # Threads do not survive a fork; OpenMP would wait for them for ever.
+    # Threads do not survive a fork; OpenMP would wait for them forever.
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     try:
@@ -209,7 +208,7 @@ def _is_lost_peer(error: RuntimeError) -> bool:
 
 
 def _await_launcher() -> None:
-    """The launcher reports the first ended process, and ends the others by SIGTERM."""
+    """Waits until the launcher ends this process, after it has reported the lost one."""
     threading.Event().wait(PEER_SECONDS)
 
 
@@ -219,7 +218,9 @@ def _errors_of_children() -> Iterator[None]:
     try:
         yield
     except SignalException as error:
-        raise Preempted(f"asked to end ({error}); the processes have saved their state") from error
+        raise Preempted(
+            f"ended by a signal ({error}); the processes have saved their state"
+        ) from error
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         message = failure.message
@@ -241,19 +242,18 @@ def _watched_log(fit: Fit) -> Iterator[None]:
     log, done = fit.folder / "log.jsonl", threading.Event()
 
     def show(seen: int | None) -> int | None:
-        """Passes the log where it has changed since `seen`, in ns; returns when it did."""
+        """Passes the log if it has changed since `seen`, a time in ns; returns its time."""
         changed = log.stat().st_mtime_ns if log.exists() else None
         if changed != seen:
             fit.watch(pd.read_json(log, lines=True))
         return changed
 
     def follow(seen: int | None) -> None:
-        """Shows the log whenever it has changed, until training is over."""
         while not done.wait(WATCH_SECONDS):
             seen = show(seen)
 
     # A resumed run's log is not shown by the thread: a fork while it draws would leave locks
-    # locked for ever.
+    # locked forever.
     begun = show(None)
     thread = threading.Thread(target=follow, args=(begun,), daemon=True)
     thread.start()

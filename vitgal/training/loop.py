@@ -39,10 +39,10 @@ from vitgal.training.processes import (
     Termination,
     any_rank,
     begin_agreement,
+    broadcast_buffers,
     check_shared_memory,
     is_worker_error,
     read_batches,
-    share_buffers,
     timeout,
 )
 from vitgal.training.samples import Batches, Sample, SplitData
@@ -58,7 +58,7 @@ def _described(change: dict) -> str:
 
 def training_precision(settings: Recipe) -> str:
     """Returns the precision of training, without initialising CUDA."""
-    device = "cuda" if torch.cuda.device_count() else "cpu"  # device_count asks NVML, not CUDA
+    device = "cuda" if torch.cuda.device_count() else "cpu"  # device_count queries NVML, not CUDA
     return resolve_precision(settings.precision, device, forks=True)
 
 
@@ -84,7 +84,7 @@ class Trainer:
         self.pending: list[dict[str, Tensor]] = []  # scalars of the steps since the last row
         self.replaced: list[str] = []  # names of unreadable images that the log lacks
         self.termination = Termination()
-        self.stop = False  # whether any rank was asked to end
+        self.stop = False  # whether any rank received an ending signal
         self.seconds_per_validation_image = 0.0
         self.board: TensorBoardTracker | None = None
         self._prepare(network)
@@ -115,7 +115,7 @@ class Trainer:
 
     @property
     def bare(self) -> nn.Module:
-        """The network that trains, unwrapped."""
+        """The trained network, unwrapped."""
         return self.accelerator.unwrap_model(self.network)
 
     @property
@@ -149,7 +149,7 @@ class Trainer:
         return progress is not None
 
     def _own_pending(self, saved: list[list[dict[str, float]]]) -> list[dict[str, Tensor]]:
-        """The pending steps of this rank; their means where there were other ranks."""
+        """Returns the pending steps of this rank; their means where there were other ranks."""
         if len(saved) == self.accelerator.num_processes:
             steps = [[step] for step in saved[self.accelerator.process_index]]
         else:
@@ -160,7 +160,7 @@ class Trainer:
         ]
 
     def save_state(self) -> None:
-        """Saves log and state (rank 0); only after a row of the log or `_share_pending`."""
+        """Saves log and state (rank 0); only after a row of the log or `_gather_pending`."""
         if self.accelerator.is_main_process:
             self.checkpoints.save(self.progress)
 
@@ -194,10 +194,10 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def plan(self) -> str:
-        """Describes a step, the run and its highest rate, and warns of another batch than meant."""
+        """Describes a step and the run, and warns of a batch size that does not fit the rates."""
         settings, processes = self.settings, self.accelerator.num_processes
         parts = f"{processes} x {settings.batch_size} x {settings.accumulate}"
-        said = (
+        text = (
             f"{self.step_images} images a step (processes x batch_size x accumulate: {parts}), "
             f"{self.steps:,} steps an epoch, {self.steps * settings.epochs:,} in all, "
             f"learning rate up to {max(self.rates):.3g}"
@@ -205,19 +205,19 @@ class Trainer:
         if self.bare.retrieves and self.data.ground_truth is not None:
             labels = self.data.validation.labels[self.data.retrieval_set]
             seen = "are not" if (labels < 0).all() else "are"
-            said += f"; the landmarks of retrieval validation {seen} trained on"
+            text += f"; the landmarks of retrieval validation {seen} trained on"
         meant = settings.step_images
         if meant is None or meant == self.step_images or settings.scale_lr:
-            return said
+            return text
         batch = meant / (processes * settings.accumulate)
         remedy = f"batch_size {batch:.0f}" if batch.is_integer() else "another batch_size"
         return (
-            f"{said}\nNOTE the recipe's rates are meant for {meant} images a step: set {remedy}, "
+            f"{text}\nNOTE the recipe's rates are meant for {meant} images a step: set {remedy}, "
             f"or scale_lr: true, which multiplies them by {self.step_images / meant:g}"
         )
 
     def run_epoch(self, bar: tqdm) -> None:
-        """Runs one epoch, or what is left of it: steps, validation, log and state."""
+        """Runs one epoch, or the rest of it: steps, validation, log and state."""
         progress = self.progress
         for group in self.optimizer.param_groups:
             group["lr"] = self.rates[progress.epoch] * group.get("lr_scale", 1.0)
@@ -270,7 +270,7 @@ class Trainer:
         not_finite, self.stop = agreement()
         if not_finite:
             for buffer, value in zip(self.bare.buffers(), buffers, strict=True):
-                buffer.copy_(value)  # BatchNorm's statistics have seen the batch
+                buffer.copy_(value)  # BatchNorm's statistics already include the batch
             self._pass_over(self._images_not_finite(batches, results))
             return {}
         self._update()
@@ -287,7 +287,7 @@ class Trainer:
         torch.manual_seed(int(np.random.SeedSequence(draw).generate_state(1, np.uint64)[0] >> 1))
 
     def _begin_agreement(self, results: list[dict[str, Tensor]]) -> Callable[[], list[bool]]:
-        """Asks all ranks for two flags: a loss is not finite; SIGTERM came."""
+        """Gathers two flags of all ranks: a loss is not finite; SIGTERM was received."""
         losses = torch.stack([result["loss"] for result in results])
         not_finite = (~torch.isfinite(losses)).any().float()
         stop = torch.tensor(float(bool(self.termination.requested)), device=losses.device)
@@ -338,7 +338,7 @@ class Trainer:
         indices = batch.unreadable[batch.unreadable >= 0].tolist()
         self.replaced += [str(dataset.names[index]) for index in indices]
 
-    def _share_unreadable(self) -> None:
+    def _gather_unreadable(self) -> None:
         names = gather_object(self.replaced)
         self.progress.unreadable = sorted({*self.progress.unreadable, *names})
         self.replaced = []
@@ -388,7 +388,7 @@ class Trainer:
         accelerator, data = self.accelerator, self.data
         images = range(len(data.validation)) if images is None else images
         network = self.result
-        share_buffers(accelerator, network)
+        broadcast_buffers(accelerator, network)
         network.eval()
         own = images[accelerator.process_index :: accelerator.num_processes]
         size = self.settings.batch_size
@@ -399,23 +399,25 @@ class Trainer:
             for _ in range(-(-len(images) // (size * accelerator.num_processes))):
                 results += self._validate_batch(network, next(batches, None))
             next(batches, None)
-        self._share_unreadable()
+        self._gather_unreadable()
         return data.score(gather_object(results))
 
     def _validate_batch(
         self, network: nn.Module, batch: Sample | None
     ) -> list[tuple[np.ndarray, dict[str, Tensor]]]:
-        """The positions of a batch and what the network gives; some ranks have a batch less."""
+        """Returns a batch's positions and the network's results; some ranks have a batch less."""
         results = []
         if batch is not None:
             with self.accelerator.autocast():
                 result = network.validate(*self.to_device(batch))
             # The result counts for the requested image even if another replaced it.
             positions = torch.where(batch.unreadable >= 0, batch.unreadable, batch.index)
-            results.append((positions.numpy(), {key: each.cpu() for key, each in result.items()}))
+            results.append((positions.numpy(), {key: value.cpu() for key, value in result.items()}))
             self._note_unreadable(batch, self.data.validation)
         if any_rank(self.accelerator, bool(self.termination.requested)):
-            raise Preempted("asked to end while validating; the epoch is saved")
+            raise Preempted(
+                "ended by a signal while validating; the epoch is saved: start the same again"
+            )
         return results
 
     # The log
@@ -432,7 +434,7 @@ class Trainer:
         }
         means = accelerator.reduce(means, "mean")
         self.pending, progress.pending = [], []
-        self._share_unreadable()
+        self._gather_unreadable()
         since = progress.rows[-1]["step"] if progress.rows else 0
         changes = [change for change in progress.changes if change["step"] >= since]
         skipped = sum(entry["step"] >= since for entry in progress.skipped)
@@ -456,7 +458,7 @@ class Trainer:
         return steps * seconds_per_step + images * self.seconds_per_validation_image
 
     def _bar(self, show: bool) -> tqdm:
-        # Forked and launched processes have no notebook for a widget.
+        # A widget needs a notebook, which forked and launched processes do not have.
         return (tqdm if self.accelerator.num_processes == 1 else text_bar)(
             total=self.steps * self.settings.epochs,
             initial=self.finished_steps,
@@ -480,7 +482,7 @@ class Trainer:
             yield
         finally:
             if self.board is not None:
-                with contextlib.suppress(OSError):  # a full disk, which log and state tell
+                with contextlib.suppress(OSError):  # log and state report a full disk
                     self.board.finish()
             self.board = None
 
@@ -496,21 +498,20 @@ class Trainer:
 
     # What stops a run
 
-    def _share_pending(self) -> None:
+    def _gather_pending(self) -> None:
         """Collects the pending steps of all ranks; all must call this."""
         steps = [{key: float(value) for key, value in step.items()} for step in self.pending]
         self.progress.pending = gather_object([steps])
 
     def _stop_preempted(self) -> None:
-        """Saves the state in the middle of an epoch and raises Preempted."""
-        self._share_pending()
-        self._share_unreadable()
+        self._gather_pending()
+        self._gather_unreadable()
         self.save_state()
         self.accelerator.wait_for_everyone()
         raise Preempted(
-            f"asked to end ({self.termination.requested or 'on another process'}) after step "
+            f"ended by {self.termination.requested or 'a signal to another process'} after step "
             f"{self.progress.step} of epoch {self.progress.epoch}; the state is saved: start the "
-            "same again to go on"
+            "same again to continue"
         )
 
     def _images_not_finite(
@@ -540,15 +541,16 @@ class Trainer:
             if self.accelerator.is_main_process:
                 tqdm.write(f"{where}{', '.join(images)}: passed over")
             return
-        self._share_pending()
+        self._gather_pending()
         kept = f"the last whole state, if any, is {self.checkpoints.last}"
         if all(bool(torch.isfinite(value).all()) for value in self.bare.state_dict().values()):
             self.save_state()
             kept = f"the state before this step is saved in {self.checkpoints.last}"
         self.accelerator.wait_for_everyone()  # rank 0 must have saved before any rank ends
         raise TrainingError(
-            f"{where}{runs.abbreviate(images, NAMED)}; {kept}: go on with a lower lr, clip_grad, "
-            "precision fp32, skip_images or skip_bad_batches, and may_change with what is changed"
+            f"{where}{runs.abbreviate(images, NAMED)}; {kept}: continue with a "
+            "lower lr, clip_grad, precision fp32, skip_images or skip_bad_batches, and list the "
+            "changed settings in may_change"
         )
 
     def _explain(self, error: RuntimeError) -> None:

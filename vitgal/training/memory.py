@@ -40,7 +40,6 @@ def measure_batch(
     """Raises TrainingError as `check_batch_size`, measuring steps of few images on a GPU."""
 
     def peak(count: int) -> int:
-        """Returns the bytes at the peak of a step."""
         torch.cuda.reset_peak_memory_stats(device)
         step(count)
         return torch.cuda.max_memory_allocated(device)
@@ -49,7 +48,7 @@ def measure_batch(
 
 
 def _available_memory(device: torch.device, network: nn.Module) -> int:
-    """The bytes of a GPU that a step may take, without those for AdamW's moments."""
+    """Returns the bytes of a GPU that a step may take, without those for AdamW's moments."""
     free, _ = torch.cuda.mem_get_info(device)
     moments = 2 * sum(
         value.numel() * value.element_size()

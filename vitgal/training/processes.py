@@ -48,13 +48,15 @@ class Termination:
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Termination":
-        if _is_main_thread():  # Python gives signals to the main thread alone
-            self._previous = {each: signal.signal(each, self._note) for each in ending_signals()}
+        if _is_main_thread():  # Python handles signals in the main thread only
+            self._previous = {
+                number: signal.signal(number, self._note) for number in ending_signals()
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
-        for each, handler in self._previous.items():
-            signal.signal(each, handler)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def _note(self, number: int, _: object) -> None:
         self.requested = signal.Signals(number).name
@@ -92,13 +94,13 @@ def check_shared_memory(machine: MachineSettings, batch_bytes: int, processes: i
     batch_bytes: of one batch. processes: training processes of this machine.
     """
     waiting = machine.data_workers * PREFETCHED + 1 if machine.data_workers else 0
-    each, there = waiting * batch_bytes, os.statvfs(SHARED_MEMORY)
-    free = there.f_bavail * there.f_frsize
-    if each * processes > free:
+    needed, disk = waiting * batch_bytes, os.statvfs(SHARED_MEMORY)
+    free, total = disk.f_bavail * disk.f_frsize, needed * processes
+    if total > free:
         raise TrainingError(
-            f"the data workers need {each / 1e9:.2f} GB of shared memory a process, "
-            f"{each * processes / 1e9:.2f} GB in all, and {SHARED_MEMORY} has {free / 1e9:.2f} GB "
-            f"left: start the container with --shm-size {math.ceil(each * processes / 1e9) + 1}g, "
+            f"the data workers need {needed / 1e9:.2f} GB of shared memory a process, "
+            f"{total / 1e9:.2f} GB in all, and {SHARED_MEMORY} has {free / 1e9:.2f} GB left: start "
+            f"the container with --shm-size {math.ceil(total / 1e9) + 1}g, "
             "or lower data_workers"
         )
 
@@ -141,9 +143,9 @@ def _start_worker(_number: int) -> None:
 
 
 def begin_agreement(accelerator: Accelerator, flags: Tensor) -> Callable[[], list[bool]]:
-    """Reduces flags (F,) float32, 0 or 1; the returned function tells which any rank has set.
+    """Reduces flags (F,) float32, 0 or 1; returns a function that gives those set on any rank.
 
-    On a GPU the answer is copied during the backward pass.
+    On a GPU the result is copied during the backward pass.
     """
     if accelerator.num_processes > 1:
         flags = accelerator.reduce(flags, "sum")
@@ -154,7 +156,6 @@ def begin_agreement(accelerator: Accelerator, flags: Tensor) -> Callable[[], lis
     copied.record()
 
     def wait() -> list[bool]:
-        """Waits for the copy from the GPU."""
         copied.synchronize()
         return [bool(flag) for flag in answer]
 
@@ -169,7 +170,7 @@ def any_rank(accelerator: Accelerator, flag: bool) -> bool:
     return bool(accelerator.reduce(flags, "sum"))
 
 
-def share_buffers(accelerator: Accelerator, network: nn.Module) -> None:
+def broadcast_buffers(accelerator: Accelerator, network: nn.Module) -> None:
     """Copies rank 0's BatchNorm statistics, which are saved, to every rank."""
     if accelerator.num_processes > 1:
         for buffer in network.buffers():

@@ -27,7 +27,7 @@ class Sample(NamedTuple):
     """One image as a data worker reads it; in a batch every field has a first axis B."""
 
     picture: Tensor  # (3, S, S) uint8
-    hole: Tensor  # (3,) int64: top, left, side of what is set to zero
+    hole: Tensor  # (3,) int64: top, left, side of the square that is set to zero
     label: int
     index: int  # of the image that was read
     unreadable: int  # index of the unreadable image that it replaces; -1: none
@@ -59,11 +59,11 @@ class TrainingImages(Dataset):
         return len(self.names)
 
     def _indices(self, names: tuple[str, ...]) -> frozenset[int]:
-        found = np.flatnonzero(np.isin(self.names, names)) if names else ()
-        unknown = set(names) - {str(self.names[index]) for index in found}
+        indices = np.flatnonzero(np.isin(self.names, names)) if names else ()
+        unknown = set(names) - {str(self.names[index]) for index in indices}
         if unknown:
             raise TrainingError(f"skip_images names {min(unknown)}, which train.csv does not list")
-        return frozenset(int(index) for index in found)
+        return frozenset(int(index) for index in indices)
 
     def path(self, index: int) -> Path:
         """Returns the path of an image."""
