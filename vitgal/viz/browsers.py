@@ -3,8 +3,8 @@
 A browser draws its first choice at once, so that a headless run fails if the drawing fails. Later
 errors are shown in place of the picture.
 
-Pictures are `widgets.Image` and words `widgets.HTML`, not `widgets.Output`: with it about one cell
-in a hundred of a headless run never ended (see `execution.Client.process_message`).
+Pictures are `widgets.Image` and text is `widgets.HTML`: with `widgets.Output` about 1 % of the
+cells of a headless run never ended (see `execution.Client.process_message`).
 """
 
 import contextlib
@@ -34,7 +34,7 @@ from vitgal.viz.drawing import reduce_image
 from vitgal.viz.failures import failure_figure, failure_table
 from vitgal.viz.run_figures import pair_figure, ranking_figure
 
-if TYPE_CHECKING:  # the stage needs torch: it is imported where it works
+if TYPE_CHECKING:  # the stage imports torch; it is imported where it is used
     from vitgal.stages.own import Photographs, SearchResult
 
 ORDERS = {"lowest AP": "ap", "AP lost by reranking": "change", "worst miss": "miss"}
@@ -48,9 +48,9 @@ NATURAL = widgets.Layout(align_self="flex-start", max_width="100%")  # not stret
 
 
 class FigureOutput:
-    """The output of a browser: a line of words, and the pictures under it.
+    """The output of a browser: a line of text, and pictures below it.
 
-    `work` opens figures, which are shown and closed, and prints what is shown above them.
+    `work` prints the text and opens the figures, which are closed once they are shown.
     """
 
     def __init__(self, work: Callable[[], object]) -> None:
@@ -59,7 +59,7 @@ class FigureOutput:
         self.widget = widgets.VBox([self.words, self.pictures])
 
     def draw(self, work: Callable[[], object] | None = None) -> None:
-        """Shows what `work` draws, once another one if it is given; raises what it raises."""
+        """Shows the output of `work`, or of another one once; its errors are raised."""
         others, text = set(plt.get_fignums()), io.StringIO()
         try:
             with contextlib.redirect_stdout(text):
@@ -86,12 +86,11 @@ class FigureOutput:
         self._show([], message, colour=style.ERROR_COLOUR)
 
     def _show(self, pictures: Sequence[bytes], words: str, colour: str = "inherit") -> None:
-        """Shows .png pictures and words."""
         lines = "\n".join(printable(line) for line in words.strip().split("\n"))
         attributes = f"style='color:{colour};white-space:pre-wrap'"
         self.words.value = f"<pre {attributes}>{html.escape(lines)}</pre>"
         images = self.pictures.children
-        if len(images) != len(pictures):  # else the old ones are filled anew, without flicker
+        if len(images) != len(pictures):  # otherwise the old ones are reused, without flicker
             images = [widgets.Image(format="png", layout=NATURAL) for _ in pictures]
         for image, picture in zip(images, pictures, strict=True):
             image.value = picture
@@ -126,7 +125,7 @@ class Chooser:
         return self.list.value
 
     def _move(self, step: int) -> None:
-        """Chooses the entry `step` further on, round the ends."""
+        """Chooses the entry `step` further on, wrapping at the ends."""
         if self.list.options:
             self.list.index = ((self.list.index or 0) + step) % len(self.list.options)
 
@@ -161,9 +160,8 @@ def live_curves() -> Callable[[pd.DataFrame], None]:
     handle = display(display_id=True)
 
     def watch(log: pd.DataFrame) -> None:
-        """Draws the log in place of what was shown before."""
         figure = training_curves(log)[0].figure
-        plt.close(figure)  # else the inline backend shows it a second time
+        plt.close(figure)  # otherwise the inline backend shows it twice
         handle.update(figure)
 
     return watch
@@ -224,7 +222,7 @@ def browse_failures(
 
 
 class PhotographBrowser:
-    """The controls and the pictures of `browse_photographs`; `widget` is what is shown."""
+    """The controls and the pictures of `browse_photographs`; `widget` holds them."""
 
     def __init__(
         self,
@@ -241,7 +239,7 @@ class PhotographBrowser:
         name, _ = find_query(photographs, query)
         listed = name in photographs.names
         names = photographs.names if listed else [query, *photographs.names]
-        options = [(printable(one), one) for one in names]
+        options = [(printable(entry), entry) for entry in names]
         self.query = widgets.Dropdown(
             options=options, value=name if listed else query, description="query"
         )
@@ -281,7 +279,6 @@ class PhotographBrowser:
             self.ranking.show_error(str(error))
 
     def _open_query(self, box: Sequence[int] | None) -> None:
-        """Shows the chosen query and sets the sliders to the box, or to the whole photograph."""
         from vitgal.stages.own import find_query
 
         name, path = find_query(self.photographs, self.query.value)
@@ -310,7 +307,6 @@ class PhotographBrowser:
         self.preview.value = jpeg.tobytes()
 
     def _search(self) -> None:
-        """Draws the ranking under the box, and the matches with its first photograph."""
         from vitgal.stages.own import search_folder
 
         self.result = search_folder(self.photographs, self.query.value, self.box, self.settings)

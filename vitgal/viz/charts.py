@@ -72,7 +72,6 @@ def split_statistics(
 
 
 def _counts(counts: Sequence[int] | np.ndarray, name: str) -> np.ndarray:
-    """Images per class, largest first."""
     counts = np.asarray(counts, dtype=np.int64)
     if counts.ndim != 1 or (counts.size and counts.min() < 0):
         raise ValueError(f"{name} must be one number of images a class, none negative")
@@ -137,7 +136,7 @@ def draw_curves(
     if len(present) > 1:
         axes.legend(loc="best", labelspacing=0.2, frameon=True, framealpha=0.7, edgecolor="none")
     axes.set_xlabel(horizontal)
-    axes.set_ylim(bottom=0)  # none of these values can be negative
+    axes.set_ylim(bottom=0)  # no value can be negative
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(axis="y")
@@ -153,8 +152,8 @@ def _draw_band(
 def ap_change(table: pd.DataFrame) -> Axes:
     """Draws how the average precision of each query changes, from most won to most lost.
 
-    Bars are in points (hundredths of AP): solid green up, hatched red down; named if there is
-    room. table: one row a query, named by the index, with the columns `before` and `after`:
+    Bars are in points (hundredths of AP): solid green up, hatched red down; named if the
+    names fit. table: one row a query, named by the index, with the columns `before` and `after`:
     average precision in [0, 1], nan where the query has no positive (left out, and counted
     below; a sentence where there is no other). Raises ValueError for a missing column.
     """
@@ -229,7 +228,7 @@ def score_bars(
 
 
 def _percent(score: object) -> float:
-    """A fraction, or the mAP in `evaluate`'s dict, in percent; nan for None."""
+    """Returns a fraction, or the mAP in `evaluate`'s dict, in percent; nan for None."""
     value = score.get("map") if isinstance(score, Mapping) else score
     return float("nan") if value is None else 100 * float(value)
 
@@ -304,6 +303,6 @@ def tuning_curves(tuning: Tuning) -> np.ndarray:
 
 
 def _mean(ap: np.ndarray) -> float:
-    """The mean of AP (Q,) over the queries that count; nan where none does."""
+    """Returns the mean of AP (Q,) over the queries that count; nan where none does."""
     counting = ap[~np.isnan(ap)]
     return float(counting.mean()) if counting.size else float("nan")

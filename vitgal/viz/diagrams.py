@@ -24,7 +24,7 @@ GAP = 0.28  # inches between two boxes
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a diagram: what it is, the shape of the result, and a short note."""
+    """A step of a diagram: its name, the shape of the result, and a short note."""
 
     name: str
     shape: str
@@ -69,7 +69,6 @@ def step_diagram(steps: Sequence[Step], *, width: float = 10.0) -> Axes:
 
 
 def _draw_step(axes: Axes, step: Step, left: float, middle: float) -> None:
-    """A box with three lines of text; left and middle in inches."""
     corner, blue = (left, middle - 0.35), CURVE_COLOURS[0]
     axes.add_patch(
         Rectangle(corner, step.width, 0.7, facecolor=STEP_COLOUR, edgecolor=blue, linewidth=1)

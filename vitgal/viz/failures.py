@@ -1,4 +1,4 @@
-"""Where a run fails: a table of its queries, the worst first, and a figure that explains one."""
+"""Failures of a run: a table of its queries, the worst first, and a figure for one query."""
 
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def failure_figure(
     columns: int = 8,
     reranked: bool = True,
 ) -> Figure:
-    """Draws one query's ranking before and after reranking, what moved, and why.
+    """Draws one query's rankings before and after reranking, with reasons for the changes.
 
     The upper row shows the global ranking with similarities, the lower one the reranked one with
     inliers of matches, if there is one. A table explains the positive image that ranks last and
@@ -127,7 +127,7 @@ def failure_figure(
 def _open(
     run: Path, dataset: RetrievalDataset | str, protocol: str, reranked: bool
 ) -> tuple[RetrievalDataset, list[Ranking]]:
-    """The benchmark, and its global ranking, then the reranked one if there is one."""
+    """Returns the benchmark, and its global ranking, then the reranked one if there is one."""
     if not isinstance(dataset, RetrievalDataset):
         dataset = revisited.open_dataset(dataset, runs.data_folder(run, None, "benchmark"))
     folder = run / dataset.name
@@ -144,7 +144,7 @@ def _open(
 def _worst_positive(
     ranking: Ranking, query: int, positives: np.ndarray, ignored: np.ndarray
 ) -> tuple[int | None, int | None]:
-    """The positive image that ranks last and its rank from 1 on, without what is ignored."""
+    """The positive image that ranks last and its rank from 1 on, without ignored images."""
     if not positives.size:
         return None, None
     ranks = ranking.rank(query, positives, ignored)
@@ -155,7 +155,7 @@ def _worst_positive(
 def _explain(
     folder: Path, benchmark: RetrievalDataset, query: int, ranks: list[pd.Series]
 ) -> pd.DataFrame:
-    """Why images rank as they do: a row an image, from the stages of `<run>/<dataset>`.
+    """Explains the ranks of images, a row each, from the stages of `<run>/<dataset>`.
 
     ranks: by database index, from 1 on, before and, if there is one, after reranking.
     """
@@ -176,7 +176,9 @@ def _explain(
     if len(ranks) == 1:
         return table
     inliers = rerank.inlier_counts(folder / "rerank", query)
-    matches = _count_matches(folder, benchmark, query, [one for one in images if one in inliers])
+    matches = _count_matches(
+        folder, benchmark, query, [image for image in images if image in inliers]
+    )
     for name, counts in (("matches", matches), ("inliers", inliers)):
         table[name] = pd.array([counts.get(image, pd.NA) for image in images], dtype="Int64")
     table["matches"] = table["matches"].clip(lower=0)
@@ -206,7 +208,7 @@ def _count_matches(
 
 
 def _reason(before: object, after: object, matches: int | None) -> str:
-    """The effect of reranking on one image, in words; the ranks may be missing."""
+    """Describes the effect of reranking on one image; the ranks may be missing."""
     if matches is None:
         return "not on the short list: nothing verified"
     if matches < 0:
@@ -220,14 +222,12 @@ def _reason(before: object, after: object, matches: int | None) -> str:
 
 
 def _similarity_caption(row: pd.Series) -> str:
-    """Rank and similarity."""
     rank = row["rank before"] if "rank before" in row else row["rank"]
     value = "" if pd.isna(row["similarity"]) else f"   {row['similarity']:.2f}"
     return f"{'–' if pd.isna(rank) else rank}{value}"
 
 
 def _inlier_caption(row: pd.Series) -> str:
-    """Rank, the rank before, inliers of matches."""
     old, new = row["rank before"], row["rank after"]
     counts = "" if pd.isna(row["matches"]) else f"   {row['inliers']}/{row['matches']}"
     if pd.isna(new):

@@ -93,7 +93,7 @@ def ranking_rows(
 ) -> np.ndarray:
     """Draws the first `columns` images of several queries' rankings, one row a query.
 
-    An empty ranking says so. Returns the axes, shape (queries, 1 + columns); a sentence without
+    An empty ranking gets a note. Returns the axes, shape (queries, 1 + columns); a sentence without
     queries. Raises ValueError where the numbers of queries and rankings differ or an array is no
     photograph.
     """
@@ -117,11 +117,11 @@ def stacked_rankings(
     *,
     columns: int | None = None,
 ) -> np.ndarray:
-    """Draws rankings of one query above each other, with a table of words below.
+    """Draws rankings of one query above each other, with a text table below.
 
     Arrows lead from a labelled image's position in the first ranking to that in the second.
-    rankings: one or two of name -> images, best first; an empty one says so. reasons: a table whose
-    rows are written below. columns: images drawn of each ranking; None: all. Returns the axes,
+    rankings: one or two of name -> images, best first; an empty one gets a note. reasons: the
+    table that is written below. columns: images drawn of each ranking; None: all. Returns the axes,
     shape (rankings, 1 + columns), the query's in each row. Raises ValueError where an array is no
     photograph.
     """
@@ -178,7 +178,6 @@ def before_after(
 
 
 def _with_pixels(images: Sequence[Any]) -> list[Any]:
-    """Queries or ranked images with their photographs read."""
     return [replace(image, image=drawing.read_pixels(image.image)) for image in images]
 
 
@@ -227,7 +226,6 @@ def _draw_query(axes: Axes, query: QueryImage, inches: float) -> None:
 def _draw_row(
     cells: Sequence[Axes], images: Sequence[RankedImage], inches: float, *, below: bool = False
 ) -> None:
-    """One ranking's photographs in their frames, with captions above or below."""
     if not images:
         drawing.write_sentence(cells[0], "no image\nranked")
     for axes, image in zip(cells, images, strict=False):
@@ -261,12 +259,11 @@ def _draw_arrows(cells: np.ndarray, rows: Sequence[Sequence[RankedImage]]) -> No
                 linewidth=1.8,
                 arrowstyle="-|>",
             )
-            arrow.set_in_layout(False)  # else the layout would make room for it between the rows
+            arrow.set_in_layout(False)  # otherwise the layout moves the rows apart
             cell.figure.add_artist(arrow)
 
 
 def _add_legend(figure: Figure, rankings: Sequence[Sequence[RankedImage]]) -> None:
-    """Names the frames that occur."""
     labels = {image.label for ranking in rankings for image in ranking}
     colours = {"query": QUERY_COLOUR}
     for label, colour in LABEL_COLOURS.items():
@@ -287,7 +284,7 @@ def _write_table(axes: Axes, table: pd.DataFrame, width: float) -> None:
     drawing.hide_frame(axes)
     axes.set(xlim=(0, 72 * width), ylim=(len(table) + 0.5, -0.5))
     columns = {name: [name, *map(_cell_text, table[name])] for name in table}
-    widths = [max(drawing.text_width(t, CAPTION_SIZE) for t in one) for one in columns.values()]
+    widths = [max(drawing.text_width(t, CAPTION_SIZE) for t in texts) for texts in columns.values()]
     gap, left = 14.0, 4.0
     rest = sum(widths[1:]) + gap * len(widths)
     widths[0] = min(widths[0], max(60.0, 72 * width - rest - left))
@@ -302,7 +299,6 @@ def _write_table(axes: Axes, table: pd.DataFrame, width: float) -> None:
 
 
 def _cell_text(value: object) -> str:
-    """Formats a value; – for a missing one."""
     if pd.isna(value):
         return "–"
     return f"{value:.2f}" if isinstance(value, float) else printable(value)

@@ -192,7 +192,6 @@ def dropped_features(
 
 
 def _check_maps(maps: Sequence[np.ndarray], count: int, name: str) -> list[np.ndarray]:
-    """Maps (h, w), one a photograph, finite and not empty."""
     maps = [np.asarray(heat, dtype=float) for heat in maps]
     if len(maps) != count:
         raise ValueError(f"{len(maps)} {name} for {count} images: give one each")

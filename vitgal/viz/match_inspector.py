@@ -1,4 +1,4 @@
-"""The match inspector: any query against any database image, with the parameters of matching."""
+"""The match inspector: a query and a database image under any parameters of matching."""
 
 from dataclasses import dataclass, replace
 
@@ -48,8 +48,8 @@ def inspected_matches(
     """Draws the compared pair of a query and a database image, given by index.
 
     Attention and dropped tokens are drawn of those images for which `inspector.selection` has
-    been called. layers: what is drawn besides inliers. max_lines: most inliers, and most rejected
-    matches, that are drawn.
+    been called. layers: the drawn layers besides inliers. max_lines: most inliers, and most
+    rejected matches, that are drawn.
     """
     sides = []
     for side, features in ((("query", query), pair.query), (("database", image), pair.database)):
@@ -65,7 +65,7 @@ def inspected_matches(
 
 
 class MatchInspector:
-    """The controls and the picture of `inspect_matches`; `widget` is what is shown."""
+    """The controls and the picture of `inspect_matches`; `widget` holds them."""
 
     def __init__(
         self, inspector: Inspector, query: int, image: int | None, settings: RerankingSettings
@@ -94,7 +94,6 @@ class MatchInspector:
         self.widget = widgets.VBox([self.query.widget, images, controls, self.output.widget])
 
     def _candidates(self) -> Options:
-        """The query's verified images, most inliers first; others are typed in."""
         counts = self.inspector.counts(self.query.value)
         order = sorted(counts, key=lambda image: (-counts[image], image))
         return [self._entry(image, f", {counts[image]} inliers") for image in order]
@@ -157,7 +156,7 @@ class MatchInspector:
         return ("query", self.query.value), ("database", self.image.value)
 
     def pair(self) -> ComparedPair:
-        """Compares the chosen pair under the parameters as the controls stand."""
+        """Compares the chosen pair under the controls' current parameters."""
         distance, count = self.distance.value, self.count.value
         threshold, estimator = self.threshold.value, self.estimator.value
         matching, verification = self.settings.matching, self.settings.verification
@@ -168,7 +167,6 @@ class MatchInspector:
         return self.inspector.pair(query, image, settings, hidden_scales=self.hidden_scales.value)
 
     def _look(self) -> None:
-        """Computes attention and dropped tokens of both photographs and draws them."""
         selection, _ = [self.inspector.selection(*side) for side in self._sides()]
         if len(self.attention.options) == 1:
             heads = len(next(iter(selection.attention.values())))

@@ -55,7 +55,6 @@ def keypoints(
 
 
 def _patch_squares(features: LocalFeatures) -> list[Rectangle]:
-    """The patches of the features in pixels of the photograph."""
     x0, y0, x1, y1 = features.box
     height, width = features.input_size
     ratio = np.array([(x1 - x0) / width, (y1 - y0) / height])
@@ -219,13 +218,12 @@ def _draw_side_by_side(axes: Axes, pictures: Sequence[np.ndarray], width: float)
 
 
 def _spread(lines: np.ndarray, limit: int) -> np.ndarray:
-    """At most `limit` of the lines (M, 2, 2), spread over the list."""
+    """Returns at most `limit` of the lines (M, 2, 2), spread over the list."""
     count = len(lines)
     return lines[np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int))]
 
 
 def _draw_inliers(axes: Axes, lines: np.ndarray) -> None:
-    """Bold lines with dots at their ends; lines: (K, 2 ends, 2) inches."""
     wide, dark = 1.2 if len(lines) <= 50 else 0.8, style.INLIER_EDGE_COLOUR
     drawn = LineCollection(lines, colors=style.INLIER_COLOUR, linewidths=wide)
     drawn.set_path_effects(drawing.outlined(dark, 2 * wide))

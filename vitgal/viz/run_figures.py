@@ -33,7 +33,7 @@ THUMBNAIL = 1200  # pixels, the longer side of one's own photograph in a ranking
 
 
 def existing_queries(truth: GroundTruth, queries: Sequence[int]) -> list[int]:
-    """Returns those query indices that exist; prints which do not, and the range."""
+    """Returns the query indices that exist; prints the others and the valid range."""
     count = len(truth.queries)
     for query in queries:
         if not 0 <= query < count:
@@ -72,7 +72,7 @@ def reranked_gallery(
     protocol: str = "hard",
     columns: int = 8,
 ) -> np.ndarray:
-    """Draws one query's ranking before and after reranking, without what the protocol ignores.
+    """Draws one query's ranking before and after reranking, without ignored images.
 
     The note under an image of the second row is its number of inliers. folder:
     `<run>/<dataset>`, with its stages global and rerank. Returns the axes, shape (2, 1 +

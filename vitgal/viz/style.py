@@ -1,4 +1,4 @@
-"""Colours, style and files: what all figures share."""
+"""Colours, style and files of all figures."""
 
 import functools
 import os
@@ -66,14 +66,14 @@ STYLE = {
 
 
 def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a function that returns axes: it draws in STYLE, whatever the user's style is."""
+    """Decorates a function that returns axes: it draws in STYLE, not in the user's style."""
 
     @functools.wraps(draw)
     def draw_in_style(*arguments: Any, **options: Any) -> Any:
         """Draws in STYLE."""
         with plt.style.context(["default", STYLE]):
             axes = draw(*arguments, **options)
-            # All texts, with those of ticks, which are made when looked at: else in another style
+            # Includes the labels of ticks, which are otherwise created later, in another style.
             for text in np.ravel(axes)[0].figure.findobj(Text):
                 if not text.get_text().isascii():
                     text.set_fontfamily(plt.rcParams["font.family"])  # with what `drawable` added
@@ -90,7 +90,7 @@ def save_figure(
     The file is written atomically, without a date: the same figure gives the same bytes.
 
     Args:
-        axes: what a drawing function returned; an array may have any shape.
+        axes: the result of a drawing function; an array may have any shape.
         path: its suffix, .pdf, .svg, .png or .jpg, chooses the format; ValueError for others.
         dpi: resolution of photographs inside a .pdf or .svg, and of a .png or .jpg as a whole.
         close: closes the figure afterwards, for loops that write many.
