@@ -17,8 +17,8 @@ def published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A complete model of ours as the published ViTGaL code would have saved it."""
     renamed = {}
     for key, value in _joined(state).items():
-        ours, theirs = next(pair for pair in PREFIXES if key.startswith(pair[0]))
-        renamed[theirs + key[len(ours) :]] = value.clone()
+        actual, reference = next(pair for pair in PREFIXES if key.startswith(pair[0]))
+        renamed[reference + key[len(actual) :]] = value.clone()
     assert len(renamed) == len(_joined(state))
     return renamed
 

@@ -22,10 +22,10 @@ def main(run_dir: str = "demo") -> None:
             continue
         executed = nbformat.read(other, as_version=4)
         done = [cell for cell in executed.cells if cell.cell_type == "code"]
-        ours = [cell for cell in notebook.cells if cell.cell_type == "code"]
-        if [cell.source for cell in done] != [cell.source for cell in ours]:
+        actual = [cell for cell in notebook.cells if cell.cell_type == "code"]
+        if [cell.source for cell in done] != [cell.source for cell in actual]:
             raise ValueError(f"{path.name} is not what {run_dir} executed: run it again")
-        for cell, other in zip(ours, done, strict=True):
+        for cell, other in zip(actual, done, strict=True):
             cell.outputs = [without_widget(output) for output in other.outputs]
             cell.execution_count = other.execution_count
         nbformat.write(notebook, path)

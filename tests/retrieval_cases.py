@@ -41,9 +41,9 @@ def image_pair(shared: int, alone: int, seed: int = 0) -> tuple[LocalFeatures, L
     rng = np.random.default_rng(seed)
     query, gallery = planted(shared, alone, seed)
     descriptors = unit(rng.standard_normal((shared + 2 * alone, 32)))
-    ours, theirs = descriptors[: shared + alone], descriptors.copy()
-    theirs = np.concatenate([theirs[:shared], theirs[shared + alone :]])
-    return local_features(query, ours), local_features(gallery, theirs)
+    actual, reference = descriptors[: shared + alone], descriptors.copy()
+    reference = np.concatenate([reference[:shared], reference[shared + alone :]])
+    return local_features(query, actual), local_features(gallery, reference)
 
 
 def random_benchmark(number: int, queries: int, seed: int) -> tuple[GroundTruth, np.ndarray]:

@@ -70,8 +70,8 @@ def call(name: str, command: list[str], environment: dict[str, str] | None = Non
     """Runs one step in the checkout's top folder; says so, and whether it passed."""
     print(f"--- {name}", flush=True)
     # OMP_WAIT_POLICY: threads that wait asleep, or two busy processes slow each other tenfold
-    given = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | (environment or {})
-    return subprocess.run(command, cwd=TOP, env=given).returncode == 0
+    options = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | (environment or {})
+    return subprocess.run(command, cwd=TOP, env=options).returncode == 0
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ CACHE = "own"  # own photographs are cached in a folder named by a fingerprint o
 
 def digests(run: Path) -> dict[str, str]:
     """The sha256 of every result of a run, by its path in the run folder."""
-    found = {}
+    result = {}
     for path in sorted(run.rglob("*")):
         if path.is_symlink() or not path.is_file():
             continue
@@ -30,8 +30,8 @@ def digests(run: Path) -> dict[str, str]:
             continue
         parts = path.relative_to(run).parts
         name = "/".join(("own", parts[-1]) if parts[0] == CACHE else parts)
-        found[name] = hashlib.sha256(content).hexdigest()
-    return found
+        result[name] = hashlib.sha256(content).hexdigest()
+    return result
 
 
 def differences(first: Path, second: Path) -> list[str]:

@@ -44,15 +44,15 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
-def test_functions_take_what_they_promise_in_its_order(name):
-    found = inspect.signature(getattr(vitgal, name)).parameters
+def test_functions_have_the_documented_parameters_in_order(name):
+    result = inspect.signature(getattr(vitgal, name)).parameters
     wanted = SIGNATURES[name]
-    assert list(found)[: len(wanted)] == list(wanted)
+    assert list(result)[: len(wanted)] == list(wanted)
     for key, default in wanted.items():
-        assert found[key].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD, key
-        assert found[key].default == (inspect.Parameter.empty if default is ... else default), key
+        assert result[key].kind == inspect.Parameter.POSITIONAL_OR_KEYWORD, key
+        assert result[key].default == (inspect.Parameter.empty if default is ... else default), key
     # Whatever else there is has a default.
-    for parameter in list(found.values())[len(wanted) :]:
+    for parameter in list(result.values())[len(wanted) :]:
         named = parameter.kind == inspect.Parameter.KEYWORD_ONLY
         assert parameter.kind == inspect.Parameter.VAR_KEYWORD or (
             named and parameter.default is not inspect.Parameter.empty

@@ -36,16 +36,16 @@ def defined(path: Path) -> set[str]:
 
 
 def test_every_row_is_whole():
-    found = rows()
-    assert len(found) > 90
-    for row in found:
+    result = rows()
+    assert len(result) > 90
+    for row in result:
         assert len(row) == 4 and all(row[:3]), row
 
 
 def test_what_is_kept_has_a_test():
-    for where, published, here, held in rows():
+    for where, published, here, locks in rows():
         kept = re.match(r"same|switch|fixed", here)
-        assert not kept or "::" in held, f"{where}: {published}"
+        assert not kept or "::" in locks, f"{where}: {published}"
 
 
 @pytest.mark.parametrize(
@@ -53,21 +53,21 @@ def test_what_is_kept_has_a_test():
 )
 def test_the_tests_it_names_are_there(name):
     (path,) = (TOP / "tests").rglob(name)
-    known = defined(path)
+    existing = defined(path)
     named = {test for row in rows() for test in re.findall(rf"`{name}::(\w+)`", row[3])}
-    assert named and named <= known, sorted(named - known)
+    assert named and named <= existing, sorted(named - existing)
 
 
 @pytest.mark.slow
-def test_the_page_on_published_files_runs_as_it_stands(finished_run, tmp_path, monkeypatch):
+def test_the_page_on_published_files_runs(finished_run, tmp_path, monkeypatch):
     monkeypatch.setenv("VITGAL_RUNS", str(finished_run.parent))
     monkeypatch.chdir(tmp_path)
     page = (TOP / "docs" / "published_files.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     assert len(blocks) == 7
     exec(compile("\n".join(blocks), "published_files.md", "exec"), {})
-    made = "train_split.txt global_rank.npy rerank_path.txt published run features.h5 pairs.txt"
-    assert {path.name for path in (tmp_path / "exchange").iterdir()} == set(made.split())
+    built = "train_split.txt global_rank.npy rerank_path.txt published run features.h5 pairs.txt"
+    assert {path.name for path in (tmp_path / "exchange").iterdir()} == set(built.split())
     # The page says that features which went out and came back can be reranked with.
     run = tmp_path / "exchange" / "run"
     shutil.copytree(finished_run / "demo" / "global", run / "demo" / "global")

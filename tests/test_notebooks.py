@@ -76,9 +76,9 @@ def clean(notebook: NotebookNode) -> Iterator[str]:
         if tags(cell) & {"injected-parameters", "papermill-error-cell-tag"}:
             yield f"a cell of papermill's: {head(cell)}"
         source = re.sub(r"<\w+>", "x", cell.source)  # placeholders, as in runs/<run>/split
-        shown = [source, *(texts(cell) if cell.cell_type == "code" else [])]
-        for found in filter(None, map(ABSOLUTE.search, shown)):
-            yield f"an absolute path {found[0]} in {head(cell)}"
+        visible = [source, *(texts(cell) if cell.cell_type == "code" else [])]
+        for result in filter(None, map(ABSOLUTE.search, visible)):
+            yield f"an absolute path {result[0]} in {head(cell)}"
 
 
 def parameters(notebook: NotebookNode) -> Iterator[str]:
@@ -140,10 +140,10 @@ def imports(notebook: NotebookNode) -> Iterator[str]:
 
 def compared(notebook: NotebookNode) -> Iterator[str]:
     """Most of what is shown is compared, and some of it is text that can differ."""
-    shown = [cell for cell in codes(notebook) if cell.outputs]
-    kept = [cell for cell in shown if not tags(cell) & IGNORED]
-    if not shown or 2 * len(kept) < len(shown):
-        yield f"{len(kept)} of {len(shown)} cells with output are compared"
+    visible = [cell for cell in codes(notebook) if cell.outputs]
+    kept = [cell for cell in visible if not tags(cell) & IGNORED]
+    if not visible or 2 * len(kept) < len(visible):
+        yield f"{len(kept)} of {len(visible)} cells with output are compared"
     if not any(re.search(r"\d", text) for cell in kept for text in texts(cell)):
         yield "no compared output has a number in it"
 
@@ -174,8 +174,8 @@ def test_hygiene(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_parameters_are_plain_typed_literals(path):
-    found = pipeline.declared(path)
-    assert path not in CHAIN or found["run_dir"].kind is str
+    result = pipeline.declared(path)
+    assert path not in CHAIN or result["run_dir"].kind is str
 
 
 # The rules themselves
@@ -301,7 +301,7 @@ def test_every_pattern_of_sanitize_cfg_is_obeyed():
         ("<object at 0x7f0a1b2c3d4e>", "<object at 0x7fffffffffff>"),
     ],
 )
-def test_sanitize_hides_what_no_result_depends_on(stored, computed):
+def test_sanitize_hides_irrelevant_outputs(stored, computed):
     assert stored != computed
     assert sanitized(stored) == sanitized(computed)
 
@@ -342,9 +342,9 @@ def altered(notebook: NotebookNode) -> NotebookNode:
     for cell in codes(notebook):
         for output in cell.outputs if not tags(cell) & IGNORED else []:
             text = output.get("text", "")
-            for found in re.finditer(r"\d", text):
-                digit = str((int(found[0]) + 1) % 10)
-                output["text"] = text[: found.start()] + digit + text[found.end() :]
+            for result in re.finditer(r"\d", text):
+                digit = str((int(result[0]) + 1) % 10)
+                output["text"] = text[: result.start()] + digit + text[result.end() :]
                 if sanitized(output["text"]) != sanitized(text):
                     return notebook
     raise AssertionError("no compared cell prints a number")

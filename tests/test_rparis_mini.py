@@ -40,7 +40,7 @@ def test_the_notebooks_run_on_real_photographs(finished_run, tmp_path):
         # the stage's products may differ in the last bit and swap two near-equal images
         assert scores[protocol]["map"] == pytest.approx(again[protocol]["map"], abs=1e-3)
     # Better than chance by far: a random ranking reaches the share of positives, about 0.1
-    chance = np.mean([len(one) for one in revisited.positives(truth, "medium")]) / 238
+    chance = np.mean([len(single) for single in revisited.positives(truth, "medium")]) / 238
     assert scores["medium"]["map"] > 2 * chance
     reranked = ranking.Positions.load(folder / "rerank" / "positions_hard.npz")
     hard = evaluation_protocol.evaluate({"hard": reranked}, truth)["hard"]["map"]

@@ -24,12 +24,12 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shown(folder: Path) -> dict[str, list]:
     """What the compared cells of a run's executed notebooks show, pictures included."""
-    found = {}
+    result = {}
     for path in sorted(folder.glob("*.ipynb")):
         cells = codes(nbformat.read(path, as_version=4))
         kept = [cell for cell in cells if not tags(cell) & {*IGNORED, "injected-parameters"}]
-        found[path.stem] = [_plain(output) for cell in kept for output in cell.outputs]
-    return found
+        result[path.stem] = [_plain(output) for cell in kept for output in cell.outputs]
+    return result
 
 
 def _plain(output: NotebookNode) -> tuple[str, dict]:

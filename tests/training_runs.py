@@ -102,8 +102,8 @@ def fit_autoencoder(
 
 def rows(folder: Path) -> list[dict]:
     """The log without what depends on the clock."""
-    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: row[key] for key in row if key not in CLOCK} for row in found]
+    result = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in row if key not in CLOCK} for row in result]
 
 
 def make_trainer(run: Path, images: Path, settings: TrainingSettings = SETTINGS) -> loop.Trainer:
@@ -111,8 +111,8 @@ def make_trainer(run: Path, images: Path, settings: TrainingSettings = SETTINGS)
     data = samples.read_data(run / "split", images, settings)
     network = networks.RetrievalNetwork(build_model(NANO, seed=0), ArcFace(128, data.classes))
     torch.set_num_threads(1)
-    given = fits.Fit(None, settings, MACHINE, run / "retrieval", run / "split", images)
-    return loop.Trainer(network, given, data)
+    options = fits.Fit(None, settings, MACHINE, run / "retrieval", run / "split", images)
+    return loop.Trainer(network, options, data)
 
 
 def in_child(work: Callable[[], object]) -> multiprocessing.Process:

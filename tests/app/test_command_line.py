@@ -20,13 +20,13 @@ def vitgal(*arguments: object, python: tuple = (), **environment: str):
 
 
 @pytest.mark.parametrize("coding", ["ascii", "latin-1"])
-def test_finished_work_succeeds_whatever_the_terminal_can_show(coding, tmp_path):
+def test_any_terminal_encoding_succeeds(coding, tmp_path):
     target = tmp_path / "ch\u00e2teau \u57ce \x1b[2J\u202e.safetensors"
     source = TOP / "weights" / "vitgal_nano.safetensors"
     done = vitgal("weights", source, target, PYTHONIOENCODING=coding)
     assert (done.returncode, done.stderr) == (0, b"") and target.exists()
-    shown = {"ascii": b"ch\\xe2teau", "latin-1": b"ch\xe2teau"}[coding]
-    assert done.stdout.endswith(b"/" + shown + b" \\u57ce \\x1b[2J\\u202e.safetensors\n")
+    visible = {"ascii": b"ch\\xe2teau", "latin-1": b"ch\xe2teau"}[coding]
+    assert done.stdout.endswith(b"/" + visible + b" \\u57ce \\x1b[2J\\u202e.safetensors\n")
 
 
 def test_a_reader_that_has_gone_is_no_failure():
@@ -58,18 +58,18 @@ def test_photographs_names_are_escaped_in_the_table(tmp_path):
 
 @pytest.mark.parametrize("form", [["--box", "-5,0,20,20"], ["--box=-5,0,20,20"]])
 def test_a_negative_box_is_a_value(form, tmp_path, capsys):
-    given = ["own", str(tmp_path), "--query", "-1.jpg", "--output", str(tmp_path / "run")]
-    assert command_line.main([*given, *form]) == 2
-    said = "vitgal: the command line: query_box is (-5, 0, 20, 20); it must be at least 0\n"
-    assert capsys.readouterr().err == said
+    options = ["own", str(tmp_path), "--query", "-1.jpg", "--output", str(tmp_path / "run")]
+    assert command_line.main([*options, *form]) == 2
+    output = "vitgal: the command line: query_box is (-5, 0, 20, 20); it must be at least 0\n"
+    assert capsys.readouterr().err == output
 
 
 @pytest.mark.parametrize("box", ["1,2,3", "0,0,1" + "0" * 400 + ",1", "1e400,0,1,1", "a"])
-def test_a_box_that_is_none_is_refused_before_anything_starts(box, tmp_path, capsys):
-    given = ["own", str(tmp_path), "--query", "1.jpg", "--output", str(tmp_path / "run")]
-    assert command_line.main([*given, "--box", box]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("vitgal: the command line: query_box") and len(said) < 200
+def test_an_invalid_box_is_refused_before_the_run(box, tmp_path, capsys):
+    options = ["own", str(tmp_path), "--query", "1.jpg", "--output", str(tmp_path / "run")]
+    assert command_line.main([*options, "--box", box]) == 2
+    output = capsys.readouterr().err
+    assert output.startswith("vitgal: the command line: query_box") and len(output) < 200
     assert not (tmp_path / "run").exists()
 
 

@@ -25,7 +25,7 @@ def streams(copy: Path) -> dict[str, str]:
     return {output.name: output.text for output in outputs}
 
 
-def test_the_kernel_is_this_python_whatever_is_installed(scratch, tmp_path, monkeypatch):
+def test_the_kernel_is_this_python(scratch, tmp_path, monkeypatch):
     broken = tmp_path / "share" / "jupyter" / "kernels" / "python3" / "kernel.json"
     startup = tmp_path / "home" / ".ipython" / "profile_default" / "startup" / "a.py"
     for path in (broken, startup):
@@ -129,7 +129,7 @@ def test_a_very_long_text_keeps_its_ends():
     assert len(line) < execution.PRINTED + 20
 
 
-def test_names_that_are_no_utf8_and_latin1_output_do_no_harm(scratch, monkeypatch):
+def test_undecodable_names_with_latin1_output(scratch, monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "latin-1")
     source = "import sys\nprint('caf\\udce9', '\\u57ce')\nprint('\\u57ce', file=sys.stderr)"
     copy = executed(scratch("01_a.ipynb", PARAMETERS, source))

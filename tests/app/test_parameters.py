@@ -104,7 +104,7 @@ def test_an_empty_chain_is_an_error(tmp_path):
         pipeline.chain(tmp_path)
 
 
-def test_a_notebook_gets_what_it_takes_and_does_not_say_itself(scratch):
+def test_a_notebook_gets_the_values_that_differ_from_its_own(scratch):
     notebook = scratch("01_first.ipynb", FIRST)
     values = Values.of({"size": 4, "rate": 1.0, "run_dir": "x", "lr": 1.0}, "a file")
     assert pipeline.injected(values, notebook) == {"rate": 1.0, "run_dir": "x"}

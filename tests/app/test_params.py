@@ -38,13 +38,13 @@ def effective(name: str) -> dict:
         NOTEBOOKS, **dict(zip(("first", "last"), pipeline.notebook_range(values), strict=True))
     )
     _, injected = pipeline.plan(values, NOTEBOOKS, chosen)
-    found = {}
+    result = {}
     for path in chosen:
         whole = pipeline.settings_in(path, injected[path])
         for section in sections.NOTEBOOKS[path.stem]:
             built = whole.section(section)
-            found |= flat_values(built)
-    return found
+            result |= flat_values(built)
+    return result
 
 
 def flat_values(section) -> dict:
@@ -91,7 +91,7 @@ def test_recipes_hold_training_and_machines_hold_speed(path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_real_file_names_the_notebooks_it_is_made_for(name):
+def test_a_real_file_names_its_notebooks(name):
     # Without it, an evaluation would first train the demo, and a week's training end in an error.
     wanted = (None, None)
     if name in (*TRAIN, "small_weights"):
@@ -154,19 +154,19 @@ def test_a_real_file_leaves_nothing_to_the_demo(name):
 
 @pytest.mark.parametrize("name", [*TRAIN, *TEST])
 def test_data_paths_are_what_download_brings(name):
-    found = effective(name)
-    paths = {key: value for key, value in found.items() if sections.is_path(key) and value}
+    result = effective(name)
+    paths = {key: value for key, value in result.items() if sections.is_path(key) and value}
     assert paths
     for key, value in paths.items():
         assert value.startswith("data/"), key
         assert sources.source_of(runs.resolve(value)), f"{key}: {value}"
-    data = {key for key, value in found.items() if str(value).startswith("data/")}
+    data = {key for key, value in result.items() if str(value).startswith("data/")}
     assert data == set(paths)
 
 
 @pytest.mark.parametrize("model", ["s12", "s24"])
 def test_training_is_as_published(model):
-    found = effective(f"{model}_train")
+    result = effective(f"{model}_train")
     # The paper's section 4 and the published command lines; where they differ, the code's value.
     published = {
         "architecture": f"xcit_small_{model[1:]}_p16_224",
@@ -208,13 +208,13 @@ def test_training_is_as_published(model):
         "teacher": None,
         "teacher_weights": None,
     }
-    assert {name: found.get(name) for name in published} == published
-    assert found["initial_weights"].endswith(f"/{found['architecture']}.pth")
+    assert {name: result.get(name) for name in published} == published
+    assert result["initial_weights"].endswith(f"/{result['architecture']}.pth")
 
 
 @pytest.mark.parametrize("name", TEST)
 def test_evaluation_is_as_published(name):
-    found = effective(name)
+    result = effective(name)
     published = {
         "global_size": 512,
         "global_resize": "squash",
@@ -234,11 +234,11 @@ def test_evaluation_is_as_published(name):
         "confidence": 1.0,
         "max_distance": 0.79 if name.startswith("s24") else 0.82,  # RParis: nothing is published
     }
-    assert {key: found.get(key) for key in published} == published
+    assert {key: result.get(key) for key in published} == published
     model, dataset = name.split("_")[:2]
-    assert found["weights"] == f"data/weights/vitgal_{model}.pth"
-    assert (found["dataset"], found["dataset_dir"]) == (dataset, f"data/{dataset}")
-    assert found.get("distractors") == ("data/revisitop1m" if name.endswith("_r1m") else None)
+    assert result["weights"] == f"data/weights/vitgal_{model}.pth"
+    assert (result["dataset"], result["dataset_dir"]) == (dataset, f"data/{dataset}")
+    assert result.get("distractors") == ("data/revisitop1m" if name.endswith("_r1m") else None)
 
 
 def test_the_small_weights_never_saw_what_the_demo_tests_or_tunes_on():
@@ -270,5 +270,5 @@ def test_only_the_demo_checks_scores():
     assert bounds == BOUNDS
     assert all(line.default is not None for line in cells if line.name in bounds)
     for file in ("tiny", *TRAIN, *TEST):
-        found = effective(file)
-        assert all(found[name] is None for name in bounds), file
+        result = effective(file)
+        assert all(result[name] is None for name in bounds), file

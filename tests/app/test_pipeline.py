@@ -53,8 +53,8 @@ def test_evaluation_from_a_fresh_folder_lets_the_data_come_first(scratch, tmp_pa
     # 01 makes the data that 04 would read; what is typed for 04 alone reaches it all the same
     scratch("01_data.ipynb", "run_dir: str = 'demo'\nviews: int = 4", "print(views)")
     scratch("02_train.ipynb", "run_dir: str = 'demo'", "raise ValueError")
-    given = "run_dir: str = 'demo'\ndataset_dir: str | None = None\ntop: int = 3"
-    folder = scratch("04_eval.ipynb", given, "print(dataset_dir, top)").parent
+    options = "run_dir: str = 'demo'\ndataset_dir: str | None = None\ntop: int = 3"
+    folder = scratch("04_eval.ipynb", options, "print(dataset_dir, top)").parent
     shared = dict(notebooks=folder, progress=False)
 
     def executed(name: str, **choice) -> set[str]:
@@ -100,7 +100,7 @@ def test_every_fault_is_named_at_once(two, tmp_path):
     assert "did you mean size" in lines[0] and "write 1.0e-3" in lines[1]
 
 
-def test_what_is_typed_for_a_notebook_that_is_not_chosen(two):
+def test_typed_values_of_unselected_notebooks_are_refused(two):
     with pytest.raises(SettingsError, match="scales has no effect here: only 02_second reads it"):
         pipeline.run(only=["01"], overrides={"scales": "1"}, notebooks=two, progress=False)
 
@@ -110,7 +110,7 @@ def test_output_and_run_dir_exclude_each_other(two, tmp_path):
         pipeline.run(overrides={"run_dir": "x"}, output=tmp_path, notebooks=two, progress=False)
 
 
-def test_absent_data_comes_with_the_command_that_brings_it(scratch, tmp_path):
+def test_absent_data_are_reported_with_the_download_command(scratch, tmp_path):
     kinds = "run_dir: str = 'a'\nweights: str | None = None\ndataset_dir: str | None = None"
     folder = scratch("04_a.ipynb", kinds, "print(weights)").parent
     file = tmp_path / "a.yaml"
@@ -124,9 +124,9 @@ def test_absent_data_comes_with_the_command_that_brings_it(scratch, tmp_path):
     ]
     assert not (tmp_path / "runs").exists()
     # A path that no source brings may be made by an earlier notebook of the same run.
-    made = {"weights": str(tmp_path / "later.safetensors"), "dataset_dir": "null"}
-    executed = pipeline.run(file, overrides=made, notebooks=folder, progress=False)
-    assert printed(executed / "notebooks" / "04_a.ipynb").strip() == made["weights"]
+    built = {"weights": str(tmp_path / "later.safetensors"), "dataset_dir": "null"}
+    executed = pipeline.run(file, overrides=built, notebooks=folder, progress=False)
+    assert printed(executed / "notebooks" / "04_a.ipynb").strip() == built["weights"]
 
 
 # Execution
@@ -142,12 +142,12 @@ def test_each_notebook_gets_what_it_declares(two, tmp_path, capfd):
     assert printed(first) == "5 0.001 x y\n"
     assert printed(second) == "[1.0, 0.5] None\n"
     # Nothing of the kernel's or papermill's own noise, one line a notebook.
-    shown = capfd.readouterr()
-    assert [line.split(" after ")[0] for line in shown.err.splitlines()] == [
+    visible = capfd.readouterr()
+    assert [line.split(" after ")[0] for line in visible.err.splitlines()] == [
         "01_first: done",
         "02_second: done",
     ]
-    assert shown.out == ""
+    assert visible.out == ""
     assert sorted(os.listdir(folder / "notebooks")) == [".lock", first.name, second.name]
 
 
@@ -220,7 +220,7 @@ def test_workers_of_one_notebook_have_each_a_copy_of_their_own(scratch, tmp_path
 
 
 @pytest.mark.slow
-def test_a_dead_kernel_is_told_as_such(scratch, tmp_path):
+def test_a_dead_kernel_is_reported(scratch, tmp_path):
     notebook = scratch("01_a.ipynb", "run_dir: str = 'a'", "import os\nos.kill(os.getpid(), 9)")
     with pytest.raises(NotebookError) as error:
         pipeline.run(notebooks=notebook.parent, output=tmp_path / "out", progress=False)
@@ -248,7 +248,7 @@ def test_two_runs_do_not_share_a_folder(two, tmp_path):
             pipeline.run(notebooks=two, output=tmp_path / "out", progress=False)
 
 
-def test_activity_tells_the_running_bar():
+def test_activity_returns_the_running_bar():
     client = execution.Client.__new__(execution.Client)
 
     def message(kind: str, **content) -> dict:
@@ -354,7 +354,7 @@ told.wait()
         pytest.param(GOES_ON, "it is finished", marks=pytest.mark.slow),
     ],
 )
-def test_sigterm_is_passed_on_and_asks_for_a_restart(cell, said, scratch, tmp_path):
+def test_sigterm_is_forwarded_and_ends_with_75(cell, said, scratch, tmp_path):
     """Whether the cell saves something, as training does, the kernel just ends, or goes on."""
     begun = tmp_path / "begun"
     os.mkfifo(begun)
@@ -377,7 +377,7 @@ def test_sigterm_is_passed_on_and_asks_for_a_restart(cell, said, scratch, tmp_pa
     assert "run the same command again to go on: finished stages" in complaint
 
 
-def test_the_command_asks_for_a_restart(monkeypatch, tmp_path, capsys):
+def test_the_command_ends_with_75(monkeypatch, tmp_path, capsys):
     def ended(*_, **__):
         raise execution.Preempted("it was asked to end")
 
@@ -430,8 +430,8 @@ def test_summary_without_scores(tmp_path):
 def test_a_notebook_that_fails_ends_the_command_with_1(tmp_path, capsys):
     # No notebook before it has run in this folder, so that there is no data set.
     params = runs.checkout() / "params" / "tiny.yaml"
-    given = ["run", str(params), "--only", "06", "--output"]
-    assert command_line.main([*given, str(tmp_path / "empty")]) == 1
+    options = ["run", str(params), "--only", "06", "--output"]
+    assert command_line.main([*options, str(tmp_path / "empty")]) == 1
     complaint = capsys.readouterr().err
     assert "06_rerank.ipynb stopped at In [" in complaint
     assert "FileNotFoundError: the folder" in complaint

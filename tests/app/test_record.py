@@ -16,7 +16,7 @@ def record():
     return module
 
 
-def test_what_is_printed_stands_in_the_page_once(record, tmp_path, capfd):
+def test_printed_text_is_on_the_page_once(record, tmp_path, capfd):
     page = tmp_path / "README.md"
     page.write_text("# Measurements\n\nWords.\n")
     script = tmp_path / "a.py"

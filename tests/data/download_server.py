@@ -157,8 +157,8 @@ def one_archive(tmp_path, site, content, arrange="tree", extra=""):
 
 def files_below(folder):
     """Every file below a folder but the lock."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path.relative_to(folder).as_posix() for path in found if path.name != ".lock")
+    result = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in result if path.name != ".lock")
 
 
 def bring(name, tmp_path, sources):

@@ -235,19 +235,21 @@ def test_views_stay_within_the_photograph(recipes):
 
 def test_a_recipe_depends_on_no_other_photograph(bundled, recipes):
     _, benchmark = demo_photographs.split_photographs(bundled)
-    one = [item for item in benchmark if item.landmark == "taj_mahal"]
-    queries, database = demo_benchmark.benchmark_recipes(one, SETTINGS)
+    single = [item for item in benchmark if item.landmark == "taj_mahal"]
+    queries, database = demo_benchmark.benchmark_recipes(single, SETTINGS)
     assert queries == [view for view in recipes[1] if view.photograph.landmark == "taj_mahal"]
     assert database == [view for view in recipes[2] if view.photograph.landmark == "taj_mahal"]
 
 
 def test_recipes_follow_the_seed(bundled):
-    one, same, other = (
+    single, same, other = (
         demo_benchmark.training_recipes(bundled[:1], DemoSettings(seed, 64, 3))
         for seed in (1, 1, 2)
     )
-    assert one == same
-    assert all(a.matrix != b.matrix and a.name != b.name for a, b in zip(one, other, strict=True))
+    assert single == same
+    assert all(
+        a.matrix != b.matrix and a.name != b.name for a, b in zip(single, other, strict=True)
+    )
 
 
 def test_mild_views_have_no_event_and_strength_grows_with_level(bundled):
@@ -352,7 +354,7 @@ def test_beyond_the_border_is_no_black():
     assert pixels.min() >= 122 and pixels.max() <= 134
 
 
-def test_render_is_deterministic_and_colour_changes_as_told():
+def test_render_is_deterministic_and_applies_colour_changes():
     image, view = pattern(100, 80, 3), plain_view(photograph())
     assert np.array_equal(views.render(view, image), views.render(view, image))
     other = views.render(replace(view, noise_seed=2), image)

@@ -190,7 +190,7 @@ def test_a_web_page_is_not_recorded_as_the_file(site, tmp_path):
     assert (bring("thing", tmp_path, sources) / "model.pth").read_bytes() == b"weights"
 
 
-def test_the_google_drive_transfer_resumes_and_names_what_to_do(site, tmp_path):
+def test_the_google_drive_transfer_resumes_and_names_the_remedy(site, tmp_path):
     content = np.random.default_rng(0).bytes(3_000_000)
     site.files["weights.pth"] = content
     part = tmp_path / "things" / ".download-thing" / "weights.pth.part"
@@ -206,7 +206,7 @@ def test_the_google_drive_transfer_resumes_and_names_what_to_do(site, tmp_path):
     assert 0 < resumed <= 2_000_000
 
 
-def test_a_server_that_never_ends_is_left_at_the_listed_size(site, tmp_path):
+def test_an_endless_transfer_stops_at_the_listed_size(site, tmp_path):
     content = b"x" * 1000
     for extra, most in ("", 2_000 + (1 << 20)), (f'sha256 = "{"0" * 64}"\n', 1000):
         sources = one_file(tmp_path, site, content, extra)
@@ -220,13 +220,13 @@ def test_a_server_that_never_ends_is_left_at_the_listed_size(site, tmp_path):
             bring("thing", tmp_path, sources)
 
 
-def test_a_sum_that_never_ends_is_left(world, site, tmp_path):
+def test_an_endless_checksum_file_is_refused(world, site, tmp_path):
     site.endless = {"md5.images_000.txt"}
     with pytest.raises(ValueError, match=r"md5\.images_000\.txt is larger than the 1\.05MB"):
         bring("gldv2_train", tmp_path, world)
 
 
-def test_a_drive_that_never_ends_is_left_at_the_listed_size(site, tmp_path):
+def test_an_endless_drive_transfer_stops_at_the_listed_size(site, tmp_path):
     site.endless = {"weights.pth"}
     part = tmp_path / "things" / ".download-thing" / "weights.pth.part"
     part.parent.mkdir(parents=True)
@@ -284,22 +284,22 @@ def test_a_file_put_there_by_hand_is_taken_and_recorded(site, tmp_path):
 
 def test_a_wrong_published_sum_shows_both_and_removes_the_file(site, tmp_path):
     sources = one_file(tmp_path, site, b"tampered", f'sha256 = "{"0" * 64}"\n')
-    found = hashlib.sha256(b"tampered").hexdigest()
-    with pytest.raises(ValueError, match=rf"{'0' * 64}.*{found}.*published with its address"):
+    result = hashlib.sha256(b"tampered").hexdigest()
+    with pytest.raises(ValueError, match=rf"{'0' * 64}.*{result}.*published with its address"):
         bring("thing", tmp_path, sources)
     assert files_below(tmp_path / "data") == []
 
 
 def test_a_wrong_md5_of_an_archive_shows_both(world, site, tmp_path):
     site.files["md5.images_001.txt"] = b"0123456789abcdef0123456789abcdef  images_001.tar\n"
-    found = hashlib.md5(site.files["images_001.tar"]).hexdigest()
-    with pytest.raises(ValueError, match=rf"0123456789abcdef.*{found}.*md5\.images_001\.txt"):
+    result = hashlib.md5(site.files["images_001.tar"]).hexdigest()
+    with pytest.raises(ValueError, match=rf"0123456789abcdef.*{result}.*md5\.images_001\.txt"):
         bring("gldv2_train", tmp_path, world)
     # The first archive's images stay, and are not fetched again.
     folder = tmp_path / "data" / "gldv2"
     expected = [*EXPECTED["gldv2_train"][:2], "gldv2_train.download.json"]
     assert files_below(folder) == sorted(expected)
-    line = f"{found}  images_001.tar\n".encode()
+    line = f"{result}  images_001.tar\n".encode()
     site.files["md5.images_001.txt"] = line
     bring("gldv2_train", tmp_path, world)
     assert len(site.asked("images_000.tar")) == 1
@@ -325,7 +325,7 @@ def test_a_file_damaged_on_disk_is_kept_aside_and_fetched_anew(site, tmp_path, c
     assert "kept as thing.bin.bad" in capsys.readouterr().out
 
 
-def test_half_unpacked_by_a_kill_is_resumed_without_fetching_what_is_whole(world, site, tmp_path):
+def test_a_killed_unpacking_resumes_without_fetching_again(world, site, tmp_path):
     folder = bring("revisitop1m", tmp_path, world)
     # As a kill leaves it: the second archive whole in the work folder, some of it staged, one image
     # moved and the archive not marked.
@@ -352,7 +352,7 @@ def test_half_unpacked_by_a_kill_is_resumed_without_fetching_what_is_whole(world
 # Disk space
 
 
-def test_too_little_disk_is_said_before_any_request(site, tmp_path):
+def test_too_little_disk_is_reported_before_any_request(site, tmp_path):
     sources = one_archive(tmp_path, site, tar([("a.jpg", b"1")]))
     text = sources.read_text()
     sources.write_text(re.sub(r"bytes = \d+", f"bytes = {10**18}", text))

@@ -20,7 +20,7 @@ def test_check_names_every_missing_and_every_unreadable_image(world, tmp_path):
         ("all_souls_000001.jpg", "the file is cut short"),
         ("radcliffe_000003.jpg", "the file is empty"),
     ]
-    assert [place for place, _ in report.unlisted] == ["extra.jpg"]
+    assert [location for location, _ in report.unlisted] == ["extra.jpg"]
     text = str(report)
     assert "NOT whole" in text
     for name in ("oxford_000002.jpg", "all_souls_000001.jpg: the file is cut", "extra.jpg"):
@@ -37,7 +37,7 @@ def test_unreadable_images_that_no_list_names_leave_a_set_whole(world, tmp_path)
     assert (report.images, report.listed) == (4, 3)
 
 
-def test_check_says_where_images_lie_that_were_unpacked_elsewhere(world, tmp_path):
+def test_check_reports_images_in_other_sub_folders(world, tmp_path):
     folder = bring("roxford5k", tmp_path, world)
     (folder / "jpg" / "sub").mkdir()
     os.replace(folder / "jpg" / "oxford_000002.jpg", folder / "jpg" / "sub" / "oxford_000002.jpg")
@@ -75,7 +75,7 @@ def test_check_knows_both_clean_tables_and_refuses_the_noisy_one(world, tmp_path
     assert "lists 1 images of 1 classes; the clean set has 3 of 2" in report.problems[0]
 
 
-def test_check_of_what_is_not_there(world, tmp_path):
+def test_check_of_a_missing_folder(world, tmp_path):
     report = checks.check("roxford5k", folder=tmp_path / "data", sources=world)
     assert report.problems == ["it is not there; `vitgal download roxford5k` brings it"]
     (tmp_path / "data" / "roxford5k").mkdir(parents=True)

@@ -28,7 +28,7 @@ def test_a_length_is_read_or_the_range_refused(status, content_range, length, of
 
 
 @given(st.integers(0, 10**9), st.integers(1, 10**9))
-def test_the_range_that_was_asked_for_gives_the_length(offset, rest):
+def test_the_requested_range_gives_the_length(offset, rest):
     total = offset + rest
     headers = {"Content-Range": f"bytes {offset}-{total - 1}/{total}"}
     assert total_length(206, headers, offset) == total

@@ -89,7 +89,7 @@ def test_images_lie_under_their_ids_first_three_letters():
     assert gldv2.image_path("17660ef415d37059") == "1/7/6/17660ef415d37059.jpg"
 
 
-def test_missing_images_are_named_sorted_whatever_lacks(tmp_path):
+def test_missing_images_are_named_in_order(tmp_path):
     make_images(tmp_path, ROWS[:3])
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "c").touch()  # a file where a folder should be

@@ -91,7 +91,7 @@ class TestReadImage:
             images.read_image(tmp_path)
         assert not isinstance(caught.value, images.ReadError)
 
-    def test_a_passing_failure_has_a_type_of_its_own(self, tmp_path, photograph):
+    def test_a_transient_failure_is_a_read_error(self, tmp_path, photograph):
         path = write(tmp_path / "a.jpg", photograph)
         limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         try:
@@ -151,7 +151,7 @@ class TestReadImage:
             with pytest.raises(images.ImageError, match="cut short|damaged"):
                 images.read_image(path)
 
-    def test_padding_before_the_end_is_no_damage(self, tmp_path, photograph):
+    def test_padding_before_the_end_is_accepted(self, tmp_path, photograph):
         path = write(tmp_path / "a.jpg", photograph)
         expected = images.read_image(path)
         path.write_bytes(path.read_bytes()[:-2] + bytes(50) + b"\xff\xd9" + b"clip\xff\xd9")
@@ -230,7 +230,7 @@ class TestReadImage:
         assert orientation == 1 and upright.shape == (64, 48, 3)
         assert np.abs(upright - np.rot90(photograph, -1).astype(int)).mean() < 6
 
-    def test_formats_that_are_not_read_are_named(self, tmp_path):
+    def test_unsupported_formats_are_named(self, tmp_path):
         for data, kind in (
             (b"\xff\x0a\xfa\x7f", "JPEG XL"),
             (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom", "camera raw"),

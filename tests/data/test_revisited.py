@@ -66,7 +66,7 @@ def test_ground_truth_is_read_as_written_by_its_publisher(tmp_path):
     assert gt.easy[1].dtype == np.int64
 
 
-def test_protocols_say_what_counts_and_what_is_ignored(tmp_path):
+def test_positive_and_ignored_labels_by_protocol(tmp_path):
     gt = load_ground_truth(write_pickle(tmp_path / "gnd_small.pkl", published()))
     assert lists(positives(gt, "easy")) == [[0, 3], []]
     assert lists(positives(gt, "medium")) == [[0, 2, 3], []]
@@ -169,7 +169,7 @@ def test_pickle_that_runs_code_is_refused_before_it_runs(tmp_path):
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("value", [np.array([0, 3]), [np.int64(3)], np.array([0.0, 3.0])])
-def test_numpy_is_refused_with_the_way_to_write_ones_own(tmp_path, value, protocol):
+def test_numpy_pickles_are_refused_with_a_remedy(tmp_path, value, protocol):
     path = tmp_path / "gnd_small.pkl"
     path.write_bytes(pickle.dumps(with_entry(easy=value), protocol=protocol))
     with pytest.raises(
@@ -286,7 +286,7 @@ def greedy_pickles():
     """Small files that ask for memory, depth or time."""
     named = pickle.dumps(with_entry(easy="DEEP"), protocol=3)
     tuples = b"K\x01\x85\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(60))
-    many = {"imlist": [f"i{i}" for i in range(9000)], "qimlist": [f"q{i}" for i in range(9000)]}
+    several = {"imlist": [f"i{i}" for i in range(9000)], "qimlist": [f"q{i}" for i in range(9000)]}
     entry = {"bbx": [0, 0, 1, 1], "easy": list(range(9000)), "hard": [], "junk": []}
     return [
         named.replace(b"X\x04\0\0\0DEEP", b"]" * 5000 + b"a" * 4999),
@@ -313,7 +313,7 @@ def greedy_pickles():
         pickle.dumps(with_entry(bbx=[10**4000] * 3)),
         b"F" + b"x" * 3_000_000 + b"\n.",
         pickle.dumps(published(qimlist=["q" * 3_000_000, "q1"])),
-        pickle.dumps(many | {"gnd": [entry] * 9000}),  # 81 million labels
+        pickle.dumps(several | {"gnd": [entry] * 9000}),  # 81 million labels
     ]
 
 
@@ -335,7 +335,7 @@ for path in sys.argv[1:]:
     assert printed.count("refused") == len(greedy_pickles())
 
 
-def test_what_could_not_be_read_back_is_not_written(tmp_path):
+def test_unreadable_content_is_not_written(tmp_path):
     empty = [np.empty(0, np.int64)]
     gt = GroundTruth("x", ["a"], ["q"], np.zeros((1, 4)), empty, empty, empty)
     with pytest.raises(ValueError, match="holds no pixel"):
@@ -434,7 +434,7 @@ def test_a_distractor_list_of_another_encoding_is_read_or_refused(tmp_path, enco
         assert dataset.database[-2:] == ["1/é.jpg", "1/b.jpg"]
 
 
-def test_names_with_their_ending_and_files_with_another_get_the_remedy(tmp_path):
+def test_wrong_endings_are_reported_with_a_remedy(tmp_path):
     folder = make_folder(tmp_path / "set")
     (folder / "jpg" / "b.jpg").rename(folder / "jpg" / "b.png")
     with pytest.raises(FileNotFoundError, match=r"b\.png is there: rename it to b\.jpg, whatever"):
@@ -448,7 +448,7 @@ def test_names_with_their_ending_and_files_with_another_get_the_remedy(tmp_path)
         open_dataset("small", folder, distractors=more)
 
 
-def test_names_that_no_file_can_have_are_missing(tmp_path):
+def test_impossible_file_names_are_missing(tmp_path):
     folder, more = make_folder(tmp_path / "set"), make_distractors(tmp_path / "more")
     for name in ("x" * 300 + "/a.jpg", "a\x1b[2J/b.jpg", "c\u202e/d.jpg"):
         (more / "revisitop1m.txt").write_text(name)

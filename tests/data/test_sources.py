@@ -115,20 +115,20 @@ def test_hint(path, name):
 
 
 def test_the_projects_own_sources():
-    known = download_sources.read_sources()
-    assert list(known) == list(download_sources.list_sources().index)
-    assert set(revisited.DOWNLOADS) < set(known)
-    counts = {name: len(source.archives) for name, source in known.items() if source.archives}
+    existing = download_sources.read_sources()
+    assert list(existing) == list(download_sources.list_sources().index)
+    assert set(revisited.DOWNLOADS) < set(existing)
+    counts = {name: len(source.archives) for name, source in existing.items() if source.archives}
     assert counts == {"roxford5k": 1, "rparis6k": 2, "revisitop1m": 100, "gldv2_train": 500}
-    archives = known["gldv2_train"].archives
+    archives = existing["gldv2_train"].archives
     assert archives[7].url == "https://s3.amazonaws.com/google-landmark/train/images_007.tar"
     assert archives[499].md5.endswith("/md5sum/train/md5.images_499.txt")
-    assert known["revisitop1m"].archives[-1].url.endswith("/jpg/revisitop1m.100.tar.gz")
-    drive = {name for name, source in known.items() if any(item.drive for item in source.files)}
+    assert existing["revisitop1m"].archives[-1].url.endswith("/jpg/revisitop1m.100.tar.gz")
+    drive = {name for name, source in existing.items() if any(item.drive for item in source.files)}
     assert drive == {"vitgal_s12", "vitgal_s24"}
-    (s12,) = known["vitgal_s12"].files
+    (s12,) = existing["vitgal_s12"].files
     assert s12.address == "https://drive.google.com/uc?id=1IiNwn9HBkL4hHbOfJhxVQf8Plp5ET58m"
-    for source in known.values():
+    for source in existing.values():
         assert all(item.arrange and not item.to for item in source.archives)
         assert all(item.to and not item.arrange for item in source.files)
 

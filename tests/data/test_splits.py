@@ -192,7 +192,7 @@ def test_reading_a_split_that_is_not_there(tmp_path):
         splits.read_split(tmp_path, "test")
 
 
-def test_a_split_with_a_path_out_of_the_folder_or_no_table_is_refused_by_name(tmp_path):
+def test_a_damaged_split_is_refused_by_name(tmp_path):
     for path in ("../a.jpg", "/etc/a.jpg", "a/../../b.jpg"):
         (tmp_path / "val.csv").write_text(f"path,label\n{path},0\n")
         with pytest.raises(ValueError, match=r"val\.csv: '.*is not the path of a file inside"):
@@ -268,7 +268,7 @@ def test_sample_is_spread_over_classes_and_images(tmp_path):
     assert splits.sample_images(frame([]), folder, classes=2, per_class=2) == []
 
 
-def test_sample_of_missing_images_says_what_to_do(tmp_path):
+def test_sample_of_missing_images_names_the_remedy(tmp_path):
     options = {"classes": 3, "per_class": 1}
     with pytest.raises(
         FileNotFoundError, match=r"no image folder .*/none; it is the one that hold"

@@ -233,8 +233,8 @@ class TestTwoNodes:
 
     def test_a_node_lost_while_extracting(self, two, local, run, data, tmp_path, monkeypatch):
         """The other node is killed while it describes its second shard."""
-        held = partial(_held, ray_describer._describe_shard, two.other.node_id, tmp_path)
-        monkeypatch.setattr(ray_describer, "_describe_shard", held)
+        locks = partial(_held, ray_describer._describe_shard, two.other.node_id, tmp_path)
+        monkeypatch.setattr(ray_describer, "_describe_shard", locks)
         os.mkfifo(tmp_path / "holds")
         os.mkfifo(tmp_path / "go")
         kept: dict = {}

@@ -30,9 +30,13 @@ def truth(queries=QUERIES, *, easy=0) -> GroundTruth:
 def document(ap, *, ground_truth=None, parameters=None, **protocol) -> dict:
     """A scores.json: Medium with these AP, Hard without any."""
     ap = np.array(ap, np.float64)
-    known = ap[~np.isnan(ap)]
+    existing = ap[~np.isnan(ap)]
     scores = {
-        "medium": {"map": known.mean() if known.size else np.nan, "mp_at": {1: 0.0}, "ap": ap},
+        "medium": {
+            "map": existing.mean() if existing.size else np.nan,
+            "mp_at": {1: 0.0},
+            "ap": ap,
+        },
         "hard": {"map": np.nan, "mp_at": {1: np.nan}, "ap": np.full(len(ap), np.nan)},
     }
     return evaluation_scores.scores_document(
@@ -61,51 +65,51 @@ def two(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_two_runs_query_by_query(two):
-    found = comparison.compare(*two)
-    assert list(found) == ["small/global"]
-    one = found["small/global"]
-    assert one.names == ("a", "b")
+    result = comparison.compare(*two)
+    assert list(result) == ["small/global"]
+    single = result["small/global"]
+    assert single.names == ("a", "b")
     # Changes +1/2 and -1/4; both signs tossed give sums of 3/4 and 1/4: all four count.
-    test = one.tests["medium"]
+    test = single.tests["medium"]
     assert (test.difference, test.p_value, test.queries) == (0.125, 1.0, 2)
     assert (test.won, test.lost) == (1, 1)
-    assert one.changes.index.tolist() == QUERIES
-    changes = one.table("medium")["change"]
+    assert single.changes.index.tolist() == QUERIES
+    changes = single.table("medium")["change"]
     assert changes.loc[["p", "r"]].tolist() == [0.5, -0.25] and np.isnan(changes["q"])
-    assert one.table("medium").columns.tolist() == ["before", "after", "change"]
-    assert one.intervals["medium"][0] == (0.375, 0.25, 0.5)
-    assert one.tests["hard"].queries == 0 and "no query counts" in one.sentence("hard")
+    assert single.table("medium").columns.tolist() == ["before", "after", "change"]
+    assert single.intervals["medium"][0] == (0.375, 0.25, 0.5)
+    assert single.tests["hard"].queries == 0 and "no query counts" in single.sentence("hard")
 
 
-def test_settings_that_differ_come_by_name_and_without_what_follows_from_them(two):
+def test_differing_settings_are_listed_without_derived_ones(two):
     table = comparison.compare(*two)["small/global"].settings
     assert table.to_dict("index") == {"global.size": {"a": "224", "b": "512"}}
     stages = comparison.compare(two[0] / "small" / "global", two[1] / "small" / "rerank")
-    (one,) = stages.values()
-    assert one.names == ("global", "rerank")
-    assert one.settings.loc["protocol.short_list"].tolist() == ["–", "first"]
-    assert one.settings.loc["rerank.size"].tolist() == ["–", "224"]
+    (single,) = stages.values()
+    assert single.names == ("global", "rerank")
+    assert single.settings.loc["protocol.short_list"].tolist() == ["–", "first"]
+    assert single.settings.loc["rerank.size"].tolist() == ["–", "224"]
 
 
 def test_a_reranked_result_names_the_parameters_of_the_stages_before_it():
-    one = document([0.5, 0.5, 0.5], short_list="x", parameters={"threshold": 16.0})
-    other = one | {"earlier": {"global": {"size": 512}}}
-    one = one | {"earlier": {"global": {"size": 224}}}
-    found = comparison.compare_results(one, other, names=("a", "b"))
-    assert found.settings.to_dict("index") == {"global.size": {"a": "224", "b": "512"}}
-    assert "do not differ (every query has the same AP, 3 queries)" in found.sentence("medium")
+    single = document([0.5, 0.5, 0.5], short_list="x", parameters={"threshold": 16.0})
+    other = single | {"earlier": {"global": {"size": 512}}}
+    single = single | {"earlier": {"global": {"size": 224}}}
+    result = comparison.compare_results(single, other, names=("a", "b"))
+    assert result.settings.to_dict("index") == {"global.size": {"a": "224", "b": "512"}}
+    assert "do not differ (every query has the same AP, 3 queries)" in result.sentence("medium")
 
 
 def test_a_parameter_that_the_protocol_repeats_is_listed_once():
-    one = document([0, 0, 0], parameters={"size": 224, "resize": "area"}, resize="area")
+    single = document([0, 0, 0], parameters={"size": 224, "resize": "area"}, resize="area")
     other = document([0, 0, 0], parameters={"size": 224, "resize": "squash"}, resize="squash")
-    found = comparison.setting_table(one, other, ("a", "b"))
-    assert found.to_dict("index") == {"global.resize": {"a": "area", "b": "squash"}}
+    result = comparison.setting_table(single, other, ("a", "b"))
+    assert result.to_dict("index") == {"global.resize": {"a": "area", "b": "squash"}}
     # "auto" was asked for, and something else came of it: both are said.
-    one = document([0, 0, 0], parameters={"precision": "auto"}, precision="bf16")
+    single = document([0, 0, 0], parameters={"precision": "auto"}, precision="bf16")
     other = document([0, 0, 0], parameters={"precision": "fp32"}, precision="fp32")
-    found = comparison.setting_table(one, other, ("a", "b"))
-    assert set(found.index) == {"global.precision", "protocol.precision"}
+    result = comparison.setting_table(single, other, ("a", "b"))
+    assert set(result.index) == {"global.precision", "protocol.precision"}
 
 
 def test_results_are_found_from_a_run_a_data_set_and_a_stage(two, monkeypatch):
@@ -153,7 +157,7 @@ def test_other_data_is_refused(other, message):
         comparison.compare_results(document([1, 1, 1]), other, names=("a", "b"))
 
 
-def test_names_are_the_shortest_that_tell_two_apart():
+def test_names_are_the_shortest_that_differ():
     assert comparison._distinct_names("x/demo/global", "x/demo/rerank") == ("global", "rerank")
     assert comparison._distinct_names("x/demo/global", "y/demo/global") == (
         "x/demo/global",
@@ -184,7 +188,7 @@ def test_command_prints_settings_then_results_aligned(two, capsys):
     assert len(set(map(len, changed))) == 1
 
 
-def test_command_says_what_is_missing_and_ends_with_1(two, capsys):
+def test_command_reports_missing_files_and_ends_with_1(two, capsys):
     assert main(["compare", str(two[0]), "nowhere"]) == 1
     assert capsys.readouterr().err.startswith("vitgal: there is no run nowhere")
 

@@ -141,7 +141,7 @@ def test_negatives_may_be_shuffled_among_themselves():
 # Truncated and wrong rankings
 
 
-def test_truncated_ranking_is_refused_or_says_so():
+def test_truncated_ranking_is_refused_or_marked():
     with pytest.raises(ValueError, match="query 0 does not reach the labelled image 2"):
         evaluate(RANKS[:3], ONE)
     scores = evaluate(RANKS[:3], ONE, truncated=True)
@@ -190,7 +190,7 @@ def test_ranking_of_another_ground_truth_is_refused():
         evaluate(Positions([np.array([0])], [np.array([0])], 3), ONE)
 
 
-def test_positions_that_miss_a_labelled_image_are_refused_or_say_so():
+def test_positions_that_miss_a_labelled_image_are_refused_or_marked():
     places = Positions([np.array([0, 4])], [np.array([2, 0])], 6)
     with pytest.raises(ValueError, match="miss the labelled image 2"):
         evaluate(places, ONE)
@@ -216,16 +216,16 @@ def test_recorded_official_scores(name, seed):
     ranks = np.argsort(-similarity, axis=0, kind="stable")
     scores = evaluate(ranks, gt)
     recorded = json.loads(EXPECTED.read_text())
-    for protocol, found in scores.items():
+    for protocol, result in scores.items():
         wanted = recorded[f"{name}/{seed}/{protocol}"]
         first = [np.nan if value is None else value for value in wanted["ap_first"]]
         # The bound that parity promises; the order of summation alone differs.
-        np.testing.assert_allclose(found["map"], wanted["mAP"], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(result["map"], wanted["mAP"], rtol=0, atol=1e-12)
         np.testing.assert_allclose(
-            list(found["mp_at"].values()), wanted["mP@1,5,10"], rtol=0, atol=1e-12
+            list(result["mp_at"].values()), wanted["mP@1,5,10"], rtol=0, atol=1e-12
         )
-        np.testing.assert_allclose(found["ap"][:5], first, rtol=0, atol=1e-12)
-        assert np.count_nonzero(~np.isnan(found["ap"])) == wanted["n_queries"]
+        np.testing.assert_allclose(result["ap"][:5], first, rtol=0, atol=1e-12)
+        assert np.count_nonzero(~np.isnan(result["ap"])) == wanted["n_queries"]
 
 
 @needs_shared
@@ -290,8 +290,8 @@ def paired(change, **options):
     ],
 )
 def test_sign_flips_of_few_queries_by_hand(change, p_value):
-    found = paired(change)
-    assert (found.p_value, found.exact) == (p_value, True)
+    result = paired(change)
+    assert (result.p_value, result.exact) == (p_value, True)
 
 
 def test_sign_flips_of_many_queries_are_a_seeded_sample(monkeypatch):
@@ -314,12 +314,12 @@ def test_sign_flips_of_many_queries_are_a_seeded_sample(monkeypatch):
 
 def test_paired_test_by_hand():
     first, second = np.array([0.5, np.nan, 0.0, 0.25]), np.array([0.5, np.nan, 1.0, 0.0])
-    found = paired_test(first, second)
+    result = paired_test(first, second)
     # Changes 0, 1, -1/4: mean 1/4. Flips of 1 and 1/4: observed 3/4 is below 5/4, so all 4 count.
-    assert found.difference == 0.25
-    assert (found.queries, found.won, found.lost, found.p_value) == (3, 1, 1, 1.0)
+    assert result.difference == 0.25
+    assert (result.queries, result.won, result.lost, result.p_value) == (3, 1, 1, 1.0)
     # Means of three draws: all three the -1/4, or all three the 1, with probability 1/27 = 3.7 %.
-    assert (found.low, found.high) == (-0.25, 1.0)
+    assert (result.low, result.high) == (-0.25, 1.0)
     other = paired_test(second, first)
     assert (other.difference, other.won, other.lost) == (-0.25, 1, 1)
 
@@ -337,8 +337,8 @@ def test_paired_test_of_no_query_and_of_other_queries():
 def test_paired_test_sees_a_small_difference_that_all_queries_share():
     # Single intervals overlap widely; paired, the difference is plain.
     ap = np.random.default_rng(0).uniform(size=50)
-    found = paired_test(ap, ap + 0.02)
-    assert found.differ and found.low == pytest.approx(0.02, abs=1e-9)
+    result = paired_test(ap, ap + 0.02)
+    assert result.differ and result.low == pytest.approx(0.02, abs=1e-9)
     assert bootstrap_interval(ap)[1] > bootstrap_interval(ap + 0.02)[0]
 
 

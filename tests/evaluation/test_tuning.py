@@ -171,8 +171,8 @@ def test_validation_set_that_is_not_there(run, tmp_path):
 
 
 def test_tuning_by_hand(described):
-    found = tuning.Tuning.read(tune(described))
-    assert found.grid == {
+    result = tuning.Tuning.read(tune(described))
+    assert result.grid == {
         "max_distance": [0.7, 1.0],
         "threshold": [16.0, 32.0],
         "top": [1, 2, 3],
@@ -180,20 +180,20 @@ def test_tuning_by_hand(described):
     # Both queries: wrong, right, right, wrong. (1/2 + 1/2 + 2/3) / 4 before. Within 0.7 only right
     # images match: the first two ranks reranked give right, wrong, right, the first three all.
     # Within 1.0 all match as well and count alike: nothing moves.
-    assert found.before.tolist() == pytest.approx([5 / 12] * 2, abs=1e-12)
+    assert result.before.tolist() == pytest.approx([5 / 12] * 2, abs=1e-12)
     for threshold in (0, 1):
-        np.testing.assert_allclose(found.ap[0, threshold, :, 0], [5 / 12, 19 / 24, 1], atol=1e-12)
-        np.testing.assert_allclose(found.ap[1, threshold, :, 1], [5 / 12] * 3, atol=1e-12)
+        np.testing.assert_allclose(result.ap[0, threshold, :, 0], [5 / 12, 19 / 24, 1], atol=1e-12)
+        np.testing.assert_allclose(result.ap[1, threshold, :, 1], [5 / 12] * 3, atol=1e-12)
     # Of the two thresholds, which are equal, the first.
-    assert found.values(found.chosen) == {"max_distance": 0.7, "threshold": 16.0, "top": 3}
-    assert found.values(found.current) == CURRENT
-    np.testing.assert_allclose(found.curve("max_distance")[:, 0], [1, 5 / 12], atol=1e-12)
+    assert result.values(result.chosen) == {"max_distance": 0.7, "threshold": 16.0, "top": 3}
+    assert result.values(result.current) == CURRENT
+    np.testing.assert_allclose(result.curve("max_distance")[:, 0], [1, 5 / 12], atol=1e-12)
     # Either landmark's query would choose the same for the other.
-    assert found.groups.tolist() == [0, 1]
-    np.testing.assert_allclose(found.held_out, [1, 1], atol=1e-12)
-    assert (found.test.won, found.test.p_value) == (2, 0.5)
+    assert result.groups.tolist() == [0, 1]
+    np.testing.assert_allclose(result.held_out, [1, 1], atol=1e-12)
+    assert (result.test.won, result.test.p_value) == (2, 0.5)
     assert (
-        "setting and choosing do not differ by more than chance explains (+58.3" in found.advice()
+        "setting and choosing do not differ by more than chance explains (+58.3" in result.advice()
     )
 
 
@@ -203,9 +203,9 @@ def test_a_choice_is_judged_by_landmarks_that_did_not_make_it():
     ap = np.array([[0.2, 0.2, 0.9], [0.8, 0.8, 0.1]]).reshape(2, 1, 1, 3)
     grid = {"max_distance": [0.7, 0.9], "threshold": [16.0], "top": [5]}
     groups, before = np.array([0, 0, 1]), np.zeros(3)
-    found = tuning.Tuning(grid, ap, (1, 0, 0), (0, 0, 0), before, groups)
-    assert found.held_out.tolist() == [0.2, 0.2, 0.1]
-    assert found.test.difference == pytest.approx(-0.8 / 3)
+    result = tuning.Tuning(grid, ap, (1, 0, 0), (0, 0, 0), before, groups)
+    assert result.held_out.tolist() == [0.2, 0.2, 0.1]
+    assert result.test.difference == pytest.approx(-0.8 / 3)
     alone = tuning.Tuning(grid, ap, (1, 0, 0), (0, 0, 0), before, np.zeros(3, int))
     assert np.isnan(alone.held_out).all()
     assert "no query counts" in alone.advice()
@@ -213,7 +213,7 @@ def test_a_choice_is_judged_by_landmarks_that_did_not_make_it():
 
 def test_curves_show_what_was_found(described):
     axes = charts.tuning_curves(tuning.Tuning.read(tune(described)))
-    assert [one.get_xlabel() for one in axes] == ["max_distance", "threshold", "top"]
+    assert [single.get_xlabel() for single in axes] == ["max_distance", "threshold", "top"]
     drawn = {line.get_label(): line for line in axes[2].lines}
     assert drawn["reranked"].get_ydata().tolist() == pytest.approx([500 / 12, 1900 / 24, 100])
     # Values stand at even places: 1, 2, 3 at 0, 1, 2.
@@ -235,18 +235,18 @@ def test_chosen_values_are_parameters_of_notebook_06(described):
 
 def test_counts_equal_those_of_a_pair_at_every_point():
     rng = np.random.default_rng(1)
-    one, other = features(0), features(0.6)
-    codes = one.descriptors + rng.normal(0, 0.2, (24, 32)).astype(np.float32)
+    single, other = features(0), features(0.6)
+    codes = single.descriptors + rng.normal(0, 0.2, (24, 32)).astype(np.float32)
     codes /= np.linalg.norm(codes, axis=1, keepdims=True)
     points = other.keypoints + rng.normal(0, 6, (24, 2)).astype(np.float32)
     other = LocalFeatures(**{**vars(other), "descriptors": codes, "keypoints": points})
     grid = {"max_distance": [0.3, 0.9, 1.0, 1.1], "threshold": [2.0, 8.0, 30.0]}
     current = RerankingSettings(matching=MatchingSettings(max_keypoints=20))
-    counts = stages_tuning.pair_counts(one, other, grid, current)
+    counts = stages_tuning.pair_counts(single, other, grid, current)
     wanted = [
         [
             verification.inspect_pair(
-                one,
+                single,
                 other,
                 RerankingSettings(
                     matching=MatchingSettings(d, max_keypoints=20),
@@ -259,7 +259,7 @@ def test_counts_equal_those_of_a_pair_at_every_point():
     ]
     assert counts.tolist() == wanted
     assert len(np.unique(counts)) > 3, "the grid makes a difference"
-    none = one.subset(slice(0))
+    none = single.subset(slice(0))
     assert stages_tuning.pair_counts(none, other, grid, current).tolist() == [[0] * 3] * 4
 
 
@@ -269,9 +269,9 @@ def test_fewer_queries_are_drawn_by_seed(described):
         for seed in (0, 0, 1, 2, 3)
     ]
     queries = [draw["queries"] for draw in draws]
-    assert all(len(one) == 1 for one in queries)
+    assert all(len(single) == 1 for single in queries)
     assert queries[0] == queries[1]
-    assert len({one[0] for one in queries}) == 2
+    assert len({single[0] for single in queries}) == 2
 
 
 def test_interrupted_tuning_keeps_the_queries_that_are_done(described):
@@ -292,7 +292,7 @@ def test_interrupted_tuning_keeps_the_queries_that_are_done(described):
     assert {path.name: path.read_bytes() for path in folder.glob("*.npy")} == whole
 
 
-def test_tuning_refuses_what_makes_no_sense(described):
+def test_tuning_refuses_invalid_grids(described):
     with pytest.raises(ValueError, match="tune_tops"):
         tune(described, tops=(0,))
     path = described / "val_retrieval" / "local" / "shard-00" / "items.json"
@@ -319,7 +319,7 @@ def test_prepare_refuses_a_ranking_that_another_system_made(described):
         )
 
 
-def test_a_run_that_cannot_be_tuned_says_why(described, tmp_path):
+def test_reasons_why_a_run_cannot_be_tuned(described, tmp_path):
     def reason(run: Path, **values: str) -> str | None:
         values = {"run_dir": str(run), "dataset": "val_retrieval"} | values
         return benchmark.untunable(settings_of(Values.of(values, "a test")))

@@ -39,7 +39,7 @@ def test_the_error_of_a_descriptor_is_bounded(codes, dtype):
 
 @properties
 @given(codes=MATRICES, dtype=st.sampled_from(FEATURE_DTYPES))
-def test_what_was_stored_is_stored_again_as_it_is(codes, dtype):
+def test_stored_features_are_stored_again_unchanged(codes, dtype):
     """Lengths are 1 or 0, and a second passage changes at most the last bit of a value."""
     stored = codec.encode(codes, dtype)
     decoded = codec.decode(stored, dtype, codes.shape[1])

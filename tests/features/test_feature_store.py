@@ -28,7 +28,7 @@ def test_raw(folder):
     assert not raw["descriptors"].flags.writeable
 
 
-def test_missing_keys_say_why(folder):
+def test_missing_keys_are_explained(folder):
     opened = store.FeatureStore.open(folder)
     for key, message in (("d", "the file is empty"), ("e", "not in")):
         with pytest.raises(KeyError, match=message):

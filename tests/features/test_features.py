@@ -67,12 +67,14 @@ def test_keypoints_to_the_photograph_and_back(data):
     points = data.draw(
         arrays.arrays(np.float32, (3, 2), elements=st.floats(0, 1, width=32))
     ) * np.float32([width, height])
-    found = example(keypoints=points, box=box, input_size=(height, width)).original_keypoints()
+    result = example(keypoints=points, box=box, input_size=(height, width)).original_keypoints()
     lowest, highest = np.array(box[:2]) - 0.5, np.array(box[2:]) - 0.5
-    assert (found >= lowest - 1e-3).all() and (found <= highest + 1e-3).all()
+    assert (result >= lowest - 1e-3).all() and (result <= highest + 1e-3).all()
     scale = np.array([width, height]) / (np.array(box[2:]) - box[:2])
     # float32 holds pixels of a photograph to 2 ** -12 below 8192
-    np.testing.assert_allclose((found - lowest) * scale, points, atol=scale.max() * 2.0**-11 + 1e-3)
+    np.testing.assert_allclose(
+        (result - lowest) * scale, points, atol=scale.max() * 2.0**-11 + 1e-3
+    )
 
 
 @pytest.mark.parametrize(

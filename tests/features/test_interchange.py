@@ -120,8 +120,8 @@ def published(tmp_path):
 
 def read_or_refused(folder) -> None:
     try:
-        for path, found in interchange.import_published(folder):
-            assert isinstance(path, str) and found.descriptors.dtype == np.float32
+        for path, result in interchange.import_published(folder):
+            assert isinstance(path, str) and result.descriptors.dtype == np.float32
     except (ValueError, FileNotFoundError) as error:
         assert isinstance(error, (FileError, FileNotFoundError)) and str(folder) in str(error)
 

@@ -41,7 +41,7 @@ BAD_HEADERS += [b"PK\x03\x04", b"\x80\x04]", b""]
 
 
 @pytest.mark.parametrize("content", BAD_HEADERS)
-def test_an_array_is_made_of_numbers_that_the_file_holds(tmp_path, content):
+def test_only_complete_numeric_arrays_are_read(tmp_path, content):
     path = tmp_path / "x.npy"
     path.write_bytes(content)
     with pytest.raises(FileError, match="x.npy is not a whole"):
@@ -66,7 +66,7 @@ def test_an_archive_of_arrays_is_not_unpacked(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["O", "|O", "V4", "float64", "bfloat16", ["float16"], {}, 1])
-def test_a_header_in_json_decides_no_type(indexed, dtype):
+def test_a_json_header_cannot_change_the_type(indexed, dtype):
     """The index counts as none; a shard is damaged, and nothing of it is kept."""
     for path in (indexed / "index" / "index.json", indexed / "shard-01" / "items.json"):
         header = runs.read_json(path)
@@ -103,7 +103,7 @@ def test_no_file_of_a_store_makes_objects(indexed, descr):
         path.write_bytes(content)
 
 
-def test_another_order_is_not_taken_for_ours(folder):
+def test_another_order_is_refused(folder):
     path = folder / "shard-00" / "keypoints.npy"
     np.save(path, np.asfortranarray(np.load(path)))
     with pytest.raises(store.StoreError, match="shard-00 is damaged"):
@@ -120,7 +120,7 @@ def changed_ranges() -> dict:
 
 
 @pytest.mark.parametrize("rows", changed_ranges().values(), ids=changed_ranges())
-def test_an_index_with_other_ranges_counts_as_none(indexed, rows):
+def test_an_index_with_other_ranges_is_ignored(indexed, rows):
     np.save(indexed / "index" / "rows.npy", np.array(rows))
     opened = store.FeatureStore.open(indexed)
     for key, wanted in ITEMS.items():
@@ -170,7 +170,7 @@ def test_arrays_of_objects_in_every_file_of_a_shard(folder):
 
 
 @pytest.mark.parametrize("journal", ["rows", "shape", "checksum", "settings", "failures"])
-def test_a_journal_of_rows_with_other_entries_counts_as_none(tmp_path, journal):
+def test_a_journal_of_rows_with_other_entries_is_ignored(tmp_path, journal):
     file = store.RowFile.open(tmp_path / "rows.npy", (3, 2), settings={})
     file.append(np.ones((2, 2)))
     path = tmp_path / "rows.npy.journal.json"
@@ -242,7 +242,7 @@ HOW = {
 
 
 @pytest.mark.parametrize(("how", "message"), HOW.items())
-def test_hdf5_gives_what_is_in_the_file_alone(tmp_path, how, message):
+def test_hdf5_reads_only_the_file_itself(tmp_path, how, message):
     with pytest.raises(DescriptorError, match=message):
         read_descriptors(prepared(tmp_path, how), NAMES)
 
@@ -283,7 +283,7 @@ def twice_in_each_other(path: Path) -> None:
             group = below
 
 
-def test_groups_that_hold_each_other_end(tmp_path):
+def test_cyclic_groups_are_refused(tmp_path):
     twice_in_each_other(tmp_path / "x.h5")
     with pytest.raises(DescriptorError, match="groups that hold each other"):
         read_descriptors(tmp_path / "x.h5", NAMES)
@@ -314,7 +314,7 @@ def test_a_dataset_without_values(tmp_path):
         ("{}_0001.jpg", r"\(the file names 'a_0001.jpg' and 'b_0001.jpg'\)"),
     ],
 )
-def test_names_that_do_not_fit_are_shown_beside_ours(tmp_path, theirs, message):
+def test_differing_names_are_listed_with_the_expected_names(tmp_path, theirs, message):
     names = [theirs.format(name) for name in ("a", "b", "c")]
     for path in (save_hloc(tmp_path / "x.h5", ROWS[:3], names, ""), tmp_path / "x.npy"):
         if path.suffix == ".npy":
@@ -367,7 +367,7 @@ except ValueError as error:
 
 
 @pytest.mark.parametrize("name", ["items.json", "offsets.npy", "scores.npy", "failures.json"])
-def test_a_pipe_in_place_of_a_file_is_not_waited_for(folder, name):
+def test_a_pipe_in_place_of_a_file_does_not_block(folder, name):
     (folder / "shard-01" / name).unlink()
     os.mkfifo(folder / "shard-01" / name)
     with pytest.raises(store.StoreError, match=f"shard-01 is damaged.*{name}"):

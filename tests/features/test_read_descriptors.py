@@ -14,7 +14,7 @@ UNIT = np.array([[0.6, 0.8], [0, 1], [1, 0], [-1, 0]], np.float32)
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [3, 1], []])
-def test_both_layouts_give_rows_of_length_one_in_the_order_asked(tmp_path, order):
+def test_both_layouts_give_unit_rows_in_the_requested_order(tmp_path, order):
     wanted = [NAMES[position] for position in order]
     for path in (save_npy(tmp_path / "x.npy"), save_hloc(tmp_path / "x.h5")):
         if not order and path.suffix == ".h5":
@@ -34,7 +34,7 @@ def test_names_with_folder_and_suffix_and_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize("save", [save_npy, save_hloc])
-def test_what_is_missing_is_named(tmp_path, save):
+def test_missing_parts_are_named(tmp_path, save):
     path = save(tmp_path / ("x.npy" if save is save_npy else "x.hdf5"))
     with pytest.raises(DescriptorError, match="no descriptor of 2 of 3 images: d, e; describe"):
         read_descriptors(path, ["a", "d", "e"])

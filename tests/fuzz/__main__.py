@@ -77,8 +77,8 @@ def _read_for(
         except (runs.UserError, *reader.errors):
             pass
         except Exception as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            fault = f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
+            location = traceback.extract_tb(error.__traceback__)[-1]
+            fault = f"{type(error).__name__} at {Path(location.filename).name}:{location.lineno}"
             if fault not in faults:
                 faults.add(fault)
                 target = kept / f"{name} {fault}"

@@ -27,10 +27,10 @@ TYPES += [[("a", "|O")], ("<f8", (2,))]
 
 def mutated(content: bytes, name: str, draw: random.Random) -> bytes:
     """Returns a changed copy of a file's content; its name tells the structure."""
-    known = STRUCTURES.get(Path(name).suffix)
-    if known and draw.random() < 0.6:
+    existing = STRUCTURES.get(Path(name).suffix)
+    if existing and draw.random() < 0.6:
         with contextlib.suppress(Exception):  # the sample itself was changed too far
-            return known(content, draw)
+            return existing(content, draw)
     for _ in range(draw.choice([1, 1, 1, 2, 5])):
         content = draw.choice([flip, cut, splice, integer, word, number])(content, draw)
     return content
@@ -77,8 +77,8 @@ def number(content: bytes, draw: random.Random) -> bytes:
     numbers = list(re.finditer(rb"-?\d+(\.\d+)?", content))
     if not numbers:
         return flip(content, draw)
-    place = draw.choice(numbers)
-    return content[: place.start()] + draw.choice(NUMBERS) + content[place.end() :]
+    location = draw.choice(numbers)
+    return content[: location.start()] + draw.choice(NUMBERS) + content[location.end() :]
 
 
 def change_json(content: bytes, draw: random.Random) -> bytes:

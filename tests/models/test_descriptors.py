@@ -55,7 +55,7 @@ class TestGlobal:
         smaller = F.interpolate(inputs, scale_factor=0.7071, mode="bilinear", align_corners=False)
         assert smaller.shape == (1, 3, 67, 67)
         with torch.inference_mode():
-            parts = [F.normalize(model.global_features(each))[0] for each in (inputs, smaller)]
+            parts = [F.normalize(model.global_features(item))[0] for item in (inputs, smaller)]
         mean = (parts[0] + parts[1]).numpy() / 2
         np.testing.assert_allclose(row, mean / np.linalg.norm(mean), atol=1e-6)
         only = models_descriptors.extract_global(model, [photo], size=96)[0]
@@ -71,10 +71,10 @@ class TestGlobal:
                 row = [3.0, 0.0] if images.shape[2] == 32 else [0.0, 1.0]
                 return torch.tensor([row] * len(images))
 
-        found = models_descriptors.extract_global(
+        result = models_descriptors.extract_global(
             Lengths(1, 1), [noise(32, 32, 0)], size=32, scales=(1.0, 0.5)
         )
-        np.testing.assert_allclose(found, [[0.5**0.5, 0.5**0.5]], rtol=1e-6)
+        np.testing.assert_allclose(result, [[0.5**0.5, 0.5**0.5]], rtol=1e-6)
 
     def test_none_and_one(self, model):
         assert models_descriptors.extract_global(model, []).shape == (0, 128)
@@ -85,8 +85,8 @@ class TestGlobal:
         other = build_model(NANO, seed=0)
         expected = models_descriptors.extract_global(other, [noise(40, 40, 0)], size=32)
         other.train()
-        found = models_descriptors.extract_global(other, [noise(40, 40, 0)], size=32)
-        np.testing.assert_array_equal(found, expected)
+        result = models_descriptors.extract_global(other, [noise(40, 40, 0)], size=32)
+        np.testing.assert_array_equal(result, expected)
         assert other.training
 
     def test_bf16_is_close_to_fp32(self, model):
@@ -123,27 +123,27 @@ class TestGlobal:
 
 class TestLocal:
     def test_one_image(self, model):
-        found = models_descriptors.extract_local(
+        result = models_descriptors.extract_local(
             model, noise(96, 128, 0), size=64, max_keypoints=20
         )
-        assert found.box == (0, 0, 128, 96)
-        assert found.image_size == (96, 128)
-        assert found.input_size == (48, 64)  # 55.4 and 73.9 down to multiples of 16
-        assert 0 < len(found) <= 20
-        assert (np.diff(found.scores) <= 0).all()
-        np.testing.assert_allclose(np.linalg.norm(found.descriptors, axis=1), 1, rtol=1e-6)
-        assert (found.keypoints >= 0).all() and (found.keypoints < (64, 48)).all()
+        assert result.box == (0, 0, 128, 96)
+        assert result.image_size == (96, 128)
+        assert result.input_size == (48, 64)  # 55.4 and 73.9 down to multiples of 16
+        assert 0 < len(result) <= 20
+        assert (np.diff(result.scores) <= 0).all()
+        np.testing.assert_allclose(np.linalg.norm(result.descriptors, axis=1), 1, rtol=1e-6)
+        assert (result.keypoints >= 0).all() and (result.keypoints < (64, 48)).all()
 
     def test_a_box_is_the_crop(self, model):
         photo = noise(96, 128, 0)
-        found = models_descriptors.extract_local(model, photo, (16.7, 8, 112, 72), size=64)
+        result = models_descriptors.extract_local(model, photo, (16.7, 8, 112, 72), size=64)
         alone = models_descriptors.extract_local(model, photo[8:72, 16:112], size=64)
-        np.testing.assert_array_equal(found.keypoints, alone.keypoints)
-        np.testing.assert_array_equal(found.descriptors, alone.descriptors)
-        assert found.box == (16, 8, 112, 72)
-        assert found.image_size == (96, 128)
-        difference = found.original_keypoints() - alone.original_keypoints()
-        np.testing.assert_allclose(difference, np.tile([16, 8], (len(found), 1)), atol=1e-4)
+        np.testing.assert_array_equal(result.keypoints, alone.keypoints)
+        np.testing.assert_array_equal(result.descriptors, alone.descriptors)
+        assert result.box == (16, 8, 112, 72)
+        assert result.image_size == (96, 128)
+        difference = result.original_keypoints() - alone.original_keypoints()
+        np.testing.assert_allclose(difference, np.tile([16, 8], (len(result), 1)), atol=1e-4)
 
     def test_no_autoencoder(self):
         with pytest.raises(ValueError, match="03_train_autoencoder"):

@@ -40,16 +40,16 @@ class TestLinearLayers:
         with torch.inference_mode():
             plain = model.eval().global_features(inference.network_input(image, "cpu"))
         with inference.inference(model):
-            found = model.global_features(inference.network_input(image, "cpu"))
+            result = model.global_features(inference.network_input(image, "cpu"))
         # Another order of float32 sums through a whole network: a few last bits.
-        np.testing.assert_allclose(found, plain, rtol=0, atol=2e-5 * plain.abs().max().item())
+        np.testing.assert_allclose(result, plain, rtol=0, atol=2e-5 * plain.abs().max().item())
 
     def test_none_one_and_no_bias(self):
         layer = torch.nn.Linear(8, 3, bias=False)
         with torch.inference_mode(), inference._OneDNN():
             assert layer(torch.ones(0, 8)).shape == (0, 3)
-            found = layer(torch.ones(8))
-        np.testing.assert_allclose(found, layer.weight.detach().sum(1), atol=1e-6)
+            result = layer(torch.ones(8))
+        np.testing.assert_allclose(result, layer.weight.detach().sum(1), atol=1e-6)
 
     @pytest.mark.parametrize(
         "there",
@@ -66,8 +66,8 @@ class TestLinearLayers:
             plain = model.eval().global_features(inference.network_input(image, "cpu"))
         monkeypatch.setattr(torch.ops, "mkldnn", there)
         with inference.inference(model):
-            found = model.global_features(inference.network_input(image, "cpu"))
-        np.testing.assert_array_equal(found, plain)
+            result = model.global_features(inference.network_input(image, "cpu"))
+        np.testing.assert_array_equal(result, plain)
 
     def test_batches_do_not_change_an_image(self, model):
         images = np.random.default_rng(0).integers(0, 256, (4, 64, 96, 3), np.uint8)
@@ -85,8 +85,8 @@ def test_batches():
     """Sizes a, b: a full batch leaves at once, the rest at the end in order of appearance."""
     a, b = np.zeros((1, 2, 3)), np.zeros((2, 1, 3))
     stream = enumerate([a, b, a, a, b, b, a])
-    found = [labels for labels, _ in inference.batches(stream, 2)]
-    assert found == [[0, 2], [1, 4], [3, 6], [5]]
+    result = [labels for labels, _ in inference.batches(stream, 2)]
+    assert result == [[0, 2], [1, 4], [3, 6], [5]]
     assert list(inference.batches([], 2)) == []
 
 

@@ -109,19 +109,19 @@ class TestScales:
         images = torch.rand(1, 3, 32, 688, generator=torch.Generator().manual_seed(0))
         published, factors = descriptors.rescale(images, 0.7071, "published")
         assert published.shape[2:] == (32, 495)
-        ours, same = descriptors.rescale(images, 0.7071)
-        assert ours.shape[2:] == (32, 496)
+        actual, same = descriptors.rescale(images, 0.7071)
+        assert actual.shape[2:] == (32, 496)
         assert factors == same == (1.0, 496 / 688)
 
     def test_elsewhere_the_two_agree(self):
         images = torch.rand(1, 3, 432, 576, generator=torch.Generator().manual_seed(0))
         for scale in SelectionSettings.scales:
-            ours, theirs = (
-                descriptors.rescale(images, scale, how)[0] for how in ("size", "published")
+            actual, reference = (
+                descriptors.rescale(images, scale, method)[0] for method in ("size", "published")
             )
-            assert ours.shape == theirs.shape
+            assert actual.shape == reference.shape
             # sampling positions that differ in the last bit of about 600 (6e-5 pixels)
-            np.testing.assert_allclose(ours, theirs, atol=2e-4)
+            np.testing.assert_allclose(actual, reference, atol=2e-4)
 
     def test_scale_one_changes_nothing(self):
         images = torch.rand(1, 3, 32, 48)
@@ -155,9 +155,9 @@ def greedy(boxes, scores, overlap, candidates, keep):
         for j in kept:
             y = min(boxes[i][2], boxes[j][2]) - max(boxes[i][0], boxes[j][0])
             x = min(boxes[i][3], boxes[j][3]) - max(boxes[i][1], boxes[j][1])
-            both = max(y, 0) * max(x, 0)
+            pair = max(y, 0) * max(x, 0)
             area = sum((b[2] - b[0]) * (b[3] - b[1]) for b in (boxes[i], boxes[j]))
-            if both > overlap * (area - both):
+            if pair > overlap * (area - pair):
                 break
         else:
             kept.append(i)
@@ -200,52 +200,54 @@ class TestSuppression:
             sides = rng.integers(8, 45, (160, 2))
             boxes = np.concatenate([corners, corners + sides], axis=1)
             scores = rng.integers(0, 40, 160).astype(np.float32)  # many ties
-            found = selection.suppress(
+            result = selection.suppress(
                 boxes, scores, overlap=overlap, candidates=candidates, keep=keep
             )
-            assert found.tolist() == greedy(boxes, scores, overlap, candidates, keep)
+            assert result.tolist() == greedy(boxes, scores, overlap, candidates, keep)
 
 
 class TestLocalFeatures:
     def test_by_hand(self):
         """Scores: peaks 4 and 2 of a mean of 1; the last threshold 0.9375 passes three of four."""
-        found = one(Tokens(((2, 2), [0.2, 0.4, 0.0, 0.2])), scales=(1.0,))
-        assert found.keypoints.tolist() == [[24, 8], [8, 8], [24, 24]]
-        np.testing.assert_allclose(found.scores, [2, 1, 1], rtol=1e-6)
-        np.testing.assert_allclose(found.descriptors, [[1 / 5**0.5, 0, 2 / 5**0.5]] * 3, rtol=1e-6)
-        assert found.scales.tolist() == [1, 1, 1]
-        assert (found.input_size, found.box, found.image_size) == ((32, 32), *FRAME)
+        result = one(Tokens(((2, 2), [0.2, 0.4, 0.0, 0.2])), scales=(1.0,))
+        assert result.keypoints.tolist() == [[24, 8], [8, 8], [24, 24]]
+        np.testing.assert_allclose(result.scores, [2, 1, 1], rtol=1e-6)
+        np.testing.assert_allclose(result.descriptors, [[1 / 5**0.5, 0, 2 / 5**0.5]] * 3, rtol=1e-6)
+        assert result.scales.tolist() == [1, 1, 1]
+        assert (result.input_size, result.box, result.image_size) == ((32, 32), *FRAME)
 
     def test_scales_compete(self):
         """The patch of half scale covers the image; each patch of scale 1 only a quarter of it."""
         model = Tokens(((1, 1), [0.3]), ((2, 2), [0.1, 0.4, 0.0, 0.1]))
-        found = one(model, scales=(0.5, 1.0))
+        result = one(model, scales=(0.5, 1.0))
         # Of scale 1 the scores are 0.67, 2.67, 0, 0.67; of half scale 1.
-        assert found.keypoints.tolist() == [[24, 8], [16, 16]]
-        assert found.scales.tolist() == [1, 0.5]
-        np.testing.assert_allclose(found.descriptors[:, 2], 2 / 5**0.5, rtol=1e-6)
+        assert result.keypoints.tolist() == [[24, 8], [16, 16]]
+        assert result.scales.tolist() == [1, 0.5]
+        np.testing.assert_allclose(result.descriptors[:, 2], 2 / 5**0.5, rtol=1e-6)
 
     def test_exactly_one_token(self):
         """The published code stops with an error here."""
-        found = one(Tokens(((2, 2), [0.0, 0.0, 0.9, 0.0])), scales=(1.0,))
-        assert found.keypoints.tolist() == [[8, 24]]
-        assert found.descriptors.shape == (1, 3)
+        result = one(Tokens(((2, 2), [0.0, 0.0, 0.9, 0.0])), scales=(1.0,))
+        assert result.keypoints.tolist() == [[8, 24]]
+        assert result.descriptors.shape == (1, 3)
 
     def test_no_token(self):
-        found = one(Tokens(((2, 2), [0.5, 0.5, 0.5, 0.5])), scales=(1.0,), ladder=(2.0,))
-        assert len(found) == 0
-        assert found.descriptors.shape == (0, 3)
-        assert found.keypoints.shape == (0, 2)
-        assert found.scores.dtype == found.scales.dtype == np.float32
+        result = one(Tokens(((2, 2), [0.5, 0.5, 0.5, 0.5])), scales=(1.0,), ladder=(2.0,))
+        assert len(result) == 0
+        assert result.descriptors.shape == (0, 3)
+        assert result.keypoints.shape == (0, 2)
+        assert result.scores.dtype == result.scales.dtype == np.float32
 
     def test_limits(self):
         attention = [0.1, 0.2, 0.3, 0.4]
-        found = one(Tokens(((2, 2), attention)), scales=(1.0,), max_keypoints=1)
-        assert found.keypoints.tolist() == [[24, 24]]
-        found = one(Tokens(((2, 2), attention)), scales=(1.0,), nms_candidates=1)
-        assert found.keypoints.tolist() == [[24, 24]]
-        found = one(Tokens(((2, 2), attention)), scales=(1.0,), target_per_scale=1, ladder=(1.5, 1))
-        assert found.keypoints.tolist() == [[24, 24]]  # 1.6 alone is above 1.5
+        result = one(Tokens(((2, 2), attention)), scales=(1.0,), max_keypoints=1)
+        assert result.keypoints.tolist() == [[24, 24]]
+        result = one(Tokens(((2, 2), attention)), scales=(1.0,), nms_candidates=1)
+        assert result.keypoints.tolist() == [[24, 24]]
+        result = one(
+            Tokens(((2, 2), attention)), scales=(1.0,), target_per_scale=1, ladder=(1.5, 1)
+        )
+        assert result.keypoints.tolist() == [[24, 24]]  # 1.6 alone is above 1.5
 
     def test_fewer_tokens_are_wanted_at_a_smaller_scale(self):
         """Half of 64 pixels: a quarter of the area, so 1 token of the 4 wanted at scale 1."""
@@ -259,10 +261,10 @@ class TestLocalFeatures:
         """31 tokens a row counted as 30: token 31, row 1 column 0, is taken for row 1 column 1."""
         attention = np.zeros(62, np.float32)
         attention[31] = 1
-        for how, x in (("size", (0 + 22) // 2), ("published", (22 + 44) // 2)):
+        for method, x in (("size", (0 + 22) // 2), ("published", (22 + 44) // 2)):
             model = Tokens(((2, 31), attention.tolist()))
-            found = one(model, size=(32, 688), scales=(0.7071,), interpolation=how)
-            assert found.keypoints[0, 0] == x
+            result = one(model, size=(32, 688), scales=(0.7071,), interpolation=method)
+            assert result.keypoints[0, 0] == x
 
     def test_batches_do_not_mix_images(self):
         """Two images together give what each gives alone."""

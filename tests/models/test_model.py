@@ -152,23 +152,23 @@ def test_backbone_runs_its_class_attention_twice_and_the_autoencoder_once():
     images = pictures(1, 3, 32, 48)
     with torch.no_grad():
         joined, grid = network._joined(images)
-        found, feature = network.token_features(images), network.global_features(images)
+        result, feature = network.token_features(images), network.global_features(images)
     backbone, coder = network.backbone, network.autoencoder
     once, _ = class_attention(backbone.cls_attn_blocks[0], joined[0].double().numpy())
     twice, attention = class_attention(backbone.cls_attn_blocks[0], once)
     last = layer_norm(twice, arrays(backbone), "norm", 1e-6)
-    assert found.grid == grid == (2, 3)
+    assert result.grid == grid == (2, 3)
     np.testing.assert_allclose(feature[0], last[0], atol=CLOSE)
-    np.testing.assert_allclose(found.tokens[0], last[1:], atol=CLOSE)
-    np.testing.assert_allclose(found.backbone_attention[0], attention, atol=CLOSE)
+    np.testing.assert_allclose(result.tokens[0], last[1:], atol=CLOSE)
+    np.testing.assert_allclose(result.backbone_attention[0], attention, atol=CLOSE)
 
     codes = linear(last[1:], arrays(coder), "encoder")
     decoded = linear(codes, arrays(coder), "decoder")
     own = np.vstack([arrays(coder)["cls_token"][0], decoded])
     _, attention = class_attention(coder.cls_attn_blocks[0], own)
-    np.testing.assert_allclose(found.codes[0], codes, atol=CLOSE)
-    np.testing.assert_allclose(found.decoded[0], decoded, atol=CLOSE)
-    np.testing.assert_allclose(found.attention[0], attention, atol=CLOSE)
+    np.testing.assert_allclose(result.codes[0], codes, atol=CLOSE)
+    np.testing.assert_allclose(result.decoded[0], decoded, atol=CLOSE)
+    np.testing.assert_allclose(result.attention[0], attention, atol=CLOSE)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -178,10 +178,10 @@ def test_token_codes_are_the_same_bits(shape, bf16):
     network = scramble(build_model(NANO, code_dim=48, seed=0))
     images = pictures(*shape)
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        wanted, found = network.token_features(images), network.token_codes(images)
-    assert found.grid == wanted.grid
+        wanted, result = network.token_features(images), network.token_codes(images)
+    assert result.grid == wanted.grid
     for part in ("codes", "attention"):
-        value = getattr(found, part)
+        value = getattr(result, part)
         assert value.dtype == torch.float32
         assert torch.equal(value, getattr(wanted, part)), part
 
@@ -219,10 +219,10 @@ def test_multi_atrous_is_the_published_one(grid):
     assert block.gap_branch[1].out_channels == 3
     tokens = pictures(2, math.prod(grid), 13)
     with torch.no_grad():
-        found = block(tokens, grid)
+        result = block(tokens, grid)
     for i in range(2):
         expected = multi_atrous(block, tokens[i].double().numpy(), grid, (1, 2, 3, 6, 12))
-        np.testing.assert_allclose(found[i], expected, atol=CLOSE)
+        np.testing.assert_allclose(result[i], expected, atol=CLOSE)
 
 
 def test_multi_atrous_comes_before_the_class_attention(nano):
@@ -232,9 +232,9 @@ def test_multi_atrous_comes_before_the_class_attention(nano):
     with torch.no_grad():
         joined, _ = nano._joined(images)
     hook.remove()
-    (((_, grid), made),) = seen
+    (((_, grid), built),) = seen
     assert grid == (2, 2)
-    assert torch.equal(joined[:, 1:], made)
+    assert torch.equal(joined[:, 1:], built)
     assert torch.equal(joined[:, :1], nano.backbone.cls_token)
 
 
@@ -251,11 +251,11 @@ def test_xca_block_runs_patch_interaction_before_its_mlp(nano):
 
 
 def test_only_the_multi_atrous_norm_has_the_wider_epsilon(nano):
-    found = {name: m.eps for name, m in nano.named_modules() if isinstance(m, nn.LayerNorm)}
+    result = {name: m.eps for name, m in nano.named_modules() if isinstance(m, nn.LayerNorm)}
     # Three in each of 12 blocks, two in each class attention, two last ones, and this one.
-    assert len(found) == 3 * 12 + 2 * 2 + 2 + 1
-    assert found.pop("local_atrous.norm2") == 1e-5
-    assert set(found.values()) == {1e-6}
+    assert len(result) == 3 * 12 + 2 * 2 + 2 + 1
+    assert result.pop("local_atrous.norm2") == 1e-5
+    assert set(result.values()) == {1e-6}
 
 
 def test_no_norm_follows_other_processes_statistics(nano):
@@ -293,14 +293,14 @@ def test_architectures(architecture, width, depth, heads, branches, eta):
 def test_same_seed_gives_the_same_bytes_and_leaves_the_random_state():
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    one, two = (build_model(NANO, code_dim=48, seed=0) for _ in range(2))
+    single, two = (build_model(NANO, code_dim=48, seed=0) for _ in range(2))
     assert torch.equal(before, torch.get_rng_state())
-    assert same(state(one), state(two))
-    assert not same(state(one), state(build_model(NANO, code_dim=48, seed=1)))
+    assert same(state(single), state(two))
+    assert not same(state(single), state(build_model(NANO, code_dim=48, seed=1)))
     # The backbone does not depend on whether an autoencoder is built beside it.
     alone = build_model(NANO, seed=0)
-    assert same(state(one.backbone), state(alone.backbone))
-    assert alone.code_dim is None and not one.training
+    assert same(state(single.backbone), state(alone.backbone))
+    assert alone.code_dim is None and not single.training
 
 
 def test_initial_weights_are_xcits(nano):
@@ -331,19 +331,19 @@ def test_codes_need_a_width():
 )
 def test_any_size_is_taken(nano, size, grid):
     with torch.no_grad():
-        found = nano.token_features(pictures(2, 3, *size))
+        result = nano.token_features(pictures(2, 3, *size))
     number = grid[0] * grid[1]
-    assert found.grid == grid
-    assert found.tokens.shape == found.decoded.shape == (2, number, 128)
-    assert found.codes.shape == (2, number, 48)
-    assert found.attention.shape == found.backbone_attention.shape == (2, 4, number)
+    assert result.grid == grid
+    assert result.tokens.shape == result.decoded.shape == (2, number, 128)
+    assert result.codes.shape == (2, number, 48)
+    assert result.attention.shape == result.backbone_attention.shape == (2, 4, number)
     assert nano(pictures(2, 3, *size)).shape == (2, 128)
 
 
 def test_no_image_gives_no_features(nano):
     with torch.no_grad():
-        found = nano.token_features(torch.empty(0, 3, 32, 48))
-    assert found.codes.shape == (0, 6, 48) and found.attention.shape == (0, 4, 6)
+        result = nano.token_features(torch.empty(0, 3, 32, 48))
+    assert result.codes.shape == (0, 6, 48) and result.attention.shape == (0, 4, 6)
     assert nano.global_features(torch.empty(0, 3, 32, 48)).shape == (0, 128)
 
 
@@ -360,10 +360,10 @@ def test_the_image_size_moves_the_position_code(nano):
     with torch.no_grad():
         tokens, grid = nano.backbone.patch_embed(torch.ones(1, 3, 128, 128))
         inner = tokens.unflatten(1, grid)[0, 3:5, 3:5].reshape(4, -1)
-        found = nano.token_features(torch.ones(1, 3, 128, 128)).tokens
+        result = nano.token_features(torch.ones(1, 3, 128, 128)).tokens
     assert torch.allclose(inner, inner[:1].expand_as(inner), atol=1e-6)
     assert (
-        found.unflatten(1, grid)[0, 3, 3] - found.unflatten(1, grid)[0, 4, 4]
+        result.unflatten(1, grid)[0, 3, 3] - result.unflatten(1, grid)[0, 4, 4]
     ).abs().max() > 1e-3
 
 
@@ -375,12 +375,12 @@ def test_wrong_shape_is_named(nano, shape):
         nano.token_features(torch.zeros(shape))
 
 
-def test_without_autoencoder_the_backbones_attention_stands_in():
+def test_without_autoencoder_the_backbones_attention_is_used():
     network = build_model(NANO, seed=0)
     with torch.no_grad():
-        found = network.token_features(pictures(1, 3, 32, 32))
-    assert found.codes is None and found.decoded is None
-    assert torch.equal(found.attention, found.backbone_attention)
+        result = network.token_features(pictures(1, 3, 32, 32))
+    assert result.codes is None and result.decoded is None
+    assert torch.equal(result.attention, result.backbone_attention)
     with pytest.raises(ValueError, match="attach_autoencoder"):
         network.reconstruct(pictures(1, 3, 32, 32))
 
@@ -463,10 +463,10 @@ def test_bfloat16_autocast_changes_little_and_returns_float32(nano):
     with torch.no_grad():
         exact, exact_feature = nano.token_features(images), nano(images)
         with torch.autocast("cpu", torch.bfloat16):
-            found, feature = nano.token_features(images), nano(images)
+            result, feature = nano.token_features(images), nano(images)
             reconstruction = nano.reconstruct(images)
     for part in ("tokens", "codes", "decoded", "attention", "backbone_attention"):
-        value, wanted = getattr(found, part), getattr(exact, part)
+        value, wanted = getattr(result, part), getattr(exact, part)
         assert value.dtype == torch.float32
         # bfloat16 has 8 bits: 0.4 % a rounding, some ten times that after twelve blocks.
         assert (value - wanted).norm() < 0.1 * wanted.norm(), part
@@ -496,26 +496,26 @@ def arcface():
 
 def test_arcface_without_labels_is_the_scaled_cosine(arcface):
     # cos 60 = 0.5, cos 30 = 0.8660; times 30, whatever the lengths.
-    found = arcface(at_angle(60.0, 0.0, 180.0))
+    result = arcface(at_angle(60.0, 0.0, 180.0))
     expected = [[15.0, 25.98076], [30.0, 0.0], [-30.0, 0.0]]
-    np.testing.assert_allclose(found.detach(), expected, atol=1e-4)
+    np.testing.assert_allclose(result.detach(), expected, atol=1e-4)
 
 
 def test_arcface_widens_the_angle_of_the_true_class_alone(arcface):
     # cos 0.15 = 0.988771, sin 0.15 = 0.149438. 60 degrees: 0.5 * 0.988771 - 0.866025 * 0.149438 =
     # 0.364968; 90 degrees: -0.149438. From the second class 60 degrees is 30: 0.866025 * 0.988771 -
     # 0.5 * 0.149438 = 0.781582.
-    found = arcface(at_angle(60.0, 90.0, 60.0), torch.tensor([0, 0, 1])).detach()
+    result = arcface(at_angle(60.0, 90.0, 60.0), torch.tensor([0, 0, 1])).detach()
     expected = [[30 * 0.364968, 25.98076], [30 * -0.149438, 30.0], [15.0, 30 * 0.781582]]
-    np.testing.assert_allclose(found, expected, atol=1e-4)  # the constants have 6 digits
+    np.testing.assert_allclose(result, expected, atol=1e-4)  # the constants have 6 digits
 
 
 def test_arcface_keeps_falling_past_the_margins_end(arcface):
     angles = torch.arange(0.0, 180.5, 0.5).tolist()
-    found = arcface(at_angle(*angles), torch.zeros(len(angles), dtype=torch.int64))[:, 0]
-    assert (found.diff() < 0).all()
+    result = arcface(at_angle(*angles), torch.zeros(len(angles), dtype=torch.int64))[:, 0]
+    assert (result.diff() < 0).all()
     # At 180 degrees the line gives -1 - 0.15 sin 0.15 = -1.022416.
-    assert found[-1].item() == pytest.approx(30 * -1.022416, abs=1e-3)
+    assert result[-1].item() == pytest.approx(30 * -1.022416, abs=1e-3)
 
 
 def test_arcface_has_finite_gradients_where_the_cosine_is_one(arcface):
@@ -534,9 +534,9 @@ def test_classifiers_compute_in_float32_under_autocast(arcface):
     for head in (arcface, LinearClassifier(2, 3)):
         exact = head(features, torch.zeros(5, dtype=torch.int64))
         with torch.autocast("cpu", torch.bfloat16):
-            found = head(features, torch.zeros(5, dtype=torch.int64))
+            result = head(features, torch.zeros(5, dtype=torch.int64))
             half = head(features.bfloat16())
-        assert torch.equal(found, exact)
+        assert torch.equal(result, exact)
         assert half.dtype == torch.float32
         assert head(torch.empty(0, 2)).shape == (0, len(head.weight))
 

@@ -65,7 +65,7 @@ def refused(*paths):
     return {line.partition(" ")[0]: line.partition(" ")[2].strip() for line in lines}
 
 
-def test_checkpoints_that_claim_more_than_they_hold(tmp_path):
+def test_checkpoints_with_inflated_sizes(tmp_path):
     claim(tmp_path / "storage.pth", tensor(HUGE, (HUGE,), (1,)), 64)
     claim(tmp_path / "shape.pth", tensor(16, (HUGE,), (1,)), 64)
     claim(tmp_path / "view.pth", tensor(16, (HUGE,), (0,)), 64)
@@ -91,12 +91,12 @@ def test_checkpoints_that_claim_more_than_they_hold(tmp_path):
     assert messages["hex.pth"].startswith("was refused: it wants to load _codecs.encode")
 
 
-def test_our_files_that_claim_more_than_they_hold(tmp_path):
+def test_safetensors_with_inflated_sizes(tmp_path):
     header = json.dumps({"w": {"dtype": "F32", "shape": [HUGE], "data_offsets": [0, 4 * HUGE]}})
     length = struct.pack("<Q", len(header))
     (tmp_path / "length.safetensors").write_bytes(b"\xff" * 8)
     (tmp_path / "header.safetensors").write_bytes(length + header.encode())
-    ours = {"format": 1, "architecture": "xcit_small_24_p16_224"}
+    actual = {"format": 1, "architecture": "xcit_small_24_p16_224"}
     for name, change in [
         ("network", {}),
         ("codes", {"code_dim": 10**9}),
@@ -105,7 +105,7 @@ def test_our_files_that_claim_more_than_they_hold(tmp_path):
         ("huge", {"code_dim": 10**400}),
         ("unhashable", {"architecture": [1]}),
     ]:
-        metadata = {"vitgal": json.dumps(ours | change)}
+        metadata = {"vitgal": json.dumps(actual | change)}
         save_file({"a": torch.ones(1)}, tmp_path / f"{name}.safetensors", metadata=metadata)
     for name, text in [("deep", "[" * 10**5), ("digits", '{"format": 1' + "0" * 10**4 + "}")]:
         path = tmp_path / f"{name}.safetensors"

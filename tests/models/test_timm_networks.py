@@ -47,7 +47,7 @@ def test_a_network_takes_another_size_with_its_own_weights(name, tmp_path):
         assert torch.equal(network.state_dict()[key], value)
 
 
-def test_sizes_that_a_network_cannot_take_are_refused_with_those_it_can():
+def test_unsupported_sizes_are_refused_with_the_supported_ones():
     vit = SMALL["vit_small_patch14_dinov2"]
     with pytest.raises(
         ValueError, match=r"512 x 512 pixels, only .*multiples of 14, as \(518, 518"

@@ -91,7 +91,7 @@ def same(one, other):
 @pytest.mark.slow
 # S12 with autoencoder is loaded in test_parity.py.
 @pytest.mark.parametrize("depth, with_autoencoder", [(12, False), (24, False), (24, True)])
-def test_published_checkpoints_are_told_apart_by_depth(tmp_path, depth, with_autoencoder):
+def test_published_checkpoints_are_distinguished_by_depth(tmp_path, depth, with_autoencoder):
     tensors = small_tensors(depth, with_autoencoder)
     path = checkpoint(tmp_path / "x.pth", tensors | {"head.weight": torch.zeros(9, 384)})
     torch.manual_seed(7)
@@ -105,14 +105,14 @@ def test_published_checkpoints_are_told_apart_by_depth(tmp_path, depth, with_aut
     loaded = network.state_dict()
     assert sum(v.numel() for v in loaded.values()) == sum(v.numel() for v in tensors.values())
     key = f"blocks.{depth - 1}.mlp.fc2.weight"
-    theirs = f"retrieval_back_bone.{key}" if with_autoencoder else key
-    assert torch.equal(loaded[f"backbone.{key}"], tensors[theirs])
+    reference = f"retrieval_back_bone.{key}" if with_autoencoder else key
+    assert torch.equal(loaded[f"backbone.{key}"], tensors[reference])
     with torch.inference_mode():
-        found = network.token_features(torch.ones(1, 3, 32, 48))
+        result = network.token_features(torch.ones(1, 3, 32, 48))
         feature = network.global_features(torch.ones(1, 3, 32, 48))
-    assert found.tokens.shape == (1, 6, 384) and feature.shape == (1, 384)
-    assert found.attention.shape == (1, 8, 6)
-    assert found.tokens.isfinite().all() and feature.isfinite().all() and feature.std() > 0.1
+    assert result.tokens.shape == (1, 6, 384) and feature.shape == (1, 384)
+    assert result.attention.shape == (1, 8, 6)
+    assert result.tokens.isfinite().all() and feature.isfinite().all() and feature.std() > 0.1
 
 
 def test_a_checkpoint_of_any_known_width_loads(published, nano, tmp_path):
@@ -281,7 +281,9 @@ def averaged(tensors):
     ],
 )
 @pytest.mark.parametrize("ours", [False, True])
-def test_a_wrapped_checkpoint_is_read_and_said(nano, published, tmp_path, capsys, wrap, said, ours):
+def test_a_wrapped_checkpoint_is_read_and_reported(
+    nano, published, tmp_path, capsys, wrap, said, ours
+):
     tensors = nano.state_dict() if ours else published
     path = tmp_path / "own.pth"
     torch.save(wrap(dict(tensors)), path)
@@ -299,7 +301,7 @@ def test_initial_weights_of_a_wrapped_network(imagenet, tmp_path, capsys):
     assert "without prefixes" in capsys.readouterr().out
 
 
-def test_what_does_not_fit_without_prefixes_is_refused_by_the_stripped_name(published, tmp_path):
+def test_a_misfit_is_reported_by_the_stripped_name(published, tmp_path):
     wrapped = {f"module.{k}": v for k, v in published.items() if k != "cls_token"}
     torch.save(wrapped | {"module.loss.centres": torch.zeros(3)}, tmp_path / "own.pth")
     message = (
@@ -431,7 +433,7 @@ def test_a_foreign_or_wrong_configuration_is_named(nano, tmp_path):
         load_model(path)
 
 
-def test_a_tensor_missing_in_ours_is_named(nano, tmp_path):
+def test_a_missing_tensor_is_named(nano, tmp_path):
     path = save_model(nano, tmp_path / "model.safetensors")
     content = path.read_bytes()
     (length,) = struct.unpack("<Q", content[:8])
@@ -442,7 +444,7 @@ def test_a_tensor_missing_in_ours_is_named(nano, tmp_path):
         load_model(path)
 
 
-def test_convert_keeps_what_the_checkpoint_computes(published, nano, tmp_path):
+def test_convert_keeps_the_outputs_of_the_checkpoint(published, nano, tmp_path):
     source = checkpoint(tmp_path / "s.pth", published | {"head.weight": torch.zeros(3, 128)})
     target = convert(source, tmp_path / "s.safetensors")
     assert same(load_model(target), nano)
@@ -503,14 +505,14 @@ def test_other_initial_weights_are_named_and_change_nothing(imagenet, change, me
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code_dim", [None, 8])
-def test_a_model_of_ours_is_trained_further(code_dim, tmp_path):
+def test_a_vitgal_model_is_trained_further(code_dim, tmp_path):
     trained = build_model(NANO, code_dim=code_dim, seed=1)
     path = save_model(trained, tmp_path / "ours.safetensors")
     network = build_model(NANO, code_dim=48, seed=0)
     initial_weights(network, path)
-    found, expected = network.state_dict(), trained.state_dict()
+    result, expected = network.state_dict(), trained.state_dict()
     fresh = build_model(NANO, code_dim=48, seed=0).state_dict()
-    for key, value in found.items():
+    for key, value in result.items():
         other = fresh if key.startswith("autoencoder.") else expected
         assert torch.equal(value, other[key]), key
     with pytest.raises(ValueError, match=r"does not fit xcit_small_12.*misshapen"):

@@ -49,10 +49,12 @@ def test_positions_and_scores_equal_the_full_sort_at_10000(tmp_path):
         np.testing.assert_array_equal(places.ranks[q], expected.ranks[q])
     for k in (3, 100, 10_000):
         np.testing.assert_array_equal(search(queries, mapped, k=k, block=500)[1], order[:k])
-    ours, theirs = evaluate(places, gt), evaluate(order, gt)
-    for protocol in ours:
+    actual, reference = evaluate(places, gt), evaluate(order, gt)
+    for protocol in actual:
         # The required bound; the positions are equal, so the scores are too.
-        np.testing.assert_allclose(ours[protocol]["ap"], theirs[protocol]["ap"], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            actual[protocol]["ap"], reference[protocol]["ap"], rtol=0, atol=1e-12
+        )
 
 
 @pytest.mark.slow

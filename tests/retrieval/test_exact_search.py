@@ -132,12 +132,12 @@ def test_descriptors_without_a_dimension_are_refused():
 
 
 def test_empty_database_and_no_queries():
-    none, some = np.empty((0, 4), np.float32), np.ones((3, 4), np.float32)
-    assert [a.shape for a in search(some, none, k=5)] == [(0, 3), (0, 3)]
-    assert [a.shape for a in search(none, some, k=2)] == [(2, 0), (2, 0)]
-    assert labelled_positions(none, some, []).indices == []
+    none, subset = np.empty((0, 4), np.float32), np.ones((3, 4), np.float32)
+    assert [a.shape for a in search(subset, none, k=5)] == [(0, 3), (0, 3)]
+    assert [a.shape for a in search(none, subset, k=2)] == [(2, 0), (2, 0)]
+    assert labelled_positions(none, subset, []).indices == []
     empty = [np.empty(0, np.int64)] * 3
-    assert [a.size for a in labelled_positions(some, none, empty).ranks] == [0, 0, 0]
+    assert [a.size for a in labelled_positions(subset, none, empty).ranks] == [0, 0, 0]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

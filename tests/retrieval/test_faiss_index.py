@@ -71,11 +71,11 @@ def test_fewer_cells_find_less(tmp_path, database):
     queries = clustered(50, seed=2)
     exact = exact_search.search(queries, database, k=10)[1]
     faiss_index.build(tmp_path, database, "IVF64,Flat")
-    found = []
+    result = []
     for text in ("IVF64,Flat; nprobe=1", "IVF64,Flat", "IVF64,Flat; nprobe=64"):
         index = faiss_index.read(tmp_path, database, text)  # the same file for all three
-        found.append(faiss_index.recall(faiss_index.find(index, queries, k=10)[1], exact)["10"])
-    assert found[0] < found[1] < found[2] == 1
+        result.append(faiss_index.recall(faiss_index.find(index, queries, k=10)[1], exact)["10"])
+    assert result[0] < result[1] < result[2] == 1
 
 
 @pytest.mark.parametrize(("text", "rows"), [("IVF16,PQ8x4", 700), ("HNSW8", 4096)])
@@ -109,7 +109,7 @@ def test_a_graph_keeps_as_many_images_as_are_wanted(tmp_path, database):
 
 
 @pytest.mark.parametrize("text", ["Flat", "IVF16,Flat", "PCA16,IVF16,PQ8x4", "HNSW8"])
-def test_an_index_that_states_something_else_counts_as_none(tmp_path, database, text):
+def test_an_index_with_another_header_is_refused(tmp_path, database, text):
     """As from somebody who sends a prepared folder: the record fits, the index does not."""
     path = faiss_index.build(tmp_path, database, text) / faiss_index.INDEX
     whole = path.read_bytes()
@@ -194,7 +194,7 @@ def test_texts_that_are_no_index_are_refused(text):
         ("NSG1", "2 others"),
     ],
 )
-def test_what_would_fail_once_images_are_described_is_refused_before(text, reason):
+def test_invalid_indexes_are_refused_before_images_are_described(text, reason):
     with pytest.raises(ValueError, match=rf"no index '{text}': .*{reason}.*for example"):
         faiss_index.check(text, WIDTH, 50)
 
@@ -328,14 +328,14 @@ def test_positions_behind_a_list_equal_the_ranking_written_out(tmp_path, databas
     expected = Positions.from_ranks(written, labels)
     behind = faiss_index.positions_behind(exact, similarities, ranks, queries, database)
     assert any((a != b).any() for a, b in zip(exact.ranks, behind.ranks, strict=True))
-    for ours, theirs in zip(behind.ranks, expected.ranks, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for actual, reference in zip(behind.ranks, expected.ranks, strict=True):
+        np.testing.assert_array_equal(actual, reference)
 
 
 def test_recall_by_hand():
     exact = np.array([[0, 5], [1, 6], [2, 7]])
-    found = np.array([[0, 6], [9, 5], [1, 8]])
-    assert faiss_index.recall(found, exact, depths=(1, 2, 3, 10)) == {
+    result = np.array([[0, 6], [9, 5], [1, 8]])
+    assert faiss_index.recall(result, exact, depths=(1, 2, 3, 10)) == {
         "1": 0.5,  # of the first: found, not found
         "2": 0.75,  # 0 of 0 1; 6 and 5 of 5 6
         "3": pytest.approx((2 / 3 + 2 / 3) / 2),

@@ -16,9 +16,9 @@ from vitgal.retrieval.matching import match
 
 def tree_matches(query: np.ndarray, gallery: np.ndarray, max_distance: float) -> np.ndarray:
     """The published way: a float64 KD-tree whose bound is strict."""
-    _, found = cKDTree(gallery).query(query, distance_upper_bound=max_distance)
-    matched = np.flatnonzero(found != len(gallery))
-    return np.column_stack([matched, found[matched]])
+    _, result = cKDTree(gallery).query(query, distance_upper_bound=max_distance)
+    matched = np.flatnonzero(result != len(gallery))
+    return np.column_stack([matched, result[matched]])
 
 
 def tree_distances(query: np.ndarray, gallery: np.ndarray, matches: np.ndarray) -> np.ndarray:
@@ -78,11 +78,11 @@ def test_match_equals_the_kd_tree_where_distances_tie_but_for_rounding():
     values = rng.standard_normal(130).astype(np.float32)
     gallery = np.stack([rng.permutation(values) for _ in range(200)])
     query = np.repeat(rng.standard_normal((30, 1)).astype(np.float32), 130, axis=1)
-    ours, theirs = match(query, gallery, math.inf), tree_matches(query, gallery, math.inf)
+    actual, reference = match(query, gallery, math.inf), tree_matches(query, gallery, math.inf)
     np.testing.assert_array_equal(
-        tree_distances(query, gallery, ours), tree_distances(query, gallery, theirs)
+        tree_distances(query, gallery, actual), tree_distances(query, gallery, reference)
     )
-    assert (ours[:, 1] <= theirs[:, 1]).all() and len(ours) == 30
+    assert (actual[:, 1] <= reference[:, 1]).all() and len(actual) == 30
 
 
 def test_match_near_ties_that_float32_cannot_tell_apart():
@@ -117,7 +117,7 @@ def test_match_with_the_shorter_product_first(kind):
     gallery /= np.linalg.norm(gallery, axis=1, keepdims=True) if kind != "lengths" else 11
     near = gallery[rng.integers(500, size=300)]
     query = near + (rng.random((300, 1)) * rng.standard_normal((300, 128))).astype("f4") / 6
-    prepared = [matching.Descriptors.read(each, "one") for each in (query, gallery)]
+    prepared = [matching.Descriptors.read(item, "one") for item in (query, gallery)]
     left = matching.sieved_pairs(*prepared, slice(0, 300), 0.82)
     assert (left is None) == (kind != "strangers")
     matches = match(query, gallery)
@@ -144,8 +144,8 @@ def test_match_reads_half_precision_and_integers_exactly():
 
 
 def test_match_without_descriptors():
-    none, some = np.empty((0, 4), np.float32), np.ones((3, 4), np.float32)
-    for query, gallery in ((none, some), (some, none), (none, none), (some, np.ones((0, 0)))):
+    none, subset = np.empty((0, 4), np.float32), np.ones((3, 4), np.float32)
+    for query, gallery in ((none, subset), (subset, none), (none, none), (subset, np.ones((0, 0)))):
         assert match(query, gallery).shape == (0, 2)
 
 
@@ -195,7 +195,7 @@ assert [backend.fp32_precision for backend in backends] == before != ["ieee", "i
 
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", ["one setting", "each backend"])
-def test_match_on_a_device_keeps_to_float32_whatever_the_program_allows(setting):
+def test_match_on_a_device_uses_float32(setting):
     """In a process of its own: torch forgets no setting. A GPU would take TF32, unless told."""
     torch = pytest.importorskip("torch", minversion="2.9", reason="one setting for all before")
     assert hasattr(torch.backends.cuda.matmul, "fp32_precision")
@@ -209,14 +209,19 @@ def test_match_names_a_device_that_is_not_there(device):
 
 
 def test_match_on_a_device_without_descriptors_and_in_blocks(monkeypatch):
-    none, some = np.empty((0, 4), np.float32), np.eye(4, dtype=np.float32)
+    none, subset = np.empty((0, 4), np.float32), np.eye(4, dtype=np.float32)
     assert (
-        match(none, some, 0.82, device="cpu").shape
-        == match(some, none, 0.82, device="cpu").shape
+        match(none, subset, 0.82, device="cpu").shape
+        == match(subset, none, 0.82, device="cpu").shape
         == (0, 2)
     )
     monkeypatch.setattr("vitgal.retrieval.matching.BLOCK", 9)  # two query rows at a time
-    assert match(some, some[::-1], 0.82, device="cpu").tolist() == [[0, 3], [1, 2], [2, 1], [3, 0]]
+    assert match(subset, subset[::-1], 0.82, device="cpu").tolist() == [
+        [0, 3],
+        [1, 2],
+        [2, 1],
+        [3, 0],
+    ]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e20])
@@ -228,7 +233,7 @@ def test_match_refuses_values_that_are_no_descriptors(bad, side):
         match(pair["query"], pair["gallery"])
 
 
-def test_match_refuses_what_does_not_fit():
+def test_match_refuses_invalid_descriptors():
     with pytest.raises(ValueError, match="4 wide, gallery descriptors 5"):
         match(np.ones((3, 4)), np.ones((2, 5)))
     with pytest.raises(ValueError, match=r"shape \(4,\)"):
@@ -240,12 +245,12 @@ def test_match_refuses_what_does_not_fit():
 
 def test_a_device_without_memory_matches_in_parts(monkeypatch):
     """As a GPU that has room for three query descriptors at a time, or for none."""
-    room, real = 3, matching._closest_on
+    space, real = 3, matching._closest_on
     asked = []
 
     def cramped(device, query, gallery, block, max_distance):
         asked.append(block.stop - block.start)
-        if asked[-1] > room:
+        if asked[-1] > space:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(device, query, gallery, block, max_distance)
 
@@ -255,14 +260,14 @@ def test_a_device_without_memory_matches_in_parts(monkeypatch):
     monkeypatch.setattr(matching, "_closest_on", cramped)
     np.testing.assert_array_equal(matching.match(query, gallery, 1.2, device="cpu"), wanted)
     assert len(wanted) > 10 and max(asked) == 25 and asked.count(3) > 5
-    room = 0
+    space = 0
     with pytest.raises(RuntimeError, match="no memory left to match one descriptor with 40.*work"):
         matching.match(query, gallery, 1.2, device="cpu")
 
 
 def test_device_auto():
-    found = matching.matching_device("auto")
-    assert found == ("cuda" if torch.cuda.is_available() else None)
+    result = matching.matching_device("auto")
+    assert result == ("cuda" if torch.cuda.is_available() else None)
     assert matching.matching_device("cpu") == "cpu" and matching.matching_device(None) is None
 
 

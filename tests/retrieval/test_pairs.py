@@ -11,9 +11,9 @@ SETTINGS = RerankingSettings(matching=MatchingSettings(max_distance=0.5))
 
 def test_inspect_pair_matches_then_verifies():
     query, database = image_pair(20, 30)
-    found = inspect_pair(query, database, SETTINGS)
-    assert found.matches.tolist() == [[i, i] for i in range(20)]
-    assert found.verification.count == 20
+    result = inspect_pair(query, database, SETTINGS)
+    assert result.matches.tolist() == [[i, i] for i in range(20)]
+    assert result.verification.count == 20
     changed = dataclasses.replace(
         SETTINGS,
         matching=MatchingSettings(max_distance=0.5, max_keypoints=7),

@@ -14,7 +14,7 @@ def test_positions_from_ranks_by_hand():
     assert places.database_size == 3
 
 
-def test_truncated_ranks_leave_out_what_they_miss():
+def test_truncated_ranks_leave_out_missing_images():
     ranks = np.array([[7], [2]], np.int32)
     with pytest.raises(ValueError, match="does not reach the labelled image 5"):
         Positions.from_ranks(ranks, [np.array([2, 5])], database_size=8)
@@ -30,7 +30,7 @@ def test_truncated_ranks_leave_out_what_they_miss():
         ([0, 1, -1], "index -1, outside"),
     ],
 )
-def test_rankings_that_are_none_are_refused(column, message):
+def test_invalid_rankings_are_refused(column, message):
     with pytest.raises(ValueError, match=f"ranking of query 0 .*{message}"):
         Positions.from_ranks(np.array(column)[:, None], [np.array([0])])
 

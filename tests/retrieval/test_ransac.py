@@ -31,11 +31,11 @@ def ransac():
 def test_count_summary_by_hand(ransac):
     # Two seeds, one query, three pairs; the last is not chosen.
     counts = np.array([[[10, 20, 99]], [[14, 20, 0]]])
-    found = ransac.count_summary(counts, np.array([[True, True, False]]))
+    result = ransac.count_summary(counts, np.array([[True, True, False]]))
     # Means of the seeds: 15 and 17. Deviations of the pairs: 2 * sqrt(2) and 0.
-    assert found["mean"] == 16 and (found["min"], found["max"]) == (15, 17)
-    assert found["sd"] == pytest.approx(math.sqrt(2))
-    assert found["pair"] == pytest.approx(math.sqrt(2))
+    assert result["mean"] == 16 and (result["min"], result["max"]) == (15, 17)
+    assert result["sd"] == pytest.approx(math.sqrt(2))
+    assert result["pair"] == pytest.approx(math.sqrt(2))
     nothing = ransac.count_summary(counts, np.zeros((1, 3), bool))
     assert all(math.isnan(value) for value in nothing.values())
 
@@ -56,7 +56,7 @@ def test_counts_and_scores_are_the_stages(ransac, tmp_path):
     results = tmp_path / "results"
     for seeds in (range(1), range(2)):  # in parts; the second adds seed 1 alone
         ransac.measure(results, listed, ["degensac", "magsac"], seeds, SETTINGS, workers=1)
-    found = ransac.measured(results, listed, TOP)
+    result = ransac.measured(results, listed, TOP)
     for estimator in ("degensac", "magsac"):
         rerank_run(run, **OPTIONS | {"estimator": estimator, "overwrite": True})
         with np.load(results / f"{listed.key}-{estimator}-0.npz") as file:
@@ -64,10 +64,10 @@ def test_counts_and_scores_are_the_stages(ransac, tmp_path):
         np.testing.assert_array_equal(inliers, np.load(folder / "rerank" / "inliers.npy"))
         np.testing.assert_array_equal(features, inliers)  # planted: each is matched once
         stored = runs.read_json(folder / "rerank" / "scores.json")
-        ours = ransac.scores(listed, inliers, TOP)
-        assert ours == {protocol: stored[protocol]["map"] for protocol in ("medium", "hard")}
-        assert found[estimator]["inliers"]["map"]["hard"]["max"] >= ours["hard"]
-    assert found["magsac"]["seeds"] == 2 and "poselib" not in found
+        actual = ransac.scores(listed, inliers, TOP)
+        assert actual == {protocol: stored[protocol]["map"] for protocol in ("medium", "hard")}
+        assert result[estimator]["inliers"]["map"]["hard"]["max"] >= actual["hard"]
+    assert result["magsac"]["seeds"] == 2 and "poselib" not in result
 
 
 def test_runs_without_stages_or_ground_truth_are_refused(ransac, tmp_path):

@@ -65,14 +65,14 @@ def test_rerank_published_ties_are_numpys():
     inliers = rng.integers(0, 3, (1, 150))
     options = dict(candidates=ranking[:150].T, ground_truth=truth, protocol="published", top=100)
     order = np.argsort(-inliers[0, :100].astype(float))
-    theirs = rerank(ranking, inliers, ties="published", **options)
-    assert theirs[:100, 0].tolist() == ranking[order, 0].tolist()
-    ours = rerank(ranking, inliers, **options)[:100, 0]
+    reference = rerank(ranking, inliers, ties="published", **options)
+    assert reference[:100, 0].tolist() == ranking[order, 0].tolist()
+    actual = rerank(ranking, inliers, **options)[:100, 0]
     by_hand = sorted(range(100), key=lambda place: (-inliers[0, place], place))
-    assert ours.tolist() == ranking[by_hand, 0].tolist()
+    assert actual.tolist() == ranking[by_hand, 0].tolist()
 
 
-def test_rerank_refuses_what_it_cannot_do():
+def test_rerank_refuses_invalid_arguments():
     options = dict(candidates=CANDIDATES, ground_truth=small_truth(), top=4)
     with pytest.raises(ValueError, match="protocol 'expert'"):
         rerank(RANKING, INLIERS, protocol="expert", **options)
@@ -100,8 +100,8 @@ def test_positions_after_reranking_equal_the_full_reranked_ranking(protocol):
     before = Positions.from_ranks(ranking, labelled(truth))
     after = before.reranked(ranking[:depth], Reranking(inliers=inliers, **options))
     expected = Positions.from_ranks(full, labelled(truth))
-    for ours, theirs in zip(after.ranks, expected.ranks, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for actual, reference in zip(after.ranks, expected.ranks, strict=True):
+        np.testing.assert_array_equal(actual, reference)
     scores, by_full = evaluate(after, truth), evaluate(full, truth)
     for name in ("easy", "medium", "hard"):
         np.testing.assert_array_equal(scores[name]["ap"], by_full[name]["ap"])

@@ -104,11 +104,11 @@ def test_ranks_without_ignored_images_are_those_of_the_shortened_order(seed, len
     for query in range(2):
         left_out = ignored(truth, protocol)[query]
         shortened = order[~np.isin(order[:, query], left_out), query].tolist()
-        known = np.union1d(order[:length, query], labelled(truth)[query])
+        existing = np.union1d(order[:length, query], labelled(truth)[query])
         ranks = ranking.rank(query, np.arange(30), left_out)
         plain = ranking.rank(query, np.arange(30))
         for image in range(30):
-            if image not in known:
+            if image not in existing:
                 assert ranks[image] == plain[image] == -1
                 continue
             assert plain[image] == order[:, query].tolist().index(image)

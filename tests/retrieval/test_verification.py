@@ -19,18 +19,18 @@ ESTIMATORS = ["degensac", "magsac", "poselib"]
 @pytest.mark.parametrize("confidence", [0.999, 1.0])
 def test_verify_finds_the_planted_homography(estimator, confidence):
     query, gallery = planted(40, 40)
-    found = verify(query, gallery, estimator, threshold=8.0, confidence=confidence)
-    assert found.inliers.dtype == bool and found.inliers.shape == (80,)
-    assert found.inliers[:40].all()
+    result = verify(query, gallery, estimator, threshold=8.0, confidence=confidence)
+    assert result.inliers.dtype == bool and result.inliers.shape == (80,)
+    assert result.inliers[:40].all()
     # By chance an outlier may lie near the model that its own weight bends a little.
-    assert 40 <= found.count <= 42 and found.count == found.inliers.sum()
+    assert 40 <= result.count <= 42 and result.count == result.inliers.sum()
     corners = np.array([[0, 0], [512, 0], [512, 512], [0, 512]], float)
     # The direction is query to gallery. One pixel: the noise-free points fix the model, robust
     # refinement may weigh in an outlier.
     np.testing.assert_allclose(
-        project(corners, found.homography), project(corners, PLANTED), atol=1.0
+        project(corners, result.homography), project(corners, PLANTED), atol=1.0
     )
-    assert found.homography[2, 2] == 1 and found.homography.dtype == np.float64
+    assert result.homography[2, 2] == 1 and result.homography.dtype == np.float64
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -86,16 +86,16 @@ def test_verify_needs_five_matches(estimator):
     query, gallery = planted(5, 0)
     assert verify(query, gallery, estimator).count == 5
     for count in (0, 1, 4):
-        found = verify(query[:count], gallery[:count], estimator)
-        assert found.count == 0 and found.homography is None and found.inliers.shape == (count,)
+        result = verify(query[:count], gallery[:count], estimator)
+        assert result.count == 0 and result.homography is None and result.inliers.shape == (count,)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_verify_without_a_model_counts_nothing(estimator):
     query = np.random.default_rng(0).uniform(0, 512, (12, 2))
     for gallery in (np.full((12, 2), 7.0), np.column_stack([np.full(12, 8.0), query[:, 1]])):
-        found = verify(query, gallery, estimator)
-        assert found.count == 0 and found.homography is None and not found.inliers.any()
+        result = verify(query, gallery, estimator)
+        assert result.count == 0 and result.homography is None and not result.inliers.any()
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def test_all_matches_on_one_gallery_point_are_no_model(estimator):
         number = int(rng.integers(5, 41))
         query = rng.integers(0, 32, (number, 2)) * 16.0 + 8
         gallery = np.tile(rng.integers(0, 32, (1, 2)) * 16.0 + 8, (number, 1))
-        found = verify(query, gallery, estimator)
-        assert found.homography is None or np.linalg.matrix_rank(found.homography) == 3
+        result = verify(query, gallery, estimator)
+        assert result.homography is None or np.linalg.matrix_rank(result.homography) == 3
 
 
 def test_verify_refuses_points_that_do_not_fit():
@@ -142,7 +142,7 @@ def test_verify_refuses_points_that_do_not_fit():
 def test_defaults_are_the_published(function):
     published = dict(estimator="degensac", threshold=16.0, iterations=2000, confidence=1.0, seed=0)
     published |= dict(max_distance=0.82, top=100, max_keypoints=None)  # 1000 are stored at most
-    found = inspect.signature(function).parameters
-    shared = published.keys() & found.keys()
+    result = inspect.signature(function).parameters
+    shared = published.keys() & result.keys()
     assert len(shared) >= 1
-    assert {name: found[name].default for name in shared} == {n: published[n] for n in shared}
+    assert {name: result[name].default for name in shared} == {n: published[n] for n in shared}

@@ -139,13 +139,13 @@ def test_files_that_were_copied_are_read_once(tmp_path, files, opened):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"weights": 1, "images": null}'])
-def test_damaged_stamps_count_as_none(content, tmp_path, files, opened):
+def test_damaged_stamps_are_ignored(content, tmp_path, files, opened):
     work(tmp_path / "s", inputs(files))
     (tmp_path / "s" / ".stamps.json").write_text(content)
     assert work(tmp_path / "s", inputs(files))
 
 
-def test_names_that_are_no_unicode_have_fingerprints(tmp_path):
+def test_undecodable_names_have_fingerprints(tmp_path):
     name = os.fsdecode(b"caf\xe9")
     (tmp_path / name).write_bytes(b"x")
     image = runs.images_input([name], [tmp_path / name])
@@ -153,10 +153,10 @@ def test_names_that_are_no_unicode_have_fingerprints(tmp_path):
 
 
 def test_threads_keep_the_order_and_hold_few_items():
-    taken = []
-    results = runs.threaded(lambda item: -item, (taken.append(i) or i for i in range(20_000)), 3)
+    used = []
+    results = runs.threaded(lambda item: -item, (used.append(i) or i for i in range(20_000)), 3)
     assert [next(results) for _ in range(5)] == [0, -1, -2, -3, -4]
-    assert len(taken) <= 8192
+    assert len(used) <= 8192
     assert list(results) == [-i for i in range(5, 20_000)]
     with pytest.raises(ZeroDivisionError):
         list(runs.threaded(lambda item: 1 / item, [1, 0]))

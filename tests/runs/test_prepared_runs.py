@@ -152,7 +152,7 @@ def test_a_damaged_manifest_is_refused_with_its_name(case, tmp_path):
     "content", ["[]", "null", "1", "{", "[" * 100_000, "1" * 5000, '{"format": 1e400}', "\udc80"]
 )
 @pytest.mark.parametrize("name", ["stage.json", "started.json"])
-def test_what_is_no_manifest_is_refused_with_its_name(name, content, tmp_path):
+def test_other_json_is_refused_as_a_manifest(name, content, tmp_path):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / name).write_bytes(content.encode(errors="surrogateescape"))
     (tmp_path / "s" / "half.txt").touch()

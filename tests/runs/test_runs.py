@@ -172,7 +172,7 @@ def test_plain():
     assert runs.plain({}) == {}
 
 
-def test_read_json_names_what_is_wrong(tmp_path):
+def test_read_json_reports_the_fault(tmp_path):
     path = runs.write_json(tmp_path / "a.json", {"a": float("nan"), "é": [1]})
     assert runs.read_json(path) == {"a": None, "é": [1]}
     with pytest.raises(StageError, match="none.json is missing"):
@@ -189,8 +189,8 @@ def test_read_json_names_what_is_wrong(tmp_path):
 def test_fingerprints_are_of_content(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     # sha256 of "abc" is FIPS 180's first example.
-    known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert runs.fingerprint_file(tmp_path / "a") == known
+    existing = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert runs.fingerprint_file(tmp_path / "a") == existing
     assert runs.fingerprint({"a": 1, "b": [2]}) == runs.fingerprint({"b": (2,), "a": 1})
     assert runs.fingerprint([1, 2]) != runs.fingerprint([2, 1])
     assert runs.fingerprint("1") != runs.fingerprint(1)
@@ -358,7 +358,7 @@ def test_overwrite_starts_anew(tmp_path):
     assert not work(tmp_path / "half", size=4, overwrite=True)
 
 
-def test_overwrite_never_deletes_what_no_stage_wrote(tmp_path):
+def test_overwrite_keeps_files_that_no_stage_wrote(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(StageError, match="holds files but no stage"):
         work(tmp_path, overwrite=True)
@@ -504,7 +504,7 @@ def test_a_run_with_an_interrupted_training_has_no_model(stage, tmp_path):
         runs.model_file(tmp_path, None)
 
 
-def test_a_checkout_without_the_small_model_asks_for_training(tmp_path, monkeypatch):
+def test_a_checkout_without_the_small_model_needs_training(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "SMALL_WEIGHTS", "weights/none.safetensors")
     with pytest.raises(StageError, match="has not been run: run notebook 03"):
         runs.model_file(tmp_path, None)

@@ -25,7 +25,7 @@ def declared_defaults() -> dict[str, set[str]]:
 
 def repeated(source: str, defaults: dict[str, set[str]]) -> list[str]:
     """Parameters and dataclass fields of a source that repeat a setting's default as a literal."""
-    found = []
+    result = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             positional = node.args.posonlyargs + node.args.args
@@ -42,8 +42,8 @@ def repeated(source: str, defaults: dict[str, set[str]]) -> list[str]:
             except ValueError:
                 continue  # an expression, such as MatchingSettings.max_distance
             if repr(value) in defaults.get(name, ()):
-                found.append(f"line {default.lineno}: {name} = {value!r}")
-    return found
+                result.append(f"line {default.lineno}: {name} = {value!r}")
+    return result
 
 
 def test_no_function_repeats_a_default():

@@ -151,7 +151,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_no_file_of_settings(tmp_path, case):
+def test_invalid_settings_files(tmp_path, case):
     content, reason = WRONG[case]
     (tmp_path / "a.yaml").write_bytes(content)
     with pytest.raises(SettingsError, match=r"a\.yaml") as error:
@@ -163,8 +163,8 @@ def test_what_is_no_file_of_settings(tmp_path, case):
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_a_byte_order_mark_is_read(tmp_path, encoding):
     (tmp_path / "a.yaml").write_text("query_image: ch\u00e2teau \u57ce\n", encoding=encoding)
-    found = reader.read_file(tmp_path / "a.yaml").values
-    assert found == {"query_image": "ch\u00e2teau \u57ce"}
+    result = reader.read_file(tmp_path / "a.yaml").values
+    assert result == {"query_image": "ch\u00e2teau \u57ce"}
 
 
 def test_thousands_of_unknown_names_are_one_short_message(tmp_path):
@@ -189,7 +189,7 @@ def test_thousands_of_unknown_names_are_one_short_message(tmp_path):
         ("a\x1b[2J\n", 1, r"there is no setting a\\x1b\[2J\\n"),
     ],
 )
-def test_what_a_file_may_hold_is_said_in_short(name, value, said):
+def test_error_messages_shorten_values(name, value, said):
     with pytest.raises(SettingsError, match=said) as error:
         whole = reader.settings_of(reader.checked(reader.Values.of({name: value}, "mine.yaml")))
         for section in sections.SECTIONS:
@@ -240,7 +240,7 @@ def write(folder: Path, **files: str) -> Path:
 
 
 def test_a_file_that_several_extend_is_read_once(tmp_path):
-    # Seven levels, of which each file extends all five of the next: 97,656 ways to the last.
+    # Seven levels; each file extends all five of the next: 19,531 reads without a memory.
     for level in range(7):
         names = [f"{level + 1}-{file}.yaml" for file in range(5)] if level < 6 else []
         for file in range(5):
@@ -261,7 +261,7 @@ def test_a_file_that_several_extend_is_read_once(tmp_path):
     assert reads.count("read_yaml") == 1 + 6 * 5
 
 
-def test_a_file_beats_what_it_extends(tmp_path):
+def test_a_file_overrides_the_extended_one(tmp_path):
     write(
         tmp_path, base="seed: 1\nlr: 0.5\nnotebooks: 01-03\n", top="extends: base.yaml\nseed: 2\n"
     )
@@ -318,7 +318,7 @@ def test_an_unknown_recipe_is_refused(name):
         reader.settings_of(reader.Values.of({"recipe": name}, "a test"))
 
 
-def test_a_notebook_reads_its_cell_and_what_was_injected():
+def test_a_notebook_reads_its_cell_and_injected_values():
     namespace = {
         "max_distance": 0.95, "top": 7, "extends": "published.yaml", "threshold": 3.0,
         "In": [
@@ -355,14 +355,14 @@ def recorded_stage(tmp_path: Path, **parameters: object) -> Path:
     return tmp_path / "stage"
 
 
-def test_what_a_stage_recorded_is_taken_and_not_contradicted(tmp_path):
+def test_recorded_settings_are_used_and_cannot_be_contradicted(tmp_path):
     folder = recorded_stage(tmp_path, max_distance=0.9, threshold=8.0, top=5)
     kind = sections.RerankingSettings
     whole = reader.settings_of(reader.Values({}, {}))
-    taken = whole.recorded(folder, kind, "06_rerank")
-    assert (taken.matching.max_distance, taken.verification.threshold, taken.top) == (0.9, 8.0, 5)
+    used = whole.recorded(folder, kind, "06_rerank")
+    assert (used.matching.max_distance, used.verification.threshold, used.top) == (0.9, 8.0, 5)
     same = reader.settings_of(reader.Values.of({"max_distance": 0.9}, "a cell"))
-    assert same.recorded(folder, kind, "06_rerank") == taken
+    assert same.recorded(folder, kind, "06_rerank") == used
     other = reader.settings_of(reader.Values.of({"max_distance": 0.5}, "a cell"))
     with pytest.raises(SettingsError, match=r"max_distance is 0.5 \(a cell\).*stage.json.*0.9"):
         other.recorded(folder, kind, "06_rerank")
@@ -435,8 +435,8 @@ def test_typed_paths_are_relative_to_the_current_folder(tmp_path, monkeypatch):
         "name": "a/b",
     }
     for text in ("2019: Rome/~a", "untrained:x"):
-        found = reader.from_command_line({"image_folder": text}, {}).values["image_folder"]
-        assert found == str(tmp_path / text)
+        result = reader.from_command_line({"image_folder": text}, {}).values["image_folder"]
+        assert result == str(tmp_path / text)
     with pytest.raises(SettingsError, match=r"image_folder: caf\\udce9 is no UTF-8: rename it"):
         reader.from_command_line({"image_folder": "caf\udce9"}, {})
     for text, value in {"untrained:xcit": "untrained:xcit", "null": None}.items():

@@ -62,7 +62,7 @@ def larger(tmp_path: Path) -> tuple[Path, Path]:
     return folder, tmp_path / "x.npy"
 
 
-def test_a_ranking_that_begins_with_what_an_index_finds(larger, tmp_path):
+def test_a_ranking_that_begins_with_an_index_result(larger, tmp_path):
     data, path = larger
     truth = revisited.load_ground_truth(data / "gnd_larger.pkl")
     dataset = revisited.open_dataset("larger", data)
@@ -94,8 +94,8 @@ def test_a_ranking_that_begins_with_what_an_index_finds(larger, tmp_path):
         assert scores["exact"][protocol]["map"] == pytest.approx(whole[protocol]["map"], abs=1e-12)
         assert exact[protocol]["map"] == scores["exact"][protocol]["map"]
     assert scores["medium"]["map"] != scores["exact"]["medium"]["map"]
-    found = faiss_index.read(folder, database, text)
-    np.testing.assert_array_equal(faiss_index.find(found, queries, k=len(ranks))[1], ranks)
+    result = faiss_index.read(folder, database, text)
+    np.testing.assert_array_equal(faiss_index.find(result, queries, k=len(ranks))[1], ranks)
     # Reused as it is; another index, or none, is another ranking.
     before = (folder / "stage.json").read_bytes()
     rank(tmp_path / "run", text)
@@ -144,11 +144,11 @@ def test_the_stage_ranks_and_scores(benchmark, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, width", [("resnet10t", 512), ("vit_small_patch14_dinov2", 384)])
-def test_the_worked_example_writes_what_is_read(benchmark, tmp_path, name, width):
+def test_the_worked_example_is_readable(benchmark, tmp_path, name, width):
     script = Path(__file__).resolve().parents[2] / "docs" / "timm_descriptors.py"
     arguments = [name, benchmark, "small", tmp_path / "x.npy", "--size", "56", "--untrained"]
     rows = runpy.run_path(str(script))["main"]([*map(str, arguments), "--batch", "3"])
     # All four images are black: one direction, wherever they stood in their batches.
-    found = read_descriptors(rows, NAMES)
-    assert found.shape == (4, width)
-    np.testing.assert_allclose(found @ found.T, 1, atol=1e-5)  # float32 sums in other batches
+    result = read_descriptors(rows, NAMES)
+    assert result.shape == (4, width)
+    np.testing.assert_allclose(result @ result.T, 1, atol=1e-5)  # float32 sums in other batches

@@ -31,7 +31,7 @@ def test_hidden_scales_are_left_out_and_the_others_stay():
     np.testing.assert_array_equal(left.keypoints, every.keypoints[every.scales == 1])
 
 
-def test_compare_takes_the_best_of_what_is_left():
+def test_compare_takes_the_best_remaining():
     every, settings = features(40), RerankingSettings.build({"match_keypoints": 12})
     pair = inspection.compare(every, every, settings, hidden_scales=[0.3535])
     assert len(pair.query) == len(pair.database) == 12

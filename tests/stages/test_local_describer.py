@@ -38,16 +38,16 @@ def test_prefetch_keeps_order_and_errors(threads):
 @pytest.mark.parametrize("threads", [0, 2])
 def test_prefetch_stays_a_little_ahead(threads):
     """Tasks are taken as they are needed, not all at once: a million would not fit."""
-    taken = []
+    used = []
 
     def endless():
         for task in tasks(1000):
-            taken.append(task)
+            used.append(task)
             yield task
 
     stream = prefetch(lambda task: task.key, endless(), threads)
     next(stream)
-    assert len(taken) <= AHEAD * threads + 1
+    assert len(used) <= AHEAD * threads + 1
     stream.close()
 
 

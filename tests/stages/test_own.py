@@ -179,7 +179,7 @@ def test_links_lead_to_no_folder_above(folder, tmp_path):
     assert names == ["a/1.png", "a/2.png", "also/away/c.png", "also/b.png", "b/1.JPG"]
 
 
-def test_a_folder_without_photographs_is_told(tmp_path):
+def test_a_folder_without_photographs_is_refused(tmp_path):
     with pytest.raises(data_photographs.PhotographError, match="holds no photograph .*nothing"):
         data_photographs.list_photographs(tmp_path)
     (tmp_path / "a.nef").touch()
@@ -200,17 +200,17 @@ def test_what_cannot_be_used_is_left_out_and_named(folder, describer):
     (folder / "new.heic").write_bytes(b"x")
     (folder / "endless.jpg").write_bytes((folder / "b/1.JPG").read_bytes()[:-2])
     write(folder / "wide.png", texture(3, (64, 400)))
-    found = describe(folder, describer)
-    assert found.names == ["a/1.png", "a/2.png", "b/1.JPG", "endless.jpg", "wide.png"]
-    assert {name: text.split(":")[0] for name, text in found.left_out.items()} == {
+    result = describe(folder, describer)
+    assert result.names == ["a/1.png", "a/2.png", "b/1.JPG", "endless.jpg", "wide.png"]
+    assert {name: text.split(":")[0] for name, text in result.left_out.items()} == {
         "dot.png": "1 x 1 pixels, less than one patch of 16 x 16",
         "cut.jpg": "the file is cut short",
         "text.png": "not an image that OpenCV can decode",
         "new.heic": "not an image that OpenCV can decode",
     }
-    assert found.notes["endless.jpg"] == "the file lacks its end mark, but every row is there"
-    assert len(found.notes) == 2 and "6 times the other" in found.notes["wide.png"]
-    report = found.report().splitlines()
+    assert result.notes["endless.jpg"] == "the file lacks its end mark, but every row is there"
+    assert len(result.notes) == 2 and "6 times the other" in result.notes["wide.png"]
+    report = result.report().splitlines()
     assert report[0] == "5 photographs described, 1 other files passed over"
     assert "left out: dot.png: 1 x 1 pixels" in report[2] and report[-1].startswith("note: wide")
 
@@ -219,9 +219,9 @@ def test_a_photograph_20000_pixels_wide_is_used_with_a_note(tmp_path, describer)
     write(tmp_path / "photos/a.png", texture(0))
     # 64 rows: what counts is the width, and a full one would take 20 s to make
     write(tmp_path / "photos/panorama.png", np.zeros((64, 20_000, 3), np.uint8))
-    found = describe(tmp_path / "photos", describer)
-    assert found.names == ["a.png", "panorama.png"]
-    assert "20000 x 64 pixels, one side 312 times" in found.notes["panorama.png"]
+    result = describe(tmp_path / "photos", describer)
+    assert result.names == ["a.png", "panorama.png"]
+    assert "20000 x 64 pixels, one side 312 times" in result.notes["panorama.png"]
     assert "small details are lost" in data_photographs.size_note(15_000, 20_000)
     assert data_photographs.size_note(3000, 4000) is None
 
@@ -249,14 +249,14 @@ def test_a_notebook_shows_the_message_alone():
 
 
 def test_descriptions_are_those_of_extraction(folder, describer, weights):
-    found = describe(folder, describer)
+    result = describe(folder, describer)
     model = inference.open_model(weights)
     image = images.read_image(folder / "a/1.png")
     with inference.limited_threads(1):
         row = descriptors.extract_global(model, [image], size=64)[0]
         features = descriptors.extract_local(model, image, size=96, scales=(1.0,))
-    np.testing.assert_array_equal(found.descriptors[0], row)
-    kept = found.features("a/1.png")
+    np.testing.assert_array_equal(result.descriptors[0], row)
+    kept = result.features("a/1.png")
     np.testing.assert_array_equal(kept.keypoints, features.keypoints)
     # float16 holds 11 bits: half a step of the largest value, 1
     np.testing.assert_allclose(kept.descriptors, features.descriptors, atol=2**-11)
@@ -265,7 +265,7 @@ def test_descriptions_are_those_of_extraction(folder, describer, weights):
     )
 
 
-def test_only_what_is_new_is_extracted(folder, weights, tmp_path):
+def test_only_new_photographs_are_extracted(folder, weights, tmp_path):
     first = describe(folder, describer_of(weights, tmp_path))
     assert first.extracted == 3
     again = describe(folder, describer_of(weights, tmp_path))
@@ -289,11 +289,11 @@ def test_nothing_new_needs_no_network(folder, weights, tmp_path):
 
 
 def test_other_settings_and_weights_are_kept_apart(folder, weights, tmp_path):
-    one = describer_of(weights, tmp_path)
-    describe(folder, one)
+    single = describer_of(weights, tmp_path)
+    describe(folder, single)
     other = describer_of(weights, tmp_path, local_size=128)
     assert describe(folder, other).extracted == 3
-    assert one.folder != other.folder
+    assert single.folder != other.folder
     assert runs.read_json(other.folder / "settings.json")["local_size"] == 128
     assert describe(folder, describer_of(weights, tmp_path)).extracted == 0
 
@@ -337,30 +337,30 @@ def test_a_model_without_autoencoder_is_refused(folder, tmp_path):
 
 def test_the_other_view_comes_first_and_never_the_query(folder, describer):
     photographs = describe(folder, describer)
-    found = own.search_folder(photographs, "a/1.png", None, reranking())
-    assert found.table["photograph"].tolist() == ["a/2.png", "b/1.JPG"]
-    assert found.table["rank"].tolist() == [1, 2]
-    assert sorted(found.table["global_rank"]) == [1, 2]
-    features, pair = found.pair("a/2.png")
-    assert pair.verification.count == found.table["inliers"][0] >= 5
+    result = own.search_folder(photographs, "a/1.png", None, reranking())
+    assert result.table["photograph"].tolist() == ["a/2.png", "b/1.JPG"]
+    assert result.table["rank"].tolist() == [1, 2]
+    assert sorted(result.table["global_rank"]) == [1, 2]
+    features, pair = result.pair("a/2.png")
+    assert pair.verification.count == result.table["inliers"][0] >= 5
     query = photographs.features("a/1.png")
     alone = verification.inspect_pair(query, features, reranking())
     np.testing.assert_array_equal(pair.matches, alone.matches)
-    assert len(pair.matches) == found.table["matches"][0]
+    assert len(pair.matches) == result.table["matches"][0]
 
 
 def test_beyond_the_short_list_nothing_is_verified(folder, describer):
-    found = own.search_folder(describe(folder, describer), "a/1.png", None, reranking(top=1))
-    assert found.table["inliers"].isna().tolist() == [False, True]
-    assert found.table["global_rank"].tolist() == [1, 2]
+    result = own.search_folder(describe(folder, describer), "a/1.png", None, reranking(top=1))
+    assert result.table["inliers"].isna().tolist() == [False, True]
+    assert result.table["global_rank"].tolist() == [1, 2]
 
 
 def test_a_query_from_elsewhere_and_with_a_box(folder, weights, tmp_path):
     describer = describer_of(weights, tmp_path)
     photographs = describe(folder, describer)
     outside = write(tmp_path / "query.png", texture(0, (96, 144)))
-    found = own.search_folder(photographs, str(outside), None, reranking())
-    assert found.query == "query.png" and len(found.table) == 3
+    result = own.search_folder(photographs, str(outside), None, reranking())
+    assert result.query == "query.png" and len(result.table) == 3
     boxed = own.search_folder(photographs, str(outside), (16, 0, 144, 96), reranking())
     # just what a/2 shows: the same pixels, hence the same descriptor
     assert boxed.table["photograph"][0] == "a/2.png"
@@ -394,7 +394,7 @@ def test_which_file_a_query_names(folder, describer, tmp_path, monkeypatch, caps
     )
 
 
-def test_a_damaged_photograph_of_the_same_name_is_no_obstacle(folder, describer, tmp_path):
+def test_a_damaged_photograph_of_the_same_name_is_ignored(folder, describer, tmp_path):
     (folder / "tower.png").write_text("no image")
     healthy = write(tmp_path / "elsewhere/tower.png", texture(3))
     photographs = describe(folder, describer)
@@ -417,15 +417,15 @@ def test_both_normal_forms_of_a_name_are_one_query(tmp_path, describer, stored):
         own.find_query(photographs, unicodedata.normalize("NFC", "Zoë.png"))
 
 
-def test_names_that_no_file_of_text_can_hold_are_left_out(folder, describer, tmp_path):
+def test_names_that_cannot_be_encoded_are_left_out(folder, describer, tmp_path):
     shutil.copy(folder / "a/1.png", os.fsencode(folder) + b"/caf\xe9.png")
     shutil.copy(folder / "a/1.png", folder / "=1+1\x1b[2J.png")
     photographs = describe(folder, describer)
     assert photographs.names == ["=1+1\x1b[2J.png", "a/1.png", "a/2.png", "b/1.JPG"]
     report = photographs.report().splitlines()
     assert report[1:] == [r"left out: caf\udce9.png: its name is no UTF-8: rename it"]
-    found = own.search_folder(photographs, "a/1.png", None, reranking())
-    text = own.write_ranking(found, tmp_path / "ranking.csv").read_text()
+    result = own.search_folder(photographs, "a/1.png", None, reranking())
+    text = own.write_ranking(result, tmp_path / "ranking.csv").read_text()
     assert "\n./=1+1" in text and "\n=" not in text
 
 
@@ -452,9 +452,9 @@ def test_a_folder_that_changes_while_it_is_described(folder, describer, tmp_path
         "rewritten.png": "it changed while it was read",
     }
     (folder / "later.png").unlink()
-    found = own.search_folder(photographs, "a/1.png", None, reranking())
-    assert sorted(found.table["photograph"]) == ["a/2.png", "b/1.JPG", "later.png"]
-    assert len(found.pair("later.png")[0]) > 0
+    result = own.search_folder(photographs, "a/1.png", None, reranking())
+    assert sorted(result.table["photograph"]) == ["a/2.png", "b/1.JPG", "later.png"]
+    assert len(result.pair("later.png")[0]) > 0
 
 
 @pytest.mark.parametrize(
@@ -471,13 +471,13 @@ def test_a_folder_that_changes_while_it_is_described(folder, describer, tmp_path
         ("a/1.png", (0, 0, 10**400, 9), "four finite numbers"),
     ],
 )
-def test_a_wrong_question_is_told(folder, describer, query, box, message):
+def test_an_invalid_query_is_reported(folder, describer, query, box, message):
     write(folder / "dot.png", np.zeros((1, 1, 3), np.uint8))
     with pytest.raises(data_photographs.PhotographError, match=message):
         own.search_folder(describe(folder, describer), query, box, reranking())
 
 
-def test_a_folder_with_the_query_alone_is_told(tmp_path, describer):
+def test_a_folder_with_only_the_query_is_refused(tmp_path, describer):
     write(tmp_path / "photos/a.png", texture(0))
     photographs = describe(tmp_path / "photos", describer)
     with pytest.raises(data_photographs.PhotographError, match="nothing but the query"):
@@ -485,18 +485,18 @@ def test_a_folder_with_the_query_alone_is_told(tmp_path, describer):
 
 
 def test_ranking_is_written(folder, describer, tmp_path):
-    found = own.search_folder(describe(folder, describer), "a/1.png", None, reranking(top=1))
-    lines = own.write_ranking(found, tmp_path / "ranking.csv").read_text().splitlines()
+    result = own.search_folder(describe(folder, describer), "a/1.png", None, reranking(top=1))
+    lines = own.write_ranking(result, tmp_path / "ranking.csv").read_text().splitlines()
     assert lines[0] == "photograph,rank,global_rank,similarity,matches,inliers"
     assert lines[2].startswith("b/1.JPG,2,2,") and lines[2].endswith(",,")
 
 
 def test_figures(folder, describer):
-    found = own.search_folder(describe(folder, describer), "a/1.png", None, reranking())
-    axes = run_figures.ranking_figure(found, columns=2)
+    result = own.search_folder(describe(folder, describer), "a/1.png", None, reranking())
+    axes = run_figures.ranking_figure(result, columns=2)
     assert axes.shape == (2, 3)
     assert axes[1, 1].get_title().startswith("1   a/2.png\n")
-    assert run_figures.pair_figure(found, "a/2.png").get_title().endswith("matches")
+    assert run_figures.pair_figure(result, "a/2.png").get_title().endswith("matches")
     plt.close("all")
 
 
@@ -516,7 +516,7 @@ def test_features_return_to_the_stored_photograph(tmp_path, orientation, suffix)
     upright = data_photographs.read_upright(path)
     assert data_photographs.read_oriented(path)[1] == orientation
     height, width = upright.shape[:2]
-    y, x = (place.mean() for place in np.nonzero(upright[..., 0] > 128))
+    y, x = (location.mean() for location in np.nonzero(upright[..., 0] > 128))
     none = np.ones(1, np.float32)
     features = LocalFeatures(
         # the input frame's origin is the corner: half a pixel from the first centre
@@ -539,7 +539,7 @@ def test_pairs(folder, describer, tmp_path):
     assert own.retrieval_pairs(photographs, 5) == every
     rows = photographs.descriptors
     best = [int(np.argsort(-(rows @ row), kind="stable")[1]) for row in rows]
-    wanted = sorted({tuple(sorted((place, other))) for place, other in enumerate(best)})
+    wanted = sorted({tuple(sorted((location, other))) for location, other in enumerate(best)})
     names = photographs.names
     assert own.retrieval_pairs(photographs, 1) == [(names[i], names[j]) for i, j in wanted]
     assert own.retrieval_pairs(photographs, 0) == []
@@ -619,8 +619,8 @@ def test_a_folder_without_photographs_ends_with_1_and_a_short_message(tmp_path, 
     arguments = ["own", str(tmp_path / "empty"), "--query", "a.jpg", "--output"]
     arguments += [str(tmp_path / "run"), "-p", "weights", str(tmp_path / "none.safetensors")]
     assert command_line.main(arguments) == 1
-    told = capsys.readouterr().err
-    assert "holds no photograph that can be read (1 files, such as notes.txt)" in told
+    record = capsys.readouterr().err
+    assert "holds no photograph that can be read (1 files, such as notes.txt)" in record
     executed = nbformat.read(tmp_path / "run/notebooks/08_own_photos.ipynb", as_version=4)
     errors = [
         output
@@ -648,22 +648,22 @@ def test_the_finished_run_searches_the_bundled_photographs(finished_run, tmp_pat
 
 
 def own_folder() -> str:
-    found = pipeline.declared(runs.checkout() / "notebooks" / pipeline.OWN)
-    return found["photographs_folder"].default
+    result = pipeline.declared(runs.checkout() / "notebooks" / pipeline.OWN)
+    return result["photographs_folder"].default
 
 
 def test_notebook_08_shares_the_defaults_of_the_chain():
     top = runs.checkout() / "notebooks"
-    ours = pipeline.declared(top / pipeline.OWN)
+    actual = pipeline.declared(top / pipeline.OWN)
     for path in pipeline.chain(top):
         for name, declaration in pipeline.declared(path).items():
-            if name in ours and name != "top":  # a folder of one's own is small
-                assert (ours[name].kind, ours[name].default) == (
+            if name in actual and name != "top":  # a folder of one's own is small
+                assert (actual[name].kind, actual[name].default) == (
                     (declaration.kind, declaration.default)
                 ), name
 
 
-def test_a_terminal_that_cannot_show_a_name_shows_it_escaped(tmp_path):
+def test_names_outside_the_terminals_encoding_are_escaped(tmp_path):
     """A real process whose search is done already: it prints the table and ends with 0."""
     table = "photograph,rank,similarity,inliers\nCafé 東京.jpg,1,0.5,7\n"
     runs.write_text(tmp_path / "own" / "ranking.csv", table)

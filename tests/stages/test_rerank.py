@@ -103,11 +103,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def recorded(scores: dict) -> dict:
     """`evaluate`'s dict as a scores.json holds it: with the interval of each mAP."""
-    intervals = {p: bootstrap_interval(one["ap"]) for p, one in scores.items()}
-    return runs.plain({p: one | {"interval": intervals[p]} for p, one in scores.items()})
+    intervals = {p: bootstrap_interval(single["ap"]) for p, single in scores.items()}
+    return runs.plain({p: single | {"interval": intervals[p]} for p, single in scores.items()})
 
 
-def test_stage_files_hold_what_they_say(finished):
+def test_stage_files_have_the_documented_content(finished):
     folder = finished / "random" / "rerank"
     truth, _ = random_benchmark(NUMBER, QUERIES, seed=5)
     ranks = np.load(finished / "random" / "global" / "ranks.npy")
@@ -147,13 +147,13 @@ def test_stage_files_hold_what_they_say(finished):
 
 
 def test_stage_is_the_same_with_several_workers_and_again(finished, tmp_path):
-    ours = contents(finished / "random" / "rerank")
+    actual = contents(finished / "random" / "rerank")
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
     shutil.rmtree(copy / "random" / "rerank")
-    assert contents(rerank_run(copy, workers=2)) == ours
+    assert contents(rerank_run(copy, workers=2)) == actual
     before = (copy / "random" / "rerank" / "stage.json").read_bytes()
-    assert contents(rerank_run(copy, workers=1)) == ours, "workers are no setting"
+    assert contents(rerank_run(copy, workers=1)) == actual, "workers are no setting"
     rerank_run(copy, workers=1, match_device="cpu")  # nor is the device: finished, so reused
     assert (copy / "random" / "rerank" / "stage.json").read_bytes() == before, "it was reused"
 

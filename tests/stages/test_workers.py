@@ -66,7 +66,7 @@ def test_workers_one_after_the_other(global_run, benchmark, weight_file):
         extract(*arguments, worker=0, worker_count=2, overwrite=True)
 
 
-def test_the_last_worker_finds_what_others_left_damaged(local_run, benchmark, weight_file):
+def test_the_last_worker_detects_damaged_shards_of_others(local_run, benchmark, weight_file):
     """The stage may be finished or not: its index is not written over the damage."""
     folder = local_run / "mini" / "local"
     scores, offsets = (folder / "shard-01" / f"{name}.npy" for name in ("scores", "offsets"))

@@ -33,29 +33,29 @@ def difference(ours: np.ndarray, theirs: torch.Tensor) -> np.ndarray:
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.4])
 def test_brightness_contrast_and_saturation_are_torchvisions(photograph, factor):
     # both round to whole levels, ours up and down, torchvision down, contrast twice
-    ours = augmentation.adjust_contrast(photograph, factor, 0.0)
-    assert difference(ours, tv.adjust_brightness(tensor(photograph), factor)).max() <= 1
-    ours = augmentation.adjust_contrast(photograph, factor)
-    assert difference(ours, tv.adjust_contrast(tensor(photograph), factor)).max() <= 1
-    ours = augmentation.adjust_saturation(photograph, factor)
-    assert difference(ours, tv.adjust_saturation(tensor(photograph), factor)).max() <= 2
+    actual = augmentation.adjust_contrast(photograph, factor, 0.0)
+    assert difference(actual, tv.adjust_brightness(tensor(photograph), factor)).max() <= 1
+    actual = augmentation.adjust_contrast(photograph, factor)
+    assert difference(actual, tv.adjust_contrast(tensor(photograph), factor)).max() <= 1
+    actual = augmentation.adjust_saturation(photograph, factor)
+    assert difference(actual, tv.adjust_saturation(tensor(photograph), factor)).max() <= 2
 
 
 @pytest.mark.parametrize("turn", [-0.4, 0.0, 0.1])
 def test_hue_is_torchvisions(photograph, turn):
     # A step of 256 hues changes a strong colour by 6 levels, half a step of rounding twice by 6; 8
     # bits of saturation and value between the two conversions add up to 3 at an extreme.
-    found = difference(
+    result = difference(
         augmentation.adjust_hue(photograph, turn), tv.adjust_hue(tensor(photograph), turn)
     )
-    assert found.mean() < 1.5 and found.max() <= 9
+    assert result.mean() < 1.5 and result.max() <= 9
 
 
 def test_contrast_by_hand():
     image = np.full((2, 2, 3), 100, np.uint8)
     image[0] = 200  # mean 150: 200 -> 150 + 1.4 * 50 = 220, 100 -> 80
-    found = augmentation.adjust_contrast(image, 1.4)
-    assert np.unique(found).tolist() == [80, 220]
+    result = augmentation.adjust_contrast(image, 1.4)
+    assert np.unique(result).tolist() == [80, 220]
 
 
 def reference(image: np.ndarray, size: int, rng: np.random.Generator) -> torch.Tensor:
@@ -93,32 +93,32 @@ def reference(image: np.ndarray, size: int, rng: np.random.Generator) -> torch.T
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_published_augmentation_is_torchvisions_composition(photograph, seed):
-    ours = augmentation.augment_published(photograph, 48, np.random.default_rng(seed))
-    theirs = reference(photograph, 48, np.random.default_rng(seed))
-    assert ours.shape == (48, 48, 3) and ours.dtype == np.uint8
+    actual = augmentation.augment_published(photograph, 48, np.random.default_rng(seed))
+    expected = reference(photograph, 48, np.random.default_rng(seed))
+    assert actual.shape == (48, 48, 3) and actual.dtype == np.uint8
     # The mean over the picture, of 255: pixels at an edge differ by the interpolation's rounding,
     # all by the JPEG step, which the reference leaves out. Other draws differ by more.
-    assert difference(ours, theirs).mean() < 4
+    assert difference(actual, expected).mean() < 4
     others = reference(photograph, 48, np.random.default_rng(seed + 100))
-    assert difference(ours, others).mean() > 8
+    assert difference(actual, others).mean() > 8
 
 
 @pytest.mark.parametrize(("height", "width"), [(768, 1024), (1024, 768), (500, 500), (300, 900)])
 def test_the_crop_is_drawn_as_torchvision_draws_it(height, width):
     rng = np.random.default_rng(0)
-    ours = np.array([augmentation._resized_crop(height, width, rng) for _ in range(2000)])
+    actual = np.array([augmentation._resized_crop(height, width, rng) for _ in range(2000)])
     with torch.random.fork_rng():
         torch.manual_seed(0)
         page, shape = torch.empty(3, height, width), ([0.9, 1.0], [3 / 4, 4 / 3])
-        theirs = np.array([RandomResizedCrop.get_params(page, *shape) for _ in range(2000)])
-    for top, left, tall, wide in ours:
+        expected = np.array([RandomResizedCrop.get_params(page, *shape) for _ in range(2000)])
+    for top, left, tall, wide in actual:
         assert 0 <= top <= height - tall and 0 <= left <= width - wide
     # Four standard deviations of the difference of two means, of two shares; where nothing varies
     # (at 1:3 no draw fits, and the middle is taken) the two are equal.
-    bound = 4 * np.sqrt((ours.var(axis=0) + theirs.var(axis=0)) / 2000)
-    assert (np.abs(ours.mean(axis=0) - theirs.mean(axis=0)) <= bound).all()
+    bound = 4 * np.sqrt((actual.var(axis=0) + expected.var(axis=0)) / 2000)
+    assert (np.abs(actual.mean(axis=0) - expected.mean(axis=0)) <= bound).all()
     first, second = (
-        np.mean((each[:, 2:] == (height, width)).all(axis=1)) for each in (ours, theirs)
+        np.mean((item[:, 2:] == (height, width)).all(axis=1)) for item in (actual, expected)
     )
     assert abs(first - second) <= 4 * np.sqrt(2 * 0.25 / 2000)
 
@@ -140,10 +140,10 @@ def test_fast_is_published_without_its_last_roundings(photograph):
         def random(self) -> float:
             return next(self.draws)
 
-    found = augmentation.augment_fast(photograph, 48, Flip())
+    result = augmentation.augment_fast(photograph, 48, Flip())
     expected = images.resize(photograph[:, ::-1], 48, "squash")
     # the warp's half-pixel convention differs from the resize's by less than a pixel of 48
-    assert np.abs(found.astype(int) - expected).mean() < 6
+    assert np.abs(result.astype(int) - expected).mean() < 6
 
 
 def test_rand_augment_by_hand():
@@ -161,11 +161,11 @@ def test_rand_augment_by_hand():
 def test_rand_augment_follows_its_generator_alone():
     image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     state = torch.random.get_rng_state()
-    one = augmentation.rand_augment(image, 2, 20, np.random.default_rng(5))
+    single = augmentation.rand_augment(image, 2, 20, np.random.default_rng(5))
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(9)
-    assert np.array_equal(one, augmentation.rand_augment(image, 2, 20, np.random.default_rng(5)))
-    assert not np.array_equal(one, image)
+    assert np.array_equal(single, augmentation.rand_augment(image, 2, 20, np.random.default_rng(5)))
+    assert not np.array_equal(single, image)
 
 
 # Decoding at a reduced scale
@@ -184,12 +184,12 @@ def jpeg(tmp_path, photograph):
     [(None, (400, 640)), (201, (400, 640)), (200, (200, 320)), (100, (100, 160)), (1, (50, 80))],
 )
 def test_the_smallest_scale_that_keeps_both_sides(jpeg, least, shape):
-    found = images.read_image(jpeg, least_side=least)
-    assert found.shape == (*shape, 3)
+    result = images.read_image(jpeg, least_side=least)
+    assert result.shape == (*shape, 3)
     whole = images.read_image(jpeg)
     expected = cv2.resize(whole, shape[::-1], interpolation=cv2.INTER_AREA)
     # the decoder's own average of its 8 x 8 blocks against a plain mean
-    assert np.abs(found.astype(int) - expected).mean() < 1.5
+    assert np.abs(result.astype(int) - expected).mean() < 1.5
 
 
 def test_other_formats_keep_their_size(tmp_path, photograph):

@@ -90,10 +90,10 @@ def test_a_picture_is_shown_as_the_teacher_was_trained(file):
     with torch.no_grad():
         maps = network().forward_features((pixels - its_mean) / its_std)
     pooled = maps.clamp(min=1e-6).double().pow(3).mean((2, 3)).pow(1 / 3)
-    found = teacher.describe((pixels - mean) / std)
-    assert found.shape == (2, 256) and teacher.dim == 256 and found.dtype == torch.float32
+    result = teacher.describe((pixels - mean) / std)
+    assert result.shape == (2, 256) and teacher.dim == 256 and result.dtype == torch.float32
     # float32 in another order of operations
-    torch.testing.assert_close(found.double(), pooled, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(result.double(), pooled, atol=1e-4, rtol=1e-3)
 
 
 def test_a_transformer_teaches_by_its_own_pooling(tmp_path):
@@ -107,19 +107,19 @@ def test_a_transformer_teaches_by_its_own_pooling(tmp_path):
 
 def test_layers_have_the_names_of_both_kinds_of_efficientnet():
     made = timm.create_model(LITE)
-    found = models_teacher.efficientnet_names(made)
-    assert NAMES.items() <= found.items()
-    assert set(found.values()) == {name.rpartition(".")[0] for name in made.state_dict()}
+    result = models_teacher.efficientnet_names(made)
+    assert NAMES.items() <= result.items()
+    assert set(result.values()) == {name.rpartition(".")[0] for name in made.state_dict()}
     assert models_teacher.efficientnet_names(timm.create_model("test_resnet")) == {}
 
 
 def test_a_file_in_the_other_names_fills_the_network(tmp_path):
     own = network(LITE)
-    theirs = {timms: its for its, timms in models_teacher.efficientnet_names(own).items()}
+    reference = {timms: its for its, timms in models_teacher.efficientnet_names(own).items()}
     tensors = {}
     for name, value in own.state_dict().items():
         layer, _, part = name.rpartition(".")
-        tensors[f"{theirs[layer]}.{part}"] = value
+        tensors[f"{reference[layer]}.{part}"] = value
     assert "_blocks.0._depthwise_conv.weight" in tensors
     torch.save(tensors, tmp_path / "net.pth")
     teacher = Teacher(LITE, tmp_path / "net.pth", SIZE)
@@ -135,7 +135,7 @@ def test_a_file_in_the_other_names_fills_the_network(tmp_path):
         (lambda t: t.update({"bn1.bias": torch.zeros(1)}), "misshapen: bn1.bias"),
     ],
 )
-def test_a_file_that_does_not_fit_is_told_apart(change, complaint, tmp_path):
+def test_a_misfitting_file_is_reported(change, complaint, tmp_path):
     tensors = dict(network().state_dict())
     change(tensors)
     torch.save(tensors, tmp_path / "net.pth")
@@ -169,17 +169,17 @@ def test_the_loss_is_shared_out(file):
     pictures = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 2, 0])
     student = made(file, 0.75).eval()
-    found = student(pictures, labels)
+    result = student(pictures, labels)
     features = student.model.global_features(pictures)
     arcface, _ = student.head.loss(features, labels)
-    said = student.teacher.describe(pictures)
+    output = student.teacher.describe(pictures)
     # Of pictures so small some of the numbers are the same for all: they say nothing.
-    said = ((said - said.mean(0)) / said.std(0, correction=0)).nan_to_num(0, 0, 0)
-    cosine = F.cosine_similarity(student.projection(features), said).mean().item()
+    output = ((output - output.mean(0)) / output.std(0, correction=0)).nan_to_num(0, 0, 0)
+    cosine = F.cosine_similarity(student.projection(features), output).mean().item()
     # float32, and 1e-6 beside deviations of about 0.1
-    assert found["distilled"].item() == pytest.approx(1 - cosine, abs=1e-4)
+    assert result["distilled"].item() == pytest.approx(1 - cosine, abs=1e-4)
     expected = 0.25 * arcface.item() + 0.75 * (1 - cosine)
-    assert found["loss"].item() == pytest.approx(expected, abs=1e-4)
+    assert result["loss"].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_teacher_alone_teaches(file):
@@ -234,10 +234,12 @@ def test_a_killed_run_ends_in_the_same_bytes(file, tmp_path, images):
     assert rows(resumed) == rows(whole)
     name = "model.safetensors"
     assert (resumed / name).read_bytes() == (whole / name).read_bytes()
-    one, other = (
+    single, other = (
         torch.load(folder / "state" / "last.pt", weights_only=True) for folder in (whole, resumed)
     )
-    assert torch.equal(one["network"]["projection.weight"], other["network"]["projection.weight"])
+    assert torch.equal(
+        single["network"]["projection.weight"], other["network"]["projection.weight"]
+    )
 
 
 @pytest.mark.slow

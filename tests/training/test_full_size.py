@@ -49,8 +49,8 @@ def cost(work: Callable[[], object]) -> tuple[int, int]:
 
 def same(costs: list[tuple[int, int]]) -> bool:
     """Whether neither lines nor memory grow; 200,000 entries are 200 kB at least."""
-    (small, few), (large, many) = costs
-    return abs(large - small) < 50 and many - few < 100_000
+    (small, few), (large, several) = costs
+    return abs(large - small) < 50 and several - few < 100_000
 
 
 @pytest.mark.parametrize("augment", ["fast", "published", "none"])
@@ -70,11 +70,11 @@ def test_a_step_and_a_row_of_the_log_cost_the_same(images, run, fresh_accelerate
         parts = {name: enlarged(getattr(data, name), count) for name in ("train", "validation")}
         network = networks.RetrievalNetwork(build_model(NANO, seed=0), ArcFace(128, 3))
         settings = replace(SETTINGS, validate_every=2, epochs=40)
-        given = fit.Fit(None, settings, MACHINE, run / "retrieval", run / "split", images)
-        trainers.append(loop.Trainer(network, given, replace(data, **parts)))
-    for one in trainers:
-        one.network.train()
-    batches = [one.read(one.batches(0)) for one in trainers]
+        options = fit.Fit(None, settings, MACHINE, run / "retrieval", run / "split", images)
+        trainers.append(loop.Trainer(network, options, replace(data, **parts)))
+    for single in trainers:
+        single.network.train()
+    batches = [single.read(single.batches(0)) for single in trainers]
 
     def step(trainer: loop.Trainer, read) -> None:
         trainer.pending.append(trainer.run_step([next(read)]))

@@ -31,21 +31,21 @@ def test_the_file_is_small_whole_and_in_half_precision():
     model = weights.load_model(SMALL)  # raises on any tensor missing, unexpected or misshapen
     values = [value for value in model.state_dict().values() if value.is_floating_point()]
     assert all(value.dtype == torch.float32 and value.isfinite().all() for value in values)
-    found = (model.architecture, model.code_dim, model.training)
-    assert found == (
+    result = (model.architecture, model.code_dim, model.training)
+    assert result == (
         demo_settings("02").training.architecture,
         demo_settings("03").autoencoder.code_dim,
         False,
     )
 
 
-def test_half_precision_is_what_the_command_writes(tmp_path):
+def test_the_command_writes_half_precision(tmp_path):
     # what is read from the file and written again is the same file but for what it says of itself
     again = weights.convert(SMALL, tmp_path / "again.safetensors", dtype="float16")
-    with safe_open(SMALL, framework="pt") as one, safe_open(again, framework="pt") as other:
-        assert set(one.keys()) == set(other.keys())
-        for key in one.keys():
-            assert torch.equal(one.get_tensor(key), other.get_tensor(key)), key
+    with safe_open(SMALL, framework="pt") as single, safe_open(again, framework="pt") as other:
+        assert set(single.keys()) == set(other.keys())
+        for key in single.keys():
+            assert torch.equal(single.get_tensor(key), other.get_tensor(key)), key
 
 
 @pytest.mark.slow
@@ -60,8 +60,8 @@ def test_a_fresh_run_evaluates_the_small_model(tmp_path):
         inputs = runs.read_json(run / "demo" / stage / "stage.json")["inputs"]
         assert inputs["weights"] == runs.fingerprint_file(SMALL)
     cells = nbformat.read(run / "notebooks" / "04_global_evaluation.ipynb", as_version=4).cells
-    said = "".join(str(cell.get("outputs", "")) for cell in cells)
-    assert "nothing has been trained in fresh: the model is the small weights/vitgal_nano" in said
+    output = "".join(str(cell.get("outputs", "")) for cell in cells)
+    assert "nothing has been trained in fresh: the model is the small weights/vitgal_nano" in output
 
 
 @pytest.mark.slow
@@ -75,5 +75,5 @@ def test_the_stated_scores_come_out(finished_run, tmp_path):
     )
     scores = runs.read_json(folder / "scores.json")
     # Decoders of JPEG and orders of float sums differ between machines: less than a point of mAP.
-    found = {name: scores[name]["map"] for name in revisited.PROTOCOLS}
-    assert found == pytest.approx(STATED, abs=0.01)
+    result = {name: scores[name]["map"] for name in revisited.PROTOCOLS}
+    assert result == pytest.approx(STATED, abs=0.01)

@@ -78,9 +78,14 @@ def test_ranks_share_an_epoch_without_overlap():
         assert len(shares) == len(list(shares))
         return [[index for _, index in batch] for batch in shares]
 
-    zero, one = batches(0), batches(1)
-    assert [len(batch) for batch in zero + one] == [2, 2, 2, 2]  # 11 // (2 * 2) steps, rest dropped
-    assert len(set(sum(zero + one, []))) == 8
+    zero, single = batches(0), batches(1)
+    assert [len(batch) for batch in zero + single] == [
+        2,
+        2,
+        2,
+        2,
+    ]  # 11 // (2 * 2) steps, rest dropped
+    assert len(set(sum(zero + single, []))) == 8
     assert batches(0, first=1) == zero[1:]
     assert batches(0, epoch=1) != zero
     assert batches(0) == zero
@@ -152,7 +157,7 @@ def test_the_hole_is_a_quarter_of_the_side():
     holes = [augmentation.draw_hole(64, np.random.default_rng(seed)) for seed in range(40)]
     # of forty draws at p 0.5 some cut it, some do not
     assert {side for _, _, side in holes} == {0, 16}
-    assert all(0 <= place <= 64 - 16 for hole in holes for place in hole[:2])
+    assert all(0 <= location <= 64 - 16 for hole in holes for location in hole[:2])
 
 
 def test_the_network_sees_normalised_pictures_with_holes():
@@ -169,9 +174,9 @@ def test_the_network_sees_normalised_pictures_with_holes():
         torch.from_numpy(image).permute(2, 0, 1)[None], torch.zeros(1, 3, dtype=torch.int64)
     )
     assert torch.equal(plain, inference.network_input(image[None], "cpu"))  # as at test time
-    shown = augmentation.displayable(pictures[0], (1, 2, 2))
+    visible = augmentation.displayable(pictures[0], (1, 2, 2))
     # the hole is ImageNet's mean colour: 0.485 * 255 = 123.7, 0.456 * 255 = 116.3, 103.5
-    assert shown[1, 2].tolist() == [124, 116, 104] and shown[0, 0].tolist() == [255] * 3
+    assert visible[1, 2].tolist() == [124, 116, 104] and visible[0, 0].tolist() == [255] * 3
 
 
 def test_the_published_hole_is_black_and_the_fast_one_of_the_mean_colour(images, run):
@@ -225,7 +230,7 @@ def test_retrieval_is_scored_on_landmarks_that_are_not_trained(tmp_path, images)
     assert set(data.validation.labels[[*data.queries, *data.database]]) == {-1}  # held out
     # All of one landmark: every database image is right, in whatever order.
     features = torch.randn(len(data.validation), 4, generator=torch.Generator().manual_seed(0))
-    halves = [(np.arange(len(features))[place::2], features[place::2]) for place in (0, 1)]
+    halves = [(np.arange(len(features))[location::2], features[location::2]) for location in (0, 1)]
     parts = [(index, {"features": half}) for index, half in halves]
     assert data.score(parts) == {"val_map": 1.0, "val_map_low": 1.0, "val_map_high": 1.0}
     # One right image of four. The first query finds it first: AP 1. The second finds it last, at
@@ -246,16 +251,16 @@ def test_retrieval_is_scored_on_landmarks_that_are_not_trained(tmp_path, images)
 
 
 def test_a_replaced_validation_image_keeps_its_place(images, run, fresh_accelerate, monkeypatch):
-    one = make_trainer(run, images, SETTINGS)
-    count = len(one.data.validation)
-    one.data.validation.path(count - 1).write_bytes(b"")  # image 0 stands for it
+    single = make_trainer(run, images, SETTINGS)
+    count = len(single.data.validation)
+    single.data.validation.path(count - 1).write_bytes(b"")  # image 0 stands for it
     places = []
 
     def score(_, parts):
-        places.extend(place for found, _ in parts for place in found.tolist())
+        places.extend(location for result, _ in parts for location in result.tolist())
 
     monkeypatch.setattr(samples.SplitData, "score", score)
-    one.validate()
+    single.validate()
     assert places == list(range(count))
 
 
@@ -280,19 +285,19 @@ def test_a_state_of_other_settings_is_refused(images, run):
 
 
 def test_a_state_within_an_epoch_resumes_there(images, run, fresh_accelerate):
-    one = make_trainer(run, images, SETTINGS)
-    batches = list(one.read(one.batches(0)))
-    one.network.train()
-    one.run_step(batches[:1])
-    one.save_state()
+    single = make_trainer(run, images, SETTINGS)
+    batches = list(single.read(single.batches(0)))
+    single.network.train()
+    single.run_step(batches[:1])
+    single.save_state()
     other = make_trainer(run, images, SETTINGS)
     other.load_state()
     assert other.progress.step == 1
     other.network.train()
-    results = [each.run_step(batches[1:2])["loss"] for each in (one, other)]
+    results = [item.run_step(batches[1:2])["loss"] for item in (single, other)]
     assert torch.equal(*results)
     # the state before the last one stands beside it
-    one.save_state()
+    single.save_state()
     assert (run / "retrieval" / "state" / "previous.pt").exists()
 
 
@@ -306,7 +311,7 @@ def test_an_unreadable_image_is_replaced_and_counted(images, run):
         fit(run, images)
 
 
-def test_no_readable_image_at_all_is_said(images, run):
+def test_no_readable_image_is_reported(images, run):
     data = samples.read_data(run / "split", images, SETTINGS)
     for index in range(len(data.train)):
         data.train.path(index).write_bytes(b"")
@@ -314,12 +319,12 @@ def test_no_readable_image_at_all_is_said(images, run):
         data.train[0, 0]
 
 
-def test_a_missing_image_folder_is_said(images, run):
+def test_a_missing_image_folder_is_reported(images, run):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         fit(run, images / "nowhere")
 
 
-def test_training_without_a_split_says_which_notebook(tmp_path, images):
+def test_training_without_a_split_names_the_notebook(tmp_path, images):
     with pytest.raises(runs.StageError, match="01_data_split"):
         fit(tmp_path / "other", images)
 
@@ -341,7 +346,7 @@ def test_the_autoencoder_leaves_the_backbone_alone(images, run):
     assert (log["reconstruction"] > 0).all() and (log["val_reconstruction"] > 0).all()
 
 
-def test_the_autoencoder_without_a_model_says_which_notebook(images, run):
+def test_the_autoencoder_without_a_model_names_the_notebook(images, run):
     with pytest.raises(runs.StageError, match="02_train"):
         fit_autoencoder(run, images)
 
@@ -362,7 +367,7 @@ def test_lost_variance_is_one_for_the_mean_token_and_zero_for_a_copy():
         model.autoencoder.decoder.bias.copy_(tokens.mean(0))
     assert diagnostics.lost_variance(model, photographs, size=48) == pytest.approx(1, abs=1e-5)
     maps = diagnostics.token_maps(model, photographs, size=48)
-    assert {key: [one.shape for one in value] for key, value in maps.items()} == {
+    assert {key: [single.shape for single in value] for key, value in maps.items()} == {
         "error": [(3, 3)] * 2,
         "backbone_attention": [(3, 3)] * 2,
         "attention": [(3, 3)] * 2,

@@ -87,7 +87,7 @@ def test_named_settings_change_on_resume_and_are_recorded(images, run):
     assert fit(run, images, named) == folder  # the same command finds the stage finished
 
 
-def test_what_is_not_named_is_refused(images, run):
+def test_unlisted_changes_are_refused(images, run):
     killed(run, images, 1)
     with pytest.raises(runs.StageError, match="weight_decay: 0.005 there, 0.1 now"):
         fit(run, images, replace(SETTINGS, weight_decay=0.1, lr=1e-4, may_change=("lr",)))
@@ -113,7 +113,7 @@ def bad_images(run: Path, images: Path, epoch: int, step: int) -> tuple[samples.
     return data, [str(data.train.names[index]) for _, index in batch]
 
 
-def test_bad_batches_are_passed_over(images, run, monkeypatch, capsys):
+def test_bad_batches_are_skipped(images, run, monkeypatch, capsys):
     data, names = bad_images(run, images, 0, 1)
     not_finite(monkeypatch, data, set(names[:1]))
     folder = fit(run, images, replace(SETTINGS, epochs=1, skip_bad_batches=1))
@@ -127,34 +127,34 @@ def test_bad_batches_are_passed_over(images, run, monkeypatch, capsys):
     assert all(value.isfinite().all() for value in weights.values())
 
 
-def test_the_number_of_bad_batches_is_of_the_run(images, run, monkeypatch):
+def test_the_limit_on_bad_batches_covers_the_whole_run(images, run, monkeypatch):
     data, names = bad_images(run, images, 0, 1)
     again = [name for step in range(3) for name in bad_images(run, images, 1, step)[1]]
     name = next(name for name in names if name in again)
     not_finite(monkeypatch, data, {name})  # once in each epoch
-    one = replace(SETTINGS, skip_bad_batches=1)
+    single = replace(SETTINGS, skip_bad_batches=1)
     with pytest.raises(errors.TrainingError, match="not finite at step . of epoch 1.*skip_images"):
-        fit(run, images, one)
+        fit(run, images, single)
     # gone on from without the image
-    further = replace(one, skip_images=(name,), may_change=("skip_images",))
+    further = replace(single, skip_images=(name,), may_change=("skip_images",))
     folder = fit(run, images, further)
-    found = runs.read_json(folder / "changes.json")
-    assert [change["to"] for change in found["changes"]] == [[name]]
-    assert len(found["skipped_batches"]) == 1
+    result = runs.read_json(folder / "changes.json")
+    assert [change["to"] for change in result["changes"]] == [[name]]
+    assert len(result["skipped_batches"]) == 1
 
 
 def test_a_skipped_step_leaves_the_network_as_it_was(images, run, fresh_accelerate, monkeypatch):
-    one = make_trainer(run, images, replace(SETTINGS, skip_bad_batches=1, ema_decay=0.9))
+    single = make_trainer(run, images, replace(SETTINGS, skip_bad_batches=1, ema_decay=0.9))
     data, names = bad_images(run, images, 0, 0)
     not_finite(monkeypatch, data, set(names))
-    one.network.train()
-    before = {key: value.clone() for key, value in one.bare.state_dict().items()}
-    assert one.run_step([next(one.read(one.batches(0)))]) == {}
-    assert all(torch.equal(value, before[key]) for key, value in one.bare.state_dict().items())
-    assert (one.progress.step, len(one.optimizer.state)) == (1, 0)
+    single.network.train()
+    before = {key: value.clone() for key, value in single.bare.state_dict().items()}
+    assert single.run_step([next(single.read(single.batches(0)))]) == {}
+    assert all(torch.equal(value, before[key]) for key, value in single.bare.state_dict().items())
+    assert (single.progress.step, len(single.optimizer.state)) == (1, 0)
 
 
-def test_the_next_image_stands_for_one_that_is_skipped(images, run):
+def test_a_skipped_image_is_replaced_by_the_next(images, run):
     data = samples.read_data(run / "split", images, SETTINGS)
     name = str(data.train.names[4])
     without = samples.read_data(run / "split", images, replace(SETTINGS, skip_images=(name,)))
@@ -186,11 +186,11 @@ def test_two_processes_one_and_two_again(row, images, run, tmp_path, monkeypatch
         ("accumulate", 1),
         ("num_processes", 2),
     ]
-    found, expected = state(folder)["network"], state(plain)["network"]
+    result, expected = state(folder)["network"], state(plain)["network"]
     # BatchNorm's statistics are rank 0's, or those of all accumulated batches.
-    trained = [name for name in found if "running_" not in name and "batches" not in name]
+    trained = [name for name in result if "running_" not in name and "batches" not in name]
     for name in trained:
-        assert (found[name] - expected[name]).abs().max() < 1e-4, name
+        assert (result[name] - expected[name]).abs().max() < 1e-4, name
     log, wanted = rows(folder), rows(plain)
     assert [row["step"] for row in log] == [row["step"] for row in wanted]
     assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in wanted], abs=1e-3)
@@ -247,18 +247,18 @@ def test_lost_pending_steps_are_missing_in_their_row_alone(images, run, monkeypa
     assert [row["step"] for row in rows(folder)] == [3, 6]
 
 
-def test_scores_tell_the_changes_of_both_trainings(tmp_path):
+def test_scores_record_the_changes_of_both_trainings(tmp_path):
     change = {"step": 7, "setting": "lr", "from": 1e-3, "to": 5e-4}
     none = {"changes": [], "skipped_batches": []}
     skipped = none | {"skipped_batches": [{"step": 9, "images": ["a.jpg"]}]}
     written = {"retrieval": none | {"changes": [change]}, "autoencoder": skipped}
-    for stage, told in written.items():
-        runs.write_json(tmp_path / stage / "changes.json", told)
+    for stage, record in written.items():
+        runs.write_json(tmp_path / stage / "changes.json", record)
     of_retrieval = ["retrieval, step 7: lr 0.001 -> 0.0005"]
     models = [tmp_path / stage / "model.safetensors" for stage in written]
-    told = [describe.training_changes(model) for model in models]
-    assert told[0] == {"training_changes": of_retrieval}
-    assert told[1] == {"training_changes": [*of_retrieval, "autoencoder, step 9: skipped"]}
+    record = [describe.training_changes(model) for model in models]
+    assert record[0] == {"training_changes": of_retrieval}
+    assert record[1] == {"training_changes": [*of_retrieval, "autoencoder, step 9: skipped"]}
     for other in (tmp_path / "other" / "model.safetensors", "untrained:xcit_nano_12_p16_224"):
         assert describe.training_changes(other) == {}
     runs.write_json(tmp_path / "retrieval" / "changes.json", none)

@@ -37,15 +37,15 @@ LEFT_OVER = {
 def test_the_environment_changes_no_weight(processes, images, run, tmp_path, monkeypatch):
     machine, recipe = replace(MACHINE, num_processes=processes), replace(ONE, batch_size=2)
     plain = fit(split(tmp_path / "plain", images), images, recipe, machine)
-    given = FOREIGN | LEFT_OVER
-    for name, value in given.items():
+    options = FOREIGN | LEFT_OVER
+    for name, value in options.items():
         monkeypatch.setenv(name, value)
     folder = fit(run, images, recipe, machine)
     name = "model.safetensors"
     assert (folder / name).read_bytes() == (plain / name).read_bytes()
     ignored = runs.read_json(folder / "stage.json")["recorded"]["ignored_environment"]
-    assert given.items() - ignored.items() == {("SLURM_NTASKS", "8"), ("SLURM_PROCID", "5")}
-    assert {key: os.environ[key] for key in given} == given  # as before
+    assert options.items() - ignored.items() == {("SLURM_NTASKS", "8"), ("SLURM_PROCID", "5")}
+    assert {key: os.environ[key] for key in options} == options  # as before
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_half_a_launch_is_refused(given, said, images, run, monkeypatch):
     assert not (run / "retrieval").exists()
 
 
-def test_what_cannot_be_undone_is_a_parameter(images, run, monkeypatch):
+def test_library_variables_are_parameters(images, run, monkeypatch):
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
     folder = fit(run, images, ONE)
     manifest = runs.read_json(folder / "stage.json")

@@ -181,7 +181,7 @@ def preempted(
 @pytest.mark.parametrize(
     ("workers", "number"), [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGHUP)]
 )
-def test_sigterm_saves_and_asks_for_a_restart(workers, number, images, run, tmp_path, monkeypatch):
+def test_sigterm_saves_the_state_for_a_restart(workers, number, images, run, tmp_path, monkeypatch):
     # The workers would end by themselves only after the test's own time-out.
     monkeypatch.setattr(processes, "GRACE_SECONDS", 10_000)
     machine = replace(MACHINE, data_workers=workers)
@@ -216,7 +216,7 @@ def test_a_lost_terminal_does_not_end_a_run_under_nohup(images, run):
     assert (run / "retrieval" / "stage.json").exists()
 
 
-def test_the_command_line_asks_for_a_restart(monkeypatch, capsys, tmp_path):
+def test_the_command_line_ends_with_75(monkeypatch, capsys, tmp_path):
     def stop(*_):
         raise errors.Preempted("asked to end")
 
@@ -279,16 +279,16 @@ def in_worker(action):
     return changed
 
 
-def test_a_dead_data_worker_asks_for_another_try_up_to_three_times(images, run, monkeypatch):
+def test_a_dead_data_worker_permits_three_restarts(images, run, monkeypatch):
     machine = replace(MACHINE, data_workers=1)
     with monkeypatch.context() as patch:
         patch.setattr(samples.TrainingImages, "read", in_worker(kill))
         for _ in range(3):
             with pytest.raises(errors.Preempted, match="no longer read.* worker .*pid.*goes on"):
                 fit(run, images, machine=machine)
-        with pytest.raises(errors.TrainingError, match="time 4 within an hour") as told:
+        with pytest.raises(errors.TrainingError, match="time 4 within an hour") as record:
             fit(run, images, machine=machine)
-        assert not isinstance(told.value, errors.Preempted)
+        assert not isinstance(record.value, errors.Preempted)
         # an hour later, and where the clock has jumped back, it is the first time again
         killed = run / "retrieval" / "state" / "killed.json"
         for seconds in (-3601, 1e6):
@@ -298,7 +298,7 @@ def test_a_dead_data_worker_asks_for_another_try_up_to_three_times(images, run, 
     assert (fit(run, images, machine=machine) / "stage.json").exists()
 
 
-def test_too_little_shared_memory_is_told_before_the_first_batch(images, run, monkeypatch):
+def test_too_little_shared_memory_is_reported_before_the_first_batch(images, run, monkeypatch):
     class Small:
         f_bavail, f_frsize = 3, 4096
 
@@ -321,7 +321,7 @@ def test_a_silent_data_worker_ends_the_run(images, run, monkeypatch):
     assert set(multiprocessing.active_children()) <= before
 
 
-def test_a_worker_that_dies_during_a_step_is_told_alike(images, run, monkeypatch):
+def test_a_worker_that_dies_during_a_step_is_reported(images, run, monkeypatch):
     """Torch raises its death wherever the process is: here while a state is written."""
 
     def dead(*_):
@@ -346,8 +346,8 @@ def full_disk(run: Path, images: Path, step: int, size: int, said: str) -> None:
 
 @pytest.mark.parametrize("size", [0, 50_000])
 def test_a_full_disk_before_the_first_state(size, images, run):
-    said = "there is none before it"
-    assert exit_code(lambda: full_disk(run, images, 1, size, said)) == 41
+    output = "there is none before it"
+    assert exit_code(lambda: full_disk(run, images, 1, size, output)) == 41
     folder = run / "retrieval"
     assert not list(folder.rglob("*.pt")) and not list(folder.rglob(f"{runs.TEMPORARY}*"))
     assert (fit(run, images) / "stage.json").exists()
@@ -356,8 +356,8 @@ def test_a_full_disk_before_the_first_state(size, images, run):
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_state_before(images, run, tmp_path):
     limit = 1_000_000  # less than a state
-    said = "the one before it is whole"
-    assert exit_code(lambda: full_disk(run, images, STEPS + 1, limit, said)) == 41
+    output = "the one before it is whole"
+    assert exit_code(lambda: full_disk(run, images, STEPS + 1, limit, output)) == 41
     folder = run / "retrieval"
     for name in ("last", "previous"):
         state = torch.load(folder / "state" / f"{name}.pt", weights_only=True)
@@ -388,7 +388,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(images, run, tmp_path
 
 
 @pytest.mark.slow
-def test_without_a_whole_state_the_run_says_so(images, run):
+def test_a_run_without_a_whole_state_is_refused(images, run):
     state = interrupted(run, images)
     for path in (state, state.with_name("previous.pt")):
         path.write_bytes(b"no state")
@@ -507,15 +507,15 @@ def test_the_dry_run_names_the_batch_that_fits():
 
 
 def test_trying_a_step_leaves_no_trace(images, run, fresh_accelerate):
-    one = make_trainer(run, images, SETTINGS)
-    before = {key: value.clone() for key, value in one.bare.state_dict().items()}
-    one.try_step(2)
-    after = one.bare.state_dict()
+    single = make_trainer(run, images, SETTINGS)
+    before = {key: value.clone() for key, value in single.bare.state_dict().items()}
+    single.try_step(2)
+    after = single.bare.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
-    assert all(parameter.grad is None for parameter in one.bare.parameters())
+    assert all(parameter.grad is None for parameter in single.bare.parameters())
 
 
-def test_running_out_of_memory_is_told(images, run, fresh_accelerate, monkeypatch):
+def test_out_of_memory_is_reported(images, run, fresh_accelerate, monkeypatch):
     def full(self, pictures, labels):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 

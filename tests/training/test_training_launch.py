@@ -66,22 +66,22 @@ def test_two_processes_equal_one_that_accumulates(images, run, tmp_path, monkeyp
 
     monkeypatch.setattr(networks.RetrievalNetwork, "forward", watched)
     other = split(tmp_path / "other", images)
-    one = fit(other, images, replace(FOUR, accumulate=2, drop_path=0.0))
-    found, expected = state(two)["network"], state(one)["network"]
+    single = fit(other, images, replace(FOUR, accumulate=2, drop_path=0.0))
+    result, expected = state(two)["network"], state(single)["network"]
     assert rows(two)[-1]["step"] == 5
-    trained = [name for name in found if "running_" not in name and "batches" not in name]
+    trained = [name for name in result if "running_" not in name and "batches" not in name]
     # five steps move a parameter by up to 5e-3
     for name in trained:
-        assert (found[name] - expected[name]).abs().max() < 1e-5, name
+        assert (result[name] - expected[name]).abs().max() < 1e-5, name
     mean, variance = torch.zeros(128), torch.ones(128)
     for values in seen[:10:2]:
         mean = 0.9 * mean + 0.1 * values.mean((0, 2, 3))
         variance = 0.9 * variance + 0.1 * values.var((0, 2, 3), unbiased=True)
     norm = "model.local_atrous.norm.running_"
     # parameters differ by up to 1e-5 between the two runs, and so do the values seen
-    assert torch.allclose(found[f"{norm}mean"], mean, atol=1e-4)
-    assert torch.allclose(found[f"{norm}var"], variance, atol=1e-4)
-    assert rows(two)[-1]["loss"] == pytest.approx(rows(one)[-1]["loss"], abs=1e-4)
+    assert torch.allclose(result[f"{norm}mean"], mean, atol=1e-4)
+    assert torch.allclose(result[f"{norm}var"], variance, atol=1e-4)
+    assert rows(two)[-1]["loss"] == pytest.approx(rows(single)[-1]["loss"], abs=1e-4)
 
 
 @pytest.mark.slow
@@ -144,7 +144,7 @@ def test_the_process_that_died_is_named_though_another_noticed(images, run, tmp_
 
 
 @pytest.mark.slow
-def test_a_process_that_is_told_to_end_does_not_wait_to_be_told(images, run, tmp_path, monkeypatch):
+def test_a_signalled_process_ends_without_waiting(images, run, tmp_path, monkeypatch):
     step = loop.Trainer.run_step
     waited = tmp_path / "waited"
 
@@ -310,10 +310,10 @@ def test_a_launch_from_a_notebook(images, run):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(notebook, kernel_name="python3", timeout=120).execute()
     _, _, fitted, log = notebook.cells
-    shown = [output for output in fitted.outputs if output.output_type == "display_data"]
-    assert ["image/png" in output.data for output in shown] == [True]
-    said = "".join(output.get("text", "") for output in fitted.outputs)
-    assert "10/10" in said  # two epochs of five steps
+    visible = [output for output in fitted.outputs if output.output_type == "display_data"]
+    assert ["image/png" in output.data for output in visible] == [True]
+    message = "".join(output.get("text", "") for output in fitted.outputs)
+    assert "10/10" in message  # two epochs of five steps
     assert log.outputs[0]["text"] == "2\n"
 
 
@@ -333,14 +333,14 @@ def test_flat_values_become_settings():
     assert MachineSettings.build(values) == MachineSettings(threads=1, num_processes=2)
 
 
-def test_wrong_parameters_are_told(tmp_path, capsys):
+def test_wrong_parameters_are_reported(tmp_path, capsys):
     params = tmp_path / "params.yaml"
     params.write_text("run_dir: x\nepoch: 3\n")
     assert train_command.main([str(params)]) == 2
     assert "epoch; did you mean epochs" in capsys.readouterr().err
 
 
-def test_a_failure_is_told(tmp_path, capsys):
+def test_a_failure_is_reported(tmp_path, capsys):
     assert train_command.main([str(TOP / "params" / "tiny.yaml"), "--output", str(tmp_path)]) == 1
     assert "01_data_split" in capsys.readouterr().err
 
@@ -363,11 +363,11 @@ def launch_command(run: Path, images: Path, *options: str, **given) -> list[str]
 
 def started(command: list[str], output: Path | None = None) -> subprocess.Popen:
     """The command begun; what it says goes into a pipe, or into the file `output`."""
-    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOP)}
+    options = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOP)}
     with contextlib.ExitStack() as stack:
-        said = subprocess.PIPE if output is None else stack.enter_context(open(output, "wb"))
+        message = subprocess.PIPE if output is None else stack.enter_context(open(output, "wb"))
         return subprocess.Popen(
-            command, cwd=TOP, env=given, stdout=said, stderr=subprocess.STDOUT, text=True
+            command, cwd=TOP, env=options, stdout=message, stderr=subprocess.STDOUT, text=True
         )
 
 
@@ -376,13 +376,13 @@ def test_two_launches_are_two_nodes(images, run, tmp_path):
     port = str(launch._free_port())
     nodes = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
     nodes += ["--main_process_port", port]
-    said = [tmp_path / f"node{rank}.txt" for rank in (0, 1)]  # a full pipe would stop its node
+    output = [tmp_path / f"node{rank}.txt" for rank in (0, 1)]  # a full pipe would stop its node
     children = [
-        started(launch_command(run, images, *nodes, "--machine_rank", str(rank)), said[rank])
+        started(launch_command(run, images, *nodes, "--machine_rank", str(rank)), output[rank])
         for rank in (0, 1)
     ]
     codes = [child.wait() for child in children]
-    assert codes == [0, 0], [path.read_text() for path in said]
+    assert codes == [0, 0], [path.read_text() for path in output]
     # the same files, and the same bytes, as two processes forked on one machine
     other = split(tmp_path / "other", images)
     values = {"num_processes": "2", "image_folder": str(images), "batch_size": "2"}
@@ -400,34 +400,34 @@ def test_two_launches_are_two_nodes(images, run, tmp_path):
 def test_launched_processes_hear_why_the_first_cannot_begin(images, run):
     with runs.locked(run / "retrieval"):
         child = started(launch_command(run, images, "--num_machines", "1", "--num_processes", "2"))
-        said = child.communicate()[0]
+        output = child.communicate()[0]
     assert child.returncode != 0
-    assert "another process is working in" in said
-    assert "the first process cannot begin: another process is working in" in said
+    assert "another process is working in" in output
+    assert "the first process cannot begin: another process is working in" in output
 
 
 @pytest.mark.slow
-def test_as_many_processes_as_the_parameters_say(images, run):
+def test_the_number_of_processes_is_checked(images, run):
     child = started(
         launch_command(run, images, "--num_machines", "1", "--num_processes", "2", num_processes=3)
     )
-    said = child.communicate()[0]
+    output = child.communicate()[0]
     assert child.returncode != 0
-    assert "2 processes were launched, but num_processes is 3" in said
+    assert "2 processes were launched, but num_processes is 3" in output
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="SyncBatchNorm needs two GPUs")
 def test_synchronised_statistics_are_those_of_the_whole_batch(images, run, tmp_path):
-    given = {"drop_path": 0.0, "threads": "null"}
+    values = {"drop_path": 0.0, "threads": "null"}
     options = ["--num_machines", "1", "--num_processes", "2"]
-    two = started(launch_command(run, images, *options, **given))
+    two = started(launch_command(run, images, *options, **values))
     assert two.communicate() and two.returncode == 0
     other = split(tmp_path / "other", images)
-    whole = arguments(other, images, num_processes=1, batch_size=4, **given)
-    one = started([sys.executable, *whole])
-    assert one.communicate() and one.returncode == 0
-    found, expected = (state(folder / "retrieval")["network"] for folder in (run, other))
+    whole = arguments(other, images, num_processes=1, batch_size=4, **values)
+    single = started([sys.executable, *whole])
+    assert single.communicate() and single.returncode == 0
+    result, expected = (state(folder / "retrieval")["network"] for folder in (run, other))
     for name, value in expected.items():
         # the running variance's n / (n - 1) counts the whole batch in both
-        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(result[name], value, atol=1e-4, rtol=1e-3)

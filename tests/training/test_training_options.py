@@ -84,10 +84,10 @@ def test_the_autoencoder_has_settings_of_its_own():
 
 def head(*, margin: float = 0.0, scale: float = 2.0, rows=((1, 0), (0, 1)), **options) -> ArcFace:
     count = len(rows) // options.get("sub_centres", 1)
-    made = ArcFace(2, count, margin, scale, **options)
+    built = ArcFace(2, count, margin, scale, **options)
     with torch.no_grad():
-        made.weight.copy_(torch.tensor(rows, dtype=torch.float32))
-    return made
+        built.weight.copy_(torch.tensor(rows, dtype=torch.float32))
+    return built
 
 
 FEATURE, LABEL = torch.tensor([[3.0, 0.0]]), torch.tensor([0])
@@ -96,9 +96,9 @@ FEATURE, LABEL = torch.tensor([[3.0, 0.0]]), torch.tensor([0])
 @pytest.mark.parametrize("options", [{}, {"chunk": 1}, {"sampled": 2}])
 def test_the_loss_by_hand(options):
     # cosines 1 and 0, scale 2: log(e^2 + e^0) - 2 = 0.126928
-    loss, found = head(**options).loss(FEATURE, LABEL)
+    loss, result = head(**options).loss(FEATURE, LABEL)
     assert loss.item() == pytest.approx(0.126928, abs=1e-6)
-    assert found.tolist() == [0]
+    assert result.tolist() == [0]
     # smoothing 0.1: log(e^2 + 1) - 0.95 * 2 - 0.05 * 0 = 0.226928
     loss, _ = head(**options).loss(FEATURE, LABEL, smoothing=0.1)
     assert loss.item() == pytest.approx(0.226928, abs=1e-6)
@@ -109,16 +109,16 @@ def test_the_loss_by_hand(options):
 
 def test_the_nearest_sub_centre_counts():
     centres = ((1, 0), (0, 1), (-1, 0), (0, -1))
-    made = head(scale=3.0, rows=centres, sub_centres=2)
-    assert made.classes == 2
+    built = head(scale=3.0, rows=centres, sub_centres=2)
+    assert built.classes == 2
     # cosines of (0, 2): class 0 max(0, 1) = 1, class 1 max(0, -1) = 0
-    assert made(torch.tensor([[0.0, 2.0]])).tolist() == [[3.0, 0.0]]
-    loss, found = made.loss(torch.tensor([[0.0, 2.0]]), torch.tensor([1]))
+    assert built(torch.tensor([[0.0, 2.0]])).tolist() == [[3.0, 0.0]]
+    loss, result = built.loss(torch.tensor([[0.0, 2.0]]), torch.tensor([1]))
     assert loss.item() == pytest.approx(math.log(math.exp(3) + 1), abs=1e-6)
     loss.backward()
-    moved = made.weight.grad.abs().sum(1) > 0
+    moved = built.weight.grad.abs().sum(1) > 0
     assert moved.tolist() == [False, False, True, False]  # class 1's nearest is orthogonal: 0 > -1
-    assert found.tolist() == [0]
+    assert result.tolist() == [0]
 
 
 @pytest.mark.parametrize("sub_centres", [1, 3])
@@ -127,38 +127,38 @@ def test_the_nearest_sub_centre_counts():
 def test_chunks_change_nothing(sub_centres, chunk, smoothing):
     torch.manual_seed(0)
     features, labels = torch.randn(7, 5), torch.tensor([0, 3, 3, 10, 9, 4, 10])
-    found = []
+    result = []
     for size in (None, chunk):
         torch.manual_seed(1)
-        made = ArcFace(5, 11, 0.3, 8.0, sub_centres=sub_centres, chunk=size)
+        built = ArcFace(5, 11, 0.3, 8.0, sub_centres=sub_centres, chunk=size)
         inputs = features.clone().requires_grad_()
-        loss, best = made.loss(inputs, labels, smoothing=smoothing)
+        loss, best = built.loss(inputs, labels, smoothing=smoothing)
         (3 * loss).backward()
-        found.append((loss.detach(), best, inputs.grad, made.weight.grad))
-    for one, other in zip(*found, strict=True):
+        result.append((loss.detach(), best, inputs.grad, built.weight.grad))
+    for single, other in zip(*result, strict=True):
         # float32 sums in another order
-        torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(single, other, atol=2e-6, rtol=1e-5)
 
 
 def test_sampled_classes_hold_the_batchs_own():
-    made = ArcFace(4, 50, 0.2, 5.0, sampled=6)
+    built = ArcFace(4, 50, 0.2, 5.0, sampled=6)
     features, labels = torch.randn(3, 4), torch.tensor([7, 40, 7])
     torch.manual_seed(3)
-    kept = made._sample(labels)
+    kept = built._sample(labels)
     assert len(kept.unique()) == 6 and {7, 40} <= set(kept.tolist())
     torch.manual_seed(3)
-    loss, found = made.loss(features, labels)
+    loss, result = built.loss(features, labels)
     # the same by the full logits of the classes kept
-    logits = made(features, labels)[:, kept]
+    logits = built(features, labels)[:, kept]
     assert loss.item() == pytest.approx(
         F.cross_entropy(logits, torch.searchsorted(kept, labels)).item(), abs=1e-6
     )
-    assert found.tolist() == kept[logits.argmax(1)].tolist()
+    assert result.tolist() == kept[logits.argmax(1)].tolist()
     loss.backward()
-    assert set((made.weight.grad.abs().sum(1) > 0).nonzero().flatten().tolist()) == set(
+    assert set((built.weight.grad.abs().sum(1) > 0).nonzero().flatten().tolist()) == set(
         kept.tolist()
     )
-    assert not torch.equal(made._sample(labels), kept)  # drawn anew
+    assert not torch.equal(built._sample(labels), kept)  # drawn anew
     with pytest.raises(ValueError, match="1 sampled classes for a batch of 2"):
         ArcFace(4, 50, sampled=1).loss(features, labels)
 
@@ -195,9 +195,9 @@ def test_validation_counts_with_and_without_the_margin():
         head.weight.copy_(torch.eye(2))
     features = torch.stack([angles.cos(), angles.sin()], dim=1)
     network = networks.RetrievalNetwork(Given(features), head)
-    found = network.validate(torch.zeros(3, 3, 32, 32), torch.tensor([0, 0, -1]))
-    assert found["val_accuracy"].tolist() == [True, True, False]
-    assert found["val_accuracy_margin"].tolist() == [False, True, False]
+    result = network.validate(torch.zeros(3, 3, 32, 32), torch.tensor([0, 0, -1]))
+    assert result["val_accuracy"].tolist() == [True, True, False]
+    assert result["val_accuracy_margin"].tolist() == [False, True, False]
 
 
 def test_the_autoencoders_loss_by_hand():
@@ -208,15 +208,15 @@ def test_the_autoencoders_loss_by_hand():
     classifier = torch.nn.Linear(2, 2)
     torch.nn.init.zeros_(classifier.weight), torch.nn.init.zeros_(classifier.bias)
     model = Given(torch.ones(1, 2), decoded, tokens)
-    found = networks.AutoencoderNetwork(model, classifier, 10.0)(None, torch.tensor([1]))
-    assert found["loss"].item() == pytest.approx(math.log(2) + 1.25, rel=1e-6)
-    assert found["reconstruction"].item() == pytest.approx(0.125, rel=1e-6)
+    result = networks.AutoencoderNetwork(model, classifier, 10.0)(None, torch.tensor([1]))
+    assert result["loss"].item() == pytest.approx(math.log(2) + 1.25, rel=1e-6)
+    assert result["reconstruction"].item() == pytest.approx(0.125, rel=1e-6)
 
 
 def test_the_optimizer_is_the_published_one():
-    made = networks.build_optimizer(network(), TrainingSettings())
-    assert type(made) is torch.optim.AdamW
-    for group in made.param_groups:
+    built = networks.build_optimizer(network(), TrainingSettings())
+    assert type(built) is torch.optim.AdamW
+    for group in built.param_groups:
         assert (group["lr"], group["eps"], group["betas"]) == (5e-5, 1e-8, (0.9, 0.999))
         assert group["weight_decay"] in (0, 0.005)
 
@@ -229,25 +229,25 @@ def network() -> networks.RetrievalNetwork:
 
 
 def groups(settings: Recipe) -> dict[str, dict]:
-    made = network()
-    optimizer = networks.build_optimizer(made, settings)
-    names = {id(parameter): name for name, parameter in made.named_parameters()}
+    built = network()
+    optimizer = networks.build_optimizer(built, settings)
+    names = {id(parameter): name for name, parameter in built.named_parameters()}
     return {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
 
 
 @pytest.mark.parametrize("layer_decay", [None, 0.5])
 def test_vectors_biases_and_class_tokens_do_not_decay(layer_decay):
-    found = groups(replace(SETTINGS, weight_decay=0.25, layer_decay=layer_decay))
-    assert found["model.backbone.cls_token"]["weight_decay"] == 0
-    assert found["model.backbone.blocks.3.mlp.fc1.bias"]["weight_decay"] == 0
-    assert found["model.local_atrous.gamma"]["weight_decay"] == 0
-    assert found["model.backbone.blocks.3.mlp.fc1.weight"]["weight_decay"] == 0.25
-    assert found["head.weight"]["weight_decay"] == 0.25
-    assert len(found) == len(list(network().parameters()))
+    result = groups(replace(SETTINGS, weight_decay=0.25, layer_decay=layer_decay))
+    assert result["model.backbone.cls_token"]["weight_decay"] == 0
+    assert result["model.backbone.blocks.3.mlp.fc1.bias"]["weight_decay"] == 0
+    assert result["model.local_atrous.gamma"]["weight_decay"] == 0
+    assert result["model.backbone.blocks.3.mlp.fc1.weight"]["weight_decay"] == 0.25
+    assert result["head.weight"]["weight_decay"] == 0.25
+    assert len(result) == len(list(network().parameters()))
 
 
 def test_layer_decay_halves_from_block_to_block(images, run, fresh_accelerate):
-    found = groups(replace(SETTINGS, layer_decay=0.5))
+    result = groups(replace(SETTINGS, layer_decay=0.5))
     # twelve blocks: what is new on top at the full rate, the last block at half of it, the stem
     # below the first at 0.5 ** 13
     scales = {
@@ -259,33 +259,35 @@ def test_layer_decay_halves_from_block_to_block(images, run, fresh_accelerate):
         "model.backbone.cls_token": 0.5**13,
         "model.backbone.patch_embed.proj.0.0.weight": 0.5**13,
     }
-    assert {name: found[name]["lr_scale"] for name in scales} == scales
-    one = make_trainer(run, images, replace(SETTINGS, epochs=1, layer_decay=0.5))
-    one.run(None, False)
-    rates = {group["lr"] / group["lr_scale"] for group in one.optimizer.param_groups}
-    assert [*rates] == [pytest.approx(one.rates[0], rel=1e-12)] * len(rates)
+    assert {name: result[name]["lr_scale"] for name in scales} == scales
+    single = make_trainer(run, images, replace(SETTINGS, epochs=1, layer_decay=0.5))
+    single.run(None, False)
+    rates = {group["lr"] / group["lr_scale"] for group in single.optimizer.param_groups}
+    assert [*rates] == [pytest.approx(single.rates[0], rel=1e-12)] * len(rates)
 
 
 # Steps
 
 
 def test_the_average_follows_the_weights(images, run, fresh_accelerate):
-    one = make_trainer(run, images, replace(SETTINGS, ema_decay=0.9))
+    single = make_trainer(run, images, replace(SETTINGS, ema_decay=0.9))
     name = "head.weight"
-    batches = list(one.read(one.batches(0)))
-    one.network.train()
+    batches = list(single.read(single.batches(0)))
+    single.network.train()
     seen = []
     for batch in batches[:2]:
-        one.run_step([batch])
-        seen.append(one.bare.state_dict()[name].clone())
+        single.run_step([batch])
+        seen.append(single.bare.state_dict()[name].clone())
     # step 1: the weights themselves; step 2: decay 1 - 2 ** (-2 / 3) = 0.370039
     expected = 0.370039 * seen[0] + 0.629961 * seen[1]
     assert not torch.equal(*seen)
-    torch.testing.assert_close(one.average.module.state_dict()[name], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        single.average.module.state_dict()[name], expected, atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.slow
-def test_the_average_is_what_is_written(images, run):
+def test_the_averaged_model_is_written(images, run):
     folder = fit(run, images, replace(SETTINGS, ema_decay=0.5))
     state = torch.load(folder / "state" / "last.pt", weights_only=True)
     written = weights.load_model(folder / "model.safetensors").state_dict()
@@ -295,47 +297,49 @@ def test_the_average_is_what_is_written(images, run):
 
 
 def test_gradients_are_clipped_to_the_norm(images, run, fresh_accelerate, monkeypatch):
-    one = make_trainer(run, images, replace(SETTINGS, clip_grad=0.5))
+    single = make_trainer(run, images, replace(SETTINGS, clip_grad=0.5))
     norms = []
     monkeypatch.setattr(
-        one.optimizer,
+        single.optimizer,
         "step",
         lambda: norms.append(
-            torch.stack([p.grad.norm() for p in one.bare.parameters() if p.grad is not None]).norm()
+            torch.stack(
+                [p.grad.norm() for p in single.bare.parameters() if p.grad is not None]
+            ).norm()
         ),
     )
-    one.network.train()
-    one.run_step([next(one.read(one.batches(0)))])
+    single.network.train()
+    single.run_step([next(single.read(single.batches(0)))])
     assert norms[0].item() == pytest.approx(0.5, rel=1e-3)  # an untrained loss has more
 
 
 def test_accumulated_batches_are_those_of_more_processes():
     def batches(**given) -> list[list[int]]:
-        made = samples.Batches(**({"count": 13, "batch_size": 2, "seed": 0, "epoch": 0} | given))
-        assert len(list(made)) == len(made)
-        return [[index for _, index in batch] for batch in made]
+        built = samples.Batches(**({"count": 13, "batch_size": 2, "seed": 0, "epoch": 0} | given))
+        assert len(list(built)) == len(built)
+        return [[index for _, index in batch] for batch in built]
 
     alone = batches(processes=1, rank=0, accumulate=2)
-    both = [batches(processes=2, rank=rank) for rank in (0, 1)]
-    assert alone == [batch for step in zip(*both, strict=True) for batch in step]
+    pair = [batches(processes=2, rank=rank) for rank in (0, 1)]
+    assert alone == [batch for step in zip(*pair, strict=True) for batch in step]
     assert len(alone) == 6  # 13 // (2 * 2) = 3 steps of two batches
     assert batches(processes=1, rank=0, accumulate=2, first=1) == alone[2:]
 
 
 def test_balanced_epochs_show_every_class_equally_often():
     labels = np.array([1, 0, 0, 0, 0, 0, 0, 0, 0, 1])
-    made = functools.partial(
+    built = functools.partial(
         samples.Batches, 10, 1, 1, 0, seed=0, accumulate=1, labels=labels, first=0
     )
-    order = made(epoch=0).order()
+    order = built(epoch=0).order()
     assert np.bincount(labels[order]).tolist() == [5, 5]
-    assert np.array_equal(order, made(epoch=0).order())
-    seen = np.concatenate([made(epoch=epoch).order() for epoch in range(100)])
+    assert np.array_equal(order, built(epoch=0).order())
+    seen = np.concatenate([built(epoch=epoch).order() for epoch in range(100)])
     # of 500 draws of class 1 about 250 show each of its two images: sigma is 11
     assert abs(np.count_nonzero(seen == 0) - 250) < 60
     assert set(seen) == set(range(10))
-    one = samples.Batches(3, 1, 1, 0, seed=0, epoch=0, labels=np.zeros(3, int))
-    assert set(one.order()) <= {0, 1, 2} and len(one.order()) == 3
+    single = samples.Batches(3, 1, 1, 0, seed=0, epoch=0, labels=np.zeros(3, int))
+    assert set(single.order()) <= {0, 1, 2} and len(single.order()) == 3
 
 
 @pytest.mark.slow
@@ -364,13 +368,13 @@ def test_tensorboard_shows_the_log_once(images, run, monkeypatch):
     monkeypatch.setattr(loop, "LOG_EVERY", 2)
     assert exit_code(lambda: (die_after_step(5), fit(run, images))) < 0
     folder = fit(run, images)
-    shown, log = scalars(folder), rows(folder)
-    assert {"loss", "lr", "accuracy", "images_per_second", "hours_left"} <= shown.keys()
+    visible, log = scalars(folder), rows(folder)
+    assert {"loss", "lr", "accuracy", "images_per_second", "hours_left"} <= visible.keys()
     for tag in ("loss", "lr", "val_accuracy", "val_accuracy_margin"):
         expected = [(row["step"], row[tag]) for row in log if tag in row]
         # as float32; no row twice, although the run was killed
-        assert [step for step, _ in shown[tag]] == [step for step, _ in expected]
-        assert [v for _, v in shown[tag]] == pytest.approx([v for _, v in expected], rel=1e-6)
+        assert [step for step, _ in visible[tag]] == [step for step, _ in expected]
+        assert [v for _, v in visible[tag]] == pytest.approx([v for _, v in expected], rel=1e-6)
 
 
 def test_the_table_of_epochs_by_hand():
@@ -386,9 +390,9 @@ def test_the_table_of_epochs_by_hand():
             "val_map": [math.nan, 0.78349],
         }
     )
-    found = diagnostics.epoch_table(log.assign(val_map_low=[math.nan, 0.7], val_map_high=0.85))
-    assert list(found)[6:] == ["mAP %", "95 % interval", "images/s"]
-    assert found["95 % interval"].tolist() == ["70.0 to 85.0"]
+    result = diagnostics.epoch_table(log.assign(val_map_low=[math.nan, 0.7], val_map_high=0.85))
+    assert list(result)[6:] == ["mAP %", "95 % interval", "images/s"]
+    assert result["95 % interval"].tolist() == ["70.0 to 85.0"]
     assert diagnostics.epoch_table(log).to_dict("list") == {
         "epoch": ["1"],
         "step": ["10"],
@@ -400,22 +404,25 @@ def test_the_table_of_epochs_by_hand():
         "images/s": ["100.0"],
     }
     # an epoch of which the retrieval set alone is scored
-    found = diagnostics.epoch_table(log.assign(val_map=[0.5, 0.78349]))
-    assert found["val %"].tolist() == ["-", "50.0"] and found["mAP %"].tolist() == ["50.0", "78.3"]
+    result = diagnostics.epoch_table(log.assign(val_map=[0.5, 0.78349]))
+    assert result["val %"].tolist() == ["-", "50.0"] and result["mAP %"].tolist() == [
+        "50.0",
+        "78.3",
+    ]
     assert (
         len(diagnostics.epoch_table(log[:0])) == len(diagnostics.epoch_table(pd.DataFrame())) == 0
     )
 
 
 def test_the_time_left_by_hand(images, run, fresh_accelerate):
-    one = make_trainer(run, images, replace(SETTINGS, epochs=4, validate_every=3))
-    one.seconds_per_validation_image = 0.7
-    assert len(one.data.validation) == 5
+    single = make_trainer(run, images, replace(SETTINGS, epochs=4, validate_every=3))
+    single.seconds_per_validation_image = 0.7
+    assert len(single.data.validation) == 5
     # 3 steps an epoch: 12 in all, 2 done, 0.5 s each; validation is due after epochs 3 and 4
-    one.progress.step = 2
-    assert one._seconds_left(0.5) == pytest.approx(10 * 0.5 + 2 * 5 * 0.7, abs=1e-9)
-    one.progress.epoch, one.progress.step = 3, 3
-    assert one._seconds_left(0.5) == pytest.approx(5 * 0.7, abs=1e-9)
+    single.progress.step = 2
+    assert single._seconds_left(0.5) == pytest.approx(10 * 0.5 + 2 * 5 * 0.7, abs=1e-9)
+    single.progress.epoch, single.progress.step = 3, 3
+    assert single._seconds_left(0.5) == pytest.approx(5 * 0.7, abs=1e-9)
 
 
 @pytest.mark.slow
@@ -435,13 +442,13 @@ def test_unreadable_images_are_replaced_and_listed(images, run, monkeypatch):
 
 
 def test_the_plan_by_hand(images, run, fresh_accelerate):
-    one = make_trainer(run, images, replace(SETTINGS, accumulate=2, batch_size=2))
-    assert one.plan() == (
+    single = make_trainer(run, images, replace(SETTINGS, accumulate=2, batch_size=2))
+    assert single.plan() == (
         "4 images a step (processes x batch_size x accumulate: 1 x 2 x 2), 3 steps an epoch, 6 in "
         "all, learning rate up to 3e-05"
     )
-    one = make_trainer(run, images, replace(SETTINGS, accumulate=2, batch_size=2, step_images=1))
-    assert one.plan().endswith(
+    single = make_trainer(run, images, replace(SETTINGS, accumulate=2, batch_size=2, step_images=1))
+    assert single.plan().endswith(
         "for 1 images a step: set another batch_size, or scale_lr: true, which multiplies them by 4"
     )
 

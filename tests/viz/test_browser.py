@@ -57,7 +57,7 @@ def address(finished_run, tmp_path_factory) -> Iterator[str]:
     places = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime"}
     places |= {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
     places |= {"IPYTHONDIR": "ipython", "JUPYTER_DATA_DIR": "data"}
-    environment = os.environ | {name: str(folder / place) for name, place in places.items()}
+    environment = os.environ | {name: str(folder / location) for name, location in places.items()}
     environment |= {"VITGAL_RUNS": str(finished_run.parent)}
     with open(folder / "log.txt", "wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -70,9 +70,9 @@ def address(finished_run, tmp_path_factory) -> Iterator[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
+    with socket.socket() as single:
+        single.bind(("127.0.0.1", 0))
+        return single.getsockname()[1]
 
 
 def await_server(server: subprocess.Popen, port: int, log: Path) -> None:
@@ -158,9 +158,9 @@ class Notebook:
 
     def browser(self):
         """The notebook's browser: the output with widgets that holds pictures."""
-        found = self.page.locator(".jp-OutputArea-output:has(img.widget-image)")
-        found.last.scroll_into_view_if_needed()
-        return found.last
+        result = self.page.locator(".jp-OutputArea-output:has(img.widget-image)")
+        result.last.scroll_into_view_if_needed()
+        return result.last
 
     def pictures(self) -> list[str]:
         """A fingerprint of every picture that the browser shows, as the page has decoded it."""
@@ -180,7 +180,7 @@ class Notebook:
         """`act` changes a picture: waits until the page shows another one, and the kernel rests."""
         before = self.pictures()
         sources = "image => image.src"
-        shown = (
+        visible = (
             self.browser()
             .locator("img.widget-image")
             .evaluate_all(f"images => images.map({sources})")
@@ -194,7 +194,7 @@ class Notebook:
                 return images.some(image => !shown.includes(image.src))
                     && images.every(image => image.complete && image.naturalWidth > 0);
             }""",
-            [shown],
+            [visible],
         )
         self.await_idle()
         assert self.pictures() != before

@@ -103,7 +103,7 @@ def pictures(output: browsers.FigureOutput) -> list[bytes]:
     return [bytes(image.value) for image in output.pictures.children]
 
 
-def test_figures_are_shown_and_closed_but_those_of_others():
+def test_only_own_figures_are_shown_and_closed():
     others, index = plt.figure().number, 0
 
     def draw() -> None:
@@ -131,7 +131,7 @@ def test_a_failing_drawing_is_raised_and_leaves_no_figure():
     assert not plt.get_fignums()
 
 
-def test_a_later_failure_is_shown_in_its_own_words():
+def test_a_later_failure_is_shown_with_its_message():
     errors = [runs.StageError("run 05 first"), KeyError("x")]
 
     def draw() -> None:
@@ -148,7 +148,7 @@ def test_a_later_failure_is_shown_in_its_own_words():
     assert len(pictures(output)) == 1 and "KeyError" not in words(output)
 
 
-def test_arrows_move_the_choice_round_the_ends():
+def test_arrows_wrap_at_the_ends():
     chooser = browsers.Chooser("query", [("a", 4), ("b", 7), ("c", 2)], 7)
     _, back, forth = chooser.widget.children
     values = []

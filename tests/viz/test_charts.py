@@ -32,7 +32,7 @@ def test_split_statistics_of_a_long_tail_keeps_every_class():
         charts.split_statistics([1, -1], [])
 
 
-def test_training_curves_show_what_the_log_holds():
+def test_training_curves_show_the_logged_values():
     panels = charts.training_curves(log())
     assert [panel.get_title("left") for panel in panels] == list(charts.PANELS)
     accuracy = panels[1]
@@ -54,9 +54,9 @@ def test_training_curves_show_what_the_log_holds():
 
 
 def test_a_curve_has_the_band_of_its_interval():
-    given = log().assign(val_map_low=[np.nan, np.nan, 0.5], val_map_high=[np.nan, np.nan, 0.7])
-    given.loc[0, ["val_map", "val_map_low", "val_map_high"]] = (0.25, 0.125, 0.375)
-    axes = charts.training_curves(given)[2]
+    options = log().assign(val_map_low=[np.nan, np.nan, 0.5], val_map_high=[np.nan, np.nan, 0.7])
+    options.loc[0, ["val_map", "val_map_low", "val_map_high"]] = (0.25, 0.125, 0.375)
+    axes = charts.training_curves(options)[2]
     (band,) = axes.collections
     assert {tuple(corner) for corner in band.get_paths()[0].vertices.tolist()} == {
         *((10.0, 12.5), (10.0, 37.5), (30.0, 50.0), (30.0, 70.0))

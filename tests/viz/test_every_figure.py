@@ -101,7 +101,7 @@ def test_one_figure_with_every_label_inside_and_no_setting_changed(name):
     assert dict(matplotlib.rcParams) == before
     assert len(plt.get_fignums()) == 1
     figure = axes[0].figure
-    assert all(isinstance(one, plt.Axes) and one.figure is figure for one in axes)
+    assert all(isinstance(single, plt.Axes) and single.figure is figure for single in axes)
     figure.draw_without_rendering()
     drawn = figure.get_tightbbox()
     # 0.03 inches: half a frame's line may lie outside, letters of names may not
@@ -120,10 +120,10 @@ def test_the_user_style_does_not_reach_the_figure_when_it_is_drawn_later():
 
 
 @pytest.mark.parametrize("name", EMPTY)
-def test_an_empty_input_is_said_in_the_figure(name):
+def test_an_empty_input_is_noted_in_the_figure(name):
     draw, sentence = EMPTY[name]
     axes = np.ravel(np.asarray(draw(), dtype=object))
-    assert any(sentence in text for one in axes for text in texts(one))
+    assert any(sentence in text for single in axes for text in texts(single))
     axes[0].figure.draw_without_rendering()
 
 
@@ -153,7 +153,7 @@ def test_any_aspect_can_be_drawn(sides):
         np.zeros(4, np.uint8),
     ],
 )
-def test_what_is_no_photograph_is_refused_and_no_figure_is_left(wrong):
+def test_invalid_photographs_are_refused_and_no_figure_is_left(wrong):
     with pytest.raises(ValueError, match="a photograph must be"):
         galleries.contact_sheet([wrong])
     with pytest.raises(ValueError, match="a photograph must be"):

@@ -60,7 +60,7 @@ def test_failure_table_starts_with_the_greatest_failure(failing, by, order):
     assert table.index.tolist() == order
 
 
-def test_failure_figure_says_what_moved_and_why(failing):
+def test_failure_figure_explains_moved_images(failing):
     figure = failures.failure_figure(*failing, 0, protocol="medium", columns=4)
     lines = [text.get_text() for text in figure.findobj(plt.Text)]
     # Captions: rank and similarity; rank, origin, inliers of matches; junk without a rank.

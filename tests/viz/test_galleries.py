@@ -81,7 +81,7 @@ def test_an_unknown_label_is_named():
         galleries.RankedImage("a", picture(9, 9), "good")
 
 
-def test_before_after_tells_what_moved():
+def test_before_after_marks_moved_images():
     axes = galleries.before_after(
         QUERY,
         ranked("abcd", LABELS),
@@ -93,7 +93,7 @@ def test_before_after_tells_what_moved():
     below = [cell.get_xlabel() for cell in axes[1, 1:]]
     assert below == ["1 ▲ from 3\n31 inliers", "2 =", "3 ▲ from 4"]
     assert [texts(cell) for cell in axes[:, 1:].flat] == [[letter] for letter in "EHJJHN"]
-    arrows = [one for one in axes[0, 0].figure.artists if isinstance(one, ConnectionPatch)]
+    arrows = [single for single in axes[0, 0].figure.artists if isinstance(single, ConnectionPatch)]
     ends = [(arrow.axesA, arrow.axesB) for arrow in arrows]
     assert ends == [(axes[0, 2], axes[1, 2]), (axes[0, 3], axes[1, 1])]  # b and c
     assert [to_hex(arrow.get_edgecolor()).upper() for arrow in arrows] == [
@@ -123,10 +123,10 @@ def test_rows_arrows_and_a_table_of_reasons():
     figure = axes[0, 0].figure
     arrows = [artist for artist in figure.artists if isinstance(artist, ConnectionPatch)]
     assert len(arrows) == 2  # a and b stand in both rows
-    text = [one.get_text() for one in figure.findobj(plt.Text)]
+    text = [single.get_text() for single in figure.findobj(plt.Text)]
     for wanted in ("before", "after", "1 ▲2", "image", "inliers", "40", "0.50", "–"):
         assert wanted in text
-    assert any(one.startswith("bbb") and "…" in one and len(one) < 300 for one in text)
+    assert any(single.startswith("bbb") and "…" in single and len(single) < 300 for single in text)
 
 
 def test_a_table_keeps_its_text_inside_the_figure():

@@ -65,9 +65,9 @@ def ap_change():
 
 
 def dropped_features():
-    some = features([(8, 8), (24, 24), (40, 8)])
+    subset = features([(8, 8), (24, 24), (40, 8)])
     reasons, titles = NAMES[:3], dict(zip(NAMES[:3], NAMES[14:17], strict=True))
-    return maps.dropped_features(picture(150, 240), some, some, reasons, titles=titles)
+    return maps.dropped_features(picture(150, 240), subset, subset, reasons, titles=titles)
 
 
 def step_diagram():
@@ -75,8 +75,8 @@ def step_diagram():
 
 
 def match_lines(first: str, second: str) -> plt.Axes:
-    some, pairs = features([(8, 8), (24, 24)]), np.array([[0, 0], [1, 1]])
-    sides = [matching.MatchedImage(picture(150, 240), some, name) for name in (first, second)]
+    subset, pairs = features([(8, 8), (24, 24)]), np.array([[0, 0], [1, 1]])
+    sides = [matching.MatchedImage(picture(150, 240), subset, name) for name in (first, second)]
     return matching.match_lines(*sides, PairInspection(pairs, Verification(np.ones(2, bool), None)))
 
 
@@ -91,10 +91,10 @@ def test_names_in_every_script_are_written_in_every_format(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("draw", FIGURES, ids=lambda one: one.__name__)
-def test_no_name_ends_a_figure(draw, recwarn):
+def test_any_name_can_be_drawn(draw, recwarn):
     figure = np.ravel(np.asarray(draw(), dtype=object))[0].figure
     figure.canvas.draw()
-    assert not [str(one.message) for one in recwarn if "Glyph" in str(one.message)]
+    assert not [str(single.message) for single in recwarn if "Glyph" in str(single.message)]
     written = "".join(text.get_text() for text in figure.findobj(plt.Text))
     assert written and all(
         letter == "\n" or drawing.printable(letter) == letter for letter in written
@@ -102,7 +102,7 @@ def test_no_name_ends_a_figure(draw, recwarn):
 
 
 @pytest.mark.parametrize("pair", [*zip(NAMES[::2], NAMES[1::2], strict=False)], ids=ascii)
-def test_no_name_ends_a_figure_of_matches(pair):
+def test_any_name_can_be_drawn_on_matches(pair):
     match_lines(*pair).figure.canvas.draw()
 
 
@@ -156,7 +156,7 @@ def test_a_letter_is_drawn_with_a_font_that_has_it(installed_font):
     assert black(axes) - plain == pytest.approx((0.9 * 8 * 80 / 72) ** 2, rel=0.3)
 
 
-def test_a_font_file_that_is_gone_is_passed_over(installed_font, tmp_path):
+def test_a_missing_font_file_is_ignored(installed_font, tmp_path):
     (tmp_path / "one.ttf").unlink()
     assert drawing.text_width("漢\u4dff", 1) > 0
     (tmp_path / "one.ttf").write_bytes(b"no font")
@@ -164,7 +164,7 @@ def test_a_font_file_that_is_gone_is_passed_over(installed_font, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_user_style_changes_no_byte_of_a_figure(tmp_path):
+def test_the_user_style_does_not_change_figures(tmp_path):
     """Without LaTeX on the machine, `text.usetex` would end the run."""
     (tmp_path / "matplotlibrc").write_text(
         "text.usetex: True\nfont.family: serif\nfont.size: 30\naxes.grid: True\nsavefig.dpi: 20\n"

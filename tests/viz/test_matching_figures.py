@@ -25,8 +25,8 @@ def test_keypoints_are_squares_of_a_patch():
 
 
 def test_keypoints_draw_the_best_and_cope_with_unknowns():
-    many = features([(8, 8), (24, 8), (40, 8)])
-    axes = matching.keypoints(picture(150, 240), many, max_keypoints=2)
+    several = features([(8, 8), (24, 8), (40, 8)])
+    axes = matching.keypoints(picture(150, 240), several, max_keypoints=2)
     assert axes.get_title() == "2 of 3 local features"
     assert len(axes.collections[0].get_paths()) == 2
     nans = np.full(3, np.nan, np.float32)
@@ -141,7 +141,7 @@ def test_matches_are_thinned_evenly_and_checked():
     assert axes.get_title() == "20 inliers (8 drawn) of 30 matches"
     ends = [segment[0] for segment in axes.collections[1].get_segments()]
     scale = axes.images[0].get_extent()[1] / 50
-    first, last = (points[place] + 0.5 for place in (0, 19))
+    first, last = (points[location] + 0.5 for location in (0, 19))
     np.testing.assert_allclose([ends[0], ends[-1]], np.array([first, last]) * scale, atol=1e-4)
     with pytest.raises(ValueError, match="30 matches, but inliers of shape"):
         matching.match_lines(side, side, compared(pairs, np.ones(29), None))

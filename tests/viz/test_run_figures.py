@@ -17,7 +17,7 @@ def written(axes: np.ndarray) -> str:
     return "\n".join(text.get_text() for text in figure.findobj(plt.Text))
 
 
-def test_rankings_say_what_the_ground_truth_says(benchmark):
+def test_rankings_match_the_ground_truth(benchmark):
     axes = run_figures.ranking_gallery(benchmark, np.array([[3], [1], [0], [2]]), [0], columns=4)
     assert axes.shape == (1, 5)
     letters = [
@@ -26,7 +26,7 @@ def test_rankings_say_what_the_ground_truth_says(benchmark):
     assert letters == ["N", "H", "E", "J"]
 
 
-def test_rankings_of_no_query_say_so(benchmark):
+def test_rankings_of_no_query_are_a_sentence(benchmark):
     axes = run_figures.ranking_gallery(benchmark, np.array([[3], [1], [0], [2]]), [])
     assert "no quer" in written(axes).lower()
 
@@ -36,7 +36,7 @@ def test_an_unknown_query_is_an_error(benchmark):
         run_figures.ranking_gallery(benchmark, np.array([[3], [1], [0], [2]]), [1])
 
 
-def test_reranked_leaves_out_what_the_protocol_ignores(benchmark, finished):
+def test_reranked_leaves_out_ignored_images(benchmark, finished):
     text = written(run_figures.reranked_gallery(benchmark, finished, 0, columns=4))
     # Hard ignores the easy a (0 inliers) and the junk c (7)
     assert "9 inliers" in text and "5 inliers" in text

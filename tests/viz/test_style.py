@@ -17,7 +17,7 @@ from vitgal.viz import charts, drawing, galleries, style
 from vitgal.viz.style import FigureFolder
 
 
-def test_frames_can_be_told_apart_without_red_green_vision():
+def test_frames_differ_without_red_green_vision():
     # Machado, Oliveira, Fernandes 2009, severity 1, for linear RGB
     seen = {
         "normal": np.eye(3),
@@ -103,7 +103,7 @@ def test_saving_an_array_of_axes_keeps_the_figure_open(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["sheet.png"]
 
 
-def test_figures_are_written_where_a_notebook_asks_for_it(tmp_path):
+def test_figures_are_saved_on_request(tmp_path):
     axes = charts.score_bars({"a": {"easy": 0.5}})
     FigureFolder(tmp_path, ShowSettings(save_figures=False)).keep(axes, "bars")
     assert list(tmp_path.iterdir()) == []
