@@ -284,6 +284,7 @@ def select(
     numbers = [path.name[:2] for path in notebooks]
 
     def index(name: str) -> int:
+        """Returns the position of the notebook with this number or name."""
         number = re.match(r"\d*", str(name))[0].zfill(2)
         if number not in numbers:
             raise SettingsError(

@@ -30,7 +30,7 @@ SUFFIXES = frozenset(
     """.split()
 )
 RAW = frozenset(".cr2 .cr3 .nef .arw .dng .orf .raf .rw2".split())  # most of them begin as a TIFF
-# Folders of storage systems and archives: thumbnails, deleted files, other systems' attributes
+# Folders of storage systems and archives, with thumbnails, deleted files or file attributes.
 SYSTEM_FOLDERS = frozenset(
     ["@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "__MACOSX", "lost+found"]
 )
@@ -71,6 +71,7 @@ def list_photographs(folder: Path) -> Listing:
     names, unsupported = [], {}
 
     def not_listed(error: OSError) -> None:
+        """Records a sub-folder that cannot be listed."""
         name = os.path.relpath(error.filename, folder)
         unsupported[f"{name}/"] = f"the folder cannot be listed ({error.strerror})"
 

@@ -90,6 +90,7 @@ def score_table(scores: Scores | Mapping[str, Scores], *, digits: int = 1) -> pd
 
 def _row(scores: Mapping[str, Any]) -> dict[str, float]:
     def percent(value: float | None) -> float:
+        """Converts a fraction to percent; None, a score without a query, to nan."""
         return float("nan") if value is None else 100 * value
 
     _, low, high = mean_and_interval(scores["ap"])

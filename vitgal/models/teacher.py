@@ -164,6 +164,7 @@ def _renamer(names: dict[str, str]) -> Callable[[str], str]:
     in_file = {timm_layer: layer for layer, timm_layer in names.items()}
 
     def rename(key: str) -> str:
+        """Returns the name in the file of the tensor that timm calls `key`."""
         layer, _, part = key.rpartition(".")
         return f"{in_file[layer]}.{part}" if layer in in_file else key
 

@@ -76,6 +76,7 @@ def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) ->
     """
 
     def fill_backbone(tensors: Mapping[str, Tensor]) -> None:
+        """Fills the model with tensors in any of the three layouts."""
         if any(key.startswith("backbone.") for key in tensors):
             keys = (key for key in model.state_dict() if not key.startswith("autoencoder."))
             rename, dropped = str, ("autoencoder.",)

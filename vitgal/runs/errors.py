@@ -74,11 +74,11 @@ class _Short(reprlib.Repr):
         self.maxstring = self.maxother = self.maxlong = 60
 
     def repr_int(self, x: int, level: int) -> str:
-        """Returns the digits of an integer, or only its size: digits of a huge one take long."""
+        """Returns the digits of an integer; for a huge one only its size, to save time."""
         return repr(x) if x.bit_length() < 200 else f"<int of {x.bit_length()} bits>"
 
     def repr_instance(self, x: Any, level: int) -> str:
-        """Returns the type of an object whose class reprlib does not know, or its short text."""
+        """Returns a short text for a class that reprlib does not support, or its type."""
         if isinstance(x, np.ndarray):
             return f"<array of {x.dtype.name}, shape {x.shape}>"
         for kind in (dict, list, tuple, set, frozenset, str, int):  # subclasses, as OrderedDict

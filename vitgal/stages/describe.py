@@ -185,6 +185,7 @@ def evaluate_descriptors(
 
     @functools.cache
     def rows() -> np.ndarray:
+        """Reads the descriptors, (N, D) float32: first the queries, then the database."""
         return read_descriptors(descriptors, [*queries, *dataset.database])
 
     compared = settings.compared()

@@ -76,6 +76,7 @@ def prefetch(
     """
 
     def attempt(task: ImageTask) -> tuple[ImageTask, LoadedImage | ImageError]:
+        """Loads one image, or returns why it cannot be used."""
         try:
             return task, load(task)
         except ReadError:

@@ -174,6 +174,7 @@ def explain_selection(
     crop, box = crop_box(image, box)
 
     def extract(changed: LocalSettings) -> LocalFeatures:
+        """Extracts under other settings of suppression."""
         recorder.scale = 0
         return local_features(recorder, images, [(box, image.shape[:2])], changed)[0]
 

@@ -249,6 +249,7 @@ def _watched_log(fit: Fit) -> Iterator[None]:
         return changed
 
     def follow(seen: int | None) -> None:
+        """Shows the log whenever it has changed, until training is over."""
         while not done.wait(WATCH_SECONDS):
             seen = show(seen)
 

@@ -40,6 +40,7 @@ def measure_batch(
     """Raises TrainingError as `check_batch_size`, measuring steps of few images on a GPU."""
 
     def peak(count: int) -> int:
+        """Returns the bytes at the peak of a step."""
         torch.cuda.reset_peak_memory_stats(device)
         step(count)
         return torch.cuda.max_memory_allocated(device)

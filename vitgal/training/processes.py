@@ -156,6 +156,7 @@ def begin_agreement(accelerator: Accelerator, flags: Tensor) -> Callable[[], lis
     copied.record()
 
     def wait() -> list[bool]:
+        """Waits for the copy from the GPU."""
         copied.synchronize()
         return [bool(flag) for flag in answer]
 

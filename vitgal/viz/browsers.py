@@ -160,6 +160,7 @@ def live_curves() -> Callable[[pd.DataFrame], None]:
     handle = display(display_id=True)
 
     def watch(log: pd.DataFrame) -> None:
+        """Draws the log in place of the previous drawing."""
         figure = training_curves(log)[0].figure
         plt.close(figure)  # otherwise the inline backend shows it twice
         handle.update(figure)

@@ -166,6 +166,7 @@ def _check_images(
         report.problems.append(f"{len(images):,} images; the whole set has {count:,}")
 
     def failure(path: str) -> str | None:
+        """Returns why the image cannot be decoded; None if it can."""
         try:
             read_image(folder.images / path)
         except ImageError as error:
