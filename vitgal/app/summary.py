@@ -60,7 +60,6 @@ def score_lines(folder: Path) -> list[str]:
 
 
 def _cells(scores: dict) -> str:
-    """Returns the columns of one protocol, in percent: mAP, its interval, mP@k."""
     low, high = scores.get("interval") or (None, None)
     interval = "-" if low is None else f"{100 * low:.1f} to {100 * high:.1f}"
     precisions = "".join(_percent(scores.get("mp_at", {}).get(kappa)) for kappa in KAPPAS)

@@ -169,10 +169,7 @@ def jpeg_end(data: bytes) -> int | None:
 
 
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int | None, int]]:
-    """Yields each marker outside the scans with its position; None last without an end marker.
-
-    Like a decoder, it skips bytes that should have been a marker.
-    """
+    """Yields each marker outside the scans and its position; None last without an end marker."""
     position = 2
     while 0 <= (position := data.find(b"\xff", position)) < len(data) - 1:
         marker = data[position + 1]

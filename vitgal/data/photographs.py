@@ -228,18 +228,16 @@ def find_photograph(folder: Path, query: str, start: Path) -> Path | None:
 
 def _on_disk(path: Path) -> Path | None:
     """Returns the regular file at a path, parts of which may be written in another normal form."""
-    existing = Path(path.absolute().anchor)
+    base = Path(path.absolute().anchor)
     for part in path.absolute().parts[1:]:
-        entry, wanted = existing / part, unicodedata.normalize("NFC", part)
+        entry, wanted = base / part, unicodedata.normalize("NFC", part)
         if not os.path.lexists(entry):
             try:
-                names = [
-                    n for n in os.listdir(existing) if unicodedata.normalize("NFC", n) == wanted
-                ]
+                names = [n for n in os.listdir(base) if unicodedata.normalize("NFC", n) == wanted]
             except (OSError, ValueError):
                 return None
             if len(names) > 1:
-                raise PhotographError(f"several files in {existing} are named {part}: rename them")
-            entry = existing / (names[0] if names else part)
-        existing = entry
-    return existing if existing.is_file() else None
+                raise PhotographError(f"several files in {base} are named {part}: rename them")
+            entry = base / (names[0] if names else part)
+        base = entry
+    return base if base.is_file() else None

@@ -276,7 +276,6 @@ def _changed(comparison: Comparison, protocol: str, listed: int) -> pd.DataFrame
 
 
 def _aligned(table: pd.DataFrame, adjust: Callable[[str, int], str] = str.rjust) -> str:
-    """Formats a table with columns as wide as their widest cell, two blanks apart."""
     rows = [["", *map(str, table.columns)]]
     rows += [
         [str(name), *map(str, row)] for name, row in zip(table.index, table.values, strict=True)

@@ -204,5 +204,4 @@ def _remedy(stored: Sequence[str], missing: Sequence[str]) -> str:
 
 
 def _last(name: str) -> str:
-    """Returns the last part of a path of Linux or Windows."""
     return name.replace("\\", "/").rpartition("/")[2]

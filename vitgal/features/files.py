@@ -85,10 +85,7 @@ def _read_member(archive: zipfile.ZipFile, name: str, limit: int) -> np.ndarray:
 
 
 def _read_header(file: BinaryIO) -> tuple[np.dtype, tuple[int, ...], str]:
-    """Type, shape and order ("C" or "F") in a `.npy` header, which may state numbers only.
-
-    Object arrays are refused: the file's bytes would become memory addresses.
-    """
+    """Reads type, shape and order ("C" or "F") from a `.npy` header; refuses object arrays."""
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("another format than 1.0")
     shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)

@@ -180,10 +180,7 @@ def _scan_zip(file: BinaryIO) -> str | None:
 
 
 def _scan_pickles(file: BinaryIO, count: int) -> str | None:
-    """Returns the first name in the pickles that a checkpoint does not need.
-
-    torch's own list includes functions that allocate gigabytes from a few bytes.
-    """
+    """Returns the first unneeded name in the pickles; torch allows some that allocate gigabytes."""
     for _ in range(count):
         names, texts = set(), []
         for opcode, argument, _ in pickletools.genops(file):

@@ -181,7 +181,6 @@ def _within(labels: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _chunks(head: ArcFace) -> Iterator[tuple[int, slice]]:
-    """Yields the first class of each chunk, and its rows of the weight."""
     for first in range(0, head.classes, head.chunk):
         last = min(first + head.chunk, head.classes)
         yield first, slice(first * head.sub_centres, last * head.sub_centres)

@@ -325,10 +325,7 @@ def class_attention(block: ClassAttentionBlock, joined: Tensor) -> Tensor:
 
 
 def _patches_after(block: ClassAttentionBlock, patches: Tensor) -> Tensor:
-    """The patch tokens (B, N, D) after `block` in eval mode, where only the class token attends.
-
-    Both norms act on them. The MLP acts on the class token alone; its residual doubles the others.
-    """
+    """Returns the patch tokens (B, N, D) after `block`, which only normalises and doubles them."""
     normed = block.norm2(patches + block.gamma1 * block.norm1(patches))
     return normed + normed
 

@@ -152,10 +152,7 @@ def _compare_exactly(
     indices: list[np.ndarray],
     values: list[np.ndarray],
 ) -> None:
-    """Adds to `counts` the pending images that rank before a labelled one.
-
-    pending: cuts, similarities and database indices; query q has those from cuts[q] to cuts[q + 1].
-    """
+    """Adds the pending images before a labelled one; query q has cuts[q] to cuts[q + 1]."""
     for q, (index, value) in enumerate(zip(indices, values, strict=True)):
         similarities = np.concatenate([s[cuts[q] : cuts[q + 1]] for cuts, s, _ in pending])
         ordered = np.sort(similarities)

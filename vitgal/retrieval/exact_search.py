@@ -90,11 +90,7 @@ def _search_parts(
 def _search_estimated(
     queries: np.ndarray, database: np.ndarray, parts: list[slice], k: int
 ) -> list[Hits] | None:
-    """Returns the best `k` of every query: float32 products select the images that float64 ranks.
-
-    None for queries of another type, values that are not finite (`_search_parts` names them) or too
-    large, or too many images that nearly tie.
-    """
+    """Returns the best `k` by float32 estimates and float64 ranks; None if undecided."""
     if queries.dtype != np.float32 or not len(queries):
         return None
     by_thread = in_threads(lambda group: [_estimate(queries, database, group, k)], parts)

@@ -182,7 +182,6 @@ def _structure(index: Any) -> list:
 
 
 def _is_sound(index: Any, images: int) -> bool:
-    """Returns whether the images, cells and graph of an index lie within it."""
     import faiss
 
     cells, graph = faiss.try_extract_index_ivf(index), getattr(_inner_index(index), "hnsw", None)
@@ -293,7 +292,6 @@ def _explained_errors(text: str, images: int | None = None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _threads(number: int | None) -> Iterator[None]:
-    """Sets the number of faiss's threads; None leaves it."""
     import faiss
 
     before = faiss.omp_get_max_threads()

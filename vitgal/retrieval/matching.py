@@ -257,10 +257,7 @@ def float32_products() -> Iterator[None]:
 def _floors(
     best: np.ndarray, query: Descriptors, gallery: Descriptors, block: slice, max_distance: float
 ) -> np.ndarray:
-    """(N,) float32: the least closeness that may be a row's nearest; inf where none is near enough.
-
-    best: (N,) float32, each row's greatest closeness.
-    """
+    """Returns each row's least closeness (N,) that may be its nearest; inf beyond the distance."""
     best = best.astype(np.float64)
     slack = _rounding(query.halves[block], gallery.halves.max(), query.values.shape[1])
     # Rounded down, so that float32 loses no candidate.
@@ -293,10 +290,7 @@ def _rounding(halves: np.ndarray | float, half: float, width: int) -> np.ndarray
 
 
 def _squared_distances(query: np.ndarray, gallery: np.ndarray, pairs: Pairs) -> np.ndarray:
-    """Squared Euclidean distances (P,) float64 of pairs, summed in the order of SciPy's KD-tree.
-
-    Where distances differ only by rounding, the order decides which is smaller.
-    """
+    """Returns squared distances (P,) float64, summed in the order of SciPy's KD-tree."""
     rows, columns = pairs
     squares = np.empty(len(rows))
     lanes = query.shape[1] // 4 * 4

@@ -173,10 +173,7 @@ def _refuse_other_settings(folder: Path, wanted: dict) -> None:
 
 
 def _check_finished(folder: Path, stamps: dict[str, str] | None) -> None:
-    """Raises StageError for a changed output; warns once of changed versions of libraries.
-
-    `stamps` are kept beside the manifest: files that were only copied or touched are read once.
-    """
+    """Raises StageError for a changed output; warns of changed libraries; records the stamps."""
     manifest = read_record(folder / MANIFEST)
     for output, recorded in manifest["outputs"].items():
         check_output(folder, output, recorded)

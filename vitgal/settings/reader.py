@@ -262,7 +262,6 @@ def checked(values: Values, further: Mapping[str, Any] | None = None) -> Values:
 
 
 def _refuse(faults: list[str]) -> None:
-    """Raises SettingsError where there are faults, with the first of them."""
     if len(faults) > MOST_FAULTS:
         faults = [*faults[:MOST_FAULTS], f"and {len(faults) - MOST_FAULTS} more faults"]
     if faults:

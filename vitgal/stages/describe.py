@@ -217,11 +217,7 @@ def _write_rankings(
     protocol: Mapping[str, Any],
     failures: Sequence[Mapping[str, str]] = (),
 ) -> tuple[str, ...]:
-    """Writes all files of the stage but database.npy, and returns their names.
-
-    With an index, the ranking begins with what the index returns. The scores are then those of that
-    ranking; the exact scores are stored as `exact`, the recall of the index as `recall`.
-    """
+    """Writes all files of the stage but database.npy; with an index its ranking is scored."""
     folder, truth = stage.folder, dataset.ground_truth
     database = map_array(folder / "database.npy")
     depth = shortlists.shortlist_depth(truth, len(database), top=settings.top)

@@ -183,7 +183,6 @@ class Describer:
 
 
 def _read(file: Path) -> Description | None:
-    """Reads a stored description; None where it is missing or damaged."""
     try:
         arrays = read_arrays(file, ("descriptor", *store.FEATURE_ARRAYS, "sizes"))
     except (OSError, ValueError):

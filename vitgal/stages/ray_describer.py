@@ -187,11 +187,7 @@ def _describe_shard(describer: LocalDescriber, state: _ShardState) -> _ShardStat
 
 
 def _write_shard(state: _ShardState) -> tuple[Path, int, list[Failure], str]:
-    """Writes a shard; returns its folder, its number of images, its failures and this node's name.
-
-    It is written under another name and moved, because a lost machine may still be writing the
-    same shard.
-    """
+    """Writes a shard under another name and moves it: a lost machine may still be writing it."""
     shard = state.shard
     if state.images is not None:
         private = shard.folder.with_name(f"{store.PARTIAL}{uuid.uuid4().hex}")

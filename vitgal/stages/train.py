@@ -234,10 +234,7 @@ def _continued(fit: Fit, overwrite: bool) -> dict[str, Any]:
 def _broadcast(
     stage: runs.Stage | None, error: Exception | None, fit: Fit, settings: str
 ) -> runs.Stage:
-    """Gives the first process's stage to all launched processes; raises its error in all.
-
-    settings: fingerprint of this process's arguments, which must equal the first one's.
-    """
+    """Gives the first process's stage, or its error, to all; their `settings` must be equal."""
     message = [(str(error or ""), stage and stage.finished, stage and stage.settings, settings)]
     broadcast_object_list(message)
     text, finished, stage_settings, first = message[0]

@@ -202,7 +202,6 @@ def _train_forked(fit: Fit) -> None:
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:
-    """Whether gloo or NCCL reports that another process of the launch has gone."""
     messages = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
     return any(message in str(error) for message in messages)
 

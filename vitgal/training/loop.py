@@ -528,10 +528,7 @@ class Trainer:
         )
 
     def _pass_over(self, images: list[str]) -> None:
-        """Ends the step without an update; raises TrainingError where no more may be skipped.
-
-        The state before the step is then saved, if its weights are finite.
-        """
+        """Skips the update; saves the state and raises where no more steps may be skipped."""
         progress = self.progress
         where = f"the loss is not finite at step {progress.step} of epoch {progress.epoch}, images "
         if len(progress.skipped) < self.settings.skip_bad_batches:

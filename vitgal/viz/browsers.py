@@ -125,7 +125,6 @@ class Chooser:
         return self.list.value
 
     def _move(self, step: int) -> None:
-        """Chooses the entry `step` further on, wrapping at the ends."""
         if self.list.options:
             self.list.index = ((self.list.index or 0) + step) % len(self.list.options)
 
@@ -297,7 +296,6 @@ class PhotographBrowser:
         self._draw_preview()
 
     def _draw_preview(self, _: object = None) -> None:
-        """Draws the query with the box, everything outside it faded."""
         (x0, x1), (y0, y1) = self.across.value, self.down.value
         x0, y0, x1, y1 = (round(side * self.factor) for side in (x0, y0, x1, y1))
         image: np.ndarray = self.reduced // 3 + 160

@@ -303,6 +303,5 @@ def tuning_curves(tuning: Tuning) -> np.ndarray:
 
 
 def _mean(ap: np.ndarray) -> float:
-    """Returns the mean of AP (Q,) over the queries that count; nan where none does."""
     counting = ap[~np.isnan(ap)]
     return float(counting.mean()) if counting.size else float("nan")

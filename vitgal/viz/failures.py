@@ -127,7 +127,6 @@ def failure_figure(
 def _open(
     run: Path, dataset: RetrievalDataset | str, protocol: str, reranked: bool
 ) -> tuple[RetrievalDataset, list[Ranking]]:
-    """Returns the benchmark, and its global ranking, then the reranked one if there is one."""
     if not isinstance(dataset, RetrievalDataset):
         dataset = revisited.open_dataset(dataset, runs.data_folder(run, None, "benchmark"))
     folder = run / dataset.name
@@ -155,10 +154,7 @@ def _worst_positive(
 def _explain(
     folder: Path, benchmark: RetrievalDataset, query: int, ranks: list[pd.Series]
 ) -> pd.DataFrame:
-    """Explains the ranks of images, a row each, from the stages of `<run>/<dataset>`.
-
-    ranks: by database index, from 1 on, before and, if there is one, after reranking.
-    """
+    """Explains images, a row each; `ranks` are before and, if there is one, after reranking."""
     images = ranks[0].index
     table = pd.DataFrame(index=images)
     table["image"] = [printable(benchmark.database[image]) for image in images]
@@ -176,9 +172,7 @@ def _explain(
     if len(ranks) == 1:
         return table
     inliers = rerank.inlier_counts(folder / "rerank", query)
-    matches = _count_matches(
-        folder, benchmark, query, [image for image in images if image in inliers]
-    )
+    matches = _count_matches(folder, benchmark, query, [i for i in images if i in inliers])
     for name, counts in (("matches", matches), ("inliers", inliers)):
         table[name] = pd.array([counts.get(image, pd.NA) for image in images], dtype="Int64")
     table["matches"] = table["matches"].clip(lower=0)
@@ -208,7 +202,6 @@ def _count_matches(
 
 
 def _reason(before: object, after: object, matches: int | None) -> str:
-    """Describes the effect of reranking on one image; the ranks may be missing."""
     if matches is None:
         return "not on the short list: nothing verified"
     if matches < 0:

@@ -184,10 +184,7 @@ def _with_pixels(images: Sequence[Any]) -> list[Any]:
 def _make_axes(
     queries: Sequence[QueryImage], rows: int, columns: int, *, extra: float, lines: int = 0
 ) -> tuple[np.ndarray, float]:
-    """Axes (rows, 1 + columns) with the queries drawn, and the inches of an image.
-
-    extra: inches for captions and legend. lines: of a table, for which a row of the grid is left.
-    """
+    """Makes axes (rows, 1 + columns) with the queries drawn; returns also an image's inches."""
     ratios = [1.25, 0.08] + [1.0] * columns  # query, gap, images
     inches = WIDTH / sum(ratios)
     heights = [0.75 * inches + 0.3] * rows + ([0.175 * (lines + 1)] if lines else [])
@@ -207,7 +204,6 @@ def _make_axes(
 
 
 def _draw_query(axes: Axes, query: QueryImage, inches: float) -> None:
-    """The query's photograph, faded outside its box."""
     image = query.image
     if query.box is not None:
         x0, y0, x1, y1 = (max(0, int(value)) for value in query.box)
@@ -238,7 +234,6 @@ def _draw_row(
 
 
 def _draw_label(axes: Axes, label: str) -> None:
-    """A frame in the label's colour, with the label's letter in the corner."""
     axes.spines[:].set(visible=True, color=LABEL_COLOURS[label], linewidth=2.5)
     letter = axes.text(0, 1, label[0].upper(), transform=axes.transAxes, fontsize=CAPTION_SIZE)
     letter.set(ha="left", va="top", fontweight="bold")
@@ -247,7 +242,6 @@ def _draw_label(axes: Axes, label: str) -> None:
 
 
 def _draw_arrows(cells: np.ndarray, rows: Sequence[Sequence[RankedImage]]) -> None:
-    """From an image's position in the first row to its position in the second."""
     after = {image.key: cell for cell, image in zip(cells[1], rows[1], strict=False)}
     for cell, image in zip(cells[0], rows[0], strict=False):
         if image.key in after:
@@ -277,10 +271,7 @@ def _add_legend(figure: Figure, rankings: Sequence[Sequence[RankedImage]]) -> No
 
 
 def _write_table(axes: Axes, table: pd.DataFrame, width: float) -> None:
-    """Writes a table as text: numbers aligned to the right, words to the left.
-
-    The first column, the names, is shortened where the columns are wider than `width` inches.
-    """
+    """Writes a table as text; the first column is shortened to fit `width` inches."""
     drawing.hide_frame(axes)
     axes.set(xlim=(0, 72 * width), ylim=(len(table) + 0.5, -0.5))
     columns = {name: [name, *map(_cell_text, table[name])] for name in table}

@@ -204,7 +204,6 @@ def _check_maps(maps: Sequence[np.ndarray], count: int, name: str) -> list[np.nd
 def _draw_heat(
     axes: Axes, image: np.ndarray, heat: np.ndarray, norm: Normalize, inches: float
 ) -> None:
-    """A map of tokens over a grey copy of the photograph, which it spans."""
     grey = cv2.cvtColor(drawing.shrink(image, inches), cv2.COLOR_RGB2GRAY)
     extent = drawing.pixel_extent(image)
     axes.imshow(grey, extent=extent, cmap="gray", vmin=0, vmax=255)
@@ -213,7 +212,6 @@ def _draw_heat(
 
 
 def _add_heat_bar(cells: Sequence[Axes], norm: Normalize, label: str) -> None:
-    """The colour bar of the maps, beside them all; the photographs stay where they are."""
     scale, figure = ScalarMappable(norm, HEAT_MAP), cells[0].figure
     bar = figure.colorbar(scale, ax=cells, extend="max", aspect=25, pad=0.02, panchor=False)
     bar.outline.set_visible(False)

@@ -135,7 +135,6 @@ class MatchInspector:
         self.output.redraw()
 
     def _add_image(self, _: object) -> None:
-        """Adds the database image that was typed to the list and chooses it."""
         images, typed = self.image.list, self.other_image.value.strip()
         if not typed:
             return

@@ -192,10 +192,7 @@ class _Panel:
 
 
 def _draw_side_by_side(axes: Axes, pictures: Sequence[np.ndarray], width: float) -> list[_Panel]:
-    """Draws two photographs beside each other, at one height if none gets too narrow by it.
-
-    Units of the axes: inches, y downwards; the figure gets the size that they need.
-    """
+    """Draws two photographs side by side in axes of inches, at one height if possible."""
     gap = 0.08
     aspects = np.array([picture.shape[1] / picture.shape[0] for picture in pictures])
     fractions = np.clip(aspects / aspects.sum(), 0.2, 0.8)
@@ -239,7 +236,6 @@ def _draw_outlines(
     panels: Sequence[_Panel],
     homography: np.ndarray | None,
 ) -> None:
-    """The query's box, and where the homography puts it in the database image."""
     height, width = query.input_size
     box = np.array([[0, 0], [width, 0], [width, height], [0, height]])  # in the network's input
     outlines = [box, None if homography is None else _project(homography, box)]

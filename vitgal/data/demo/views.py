@@ -353,7 +353,6 @@ def _occlude(pixels: np.ndarray, ellipse: Ellipse, rng: np.random.Generator) -> 
 
 
 def _night(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Darkens and cools the view and adds a few lamps and sensor noise."""
     height, width = pixels.shape[:2]
     dark = pixels**1.5 * np.float32([0.38, 0.42, 0.62])
     lamps = np.zeros((height, width), np.float32)

@@ -63,7 +63,6 @@ def download(
 
 
 def _check_space(folders: list[SourceFolder], target: Path, *, progress: bool) -> None:
-    """Raises OSError if the disk is too small for the pending files."""
     pending = [file for folder in folders for file in folder.pending()]
     if not pending:
         return

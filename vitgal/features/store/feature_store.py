@@ -255,7 +255,6 @@ class Index:
         return index if index._fits() else None
 
     def _fits(self) -> bool:
-        """Returns whether the arrays have the right types, shapes and ranges."""
         names, ends, order, rows, _, firsts = (self.arrays[name] for name in INDEX_ARRAYS)
         count = order.size
         layout = {

@@ -128,7 +128,6 @@ class RowFile:
         return len(self._header()) + 4 * rows * self.shape[1]
 
     def _is_whole(self, journal: dict) -> bool:
-        """Returns whether the rows that a journal counts are on disk, byte for byte."""
         file = self._partial if self._partial.exists() else self.path
         end = self._bytes(journal["rows"])
         if journal["rows"] > self.shape[0] or not file.exists() or file.stat().st_size < end:

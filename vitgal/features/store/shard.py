@@ -201,7 +201,6 @@ def write_shard(
 
 
 def _joined(encoded: Sequence[EncodedFeatures], shard_format: ShardFormat) -> dict[str, np.ndarray]:
-    """Returns the images' arrays concatenated, their offsets and checksums."""
     layout = shard_format.layout(0, 0)  # gives an empty shard its types
     arrays = {
         name: np.concatenate(
