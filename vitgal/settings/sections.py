@@ -440,7 +440,7 @@ class ShowSettings(Section):
     shown_queries: tuple[int, ...] = neutral((), "queries in the gallery", low=0)
     shown_images: tuple[int, ...] = neutral((), "queries whose features are drawn", low=0)
     shown_pairs: int = neutral(3, "pairs drawn", low=0)
-    query_index: int | None = neutral(None, "query that is looked at; None: the notebook's own")
+    query_index: int | None = neutral(None, "inspected query; None: the notebook's own")
     image_index: int | None = neutral(None, "database image; None: the best verified hard one")
     show_attention: bool = neutral(True, "one pass of the network over both photographs")
     save_figures: bool = neutral(False, "write the figures to a folder as well")

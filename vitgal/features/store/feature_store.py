@@ -156,7 +156,7 @@ class FeatureStore(Mapping[str, LocalFeatures]):
                 if isinstance(error, OSError) or self.index.shards is not None:
                     shard = self.index.shard(number)
                     raise StoreError(f"the shard {shard} is damaged ({error}); {REMEDY}") from error
-                # The index is not of these shards, if they are whole: it counts as none.
+                # If the shards are whole, the index belongs to others and is ignored.
                 self._rebuild()
                 return self._read(key)
             while len(self._open) >= self._most_open:
