@@ -29,7 +29,7 @@ def test_any_terminal_encoding_succeeds(coding, tmp_path):
     assert done.stdout.endswith(b"/" + visible + b" \\u57ce \\x1b[2J\\u202e.safetensors\n")
 
 
-def test_a_reader_that_has_gone_is_no_failure():
+def test_a_closed_pipe_is_no_failure():
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "vitgal", "download", "--list"]
@@ -38,7 +38,7 @@ def test_a_reader_that_has_gone_is_no_failure():
     assert (done.returncode, done.stderr) == (0, b"")
 
 
-def test_a_name_in_an_error_cannot_steer_the_terminal(tmp_path):
+def test_control_characters_in_errors_are_escaped(tmp_path):
     name = os.fsdecode(b"caf\xe9\x1b[2J\xc2\x9b\n\rvitgal: all is well")
     done = vitgal("compare", tmp_path / name, tmp_path)
     assert done.returncode == 1

@@ -39,15 +39,15 @@ def escape_output() -> None:
 
 
 def say(text: object, stream: object = None) -> None:
-    """Prints lines, in which nothing that comes from files can steer the terminal.
+    """Prints a text line by line, with control characters escaped.
 
-    A reader that has gone, as `head` does, is no fault of the work: the rest is not printed.
+    The rest is dropped without an error if the reader of a pipe has ended, as `head` does.
     """
     stream = stream or sys.stdout
     try:
         print("\n".join(map(runs.printable, str(text).split("\n"))), file=stream, flush=True)
     except BrokenPipeError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)  # else Python reports the rest when it ends
+        nowhere = os.open(os.devnull, os.O_WRONLY)  # otherwise Python reports the rest at exit
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
 
