@@ -175,7 +175,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def read_file(
-    path: Path, parents: tuple[Path, ...] = (), finished: dict[Path, Values] | None = None
+    path: Path, parents: tuple[Path, ...] = (), finished: dict[str, Values] | None = None
 ) -> Values:
     """Reads a YAML file's settings, and those of the files that its `extends` names.
 
@@ -185,10 +185,10 @@ def read_file(
     Raises as `read_yaml`, and SettingsError for a file that extends itself, or two extended files
     that disagree on a setting which the file itself does not set.
     """
-    path = Path(path).absolute()
+    path, key = Path(path).absolute(), os.path.abspath(path)
     finished = {} if finished is None else finished
-    if path.resolve() in finished:
-        return finished[path.resolve()]
+    if key in finished:
+        return finished[key]
     values = read_yaml(path)
     chain = (*parents, path.resolve())
     if path.resolve() in parents or len(chain) > LONGEST_CHAIN:
@@ -206,9 +206,8 @@ def read_file(
         other = read_file(path.parent / name, chain, finished)
         _refuse_disagreement(path, inherited.without(*values), other.without(*values))
         inherited |= other
-    result = inherited.without(NOTEBOOK_RANGE) | Values.of(values, str(path))
-    finished[path.resolve()] = result
-    return result
+    finished[key] = inherited.without(NOTEBOOK_RANGE) | Values.of(values, str(path))
+    return finished[key]
 
 
 def _refuse_disagreement(path: Path, first: Values, second: Values) -> None:
