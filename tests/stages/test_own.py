@@ -182,7 +182,7 @@ def test_links_lead_to_no_folder_above(folder, tmp_path):
 def test_a_folder_without_photographs_is_refused(tmp_path):
     with pytest.raises(data_photographs.PhotographError, match="holds no photograph .*nothing"):
         data_photographs.list_photographs(tmp_path)
-    (tmp_path / "a.nef").touch()
+    (tmp_path / "a.nef").write_bytes(b"II*\0")
     with pytest.raises(data_photographs.PhotographError, match="1 files, a.nef: camera raw is not"):
         data_photographs.list_photographs(tmp_path)
     (tmp_path / "a.nef").unlink()
