@@ -7,7 +7,7 @@ from tests.retrieval_cases import random_benchmark
 from vitgal.data.revisited import GroundTruth, labelled
 from vitgal.evaluation.protocol import evaluate
 from vitgal.retrieval import shortlists
-from vitgal.retrieval.ranking import Positions, Reranking, rerank
+from vitgal.retrieval.ranking import Fusion, Positions, Ranking, Reranking, fused_scores, rerank
 
 
 def small_truth() -> GroundTruth:
@@ -50,6 +50,57 @@ def test_rerank_by_hand(protocol, expected):
     before = Positions.from_ranks(RANKING, [np.arange(10)])
     after = before.reranked(RANKING, Reranking(inliers=INLIERS, **options))
     assert after.ranks[0].tolist() == np.argsort(expected).tolist()
+
+
+#  similarity of    4    6    0    7    2    5    1    8
+SIMILARITIES = np.array([[0.9, 0.8, 0.7, 0.7, 0.6, 0.5, 0.4, 0.3]])
+
+
+@pytest.mark.parametrize(
+    "protocol, expected",
+    [
+        # Easy: 6, 0, 7, 1 score 0.8 + 0.03, 0.7 + 0.09, 0.7 + 0.03 and, capped, 0.4 + 0.25.
+        ("easy", [4, 6, 0, 7, 2, 5, 1, 8, 3, 9]),
+        # Medium: 6, 0, 7, 2 score 0.83, 0.79, 0.73 and 0.6 + 0.2: 2 passes 0 and 7.
+        ("medium", [4, 6, 2, 0, 7, 5, 1, 8, 3, 9]),
+        # Hard: 6, 7, 2, 8 at ranks 1, 3, 4, 7 score 0.83, 0.73, 0.8 and 0.3 + 0.03.
+        ("hard", [4, 6, 0, 2, 7, 5, 1, 8, 3, 9]),
+        # Published: 4, 6, 0, 7, where junk has its similarity of 0.9 and no count.
+        ("published", [4, 6, 0, 7, 2, 5, 1, 8, 3, 9]),
+    ],
+)
+def test_fused_order_by_hand(protocol, expected):
+    fusion = Fusion(SIMILARITIES, weight=0.01, cap=25)
+    options = dict(candidates=CANDIDATES, ground_truth=small_truth(), protocol=protocol, top=4)
+    assert rerank(RANKING, INLIERS, **options, fusion=fusion)[:, 0].tolist() == expected
+    before = Ranking(RANKING, Positions.from_ranks(RANKING, [np.arange(10)]))
+    after = before.reranked(Reranking(inliers=INLIERS, **options, fusion=fusion))
+    assert after.order[:, 0].tolist() == expected
+    assert after.positions.ranks[0].tolist() == np.argsort(expected).tolist()
+
+
+def test_fused_order_without_weight_is_the_global_one_and_with_all_weight_that_of_the_counts():
+    options = dict(candidates=CANDIDATES, ground_truth=small_truth(), protocol="medium", top=4)
+    ignored = rerank(RANKING, INLIERS, **options, fusion=Fusion(SIMILARITIES, weight=0.0))
+    np.testing.assert_array_equal(ignored, RANKING)
+    alone = rerank(RANKING, INLIERS, **options, fusion=Fusion(SIMILARITIES, 1e6, 1000))
+    np.testing.assert_array_equal(alone, rerank(RANKING, INLIERS, **options))
+
+
+def test_fused_scores_fall_with_neither_part():
+    similarities, counts = np.meshgrid(np.linspace(-1, 1, 9), np.arange(0, 90, 7), indexing="ij")
+    scores = fused_scores(similarities, counts, 0.02, 60)
+    assert (np.diff(scores, axis=0) > 0).all() and (np.diff(scores, axis=1) >= 0).all()
+    assert scores[4, 0] == 0 and scores[4, -1] == 0.02 * 60 and scores.dtype == np.float64
+    assert fused_scores(np.empty(0), np.empty(0, int)).shape == (0,)
+
+
+def test_fused_order_refuses_similarities_that_do_not_fit():
+    options = dict(candidates=CANDIDATES, ground_truth=small_truth(), protocol="medium", top=4)
+    with pytest.raises(ValueError, match=r"similarities of shape \(1, 7\) for candidates \(1, 8\)"):
+        rerank(RANKING, INLIERS, **options, fusion=Fusion(SIMILARITIES[:, 1:]))
+    with pytest.raises(ValueError, match="a similarity of query query0 is not finite"):
+        rerank(RANKING, INLIERS, **options, fusion=Fusion(SIMILARITIES * np.nan))
 
 
 def test_rerank_published_ties_are_numpys():

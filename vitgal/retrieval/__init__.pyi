@@ -8,9 +8,11 @@ from .matching import (
     matching_device as matching_device,
 )
 from .ranking import (
+    Fusion as Fusion,
     Positions as Positions,
     Ranking as Ranking,
     Reranking as Reranking,
+    fused_scores as fused_scores,
     rerank as rerank,
 )
 from .shortlists import (

@@ -22,13 +22,41 @@ VARIANTS = (*PROTOCOLS, PUBLISHED)
 NOT_VERIFIED = -1  # in the tables of candidates and inlier counts
 
 
+def fused_scores(
+    similarities: np.ndarray,
+    evidence: np.ndarray,
+    weight: float = RerankingSettings.fused_weight,
+    cap: int = RerankingSettings.fused_cap,
+) -> np.ndarray:
+    """Adds verified evidence to similarities: similarity + weight * min(evidence, cap).
+
+    It never falls where one of the two rises. similarities, evidence: real numbers of one shape;
+    evidence is a count of inliers or features, at least 0. weight: the similarity that one count is
+    worth. Returns float64 of that shape.
+    """
+    return np.asarray(similarities, np.float64) + weight * np.minimum(evidence, cap)
+
+
+@dataclass(frozen=True, eq=False)
+class Fusion:
+    """Similarities that order candidates together with their counts, as `fused_scores`.
+
+    similarities: (Q, C) real numbers of the candidates; padding is ignored.  weight, cap: as
+    `fused_scores`.
+    """
+
+    similarities: np.ndarray
+    weight: float = RerankingSettings.fused_weight
+    cap: int = RerankingSettings.fused_cap
+
+
 @dataclass(frozen=True, eq=False)
 class Reranking:
     """Verified short lists, and the rules by which they change a ranking.
 
     candidates: (Q, C) integers, database indices, padded with -1.  inliers: (Q, C) integers, the
-    inlier count of each candidate, padded with -1.  protocol, top, ties: as `rerank`.
-    Raises ValueError for an unknown protocol or unknown ties.
+    count of each candidate, padded with -1.  protocol, top, ties, fusion: as `rerank`.
+    Raises ValueError for an unknown protocol or unknown ties, or similarities of another shape.
     """
 
     candidates: np.ndarray
@@ -37,12 +65,18 @@ class Reranking:
     protocol: str
     top: int = RerankingSettings.top
     ties: str = RerankingSettings.ties
+    fusion: Fusion | None = None
 
     def __post_init__(self) -> None:
         if self.protocol not in VARIANTS or self.ties not in TIES:
             raise ValueError(
                 f"protocol {self.protocol!r}, ties {self.ties!r}: known are "
                 f"{', '.join(VARIANTS)} and {', '.join(TIES)}"
+            )
+        shape = np.shape(self.candidates)
+        if self.fusion is not None and np.shape(self.fusion.similarities) != shape:
+            raise ValueError(
+                f"similarities of shape {np.shape(self.fusion.similarities)} for candidates {shape}"
             )
 
     def exchanges(self, order: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -58,10 +92,11 @@ class Reranking:
             counts = self._counts(q, images)
             if self.protocol == PUBLISHED:
                 counts[np.isin(images, self.ground_truth.junk[q])] = 0
+            scores = self._scores(q, images, counts)
             if self.ties == "global":
-                sorter = np.argsort(-counts, kind="stable")
+                sorter = np.argsort(-scores, kind="stable")
             else:
-                sorter = np.argsort(-counts.astype(np.float64))
+                sorter = np.argsort(-scores.astype(np.float64))
             exchanges.append((ranks, images[sorter]))
         return exchanges
 
@@ -71,6 +106,18 @@ class Reranking:
         for q, (ranks, images) in enumerate(self.exchanges(order)):
             reranked[ranks, q] = images
         return reranked
+
+    def _scores(self, query: int, images: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Returns what the images (M,) with these counts (M,) are sorted by, falling."""
+        if self.fusion is None:
+            return counts
+        row = self.candidates[query].tolist(), self.fusion.similarities[query].tolist()
+        known = dict(zip(*row, strict=True))
+        similarities = np.array([known[image] for image in images.tolist()], np.float64)
+        if not np.isfinite(similarities).all():
+            name = self.ground_truth.queries[query]
+            raise ValueError(f"a similarity of query {name} is not finite")
+        return fused_scores(similarities, counts, self.fusion.weight, self.fusion.cap)
 
     def _counts(self, query: int, images: np.ndarray) -> np.ndarray:
         row = zip(self.candidates[query].tolist(), self.inliers[query].tolist(), strict=True)
@@ -297,24 +344,27 @@ def rerank(
     protocol: str,
     top: int = RerankingSettings.top,
     ties: str = RerankingSettings.ties,
+    fusion: Fusion | None = None,
 ) -> np.ndarray:
-    """Sorts the candidates of one protocol by falling inlier count; others keep their ranks.
+    """Sorts the candidates of one protocol by falling count or score; others keep their ranks.
 
     Args:
         ranks: (K, Q) integers, the global ranking, best first, one column a query.
-        inliers: (Q, C) inlier counts of `candidates` (Q, C), database indices; both padded with -1.
+        inliers: (Q, C) counts of `candidates` (Q, C), database indices; both padded with -1.
         protocol: "easy", "medium", "hard": the first `top` images that the protocol does not
             ignore are sorted among themselves (as in DELG); ignored images keep their ranks.
             "published": the plain first `top`, where junk counts 0 inliers.
         ties: "global": equal counts keep their global order. "published": as NumPy's unstable
             sort leaves them, which depends on its version and the processor.
+        fusion: sorts by `fused_scores` of similarities and counts; None: by the counts alone.
     Returns:
         (K, Q) of the type of `ranks`.
     Raises:
         ValueError: an unknown protocol or ties, a ranking too short, or a candidate of this
-            protocol that was not verified.
+            protocol that was not verified; similarities of another shape or not finite.
     """
-    return Reranking(candidates, inliers, ground_truth, protocol, top, ties).apply(ranks)
+    reranking = Reranking(candidates, inliers, ground_truth, protocol, top, ties, fusion)
+    return reranking.apply(ranks)
 
 
 def padded(rows: Sequence[np.ndarray]) -> np.ndarray:

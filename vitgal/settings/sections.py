@@ -308,6 +308,9 @@ class LocalSettings(SelectionSettings):
     )
 
 
+MATCHINGS = ("one_way", "mutual", "ratio", "mutual_ratio")
+
+
 @dataclass(frozen=True)
 class MatchingSettings(Section):
     """Nearest neighbours among local descriptors."""
@@ -321,6 +324,28 @@ class MatchingSettings(Section):
         flat="match_keypoints",
         low=1,
     )
+    method: str = setting(
+        "one_way",
+        '"mutual": nearest both ways; "ratio": Lowe\'s test; "mutual_ratio": both',
+        flat="matching",
+        choices=MATCHINGS,
+        later=True,
+    )
+    ratio: float = setting(
+        0.95,
+        "of the distances to the nearest and the second nearest, below which Lowe's test passes",
+        flat="match_ratio",
+        above=0,
+        high=1,
+        later=True,
+    )
+
+    def compared(self) -> dict[str, Any]:
+        """Returns the parameters, without a ratio that is not tested."""
+        values = super().compared()
+        if "ratio" not in self.method:
+            values.pop("ratio", None)
+        return values
 
 
 ESTIMATORS = ("degensac", "magsac", "poselib")
@@ -344,11 +369,13 @@ class VerificationSettings(Section):
 
 
 TIES = ("global", "published")
+COUNTS = ("inliers", "features")
+ORDERS = ("inliers", "fused")
 
 
 @dataclass(frozen=True)
 class RerankingSettings(Section):
-    """Short lists in order of their inliers."""
+    """Short lists in order of their inliers, or of similarity and inliers together."""
 
     top: int = setting(100, "candidates of a query that are verified", low=1)
     ties: str = setting(
@@ -356,6 +383,28 @@ class RerankingSettings(Section):
     )
     verification: VerificationSettings = VerificationSettings()
     matching: MatchingSettings = MatchingSettings()
+    count: str = setting(
+        "inliers",
+        '"features": each feature among the inliers once, on either side',
+        choices=COUNTS,
+        later=True,
+    )
+    order: str = setting(
+        "inliers",
+        '"fused": similarity + fused_weight * min(count, fused_cap), where an implausible '
+        "homography counts 0",
+        choices=ORDERS,
+        later=True,
+    )
+    fused_weight: float = setting(0.02, "similarity that one count is worth", low=0, later=True)
+    fused_cap: int = setting(60, "count above which no more is added", low=1, later=True)
+
+    def compared(self) -> dict[str, Any]:
+        """Returns the parameters, without those of an order that is not used."""
+        values = super().compared()
+        if self.order != "fused":
+            values = {name: values[name] for name in values if not name.startswith("fused_")}
+        return values
 
 
 @dataclass(frozen=True)
