@@ -4,21 +4,26 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from tests.training_runs import SETTINGS, die_after_step, exit_code, fit, rows, split
+from tests.training_runs import MACHINE, SETTINGS, die_after_step, exit_code, fit, rows, split
 from vitgal import runs
 from vitgal.app import train_command
-from vitgal.data import images as data_images
+from vitgal.data import gldv2, images as data_images
 from vitgal.models import teacher as models_teacher, weights
 from vitgal.models.heads import ArcFace
 from vitgal.models.network import build_model
 from vitgal.models.teacher import Teacher
 from vitgal.settings import TrainingSettings
+from vitgal.stages import train
+from vitgal.training import fit as fits, loop, samples
+from vitgal.training.augmentation import scaled_hole
 from vitgal.training.networks import DistilledNetwork, disagreement
 
 SMALL = "test_efficientnet"  # timm's: 0.4 million parameters, 256 numbers a picture
@@ -258,3 +263,82 @@ def test_the_command_line_takes_a_teacher(file, run, images):
     )
     folder = train_command.train("02", run, settings["02"])
     assert runs.read_json(folder / "stage.json")["parameters"]["teacher"] == SMALL
+
+
+# A view of its own size
+
+
+def sample(images: Path, **changes) -> samples.Sample:
+    table = pd.DataFrame({"path": [gldv2.image_path(f"00{'0' * 14}")], "label": [0]})
+    settings = replace(SETTINGS, teacher="any", teacher_weights="any", **changes)
+    return samples.TrainingImages(images, table, settings)[3, 0]
+
+
+@pytest.mark.parametrize("augment", ["published", "fast", "none"])
+def test_the_teachers_view_is_the_students_at_its_own_size(augment, images):
+    plain = sample(images, augment=augment, image_size=64)
+    assert plain.view.numel() == 0
+    other = sample(images, augment=augment, image_size=64, teacher_size=128)
+    assert torch.equal(plain.picture, other.picture) and torch.equal(plain.hole, other.hole)
+    assert other.view.shape == (3, 128, 128) and other.view.dtype == torch.uint8
+    # Halved by the mean of four pixels it is the student's but for interpolation of noise.
+    halved = other.view.float().unflatten(1, (64, 2)).unflatten(3, (64, 2)).mean((2, 4))
+    match = torch.corrcoef(torch.stack([halved.flatten(), plain.picture.float().flatten()]))
+    assert match[0, 1] > 0.9
+
+
+def test_a_hole_grows_with_the_view():
+    # Of the seeds some have a hole: 16 of 64 pixels for the student, 48 of 192 for the teacher.
+    settings = replace(
+        SETTINGS, teacher="any", teacher_weights="any", image_size=64, teacher_size=192
+    )
+    for augment in ("published", "fast"):
+        data = samples.TrainingImages(
+            Path(),
+            pd.DataFrame({"path": ["x.jpg"], "label": [0]}),
+            replace(settings, augment=augment),
+        )
+        white = np.full((100, 120, 3), 255, np.uint8)
+        holes = []
+        for seed in range(30):
+            draw = np.random.default_rng(seed)
+            view, hole = data._view(white, 64, draw)
+            teachers = data._teachers_view(white, np.random.default_rng(seed))
+            assert teachers.shape == (3, 192, 192)
+            if hole[2] and augment == "published":
+                top, left, side = (3 * value for value in hole)
+                assert teachers[:, top : top + side, left : left + side].max() == 0
+            holes.append(hole[2])
+        assert set(holes) == {0, 16}
+    assert scaled_hole(torch.tensor([[4, 6, 16], [0, 0, 0]]), 3).tolist() == [[12, 18, 48], [0] * 3]
+
+
+def test_the_teacher_describes_the_larger_view(file, run, images, fresh_accelerate, monkeypatch):
+    settings = replace(taught(file), teacher_size=96)
+    data = samples.read_data(run / "split", images, settings)
+    network = train._retrieval_network(settings, data.classes)
+    options = fits.Fit(None, settings, MACHINE, run / "retrieval", run / "split", images)
+    trainer = loop.Trainer(network, options, data)
+    shown = []
+    describe = network.teacher.describe
+    monkeypatch.setattr(network.teacher, "describe", lambda v: (shown.append(v), describe(v))[1])
+    batch = next(trainer.read(trainer.batches(0)))
+    trainer.network.train()
+    assert 0 < trainer.run_step([batch])["distilled"] < 2
+    assert [tuple(view.shape) for view in shown] == [(4, 3, 96, 96)]
+    pixels = batch.view[0].float() / 255
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (data_images.MEAN, data_images.STD))
+    expected = (pixels - mean) / std
+    top, left, side = (3 * value for value in batch.hole[0].tolist())
+    expected[:, top : top + side, left : left + side] = 0
+    torch.testing.assert_close(shown[0][0], expected, atol=1e-5, rtol=0)
+    trainer.try_step(2)
+    assert shown[-1].shape == (2, 3, 96, 96)
+    assert len(trainer.validate()) > 0  # validation asks no teacher
+    assert len(shown) == 2
+
+
+def test_a_size_without_a_teacher_is_refused():
+    with pytest.raises(ValueError, match="teacher_size needs a teacher"):
+        TrainingSettings(teacher_size=192)
+    assert "teacher_size" not in TrainingSettings().compared()

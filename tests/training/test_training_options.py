@@ -208,7 +208,9 @@ def test_the_autoencoders_loss_by_hand():
     classifier = torch.nn.Linear(2, 2)
     torch.nn.init.zeros_(classifier.weight), torch.nn.init.zeros_(classifier.bias)
     model = Given(torch.ones(1, 2), decoded, tokens)
-    result = networks.AutoencoderNetwork(model, classifier, 10.0)(None, torch.tensor([1]))
+    result = networks.AutoencoderNetwork(model, classifier, AutoencoderSettings())(
+        None, torch.tensor([1])
+    )
     assert result["loss"].item() == pytest.approx(math.log(2) + 1.25, rel=1e-6)
     assert result["reconstruction"].item() == pytest.approx(0.125, rel=1e-6)
 

@@ -21,6 +21,7 @@ from .inference import (
     weights_fingerprint as weights_fingerprint,
     weights_input as weights_input,
 )
+from .layouts import Layout as Layout, fill as fill, make_layout as make_layout
 from .network import (
     Autoencoder as Autoencoder,
     MultiAtrous as MultiAtrous,
@@ -37,9 +38,7 @@ from .teacher import (
     timm_network as timm_network,
 )
 from .weights import (
-    Layout as Layout,
     convert as convert,
-    fill as fill,
     initial_weights as initial_weights,
     load_model as load_model,
     read_configuration as read_configuration,

@@ -257,11 +257,16 @@ class ViTGaL(nn.Module):
             )
         if self.training and not self.backbone_frozen:
             raise ValueError("call freeze_backbone() before training the autoencoder")
-        with torch.no_grad():
-            tokens, _, _ = self._tokens(images)
+        tokens, _ = self.frozen_tokens(images)
         _, decoded = self.autoencoder(tokens)
         feature, _ = self.autoencoder.attend(decoded)
         return feature, decoded, tokens
+
+    @torch.no_grad()
+    def frozen_tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Computes the backbone's tokens (B, N, D) and grid (h, w) without gradient."""
+        tokens, _, grid = self._tokens(images)
+        return tokens, grid
 
     def _tokens(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Final patch tokens (B, N, D), the class attention over them, and the grid."""

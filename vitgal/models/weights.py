@@ -14,14 +14,14 @@ import functools
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitgal import runs
 from vitgal.features.files import FileError
@@ -33,12 +33,12 @@ from vitgal.models.checkpoint_files import (
     read_safetensors,
     use_tensors,
 )
+from vitgal.models.layouts import fill, make_layout
 from vitgal.models.network import ARCHITECTURES, ViTGaL, build_model
 
 FORMAT = 1
 CONFIGURATION = "vitgal"  # the metadata entry that holds the configuration
 BACKBONE_PREFIX = "retrieval_back_bone."
-Layout = dict[str, tuple[str, ...]]  # a file's name -> the model's, stacked along the first axis
 
 
 def load_model(source: str | Path, device: str | torch.device = "cpu") -> ViTGaL:
@@ -248,14 +248,6 @@ def _filled(
 # Layouts
 
 
-def make_layout(keys: Iterable[str], rename: Callable[[str], str]) -> Layout:
-    """Groups a model's keys by their name in the file (query, key and value in this order)."""
-    layout: Layout = {}
-    for key in keys:
-        layout[rename(key)] = (*layout.get(rename(key), ()), key)
-    return layout
-
-
 def _timm_name(key: str) -> str:
     return key.removeprefix("backbone.")
 
@@ -271,56 +263,3 @@ def _official_autoencoder_name(key: str) -> str:
     name = _official_name(key.removeprefix("autoencoder."))
     name = re.sub(r"^encoder\.", "whitening_layer.", name)
     return re.sub(r"^decoder\.", "ae_decoder_layer.", name)
-
-
-def fill(
-    network: nn.Module,
-    tensors: Mapping[str, Tensor],
-    layout: Layout,
-    *,
-    dropped: tuple[str, ...] = (),
-    source: str | Path,
-) -> None:
-    """Copies every tensor of the layout into the network, or raises before it changes anything.
-
-    Args:
-        tensors: by the file's names; each has the shape of the network's tensors that the layout
-            lists for it, stacked along the first axis.
-        dropped: beginnings of names that the file may have beside the layout.
-        source: where the tensors come from, for the error.
-    Raises:
-        ValueError: a tensor is missing, unexpected or misshapen.
-    """
-    own = network.state_dict()
-    problems = {
-        "missing": [name for name in layout if name not in tensors],
-        "unexpected": [k for k in tensors if k not in layout and not k.startswith(dropped)],
-        "misshapen": [
-            f"{name} ({problem})"
-            for name, keys in layout.items()
-            if name in tensors and (problem := _misfit(tensors[name], [own[key] for key in keys]))
-        ],
-    }
-    if any(problems.values()):
-        lines = [f"{kind}: {abridged(names)}" for kind, names in problems.items() if names]
-        name = getattr(network, "architecture", type(network).__name__)
-        raise FileError(f"{source} does not fit {name}; " + "; ".join([*lines, REMEDY]))
-    if any(value.is_meta for value in own.values()):
-        own = network.to_empty(device="cpu").state_dict()
-    with torch.no_grad():
-        for name, keys in layout.items():
-            parts = tensors[name].chunk(len(keys)) if len(keys) > 1 else [tensors[name]]
-            for key, part in zip(keys, parts, strict=True):
-                own[key].copy_(part)
-
-
-def _misfit(tensor: Tensor, parts: list[Tensor]) -> str | None:
-    """How a file's tensor differs from the network's tensors stacked along the first axis."""
-    shape = tuple(parts[0].shape)
-    if len(parts) > 1:
-        shape = (sum(len(part) for part in parts), *shape[1:])
-    if tuple(tensor.shape) != shape:
-        return f"{tuple(tensor.shape)} instead of {shape}"
-    if tensor.is_floating_point() != parts[0].is_floating_point():
-        return f"{tensor.dtype} instead of {parts[0].dtype}"
-    return None

@@ -80,6 +80,7 @@ CHANGEABLE = (
     *("lr", "warmup_lr", "min_lr", "clip_grad", "precision", "skip_images", "skip_bad_batches"),
     *("accumulate", "batch_size", "num_processes", "threads"),
 )
+CODE_LOSSES = ("published", "whitened", "contrastive")
 AUGMENTATIONS = ("published", "fast", "none")
 TRAINING_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 PRECISIONS = ("fp32", "bf16", "auto")
@@ -141,7 +142,9 @@ class Recipe(Section):
         (), "settings that a resumed run may change: " + ", ".join(CHANGEABLE), result=False
     )
 
-    layer_decay: ClassVar[float | None] = None  # a setting of the retrieval model's training alone
+    # Settings of the retrieval model's training alone.
+    layer_decay: ClassVar[float | None] = None
+    teacher_size: ClassVar[int | None] = None
 
     def check(self) -> None:
         """Raises SettingsError for a size that is not a whole number of patches."""
@@ -183,6 +186,9 @@ class TrainingSettings(Recipe):
     teacher: str | None = setting(None, "timm network to distil from; None: no distillation")
     teacher_weights: str | None = path("weights of the teacher")
     distill_weight: float = setting(0.8, "the teacher's fraction of the loss", above=0, high=1)
+    teacher_size: int | None = setting(
+        None, "side of the teacher's view; None: image_size", unit="pixels", low=32, later=True
+    )
 
     def check(self) -> None:
         """Raises SettingsError for contradictory classes or an incomplete teacher."""
@@ -191,6 +197,8 @@ class TrainingSettings(Recipe):
             raise SettingsError("set class_chunk or sampled_classes, not both")
         if (self.teacher is None) != (self.teacher_weights is None):
             raise SettingsError("teacher is a network's name, teacher_weights its file: set both")
+        if self.teacher is None and self.teacher_size is not None:
+            raise SettingsError("teacher_size needs a teacher")
 
     def compared(self) -> dict[str, Any]:
         """Returns the parameters of a recipe, without distillation if there is no teacher."""
@@ -222,6 +230,14 @@ class AutoencoderSettings(Recipe):
     reconstruction_weight: float = setting(
         10.0, "weight of the reconstruction error beside the cross-entropy", low=0
     )
+    code_loss: str = setting(
+        "published",
+        '"whitened": codes fill all directions; "contrastive": a place is known again in a second '
+        "view",
+        choices=CODE_LOSSES,
+        later=True,
+    )
+    code_loss_weight: float = setting(1.0, "weight of a code_loss", above=0, later=True)
 
 
 RESIZE_MODES = ("squash", "longest", "area")

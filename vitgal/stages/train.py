@@ -139,8 +139,8 @@ def _retrieval_network(settings: TrainingSettings, classes: int) -> RetrievalNet
         )
         if settings.teacher is None:
             return RetrievalNetwork(model, head, settings.label_smoothing)
-        size = settings.image_size, settings.image_size
-        teacher = Teacher(settings.teacher, runs.resolve(settings.teacher_weights), size)
+        side = settings.teacher_size or settings.image_size
+        teacher = Teacher(settings.teacher, runs.resolve(settings.teacher_weights), (side, side))
         return DistilledNetwork(
             model, head, teacher, settings.distill_weight, settings.label_smoothing
         )
@@ -153,9 +153,7 @@ def _autoencoder_network(
     model.attach_autoencoder(settings.code_dim, seed=settings.seed).freeze_backbone()
     with seeded(settings.seed):
         classifier = LinearClassifier(model.embed_dim, classes)
-    return AutoencoderNetwork(
-        model, classifier, settings.reconstruction_weight, settings.label_smoothing
-    )
+    return AutoencoderNetwork(model, classifier, settings)
 
 
 def _fit_stage(fit: Fit, inputs: dict[str, str], overwrite: bool) -> Path:

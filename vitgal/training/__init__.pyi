@@ -9,8 +9,14 @@ from .augmentation import (
     draw_hole as draw_hole,
     network_input as network_input,
     rand_augment as rand_augment,
+    scaled_hole as scaled_hole,
 )
 from .checkpoints import Checkpoints as Checkpoints, Progress as Progress
+from .code_losses import (
+    contrast as contrast,
+    second_view as second_view,
+    spread as spread,
+)
 from .diagnostics import (
     epoch_table as epoch_table,
     lost_variance as lost_variance,

@@ -188,6 +188,11 @@ def draw_hole(size: int, rng: np.random.Generator) -> tuple[int, int, int]:
     return int(top), int(left), side
 
 
+def scaled_hole(hole: Tensor, factor: float) -> Tensor:
+    """Scales holes (..., 3) int64 to a picture `factor` times as large, rounded to pixels."""
+    return (hole * factor).round().long()
+
+
 def cut_hole(picture: np.ndarray, hole: tuple[int, int, int]) -> None:
     """Blackens a hole (top, left, side) of (H, W, 3) uint8 in place, as published."""
     top, left, side = hole

@@ -28,7 +28,7 @@ from tqdm.std import tqdm as text_bar
 from vitgal import runs
 from vitgal.models.inference import resolve_precision
 from vitgal.settings import Recipe
-from vitgal.training.augmentation import network_input
+from vitgal.training.augmentation import network_input, scaled_hole
 from vitgal.training.checkpoints import Checkpoints, Progress
 from vitgal.training.errors import Preempted, TrainingError, WorkerLost
 from vitgal.training.fit import Fit
@@ -176,7 +176,7 @@ class Trainer:
                 f"{self.accelerator.num_processes} processes; make batch_size smaller"
             )
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.accelerator.num_processes))
-        picture = 3 * self.settings.image_size**2
+        picture = 3 * (self.settings.image_size**2 + (self.settings.teacher_size or 0) ** 2)
         check_shared_memory(self.machine, self.settings.batch_size * picture, local)
         if show and self.accelerator.is_main_process:
             tqdm.write(self.plan())
@@ -325,14 +325,20 @@ class Trainer:
         pin_memory = self.accelerator.device.type == "cuda"
         return read_batches(dataset, batches, self.machine, pin_memory=pin_memory)
 
-    def to_device(self, batch: Sample) -> tuple[Tensor, Tensor]:
-        """Returns a batch as network input (B, 3, S, S) float32 and labels (B,) on the device."""
+    def to_device(self, batch: Sample) -> tuple[Tensor, ...]:
+        """Returns a batch as network input (B, 3, S, S) float32 and labels (B,) on the device.
+
+        A teacher of another size gets its own input (B, 3, T, T) as a third.
+        """
         device = self.accelerator.device
         labels = batch.label.to(device, non_blocking=True)
         pictures = network_input(batch.picture.to(device, non_blocking=True), batch.hole)
         if self.settings.channels_last:
             pictures = pictures.contiguous(memory_format=torch.channels_last)
-        return pictures, labels
+        if batch.view.numel() == 0:
+            return pictures, labels
+        holes = scaled_hole(batch.hole, batch.view.shape[-1] / batch.picture.shape[-1])
+        return pictures, labels, network_input(batch.view.to(device, non_blocking=True), holes)
 
     def _note_unreadable(self, batch: Sample, dataset: Dataset) -> None:
         indices = batch.unreadable[batch.unreadable >= 0].tolist()
@@ -582,7 +588,9 @@ class Trainer:
         network.train()
         zeros = torch.zeros(count, dtype=torch.int64)
         grey = torch.full((count, 3, size, size), 128, dtype=torch.uint8)
-        batch = Sample(grey, torch.zeros(count, 3, dtype=torch.int64), zeros, zeros, zeros - 1)
+        view = grey.new_full((count, 3, *2 * (self.settings.teacher_size or 0,)), 128)
+        holes = torch.zeros(count, 3, dtype=torch.int64)
+        batch = Sample(grey, holes, zeros, zeros, zeros - 1, view)
         with self.accelerator.autocast():
             network(*self.to_device(batch))["loss"].backward()
         self.optimizer.zero_grad(set_to_none=True)

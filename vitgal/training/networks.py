@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from vitgal.models.heads import ArcFace
 from vitgal.models.network import ViTGaL
 from vitgal.models.teacher import TINY, Teacher
-from vitgal.settings import Recipe
+from vitgal.settings import AutoencoderSettings, Recipe
+from vitgal.training.code_losses import contrast, second_view, spread
 from vitgal.training.errors import TrainingError
 
 
@@ -90,11 +91,17 @@ class DistilledNetwork(RetrievalNetwork):
         self.teacher, self.weight = teacher, weight
         self.projection = nn.Linear(model.embed_dim, teacher.dim)
 
-    def forward(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Computes the scalars of `RetrievalNetwork.forward` and `distilled`."""
+    def forward(
+        self, pictures: Tensor, labels: Tensor, views: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Computes the scalars of `RetrievalNetwork.forward` and `distilled`.
+
+        views: (B, 3, T, T) the pictures in the teacher's size; None: it sees the pictures.
+        """
         features = self.model.global_features(pictures)
         loss, predicted = self.head.loss(features, labels, smoothing=self.label_smoothing)
-        distilled = disagreement(self.projection(features), self.teacher.describe(pictures))
+        described = self.teacher.describe(pictures if views is None else views)
+        distilled = disagreement(self.projection(features), described)
         return {
             "loss": (1 - self.weight) * loss + self.weight * distilled,
             "accuracy": (predicted == labels).float().mean(),
@@ -118,6 +125,8 @@ def disagreement(student: Tensor, teacher: Tensor) -> Tensor:
 class AutoencoderNetwork(TrainedNetwork):
     """The autoencoder on a frozen backbone: cross-entropy plus weighted reconstruction error.
 
+    A `code_loss` other than the published one is added with its weight.
+
     Source: ViTGaL section 3 and published loss: CE of the autoencoder's own class token + 10 MSE.
     """
 
@@ -125,14 +134,13 @@ class AutoencoderNetwork(TrainedNetwork):
         self,
         model: ViTGaL,
         classifier: nn.Module,
-        reconstruction_weight: float,
-        label_smoothing: float = 0.0,
+        settings: AutoencoderSettings,
     ):
-        super().__init__(model, label_smoothing)
-        self.classifier, self.reconstruction_weight = classifier, reconstruction_weight
+        super().__init__(model, settings.label_smoothing)
+        self.classifier, self.settings = classifier, settings
 
     def forward(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Computes the scalars `loss`, `accuracy` and `reconstruction`.
+        """Computes the scalars `loss`, `accuracy`, `reconstruction`, and `codes` where it counts.
 
         pictures: (B, 3, S, S) float32. labels: (B,) int64.
         """
@@ -140,11 +148,26 @@ class AutoencoderNetwork(TrainedNetwork):
         logits = self.classifier(features).float()
         reconstruction = F.mse_loss(decoded.float(), tokens.float())
         entropy = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        return {
-            "loss": entropy + self.reconstruction_weight * reconstruction,
+        scalars = {
+            "loss": entropy + self.settings.reconstruction_weight * reconstruction,
             "accuracy": (logits.detach().argmax(1) == labels).float().mean(),
             "reconstruction": reconstruction,
         }
+        if self.settings.code_loss != "published":
+            scalars["codes"] = self._code_loss(pictures, tokens, labels)
+            scalars["loss"] = scalars["loss"] + self.settings.code_loss_weight * scalars["codes"]
+        return scalars
+
+    def _code_loss(self, pictures: Tensor, tokens: Tensor, labels: Tensor) -> Tensor:
+        encode = self.model.autoencoder.encoder
+        exact = torch.autocast(pictures.device.type, enabled=False)
+        if self.settings.code_loss == "whitened":
+            with exact:
+                return spread(encode(tokens))
+        views, maps = second_view(pictures)
+        other, grid = self.model.frozen_tokens(views)
+        with exact:
+            return contrast(encode(tokens), encode(other), maps, grid, labels)
 
     @torch.no_grad()
     def validate(self, pictures: Tensor, labels: Tensor) -> dict[str, Tensor]:

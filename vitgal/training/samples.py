@@ -1,5 +1,6 @@
 """Training data: the images of a split by (epoch, index), batches by (epoch, step)."""
 
+import copy
 import functools
 import math
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ class Sample(NamedTuple):
     label: int
     index: int  # of the image that was read
     unreadable: int  # index of the unreadable image that it replaces; -1: none
+    view: Tensor  # (3, T, T) uint8: the same for a teacher of another size; (0,) without one
 
 
 class TrainingImages(Dataset):
@@ -48,6 +50,7 @@ class TrainingImages(Dataset):
         self.names = table["path"].to_numpy(dtype=str)
         self.labels = table["label"].to_numpy()
         self.augment = augment or settings.augment
+        self.teacher_size = settings.teacher_size if augment is None else None
         self.skipped = self._indices(settings.skip_images) if augment is None else frozenset()
         self.transform = {
             "published": augmentation.augment_published,
@@ -82,6 +85,7 @@ class TrainingImages(Dataset):
             except (images.ImageError, FileNotFoundError):
                 unreadable = index
                 continue
+            same = copy.deepcopy(rng)
             picture, hole = self.change(image, rng)
             return Sample(
                 torch.from_numpy(picture).permute(2, 0, 1),
@@ -89,6 +93,7 @@ class TrainingImages(Dataset):
                 int(self.labels[used]),
                 used,
                 unreadable,
+                self._teachers_view(image, same),
             )
         raise TrainingError(f"none of the {len(self)} images can be read, {self.path(0)} first")
 
@@ -96,7 +101,8 @@ class TrainingImages(Dataset):
         """Reads the photograph (H, W, 3) uint8 RGB, smaller where the fast augmentation allows."""
         least = None
         if self.augment == "fast":
-            least = math.ceil(augmentation.FAST_MARGIN * self.settings.image_size)
+            side = max(self.settings.image_size, self.teacher_size or 0)
+            least = math.ceil(augmentation.FAST_MARGIN * side)
         return images.read_image(self.path(index), least_side=least)
 
     def change(
@@ -106,19 +112,40 @@ class TrainingImages(Dataset):
 
         The hole is zeros where there is none, or where it is already cut (augment "published").
         """
+        picture, hole = self._view(image, self.settings.image_size, rng)
+        if self.augment != "published":
+            return picture, hole
+        augmentation.cut_hole(picture, hole)
+        return picture, (0, 0, 0)
+
+    def _view(
+        self, image: np.ndarray, size: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, tuple[int, int, int]]:
+        """The augmented photograph (size, size, 3) without its hole, and the hole of the student's.
+
+        What is drawn does not depend on the size.
+        """
         settings = self.settings
-        picture = self.transform(image, settings.image_size, rng)
+        picture = self.transform(image, size, rng)
         if self.augment == "none":
             return picture, (0, 0, 0)
         if settings.rand_augment:
             picture = augmentation.rand_augment(
                 picture, settings.rand_augment, settings.rand_augment_magnitude, rng
             )
-        hole = augmentation.draw_hole(settings.image_size, rng)
-        if self.augment != "published":
-            return picture, hole
-        augmentation.cut_hole(picture, hole)
-        return picture, (0, 0, 0)
+        return picture, augmentation.draw_hole(settings.image_size, rng)
+
+    def _teachers_view(self, image: np.ndarray, rng: np.random.Generator) -> Tensor:
+        """The view (3, T, T) uint8 of an equal `rng` in the teacher's size; (0,) without one."""
+        if self.teacher_size is None:
+            return torch.empty(0, dtype=torch.uint8)
+        picture, hole = self._view(image, self.teacher_size, rng)
+        if self.augment == "published":
+            scaled = augmentation.scaled_hole(
+                torch.tensor(hole), self.teacher_size / self.settings.image_size
+            )
+            augmentation.cut_hole(picture, tuple(scaled.tolist()))
+        return torch.from_numpy(picture).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
