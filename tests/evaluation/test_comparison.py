@@ -158,12 +158,12 @@ def test_other_data_is_refused(other, message):
 
 
 def test_names_are_the_shortest_that_differ():
-    assert comparison._distinct_names("x/demo/global", "x/demo/rerank") == ("global", "rerank")
+    assert comparison.distinct_names(["x/demo/global", "x/demo/rerank"]) == ["global", "rerank"]
     assert comparison._distinct_names("x/demo/global", "y/demo/global") == (
         "x/demo/global",
         "y/demo/global",
     )
-    assert comparison._distinct_names("x", "x") == ("x (first)", "x (second)")
+    assert comparison.distinct_names(["x", "x"]) == ["x (1)", "x (2)"]
 
 
 def test_command_prints_settings_then_results_aligned(two, capsys):

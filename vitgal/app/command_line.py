@@ -1,4 +1,7 @@
-"""The command line: `vitgal run | download | weights | compare | own`, also `python -m vitgal`."""
+"""The command line: `vitgal run | download | weights | compare | table | own`.
+
+Also `python -m vitgal`.
+"""
 
 import argparse
 import os
@@ -106,6 +109,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--seed", type=int, default=0, metavar="0", help="seed of the resampling")
     compare.set_defaults(command=_compare)
+
+    table = commands.add_parser("table", help="set systems side by side on one benchmark")
+    table.add_argument("runs", nargs="+", metavar="RUN", help=level)
+    table.add_argument("--dataset", metavar="NAME", help="where the runs have several in common")
+    table.add_argument(
+        "--published", action="store_true", help="add published results, in their own columns"
+    )
+    table.add_argument(
+        "--to",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also write .md, .csv or .tex; may be repeated",
+    )
+    table.add_argument("--seed", type=int, default=0, metavar="0", help="seed of the resampling")
+    table.set_defaults(command=_table)
     return parser
 
 
@@ -187,4 +207,17 @@ def _compare(options: argparse.Namespace) -> int:
     reports = [comparison.report(result, label, listed=listed) for label, result in results.items()]
     say("\n\n\n".join(reports))
     say("\np: sign-flip permutation test over queries; ~ marks a sample of all flips")
+    return 0
+
+
+def _table(options: argparse.Namespace) -> int:
+    from vitgal import evaluation
+
+    table = evaluation.system_table(
+        options.runs, dataset=options.dataset, published=options.published, seed=options.seed
+    )
+    say(evaluation.as_text(table))
+    for path in options.to:
+        for written in evaluation.write_table(table, path):
+            say(f"written: {written}")
     return 0

@@ -1,9 +1,11 @@
 from .comparison import (
     Comparison as Comparison,
     ResultError as ResultError,
+    check_comparable as check_comparable,
     compare as compare,
     compare_folders as compare_folders,
     compare_results as compare_results,
+    distinct_names as distinct_names,
     find_results as find_results,
     report as report,
 )
@@ -21,7 +23,21 @@ from .scores import (
 from .statistics import (
     PairedTest as PairedTest,
     bootstrap_interval as bootstrap_interval,
+    holm as holm,
     paired_test as paired_test,
     verdict as verdict,
+)
+from .system_text import (
+    as_latex as as_latex,
+    as_markdown as as_markdown,
+    as_text as as_text,
+    display_table as display_table,
+    write_table as write_table,
+)
+from .systems import (
+    SystemTable as SystemTable,
+    TableError as TableError,
+    published_results as published_results,
+    system_table as system_table,
 )
 from .tuning import Tuning as Tuning, TuningError as TuningError

@@ -5,7 +5,7 @@ reranked ranking with the global one of the same run.
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,18 +102,18 @@ def compare(
             f"{first} has {', '.join(results[0])} and {second} has {', '.join(results[1])}: no "
             "result of the same name to compare; name two stages' folders"
         )
-    names = _distinct_names(first, second)
+    names = tuple(distinct_names([first, second]))
     return {label: compare_folders(*pair, names=names, seed=seed) for label, pair in pairs.items()}
 
 
-def _distinct_names(first: str | Path, second: str | Path) -> tuple[str, str]:
-    """Returns the shortest ends of two paths that differ."""
-    parts = [Path(path).absolute().parts for path in (first, second)]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = tuple("/".join(part[-length:]) for part in parts)
-        if names[0] != names[1]:
+def distinct_names(paths: Sequence[str | Path]) -> list[str]:
+    """Returns the shortest ends of paths that all differ; equal paths are numbered."""
+    parts = [Path(path).absolute().parts for path in paths]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
             return names
-    return f"{parts[0][-1]} (first)", f"{parts[1][-1]} (second)"
+    return [f"{part[-1]} ({number})" for number, part in enumerate(parts, start=1)]
 
 
 def compare_folders(
@@ -137,7 +137,7 @@ def compare_results(
     first, second: contents of a scores.json, or parts of one (`global` in a reranked one's), which
     have no settings. Raises ValueError where the datasets, queries or labels differ.
     """
-    _check_comparable(first, second, names)
+    check_comparable(first, second, names)
     protocols = [p for p in PROTOCOLS if p in first and p in second]
     if not protocols:
         raise ValueError(f"{names[0]} and {names[1]} share no protocol of {', '.join(PROTOCOLS)}")
@@ -154,8 +154,11 @@ def compare_results(
     return Comparison(names, setting_table(first, second, names), tests, intervals, changes)
 
 
-def _check_comparable(first: Scores, second: Scores, names: tuple[str, str]) -> None:
-    """Raises ValueError unless both results score the same queries against the same labels."""
+def check_comparable(first: Scores, second: Scores, names: tuple[str, str]) -> None:
+    """Raises ValueError unless both results score the same queries against the same labels.
+
+    first, second: contents of a scores.json. names: of the two, for the message.
+    """
     datasets = [scores.get("protocol", {}).get("dataset") for scores in (first, second)]
     if None not in datasets and datasets[0] != datasets[1]:
         raise ValueError(
@@ -233,16 +236,16 @@ def report(comparison: Comparison, label: str, *, listed: int = 5) -> str:
     if comparison.settings.empty:
         parts.append("no setting differs")
     else:
-        parts.append("what was set differently\n" + _aligned(comparison.settings, str.ljust))
+        parts.append("what was set differently\n" + aligned(comparison.settings, str.ljust))
     if not any(test.won or test.lost for test in tests.values()):
         return "\n\n".join([*parts, "every query has the same AP in both"])
-    parts.append("mAP in percent with its 95 % interval\n" + _aligned(_results(comparison)))
+    parts.append("mAP in percent with its 95 % interval\n" + aligned(_results(comparison)))
     parts.append("\n".join(f"{p.capitalize():7} {comparison.sentence(p)}" for p in tests))
     protocol = next(p for p in ("medium", "easy", "hard") if p in tests)
     queries = _changed(comparison, protocol, listed)
     if len(queries):
         title = f"queries that changed most, {protocol.capitalize()} AP"
-        parts.append(f"{title}\n{_aligned(queries)}")
+        parts.append(f"{title}\n{aligned(queries)}")
     return "\n\n".join(parts)
 
 
@@ -275,7 +278,8 @@ def _changed(comparison: Comparison, protocol: str, listed: int) -> pd.DataFrame
     return text.set_axis([*comparison.names, "change"], axis=1)
 
 
-def _aligned(table: pd.DataFrame, adjust: Callable[[str, int], str] = str.rjust) -> str:
+def aligned(table: pd.DataFrame, adjust: Callable[[str, int], str] = str.rjust) -> str:
+    """Writes a table of texts in columns of one width; the first is the index, without a title."""
     rows = [["", *map(str, table.columns)]]
     rows += [
         [str(name), *map(str, row)] for name, row in zip(table.index, table.values, strict=True)

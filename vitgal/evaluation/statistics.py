@@ -1,5 +1,6 @@
 """Bootstrap intervals and paired tests over queries."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -145,6 +146,26 @@ def _sign_flips(change: np.ndarray, samples: int, seed: int) -> tuple[float, boo
         left -= step
     # The observed signs are one of the combinations: no p-value is 0.
     return (extreme + 1) / (samples + 1), False
+
+
+def holm(p_values: Sequence[float]) -> np.ndarray:
+    """Corrects the p-values of several tests so that they may be judged together.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of
+    Statistics 6, 1979. It holds whatever the tests' dependence.
+
+    Args:
+        p_values: (T,) in [0, 1]; nan for a test that cannot be made, which does not count.
+    Returns:
+        (T,) float64, at least as large and at most 1.
+    """
+    values = np.asarray(p_values, np.float64)
+    corrected = np.full(values.shape, np.nan)
+    count = int(np.sum(~np.isnan(values)))
+    order = np.argsort(values, kind="stable")[:count]  # nan come last
+    rising = np.maximum.accumulate(values[order] * np.arange(count, 0, -1))
+    corrected[order] = np.minimum(rising, 1)
+    return corrected
 
 
 def verdict(test: PairedTest, first: str, second: str) -> str:
