@@ -18,10 +18,10 @@ def truth(queries=QUERIES, *, easy=0) -> GroundTruth:
     nothing = [np.zeros(0, np.int64)] * len(queries)
     return GroundTruth(
         name="small",
-        database=["a", "b"],
+        database=["a", "b", "c", "d"],
         queries=list(queries),
         boxes=np.tile([0.0, 0, 1, 1], (len(queries), 1)),
-        easy=[np.array([easy])] * len(queries),
+        easy=[np.array([easy + index]) for index in range(len(queries))],
         hard=nothing,
         junk=nothing,
     )
@@ -178,7 +178,7 @@ def test_command_prints_settings_then_results_aligned(two, capsys):
     assert "  global.size  224  512" in lines
     table = [line for line in lines if line.startswith("  Medium")]
     assert table[0].split() == (
-        "Medium 37.5 (25.0 to 50.0) 50.0 (0.0 to 100.0) +12.5 -25.0 to +50.0 1.0000 1/1/0".split()
+        "Medium 37.5 (25.0 to 50.0) 50.0 (0.0 to 100.0) +12.5 – 1.0000 1/1/0".split()
     )
     changed = lines[order[3] + 1 : order[3] + 4]
     assert [line.split() for line in changed[1:]] == [

@@ -248,8 +248,26 @@ def test_interval_by_hand():
     # Two values 0 and 1: the mean is 0, 1/2 or 1 with probability 1/4, 1/2, 1/4.
     assert bootstrap_interval(np.array([0.0, 1.0])) == (0, 1)
     assert bootstrap_interval(np.array([0.0, 1.0, np.nan]), level=0.4) == (0.5, 0.5)
-    assert bootstrap_interval(np.array([0.3, np.nan])) == pytest.approx((0.3, 0.3), abs=1e-15)
-    assert np.isnan(bootstrap_interval(np.array([np.nan]))).all()
+    for single in ([0.3, np.nan], [np.nan], []):  # one query tells nothing about another
+        assert np.isnan(bootstrap_interval(np.array(single))).all()
+
+
+def test_interval_over_landmarks_by_hand():
+    # Landmark 7 has the AP 0, 0, 1, landmark 3 has 1: the mean is 1/3, 1 or (two of four) 1/2, with
+    # probability 1/4, 1/4, 1/2; a landmark of nan alone is none.
+    ap, clusters = np.array([0, 0, 1, 1, np.nan]), np.array([7, 7, 7, 3, 5])
+    assert bootstrap_interval(ap, clusters) == (pytest.approx(1 / 3), 1)
+    assert bootstrap_interval(ap, clusters, level=0.4) == (0.5, 0.5)
+    assert np.isnan(bootstrap_interval(ap, np.zeros(5, int))).all()
+    # Clusters of one query each are the plain interval.
+    ap = np.random.default_rng(0).uniform(size=30)
+    assert bootstrap_interval(ap, np.arange(30)) == bootstrap_interval(ap)
+    # Ten equal queries a landmark tell as much as one.
+    of_each = np.random.default_rng(1).uniform(size=7)
+    wide = bootstrap_interval(np.repeat(of_each, 10), np.repeat(np.arange(7), 10))
+    assert wide == pytest.approx(bootstrap_interval(of_each), abs=1e-12)
+    with pytest.raises(ValueError, match=r"clusters of shape \(2,\) for values of shape \(30,\)"):
+        bootstrap_interval(ap, np.zeros(2, int))
 
 
 def test_interval_has_the_normal_width_and_follows_its_seed(monkeypatch):
@@ -318,10 +336,50 @@ def test_paired_test_by_hand():
     # Changes 0, 1, -1/4: mean 1/4. Flips of 1 and 1/4: observed 3/4 is below 5/4, so all 4 count.
     assert result.difference == 0.25
     assert (result.queries, result.won, result.lost, result.p_value) == (3, 1, 1, 1.0)
-    # Means of three draws: all three the -1/4, or all three the 1, with probability 1/27 = 3.7 %.
-    assert (result.low, result.high) == (-0.25, 1.0)
+    # Three queries can reject no difference.
+    assert np.isnan([result.low, result.high]).all()
     other = paired_test(second, first)
     assert (other.difference, other.won, other.lost) == (-0.25, 1, 1)
+
+
+def test_paired_test_over_landmarks_by_hand():
+    # Six landmarks of 2, 1, 1, 1, 1, 1 queries with the sums 6, 1, 2, 3, 4, 5, in percent.
+    change = np.array([2, 4, 1, 2, 3, 4, 5]) / 100
+    clusters = np.array([9, 9, 4, 5, 6, 7, 8])
+    result = paired(change, clusters=clusters)
+    assert (result.queries, result.landmarks, result.exact) == (7, 6, True)
+    assert result.difference == pytest.approx(0.03)
+    # Only the observed signs and their opposites reach 21: 2 of 64.
+    assert result.p_value == 2 / 64
+    # A difference is rejected if fewer than 5 % of 64, that is 2, signs reach the observed sum. The
+    # last that is not has one more pair: the smallest and the greatest mean of some landmarks.
+    assert (result.low, result.high) == pytest.approx((0.01, 0.05))
+    # Queries taken singly: 2 of 128; 5 % are 6.4, so four pairs count, of the means below 2.5: 1
+    # (1), 1.5 (1, 2 of either) and 2; above by symmetry.
+    single = paired(change)
+    assert (single.landmarks, single.p_value) == (None, 2 / 128)
+    assert (single.low, single.high) == pytest.approx((0.015, 0.045))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_interval_excludes_0_exactly_where_systems_differ(seed):
+    generator = np.random.default_rng(seed)
+    count = int(generator.integers(6, 60))
+    change = generator.normal(0.1, 0.3, count)
+    clusters = generator.integers(0, generator.integers(6, 25), count)
+    result = paired(change, clusters=clusters)
+    if np.isnan(result.low):
+        assert result.landmarks < statistics.FEWEST and not result.differ
+    else:
+        assert result.low <= result.difference <= result.high
+        assert (result.low > 0 or result.high < 0) == result.differ
+    # Each end moved by itself is where the test of what is left changes its mind.
+    if result.exact and not np.isnan(result.low):
+        for end, sign in ((result.low, -1), (result.high, 1)):
+            inside, outside = (
+                paired(change - end - sign * step, clusters=clusters) for step in (-1e-6, 1e-6)
+            )
+            assert outside.differ and not inside.differ
 
 
 def test_paired_test_of_no_query_and_of_other_queries():
@@ -339,18 +397,26 @@ def test_paired_test_sees_a_small_difference_that_all_queries_share():
     ap = np.random.default_rng(0).uniform(size=50)
     result = paired_test(ap, ap + 0.02)
     assert result.differ and result.low == pytest.approx(0.02, abs=1e-9)
+    assert result.landmarks is None
     assert bootstrap_interval(ap)[1] > bootstrap_interval(ap + 0.02)[0]
 
 
 def test_verdict_in_one_sentence():
-    flat = paired([0.1] * 6)  # p = 2 / 64
+    flat = paired([0.125] * 6)  # p = 2 / 64
     assert statistics.verdict(flat, "A", "B") == (
-        "B is better than A (+10.0 points, 95 % interval +10.0 to +10.0, p = 0.031, 6 queries)."
+        "B is better than A (+12.5 points, 95 % interval +12.5 to +12.5, p = 0.031, 6 queries)."
     )
     worse = statistics.verdict(paired([-0.1] * 6), "A", "B")
     assert worse.startswith("A is better than B (-10.0 points")
-    unsure = statistics.verdict(paired([0.1] * 5), "A", "B")  # p = 2 / 32
-    assert unsure.startswith("A and B do not differ by more than chance explains (+10.0 points")
+    unsure = statistics.verdict(paired([0.5] * 5 + [-0.5]), "A", "B")  # p = 14 / 64
+    assert unsure.startswith("A and B do not differ by more than chance explains (+33.3 points")
+    few = statistics.verdict(paired([0.5] * 5), "A", "B")  # p = 2 / 32 at least
+    assert few == (
+        "A and B cannot be told apart from chance (+50.0 points, 5 queries): that takes 6 queries "
+        "at least."
+    )
+    few = statistics.verdict(paired([0.5] * 7, clusters=np.zeros(7, int)), "A", "B")
+    assert "(+50.0 points, 7 queries of 1 landmark): that takes 6 landmarks at least" in few
     same = statistics.verdict(paired([0.0]), "A", "B")
     assert same == "A and B do not differ (every query has the same AP, 1 query)."
     assert "no query counts" in statistics.verdict(paired([]), "A", "B")
@@ -364,8 +430,10 @@ def test_table_in_percent():
     table = score_table(evaluate(np.tile(RANKS, 2), gt))
     assert table.index.tolist() == ["Easy", "Medium", "Hard"]
     assert table.columns.tolist() == ["mAP", "low", "high", "mP@1", "mP@5", "mP@10", "queries"]
-    # One query counts: drawn with replacement it is always the same.
-    assert table.loc["Medium"].tolist() == [33.3, 33.3, 33.3, 0, 50, 50, 1]
+    # One query counts: there is no interval.
+    medium = table.loc["Medium"]
+    assert medium.drop(["low", "high"]).tolist() == [33.3, 0, 50, 50, 1]
+    assert medium[["low", "high"]].isna().all()
     assert score_table(evaluate(RANKS, ONE), digits=2).loc["Hard", "mAP"] == 16.67
 
 
@@ -406,7 +474,7 @@ def test_record_is_plain_and_complete(tmp_path):
     assert again == record
     assert again["easy"] == {
         "map": 0.25,
-        "interval": [0.25, 0.25],
+        "interval": [None, None],
         "mp_at": {"1": 0, "5": 0.5, "10": 0.5},
         "ap": [0.25, None],
     }
@@ -414,7 +482,11 @@ def test_record_is_plain_and_complete(tmp_path):
     assert again["parameters"] == {"size": 512, "scales": [1.0]}
     assert again["fingerprints"] == {"data": "ab12", "ground truth": gt.fingerprint}
     assert again["queries"] == gt.queries
-    assert again["bootstrap"] == {"level": 0.95, "samples": 10_000, "seed": 0}
+    # The second query has but one labelled image, which the first lacks: each its own landmark.
+    assert again["bootstrap"] == {"level": 0.95, "samples": 10_000, "seed": 0} | {
+        "landmarks": [0, 1],
+        "landmarks_from": "queries",
+    }
     assert again["failed_images"] == 1
     assert set(again) == {"easy", "medium", "hard", "protocol", "parameters", "fingerprints"} | {
         "failed_images",

@@ -107,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--queries", type=int, default=5, metavar="5", help="number of queries listed"
     )
+    plain = "adds the tests over single queries"
+    compare.add_argument("--by-query", action="store_true", help=plain)
     compare.add_argument("--seed", type=int, default=0, metavar="0", help="seed of the resampling")
     compare.set_defaults(command=_compare)
 
@@ -204,9 +206,12 @@ def _compare(options: argparse.Namespace) -> int:
 
     results = comparison.compare(options.first, options.second, seed=options.seed)
     listed = max(0, options.queries)
-    reports = [comparison.report(result, label, listed=listed) for label, result in results.items()]
+    reports = [
+        comparison.report(result, label, listed=listed, plain=options.by_query)
+        for label, result in results.items()
+    ]
     say("\n\n\n".join(reports))
-    say("\np: sign-flip permutation test over queries; ~ marks a sample of all flips")
+    say("\np: sign-flip permutation test over landmarks; ~ marks a sample of all flips")
     return 0
 
 

@@ -9,6 +9,7 @@ from .comparison import (
     find_results as find_results,
     report as report,
 )
+from .landmarks import Landmarks as Landmarks, find_landmarks as find_landmarks
 from .protocol import (
     average_precision as average_precision,
     evaluate as evaluate,
@@ -17,6 +18,7 @@ from .protocol import (
 from .scores import (
     hardest as hardest,
     intervals as intervals,
+    resampled as resampled,
     score_table as score_table,
     scores_document as scores_document,
 )

@@ -15,12 +15,14 @@ import pandas as pd
 
 from vitgal import runs
 from vitgal.data.revisited import PROTOCOLS
-from vitgal.evaluation.scores import SCORES, Scores, mean_and_interval, read_scores
+from vitgal.evaluation.landmarks import Landmarks
+from vitgal.evaluation.scores import SCORES, Scores, mean_and_interval, read_scores, resampled
 from vitgal.evaluation.statistics import BOOTSTRAP, PairedTest, paired_test, verdict
 
 SETTINGS = ("protocol", "fingerprints", "failed_images", "bootstrap", "versions")
 # Fingerprints that are not compared: these files follow from the settings.
 DERIVED = ("names.json", "ranks.npy", "positions.npz", "shortlist.txt", "local features")
+DERIVED += ("bootstrap.landmarks",)  # follows from the ground truth
 ABSENT = "–"
 FINGERPRINT_DIGITS = 12  # enough to distinguish two
 SETTING_WIDTH = 40  # characters
@@ -37,21 +39,25 @@ class Comparison:
     Attributes:
         names: of the two results.
         settings: a row for each setting that differs, indexed by its name, with `names` as columns.
+        landmarks: of the queries, which tests and intervals resample.
         tests: protocol -> PairedTest, second against first.
         intervals: protocol -> (mAP, low, high) in [0, 1] of each of the two.
+        plain: protocol -> PairedTest over single queries.
         changes: a row a query, indexed by its name, with the columns (protocol, "first" | "second"
             | "change"): AP in [0, 1], nan for a query that does not count.
     """
 
     names: tuple[str, str]
     settings: pd.DataFrame
+    landmarks: Landmarks
     tests: dict[str, PairedTest]
     intervals: dict[str, list[tuple[float, float, float]]]
+    plain: dict[str, PairedTest]
     changes: pd.DataFrame
 
-    def sentence(self, protocol: str) -> str:
-        """States whether the two differ under one protocol."""
-        return verdict(self.tests[protocol], *self.names)
+    def sentence(self, protocol: str, *, plain: bool = False) -> str:
+        """States whether the two differ under one protocol; plain: over single queries."""
+        return verdict((self.plain if plain else self.tests)[protocol], *self.names)
 
     def table(self, protocol: str) -> pd.DataFrame:
         """Returns one protocol's queries with the columns before, after and change."""
@@ -141,17 +147,22 @@ def compare_results(
     protocols = [p for p in PROTOCOLS if p in first and p in second]
     if not protocols:
         raise ValueError(f"{names[0]} and {names[1]} share no protocol of {', '.join(PROTOCOLS)}")
-    tests, intervals, columns = {}, {}, {}
+    shown = resampled(first, second)
+    tests, intervals, plain, columns = {}, {}, {}, {}
     for protocol in protocols:
         before, after = (np.array(x[protocol]["ap"], np.float64) for x in (first, second))
-        tests[protocol] = paired_test(before, after, seed=seed)
-        intervals[protocol] = [mean_and_interval(ap, seed) for ap in (before, after)]
+        plain[protocol] = paired_test(before, after, seed=seed)
+        tests[protocol] = paired_test(before, after, shown.clusters, seed=seed)
+        intervals[protocol] = [
+            mean_and_interval(ap, shown.clusters, seed) for ap in (before, after)
+        ]
         columns[protocol, "first"] = before
         columns[protocol, "second"] = after
         columns[protocol, "change"] = after - before
     queries = first.get("queries") or second.get("queries") or range(len(before))
     changes = pd.DataFrame(columns, index=pd.Index(queries, name="query"))
-    return Comparison(names, setting_table(first, second, names), tests, intervals, changes)
+    settings = setting_table(first, second, names)
+    return Comparison(names, settings, shown, tests, intervals, plain, changes)
 
 
 def check_comparable(first: Scores, second: Scores, names: tuple[str, str]) -> None:
@@ -226,10 +237,11 @@ def _shortened(key: str, value: Any) -> str:
     return text if len(text) <= SETTING_WIDTH else f"{text[: SETTING_WIDTH - 1]}…"
 
 
-def report(comparison: Comparison, label: str, *, listed: int = 5) -> str:
+def report(comparison: Comparison, label: str, *, listed: int = 5, plain: bool = False) -> str:
     """Writes a comparison as text: settings, results, and the queries that changed most.
 
     label: names the comparison. listed: number of the queries that gained most, and that lost most.
+    plain: adds the tests over single queries.
     """
     names, tests = comparison.names, comparison.tests
     parts = [f"{label}: {names[0]} (first) against {names[1]} (second)"]
@@ -241,6 +253,10 @@ def report(comparison: Comparison, label: str, *, listed: int = 5) -> str:
         return "\n\n".join([*parts, "every query has the same AP in both"])
     parts.append("mAP in percent with its 95 % interval\n" + aligned(_results(comparison)))
     parts.append("\n".join(f"{p.capitalize():7} {comparison.sentence(p)}" for p in tests))
+    parts.append(str(comparison.landmarks))
+    if plain:
+        sentences = (f"{p.capitalize():7} {comparison.sentence(p, plain=True)}" for p in tests)
+        parts.append("\n".join(["as if queries of one landmark were independent", *sentences]))
     protocol = next(p for p in ("medium", "easy", "hard") if p in tests)
     queries = _changed(comparison, protocol, listed)
     if len(queries):
@@ -255,7 +271,7 @@ def _results(comparison: Comparison) -> pd.DataFrame:
         rows[protocol.capitalize()] = [
             *(_percent(*values) for values in comparison.intervals[protocol]),
             f"{100 * test.difference:+.1f}",
-            f"{100 * test.low:+.1f} to {100 * test.high:+.1f}",
+            ABSENT if np.isnan(test.low) else f"{100 * test.low:+.1f} to {100 * test.high:+.1f}",
             f"{test.p_value:.4f}{'' if test.exact else ' ~'}",
             f"{test.won}/{test.lost}/{test.queries - test.won - test.lost}",
         ]
@@ -264,7 +280,10 @@ def _results(comparison: Comparison) -> pd.DataFrame:
 
 
 def _percent(mean: float, low: float, high: float) -> str:
-    return ABSENT if np.isnan(mean) else f"{100 * mean:.1f} ({100 * low:.1f} to {100 * high:.1f})"
+    if np.isnan(mean):
+        return ABSENT
+    interval = ABSENT if np.isnan(low) else f"{100 * low:.1f} to {100 * high:.1f}"
+    return f"{100 * mean:.1f} ({interval})"
 
 
 def _changed(comparison: Comparison, protocol: str, listed: int) -> pd.DataFrame:

@@ -10,14 +10,15 @@ import pandas as pd
 
 from vitgal import runs
 from vitgal.data.revisited import PROTOCOLS, GroundTruth
+from vitgal.evaluation.landmarks import Landmarks, find_landmarks, recorded_landmarks
 from vitgal.evaluation.statistics import BOOTSTRAP, bootstrap_interval
-from vitgal.features.files import FileError, conforms, read_json
+from vitgal.features.files import INT32, FileError, conforms, read_json
 
 Scores = Mapping[str, Any]  # the result of `evaluate`, or the content of a scores.json
 SCORES = "scores.json"
 NUMBER = float | int | None
 PARTS = {name: {"map": NUMBER, "mp_at": dict, "ap": [NUMBER]} for name in PROTOCOLS}
-PARTS |= dict.fromkeys(("protocol", "parameters", "fingerprints", "earlier"), dict)
+PARTS |= dict.fromkeys(("protocol", "parameters", "fingerprints", "earlier", "bootstrap"), dict)
 PARTS |= {"queries": [str]}
 
 
@@ -26,6 +27,7 @@ def read_scores(folder: Path) -> Scores:
     path = Path(folder) / SCORES
     scores = read_json(path, dict)
     fits = all(conforms(scores[name], part) for name, part in PARTS.items() if name in scores)
+    fits = fits and conforms(scores.get("bootstrap", {}).get("landmarks", []), [INT32])
     for result in [scores[name] for name in PROTOCOLS if fits and name in scores]:
         interval = result.get("interval", [None, None])
         numbers = [result["map"], *result["ap"], *result["mp_at"].values()]
@@ -37,20 +39,51 @@ def read_scores(folder: Path) -> Scores:
 
 
 def intervals(
-    systems: Mapping[str, Scores], *, seed: int = BOOTSTRAP["seed"]
+    systems: Mapping[str, Scores], *, seed: int = BOOTSTRAP["seed"], plain: bool = False
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """Computes 95 % bootstrap intervals of mAP: label -> protocol -> (low, high) in [0, 1]."""
+    """Computes 95 % bootstrap intervals of mAP: label -> protocol -> (low, high) in [0, 1].
+
+    The landmarks are those that a system's record tells, else another's of as many queries. plain:
+    resamples single queries instead.
+    """
     return {
-        label: {p: mean_and_interval(scores[p]["ap"], seed)[1:] for p in PROTOCOLS if p in scores}
+        label: {
+            protocol: mean_and_interval(
+                scores[protocol]["ap"], None if plain else _clusters(scores, systems), seed
+            )[1:]
+            for protocol in PROTOCOLS
+            if protocol in scores
+        }
         for label, scores in systems.items()
     }
 
 
-def mean_and_interval(ap: np.ndarray, seed: int = BOOTSTRAP["seed"]) -> tuple[float, float, float]:
-    """Returns the mean AP and its interval's ends; ap: (Q,), nan or None where none counts."""
+def resampled(*systems: Scores) -> Landmarks:
+    """Returns the landmarks that the intervals of some results of the same queries resample.
+
+    Raises ValueError if there are no scores among them.
+    """
+    for scores in systems:
+        for protocol in PROTOCOLS:
+            if protocol in scores:
+                return recorded_landmarks(systems, len(scores[protocol]["ap"]))
+    raise ValueError(f"no scores of {', '.join(PROTOCOLS)}")
+
+
+def _clusters(scores: Scores, systems: Mapping[str, Scores]) -> np.ndarray | None:
+    return resampled(scores, *systems.values()).clusters
+
+
+def mean_and_interval(
+    ap: np.ndarray, clusters: np.ndarray | None = None, seed: int = BOOTSTRAP["seed"]
+) -> tuple[float, float, float]:
+    """Returns the mean AP and its interval's ends.
+
+    ap: (Q,), nan or None where none counts. clusters: (Q,), as for `bootstrap_interval`.
+    """
     ap = np.array(ap, np.float64)
     mean = float(np.mean(ap[~np.isnan(ap)])) if not np.isnan(ap).all() else float("nan")
-    return mean, *bootstrap_interval(ap, seed=seed)
+    return mean, *bootstrap_interval(ap, clusters, seed=seed)
 
 
 def hardest(scores: Scores) -> str:
@@ -65,19 +98,24 @@ def hardest(scores: Scores) -> str:
     raise ValueError("no query has a positive image under any protocol")
 
 
-def score_table(scores: Scores | Mapping[str, Scores], *, digits: int = 1) -> pd.DataFrame:
+def score_table(
+    scores: Scores | Mapping[str, Scores], *, digits: int = 1, plain: bool = False
+) -> pd.DataFrame:
     """Arranges scores as a table in percent.
 
     Args:
         scores: the scores of one system, or label -> scores of several.
+        plain: adds the interval over single queries, as `low by query` and `high by query`.
     Returns:
         A row a protocol, or a row (label, protocol). Columns: mAP, the ends `low` and `high` of its
-        95 % interval, mP@k, and the number of queries that count. Undefined scores are nan.
+        95 % interval over landmarks (see `intervals`), mP@k, and the number of queries that count.
+        Undefined scores are nan.
     """
     single = any(protocol in scores for protocol in PROTOCOLS)
+    systems = {"": scores} if single else scores
     rows = {
-        (label, p.capitalize()): _row(system[p])
-        for label, system in ({"": scores} if single else scores).items()
+        (label, p.capitalize()): _row(system[p], _clusters(system, systems), plain)
+        for label, system in systems.items()
         for p in PROTOCOLS
         if p in system
     }
@@ -88,13 +126,16 @@ def score_table(scores: Scores | Mapping[str, Scores], *, digits: int = 1) -> pd
     return table.droplevel("ranking") if single else table
 
 
-def _row(scores: Mapping[str, Any]) -> dict[str, float]:
+def _row(scores: Mapping[str, Any], clusters: np.ndarray | None, plain: bool) -> dict[str, float]:
     def percent(value: float | None) -> float:
         """Converts a fraction to percent; None, a score without a query, to nan."""
         return float("nan") if value is None else 100 * value
 
-    _, low, high = mean_and_interval(scores["ap"])
+    _, low, high = mean_and_interval(scores["ap"], clusters)
     row = {"mAP": percent(scores["map"]), "low": 100 * low, "high": 100 * high}
+    if plain:
+        _, low, high = mean_and_interval(scores["ap"])
+        row |= {"low by query": 100 * low, "high by query": 100 * high}
     row |= {f"mP@{k}": percent(value) for k, value in scores["mp_at"].items()}
     return row | {"queries": np.count_nonzero(~np.isnan(np.array(scores["ap"], np.float64)))}
 
@@ -117,20 +158,25 @@ def scores_document(
         protocol: how the ranking was made (queries cropped, ties, short list, ...).
         inputs: name -> fingerprint of each input.
         failed: the number of database images that could not be read and rank last.
-        ground_truth: gives the names of the queries, in the order of every `ap`, and a fingerprint.
+        ground_truth: gives the names of the queries, in the order of every `ap`, a fingerprint, and
+            the landmarks that the bootstrap resamples; without it each query is its own.
         further: more keys, such as "published": another result, which gets its intervals as well.
 
     Raises ValueError where a further key repeats another, or a value is a path, which would make
     equal runs differ between machines.
     """
+    bootstrap, clusters = BOOTSTRAP, None
+    if ground_truth is not None:
+        shown = find_landmarks(ground_truth)
+        bootstrap, clusters = BOOTSTRAP | shown.recorded, shown.clusters
     document = {
-        **_with_intervals(result),
+        **_with_intervals(result, clusters),
         "protocol": protocol,
         "parameters": parameters,
         "fingerprints": dict(inputs),
         "failed_images": failed,
         "versions": runs.versions(),
-        "bootstrap": BOOTSTRAP,
+        "bootstrap": bootstrap,
     }
     if ground_truth is not None:
         document["fingerprints"]["ground truth"] = ground_truth.fingerprint
@@ -138,18 +184,18 @@ def scores_document(
     further = further or {}
     if repeated := sorted(set(document) & set(further)):
         raise ValueError(f"a scores document has {repeated[0]!r} already")
-    document |= {key: _with_intervals(value) for key, value in further.items()}
+    document |= {key: _with_intervals(value, clusters) for key, value in further.items()}
     for key in ("protocol", "parameters", "fingerprints", *further):
         _refuse_paths(document[key], key)
     return runs.plain(document)
 
 
-def _with_intervals(value: Any) -> Any:
+def _with_intervals(value: Any, clusters: np.ndarray | None) -> Any:
     """Adds the interval of each mAP to a result of `evaluate`; returns anything else as it is."""
     if not isinstance(value, Mapping) or not set(value) & set(PROTOCOLS):
         return value
     return {
-        protocol: {"map": scores["map"], "interval": mean_and_interval(scores["ap"])[1:]}
+        protocol: {"map": scores["map"], "interval": mean_and_interval(scores["ap"], clusters)[1:]}
         | dict(scores)
         for protocol, scores in value.items()
     }

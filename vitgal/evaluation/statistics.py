@@ -1,4 +1,8 @@
-"""Bootstrap intervals and paired tests over queries."""
+"""Bootstrap intervals and paired tests over queries, or over the landmarks that they show.
+
+Queries of one landmark resemble each other. Resampled as if they were independent, they make an
+interval too narrow; so whole landmarks are resampled, each with all its queries.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,60 +11,77 @@ import numpy as np
 
 # The defaults, which every scores.json records
 BOOTSTRAP = {"level": 0.95, "samples": 10_000, "seed": 0}
-EXACT = 16  # with at most this many differing queries all sign flips are tried
+EXACT = 16  # with at most this many clusters all sign flips are tried
 SIGNIFICANT = 0.05  # systems differ where the p-value is below
+FEWEST = 6  # clusters whose sign flips can give a p-value below SIGNIFICANT: 2 / 2^6
 DRAWS = 1 << 18  # numbers drawn at once: they fit into the processor's cache
 
 
 def bootstrap_interval(
     ap: np.ndarray,
+    clusters: np.ndarray | None = None,
     *,
     samples: int = BOOTSTRAP["samples"],
     seed: int = BOOTSTRAP["seed"],
     level: float = BOOTSTRAP["level"],
 ) -> tuple[float, float]:
-    """Computes a percentile bootstrap interval of the mean AP over queries.
+    """Computes a percentile bootstrap interval of the mean AP.
 
-    Queries are drawn with replacement. Queries of one landmark are not
-    independent: with few landmarks the true uncertainty is larger.
+    Clusters are drawn with replacement, as many as there are; the mean is over all their queries.
 
     Args:
-        ap: (Q,) floats, nan for queries that do not count. For two systems it is the difference of
-            their APs, so that queries are drawn in pairs.
+        ap: (Q,) floats, nan for queries that do not count.
+        clusters: (Q,) integers, equal for queries of one landmark; None: each query is its own.
         level: confidence level in (0, 1).
     Returns:
-        (low, high); (nan, nan) if no query counts.
+        (low, high); (nan, nan) if no query counts, or if all belong to one cluster, which tells
+        nothing about another.
     Raises:
-        ValueError: `samples` or `level` is out of range.
+        ValueError: `samples` or `level` is out of range, or `clusters` is of another shape.
     """
-    values = np.asarray(ap, np.float64)
-    values = values[~np.isnan(values)]
     if samples < 1 or not 0 < level < 1:
         raise ValueError(f"{samples} samples at level {level}: at least 1, level in (0, 1)")
-    if not values.size:
+    sums, sizes = _cluster_sums(np.asarray(ap, np.float64), clusters)
+    if sums.size < 2:
         return float("nan"), float("nan")
-    # scipy.stats.bootstrap draws the same samples but rounds the percentiles differently: the
-    # intervals in every scores.json would change in their last digits.
+    # scipy.stats.bootstrap draws no clusters, and rounds the percentiles differently.
     generator = np.random.default_rng(seed)
-    means, step = np.empty(samples), max(1, DRAWS // values.size)
+    means, step = np.empty(samples), max(1, DRAWS // sums.size)
     for start in range(0, samples, step):
-        size = (min(step, samples - start), values.size)
-        drawn = generator.integers(0, values.size, size, np.int32)
-        means[start : start + step] = values[drawn].mean(axis=1)
+        size = (min(step, samples - start), sums.size)
+        drawn = generator.integers(0, sums.size, size, np.int32)
+        means[start : start + step] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _cluster_sums(values: np.ndarray, clusters: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Returns sum and number (G,) of the values that are not nan in each cluster that has any."""
+    counting = ~np.isnan(values)
+    if clusters is None:
+        return values[counting], np.ones(counting.sum())
+    clusters = np.asarray(clusters)
+    if clusters.shape != values.shape:
+        raise ValueError(f"clusters of shape {clusters.shape} for values of shape {values.shape}")
+    _, index, sizes = np.unique(clusters[counting], return_inverse=True, return_counts=True)
+    return np.bincount(index, values[counting], len(sizes)), sizes.astype(np.float64)
 
 
 @dataclass(frozen=True)
 class PairedTest:
     """The difference of two systems' mAP over the same queries.
 
+    Interval and p-value are one test: the interval excludes 0 exactly where the p-value is below
+    SIGNIFICANT.
+
     Attributes:
         difference: the mean AP of the second system minus that of the first, in [-1, 1].
-        low, high: its paired bootstrap interval.
-        p_value: the probability of a difference as large if each query's sign were random.
+        low, high: the differences that the test does not reject; nan with fewer than FEWEST
+            clusters, which cannot reject any.
+        p_value: the probability of a difference as large if each cluster's sign were random.
         exact: whether all combinations of signs were tried, not a sample of them.
         queries: the number of queries that count.
+        landmarks: the number of landmarks that they show; None: every query is its own cluster.
         won, lost: the number of queries that the second system improves and worsens.
     """
 
@@ -70,6 +91,7 @@ class PairedTest:
     p_value: float
     exact: bool
     queries: int
+    landmarks: int | None
     won: int
     lost: int
 
@@ -82,19 +104,22 @@ class PairedTest:
 def paired_test(
     first: np.ndarray,
     second: np.ndarray,
+    clusters: np.ndarray | None = None,
     *,
     samples: int = BOOTSTRAP["samples"],
     seed: int = BOOTSTRAP["seed"],
-    level: float = BOOTSTRAP["level"],
 ) -> PairedTest:
-    """Compares two systems by a paired bootstrap interval and a sign-flip permutation test.
+    """Compares two systems by a sign-flip permutation test and the interval that inverts it.
 
-    Source: Smucker, Allan, Carterette, "A comparison of statistical significance tests for
-    information retrieval evaluation", CIKM 2007.
+    If the systems were interchangeable, the difference of each cluster could as well have the other
+    sign. Sources: Smucker, Allan, Carterette, "A comparison of statistical significance tests for
+    information retrieval evaluation", CIKM 2007; the interval: Hartigan, "Using subsample values as
+    typical values", JASA 1969.
 
     Args:
         first, second: (Q,) AP of the same queries, nan for a query that counts in neither system.
-        samples: of the bootstrap; and of sign flips, where more than EXACT queries differ.
+        clusters: (Q,) integers, equal for queries of one landmark; None: each query is its own.
+        samples: sign flips that are drawn, where there are more than EXACT clusters.
     Returns:
         The test; all numbers are nan if no query counts, the p-value is 1 if none differs.
     Raises:
@@ -106,46 +131,70 @@ def paired_test(
     odd = np.flatnonzero(np.isnan(first) != np.isnan(second))
     if odd.size:
         raise ValueError(f"query {odd[0]} counts in one system only: the ground truths differ")
-    change = (second - first)[~np.isnan(first)]
-    low, high = bootstrap_interval(change, samples=samples, seed=seed, level=level)
-    p_value, exact = _sign_flips(change, samples, seed)
+    change = second - first
+    sums, sizes = _cluster_sums(change, clusters)
+    low, high = _flipped_means(sums, sizes, samples, seed)
+    p_value, interval = _typical_values(low, high)
+    counting = change[~np.isnan(change)]
     return PairedTest(
-        difference=float(change.mean()) if change.size else float("nan"),
-        low=low,
-        high=high,
+        difference=float(counting.mean()) if counting.size else float("nan"),
+        low=interval[0],
+        high=interval[1],
         p_value=p_value,
-        exact=exact,
-        queries=change.size,
-        won=int((change > 0).sum()),
-        lost=int((change < 0).sum()),
+        exact=sums.size <= EXACT,
+        queries=counting.size,
+        landmarks=None if clusters is None else sums.size,
+        won=int((counting > 0).sum()),
+        lost=int((counting < 0).sum()),
     )
 
 
-def _sign_flips(change: np.ndarray, samples: int, seed: int) -> tuple[float, bool]:
-    """The two-sided p-value of a mean of 0, and whether all combinations of signs were tried.
+def _flipped_means(
+    sums: np.ndarray, sizes: np.ndarray, samples: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each way to flip signs, the means of the flipped and of the other clusters, by size.
 
-    scipy.stats.permutation_test draws other signs, so that printed p-values would change, and takes
-    a hundred times as long where it tries all.
+    For the difference d, flipping the clusters F gives a sum at least as far from 0 as the observed
+    one exactly where d lies between the mean of F and that of the others. Returns (F,) lower and
+    upper ends, -inf and inf for the observed signs; of two opposite ways one is enough.
     """
-    if not change.size:
-        return float("nan"), True
-    change = change[change != 0]  # a flip of 0 changes nothing
-    # The tolerance: sums that equal the observed one but for rounding must count.
-    threshold = abs(change.sum()) - 1e-9 * np.abs(change).sum()
-    if change.size <= EXACT:
-        sums = np.zeros(1)
-        for value in change:
-            sums = np.concatenate([sums + value, sums - value])
-        return float(np.mean(np.abs(sums) >= threshold)), True
-    generator = np.random.default_rng([seed, 1])
-    extreme, left, step = 0, samples, max(1, DRAWS // change.size)
-    while left > 0:
-        signs = generator.integers(0, 2, (min(step, left), change.size), np.int8)
-        sums = 2 * (signs @ change) - change.sum()
-        extreme += int((np.abs(sums) >= threshold).sum())
-        left -= step
-    # The observed signs are one of the combinations: no p-value is 0.
-    return (extreme + 1) / (samples + 1), False
+    if not sums.size:
+        return np.empty(0), np.empty(0)
+    if sums.size <= EXACT:
+        flipped, counts = np.zeros(1), np.zeros(1)
+        for value, size in zip(sums[1:], sizes[1:], strict=True):
+            flipped = np.concatenate([flipped, flipped + value])
+            counts = np.concatenate([counts, counts + size])
+    else:
+        # The observed signs are one of the combinations: no p-value is 0.
+        flipped, counts = np.zeros(samples + 1), np.zeros(samples + 1)
+        generator, step = np.random.default_rng([seed, 1]), max(1, DRAWS // sums.size)
+        for start in range(0, samples, step):
+            size = min(step, samples - start)
+            drawn = generator.integers(0, 2, (size, sums.size), np.int8)
+            flipped[start : start + size] = drawn @ sums
+            counts[start : start + size] = drawn @ sizes
+    inner = (counts > 0) & (counts < sizes.sum())
+    ends = np.full((2, len(flipped)), np.inf) * [[-1], [1]]
+    means = flipped[inner] / counts[inner]
+    others = (sums.sum() - flipped[inner]) / (sizes.sum() - counts[inner])
+    ends[:, inner] = np.sort([means, others], axis=0)
+    # Means that are 0 but for rounding count as 0.
+    ends[np.abs(ends) < 1e-9 * np.abs(sums).sum() / sizes.sum()] = 0
+    return ends[0], ends[1]
+
+
+def _typical_values(low: np.ndarray, high: np.ndarray) -> tuple[float, tuple[float, float]]:
+    """The p-value of a difference of 0, and the ends of the differences not rejected.
+
+    low, high: (F,), a difference counts a flip where it lies between.
+    """
+    if not low.size:
+        return float("nan"), (float("nan"), float("nan"))
+    p_value = float(np.mean((low <= 0) & (high >= 0)))
+    needed = int(np.ceil(SIGNIFICANT * low.size))  # flips that a difference must count
+    ends = float(np.sort(low)[needed - 1]), float(np.sort(high)[low.size - needed])
+    return p_value, ends if np.isfinite(ends).all() else (float("nan"), float("nan"))
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -172,13 +221,22 @@ def verdict(test: PairedTest, first: str, second: str) -> str:
     """Returns a sentence on whether two systems differ; `first` and `second` are their names."""
     if not test.queries:
         return f"{first} and {second} cannot be compared: no query counts."
-    queries = f"{test.queries} {'query' if test.queries == 1 else 'queries'}"
+    counted = f"{test.queries} {'query' if test.queries == 1 else 'queries'}"
+    if test.landmarks is not None:
+        counted += f" of {test.landmarks} {'landmark' if test.landmarks == 1 else 'landmarks'}"
     if not test.won and not test.lost:
-        return f"{first} and {second} do not differ (every query has the same AP, {queries})."
+        return f"{first} and {second} do not differ (every query has the same AP, {counted})."
+    difference = f"{100 * test.difference:+.1f} points"
+    if np.isnan(test.low):
+        kind = "queries" if test.landmarks is None else "landmarks"
+        return (
+            f"{first} and {second} cannot be told apart from chance ({difference}, {counted}): "
+            f"that takes {FEWEST} {kind} at least."
+        )
     p_value = "< 0.001" if test.p_value < 0.001 else f"= {test.p_value:.3f}"
     numbers = (
-        f"{100 * test.difference:+.1f} points, 95 % interval {100 * test.low:+.1f} to "
-        f"{100 * test.high:+.1f}, p {p_value}, {queries}"
+        f"{difference}, 95 % interval {100 * test.low:+.1f} to {100 * test.high:+.1f}, "
+        f"p {p_value}, {counted}"
     )
     if not test.differ:
         return f"{first} and {second} do not differ by more than chance explains ({numbers})."

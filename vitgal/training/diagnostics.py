@@ -48,7 +48,9 @@ def epoch_table(log: pd.DataFrame, *, last: int = 5) -> pd.DataFrame:
             columns[title] = [form.format(value).replace("nan", "-") for value in values]
         if name == "val_map" and {"val_map_low", "val_map_high"} <= set(rows):
             ends = zip(100 * rows["val_map_low"], 100 * rows["val_map_high"], strict=True)
-            columns["95 % interval"] = [f"{low:.1f} to {high:.1f}" for low, high in ends]
+            columns["95 % interval"] = [
+                "-" if pd.isna(low) else f"{low:.1f} to {high:.1f}" for low, high in ends
+            ]
     return pd.DataFrame(columns)
 
 

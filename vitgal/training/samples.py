@@ -18,6 +18,7 @@ from vitgal import runs
 from vitgal.data import gldv2, images, splits
 from vitgal.data.revisited import GroundTruth
 from vitgal.evaluation import protocol, statistics
+from vitgal.evaluation.landmarks import find_landmarks
 from vitgal.retrieval import exact_search
 from vitgal.settings import Recipe
 from vitgal.training import augmentation
@@ -226,7 +227,7 @@ class SplitData:
     def score(self, results: list[tuple[np.ndarray, dict[str, Tensor]]]) -> dict[str, float]:
         """Computes means over all validation images, and the retrieval set's mAP.
 
-        The mAP comes with the ends of its 95 % bootstrap interval over queries.
+        The mAP comes with the ends of its 95 % bootstrap interval over landmarks.
 
         results: positions (B,) among the validation images, and the network's values for them.
         """
@@ -255,7 +256,8 @@ class SplitData:
         )
         _, ranks = exact_search.search(queries, database, k=len(database))
         result = protocol.evaluate(ranks, self.ground_truth)["medium"]
-        low, high = statistics.bootstrap_interval(result["ap"])
+        shown = find_landmarks(self.ground_truth).clusters
+        low, high = statistics.bootstrap_interval(result["ap"], shown)
         return {"val_map": result["map"], "val_map_low": low, "val_map_high": high}
 
     def refuse_missing(self) -> None:
