@@ -171,6 +171,97 @@ def test_match_on_a_device_equals_numpy_and_the_kd_tree(kind, max_distance):
         np.testing.assert_array_equal(matches, tree_matches(query, gallery, max_distance))
 
 
+def reference_matches(query, gallery, max_distance, method, ratio) -> list[list[int]]:
+    """Every distance in float64, one pair at a time; of equal ones the lowest index."""
+    squares = [[float(((u - v) ** 2).sum()) for v in gallery] for u in query]
+    found = []
+    for i, row in enumerate(squares):
+        j = row.index(min(row))
+        others = row[:j] + row[j + 1 :]
+        column = [other[j] for other in squares]
+        near = row[j] < max_distance**2
+        mutual = column.index(min(column)) == i
+        distinct = not others or row[j] < ratio**2 * min(others)
+        if near and (mutual or "mutual" not in method) and (distinct or "ratio" not in method):
+            found.append([i, j])
+    return found
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("method", ["one_way", "mutual", "ratio", "mutual_ratio"])
+@pytest.mark.parametrize("kind", ["strangers", "crowded", "copies", "near ties", "one"])
+def test_every_method_equals_a_float64_search(kind, method, device, monkeypatch):
+    """Distances of integers and near ties are exact in any order of summing."""
+    rng = np.random.default_rng(11)
+    gallery = rng.integers(-9, 10, (70, 8)).astype(np.float64)
+    if kind == "crowded":
+        gallery[35:] = gallery[:35] + rng.integers(0, 2, (35, 8))
+    if kind == "copies":
+        gallery = gallery[rng.integers(20, size=70)]
+    if kind == "near ties":  # float32 cannot tell these apart
+        gallery = np.tile(gallery[:14], (5, 1)) + 2.0**-30 * rng.integers(0, 4, (70, 1))
+    if kind == "one":
+        gallery = gallery[:1]
+    query = gallery[rng.integers(len(gallery), size=60)] + rng.integers(-2, 3, (60, 8))
+    monkeypatch.setattr("vitgal.retrieval.matching.BLOCK", 1000)  # several blocks
+    for max_distance in (3.0, 6.0, math.inf):
+        options = {"method": method, "ratio": 0.75}
+        wanted = reference_matches(query, gallery, max_distance, *options.values())
+        found = match(query, gallery, max_distance, **options, device=device)
+        assert found.tolist() == wanted and found.dtype == np.int64
+
+
+def test_methods_by_hand():
+    query = np.array([[0.0], [0.1], [3.0]], np.float32)
+    gallery = np.array([[0.04], [2.0], [4.5]], np.float32)
+    # Nearest: 0 -> 0 at 0.04, 1 -> 0 at 0.06, 2 -> 1 at 1, whose second is 2 at 1.5.
+    assert match(query, gallery, 9.0).tolist() == [[0, 0], [1, 0], [2, 1]]
+    assert match(query, gallery, 9.0, method="mutual").tolist() == [[0, 0], [2, 1]]
+    assert match(query, gallery, 9.0, method="ratio", ratio=0.6).tolist() == [[0, 0], [1, 0]]
+    assert match(query, gallery, 9.0, method="ratio", ratio=0.7).tolist() == [[0, 0], [1, 0], [2, 1]]
+    assert match(query, gallery, 9.0, method="mutual_ratio", ratio=0.6).tolist() == [[0, 0]]
+    # The second nearest counts beyond the limit as well: 1.5 / 1 is above 1.2.
+    assert match(query, gallery, 1.2, method="ratio", ratio=0.7)[-1].tolist() == [2, 1]
+
+
+def test_methods_without_neighbours_and_with_equal_ones():
+    one, two = np.ones((1, 3)), np.ones((2, 3))
+    for method in ("mutual", "ratio", "mutual_ratio"):
+        assert match(one, one + 1, 0.5, method=method).shape == (0, 2)
+        assert match(np.empty((0, 3)), one, 0.5, method=method).shape == (0, 2)
+        assert match(one, one, 0.5, method=method).tolist() == [[0, 0]]
+    assert match(two, two, method="mutual").tolist() == [[0, 0]]  # of equal ones the lowest
+    assert match(one, two, method="ratio", ratio=1.0).shape == (0, 2)  # none is the nearer
+
+
+@pytest.mark.parametrize("width", [128, 64, 7])
+def test_mutual_matches_are_the_same_from_either_side(width):
+    rng = np.random.default_rng(width)
+    gallery = unit(rng.standard_normal((400, width)))
+    query = gallery[rng.integers(400, size=300)] + rng.normal(0, 0.05, (300, width)).astype("f4")
+    there = match(query, gallery, 0.9, method="mutual")
+    back = match(gallery, query, 0.9, method="mutual")
+    assert sorted(map(tuple, back[:, ::-1])) == list(map(tuple, there)) and len(there) > 100
+    one_way = match(query, gallery, 0.9)
+    assert len(there) < len(one_way) and set(map(tuple, there)) <= set(map(tuple, one_way))
+    _, nearest = cKDTree(query).query(gallery)  # the published way, from the other side
+    wanted = [[i, j] for i, j in one_way.tolist() if nearest[j] == i]
+    assert there.tolist() == wanted
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"method": "both"}, "unknown matching 'both'; known: one_way, mutual, ratio, mutual_ratio"),
+        ({"ratio": 0.0}, "match_ratio is 0.0; it must be above 0"),
+        ({"ratio": 1.5}, "match_ratio is 1.5; it must be .*at most 1"),
+    ],
+)
+def test_match_refuses_an_unknown_method_and_a_ratio_out_of_range(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        match(np.ones((3, 4)), np.ones((2, 4)), **wrong)
+
+
 LESS_PRECISE = """
 import sys
 import numpy as np, torch
@@ -248,11 +339,11 @@ def test_a_device_without_memory_matches_in_parts(monkeypatch):
     space, real = 3, matching._closest_on
     asked = []
 
-    def cramped(device, query, gallery, block, max_distance):
+    def cramped(device, query, gallery, block, *options):
         asked.append(block.stop - block.start)
         if asked[-1] > space:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(device, query, gallery, block, max_distance)
+        return real(device, query, gallery, block, *options)
 
     rng = np.random.default_rng(0)
     query, gallery = (unit(rng.standard_normal((n, 16))) for n in (25, 40))

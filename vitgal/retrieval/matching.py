@@ -30,26 +30,35 @@ def match(
     gallery_descriptors: np.ndarray,
     max_distance: float = MatchingSettings.max_distance,
     *,
+    method: str = MatchingSettings.method,
+    ratio: float = MatchingSettings.ratio,
     device: str | None = None,
 ) -> np.ndarray:
-    """Matches each query descriptor with its nearest gallery descriptor, one way.
+    """Matches each query descriptor with its nearest gallery descriptor.
 
     Args:
         query_descriptors, gallery_descriptors: (N, C) and (M, C) real numbers.
         max_distance: Euclidean; a match lies strictly nearer. `math.inf`: no limit.
+        method: "one_way" keeps every such match. "mutual": those whose query descriptor is in turn
+            the nearest of its gallery descriptor, so that none is shared. "ratio": those that pass
+            the ratio test (Lowe 2004). "mutual_ratio": those that pass both.
+        ratio: a match passes if its distance is below this times that to the second nearest gallery
+            descriptor; equal ones fail, and with a single gallery descriptor all pass. In (0, 1].
         device: where torch computes the products; "auto": the GPU if there is one; None: NumPy. The
             matches are the same.
     Returns:
-        (K, 2) int64, (query index, gallery index) by rising query index. Several query descriptors
-        may share one gallery descriptor. Equal distances: the lowest gallery index. No descriptor
-        on either side: (0, 2), whatever the widths.
+        (K, 2) int64, (query index, gallery index) by rising query index. Unless mutual, several
+        query descriptors may share one gallery descriptor. Equal distances: the lowest index, on
+        either side. No descriptor on either side: (0, 2), whatever the widths.
     Raises:
-        ValueError: widths that differ, nan or infinite or huge values, a negative `max_distance`, a
-            device that torch does not find.
+        ValueError: widths that differ, nan or infinite or huge values, a negative `max_distance`,
+            an unknown method, a ratio out of range, a device that torch does not find.
     """
     query = Descriptors.read(query_descriptors, "query")
     gallery = Descriptors.read(gallery_descriptors, "gallery")
-    return match_prepared(query, gallery, max_distance, matching_device(device))
+    settings = MatchingSettings(method=method, ratio=ratio)
+    device = matching_device(device)
+    return match_prepared(query, gallery, max_distance, device, settings)
 
 
 def matching_device(device: str | None) -> str | None:
@@ -82,6 +91,10 @@ class Descriptors:
         if not (halves < 1e30).all():  # false for nan as well
             raise ValueError(f"{side} descriptors hold nan, infinite or huge values")
         return cls(values, halves)
+
+    def subset(self, indices: np.ndarray) -> "Descriptors":
+        """Returns the descriptors of some indices (K,), in this order."""
+        return Descriptors(self.values[indices], self.halves[indices])
 
     # For a query u and a gallery v, -|u - v|^2 / 2 = u.v - |v|^2 / 2 - |u|^2 / 2. The closeness
     # u.v - |v|^2 / 2 is greatest for the nearest v; one product of extended vectors gives it.
@@ -122,9 +135,18 @@ def _extended(values: np.ndarray, *columns: np.ndarray) -> np.ndarray:
 
 
 def match_prepared(
-    query: Descriptors, gallery: Descriptors, max_distance: float, device: str | None = None
+    query: Descriptors,
+    gallery: Descriptors,
+    max_distance: float,
+    device: str | None = None,
+    settings: MatchingSettings | None = None,
 ) -> np.ndarray:
-    """Matches prepared descriptors as `match` does, (K, 2) int64; device: of `matching_device`."""
+    """Matches prepared descriptors as `match` does, (K, 2) int64.
+
+    device: of `matching_device`. settings: method and ratio; None: one way. Whatever the method,
+    one block of similarities is in memory; beyond one way each test takes one more product, of
+    those descriptors alone that have a match.
+    """
     if not max_distance >= 0:
         raise ValueError(f"max_distance is {max_distance}, not a distance")
     (count, width), (size, gallery_width) = query.values.shape, gallery.values.shape
@@ -132,6 +154,63 @@ def match_prepared(
         return np.empty((0, 2), np.int64)
     if width != gallery_width:
         raise ValueError(f"query descriptors are {width} wide, gallery descriptors {gallery_width}")
+    matches, squares = _nearest_pairs(query, gallery, max_distance, device)
+    method = "one_way" if settings is None or not len(matches) else settings.method
+    if method in ("mutual", "mutual_ratio"):
+        kept = _mutual(query, gallery, matches, max_distance, device)
+        matches, squares = matches[kept], squares[kept]
+    if method in ("ratio", "mutual_ratio"):
+        kept = _distinct(query, gallery, (matches, squares), max_distance, settings.ratio, device)
+        matches = matches[kept]
+    return matches
+
+
+def _mutual(
+    query: Descriptors,
+    gallery: Descriptors,
+    matches: np.ndarray,
+    max_distance: float,
+    device: str | None,
+) -> np.ndarray:
+    """(K,) bool: the matches whose gallery descriptor has the query descriptor as its nearest."""
+    images = np.unique(matches[:, 1])
+    back, _ = _nearest_pairs(gallery.subset(images), query, max_distance, device)
+    return back[np.searchsorted(images, matches[:, 1]), 1] == matches[:, 0]
+
+
+def _distinct(
+    query: Descriptors,
+    gallery: Descriptors,
+    matched: tuple[np.ndarray, np.ndarray],
+    max_distance: float,
+    ratio: float,
+    device: str | None,
+) -> np.ndarray:
+    """(K,) bool: the matches (K, 2), with squares (K,), that pass the ratio test."""
+    matches, squares = matched
+    # A second nearest beyond this is far enough for every match; the factor covers rounding.
+    limit = max_distance / ratio * (1 + 1e-9)
+    second, second_squares = _nearest_pairs(
+        query.subset(matches[:, 0]), gallery, limit, device, excluded=matches[:, 1]
+    )
+    least = np.full(len(matches), np.inf)
+    least[second[:, 0]] = second_squares
+    return squares < ratio * ratio * least
+
+
+def _nearest_pairs(
+    query: Descriptors,
+    gallery: Descriptors,
+    max_distance: float,
+    device: str | None,
+    excluded: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each query descriptor's nearest gallery descriptor, if near enough, and its squared distance.
+
+    excluded: (N,) integers, a gallery index for each query descriptor that is passed over; None:
+    none. Returns (K, 2) int64 by rising query index and (K,) float64.
+    """
+    count, size = len(query.values), len(gallery.values)
     candidates = []
     sieve = math.isfinite(max_distance) and device is None
     step = max(1, BLOCK // size)
@@ -141,11 +220,14 @@ def match_prepared(
         pairs = sieved_pairs(query, gallery, block, max_distance) if sieve else None
         sieve = pairs is not None
         if pairs is None and device is None:
-            pairs = _closest(query, gallery, block, max_distance)
+            pairs = _closest(query, gallery, block, max_distance, excluded)
         elif pairs is None:
-            pairs = _closest_in_parts(device, query, gallery, block, max_distance)
+            pairs = _closest_in_parts(device, query, gallery, block, max_distance, excluded)
         candidates.append(pairs)
     pairs = tuple(map(np.concatenate, zip(*candidates, strict=True)))
+    if excluded is not None:  # the sieve returns these as well
+        allowed = pairs[1] != excluded[pairs[0]]
+        pairs = pairs[0][allowed], pairs[1][allowed]
     return _nearest(_squared_distances(query.values, gallery.values, pairs), pairs, max_distance)
 
 
@@ -182,9 +264,17 @@ def sieved_pairs(
     return rows + block.start, columns
 
 
-def _closest(query: Descriptors, gallery: Descriptors, block: slice, max_distance: float) -> Pairs:
+def _closest(
+    query: Descriptors,
+    gallery: Descriptors,
+    block: slice,
+    max_distance: float,
+    excluded: np.ndarray | None,
+) -> Pairs:
     """Returns all pairs within rounding error of their row's nearest, if near enough."""
     closeness = query.as_query[block] @ gallery.as_gallery.T  # (N, M) float32
+    if excluded is not None:
+        closeness[np.arange(len(closeness)), excluded[block]] = -np.inf
     floor = _floors(closeness.max(axis=1), query, gallery, block, max_distance)
     rows = np.flatnonzero(floor < np.inf)
     if len(rows) < len(closeness):  # fewer to compare
@@ -195,13 +285,18 @@ def _closest(query: Descriptors, gallery: Descriptors, block: slice, max_distanc
 
 
 def _closest_in_parts(
-    device: str, query: Descriptors, gallery: Descriptors, block: slice, max_distance: float
+    device: str,
+    query: Descriptors,
+    gallery: Descriptors,
+    block: slice,
+    max_distance: float,
+    excluded: np.ndarray | None,
 ) -> Pairs:
     """`_closest_on` with the block halved until the device's memory suffices."""
     import torch
 
     try:
-        return _closest_on(device, query, gallery, block, max_distance)
+        return _closest_on(device, query, gallery, block, max_distance, excluded)
     except torch.OutOfMemoryError as error:
         if block.stop - block.start == 1:
             raise RuntimeError(
@@ -212,12 +307,19 @@ def _closest_in_parts(
     torch.cuda.empty_cache()  # does nothing where there is no GPU
     middle = (block.start + block.stop) // 2
     halves = slice(block.start, middle), slice(middle, block.stop)
-    parts = [_closest_in_parts(device, query, gallery, half, max_distance) for half in halves]
+    parts = [
+        _closest_in_parts(device, query, gallery, half, max_distance, excluded) for half in halves
+    ]
     return tuple(map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _closest_on(
-    device: str, query: Descriptors, gallery: Descriptors, block: slice, max_distance: float
+    device: str,
+    query: Descriptors,
+    gallery: Descriptors,
+    block: slice,
+    max_distance: float,
+    excluded: np.ndarray | None,
 ) -> Pairs:
     """`_closest` by torch; the device returns one number a row, then the few pairs."""
     import torch
@@ -227,6 +329,9 @@ def _closest_on(
     )
     with float32_products():
         closeness = left @ right.T
+    if excluded is not None:
+        columns = torch.from_numpy(excluded[block]).to(device)
+        closeness[torch.arange(len(columns), device=device), columns] = -torch.inf
     best = closeness.amax(dim=1).cpu().numpy()
     floor = torch.from_numpy(_floors(best, query, gallery, block, max_distance)).to(device)
     row, column = torch.nonzero(closeness >= floor[:, None], as_tuple=True)  # by rising row
@@ -266,16 +371,18 @@ def _floors(
     return floor
 
 
-def _nearest(squares: np.ndarray, pairs: Pairs, max_distance: float) -> np.ndarray:
-    """The matches (K, 2) among candidate pairs: each row's nearest, of equal ones the lowest."""
+def _nearest(
+    squares: np.ndarray, pairs: Pairs, max_distance: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's nearest pair (K, 2), of equal ones the lowest column, and its square (K,)."""
     rows = pairs[0]
     first = np.flatnonzero(np.diff(rows, prepend=-1))  # where each row's candidates begin
     nearest = np.minimum.reduceat(squares, first) if len(first) else squares
     group = np.repeat(np.arange(len(first)), np.diff(first, append=len(rows)))
     ties = np.flatnonzero(squares == nearest[group])
     lowest = ties[np.flatnonzero(np.diff(rows[ties], prepend=-1))]
-    within = squares[lowest] < max_distance * max_distance
-    return np.column_stack(pairs)[lowest][within]
+    lowest = lowest[squares[lowest] < max_distance * max_distance]
+    return np.column_stack(pairs)[lowest], squares[lowest]
 
 
 def _rounding(halves: np.ndarray | float, half: float, width: int) -> np.ndarray | float:

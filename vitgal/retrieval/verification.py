@@ -122,13 +122,13 @@ def inspect_shortlist(
     its largest image. device: as for `match`. Raises ValueError as `match` and `verify`.
     """
     device = matching_device(device)
-    max_distance, kept = settings.matching.max_distance, slice(settings.matching.max_keypoints)
+    matching, kept = settings.matching, slice(settings.matching.max_keypoints)
     query = query.subset(kept)
     prepared = Descriptors.read(query.descriptors, "query")
     for features in candidates:
         features = features.subset(kept)
         gallery = Descriptors.read(features.descriptors, "gallery")
-        matches = match_prepared(prepared, gallery, max_distance, device)
+        matches = match_prepared(prepared, gallery, matching.max_distance, device, matching)
         points = query.keypoints[matches[:, 0]], features.keypoints[matches[:, 1]]
         yield PairInspection(matches, verify_matches(*points, settings.verification))
 
