@@ -218,7 +218,11 @@ def test_methods_by_hand():
     assert match(query, gallery, 9.0).tolist() == [[0, 0], [1, 0], [2, 1]]
     assert match(query, gallery, 9.0, method="mutual").tolist() == [[0, 0], [2, 1]]
     assert match(query, gallery, 9.0, method="ratio", ratio=0.6).tolist() == [[0, 0], [1, 0]]
-    assert match(query, gallery, 9.0, method="ratio", ratio=0.7).tolist() == [[0, 0], [1, 0], [2, 1]]
+    assert match(query, gallery, 9.0, method="ratio", ratio=0.7).tolist() == [
+        [0, 0],
+        [1, 0],
+        [2, 1],
+    ]
     assert match(query, gallery, 9.0, method="mutual_ratio", ratio=0.6).tolist() == [[0, 0]]
     # The second nearest counts beyond the limit as well: 1.5 / 1 is above 1.2.
     assert match(query, gallery, 1.2, method="ratio", ratio=0.7)[-1].tolist() == [2, 1]
@@ -252,7 +256,10 @@ def test_mutual_matches_are_the_same_from_either_side(width):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"method": "both"}, "unknown matching 'both'; known: one_way, mutual, ratio, mutual_ratio"),
+        (
+            {"method": "both"},
+            "unknown matching 'both'; known: one_way, mutual, ratio, mutual_ratio",
+        ),
         ({"ratio": 0.0}, "match_ratio is 0.0; it must be above 0"),
         ({"ratio": 1.5}, "match_ratio is 1.5; it must be .*at most 1"),
     ],

@@ -21,7 +21,7 @@ from vitgal.evaluation.protocol import evaluate
 from vitgal.evaluation.statistics import bootstrap_interval
 from vitgal.features import store
 from vitgal.retrieval import exact_ranks, exact_search, shortlists
-from vitgal.retrieval.ranking import Positions, Reranking, rerank
+from vitgal.retrieval.ranking import Fusion, Positions, Reranking, rerank
 from vitgal.settings import MachineSettings, RerankingSettings
 from vitgal.stages.rerank import count_inliers, rerank_shortlist
 
@@ -39,7 +39,7 @@ def make_run(folder: Path, *, drop: tuple = (), failures: tuple = (), poison: tu
     rng = np.random.default_rng(0)
     queries = unit(rng.standard_normal((QUERIES, 8)))
     database = unit(rng.standard_normal((NUMBER, 8)))
-    _, ranks = exact_search.search(
+    similarities, ranks = exact_search.search(
         queries, database, k=shortlists.shortlist_depth(truth, NUMBER, top=TOP)
     )
     source = folder / "random" / "global"
@@ -48,6 +48,7 @@ def make_run(folder: Path, *, drop: tuple = (), failures: tuple = (), poison: tu
             source / "names.json", {"queries": truth.queries, "database": truth.database}
         )
         runs.write_array(source / "ranks.npy", ranks)
+        runs.write_array(source / "similarities.npy", similarities)
         exact_ranks.labelled_positions(queries, database, labelled(truth)).save(
             source / "positions.npz"
         )
@@ -57,7 +58,8 @@ def make_run(folder: Path, *, drop: tuple = (), failures: tuple = (), poison: tu
         runs.write_json(
             source / "scores.json", {"protocol": {"queries": "cropped"}, "failed_images": 2}
         )
-        stage.finish([path.name for path in source.glob("[!s]*.*")] + ["shortlist.txt"])
+        listed = ["shortlist.txt", "similarities.npy"]
+        stage.finish([path.name for path in source.glob("[!s]*.*")] + listed)
     items = {name: image_pair(24, 6)[0] for name in truth.queries}
     for number, name in enumerate(truth.database):
         rest = slice(6 * (number % 5), None) if number % 5 < 4 else []
@@ -107,6 +109,72 @@ def recorded(scores: dict, truth: GroundTruth) -> dict:
     clusters = find_landmarks(truth).clusters
     intervals = {p: bootstrap_interval(single["ap"], clusters) for p, single in scores.items()}
     return runs.plain({p: single | {"interval": intervals[p]} for p, single in scores.items()})
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_fused_order_sorts_by_similarity_and_evidence(tmp_path, workers):
+    folder = rerank_run(
+        make_run(tmp_path), workers=workers, order="fused", count="features",
+        matching="mutual_ratio", fused_weight=0.05, fused_cap=15, confidence=0.99,
+    )  # fmt: skip
+    source = folder.parent / "global"
+    ranks, similarities = (np.load(source / f"{n}.npy") for n in ("ranks", "similarities"))
+    candidates, features = (np.load(folder / f"{n}.npy") for n in ("candidates", "features"))
+    np.testing.assert_array_equal(features, np.load(folder / "inliers.npy"))  # none is shared
+    np.testing.assert_array_equal(features, np.load(folder / "evidence.npy"))
+    truth = load_ground_truth(tmp_path / "benchmark" / "gnd_random.pkl")
+    for q, query in enumerate(truth.queries):
+        ignored = np.concatenate([truth.easy[q], truth.junk[q]])
+        column = ranks[:, q].tolist()
+        first = [image for image in column if image not in ignored][:TOP]
+        known = dict(zip(column, similarities[:, q].tolist(), strict=True))
+        # As in make_run: image i shares 24 - 6 * (i % 5) features with a query, every fifth none.
+        scores = {image: known[image] + 0.05 * min(24 - 6 * (image % 5), 15) for image in first}
+        wanted = iter(sorted(first, key=lambda image: -scores[image]))
+        expected = [next(wanted) if image in first else image for image in column]
+        assert np.load(folder / "top_hard.npy")[:, q].tolist() == expected, query
+    for variant in ("easy", "medium", "hard", "published"):
+        table = np.full(candidates.shape, np.nan)
+        for q, row in enumerate(candidates):
+            known = dict(zip(ranks[:, q].tolist(), similarities[:, q], strict=True))
+            table[q, row >= 0] = [known[image] for image in row[row >= 0].tolist()]
+        options = dict(candidates=candidates, ground_truth=truth, protocol=variant, top=TOP)
+        top = rerank(ranks, features, **options, fusion=Fusion(table, 0.05, 15))
+        np.testing.assert_array_equal(np.load(folder / f"top_{variant}.npy"), top)
+    scores = json.loads((folder / "scores.json").read_text())
+    order = {"count": "features", "order": "fused", "fused_weight": 0.05, "fused_cap": 15}
+    assert order.items() <= scores["protocol"].items()
+    assert "similarities.npy" in scores["fingerprints"]
+    outputs = json.loads((folder / "stage.json").read_text())["outputs"]
+    assert {"inliers.npy", "features.npy", "evidence.npy"} <= outputs.keys()
+
+
+def test_fused_order_records_its_default_weights(tmp_path):
+    folder = rerank_run(make_run(tmp_path), order="fused")
+    manifest = json.loads((folder / "stage.json").read_text())
+    assert manifest["parameters"]["order"] == "fused"
+    assert "fused_weight" not in manifest["parameters"]  # a later setting at its default
+    protocol = json.loads((folder / "scores.json").read_text())["protocol"]
+    assert (protocol["fused_weight"], protocol["fused_cap"]) == (0.02, 60)
+
+
+def test_published_order_writes_and_records_what_it_did(finished):
+    folder = finished / "random" / "rerank"
+    assert not {"features.npy", "evidence.npy"} & {path.name for path in folder.iterdir()}
+    manifest = json.loads((folder / "stage.json").read_text())
+    assert "similarities.npy" not in manifest["inputs"]
+    later = {"method", "ratio", "count", "order", "fused_weight", "fused_cap"}
+    assert not later & manifest["parameters"].keys()
+    assert not later & json.loads((folder / "scores.json").read_text())["protocol"].keys()
+
+
+def test_fused_order_refuses_similarities_of_another_ranking(tmp_path):
+    run = make_run(tmp_path)
+    path = run / "random" / "global" / "similarities.npy"
+    np.save(path, np.load(path)[1:])
+    with pytest.raises(runs.StageError, match="similarities.npy does not fit ranks.npy: run 04"):
+        rerank_run(run, order="fused")
+    assert rerank_run(run, overwrite=True).name == "rerank"  # the published order needs none
 
 
 def test_stage_files_have_the_documented_content(finished):

@@ -1,3 +1,4 @@
+from .evidence import Evidence as Evidence, weigh as weigh
 from .exact_ranks import labelled_positions as labelled_positions
 from .exact_search import rank_images as rank_images, search as search, similarities as similarities
 from .matching import (

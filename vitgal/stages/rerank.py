@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ from vitgal.features.files import map_array, read_json
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store import FeatureStore
 from vitgal.retrieval import shortlists
+from vitgal.retrieval.evidence import weigh
 from vitgal.retrieval.matching import matching_device
-from vitgal.retrieval.ranking import VARIANTS, Ranking, Reranking, padded
+from vitgal.retrieval.ranking import VARIANTS, Fusion, Ranking, Reranking, padded
 from vitgal.retrieval.shortlists import PUBLISHED
 from vitgal.retrieval.verification import inspect_shortlist
 from vitgal.settings import MachineSettings, RerankingSettings
@@ -28,6 +30,7 @@ from vitgal.settings import MachineSettings, RerankingSettings
 GLOBAL_NOTEBOOK = "04_global_evaluation"
 LOCAL_NOTEBOOK = "05_local_extraction"
 GLOBAL_FILES = ("names.json", "ranks.npy", "positions.npz", "shortlist.txt")
+COUNTED = ("inliers", "features", "evidence")  # files of the counts, if pairs are weighed
 JOURNAL = "partial"  # folder of the counts of finished queries, until all are finished
 
 # (name of a query, names of its C candidates) -> counts (..., C) int32
@@ -84,7 +87,9 @@ def rerank_shortlist(
 ) -> Path:
     """Verifies every short list of a run and writes the reranked rankings.
 
-    An interrupted run keeps its finished queries. An unreadable image has 0 inliers.
+    The candidates are sorted by their counts or, with the order "fused", by `fused_scores` of their
+    similarities and evidence: their counts, 0 where the homography is doubted (`Evidence`). An
+    interrupted run keeps its finished queries. An unreadable image has 0 inliers.
 
     Args:
         run: its stages global and local of the ground truth's data set are finished.
@@ -92,7 +97,8 @@ def rerank_shortlist(
         machine: does not affect the result. All processes of a cluster must see the run folder.
     Returns:
         `<run>/<dataset>/rerank` with candidates.npy, inliers.npy, scores.json, and positions_*.npz
-        and top_*.npy for easy, medium, hard and published.
+        and top_*.npy for easy, medium, hard and published. Unless count and order are those of the
+        published code, features.npy and evidence.npy, (Q, C) int32 as inliers.npy, beside them.
     Raises:
         StageError: an earlier stage is missing or incomplete, or the folder has other settings.
         ValueError: features that do not fit, or an unknown device.
@@ -102,29 +108,38 @@ def rerank_shortlist(
     if machine.engine == "local":  # a cluster's head need not have the devices of its nodes
         matching_device(machine.match_device)
     parameters = {"dataset": ground_truth.name} | settings.compared()
-    inputs = candidate_inputs(source, ground_truth, GLOBAL_FILES)
-    folder = source / "rerank"
+    fused = settings.order == "fused"
+    files = (*GLOBAL_FILES, "similarities.npy") if fused else GLOBAL_FILES
+    inputs = candidate_inputs(source, ground_truth, files)
+    folder, counted = source / "rerank", COUNTED if weighs(settings) else COUNTED[:1]
     with runs.stage(
         folder, "rerank", parameters=parameters, inputs=inputs, overwrite=overwrite
     ) as stage:
         if stage.finished:
             return folder
         lists = _read_lists(source, ground_truth, settings.top)
-        if not (folder / "inliers.npy").exists():
+        if not all((folder / f"{name}.npy").exists() for name in counted):
             store = lists.open_features(source / "local", f"run {LOCAL_NOTEBOOK} again")
             count = functools.partial(
                 count_inliers, store, settings=settings, device=machine.match_device
             )
             label = "verifying short lists" if progress else None
-            counts = count_queries(lists, count, machine, folder / JOURNAL, label)
+            rows = count_queries(lists, count, machine, folder / JOURNAL, label)
             runs.write_array(folder / "candidates.npy", lists.candidates)
-            runs.write_array(folder / "inliers.npy", padded(counts))
+            for index, name in enumerate(counted):
+                counts = [np.atleast_2d(row)[index] for row in rows]
+                runs.write_array(folder / f"{name}.npy", padded(counts))
         shutil.rmtree(folder / JOURNAL, ignore_errors=True)
-        inliers = map_array(folder / "inliers.npy")
-        outputs = _write_rankings(stage, lists, inliers, settings)
-        pairs = int((inliers >= 0).sum())
+        outputs = _write_rankings(stage, lists, settings)
+        pairs = int((map_array(folder / "inliers.npy") >= 0).sum())
         recorded = {"engine": machine.engine, "workers": machine.workers, "pairs": pairs}
-        return stage.finish([*outputs, "candidates.npy", "inliers.npy", "scores.json"], recorded)
+        outputs += ["candidates.npy", *(f"{name}.npy" for name in counted), "scores.json"]
+        return stage.finish(outputs, recorded)
+
+
+def weighs(settings: RerankingSettings) -> bool:
+    """Returns whether more is counted of a pair than the published inliers."""
+    return (settings.count, settings.order) != ("inliers", "inliers")
 
 
 def candidate_inputs(
@@ -220,36 +235,68 @@ def count_inliers(
     """Counts the inliers of one query with each of its candidates.
 
     names: C database names; one without features in the store could not be read and counts 0.
-    device: of `match`. Returns (C,) int32. ValueError names the pair that cannot be matched.
+    device: of `match`. Returns (C,) int32, or, where `weighs`, (3, C): inliers, features among them
+    and evidence. ValueError names the pair that cannot be matched.
     """
-    counts = np.zeros(len(names), np.int32)
+    rows = len(COUNTED) if weighs(settings) else 1
+    counts = np.zeros((rows, len(names)), np.int32)
     readable = [index for index, name in enumerate(names) if name in store]
-    features = (store[names[index]] for index in readable)
-    pairs = inspect_shortlist(store[query], features, settings, device=device)
+    candidates, compared = itertools.tee(store[names[index]] for index in readable)
+    pairs = inspect_shortlist(store[query], compared, settings, device=device)
     for index in readable:
         try:
-            counts[index] = next(pairs).verification.count
+            pair, features = next(pairs), next(candidates)
         except ValueError as error:
             raise ValueError(
                 f"query {query} and database image {names[index]}, features in {store.folder}: "
                 f"{error}"
             ) from error
-    return counts
+        counts[0, index] = pair.verification.count
+        if rows > 1:
+            evidence = weigh(store[query], features, pair)
+            counts[1:, index] = evidence.features, evidence.believed(settings.count)
+    return counts if rows > 1 else counts[0]
+
+
+def candidate_similarities(folder: Path, lists: CandidateLists) -> np.ndarray:
+    """Reads the similarities of candidates to their queries from a global stage's `folder`.
+
+    Returns (Q, C) float32 in the order of `lists.candidates`, padded with nan. Raises StageError
+    where the file does not fit the ranking.
+    """
+    stored, order = map_array(folder / "similarities.npy"), lists.ranking.order
+    if stored.shape != order.shape or stored.dtype != np.float32:
+        raise runs.StageError(
+            f"{folder / 'similarities.npy'} does not fit ranks.npy: run {GLOBAL_NOTEBOOK} again"
+        )
+    table = np.full(lists.candidates.shape, np.nan, np.float32)
+    for query, images in enumerate(lists.images):
+        column = np.asarray(order[:, query])
+        sorter = np.argsort(column)
+        ranks = sorter[np.searchsorted(column, images, sorter=sorter)]
+        table[query, : len(images)] = stored[ranks, query]
+    return table
 
 
 def _write_rankings(
-    stage: runs.Stage, lists: CandidateLists, inliers: np.ndarray, settings: RerankingSettings
+    stage: runs.Stage, lists: CandidateLists, settings: RerankingSettings
 ) -> list[str]:
     """Writes the rankings of all variants and their scores; returns the rankings' files."""
     truth, outputs, positions = lists.ground_truth, [], {}
+    fusion, counted = None, settings.count
+    if settings.order == "fused":
+        counted = "evidence"
+        similarities = candidate_similarities(stage.folder.parent / "global", lists)
+        fusion = Fusion(similarities, settings.fused_weight, settings.fused_cap)
     for variant in VARIANTS:
         reranking = Reranking(
             candidates=lists.candidates,
-            inliers=inliers,
+            inliers=map_array(stage.folder / f"{counted}.npy"),
             ground_truth=truth,
             protocol=variant,
             top=settings.top,
             ties=settings.ties if variant == PUBLISHED else "global",
+            fusion=fusion,
         )
         ranking = lists.ranking.reranked(reranking)
         outputs += ranking.save(stage.folder, variant)
@@ -269,7 +316,8 @@ def _write_rankings(
             "short_list_published": "the plain first candidates, junk counted 0",
             "ties": "global rank",
             "ties_published": settings.ties,
-        },
+        }
+        | described_order(settings),
         parameters=stage.settings["parameters"],
         inputs=stage.settings["inputs"]
         | {name: value for name, value in passed_on.items() if value is not None},
@@ -283,6 +331,16 @@ def _write_rankings(
     )
     runs.write_json(stage.folder / "scores.json", document)
     return outputs
+
+
+def described_order(settings: RerankingSettings) -> dict[str, str | float]:
+    """Returns what candidates are sorted by, for scores.json; of the published order nothing."""
+    if not weighs(settings):
+        return {}
+    described: dict[str, str | float] = {"count": settings.count, "order": settings.order}
+    if settings.order == "fused":
+        described |= {"fused_weight": settings.fused_weight, "fused_cap": settings.fused_cap}
+    return described
 
 
 def inlier_counts(folder: Path, query: int) -> dict[int, int]:
