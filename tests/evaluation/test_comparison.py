@@ -159,10 +159,8 @@ def test_other_data_is_refused(other, message):
 
 def test_names_are_the_shortest_that_differ():
     assert comparison.distinct_names(["x/demo/global", "x/demo/rerank"]) == ["global", "rerank"]
-    assert comparison._distinct_names("x/demo/global", "y/demo/global") == (
-        "x/demo/global",
-        "y/demo/global",
-    )
+    paths = ["x/demo/global", "y/demo/global"]
+    assert comparison.distinct_names(paths) == paths
     assert comparison.distinct_names(["x", "x"]) == ["x (1)", "x (2)"]
 
 
