@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from vitgal import runs
 from vitgal.data import revisited
 from vitgal.data.images import crop_box, read_image
-from vitgal.models.teacher import timm_network
+from vitgal.models.timm_networks import timm_network
 
 
 def main(arguments: list[str] | None = None) -> Path:

@@ -5,7 +5,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from vitgal.models.teacher import Teacher, timm_network
+from vitgal.models.teacher import Teacher
+from vitgal.models.timm_networks import timm_network
 
 # Small ones of the families that take one size: DINOv2, SigLIP, EVA-02, Swin, BEiT, DeiT III.
 SMALL = {
@@ -55,7 +56,7 @@ def test_unsupported_sizes_are_refused_with_the_supported_ones():
         timm_network("vit_small_patch14_dinov2", (512, 512), **vit)
     with pytest.raises(ValueError, match=r"192 x 192 pixels, only 224 x 224"):
         timm_network("mixer_s32_224", (192, 192))
-    with pytest.raises(ValueError, match=r"'vit_of_mine' is no network of timm"):
+    with pytest.raises(ValueError, match=r"timm has no network 'vit_of_mine'"):
         timm_network("vit_of_mine", (224, 224))
 
 

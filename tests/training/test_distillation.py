@@ -16,7 +16,7 @@ from tests.training_runs import MACHINE, SETTINGS, die_after_step, exit_code, fi
 from vitgal import runs
 from vitgal.app import train_command
 from vitgal.data import gldv2, images as data_images
-from vitgal.models import teacher as models_teacher, weights
+from vitgal.models import timm_networks, weights
 from vitgal.models.heads import ArcFace
 from vitgal.models.network import build_model
 from vitgal.models.teacher import Teacher
@@ -112,15 +112,15 @@ def test_a_transformer_teaches_by_its_own_pooling(tmp_path):
 
 def test_layers_have_the_names_of_both_kinds_of_efficientnet():
     made = timm.create_model(LITE)
-    result = models_teacher.efficientnet_names(made)
+    result = timm_networks.efficientnet_names(made)
     assert NAMES.items() <= result.items()
     assert set(result.values()) == {name.rpartition(".")[0] for name in made.state_dict()}
-    assert models_teacher.efficientnet_names(timm.create_model("test_resnet")) == {}
+    assert timm_networks.efficientnet_names(timm.create_model("test_resnet")) == {}
 
 
 def test_a_file_in_the_other_names_fills_the_network(tmp_path):
     own = network(LITE)
-    reference = {timms: its for its, timms in models_teacher.efficientnet_names(own).items()}
+    reference = {timms: its for its, timms in timm_networks.efficientnet_names(own).items()}
     tensors = {}
     for name, value in own.state_dict().items():
         layer, _, part = name.rpartition(".")
@@ -149,7 +149,7 @@ def test_a_misfitting_file_is_reported(change, complaint, tmp_path):
 
 
 def test_wrong_teachers_are_named(file, tmp_path):
-    with pytest.raises(ValueError, match="'resnet_of_mine' is no network of timm"):
+    with pytest.raises(ValueError, match="timm has no network 'resnet_of_mine'"):
         Teacher("resnet_of_mine", file, SIZE)
     with pytest.raises(FileNotFoundError, match="none.pth"):
         Teacher(SMALL, tmp_path / "none.pth", SIZE)

@@ -1,3 +1,9 @@
+from .backbones import (
+    Backbone as Backbone,
+    BackboneFeatures as BackboneFeatures,
+    build_backbone as build_backbone,
+    open_backbone as open_backbone,
+)
 from .checkpoint_files import read_checkpoint as read_checkpoint, use_tensors as use_tensors
 from .descriptors import (
     describe as describe,
@@ -32,9 +38,12 @@ from .network import (
     class_attention as class_attention,
     seeded as seeded,
 )
-from .teacher import (
-    Teacher as Teacher,
+from .teacher import Teacher as Teacher
+from .timm_networks import (
+    NetworkError as NetworkError,
+    TimmSource as TimmSource,
     efficientnet_names as efficientnet_names,
+    open_network as open_network,
     timm_network as timm_network,
 )
 from .weights import (

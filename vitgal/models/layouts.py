@@ -50,7 +50,8 @@ def fill(
     }
     if any(problems.values()):
         lines = [f"{kind}: {abridged(names)}" for kind, names in problems.items() if names]
-        name = getattr(network, "architecture", type(network).__name__)
+        timms = getattr(network, "pretrained_cfg", {}).get("architecture", type(network).__name__)
+        name = getattr(network, "architecture", timms)
         raise FileError(f"{source} does not fit {name}; " + "; ".join([*lines, REMEDY]))
     if any(value.is_meta for value in own.values()):
         own = network.to_empty(device="cpu").state_dict()

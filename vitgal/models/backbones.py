@@ -1,0 +1,303 @@
+"""Any network of timm as a backbone: its class token, its patch tokens with their grid, attention.
+
+A map of a convolutional network counts as tokens too, one a position. What a network is asked for
+goes through timm's `forward_intermediates`, which nearly all of its networks have.
+"""
+
+import inspect
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from vitgal import runs
+from vitgal.models.timm_networks import (
+    NetworkError,
+    TimmSource,
+    for_size,
+    open_network,
+)
+
+SIZES_KEPT = 4  # copies of a network of one size, for the sizes that were used last
+# How timm makes a transformer take any size, in the order of preference.
+ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False})
+
+
+@dataclass(frozen=True)
+class BackboneFeatures:
+    """What a backbone finds in images: one row a position, row by row over the grid."""
+
+    grid: tuple[int, int]  # (h, w); N = h * w
+    tokens: Tensor  # (B, N, D); class and register tokens are left out
+    class_token: Tensor | None  # (B, D); None where the network or the block has none
+    attention: Tensor | None  # (B, heads, N) float32 of the class token; None without one
+
+
+class Backbone(nn.Module):
+    """A network of timm without its classifier, with random or trained weights, in eval mode.
+
+    Images are (B, 3, H, W) float32, normalised with `mean` and `std`, of any size whose sides are
+    multiples of `multiple`. A vision transformer of a fixed size interpolates its positions; where
+    timm cannot do it as the network runs, a copy is built for each size, and the last
+    SIZES_KEPT are kept. `forward` raises NetworkError for a size that the network cannot take, with
+    the sizes that it can.
+
+    Attributes:
+        name: timm's.  network: timm's module; training it trains the backbone.
+        native_size: (height, width) in pixels of the images that it was trained on.
+        mean, std: of its input's three channels, for pixels in [0, 1].
+        embed_dim: width D of its last tokens and of its class token.
+        blocks: names of the blocks or stages whose tokens `forward` can give, from first to last.
+        multiple: of which an image's sides are best multiples: the patch of a transformer.
+    """
+
+    def __init__(self, source: TimmSource, *, size: tuple[int, int] | None = None, **options: Any):
+        """Opens the network.
+
+        Args:
+            size: (height, width) to build it for, in place of any size: for training.
+            options: of `timm.create_model`, such as drop_path_rate.
+        Raises:
+            FileNotFoundError, NetworkError, FileError: as `open_network`, and NetworkError for a
+                network without spatial features.
+        """
+        super().__init__()
+        self.name = source.name
+        self._options = {"num_classes": 0} | options
+        self.network = self._open(source)
+        if not hasattr(self.network, "forward_intermediates") or not self.network.feature_info:
+            raise NetworkError(
+                f"{self.name} has no spatial features, so it has no tokens to pool or to match; "
+                "take a transformer or a convolutional network"
+            )
+        self._any_size = bool(self._options.keys() & {"dynamic_img_size", "strict_img_size"})
+        config = timm.data.resolve_model_data_config(self.network)
+        self.native_size: tuple[int, int] = tuple(config["input_size"][1:])
+        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+        self.embed_dim: int = self.network.num_features
+        self._info = [dict(entry) for entry in self.network.feature_info]
+        self.blocks = [entry["module"] for entry in self._info]
+        self._sizes: OrderedDict[tuple[int, int], nn.Module] = OrderedDict()
+        if self.has_class_token:
+            for module in self.network.modules():
+                if isinstance(getattr(module, "fused_attn", None), bool):
+                    module.fused_attn = True  # the call that `_AttentionRecorder` sees
+        if size is not None:
+            self.network = for_size(self.network, self.name, size, self._options)
+        self.eval()
+
+    def _open(self, source: TimmSource) -> nn.Module:
+        for extra in ANY_SIZE:
+            try:
+                network = open_network(source, **self._options, **extra)
+            except TypeError:  # the network has no such argument
+                continue
+            self._options |= extra
+            return network
+        return open_network(source, **self._options)
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the network has a class token."""
+        return getattr(self.network, "cls_token", None) is not None
+
+    @property
+    def hierarchical(self) -> bool:
+        """Whether the map shrinks from stage to stage, as in convolutional networks and Swin."""
+        return len({entry["reduction"] for entry in self._info}) > 1
+
+    @property
+    def multiple(self) -> int:
+        """See the class."""
+        return 16 if self.hierarchical else self.stride()
+
+    def width(self, block: str | None = None) -> int:
+        """Returns the width of a block's tokens; None: of the last tokens."""
+        return self.embed_dim if block is None else self._info[self._index(block)]["num_chs"]
+
+    def stride(self, block: str | None = None) -> int:
+        """Returns the distance in pixels between two tokens of a block; None: of the last."""
+        return self._info[-1 if block is None else self._index(block)]["reduction"]
+
+    def local_block(self) -> str:
+        """Returns the block for local features: of a transformer the last but two, else stride 16.
+
+        Of a hierarchical network it is the last stage of stride 16, or the finest one.
+        """
+        if not self.hierarchical:
+            return self.blocks[max(0, len(self.blocks) - 3)]
+        fitting = [name for name in self.blocks if self.stride(name) == 16]
+        return fitting[-1] if fitting else min(self.blocks, key=self.stride)
+
+    def _index(self, block: str) -> int:
+        if block not in self.blocks:
+            raise NetworkError(
+                f"{self.name} has no block {runs.short(block)}; it has {', '.join(self.blocks)}"
+            )
+        return self.blocks.index(block)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises NetworkError, with the sizes that it takes, for an image size that it cannot."""
+        if not self.hierarchical and (height % self.multiple or width % self.multiple):
+            step = self.multiple
+            near = [max(step, size // step * step) for size in (height, height + step)]
+            raise NetworkError(
+                f"{self.name} takes no images of {width} x {height} pixels, only sides that are "
+                f"multiples of its patch of {step}: {near[0]} or {near[1]}, say"
+            )
+
+    def forward(
+        self, images: Tensor, block: str | None = None, *, attention: bool = False
+    ) -> BackboneFeatures:
+        """Computes the features of images (B, 3, H, W) after the last or a named block.
+
+        Those of a named block of a transformer pass the last norm, as is usual; the computation
+        stops there. With `attention` the class token's attention in the same block is computed.
+        """
+        network = self._sized(images)
+        index = len(self.blocks) - 1 if block is None else self._index(block)
+        options: dict[str, Any] = {"indices": [index]}
+        if block is not None:
+            options |= {"stop_early": True, "intermediates_only": True}
+            if not self.hierarchical:
+                options["norm"] = True
+                if self.has_class_token and _takes_argument(network, "return_prefix_tokens"):
+                    options["return_prefix_tokens"] = True
+        recorder = _AttentionRecorder()
+        try:
+            if attention and self.has_class_token:
+                with recorder:
+                    result = network.forward_intermediates(images, **options)
+            else:
+                result = network.forward_intermediates(images, **options)
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError) as error:  # of networks that take few sizes
+            raise self._refusal(images, error) from error
+        if block is None:
+            last, (spatial,) = result
+            return self._last(last, spatial, recorder)
+        (spatial,) = result
+        prefix = None
+        if isinstance(spatial, tuple):
+            spatial, prefix = spatial
+        grid = tuple(spatial.shape[-2:])
+        tokens = spatial.flatten(2).transpose(1, 2)
+        if prefix is None:  # the block's attention, if any, is none of a class token
+            return BackboneFeatures(grid, tokens, None, None)
+        return BackboneFeatures(grid, tokens, prefix[:, 0], recorder.attention(tokens.shape[1]))
+
+    def _last(
+        self, last: Tensor, spatial: Tensor, recorder: "_AttentionRecorder"
+    ) -> BackboneFeatures:
+        """Features of the network's last output: tokens, or a map with channels first or last."""
+        if last.ndim == 4:
+            if getattr(self.network, "output_fmt", "NCHW") == "NHWC":
+                last = last.permute(0, 3, 1, 2)
+            return BackboneFeatures(
+                tuple(last.shape[-2:]), last.flatten(2).transpose(1, 2), None, None
+            )
+        grid = tuple(spatial.shape[-2:])
+        count = grid[0] * grid[1]
+        if last.ndim != 3 or last.shape[1] < count:
+            raise NetworkError(
+                f"the last output of {self.name} has no spatial tokens; take a named block: "
+                + ", ".join(self.blocks)
+            )
+        class_token = last[:, 0] if self.has_class_token else None
+        return BackboneFeatures(
+            grid, last[:, last.shape[1] - count :], class_token, recorder.attention(count)
+        )
+
+    def pooled(self, images: Tensor) -> Tensor:
+        """Computes what timm pools for the classifier, (B, D): of the tokens, their mean, a map."""
+        network = self._sized(images)
+        try:
+            return network.forward_head(network.forward_features(images), pre_logits=True)
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError) as error:
+            raise self._refusal(images, error) from error
+
+    def _sized(self, images: Tensor) -> nn.Module:
+        """The network for the images' size."""
+        size = tuple(images.shape[-2:])
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        fixed = self.network.pretrained_cfg.get("fixed_input_size", False)
+        if self._any_size or not fixed or size == self.native_size or self.training:
+            self.check_size(*size)
+            return self.network
+        if size not in self._sizes:
+            self._sizes[size] = for_size(self.network, self.name, size, self._options)
+            if len(self._sizes) > SIZES_KEPT:
+                self._sizes.popitem(last=False)
+        self._sizes.move_to_end(size)
+        return self._sizes[size]
+
+    def _refusal(self, images: Tensor, error: Exception) -> NetworkError:
+        height, width = images.shape[-2:]
+        own = "{1} x {0}".format(*self.native_size)
+        return NetworkError(
+            f"{self.name} takes no images of {width} x {height} pixels "
+            f"({runs.printable(error)[:100]}); it was made for {own}"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_sizes": OrderedDict()}  # copies are not copied
+
+
+def open_backbone(source: str, *, size: tuple[int, int] | None = None, **options: Any) -> Backbone:
+    """Opens "timm:NAME" (timm's own weights) or "timm:NAME@FILE". Raises as `Backbone`."""
+    parsed = TimmSource.parse(source)
+    if parsed is None:
+        raise NetworkError(f"{runs.short(source)} names no network of timm; write timm:NAME")
+    return Backbone(parsed, size=size, **options)
+
+
+def build_backbone(name: str, *, size: tuple[int, int] | None = None, **options: Any) -> Backbone:
+    """Builds a network of timm with random weights. Raises as `Backbone`."""
+    return Backbone(TimmSource(name, None), size=size, **options)
+
+
+class _AttentionRecorder(TorchFunctionMode):
+    """Keeps queries and keys of the last attention that a network computes.
+
+    All of timm's transformers with a class token compute attention by one function of torch, so
+    that rotary positions, norms and biases are what the network really uses.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query: Tensor | None = None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            query, self.key = args[:2]
+            self.query = query[:, :, :1]  # the class token's
+            mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
+            self.mask = None if mask is None else mask[..., :1, :]
+            self.scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+        return func(*args, **kwargs)
+
+    def attention(self, count: int) -> Tensor | None:
+        """Computes (B, heads, count) float32 over the last `count` keys; None without a record.
+
+        The attention to class and register tokens is left out without renormalisation.
+        """
+        if self.query is None or self.key.shape[2] <= count:
+            return None  # without the class token among the keys it is another attention
+        logits = (self.query.float() * self.scale) @ self.key.float().transpose(-2, -1)
+        if self.mask is not None:
+            logits = logits + self.mask.float()
+        return logits.softmax(-1)[:, :, 0, -count:]
+
+
+def _takes_argument(network: nn.Module, name: str) -> bool:
+    return name in inspect.signature(network.forward_intermediates).parameters
