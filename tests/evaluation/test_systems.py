@@ -18,14 +18,19 @@ QUERIES = [f"q{index}" for index in range(6)]
 NOTHING = [np.zeros(0, np.int64)] * len(QUERIES)
 
 
-def place(run: Path, ap: list[float], stage="global", dataset="small", **protocol) -> Path:
-    """Writes a scores.json: Medium with these AP, one for each query, Hard without any."""
+def place(
+    run: Path, ap: list[float], stage="global", dataset="small", shared=1, **protocol
+) -> Path:
+    """Writes a scores.json: Medium with these AP, one for each query, Hard without any.
+
+    shared: queries of each landmark.
+    """
     truth = GroundTruth(
         name=dataset,
-        database=["a", "b"],
+        database=list("abcdef"),
         queries=QUERIES[: len(ap)],
         boxes=np.tile([0.0, 0, 1, 1], (len(ap), 1)),
-        easy=[np.array([0])] * len(ap),
+        easy=[np.array([query // shared]) for query in range(len(ap))],
         hard=NOTHING[: len(ap)],
         junk=NOTHING[: len(ap)],
     )
@@ -66,6 +71,20 @@ def test_the_correction_decides_who_is_better(tmp_path):
     assert len(three.tests.query("protocol == 'medium'")) == 3
     assert three.tests["p Holm"].min() == 3 * 2 / 64  # above 0.05
     assert three.systems["medium better than"].tolist() == [(), (), ()]
+
+
+def test_landmarks_are_resampled_not_queries(tmp_path):
+    # Landmarks of two queries each: their means are 0.2, 0.4 and 0.6.
+    place(tmp_path / "a", [0.1, 0.3, 0.4, 0.4, 0.6, 0.6], shared=2)
+    place(tmp_path / "b", [0.5] * 6, shared=2)
+    table = evaluation.system_table([tmp_path / "a", tmp_path / "b"])
+    assert table.landmarks.count == 3
+    # All three draws the same landmark, with probability 1/27 = 3.7 % each.
+    assert table.systems.loc[1, ["medium low", "medium high"]].tolist() == pytest.approx([20, 60])
+    assert table.tests.set_index("protocol").loc["medium", "low":"high"].isna().all()
+    text = evaluation.as_text(table)
+    assert "Intervals and tests resample 3 landmarks" in text
+    assert "2 against 1: +10.0 points (–)" in text
 
 
 def test_a_row_has_the_scores_in_percent(tmp_path):

@@ -81,7 +81,9 @@ def _number(value: float, digits: int) -> str:
 
 
 def _interval(mean: float, low: float, high: float) -> str:
-    return ABSENT if np.isnan(mean) else f"{mean:.1f} ({low:.1f} to {high:.1f})"
+    if np.isnan(mean):
+        return ABSENT
+    return f"{mean:.1f} ({ABSENT})" if np.isnan(low) else f"{mean:.1f} ({low:.1f} to {high:.1f})"
 
 
 def notes(table: SystemTable) -> list[str]:
@@ -89,7 +91,8 @@ def notes(table: SystemTable) -> list[str]:
     measured = len(table.measured)
     lines = [
         f"{table.dataset}, {table.queries} queries: mAP in percent (95 % interval), mP@10 in "
-        "percent under Easy, Medium and Hard."
+        "percent under Easy, Medium and Hard.",
+        f"{str(table.landmarks).capitalize()}.",
     ]
     if measured > 1:
         pairs = measured * (measured - 1) // 2
@@ -118,11 +121,17 @@ def as_text(table: SystemTable) -> str:
     if 0 < len(medium) <= LISTED:
         lines = [
             f"  {row.second} against {row.first}: {row.difference:+.1f} points "
-            f"({row.low:+.1f} to {row.high:+.1f}), p {_p_value(row.p_holm)}"
+            f"({_ends(row.low, row.high)}), p {_p_value(row.p_holm)}"
             for row in medium.rename(columns={"p Holm": "p_holm"}).itertuples()
         ]
-        parts.append("\n".join(["Medium, with the corrected p:", *lines]))
+        parts.append(
+            "\n".join(["Medium, with the pair's own interval and the corrected p:", *lines])
+        )
     return "\n\n".join(parts)
+
+
+def _ends(low: float, high: float) -> str:
+    return ABSENT if np.isnan(low) else f"{low:+.1f} to {high:+.1f}"
 
 
 def _p_value(value: float) -> str:

@@ -18,7 +18,8 @@ import pandas as pd
 from vitgal import runs
 from vitgal.data.revisited import PROTOCOLS
 from vitgal.evaluation.comparison import check_comparable, distinct_names, find_results
-from vitgal.evaluation.scores import Scores, mean_and_interval, read_scores
+from vitgal.evaluation.landmarks import Landmarks
+from vitgal.evaluation.scores import Scores, mean_and_interval, read_scores, resampled
 from vitgal.evaluation.statistics import BOOTSTRAP, SIGNIFICANT, holm, paired_test
 from vitgal.evaluation.tuning import DATASET as VALIDATION
 from vitgal.features.files import map_array
@@ -40,6 +41,7 @@ class SystemTable:
     Attributes:
         dataset: its name, with the number of distractors if there are any.
         queries: their number.
+        landmarks: of the queries, which intervals and tests resample.
         systems: a row a system, indexed by its number from 1. Columns: `system`, `network`, `size`
             (pixels of the network input), `dimension`, `local dimension`; for each protocol the mAP
             in percent ("medium"), its interval ("medium low", "medium high"), "medium mP@10" and
@@ -54,6 +56,7 @@ class SystemTable:
 
     dataset: str
     queries: int
+    landmarks: Landmarks
     systems: pd.DataFrame
     tests: pd.DataFrame
 
@@ -92,8 +95,9 @@ def system_table(
                 f"{names[0]} is ranked among {_distractors(first):,} distractors and {name} among "
                 f"{_distractors(other):,}: name runs with the same"
             )
-    tests = _tests([*scores.values()], seed)
-    rows = [_row(name, folders[name], single, seed) for name, single in scores.items()]
+    shown = resampled(*scores.values())
+    tests = _tests([*scores.values()], shown, seed)
+    rows = [_row(name, folders[name], single, shown, seed) for name, single in scores.items()]
     for protocol in PROTOCOLS:
         for number, row in enumerate(rows, start=1):
             row[f"{protocol} better than"] = _worse(tests, protocol, number)
@@ -104,7 +108,7 @@ def system_table(
     systems["source"] = systems["source"].fillna("") if published else ""
     title = f"{name} + {distractors:,} distractors" if distractors else name
     counted = next((len(first[p]["ap"]) for p in PROTOCOLS if p in first), 0)
-    return SystemTable(title, counted, systems, tests)
+    return SystemTable(title, counted, shown, systems, tests)
 
 
 def _find_systems(
@@ -154,7 +158,7 @@ def _common_dataset(paths: Sequence[str | Path], found: Sequence[dict[Path, Scor
     return common[0]
 
 
-def _row(name: str, folder: Path, scores: Scores, seed: int) -> dict[str, Any]:
+def _row(name: str, folder: Path, scores: Scores, shown: Landmarks, seed: int) -> dict[str, Any]:
     """Returns a system's row without the tests, as `SystemTable.systems` describes it."""
     earlier = scores.get("earlier", {})
     settings = [earlier.get("global", scores.get("parameters", {})), earlier.get("local", {})]
@@ -164,7 +168,8 @@ def _row(name: str, folder: Path, scores: Scores, seed: int) -> dict[str, Any]:
     row: dict[str, Any] = {"system": name, "size": " / local ".join(sizes)}
     for protocol in PROTOCOLS:
         result = scores.get(protocol, {"ap": [np.nan], "mp_at": {}})
-        values = [100 * value for value in mean_and_interval(result["ap"], seed)]
+        clusters = shown.clusters if protocol in scores else None
+        values = [100 * value for value in mean_and_interval(result["ap"], clusters, seed)]
         row |= zip((protocol, f"{protocol} low", f"{protocol} high"), values, strict=True)
         precision = result["mp_at"].get("10")
         row[f"{protocol} mP@10"] = np.nan if precision is None else 100 * precision
@@ -206,7 +211,7 @@ def _network(facts: dict[str, Any]) -> str:
     return facts.get("network") or (Path(weights).name if weights else "ViTGaL of this run")
 
 
-def _tests(scores: Sequence[Scores], seed: int) -> pd.DataFrame:
+def _tests(scores: Sequence[Scores], shown: Landmarks, seed: int) -> pd.DataFrame:
     """Tests each pair of systems under each protocol, see `SystemTable.tests`."""
     columns = ["protocol", "first", "second", "difference", "low", "high", "p", "p Holm"]
     rows = []
@@ -217,7 +222,9 @@ def _tests(scores: Sequence[Scores], seed: int) -> pd.DataFrame:
             if protocol in single
         }
         pairs = [*itertools.combinations(ap, 2)]
-        tests = [paired_test(ap[first], ap[second], seed=seed) for first, second in pairs]
+        tests = [
+            paired_test(ap[first], ap[second], shown.clusters, seed=seed) for first, second in pairs
+        ]
         corrected = holm([test.p_value for test in tests])
         for pair, test, p_value in zip(pairs, tests, corrected, strict=True):
             points = (100 * value for value in (test.difference, test.low, test.high))
