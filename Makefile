@@ -27,5 +27,5 @@ lab: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,heic,scale]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[baselines,dev,heic,scale]"
 	touch $(STAMP)

@@ -23,8 +23,8 @@ def test_conda_installs_python_and_pip_installs_the_rest(environment):
     *conda, pip = environment["dependencies"]
     # Further versions here would be a second source beside pyproject.toml.
     assert [entry.partition("=")[0] for entry in conda] == ["python", "pip"]
-    assert pip == {"pip": ["-e .[dev,heic,scale]"]}
-    assert {"dev", "heic", "scale"} == PROJECT["optional-dependencies"].keys()
+    assert pip == {"pip": ["-e .[baselines,dev,heic,scale]"]}
+    assert {"baselines", "dev", "heic", "scale"} == PROJECT["optional-dependencies"].keys()
     assert environment["name"] == PROJECT["name"]
 
 

@@ -28,6 +28,12 @@ from .inference import (
     weights_input as weights_input,
 )
 from .layouts import Layout as Layout, fill as fill, make_layout as make_layout
+from .local_extractors import (
+    LocalExtractor as LocalExtractor,
+    RootSift as RootSift,
+    XFeat as XFeat,
+    make_extractor as make_extractor,
+)
 from .network import (
     Autoencoder as Autoencoder,
     MultiAtrous as MultiAtrous,

@@ -16,6 +16,7 @@ from .section import (
     setting as setting,
 )
 from .sections import (
+    LOCAL_METHODS as LOCAL_METHODS,
     NOTEBOOKS as NOTEBOOKS,
     PRECISIONS as PRECISIONS,
     SECTIONS as SECTIONS,

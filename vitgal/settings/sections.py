@@ -304,10 +304,19 @@ class SelectionSettings(Section):
             raise SettingsError(f"ladder: the thresholds must fall; got {short(self.ladder)}")
 
 
+LOCAL_METHODS = ("tokens", "sift", "xfeat")
+
+
 @dataclass(frozen=True)
 class LocalSettings(SelectionSettings):
     """Local features of the images on the short lists."""
 
+    local: str = setting(
+        "tokens",
+        '"tokens" of the model; "sift": RootSIFT; "xfeat" needs the extra baselines',
+        choices=LOCAL_METHODS,
+        later=True,
+    )
     size: int = setting(512, "network input: the square root of its area", unit="pixels", low=16)
     crop_queries: bool = setting(True, "as in the global stage")
     precision: str = setting("fp32", "of inference", flat="inference_precision", choices=PRECISIONS)
@@ -322,6 +331,15 @@ class LocalSettings(SelectionSettings):
     max_failed_share: float = neutral(
         0.001, "fraction of the images that may be unreadable", low=0, high=1
     )
+
+    def compared(self) -> dict[str, Any]:
+        """Returns the parameters of extraction, without those of tokens for another method."""
+        values = super().compared()
+        if self.local != "tokens":
+            tokens = {entry.name for entry in dataclasses.fields(SelectionSettings)}
+            for name in tokens - {"max_keypoints"} | {"precision"}:
+                values.pop(name, None)
+        return values
 
 
 MATCHINGS = ("one_way", "mutual", "ratio", "mutual_ratio")

@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 from vitgal import engines, runs
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features import store
-from vitgal.models.descriptors import require_codes
 from vitgal.models.inference import weights_input
+from vitgal.models.local_extractors import extractor_inputs
 from vitgal.retrieval import shortlists
 from vitgal.settings import LocalSettings, MachineSettings
 from vitgal.stages.images import (
@@ -46,7 +46,7 @@ def extract_shortlist(
     These are the queries (cropped) and the images (whole) of the global stage's shortlist.txt; any
     that cannot be decoded is left out. Of several processes each `machine.worker` writes its part
     of the shards; the last finishes the stage. A second run writes missing and damaged shards.
-    `model` is a weight file with autoencoder, or "untrained:<architecture>".
+    `model` is a weight file with autoencoder, or "untrained:<architecture>"; for `local: tokens`.
 
     Raises:
         StageError: the global stage is missing, the folder holds other settings, a query or too
@@ -58,7 +58,7 @@ def extract_shortlist(
     source = run / dataset.name / "global"
     shortlist = runs.output_fingerprint(source, "shortlist.txt", GLOBAL_NOTEBOOK)
     images = shortlist_tasks(dataset, source / "shortlist.txt", settings.crop_queries)
-    boxes = [task.box for task in images]
+    boxes, tokens = [task.box for task in images], settings.local == "tokens"
     files = runs.images_input([task.key for task in images], [task.path for task in images])
     with runs.stage(
         run / dataset.name / "local",
@@ -67,8 +67,8 @@ def extract_shortlist(
         inputs={
             "shortlist": shortlist,
             "images": runs.combined_input([files], lambda part: [part, boxes]),
-            "weights": weights_input(model),
-        },
+        }
+        | ({"weights": weights_input(model)} if tokens else extractor_inputs(settings)),
         overwrite=overwrite,
         repair=True,
         slot=slot,
@@ -76,12 +76,15 @@ def extract_shortlist(
         if stage.finished and _report_finished(stage, len(images), settings):
             return stage.folder
         with open_describer(model, settings, machine) as describer:
-            code_dim = require_codes(describer.model)
+            code_dim = describer.code_dim
             _announce(code_dim, len(images), settings)
-            kind = store.ShardFormat(settings.dtype, code_dim, {"precision": describer.precision})
+            made_in = {"precision": describer.precision}
+            kind = store.ShardFormat(settings.dtype, code_dim, made_in)
             shards = shard_tasks(stage.folder, images, settings.shard_size, kind)
             write_shards(describer, shards, slot, settings.max_failed_share, progress=progress)
-            recorded = describer.recorded() | recorded_paths(run, dataset, model)
+            recorded = describer.recorded() | recorded_paths(
+                run, dataset, model if tokens else None
+            )
         _refuse_unfinished(stage.folder, shards, slot)
         index = store.write_index(stage.folder)  # first: the store opens faster with it
         failures = store.FeatureStore.open(stage.folder).failures
@@ -184,8 +187,9 @@ def _announce(code_dim: int, count: int, settings: LocalSettings) -> None:
     """Prints the largest size that the store can have; a reused stage prints the same."""
     size = store.forecast(count, settings.max_keypoints, code_dim, settings.dtype)
     readable = f"{size / 1e9:,.0f} GB" if size >= 1e10 else f"{size / 1e6:,.0f} MB"
+    method = f"{len(settings.scales)} scales" if settings.local == "tokens" else settings.local
     print(
-        f"local features of {count:,} images, {len(settings.scales)} scales, {settings.dtype}: "
+        f"local features of {count:,} images, {method}, {settings.dtype}: "
         f"at most {readable} ({settings.max_keypoints:,} features an image, descriptors of "
         f"{code_dim} values)"
     )

@@ -245,11 +245,21 @@ class Inspector:
         precision = self._manifest["recorded"].get("precision", "fp32")
         return LocalSettings.from_manifest(self._manifest["parameters"] | {"precision": precision})
 
+    @property
+    def shows_tokens(self) -> bool:
+        """Whether the features are tokens, so that attention and dropped tokens can be shown."""
+        return self.settings.local == "tokens"
+
     @functools.cached_property
     def _model(self) -> Any:
         """The model that extracted the features; InspectionError for any other."""
         from vitgal.models import inference
 
+        if not self.shows_tokens:
+            raise InspectionError(
+                f"the local features are {self.settings.local}: no network chose them by "
+                "attention, so there are no attention and no dropped tokens to show"
+            )
         source = runs.model_file(self.run, self.weights)
         if inference.weights_fingerprint(source) != self._manifest["inputs"]["weights"]:
             raise InspectionError(

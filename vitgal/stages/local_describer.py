@@ -16,7 +16,7 @@ from vitgal.data.images import ImageError
 from vitgal.features import store
 from vitgal.features.local import LocalFeatures
 from vitgal.features.selection import Frame
-from vitgal.models.descriptors import describe, local_features
+from vitgal.models.descriptors import describe, local_features, require_codes
 from vitgal.models.inference import (
     BatchLimit,
     batches,
@@ -28,6 +28,7 @@ from vitgal.models.inference import (
     pick_device,
     resolve_precision,
 )
+from vitgal.models.local_extractors import LocalExtractor, make_extractor
 from vitgal.models.network import ViTGaL
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings
 from vitgal.stages.images import (
@@ -55,17 +56,30 @@ def load_images(
 
 @dataclass(frozen=True, eq=False)
 class LocalDescriber:
-    """A network on this machine with its settings.
+    """What describes images on this machine, with its settings.
 
-    precision: "fp32" or "bf16". memory: a batch that does not fit the device is halved, as are all
-    after it.
+    model: the network; None for an `extractor` alone. precision: "fp32" or "bf16". memory: a batch
+    that does not fit the device is halved, as are all after it. extractor: finds local features in
+    place of the network's tokens.
     """
 
-    model: ViTGaL
+    model: ViTGaL | None
     settings: StageSettings
     machine: MachineSettings
     precision: str
     memory: BatchLimit = field(default_factory=BatchLimit)
+    extractor: LocalExtractor | None = None
+
+    @property
+    def code_dim(self) -> int:
+        """Dimension of a local descriptor; ValueError for a network without autoencoder."""
+        return self.extractor.code_dim if self.extractor else require_codes(self.model)
+
+    def running(self) -> contextlib.AbstractContextManager:
+        """Opens the context in which images are described."""
+        if self.model is None:
+            return contextlib.nullcontext()
+        return inference(self.model, self.precision)
 
     @property
     def batch_size(self) -> int:
@@ -97,7 +111,7 @@ class LocalDescriber:
         """Returns the machine's entries for a stage's manifest; no result depends on them."""
         return {
             "engine": "local",
-            "device": str(device_of(self.model)),
+            "device": str(self.extractor.device if self.extractor else device_of(self.model)),
             "precision": self.precision,
             "batch_size": self.batch_size,
             "workers": self.machine.read_threads,
@@ -106,13 +120,13 @@ class LocalDescriber:
 
     @contextlib.contextmanager
     def stream(self, tasks: Iterable[ImageTask], bar: tqdm) -> Iterator[LoadedImages]:
-        """Opens an iterator over the loaded images that counts them, within `inference`."""
+        """Opens an iterator over the loaded images that counts them, within `running`."""
         images = load_images(tasks, self.settings, self.machine)
-        with contextlib.closing(images), inference(self.model, self.precision):
+        with contextlib.closing(images), self.running():
             yield _counted(images, bar)
 
     def global_rows(self, images: LoadedImages, count: int) -> tuple[np.ndarray, list[Failure]]:
-        """Computes the global descriptors of `count` images, within `inference`.
+        """Computes the global descriptors of `count` images, within `running`.
 
         Returns (count, D) float32, zero where an image failed, and the failures.
         """
@@ -130,7 +144,7 @@ class LocalDescriber:
     def local_items(
         self, images: LoadedImages, keys: Sequence[str], kept: Mapping[str, store.EncodedFeatures]
     ) -> tuple[list[tuple[str, LocalFeatures | store.EncodedFeatures]], list[Failure]]:
-        """Computes the local features of images in the order of `keys`, within `inference`.
+        """Computes the local features of images in the order of `keys`, within `running`.
 
         kept: features that are stored already, by key. Their images still take part in batches, so
         that the other features are the same as in the first run. Returns (key, features) in order,
@@ -155,6 +169,8 @@ class LocalDescriber:
         return [(keys[position], features[position]) for position in sorted(features)], failures
 
     def _local(self, batch: list[np.ndarray], frames: Sequence[Frame]) -> list[LocalFeatures]:
+        if self.extractor:
+            return self.extractor.extract(batch, frames)
         pixels = network_input(np.stack(batch), device_of(self.model))
         return local_features(self.model, pixels, frames, self.settings)
 
@@ -178,9 +194,16 @@ def _readable(images: LoadedImages, failures: list[Failure]) -> Iterator[tuple[i
 def open_local(
     source: Path | str, settings: StageSettings, machine: MachineSettings
 ) -> Iterator[LocalDescriber]:
-    """Loads a model, a weight file or "untrained:<architecture>", with its number of threads."""
+    """Opens what describes images, with its number of threads.
+
+    source: a weight file, or "untrained:<architecture>"; read for tokens and global descriptors.
+    """
     device = pick_device(machine.device)
     with limited_threads(machine.threads):
+        if isinstance(settings, LocalSettings) and settings.local != "tokens":
+            extractor = make_extractor(settings, device)
+            yield LocalDescriber(None, settings, machine, "fp32", extractor=extractor)
+            return
         model = open_model(source, device)
         precision = resolve_precision(settings.precision, device)
         yield LocalDescriber(model, settings, machine, precision)

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from vitgal import engines
 from vitgal.features import store
-from vitgal.models.inference import UNTRAINED, inference, resolve_precision
+from vitgal.models.inference import UNTRAINED, resolve_precision
 from vitgal.settings import MachineSettings
 from vitgal.stages.images import Failure, ImageTask, ShardTask
 from vitgal.stages.local_describer import LocalDescriber, StageSettings, load_images, open_local
@@ -102,13 +102,20 @@ def open_describer(
         with engines.connected(machine.ray_address):
             plan = _actor_plan(machine)
             device = "cuda" if plan.gpus else "cpu"
-            precision = settings.precision
+            precision = local.precision if local.extractor else settings.precision
             if precision == "auto":
                 precision = engines.call_remotely(partial(resolve_precision, "auto", device), plan)
             settings = replace(settings, precision=precision)
             machine = replace(machine, device=device, threads=machine.threads or 1)
             path = source if str(source).startswith(UNTRAINED) else Path(source).absolute()
-            yield RayDescriber(local.model, settings, machine, precision, source=str(path))
+            yield RayDescriber(
+                local.model,
+                settings,
+                machine,
+                precision,
+                extractor=local.extractor,
+                source=str(path),
+            )
 
 
 def _actor_plan(machine: MachineSettings) -> engines.ActorPlan:
@@ -134,7 +141,7 @@ class _Actor:
         self._describer = self._open.enter_context(open_local(source, settings, machine))
 
     def __call__(self, value: Any) -> Any:
-        with inference(self._describer.model, self._describer.precision):
+        with self._describer.running():
             return self._step(self._describer, value)
 
 

@@ -117,7 +117,8 @@ class MatchInspector:
         self.estimator = widgets.Dropdown(
             options=ESTIMATORS, value=verification.estimator, description="estimator"
         )
-        scales = [(f"{scale:g}", scale) for scale in self.inspector.settings.scales]
+        listed = self.inspector.settings.scales if self.inspector.shows_tokens else ()
+        scales = [(f"{scale:g}", scale) for scale in listed]
         self.hidden_scales = widgets.SelectMultiple(
             options=scales, description="hidden scales", rows=len(scales)
         )

@@ -63,6 +63,9 @@ def _patch_squares(features: LocalFeatures) -> list[Rectangle]:
     return [Rectangle(corner, *side) for corner, side in zip(corners, sides, strict=True)]
 
 
+MOST_SCALES = 16  # bars of `feature_counts`
+
+
 @style.styled
 def feature_counts(counts: Sequence[int], scales: Sequence[float] | np.ndarray) -> np.ndarray:
     """Draws the numbers of local features of images, and the scales of those of one image.
@@ -73,6 +76,9 @@ def feature_counts(counts: Sequence[int], scales: Sequence[float] | np.ndarray) 
     """
     counts, scales = np.asarray(counts, dtype=int), np.asarray(scales, dtype=float)
     names, numbers = np.unique(scales.round(4), return_counts=True)
+    if len(names) > MOST_SCALES:  # those of SIFT are no list: to the next power of two
+        with np.errstate(divide="ignore"):
+            names, numbers = np.unique(2.0 ** np.log2(scales).round(), return_counts=True)
     blue = style.CURVE_COLOURS[0]
     _, axes = plt.subplots(1, 2, figsize=(9, 2.4))
     axes[0].hist(counts, bins=30, color=blue)
