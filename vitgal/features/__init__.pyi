@@ -1,5 +1,7 @@
 from . import store as store
-from .descriptors import DescriptorError as DescriptorError, read_descriptors as read_descriptors
+from .descriptors import read_descriptors as read_descriptors
+from .feature_file import FeatureFile as FeatureFile
+from .foreign import DescriptorError as DescriptorError
 from .interchange import (
     export_hloc as export_hloc,
     export_published as export_published,

@@ -317,6 +317,7 @@ class LocalSettings(SelectionSettings):
         choices=LOCAL_METHODS,
         later=True,
     )
+    local_features: str | None = path("local features of another system (hloc's .h5)")
     size: int = setting(512, "network input: the square root of its area", unit="pixels", low=16)
     crop_queries: bool = setting(True, "as in the global stage")
     precision: str = setting("fp32", "of inference", flat="inference_precision", choices=PRECISIONS)
@@ -332,14 +333,30 @@ class LocalSettings(SelectionSettings):
         0.001, "fraction of the images that may be unreadable", low=0, high=1
     )
 
+    def check(self) -> None:
+        """Raises SettingsError for a method beside features that are there already."""
+        super().check()
+        if self.local != "tokens" and self.local_features is not None:
+            raise SettingsError("set local or local_features, not both")
+
     def compared(self) -> dict[str, Any]:
         """Returns the parameters of extraction, without those of tokens for another method."""
         values = super().compared()
-        if self.local != "tokens":
-            tokens = {entry.name for entry in dataclasses.fields(SelectionSettings)}
-            for name in tokens - {"max_keypoints"} | {"precision"}:
-                values.pop(name, None)
-        return values
+        if self.own_tokens:
+            return values
+        unused = {entry.name for entry in dataclasses.fields(SelectionSettings)} | {"precision"}
+        unused |= {"size"} if self.local_features is not None else set()
+        return {name: values[name] for name in values if name not in unused - {"max_keypoints"}}
+
+    @property
+    def own_tokens(self) -> bool:
+        """Whether local features are tokens of the model."""
+        return self.local == "tokens" and self.local_features is None
+
+    @property
+    def method(self) -> str:
+        """What the features are, in a word or two."""
+        return "features of a file" if self.local_features is not None else self.local
 
 
 MATCHINGS = ("one_way", "mutual", "ratio", "mutual_ratio")

@@ -84,6 +84,9 @@ def untunable(settings: Settings) -> str | None:
     elsewhere = manifest.exists() and "descriptors" in runs.read_record(manifest)["inputs"]
     if settings.run.descriptors is not None or elsewhere:
         return "the descriptors were made elsewhere, and there are none of the validation set"
+    local = _stage_folder(settings, "local") / runs.MANIFEST
+    if local.exists() and "local features" in runs.read_record(local)["inputs"]:
+        return "the local features are those of a file, and there are none of the validation set"
     if not (run / "split" / runs.MANIFEST).exists():
         return f"{runs.printable(run.name)} has no split (01_data_split), so no validation set"
     if splits.read_split(run / "split", VALIDATION)["role"].ne("query").all():
@@ -172,6 +175,11 @@ def prepare_validation(
             f"{like} was ranked by descriptors made elsewhere, and there are none of {VALIDATION}: "
             "set tune to False, or tune in a run of our own model"
         )
+    if "local features" in manifests["local"]["inputs"]:
+        raise TuningError(
+            f"{like} has local features of a file, and there are none of {VALIDATION}: set tune to "
+            "False, or tune in a run whose features are extracted here"
+        )
     dataset = revisited.open_dataset(VALIDATION, validation_benchmark(run, image_folder))
     from vitgal.models import inference  # imports torch
     from vitgal.stages import describe, extract
@@ -182,7 +190,7 @@ def prepare_validation(
     }
     for name, (describe_dataset, section) in stages.items():
         settings = section.from_manifest(manifests[name]["parameters"])
-        ours = getattr(settings, "local", "tokens") == "tokens"
+        ours = name == "global" or settings.own_tokens
         if ours and manifests[name]["inputs"]["weights"] != inference.weights_fingerprint(model):
             raise TuningError(f"{run / like / name} was made with other weights than {model}")
         try:

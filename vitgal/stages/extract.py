@@ -9,10 +9,12 @@ from tqdm.auto import tqdm
 from vitgal import engines, runs
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features import store
+from vitgal.features.feature_file import FeatureFile
 from vitgal.models.inference import weights_input
 from vitgal.models.local_extractors import extractor_inputs
 from vitgal.retrieval import shortlists
 from vitgal.settings import LocalSettings, MachineSettings
+from vitgal.stages.file_describer import FileDescriber
 from vitgal.stages.images import (
     ImageTask,
     ShardTask,
@@ -46,9 +48,10 @@ def extract_shortlist(
     These are the queries (cropped) and the images (whole) of the global stage's shortlist.txt; any
     that cannot be decoded is left out. Of several processes each `machine.worker` writes its part
     of the shards; the last finishes the stage. A second run writes missing and damaged shards.
-    `model` is a weight file with autoencoder, or "untrained:<architecture>"; for `local: tokens`.
+    `model` is a weight file with autoencoder, or "untrained:<architecture>"; only tokens need it.
 
     Raises:
+        DescriptorError: a file of local features that cannot be used.
         StageError: the global stage is missing, the folder holds other settings, a query or too
             many images cannot be read, or other workers are not done.
         FileNotFoundError, ValueError: the weights are missing, invalid or without autoencoder.
@@ -58,7 +61,7 @@ def extract_shortlist(
     source = run / dataset.name / "global"
     shortlist = runs.output_fingerprint(source, "shortlist.txt", GLOBAL_NOTEBOOK)
     images = shortlist_tasks(dataset, source / "shortlist.txt", settings.crop_queries)
-    boxes, tokens = [task.box for task in images], settings.local == "tokens"
+    boxes = [task.box for task in images]
     files = runs.images_input([task.key for task in images], [task.path for task in images])
     with runs.stage(
         run / dataset.name / "local",
@@ -68,23 +71,21 @@ def extract_shortlist(
             "shortlist": shortlist,
             "images": runs.combined_input([files], lambda part: [part, boxes]),
         }
-        | ({"weights": weights_input(model)} if tokens else extractor_inputs(settings)),
+        | _method_inputs(settings, model),
         overwrite=overwrite,
         repair=True,
         slot=slot,
     ) as stage:
         if stage.finished and _report_finished(stage, len(images), settings):
             return stage.folder
-        with open_describer(model, settings, machine) as describer:
-            code_dim = describer.code_dim
-            _announce(code_dim, len(images), settings)
+        with _open_describer(model, settings, machine, images) as describer:
+            _announce(describer.code_dim, len(images), settings)
             made_in = {"precision": describer.precision}
-            kind = store.ShardFormat(settings.dtype, code_dim, made_in)
+            kind = store.ShardFormat(settings.dtype, describer.code_dim, made_in)
             shards = shard_tasks(stage.folder, images, settings.shard_size, kind)
             write_shards(describer, shards, slot, settings.max_failed_share, progress=progress)
-            recorded = describer.recorded() | recorded_paths(
-                run, dataset, model if tokens else None
-            )
+            weights = model if settings.own_tokens else None
+            recorded = describer.recorded() | recorded_paths(run, dataset, weights)
         _refuse_unfinished(stage.folder, shards, slot)
         index = store.write_index(stage.folder)  # first: the store opens faster with it
         failures = store.FeatureStore.open(stage.folder).failures
@@ -94,6 +95,30 @@ def extract_shortlist(
         stage.finish(outputs + index, recorded | {"images": len(images), "failed": len(failures)})
         report_failures(failures, len(images))
         return stage.folder
+
+
+def _method_inputs(settings: LocalSettings, model: Path | str) -> dict[str, str | runs.Input]:
+    """The inputs of the stage that depend on the method, by name."""
+    if settings.local_features is not None:
+        path = runs.resolve(settings.local_features)
+        if not path.is_file():
+            raise FileNotFoundError(f"there are no local features {path}: hloc's .h5")
+        return {"local features": runs.file_input(path)}
+    return {"weights": weights_input(model)} if settings.own_tokens else extractor_inputs(settings)
+
+
+def _open_describer(
+    model: Path | str,
+    settings: LocalSettings,
+    machine: MachineSettings,
+    images: Sequence[ImageTask],
+) -> contextlib.AbstractContextManager[LocalDescriber | FileDescriber]:
+    if settings.local_features is None:
+        return open_describer(model, settings, machine)
+    path = runs.resolve(settings.local_features)
+    file = FeatureFile.open(path, [task.key for task in images])
+    print(f"{path.name}: places are pixels of the photographs, and threshold counts these")
+    return contextlib.nullcontext(FileDescriber(file, settings))
 
 
 def shortlist_tasks(dataset: RetrievalDataset, path: Path, crop: bool) -> list[ImageTask]:
@@ -112,7 +137,7 @@ def shortlist_tasks(dataset: RetrievalDataset, path: Path, crop: bool) -> list[I
 
 
 def write_shards(
-    describer: LocalDescriber,
+    describer: LocalDescriber | FileDescriber,
     shards: Sequence[ShardTask],
     slot: runs.WorkerSlot,
     max_failed_share: float,
@@ -187,7 +212,7 @@ def _announce(code_dim: int, count: int, settings: LocalSettings) -> None:
     """Prints the largest size that the store can have; a reused stage prints the same."""
     size = store.forecast(count, settings.max_keypoints, code_dim, settings.dtype)
     readable = f"{size / 1e9:,.0f} GB" if size >= 1e10 else f"{size / 1e6:,.0f} MB"
-    method = f"{len(settings.scales)} scales" if settings.local == "tokens" else settings.local
+    method = f"{len(settings.scales)} scales" if settings.own_tokens else settings.method
     print(
         f"local features of {count:,} images, {method}, {settings.dtype}: "
         f"at most {readable} ({settings.max_keypoints:,} features an image, descriptors of "

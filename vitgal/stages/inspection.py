@@ -248,7 +248,7 @@ class Inspector:
     @property
     def shows_tokens(self) -> bool:
         """Whether the features are tokens, so that attention and dropped tokens can be shown."""
-        return self.settings.local == "tokens"
+        return self.settings.own_tokens and "local features" not in self._manifest["inputs"]
 
     @functools.cached_property
     def _model(self) -> Any:
@@ -257,8 +257,9 @@ class Inspector:
 
         if not self.shows_tokens:
             raise InspectionError(
-                f"the local features are {self.settings.local}: no network chose them by "
-                "attention, so there are no attention and no dropped tokens to show"
+                "the local features are no tokens of a network (local is "
+                f"{self._manifest['parameters'].get('local', 'a file')}): there is no attention "
+                "and no dropped token to show"
             )
         source = runs.model_file(self.run, self.weights)
         if inference.weights_fingerprint(source) != self._manifest["inputs"]["weights"]:

@@ -200,7 +200,7 @@ def open_local(
     """
     device = pick_device(machine.device)
     with limited_threads(machine.threads):
-        if isinstance(settings, LocalSettings) and settings.local != "tokens":
+        if isinstance(settings, LocalSettings) and not settings.own_tokens:
             extractor = make_extractor(settings, device)
             yield LocalDescriber(None, settings, machine, "fp32", extractor=extractor)
             return
