@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tests.limited_memory import run_limited
+from vitgal import runs
 from vitgal.data import revisited
 from vitgal.data.revisited import (
     GroundTruth,
@@ -481,6 +482,21 @@ def test_query_that_is_in_the_database_is_refused(tmp_path):
     folder = make_folder(tmp_path / "set", published(qimlist=["q0", "c"]))
     with pytest.raises(ValueError, match=r"database as well \(c\)"):
         open_dataset("small", folder)
+
+
+def test_many_images_are_looked_up_once_for_opening_and_the_first_stage(tmp_path, monkeypatch):
+    folder, more = make_folder(tmp_path / "set"), make_distractors(tmp_path / "more")
+    few = open_dataset("small", folder, distractors=more)
+    assert not few.facts and not few.verify
+    monkeypatch.setattr(runs, "MANY", 5)
+    many = open_dataset("small", folder, distractors=more, verify=True)
+    assert many.as_input.verify and many.facts
+    assert many.as_input.stamp() == few.as_input.stamp()
+    (more / "jpg/10/z.jpg").write_text("another image")  # seen by the next stage
+    assert many.as_input.stamp() == few.as_input.stamp()
+    (more / "jpg/10/z.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 .*revisitop1m.*10/z\.jpg;"):
+        open_dataset("small", folder, distractors=more)
 
 
 def test_a_data_set_as_input_follows_content_and_is_stamped_without_reading(tmp_path):

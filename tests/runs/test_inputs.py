@@ -121,6 +121,24 @@ def test_a_touched_or_copied_file_is_accepted(tmp_path, files, opened):
     assert work(tmp_path / "s", inputs(tmp_path / "elsewhere"))
 
 
+def test_verified_images_are_read_though_nothing_seems_changed(tmp_path, files, opened):
+    def checked(verify: bool) -> dict:
+        paths = [str(files / name) for name in NAMES]
+        images = runs.images_input(NAMES, paths, verify=verify)
+        return {"images": runs.combined_input([images], lambda part: [part])}
+
+    work(tmp_path / "s", checked(False))
+    opened.clear()
+    assert work(tmp_path / "s", checked(False)) and not set(NAMES) & set(opened)
+    assert work(tmp_path / "s", checked(True)) and set(NAMES) <= set(opened)
+    # A disk that lost a file's content while sizes and times stayed: the recorded stamp is forged.
+    (files / "a").write_bytes(b"z" * 5000)
+    runs.write_json(tmp_path / "s" / ".stamps.json", {"images": checked(False)["images"].stamp()})
+    assert work(tmp_path / "s", checked(False))
+    with pytest.raises(runs.StageError, match="images"):
+        work(tmp_path / "s", checked(True))
+
+
 def test_files_that_were_copied_are_read_once(tmp_path, files, opened):
     work(tmp_path / "s", inputs(files))
     before = (tmp_path / "s" / "stage.json").read_bytes()

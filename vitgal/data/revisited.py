@@ -9,9 +9,10 @@ import io
 import os
 import pickle
 import sys
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,27 +57,56 @@ class GroundTruth:
         )
 
 
+def _texts(paths: Sequence[Path]) -> Sequence[Path | str]:
+    return paths.texts if isinstance(paths, ImagePaths) else paths
+
+
+class ImagePaths(Sequence[Path]):
+    """Paths (N,) that are made when they are asked for: a million of them would take 400 MB."""
+
+    def __init__(self, texts: list[str]):
+        self.texts = texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Returns one path; for a slice a list of them."""
+        found = self.texts[index]
+        return Path(found) if isinstance(found, str) else [*map(Path, found)]
+
+
 @dataclass(frozen=True, eq=False)
 class RetrievalDataset:
     """A benchmark whose images all exist: names and paths in the order of the indices.
 
-    `database` starts with the ground truth's images; the distractors follow in their list's order.
-    `folder` and `distractors` are the folders that `open_dataset` read.
+    Attributes:
+        database: starts with the ground truth's images; the distractors follow in their list's
+            order.
+        folder, distractors: the folders that `open_dataset` read.
+        verify: whether a stage reads the images again even where sizes and times are the same.
+        facts: `file_facts` of all images, queries first, until the first stage has used them.
     """
 
     name: str
     ground_truth: GroundTruth
     database: list[str]
-    database_paths: list[Path]
+    database_paths: Sequence[Path]
     query_paths: list[Path]
     folder: Path | None = None
     distractors: Path | None = None
+    verify: bool = False
+    facts: list[array] = field(default_factory=list, repr=False)
 
     @property
     def as_input(self) -> runs.Input:
         """The input of a stage that reads the images; they are read only where they changed."""
+        names = [*self.ground_truth.queries, *self.database]
         images = runs.images_input(
-            [*self.ground_truth.queries, *self.database], [*self.query_paths, *self.database_paths]
+            names,
+            [*self.query_paths, *_texts(self.database_paths)],
+            verify=self.verify,
+            known=lambda: self.facts.pop() if self.facts else None,
         )
         return runs.combined_input([images], lambda part: [self.ground_truth.fingerprint, part])
 
@@ -294,13 +324,18 @@ def _refuse_repeated(names: Sequence[str], description: str) -> None:
 
 
 def open_dataset(
-    name: str, folder: str | os.PathLike, *, distractors: str | os.PathLike | None = None
+    name: str,
+    folder: str | os.PathLike,
+    *,
+    distractors: str | os.PathLike | None = None,
+    verify: bool = False,
 ) -> RetrievalDataset:
     """Opens a benchmark folder and checks that every listed image exists; none is decoded.
 
     `folder` holds `jpg/<image>.jpg` and `gnd_<name>.pkl`. `distractors` is a folder with `jpg/`,
     whose images follow the database, and `revisitop1m.txt`, a path below `jpg/` a line: the list's
-    order fixes the indices in every ranking.
+    order fixes the indices in every ranking. `verify`: stages read all images again, even where
+    their sizes and times have not changed.
 
     Raises FileNotFoundError where anything is missing, and ValueError where the ground truth is
     refused, a name leads out of the folder, or an image is listed twice.
@@ -316,28 +351,85 @@ def open_dataset(
             f"{name}: query images are in the database as well ({runs.abbreviate(common)}); "
             "features are kept by name, so the query needs a copy of the file under another name"
         )
-    database = list(ground_truth.database)
-    database_paths = _image_paths(images, database, EXTENSION, name)
-    query_paths = _image_paths(images, ground_truth.queries, EXTENSION, name)
+    parts = [
+        _Images(images, ground_truth.queries, EXTENSION, name),
+        _Images(images, ground_truth.database, EXTENSION, name),
+    ]
     if distractors is not None:
-        names, paths = _distractors(Path(distractors))
-        database, database_paths = database + names, database_paths + paths
-        _refuse_repeated([*database, *ground_truth.queries], "list with distractors")
-    distractors = distractors and Path(distractors)
+        distractors = Path(distractors)
+        parts.append(_distractors(distractors))
+        names = [image for part in parts for image in part.names]
+        _refuse_repeated(names, "list with distractors")
+    queries, *database = (part.paths() for part in parts)
+    paths = [path for part in database for path in part]
     return RetrievalDataset(
-        name, ground_truth, database, database_paths, query_paths, folder, distractors
+        name,
+        ground_truth,
+        [image for part in parts[1:] for image in part.names],
+        ImagePaths(paths),
+        [*map(Path, queries)],
+        folder,
+        distractors,
+        verify,
+        _refuse_missing(parts, [*queries, *paths]),
     )
 
 
-def _distractors(folder: Path) -> tuple[list[str], list[Path]]:
+@dataclass(frozen=True)
+class _Images:
+    """A list of images below one folder; `dataset` names it in errors."""
+
+    folder: Path
+    names: list[str]
+    extension: str
+    dataset: str
+
+    def paths(self) -> list[str]:
+        """Returns the paths; ValueError for a name that leads out of the folder."""
+        names = [name + self.extension for name in self.names] if self.extension else self.names
+        try:
+            return runs.all_inside(self.folder, names)
+        except ValueError as error:
+            raise ValueError(f"{self.dataset} lists a name that cannot be used: {error}") from None
+
+    def refuse_missing(self) -> None:
+        """Raises FileNotFoundError, with the remedy, where images are missing."""
+        missing = []
+        files_of: dict[str, set[str]] = {}  # each folder is listed once
+        for name in self.names:
+            folder, _, file = (name + self.extension).rpartition("/")
+            if folder not in files_of:
+                files_of[folder] = _files(self.folder / folder)
+            if file not in files_of[folder]:
+                missing.append(name + self.extension)
+        if missing:
+            folder, _, file = missing[0].rpartition("/")
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(self.names)} images that {self.dataset} lists are missing "
+                f"in {self.folder}: {runs.abbreviate(missing)}; "
+                f"{_similar(file, self.extension, files_of[folder])}{_remedy(self.dataset)}"
+            )
+
+
+def _refuse_missing(parts: list[_Images], paths: list[str]) -> list[array]:
+    """Raises FileNotFoundError where images are missing; returns the facts of very many images."""
+    facts = runs.file_facts(paths) if len(paths) >= runs.MANY else None
+    if facts is not None and min(facts) >= 0:
+        return [facts]
+    for part in parts:
+        part.refuse_missing()
+    return []
+
+
+def _distractors(folder: Path) -> _Images:
     images, file = _image_folder(folder, DISTRACTORS), folder / f"{DISTRACTORS}.txt"
     if not file.is_file():
         raise FileNotFoundError(
             f"there is no list of distractors {file}; {_remedy(DISTRACTORS)}, or write one: a path "
             "below jpg/ a line"
         )
-    names = [line.strip() for line in runs.read_lines(file) if line.strip()]
-    return names, _image_paths(images, names, "", DISTRACTORS)
+    names = [name for name in map(str.strip, runs.read_lines(file)) if name]
+    return _Images(images, names, "", DISTRACTORS)
 
 
 def _image_folder(folder: Path, name: str) -> Path:
@@ -345,29 +437,6 @@ def _image_folder(folder: Path, name: str) -> Path:
         fault = "has no folder jpg/" if folder.is_dir() else "does not exist"
         raise FileNotFoundError(f"the folder {folder} {fault}; {_remedy(name)}")
     return folder / "jpg"
-
-
-def _image_paths(images: Path, names: Iterable[str], extension: str, dataset: str) -> list[Path]:
-    paths, missing = [], []
-    files_of: dict[str, set[str]] = {}  # each folder is listed once
-    for name in names:
-        try:
-            paths.append(runs.inside(images, name + extension))
-        except ValueError as error:
-            raise ValueError(f"{dataset} lists a name that cannot be used: {error}") from None
-        folder, file = os.path.split(name + extension)
-        if folder not in files_of:
-            files_of[folder] = _files(images / folder)
-        if file not in files_of[folder]:
-            missing.append(name + extension)
-    if missing:
-        folder, file = os.path.split(missing[0])
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(paths)} images that {dataset} lists are missing in {images}: "
-            f"{runs.abbreviate(missing)}; {_similar(file, extension, files_of[folder])}"
-            f"{_remedy(dataset)}"
-        )
-    return paths
 
 
 def _similar(file: str, extension: str, files: set[str]) -> str:

@@ -9,6 +9,7 @@ from .errors import (
 )
 from .files import (
     TEMPORARY as TEMPORARY,
+    all_inside as all_inside,
     atomic as atomic,
     disk_full as disk_full,
     inside as inside,
@@ -41,6 +42,7 @@ from .locks import (
     disown_locks as disown_locks,
     locked as locked,
 )
+from .lookup import MANY as MANY, file_facts as file_facts
 from .manifest import (
     MANIFEST as MANIFEST,
     STAGE_FORMAT as STAGE_FORMAT,

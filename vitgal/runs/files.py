@@ -7,7 +7,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +81,24 @@ def inside(folder: str | os.PathLike, name: str) -> Path:
     return Path(folder) / name
 
 
+def all_inside(folder: str | os.PathLike, names: Sequence[str]) -> list[str]:
+    """Returns `inside` of many names (N,), as text; raises PathError as `inside` does."""
+    joined = "\0".join(["", *names, ""])
+    doubtful = any(part in joined for part in ("..", "\0/", "\0\0", "\0.\0"))
+    if doubtful or joined.count("\0") != len(names) + 1 or not _is_unicode(joined):
+        for name in names:  # few lists have such a name, which may be legal: "a..b"
+            inside(folder, name)
+    return [f"{folder}/{name}" for name in names]
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def refuse_links(paths: Iterable[Path]) -> None:
     """Raises PathError for the first path that is a link: writing there would change its target."""
     if link := next((path for path in paths if os.path.islink(path)), None):
@@ -121,12 +139,12 @@ def read_lines(path: str | os.PathLike) -> list[str]:
     """
     encoding = text_encoding(path)
     try:
-        lines = Path(path).read_text(encoding=encoding).removesuffix("\n").split("\n")
+        text = Path(path).read_text(encoding=encoding).removesuffix("\n")
     except UnicodeError as error:
         raise ValueError(f"{path} is no text in UTF-8 ({error}): save it as UTF-8") from None
-    if any("\0" in line for line in lines):
+    if "\0" in text:
         raise ValueError(f"{path} is no text in UTF-8, perhaps UTF-16: save it as UTF-8")
-    return lines if lines != [""] else []
+    return text.split("\n") if text else []
 
 
 def write_json(path: Path, value: Any) -> Path:

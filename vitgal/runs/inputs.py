@@ -3,21 +3,21 @@
 import hashlib
 import itertools
 import json
-import operator
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from vitgal.runs.files import plain
+from vitgal.runs.lookup import file_facts
 
 CHUNK = 1 << 20  # bytes read at once when hashing
 ENDS = 4096  # bytes of an image that are hashed at its beginning and at its end
 READERS = 16  # threads that open images: most of the time they wait for the disk
+JOINED = 1 << 16  # names that are joined at once when hashing
 
 
 def fingerprint_file(path: Path) -> str:
@@ -32,7 +32,7 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def fingerprint_images(names: Sequence[str], paths: Sequence[Path]) -> str:
+def fingerprint_images(names: Sequence[str], paths: Sequence[Path | str]) -> str:
     """Returns the sha256 of each image's name, file size, first and last 4 KiB, in hex.
 
     Reading a million photographs completely would take an hour; a replaced or truncated one differs
@@ -44,7 +44,7 @@ def fingerprint_images(names: Sequence[str], paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _read_ends(path: Path) -> tuple[int, bytes]:
+def _read_ends(path: Path | str) -> tuple[int, bytes]:
     with open(path, "rb") as handle:
         size = os.fstat(handle.fileno()).st_size
         head = handle.read(ENDS)
@@ -75,10 +75,12 @@ class Input:
     Attributes:
         stamp: Returns a hash of paths, sizes and times. It changes whenever a file is written.
         fingerprint: Returns a hash of the content; reads the files.
+        verify: Whether the content is read again even where the stamp is the same.
     """
 
     stamp: Callable[[], str]
     fingerprint: Callable[[], str]
+    verify: bool = False
 
 
 def file_input(path: Path) -> Input:
@@ -86,9 +88,20 @@ def file_input(path: Path) -> Input:
     return Input(lambda: _stamp([""], [path]), lambda: fingerprint_file(path))
 
 
-def images_input(names: Sequence[str], paths: Sequence[Path]) -> Input:
-    """Returns a list of images as an input, with the fingerprint of `fingerprint_images`."""
-    return Input(lambda: _stamp(names, paths), lambda: fingerprint_images(names, paths))
+def images_input(
+    names: Sequence[str],
+    paths: Sequence[Path | str],
+    *,
+    verify: bool = False,
+    known: Callable[[], array | None] = lambda: None,
+) -> Input:
+    """Returns a list of images as an input, with the fingerprint of `fingerprint_images`.
+
+    known: returns the `file_facts` of the paths where the caller has just looked them up.
+    """
+    return Input(
+        lambda: _stamp(names, paths, known()), lambda: fingerprint_images(names, paths), verify
+    )
 
 
 def combined_input(inputs: Sequence[Input], combine: Callable[..., Any]) -> Input:
@@ -101,6 +114,7 @@ def combined_input(inputs: Sequence[Input], combine: Callable[..., Any]) -> Inpu
     return Input(
         lambda: fingerprint(combine(*(part.stamp() for part in inputs))),
         lambda: fingerprint(combine(*(part.fingerprint() for part in inputs))),
+        any(part.verify for part in inputs),
     )
 
 
@@ -128,14 +142,20 @@ def _encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")  # file names may not be Unicode
 
 
-def _stamp(names: Sequence[str], paths: Sequence[Path]) -> str:
-    texts = [os.fspath(path) for path in paths]
-    folder = "" if all(text.startswith("/") for text in texts) else os.getcwd()
-    digest = hashlib.sha256(
-        "\0".join([folder, *names, "", *texts]).encode("utf-8", "surrogateescape")
-    )
-    # The kernel sets ctime: it changes even where a new file keeps an old file's mtime.
-    facts = operator.attrgetter("st_size", "st_mtime_ns", "st_ctime_ns")
-    numbers = itertools.chain.from_iterable(map(facts, threaded(os.stat, texts, READERS)))
-    digest.update(np.fromiter(numbers, np.int64).tobytes())
+def _stamp(names: Sequence[str], paths: Sequence[Path | str], known: array | None = None) -> str:
+    texts = [*map(os.fspath, paths)]
+    folder = "" if {text[:1] for text in texts} <= {"/"} else os.getcwd()
+    facts = file_facts(texts) if known is None else known
+    for index, size in enumerate(facts[::3]):
+        if size < 0:  # a missing file raises here
+            found = os.stat(texts[index])
+            values = (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            facts[3 * index : 3 * index + 3] = array("q", values)
+    digest = hashlib.sha256()
+    text, separator = itertools.chain([folder], names, [""], texts), ""
+    while part := list(itertools.islice(text, JOINED)):
+        joined = separator + "\0".join(part)
+        digest.update(joined.encode("utf-8", "surrogateescape"))
+        separator = "\0"
+    digest.update(facts)
     return digest.hexdigest()

@@ -97,7 +97,7 @@ def stage(
     Args:
         parameters: Everything else that the result depends on; `numeric_environment` is added.
         inputs: By name, fingerprints of the content, never paths. An `Input` is read only where
-            its files have changed since the stage was finished.
+            its files have changed since the stage was finished, or where it is to be verified.
         overwrite: Deletes the folder's contents and starts anew.
         repair: Reopens a finished stage whose outputs have changed, instead of refusing it.
         slot: This process among those that work in the folder at once. Each writes only its own
@@ -121,7 +121,8 @@ def stage(
     with locked(folder, slot):
         if overwrite:
             _clear(folder)
-        fingerprints = input_fingerprints(inputs, _unchanged_inputs(folder, stamps))
+        trusted = {key: stamp for key, stamp in stamps.items() if not inputs[key].verify}
+        fingerprints = input_fingerprints(inputs, _unchanged_inputs(folder, trusted))
         compared = (STAGE_FORMAT, name, parameters | numeric_environment(), fingerprints)
         settings = plain(dict(zip(SETTINGS, compared, strict=True)))
         # A stage that stopped before its first output has nothing that depends on its settings.

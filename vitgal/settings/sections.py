@@ -24,6 +24,9 @@ class RunSettings(Section):
 
     run_dir: str = neutral("", "run folder, below runs/ or $VITGAL_RUNS")
     overwrite: bool = neutral(False, "delete finished stages and make them again")
+    verify: bool = neutral(
+        False, "read images again even where their sizes and times have not changed"
+    )
     dataset: str = neutral("", "benchmark: its labels are gnd_<dataset>.pkl")
     dataset_dir: str | None = path(
         "folder of jpg/ and gnd_<dataset>.pkl; None: the run's own benchmark"

@@ -31,7 +31,10 @@ def open_benchmark(settings: Settings) -> RetrievalDataset:
     else:
         folder = runs.data_folder(run, _path(settings, "dataset_dir"), "benchmark")
     return revisited.open_dataset(
-        settings.run.dataset, folder, distractors=distractors and runs.resolve(distractors)
+        settings.run.dataset,
+        folder,
+        distractors=distractors and runs.resolve(distractors),
+        verify=settings.run.verify,
     )
 
 

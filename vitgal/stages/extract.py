@@ -62,7 +62,8 @@ def extract_shortlist(
     shortlist = runs.output_fingerprint(source, "shortlist.txt", GLOBAL_NOTEBOOK)
     images = shortlist_tasks(dataset, source / "shortlist.txt", settings.crop_queries)
     boxes = [task.box for task in images]
-    files = runs.images_input([task.key for task in images], [task.path for task in images])
+    names, paths = [task.key for task in images], [task.path for task in images]
+    files = runs.images_input(names, paths, verify=dataset.verify)
     with runs.stage(
         run / dataset.name / "local",
         "local",
@@ -126,13 +127,13 @@ def shortlist_tasks(dataset: RetrievalDataset, path: Path, crop: bool) -> list[I
 
     Raises StageError for an image that the dataset lacks.
     """
-    paths = dict(zip(dataset.database, dataset.database_paths, strict=True))
     names = {name for names in shortlists.read_shortlist(path).values() for name in names}
-    if unknown := sorted(names - set(paths)):
+    positions = {name: at for at, name in enumerate(dataset.database) if name in names}
+    if unknown := sorted(names - set(positions)):
         raise runs.StageError(
             f"{path} names {unknown[0]}, which {dataset.name} lacks: run {GLOBAL_NOTEBOOK} again"
         )
-    database = [ImageTask(name, paths[name]) for name in names]
+    database = [ImageTask(name, dataset.database_paths[at]) for name, at in positions.items()]
     return sorted(query_tasks(dataset, crop) + database, key=lambda task: task.key)
 
 
