@@ -1,4 +1,4 @@
-"""The command line: `vitgal run | download | weights | compare | table | own`.
+"""The command line: `vitgal run | download | weights | compare | table | report | own`.
 
 Also `python -m vitgal`.
 """
@@ -128,6 +128,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     table.add_argument("--seed", type=int, default=0, metavar="0", help="seed of the resampling")
     table.set_defaults(command=_table)
+
+    report = commands.add_parser("report", help="write runs as a page to explore in a browser")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its name")
+    report.add_argument("--to", type=Path, metavar="FOLDER", help="default: report/ of the first run")
+    report.add_argument("--ranks", type=int, default=100, metavar="100", help="images of a ranking")
+    report.add_argument("--pairs", type=int, default=4, metavar="4", help="matched images a query")
+    report.add_argument("--single-file", action="store_true", help="all images inside index.html")
+    report.set_defaults(command=_report)
     return parser
 
 
@@ -225,4 +233,13 @@ def _table(options: argparse.Namespace) -> int:
     for path in options.to:
         for written in evaluation.write_table(table, path):
             say(f"written: {written}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from vitgal.viz.report import write_report
+
+    folders = [Path(run) if Path(run).is_dir() else runs.run_folder(run) for run in options.runs]
+    limits = {"ranks": max(1, options.ranks), "pairs": max(0, options.pairs)}
+    say(write_report(folders, options.to, **limits, single_file=options.single_file))
     return 0

@@ -194,7 +194,7 @@ def check_comparable(first: Scores, second: Scores, names: tuple[str, str]) -> N
 
 def setting_table(first: Scores, second: Scores, names: tuple[str, str]) -> pd.DataFrame:
     """Lists the settings that differ, a row each; – marks one that a result does not have."""
-    settings = [_settings(scores) for scores in (first, second)]
+    settings = [settings_of(scores) for scores in (first, second)]
     rows = {}
     for key in dict.fromkeys([*settings[0], *settings[1]]):
         before, after = (values.get(key, ABSENT) for values in settings)
@@ -205,7 +205,7 @@ def setting_table(first: Scores, second: Scores, names: tuple[str, str]) -> pd.D
     return table
 
 
-def _settings(scores: Scores) -> dict[str, Any]:
+def settings_of(scores: Scores) -> dict[str, Any]:
     """Returns a result's settings by dotted name; parameters under their stage's name."""
     nested: dict[str, Any] = {}
     if "parameters" in scores:

@@ -46,6 +46,7 @@ from .matching import (
     keypoints as keypoints,
     match_lines as match_lines,
 )
+from .report import write_report as write_report
 from .run_figures import (
     existing_queries as existing_queries,
     pair_figure as pair_figure,

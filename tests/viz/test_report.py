@@ -1,0 +1,278 @@
+"""The page of `vitgal report`, and the document that it draws from."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.viz.reported_run import DATABASE, QUERIES, SHIFT, SIMILARITIES, write_run
+from tests.viz.test_browser import ARGUMENTS, executable
+from vitgal import runs
+from vitgal.app import command_line
+from vitgal.viz import report
+from vitgal.viz.run_document import descriptor_map, run_document
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("reported"))
+
+
+@pytest.fixture
+def own(run, tmp_path) -> Path:
+    """A copy of the run, beside a copy of its data."""
+    shutil.copytree(run.parent, tmp_path / "copy")
+    manifest = tmp_path / "copy" / "run" / "tiny" / "global" / "stage.json"
+    text = manifest.read_text().replace(str(run.parent), str(tmp_path / "copy"))
+    manifest.write_text(text)
+    return tmp_path / "copy" / "run"
+
+
+def names(document: dict, images: list[int]) -> list[str]:
+    return [document["names"][image] for image in images]
+
+
+def test_the_document_holds_rankings_labels_and_ranks(run):
+    document, images = run_document([run], progress=False)
+    (entry,) = document["entries"]
+    query = entry["queries"][0]
+    order = np.argsort(-SIMILARITIES[0])
+    assert names(document, query["before"]) == [DATABASE[image] for image in order]
+    assert query["similarity"] == pytest.approx(0.7 * SIMILARITIES[0][order], abs=1e-3)
+    assert names(document, query["labels"]["hard"]) == [DATABASE[1]]
+    # Image 1 alone matches: it moves from the end to the front, past the ignored junk.
+    assert names(document, query["after"]["hard"])[0] == DATABASE[1]
+    image, before, after = query["worst"]["hard"]
+    assert (names(document, [image]), before, after) == ([DATABASE[1]], 4, 1)
+    assert entry["queries"][1]["worst"].keys() == {"easy", "medium"}
+    assert sorted(images.names) == sorted([*QUERIES, *DATABASE])
+    json.dumps(document, allow_nan=False)
+
+
+def test_a_pair_has_its_matches_in_pixels_of_the_photographs(run):
+    document, _ = run_document([run], progress=False)
+    query = document["entries"][0]["queries"][0]
+    (pair,) = [pair for pair in query["pairs"] if pair["index"] == 1]
+    assert (pair["matches"], sum(pair["inlier"])) == (30, 30)
+    points = np.array(pair["points"]).reshape(-1, 4)
+    # The network's inputs are twice as wide as box and photograph, and equally high; the query's
+    # box begins at 8.
+    expected = points[:, :2] + [SHIFT[0] / 2 - 8, SHIFT[1]]
+    assert points[:, 2:] == pytest.approx(expected, abs=0.11)  # each is rounded to 0.1
+    h = np.array(pair["homography"]).reshape(3, 3)
+    assert h / h[2, 2] == pytest.approx(
+        np.array([[1, 0, SHIFT[0] / 2 - 8], [0, 1, SHIFT[1]], [0, 0, 1]]), abs=1e-3
+    )
+    counted = dict(zip(query["verified"], query["inliers"], strict=True))
+    assert counted[pair["image"]] == 30
+
+
+def test_neighbours_are_the_database_images_of_nearest_descriptors(run):
+    document, _ = run_document([run], progress=False)
+    entry = document["entries"][0]
+    rows = np.load(run / "tiny" / "global" / "database.npy")
+    products = rows @ rows.T
+    for image, name in enumerate(DATABASE):
+        number = document["names"].index(name)
+        expected = [other for other in np.argsort(-products[image]) if other != image]
+        found = names(document, entry["neighbours"][str(number)])
+        assert found == [DATABASE[other] for other in expected]
+
+
+def test_a_run_without_reranking_has_its_global_ranking_alone(own):
+    shutil.rmtree(own / "tiny" / "rerank")
+    shutil.rmtree(own / "tiny" / "local")
+    (entry,) = run_document([own], progress=False)[0]["entries"]
+    assert list(entry["scores"]) == ["global"]
+    assert entry["tests"] == {}
+    assert (entry["queries"][0]["after"], entry["queries"][0]["pairs"]) == ({}, [])
+
+
+def test_two_runs_on_one_data_set_are_compared(run, own):
+    shutil.rmtree(own / "tiny" / "rerank")
+    document, _ = run_document([run, own], progress=False)
+    (comparison,) = document["comparisons"]
+    assert comparison["tests"].keys() >= {"easy", "medium", "hard"}
+    # Each file is shown once; both runs' images are their own.
+    assert len(document["names"]) == 2 * (len(QUERIES) + len(DATABASE))
+
+
+def test_a_run_without_a_global_stage_is_refused(tmp_path):
+    with pytest.raises(runs.StageError, match="04_global_evaluation"):
+        run_document([tmp_path])
+
+
+def test_the_map_keeps_two_groups_apart_and_is_the_same_each_time():
+    generator = np.random.default_rng(0)
+    groups = generator.standard_normal((40, 16)) * 0.01 + np.repeat(np.eye(2, 16), 20, axis=0)
+    points = descriptor_map(groups.astype(np.float32))
+    assert points.shape == (40, 2)
+    assert points.min() == 0 and points.max() == 1
+    distance = np.linalg.norm(points[:, None] - points[None], axis=2)
+    within = max(distance[:20, :20].max(), distance[20:, 20:].max())
+    assert within < distance[:20, 20:].min()
+    np.testing.assert_array_equal(points, descriptor_map(groups.astype(np.float32)))
+    assert descriptor_map(np.eye(4, dtype=np.float32)).shape == (4, 2)
+
+
+def test_the_page_stands_alone_and_names_stay_text(run, tmp_path):
+    page = report.write_report([run], tmp_path / "page", progress=False)
+    text = page.read_text()
+    assert text.count("</script>") == 2
+    assert "<img src=x" not in text
+    data = json.loads(re.search(r'id="document">(.*?)</script>', text, re.DOTALL)[1])
+    assert sorted(data["names"]) == sorted([*QUERIES, *DATABASE])
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
+    for address in [*data["thumbs"], *data["photos"].values()]:
+        assert (page.parent / address).read_bytes()[:2] == b"\xff\xd8"
+    again = report.write_report([run], tmp_path / "page", progress=False)
+    assert again.read_text() == text
+
+
+def test_one_file_holds_all(run, tmp_path):
+    page = report.write_report([run], tmp_path / "page", single_file=True, progress=False)
+    data = json.loads(re.search(r'id="document">(.*?)</script>', page.read_text(), re.DOTALL)[1])
+    assert all(address.startswith("data:image/jpeg;base64,") for address in data["thumbs"])
+    assert [path.name for path in page.parent.rglob("*.jpg")] == []
+
+
+def test_a_photograph_that_cannot_be_read_is_left_out(own):
+    (own.parent / "data" / "jpg" / "e.jpg").write_bytes(b"no photograph")
+    page = report.write_report([own], progress=False)
+    assert page == own / "report" / "index.html"
+    data = json.loads(re.search(r'id="document">(.*?)</script>', page.read_text(), re.DOTALL)[1])
+    number = data["names"].index("e")
+    assert (data["thumbs"][number], data["sizes"][number]) == (None, [0, 0])
+
+
+def test_files_of_others_are_not_overwritten(run, tmp_path):
+    (tmp_path / "index.html").write_text("<p>mine</p>")
+    with pytest.raises(runs.StageError, match="no part of a report"):
+        report.write_report([run], tmp_path, progress=False)
+    assert (tmp_path / "index.html").read_text() == "<p>mine</p>"
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with pytest.raises(runs.PathError):
+        report.write_report([run], tmp_path / "link", progress=False)
+
+
+def test_the_command_writes_the_page(run, tmp_path, capsys):
+    options = ["report", str(run), "--to", str(tmp_path / "page"), "--ranks", "2", "--pairs", "0"]
+    assert command_line.main(options) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "page" / "index.html")
+    assert command_line.main(["report", str(tmp_path / "none")]) == 1
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if executable() is None:
+        pytest.skip("no Chromium or Chrome is installed")
+    with playwright.sync_playwright() as engine:
+        chromium = engine.chromium.launch(executable_path=executable(), args=ARGUMENTS)
+        yield chromium
+        chromium.close()
+
+
+class Page:
+    """A report opened from disk, with everything that went wrong in it."""
+
+    def __init__(self, browser, path: Path):
+        self.page = browser.new_page(viewport={"width": 1300, "height": 900})
+        self.faults: list[str] = []
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("console", lambda message: self.faults.append(message.text))
+        self.page.on("request", self._note)
+        self.page.goto(path.absolute().as_uri())
+        self.page.wait_for_selector("main")
+
+    def _note(self, request) -> None:
+        if not request.url.startswith(("file:", "data:", "blob:")):
+            self.faults.append(f"asked for {request.url}")
+
+    def text(self, selector: str) -> str:
+        return self.page.locator(selector).inner_text()
+
+    def contrast_and_names(self) -> list[str]:
+        """What axe-core finds wrong."""
+        from axe_playwright_python.sync_playwright import Axe
+
+        results = Axe().run(self.page).response["violations"]
+        return [f"{found['id']}: {found['nodes'][0]['html'][:200]}" for found in results]
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(run, own, browser, tmp_path):
+    shutil.rmtree(own / "tiny" / "rerank")
+    path = report.write_report([run, own], tmp_path / "page", progress=False)
+    view = Page(browser, path)
+    page = view.page
+    assert page.locator("table.queries tbody tr").count() == 2
+    assert view.contrast_and_names() == []
+
+    # A drag over the plot selects queries; both have AP 1 after reranking.
+    chart = page.locator("svg.chart").bounding_box()
+    page.mouse.move(chart["x"] + 5, chart["y"] + 5)
+    page.mouse.down()
+    page.mouse.move(chart["x"] + chart["width"] - 5, chart["y"] + chart["height"] - 5)
+    page.mouse.up()
+    assert "2 of 2 queries" in view.text("main")
+    page.keyboard.press("Escape")
+
+    page.keyboard.press("2")
+    tiles = page.locator("main section .tile")
+    assert tiles.count() == 12
+    assert view.text("section:has(h3:text('After reranking')) .tile >> nth=0").startswith("H 1")
+    page.keyboard.press("p")  # hard
+    first = page.locator("section:has(h3:text('After reranking')) .tile").first
+    assert first.get_attribute("title") == DATABASE[1]
+    assert "30 inliers" in first.inner_text()
+    page.get_by_label("J junk").uncheck()
+    assert page.locator("main section .tile").count() == 10
+    assert view.contrast_and_names() == []
+
+    first.click(modifiers=["Shift"])
+    assert "Nearest to" in view.text("main")
+    page.keyboard.press("Enter")
+    assert page.evaluate("location.hash").startswith("#view=pair&protocol=hard")
+    assert "30 inliers as counted by reranking, 30 matches" in view.text("main")
+    canvas = page.locator("canvas.pair")
+    canvas.evaluate("node => new Promise(done => requestAnimationFrame(done))")
+    before = canvas.screenshot()
+    page.get_by_label("inliers").uncheck()
+    assert canvas.screenshot() != before
+    assert page.locator(".crops canvas").count() == 3
+    page.get_by_label("display").select_option("checkerboard")
+    warped = page.locator("canvas.pair").screenshot()
+    assert warped != before
+    page.get_by_label("display").select_option("matches")
+    assert view.contrast_and_names() == []
+
+    page.keyboard.press("4")
+    assert "What was set differently" in view.text("main")
+    page.keyboard.press("?")
+    assert page.locator("dialog[open]").count() == 1
+    page.keyboard.press("Escape")
+    assert page.locator("dialog[open]").count() == 0
+
+    page.reload()  # the address keeps the choice
+    page.wait_for_selector("main")
+    assert "What was set differently" in view.text("main")
+    assert page.evaluate("window.bad") is None
+    assert view.faults == []
+
+
+@pytest.mark.slow
+def test_the_page_of_the_demo(finished_run, browser, tmp_path):
+    path = report.write_report([finished_run], tmp_path / "page", progress=False)
+    assert sum(file.stat().st_size for file in path.parent.rglob("*.*")) < 15_000_000
+    view = Page(browser, path)
+    for key in "234":
+        view.page.keyboard.press(key)
+    view.page.keyboard.press("1")
+    rows = view.page.locator("table.queries tbody tr")
+    assert rows.count() == 50
+    assert view.faults == []

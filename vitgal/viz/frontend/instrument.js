@@ -1,0 +1,1355 @@
+// The instrument: rankings, pairs and scores of retrieval runs, drawn from one JSON document.
+//
+// `mount(root, data)` draws into an element. `data` is what vitgal.viz.run_document describes, with
+// `thumbs` (an address or null for each image) and `photos` (image number -> address).
+// Texts of the document reach the page as text nodes alone, never as markup.
+
+const PROTOCOLS = ["easy", "medium", "hard"];
+const POSITIVES = { easy: ["easy"], medium: ["easy", "hard"], hard: ["hard"] };
+const IGNORED = { easy: ["hard", "junk"], medium: ["junk"], hard: ["easy", "junk"] };
+const LETTERS = { easy: "E", hard: "H", junk: "J", negative: "N" };
+const VIEWS = ["overview", "ranking", "pair", "compare"];
+const COLOURS = {
+  easy: "#009E73",
+  hard: "#F2A100",
+  negative: "#A31621",
+  junk: "#8A8A8A",
+  query: "#0072B2",
+  box: "#FFE14D",
+  inlier: "#00E5A0",
+  rejected: "#F0606E",
+};
+const KEYS = [
+  ["1 2 3 4", "overview, ranking, pair, compare"],
+  ["↑ ↓", "previous, next query"],
+  ["← →", "previous, next image of the ranking"],
+  ["Enter", "open the pair of query and image"],
+  ["n, Shift+click", "the neighbours of the image, by descriptor"],
+  ["Esc", "back: pair to ranking, ranking to overview; clears a selection"],
+  ["p", "next protocol"],
+  ["s", "star the query, or the pair in the pair view"],
+  ["0", "pair view: show both photographs whole"],
+  ["?", "this list"],
+];
+const SVG = "http://www.w3.org/2000/svg";
+
+// ---------------------------------------------------------------- small helpers
+
+function element(tag, properties = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "class") node.className = value;
+    else if (name === "style") Object.assign(node.style, value);
+    else if (name in node && name !== "list") node[name] = value;
+    else node.setAttribute(name, value);
+  }
+  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  return node;
+}
+
+function svg(tag, attributes = {}, ...children) {
+  const node = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else node.setAttribute(name, value);
+  }
+  node.append(...children);
+  return node;
+}
+
+const percent = (value) => (value === null || value === undefined ? "–" : (100 * value).toFixed(1));
+const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "±") + Math.abs(value).toFixed(1);
+const capital = (text) => text[0].toUpperCase() + text.slice(1);
+const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
+
+function button(text, onclick, properties = {}) {
+  return element("button", { type: "button", onclick, ...properties }, text);
+}
+
+function option(text, checked, change) {
+  const input = element("input", { type: "checkbox", checked, onchange: () => change(input.checked) });
+  return element("label", { class: "option" }, input, text);
+}
+
+function slider(text, [low, high, step, value], change) {
+  const shown = element("output", {}, String(value));
+  const input = element("input", {
+    type: "range",
+    min: low,
+    max: high,
+    step,
+    value,
+    oninput: () => {
+      shown.textContent = input.value;
+      change(Number(input.value));
+    },
+  });
+  return element("label", { class: "option" }, text, input, shown);
+}
+
+function table(head, rows, properties = {}) {
+  return element(
+    "table",
+    properties,
+    element("thead", {}, element("tr", {}, ...head.map((cell) => (cell ? element("th", { scope: "col" }, cell) : element("td"))))),
+    element("tbody", {}, ...rows),
+  );
+}
+
+const row = (...cells) => element("tr", {}, ...cells.map((cell) => element("td", {}, cell)));
+
+// ---------------------------------------------------------------- the document, with what follows from it
+
+class Entry {
+  constructor(data, number) {
+    this.number = number;
+    Object.assign(this, data.entries[number]);
+    this.title = `${this.run} · ${this.dataset}`;
+    this.stages = Object.keys(this.scores);
+    this.reranked = this.stages.includes("reranked");
+    this.labels = this.queries.map((query) => {
+      const labels = new Map();
+      for (const label of ["easy", "hard", "junk"])
+        for (const image of query.labels[label]) labels.set(image, label);
+      return labels;
+    });
+    this.byImage = new Map(this.queries.map((query, index) => [query.image, index]));
+  }
+
+  protocols() {
+    return PROTOCOLS.filter((name) => name in this.scores.global);
+  }
+
+  ap(stage, protocol, query) {
+    return this.scores[stage]?.[protocol]?.ap[query] ?? null;
+  }
+
+  last(protocol, query) {
+    return this.ap(this.stages[this.stages.length - 1], protocol, query);
+  }
+
+  label(query, image) {
+    return this.labels[query].get(image) ?? "negative";
+  }
+
+  // The images of a ranking with their ranks among those that the protocol does not ignore.
+  ranking(query, protocol, after) {
+    const entry = this.queries[query];
+    const images = after && this.reranked ? entry.after[protocol] : entry.before;
+    let rank = 0;
+    return images.map((image) => {
+      const label = this.label(query, image);
+      const ignored = IGNORED[protocol].includes(label);
+      return { image, label, ignored, rank: ignored ? null : ++rank };
+    });
+  }
+
+  similarity(query, image) {
+    const position = this.queries[query].before.indexOf(image);
+    return position < 0 ? null : this.queries[query].similarity[position];
+  }
+
+  inliers(query, image) {
+    const position = this.queries[query].verified.indexOf(image);
+    return position < 0 ? null : this.queries[query].inliers[position];
+  }
+
+  pair(query, image) {
+    return this.queries[query].pairs.find((pair) => pair.image === image) ?? null;
+  }
+}
+
+// ---------------------------------------------------------------- state, linked between all views
+
+class State {
+  constructor(data) {
+    this.data = data;
+    this.entries = data.entries.map((_, number) => new Entry(data, number));
+    Object.assign(this, { view: "overview", number: 0, query: 0, protocol: "medium", image: null });
+    const comparable = data.comparisons.find(({ first, reason }) => first === 0 && !reason);
+    this.other = comparable?.second ?? 0;
+    this.chosen = null; // the queries that a brush has selected; null: all
+    this.region = null; // the images within the brush of the map; null: all
+    this.asked = null; // the database image whose neighbours are shown
+    this.after = true;
+    this.labels = new Set(Object.keys(LETTERS));
+    this.listeners = [];
+    this.notes = new Notes(data);
+    this.readAddress();
+  }
+
+  get entry() {
+    return this.entries[this.number];
+  }
+
+  set(changes) {
+    Object.assign(this, changes);
+    this.check();
+    this.writeAddress();
+    for (const listener of this.listeners) listener(this);
+  }
+
+  check() {
+    const valid = (value, count) => (Number.isInteger(value) && value >= 0 && value < count ? value : 0);
+    this.number = valid(this.number, this.entries.length);
+    this.other = valid(this.other, this.entries.length);
+    this.query = valid(this.query, this.entry.queries.length);
+    if (!VIEWS.includes(this.view)) this.view = "overview";
+    if (!this.entry.protocols().includes(this.protocol)) this.protocol = this.entry.protocols()[0];
+    if (!(this.image in this.data.names)) this.image = null;
+  }
+
+  readAddress() {
+    const address = new URLSearchParams(location.hash.slice(1));
+    const integer = (name, value) => (address.has(name) ? Number(address.get(name)) : value);
+    this.view = address.get("view") ?? this.view;
+    this.protocol = address.get("protocol") ?? this.protocol;
+    for (const name of ["number", "query", "image", "other"]) this[name] = integer(name, this[name]);
+    this.check();
+  }
+
+  writeAddress() {
+    const address = new URLSearchParams({ view: this.view, protocol: this.protocol });
+    for (const name of ["number", "query", "image", "other"])
+      if (this[name] !== null) address.set(name, this[name]);
+    history.replaceState(null, "", `#${address}`);
+  }
+
+  // The images of the shown ranking that pass the filters.
+  shown(after = this.after) {
+    if (!this.entry.queries.length) return [];
+    return this.entry
+      .ranking(this.query, this.protocol, after)
+      .filter(({ image, label }) => this.labels.has(label) && (!this.region || this.region.has(image)));
+  }
+
+  step(queries, images) {
+    const all = this.chosen ?? this.entry.queries.map((_, index) => index);
+    if (queries && all.length) {
+      const position = all.indexOf(this.query);
+      this.set({ query: all[(position + queries + all.length) % all.length], image: null });
+    }
+    if (images) {
+      const list = this.shown().map(({ image }) => image);
+      if (!list.length) return;
+      const position = list.indexOf(this.image);
+      this.set({ image: list[clamp(position + images, 0, list.length - 1)] });
+    }
+  }
+}
+
+// Stars and remarks on queries and pairs; kept by the browser and exported as notes.json.
+class Notes {
+  constructor(data) {
+    const text = data.entries.map(({ run, dataset }) => `${run}/${dataset}`).join(" ");
+    this.key = `vitgal notes ${text}`;
+    this.values = {};
+    try {
+      const stored = JSON.parse(localStorage.getItem(this.key) ?? "{}");
+      if (stored && typeof stored === "object") this.values = stored;
+    } catch {
+      // A page without storage keeps the notes while it is open.
+    }
+  }
+
+  static name(entry, query, image, names) {
+    const parts = [entry.run, entry.dataset, names[entry.queries[query].image]];
+    return (image === null ? parts : [...parts, names[image]]).join(" | ");
+  }
+
+  get(name) {
+    return Object.hasOwn(this.values, name) ? this.values[name] : { star: false, note: "" };
+  }
+
+  set(name, value) {
+    if (value.star || value.note) this.values[name] = value;
+    else delete this.values[name];
+    try {
+      localStorage.setItem(this.key, JSON.stringify(this.values));
+    } catch {
+      // As above.
+    }
+  }
+
+  download() {
+    const blob = new Blob([JSON.stringify(this.values, null, 1)], { type: "application/json" });
+    const link = element("a", { href: URL.createObjectURL(blob), download: "notes.json" });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+  }
+}
+
+// ---------------------------------------------------------------- parts that several views use
+
+function picture(state, image, properties = {}) {
+  const address = state.data.thumbs[image];
+  const name = state.data.names[image];
+  const [width, height] = state.data.sizes[image];
+  const ratio = width && height ? clamp(width / height, 0.4, 2.5) : 1.33;
+  if (!address)
+    return element("span", { class: "missing", style: { aspectRatio: String(ratio) } }, name);
+  return element("img", {
+    src: address,
+    alt: name,
+    loading: "lazy",
+    decoding: "async",
+    style: { aspectRatio: String(ratio) },
+    ...properties,
+  });
+}
+
+function noteControls(state, image) {
+  const name = Notes.name(state.entry, state.query, image, state.data.names);
+  const value = state.notes.get(name);
+  const star = button(value.star ? "★ starred" : "☆ star", () => toggleStar(state, image), {
+    "aria-pressed": String(value.star),
+  });
+  const note = element("input", {
+    type: "text",
+    value: value.note,
+    placeholder: "note",
+    "aria-label": image === null ? "note on this query" : "note on this pair",
+    onchange: () => state.notes.set(name, { ...state.notes.get(name), note: note.value }),
+  });
+  return element("span", { class: "notes" }, star, note);
+}
+
+function toggleStar(state, image) {
+  const name = Notes.name(state.entry, state.query, image, state.data.names);
+  const value = state.notes.get(name);
+  state.notes.set(name, { ...value, star: !value.star });
+  state.set({});
+}
+
+function parametersButton(state) {
+  const lines = [`run_dir: ${JSON.stringify(state.entry.run)}`];
+  lines.push(`dataset: ${JSON.stringify(state.entry.dataset)}`);
+  lines.push(`query_index: ${state.query}`);
+  const pair = state.image === null ? null : state.entry.pair(state.query, state.image);
+  if (pair) lines.push(`image_index: ${pair.index}`);
+  return button("copy as parameters", () => {
+    const text = element("textarea", { readOnly: true, rows: lines.length, value: lines.join("\n") });
+    const dialog = element(
+      "dialog",
+      { "aria-label": "parameters", onclose: () => dialog.remove() },
+      element("p", {}, "For notebook 07, as a params file or by -p NAME VALUE:"),
+      text,
+      button("close", () => dialog.close()),
+    );
+    document.body.append(dialog);
+    dialog.showModal();
+    text.select();
+    navigator.clipboard?.writeText(text.value).catch(() => {});
+  });
+}
+
+// Draws a rectangle while the mouse is down and reports it in the element's pixels.
+function brush(node, moved, ended) {
+  let start = null;
+  const place = (event) => {
+    const box = node.getBoundingClientRect();
+    return [event.clientX - box.left, event.clientY - box.top];
+  };
+  const area = (event) => {
+    const end = place(event);
+    return [0, 1].map((i) => Math.min(start[i], end[i])).concat([0, 1].map((i) => Math.max(start[i], end[i])));
+  };
+  node.addEventListener("pointerdown", (event) => {
+    start = place(event);
+    node.setPointerCapture(event.pointerId);
+  });
+  node.addEventListener("pointermove", (event) => start && moved(area(event)));
+  node.addEventListener("pointerup", (event) => {
+    if (!start) return;
+    const [x0, y0, x1, y1] = area(event);
+    start = null;
+    ended(x1 - x0 + (y1 - y0) < 6 ? null : [x0, y0, x1, y1], [x0, y0]);
+  });
+}
+
+// ---------------------------------------------------------------- overview
+
+function overview(state) {
+  const { entry } = state;
+  return element(
+    "div",
+    { class: "overview" },
+    element(
+      "section",
+      {},
+      element("h2", {}, "Scores"),
+      scoreTable(state),
+      ...Object.entries(entry.tests)
+        .filter(([protocol]) => protocol === state.protocol)
+        .map(([protocol, sentence]) => element("p", {}, `${capital(protocol)}, reranked against global: ${sentence}`)),
+      element(
+        "details",
+        {},
+        element("summary", {}, "What was set"),
+        table(["setting", "value"], entry.settings.map(([name, value]) => row(name, value))),
+      ),
+    ),
+    element("section", {}, element("h2", {}, entry.reranked ? "AP before and after reranking" : "AP"), scatter(state)),
+    element("section", {}, element("h2", {}, "Descriptor map"), descriptorMap(state)),
+    element("section", { class: "wide" }, element("h2", {}, "Queries"), selectionLine(state), queryTable(state)),
+  );
+}
+
+function selectionLine(state) {
+  const total = state.entry.queries.length;
+  if (!state.chosen && !state.region) return element("p", {}, `${total} queries; drag in the plots to select some.`);
+  const parts = [];
+  if (state.chosen) parts.push(`${state.chosen.length} of ${total} queries`);
+  if (state.region) parts.push(`${state.region.size} images of the map`);
+  const clear = button("show all", () => state.set({ chosen: null, region: null }));
+  return element("p", {}, `Selected: ${parts.join(", ")}. `, clear);
+}
+
+function scoreTable(state) {
+  const protocols = state.entry.protocols();
+  const rows = Object.entries(state.entry.scores).map(([stage, results]) => {
+    const cells = protocols.map((protocol) => {
+      const { map, interval, mp_at: precision } = results[protocol];
+      const [low, high] = interval ?? [null, null];
+      return element(
+        "span",
+        { title: `mP@10 ${percent(precision?.["10"])}` },
+        element("b", {}, percent(map)),
+        low === null ? "" : ` (${percent(low)} to ${percent(high)})`,
+      );
+    });
+    return row(stage, ...cells);
+  });
+  const caption = element("caption", {}, "mAP in percent, with its 95 % interval");
+  const scores = table(["", ...protocols.map(capital)], rows, { class: "scores" });
+  scores.prepend(caption);
+  return scores;
+}
+
+function scatter(state) {
+  const { entry, protocol } = state;
+  const size = 340;
+  const margin = 40;
+  const place = (value) => margin + value * (size - 2 * margin);
+  const dots = entry.queries
+    .map((_, query) => ({ query, after: entry.last(protocol, query), before: entry.ap("global", protocol, query) }))
+    .filter(({ before, after }) => before !== null && after !== null);
+  if (!entry.reranked) {
+    dots.sort((a, b) => a.after - b.after);
+    dots.forEach((dot, index) => (dot.before = dots.length > 1 ? index / (dots.length - 1) : 0.5));
+  }
+  const label = entry.reranked ? "AP before and after reranking, a dot a query" : "AP of the queries in rising order";
+  const chart = svg("svg", { viewBox: `0 0 ${size} ${size}`, class: "chart", role: "img", "aria-label": label });
+  const frame = { x: margin, y: margin, width: size - 2 * margin, height: size - 2 * margin };
+  chart.append(svg("rect", { ...frame, class: "frame" }));
+  if (entry.reranked)
+    chart.append(svg("line", { x1: place(0), y1: place(1), x2: place(1), y2: place(0), class: "diagonal" }));
+  for (const value of [0, 0.5, 1]) {
+    const text = String(100 * value);
+    if (entry.reranked) chart.append(svg("text", { x: place(value), y: size - margin + 16, "text-anchor": "middle" }, text));
+    chart.append(svg("text", { x: margin - 6, y: place(1 - value) + 4, "text-anchor": "end" }, text));
+  }
+  const below = entry.reranked ? `AP before (${protocol}, percent)` : "queries in rising order";
+  chart.append(svg("text", { x: size / 2, y: size - 8, "text-anchor": "middle" }, below));
+  const side = svg("text", { transform: `translate(12 ${size / 2}) rotate(-90)`, "text-anchor": "middle" });
+  side.append(entry.reranked ? "AP after" : `AP (${protocol}, percent)`);
+  chart.append(side);
+  const selection = svg("rect", { class: "brush", width: 0, height: 0 });
+  const shade = (query) => (state.chosen && !state.chosen.includes(query) ? "dot faded" : "dot");
+  const hint = element("div", { class: "hint", hidden: true });
+  for (const { query, before, after } of dots) {
+    const dot = svg("circle", {
+      cx: place(before),
+      cy: place(1 - after),
+      r: query === state.query ? 6 : 4,
+      class: query === state.query ? "dot current" : shade(query),
+      onpointerenter: () => {
+        const name = state.data.names[entry.queries[query].image];
+        const numbers = entry.reranked ? `${percent(before)} → ${percent(after)}` : percent(after);
+        hint.replaceChildren(picture(state, entry.queries[query].image), `${name}: AP ${numbers}`);
+        hint.hidden = false;
+      },
+      onpointerleave: () => (hint.hidden = true),
+    });
+    chart.append(dot);
+  }
+  chart.append(selection);
+  const factor = () => size / chart.getBoundingClientRect().width;
+  brush(
+    chart,
+    (area) => {
+      const [x0, y0, x1, y1] = area.map((side) => side * factor());
+      for (const [name, value] of Object.entries({ x: x0, y: y0, width: x1 - x0, height: y1 - y0 }))
+        selection.setAttribute(name, value);
+    },
+    (area, [x, y]) => {
+      const scale = factor();
+      const distance = (dot) => Math.hypot(place(dot.before) - x * scale, place(1 - dot.after) - y * scale);
+      if (!area) {
+        const nearest = dots.reduce((a, b) => (distance(a) <= distance(b) ? a : b), dots[0]);
+        if (nearest && distance(nearest) < 10) state.set({ query: nearest.query, view: "ranking", image: null });
+        else state.set({ chosen: null });
+        return;
+      }
+      const [x0, y0, x1, y1] = area.map((side) => side * scale);
+      const within = (value, low, high) => value >= low && value <= high;
+      const chosen = dots.filter((dot) => within(place(dot.before), x0, x1) && within(place(1 - dot.after), y0, y1));
+      state.set({ chosen: chosen.map(({ query }) => query).sort((a, b) => a - b) });
+    },
+  );
+  return element("div", { class: "plot" }, chart, hint);
+}
+
+// PCA and t-SNE of all descriptors: queries are large, images have their label's colour.
+function descriptorMap(state) {
+  const { entry } = state;
+  if (!entry.map) return element("p", {}, "Fewer than four descriptors: there is no map.");
+  const size = 340;
+  const { images, points } = entry.map;
+  const queries = entry.queries.length;
+  const place = (index) => [12 + points[2 * index] * (size - 24), 12 + points[2 * index + 1] * (size - 24)];
+  const canvas = element("canvas", { class: "chart", role: "img", "aria-label": "map of all descriptors" });
+  const ratio = window.devicePixelRatio || 1;
+  canvas.width = canvas.height = size * ratio;
+  const context = canvas.getContext("2d");
+  const hint = element("div", { class: "hint", hidden: true });
+  const draw = (area) => {
+    context.setTransform(ratio, 0, 0, ratio, 0, 0);
+    context.clearRect(0, 0, size, size);
+    for (let index = images.length - 1; index >= 0; index--) {
+      const [x, y] = place(index);
+      const isQuery = index < queries;
+      const label = isQuery ? "query" : entry.label(state.query, images[index]);
+      const plain = label === "negative";
+      const current = isQuery && index === state.query;
+      context.globalAlpha = state.region && !isQuery && !state.region.has(images[index]) ? 0.2 : 1;
+      context.fillStyle = plain ? "#B5B5B5" : COLOURS[label];
+      context.beginPath();
+      context.arc(x, y, current ? 7 : isQuery ? 4 : plain ? 2 : 4.5, 0, 2 * Math.PI);
+      context.fill();
+      if (current) {
+        context.strokeStyle = "#111";
+        context.stroke();
+      }
+    }
+    context.globalAlpha = 1;
+    if (!area) return;
+    const [x0, y0, x1, y1] = area;
+    context.fillStyle = "rgba(0, 114, 178, 0.15)";
+    context.fillRect(x0, y0, x1 - x0, y1 - y0);
+  };
+  const scale = () => size / canvas.getBoundingClientRect().width;
+  const nearest = (x, y) => {
+    let [best, least] = [-1, 64];
+    for (let index = 0; index < images.length; index++) {
+      const [px, py] = place(index);
+      const distance = (px - x) ** 2 + (py - y) ** 2;
+      if (distance < least) [best, least] = [index, distance];
+    }
+    return best;
+  };
+  brush(
+    canvas,
+    (area) => draw(area.map((side) => side * scale())),
+    (area, start) => {
+      if (!area) {
+        const index = nearest(...start.map((side) => side * scale()));
+        if (index < 0) state.set({ region: null, chosen: null });
+        else if (index < queries) state.set({ query: index, view: "ranking", image: null });
+        else state.set({ image: images[index], view: "pair" });
+        return;
+      }
+      const [x0, y0, x1, y1] = area.map((side) => side * scale());
+      const inside = images.map((_, index) => place(index)).map(([x, y]) => x >= x0 && x <= x1 && y >= y0 && y <= y1);
+      const region = new Set(images.filter((_, index) => inside[index] && index >= queries));
+      const chosen = entry.queries.map((_, index) => index).filter((index) => inside[index]);
+      state.set({ region, chosen: chosen.length ? chosen : null });
+    },
+  );
+  canvas.addEventListener("pointermove", (event) => {
+    const box = canvas.getBoundingClientRect();
+    const index = nearest((event.clientX - box.left) * scale(), (event.clientY - box.top) * scale());
+    hint.hidden = index < 0;
+    if (index >= 0) hint.replaceChildren(picture(state, images[index]), state.data.names[images[index]]);
+  });
+  canvas.addEventListener("pointerleave", () => (hint.hidden = true));
+  draw(null);
+  const shown = entry.database > images.length - queries ? ` The first ${images.length - queries} of ${entry.database} database images are drawn.` : "";
+  const text = `Blue: queries. Green, orange: easy and hard images of the chosen query.${shown}`;
+  return element("div", { class: "plot" }, canvas, hint, element("p", { class: "small" }, text));
+}
+
+const sorting = { column: null, falling: false };
+
+function queryTable(state) {
+  const { entry, protocol } = state;
+  const columns = [
+    ["query", (query) => state.data.names[entry.queries[query].image]],
+    [entry.reranked ? "AP before" : "AP", (query) => entry.ap("global", protocol, query)],
+    ...(entry.reranked
+      ? [
+          ["AP after", (query) => entry.last(protocol, query)],
+          ["change", (query) => entry.last(protocol, query) - entry.ap("global", protocol, query)],
+        ]
+      : []),
+    ["positives", (query) => POSITIVES[protocol].reduce((sum, label) => sum + entry.queries[query].labels[label].length, 0)],
+    ["last positive at rank", (query) => entry.queries[query].worst[protocol]?.[2] ?? null],
+  ];
+  const queries = [...(state.chosen ?? entry.queries.keys())];
+  if (sorting.column !== null && sorting.column < columns.length) {
+    const value = columns[sorting.column][1];
+    const sign = sorting.falling ? -1 : 1;
+    const compare = (a, b) => (typeof a === "string" ? a.localeCompare(b) : (a ?? Infinity) - (b ?? Infinity));
+    queries.sort((a, b) => sign * compare(value(a), value(b)));
+  }
+  const head = columns.map(([name], index) =>
+    button(name + (sorting.column === index ? (sorting.falling ? " ▼" : " ▲") : ""), () => {
+      Object.assign(sorting, { falling: sorting.column === index && !sorting.falling, column: index });
+      state.set({});
+    }),
+  );
+  const rows = queries.map((query) => {
+    const open = () => state.set({ query, view: "ranking", image: null });
+    const cells = columns.map(([name, value], index) => {
+      const cell = value(query);
+      if (index === 0) {
+        const starred = state.notes.get(Notes.name(entry, query, null, state.data.names)).star ? "★ " : "";
+        return button([picture(state, entry.queries[query].image, { alt: "" }), `${starred}${cell}`], open, { class: "name" });
+      }
+      if (cell === null) return "–";
+      return name === "change" ? signed(100 * cell) : name.startsWith("AP") ? percent(cell) : String(cell);
+    });
+    const line = row(...cells);
+    if (query === state.query) line.className = "current";
+    return line;
+  });
+  return element("div", { class: "scroll" }, table(head, rows, { class: "queries" }));
+}
+
+// ---------------------------------------------------------------- ranking
+
+function ranking(state) {
+  const { entry, query, protocol } = state;
+  if (!entry.queries.length) return element("p", {}, "This run has no query.");
+  const { image, box } = entry.queries[query];
+  const after = entry.reranked ? ` → ${percent(entry.last(protocol, query))}` : "";
+  const filters = Object.entries(LETTERS).map(([label, letter]) =>
+    option(`${letter} ${label}`, state.labels.has(label), (on) => {
+      if (on) state.labels.add(label);
+      else state.labels.delete(label);
+      state.set({});
+    }),
+  );
+  const grids = entry.reranked ? ["before", "after"] : ["before"];
+  return element(
+    "div",
+    { class: "ranking" },
+    element(
+      "aside",
+      {},
+      boxedQuery(state, image, box),
+      element("h2", {}, state.data.names[image]),
+      element("p", {}, `Query ${query} of ${entry.queries.length}. AP ${percent(entry.ap("global", protocol, query))}${after} (${protocol}).`),
+      worstLine(state),
+      element("p", {}, button("◀ query", () => state.step(-1, 0)), button("query ▶", () => state.step(1, 0))),
+      noteControls(state, null),
+      element("div", { class: "filters", role: "group", "aria-label": "labels that are shown" }, ...filters),
+      selectionLine(state),
+      parametersButton(state),
+    ),
+    element(
+      "div",
+      {},
+      neighbours(state),
+      ...grids.map((name) => {
+        const title = name === "before" ? "Global ranking" : "After reranking";
+        const tiles = state.shown(name === "after").map((item) => tile(state, item, name === "after"));
+        const content = tiles.length ? tiles : [element("p", {}, "No image passes the filters.")];
+        return element("section", {}, element("h3", {}, title), element("div", { class: "grid" }, ...content));
+      }),
+    ),
+  );
+}
+
+// The images nearest to a database image that was asked for by a click with Shift, or by «n».
+function neighbours(state) {
+  if (state.asked === null) return null;
+  const images = state.entry.neighbours[state.asked];
+  const close = button("close", () => state.set({ asked: null }));
+  const title = element("h3", {}, `Nearest to ${state.data.names[state.asked]} by descriptor `, close);
+  if (!images) return element("section", {}, title, element("p", {}, "Its neighbours are not stored in the page."));
+  const tiles = images.map((image, index) =>
+    tile(state, { image, label: state.entry.label(state.query, image), ignored: false, rank: index + 1 }, null),
+  );
+  return element("section", {}, title, element("div", { class: "grid" }, picture(state, state.asked), ...tiles));
+}
+
+function worstLine(state) {
+  const worst = state.entry.queries[state.query].worst[state.protocol];
+  if (!worst) return element("p", {}, "No positive image under this protocol.");
+  const [image, before, after] = worst;
+  const ranks = state.entry.reranked ? `${before} → ${after}` : before;
+  const open = button("open", () => state.set({ image, view: "pair" }));
+  return element("p", {}, `The positive that ranks last: ${state.data.names[image]}, rank ${ranks}. `, open);
+}
+
+function boxedQuery(state, image, box) {
+  const [width, height] = state.data.sizes[image];
+  const address = state.data.photos[image] ?? state.data.thumbs[image];
+  if (!address || !width) return picture(state, image);
+  const chart = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "boxed", role: "img" });
+  chart.setAttribute("aria-label", `query ${state.data.names[image]}`);
+  chart.append(svg("image", { href: address, width, height }));
+  if (box) {
+    const [x0, y0, x1, y1] = box;
+    chart.append(svg("rect", { x: x0, y: y0, width: x1 - x0, height: y1 - y0, class: "box" }));
+  }
+  return chart;
+}
+
+// after: whether the tile belongs to the reranked ranking; null: to neighbours, without numbers.
+function tile(state, { image, label, ignored, rank }, after) {
+  const similarity = state.entry.similarity(state.query, image);
+  const inliers = state.entry.inliers(state.query, image);
+  let numbers = "";
+  if (after && inliers !== null) numbers = `${inliers} inliers`;
+  if (after === false && similarity !== null) numbers = similarity.toFixed(3);
+  const place = rank === null ? "ignored" : `${rank}`;
+  const name = `${state.data.names[image]}, ${label}, ${rank === null ? "ignored" : `rank ${rank}`}, ${numbers}`;
+  const stored = state.entry.pair(state.query, image) ? " stored" : "";
+  const kind = `tile ${label}${ignored ? " ignored" : ""}${image === state.image ? " current" : ""}${stored}`;
+  return element(
+    "button",
+    {
+      type: "button",
+      class: kind,
+      title: state.data.names[image],
+      "aria-label": name,
+      onclick: (event) =>
+        state.set(event.shiftKey ? { image, asked: image } : { image, after: after ?? state.after, view: "pair" }),
+    },
+    picture(state, image),
+    element("span", { class: "caption" }, element("b", { class: label }, LETTERS[label]), ` ${place}  ${numbers}`),
+  );
+}
+
+// ---------------------------------------------------------------- pair
+
+// What the pair view shows; kept while pairs change.
+const pairOptions = {
+  inliers: true,
+  rejected: false,
+  outline: true,
+  together: true,
+  opacity: 0.8,
+  number: 200,
+  display: "matches",
+  fade: 0.5,
+};
+const DISPLAYS = ["matches", "fade", "blink", "checkerboard"];
+const CROP = 64; // stored pixels of an enlarged patch's side
+
+const project = (h, x, y) => {
+  const w = h[6] * x + h[7] * y + h[8];
+  return [(h[0] * x + h[1] * y + h[2]) / w, (h[3] * x + h[4] * y + h[5]) / w];
+};
+
+class PairCanvas {
+  constructor(state, hint, crops) {
+    const { entry, query, image } = state;
+    Object.assign(this, { state, hint, crops });
+    this.images = [entry.queries[query].image, image];
+    this.box = entry.queries[query].box;
+    this.pair = entry.pair(query, image);
+    this.frames = this.images.map(() => ({ scale: 1, x: 0, y: 0 }));
+    this.pictures = [null, null];
+    this.highlight = -1;
+    this.blinking = true;
+    const names = this.images.map((number) => state.data.names[number]);
+    this.canvas = element("canvas", {
+      class: "pair",
+      tabIndex: 0,
+      role: "img",
+      "aria-label": `query ${names[0]} and ${names[1]} with their matches`,
+    });
+    this.listen();
+    this.images.forEach((number, side) => this.load(number, side));
+    new ResizeObserver(() => this.fit()).observe(this.canvas);
+  }
+
+  load(number, side) {
+    const address = this.state.data.photos[number] ?? this.state.data.thumbs[number];
+    if (!address) return;
+    const picture = new Image();
+    picture.onload = () => {
+      this.pictures[side] = picture;
+      this.fit();
+    };
+    picture.src = address;
+  }
+
+  // The width and height of a photograph in stored pixels.
+  size(side) {
+    const [width, height] = this.state.data.sizes[this.images[side]];
+    return width ? [width, height] : [400, 300];
+  }
+
+  get single() {
+    return pairOptions.display !== "matches" && this.pair?.homography;
+  }
+
+  // Shows both photographs whole, side by side; the warped query alone takes all of the canvas.
+  fit() {
+    const box = this.canvas.getBoundingClientRect();
+    if (!box.width) return;
+    const ratio = window.devicePixelRatio || 1;
+    this.canvas.width = Math.round(box.width * ratio);
+    this.canvas.height = Math.round(box.height * ratio);
+    this.width = this.single ? box.width : box.width / 2;
+    for (const side of [0, 1]) {
+      const [width, height] = this.size(side);
+      const scale = Math.min((this.width - 8) / width, (box.height - 8) / height);
+      const left = side && !this.single ? this.width : 0;
+      this.frames[side] = {
+        scale,
+        x: left + (this.width - width * scale) / 2,
+        y: (box.height - height * scale) / 2,
+      };
+    }
+    this.ratio = ratio;
+    this.draw();
+  }
+
+  toScreen(side, x, y) {
+    const frame = this.frames[side];
+    return [frame.x + (x + 0.5) * frame.scale, frame.y + (y + 0.5) * frame.scale];
+  }
+
+  sides(x) {
+    if (this.single || pairOptions.together) return [0, 1];
+    return [x < this.width ? 0 : 1];
+  }
+
+  zoom(x, y, factor) {
+    const own = x < this.width || this.single ? 0 : 1;
+    for (const side of this.sides(x)) {
+      const frame = this.frames[side];
+      // The same place of the other half stays put too.
+      const shift = side === own || this.single ? 0 : side ? this.width : -this.width;
+      frame.x = x + shift - (x + shift - frame.x) * factor;
+      frame.y = y - (y - frame.y) * factor;
+      frame.scale *= factor;
+    }
+    this.draw();
+  }
+
+  pan(x, dx, dy) {
+    for (const side of this.sides(x)) {
+      this.frames[side].x += dx;
+      this.frames[side].y += dy;
+    }
+    this.draw();
+  }
+
+  listen() {
+    let last = null;
+    const place = (event) => {
+      const box = this.canvas.getBoundingClientRect();
+      return [event.clientX - box.left, event.clientY - box.top];
+    };
+    this.canvas.addEventListener("wheel", (event) => {
+      event.preventDefault();
+      this.zoom(...place(event), Math.exp(-event.deltaY / 400));
+    });
+    this.canvas.addEventListener("pointerdown", (event) => {
+      last = place(event);
+      this.canvas.setPointerCapture(event.pointerId);
+    });
+    this.canvas.addEventListener("pointermove", (event) => {
+      const [x, y] = place(event);
+      if (last) {
+        this.pan(last[0], x - last[0], y - last[1]);
+        last = [x, y];
+      } else this.hover(x, y);
+    });
+    this.canvas.addEventListener("pointerup", () => (last = null));
+    this.canvas.addEventListener("keydown", (event) => {
+      const factor = { "+": 1.25, "=": 1.25, "-": 0.8 }[event.key];
+      if (factor) this.zoom(this.width / 2, this.canvas.clientHeight / 2, factor);
+    });
+  }
+
+  // Indices of the matches that are drawn, inliers last and so on top.
+  drawn() {
+    if (!this.pair) return [];
+    const { inlier } = this.pair;
+    const chosen = [];
+    for (const kind of [0, 1])
+      for (let index = 0, count = 0; index < inlier.length && count < pairOptions.number; index++)
+        if (inlier[index] === kind && (kind ? pairOptions.inliers : pairOptions.rejected)) {
+          chosen.push(index);
+          count++;
+        }
+    return chosen;
+  }
+
+  ends(index) {
+    const points = this.pair.points;
+    return [0, 1].map((side) => this.toScreen(side, points[4 * index + 2 * side], points[4 * index + 2 * side + 1]));
+  }
+
+  hover(x, y) {
+    let [best, least] = [-1, 100];
+    if (this.pair && !this.single)
+      for (const index of this.drawn())
+        for (const [px, py] of this.ends(index)) {
+          const distance = (px - x) ** 2 + (py - y) ** 2;
+          if (distance < least) [best, least] = [index, distance];
+        }
+    if (best === this.highlight) return;
+    this.highlight = best;
+    this.hint.textContent = best < 0 ? "Hover over a match for its numbers." : this.describe(best);
+    this.drawCrops(best < 0 ? this.strongest() : [best]);
+    this.draw();
+  }
+
+  describe(index) {
+    const { distance, scale, score, inlier, points, homography } = this.pair;
+    const [qx, qy, x, y] = points.slice(4 * index, 4 * index + 4);
+    const parts = [inlier[index] ? "inlier" : "rejected", `distance ${distance[index]}`];
+    if (score[index] !== null) parts.push(`score ${score[index]}`, `scale ${scale[index]}`);
+    if (homography) {
+      const [px, py] = project(homography, qx, qy);
+      parts.push(`residual ${Math.hypot(px - x, py - y).toFixed(1)} pixels of the photograph`);
+    }
+    return `Match ${index}: ${parts.join(", ")}.`;
+  }
+
+  // The three inliers, or else matches, of least distance.
+  strongest() {
+    if (!this.pair) return [];
+    const { inlier, distance } = this.pair;
+    const all = [...inlier.keys()].sort((a, b) => inlier[b] - inlier[a] || distance[a] - distance[b]);
+    return all.slice(0, 3);
+  }
+
+  drawCrops(matches) {
+    this.crops.replaceChildren(
+      ...matches.map((index) => {
+        const canvas = element("canvas", { width: 196, height: 96, role: "img" });
+        canvas.setAttribute("aria-label", `the two patches of match ${index}`);
+        const context = canvas.getContext("2d");
+        for (const side of [0, 1]) {
+          const picture = this.pictures[side];
+          if (!picture) continue;
+          const factor = picture.naturalWidth / this.size(side)[0];
+          const [x, y] = this.pair.points.slice(4 * index + 2 * side, 4 * index + 2 * side + 2);
+          const half = CROP / 2;
+          const source = [(x - half) * factor, (y - half) * factor, CROP * factor, CROP * factor];
+          context.drawImage(picture, ...source, 100 * side, 0, 96, 96);
+          context.strokeStyle = this.pair.inlier[index] ? COLOURS.inlier : COLOURS.rejected;
+          context.strokeRect(100 * side + 0.5, 0.5, 95, 95);
+        }
+        return canvas;
+      }),
+    );
+  }
+
+  draw() {
+    if (!this.ratio) return;
+    const context = this.canvas.getContext("2d");
+    context.setTransform(this.ratio, 0, 0, this.ratio, 0, 0);
+    context.clearRect(0, 0, this.canvas.width, this.canvas.height);
+    if (this.single) {
+      this.drawPhotograph(context, 1);
+      this.drawWarped(context);
+      return;
+    }
+    for (const side of [0, 1]) {
+      context.save();
+      context.beginPath();
+      context.rect(side * this.width, 0, this.width, this.canvas.clientHeight);
+      context.clip();
+      this.drawPhotograph(context, side);
+      context.restore();
+    }
+    if (pairOptions.outline) this.drawOutline(context);
+    this.drawMatches(context);
+  }
+
+  drawPhotograph(context, side) {
+    const [width, height] = this.size(side);
+    const { scale, x, y } = this.frames[side];
+    if (this.pictures[side]) context.drawImage(this.pictures[side], x, y, width * scale, height * scale);
+    else {
+      context.fillStyle = "#999";
+      context.fillRect(x, y, width * scale, height * scale);
+    }
+  }
+
+  corners() {
+    const [width, height] = this.size(0);
+    const [x0, y0, x1, y1] = this.box ?? [0, 0, width, height];
+    return [[x0, y0], [x1, y0], [x1, y1], [x0, y1]].map(([x, y]) => [x - 0.5, y - 0.5]);
+  }
+
+  drawOutline(context) {
+    context.strokeStyle = COLOURS.box;
+    context.lineWidth = 2;
+    const outline = (side, corners) => {
+      context.beginPath();
+      corners.forEach(([x, y], index) => {
+        const point = this.toScreen(side, x, y);
+        if (index) context.lineTo(...point);
+        else context.moveTo(...point);
+      });
+      context.closePath();
+      context.stroke();
+    };
+    if (this.box) outline(0, this.corners());
+    const homography = this.pair?.homography;
+    // Beyond the horizon of the homography a corner has no place in the image.
+    const visible = ([x, y]) => (homography[6] * x + homography[7] * y + homography[8]) * homography[8] > 0;
+    if (!homography || !this.corners().every(visible)) return;
+    context.save();
+    context.beginPath();
+    context.rect(this.width, 0, this.width, this.canvas.clientHeight);
+    context.clip();
+    outline(1, this.corners().map(([x, y]) => project(homography, x, y)));
+    context.restore();
+  }
+
+  drawMatches(context) {
+    if (!this.pair) return;
+    const [width, height] = this.size(0);
+    context.lineWidth = 1;
+    for (const index of this.drawn()) {
+      const [first, second] = this.ends(index);
+      const [x, y] = this.pair.points.slice(4 * index, 4 * index + 2);
+      const inlier = this.pair.inlier[index];
+      // The hue tells where in the query a match begins, the lightness how far down.
+      const hue = (330 * x) / width;
+      const colour = inlier ? `hsl(${hue} 95% ${45 + (25 * y) / height}%)` : COLOURS.rejected;
+      const current = index === this.highlight;
+      context.globalAlpha = current ? 1 : inlier ? pairOptions.opacity : pairOptions.opacity / 2;
+      context.lineWidth = current ? 3 : 1;
+      context.strokeStyle = context.fillStyle = colour;
+      context.beginPath();
+      context.moveTo(...first);
+      context.lineTo(...second);
+      context.stroke();
+      for (const [px, py] of [first, second]) {
+        context.beginPath();
+        context.arc(px, py, current ? 5 : 2.5, 0, 2 * Math.PI);
+        context.fill();
+      }
+    }
+    context.globalAlpha = 1;
+  }
+
+  // The query's box, warped onto the database photograph triangle by triangle.
+  drawWarped(context) {
+    const picture = this.pictures[0];
+    if (!picture || (pairOptions.display === "blink" && !this.blinking)) return;
+    const [[x0, y0], , [x1, y1]] = this.corners();
+    const factor = picture.naturalWidth / this.size(0)[0];
+    const cells = 16;
+    context.save();
+    if (pairOptions.display === "checkerboard") {
+      context.beginPath();
+      for (let column = 0; column * 40 < this.canvas.clientWidth; column++)
+        for (let line = 0; line * 40 < this.canvas.clientHeight; line++)
+          if ((column + line) % 2) context.rect(column * 40, line * 40, 40, 40);
+      context.clip();
+    }
+    context.globalAlpha = pairOptions.display === "fade" ? pairOptions.fade : 1;
+    const { homography } = this.pair;
+    const place = (x, y) => this.toScreen(1, ...project(homography, x, y));
+    const front = (x, y) => (homography[6] * x + homography[7] * y + homography[8]) * homography[8] > 0;
+    for (let column = 0; column < cells; column++)
+      for (let line = 0; line < cells; line++) {
+        const xs = [column, column + 1].map((step) => x0 + ((x1 - x0) * step) / cells);
+        const ys = [line, line + 1].map((step) => y0 + ((y1 - y0) * step) / cells);
+        const square = [[xs[0], ys[0]], [xs[1], ys[0]], [xs[1], ys[1]], [xs[0], ys[1]]];
+        if (!square.every(([x, y]) => front(x, y))) continue;
+        const target = square.map(([x, y]) => place(x, y));
+        for (const corners of [[0, 1, 2], [0, 2, 3]])
+          this.drawTriangle(context, picture, factor, corners.map((i) => square[i]), corners.map((i) => target[i]));
+      }
+    context.restore();
+  }
+
+  drawTriangle(context, picture, factor, source, target) {
+    const [[sx0, sy0], [sx1, sy1], [sx2, sy2]] = source.map(([x, y]) => [(x + 0.5) * factor, (y + 0.5) * factor]);
+    const [[x0, y0], [x1, y1], [x2, y2]] = target;
+    const area = (sx1 - sx0) * (sy2 - sy0) - (sx2 - sx0) * (sy1 - sy0);
+    if (!area) return;
+    const linear = (v0, v1, v2) => {
+      const a = ((v1 - v0) * (sy2 - sy0) - (v2 - v0) * (sy1 - sy0)) / area;
+      const b = ((v2 - v0) * (sx1 - sx0) - (v1 - v0) * (sx2 - sx0)) / area;
+      return [a, b, v0 - a * sx0 - b * sy0];
+    };
+    const [a, c, e] = linear(x0, x1, x2);
+    const [b, d, f] = linear(y0, y1, y2);
+    context.save();
+    context.beginPath();
+    context.moveTo(x0, y0);
+    context.lineTo(x1, y1);
+    context.lineTo(x2, y2);
+    context.closePath();
+    context.clip();
+    context.transform(a, b, c, d, e, f);
+    context.drawImage(picture, 0, 0);
+    context.restore();
+  }
+}
+
+let blinker = null; // the timer of the pair view's blinking
+
+function pair(state) {
+  const { entry, query, image } = state;
+  if (!entry.queries.length) return element("p", {}, "This run has no query.");
+  if (image === null) {
+    const first = state.shown()[0]?.image;
+    if (first === undefined) return element("p", {}, "No image passes the filters.");
+    state.image = first;
+    return pair(state);
+  }
+  const hint = element("p", { class: "small", "aria-live": "polite" }, "Hover over a match for its numbers.");
+  const crops = element("div", { class: "crops" });
+  const view = new PairCanvas(state, hint, crops);
+  const stored = view.pair;
+  const change = (name) => (value) => {
+    pairOptions[name] = value;
+    view.draw();
+  };
+  const display = element(
+    "select",
+    {
+      "aria-label": "display",
+      onchange: () => {
+        pairOptions.display = display.value;
+        state.set({});
+      },
+    },
+    ...DISPLAYS.map((name) => element("option", { value: name, selected: name === pairOptions.display }, name === "matches" ? "matches" : `warped query: ${name}`)),
+  );
+  clearInterval(blinker);
+  if (pairOptions.display === "blink" && stored?.homography)
+    blinker = setInterval(() => {
+      view.blinking = !view.blinking;
+      view.draw();
+    }, 600);
+  const loaded = () => view.pictures.every((picture) => picture) && view.drawCrops(view.strongest());
+  const settled = setInterval(() => {
+    if (!view.canvas.isConnected || loaded() !== false) clearInterval(settled);
+  }, 50);
+  const item = state.shown().find((candidate) => candidate.image === image);
+  const label = entry.label(query, image);
+  const place = item ? (item.rank === null ? "ignored" : `rank ${item.rank} ${state.after && entry.reranked ? "after reranking" : "of the global ranking"}`) : "not in the shown ranking";
+  const similarity = entry.similarity(query, image);
+  const facts = [place, label];
+  if (similarity !== null) facts.push(`similarity ${similarity.toFixed(3)}`);
+  if (entry.inliers(query, image) !== null) facts.push(`${entry.inliers(query, image)} inliers as counted by reranking`);
+  if (stored) {
+    const all = stored.inlier.length === stored.matches ? "" : `, of which ${stored.inlier.length} are stored here`;
+    facts.push(`${stored.matches} matches${all}`);
+  }
+  const remark = stored
+    ? stored.homography
+      ? null
+      : "No homography fits these matches."
+    : "The matches of this pair are not stored in the page; outlined tiles of the ranking have theirs.";
+  return element(
+    "div",
+    { class: "pairview" },
+    element("h2", {}, `${state.data.names[entry.queries[query].image]}  –  ${state.data.names[image]}`),
+    element("p", {}, `${facts.join(", ")}. `, remark),
+    element(
+      "div",
+      { class: "controls" },
+      button("◀", () => state.step(0, -1), { "aria-label": "previous image" }),
+      button("▶", () => state.step(0, 1), { "aria-label": "next image" }),
+      display,
+      option("inliers", pairOptions.inliers, change("inliers")),
+      option("rejected", pairOptions.rejected, change("rejected")),
+      option("outline", pairOptions.outline, change("outline")),
+      option("move together", pairOptions.together, change("together")),
+      slider("opacity", [0.1, 1, 0.05, pairOptions.opacity], change("opacity")),
+      slider("most lines", [5, 1000, 5, pairOptions.number], change("number")),
+      pairOptions.display === "fade" ? slider("query", [0, 1, 0.05, pairOptions.fade], change("fade")) : null,
+      button("whole (0)", () => view.fit()),
+      noteControls(state, image),
+      parametersButton(state),
+    ),
+    view.canvas,
+    hint,
+    crops,
+  );
+}
+
+// ---------------------------------------------------------------- compare
+
+function compare(state) {
+  if (state.entries.length < 2) return element("p", {}, "One run is in this page: `vitgal report RUN RUN` compares two.");
+  const { entry, protocol } = state;
+  const other = state.entries[state.other === state.number ? (state.number + 1) % state.entries.length : state.other];
+  const select = element(
+    "select",
+    { "aria-label": "the run to compare with", onchange: () => state.set({ other: Number(select.value) }) },
+    ...state.entries
+      .filter(({ number }) => number !== state.number)
+      .map(({ number, title }) => element("option", { value: number, selected: number === other.number }, title)),
+  );
+  const head = element("p", {}, `${entry.title} (shown in the other views) against `, select);
+  const found = state.data.comparisons.find(
+    ({ first, second }) => [first, second].includes(entry.number) && [first, second].includes(other.number),
+  );
+  if (!found || found.reason)
+    return element("div", {}, head, element("p", {}, found?.reason ?? "The two were made on different data sets: their scores cannot be compared."));
+  const settings = [new Map(entry.settings), new Map(other.settings)];
+  const names = [...new Set([...settings[0].keys(), ...settings[1].keys()])];
+  const differing = names.filter((name) => settings[0].get(name) !== settings[1].get(name));
+  const names2 = [entry.title, other.title];
+  const changes = entry.queries
+    .map((_, query) => ({ query, a: entry.last(protocol, query), b: other.last(protocol, query) }))
+    .filter(({ a, b }) => a !== null && b !== null)
+    .sort((x, y) => Math.abs(y.b - y.a) - Math.abs(x.b - x.a));
+  const rows = changes.map(({ query, a, b }) => {
+    const open = () => state.set({ query });
+    const line = row(button([picture(state, entry.queries[query].image, { alt: "" }), state.data.names[entry.queries[query].image]], open, { class: "name" }), percent(a), percent(b), signed(100 * (b - a)));
+    if (query === state.query) line.className = "current";
+    return line;
+  });
+  const grids = [entry, other].map((one) => {
+    const items = one.ranking(state.query, protocol, true).slice(0, 24);
+    const tiles = items.map((item) => comparedTile(state, one, item));
+    return element("section", {}, element("h3", {}, one.title), element("div", { class: "grid" }, ...tiles));
+  });
+  return element(
+    "div",
+    { class: "compare" },
+    head,
+    element("h2", {}, "What was set differently"),
+    differing.length
+      ? table(["setting", ...names2], differing.map((name) => row(name, ...settings.map((values) => values.get(name) ?? "–"))))
+      : element("p", {}, "No setting differs."),
+    element("h2", {}, "Scores"),
+    table(["", ...names2], PROTOCOLS.filter((name) => name in (found.tests ?? {})).map((name) => row(capital(name), ...[entry, other].map((one) => percent(one.scores[one.stages[one.stages.length - 1]][name].map))))),
+    ...Object.entries(found.tests ?? {}).map(([name, sentence]) => element("p", {}, `${capital(name)}: ${sentence}`)),
+    element("h2", {}, `Queries that differ most (${protocol})`),
+    element("div", { class: "scroll" }, table(["query", ...names2, "change"], rows, { class: "queries" })),
+    element("h2", {}, `Rankings of ${state.data.names[entry.queries[state.query].image]}`),
+    ...grids,
+  );
+}
+
+function comparedTile(state, entry, { image, label, ignored, rank }) {
+  return element(
+    "span",
+    { class: `tile ${label}${ignored ? " ignored" : ""}`, title: state.data.names[image] },
+    picture(state, image),
+    element("span", { class: "caption" }, element("b", { class: label }, LETTERS[label]), ` ${rank ?? "ignored"}`),
+  );
+}
+
+// ---------------------------------------------------------------- the page
+
+function header(state) {
+  const select = element(
+    "select",
+    { "aria-label": "run and data set", onchange: () => state.set({ number: Number(select.value), query: 0, image: null, asked: null, chosen: null, region: null }) },
+    ...state.entries.map(({ number, title }) => element("option", { value: number, selected: number === state.number }, title)),
+  );
+  const tabs = VIEWS.map((name) => button(capital(name), () => state.set({ view: name }), { "aria-current": state.view === name ? "page" : null }));
+  const protocols = state.entry.protocols().map((name) => button(capital(name), () => state.set({ protocol: name }), { "aria-pressed": String(state.protocol === name) }));
+  return element(
+    "header",
+    {},
+    element("h1", {}, "vitgal"),
+    select,
+    element("nav", { "aria-label": "views" }, ...tabs),
+    element("span", { role: "group", "aria-label": "protocol" }, ...protocols),
+    button("notes.json", () => state.notes.download(), { title: "save stars and notes" }),
+    button("?", help, { "aria-label": "keys" }),
+  );
+}
+
+function help() {
+  if (document.querySelector("dialog")) return;
+  const dialog = element(
+    "dialog",
+    { "aria-label": "keys", onclose: () => dialog.remove() },
+    element("h2", {}, "Keys"),
+    table(["key", "what it does"], KEYS.map(([key, text]) => row(element("kbd", {}, key), text))),
+    button("close", () => dialog.close()),
+  );
+  document.body.append(dialog);
+  dialog.showModal();
+}
+
+function onKey(state, event) {
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  const within = event.target.closest?.("input, select, textarea");
+  if (within && (event.key !== "Escape" || event.target.tagName === "SELECT")) return;
+  const onButton = event.target.closest?.("button") && event.key === "Enter";
+  if (onButton) return;
+  const back = { pair: "ranking", ranking: "overview", compare: "overview" };
+  const actions = {
+    ArrowUp: () => state.step(-1, 0),
+    ArrowDown: () => state.step(1, 0),
+    ArrowLeft: () => state.step(0, -1),
+    ArrowRight: () => state.step(0, 1),
+    Enter: () => state.set({ view: "pair" }),
+    Escape: () => (back[state.view] ? state.set({ view: back[state.view] }) : state.set({ chosen: null, region: null })),
+    p: () => {
+      const names = state.entry.protocols();
+      state.set({ protocol: names[(names.indexOf(state.protocol) + 1) % names.length] });
+    },
+    n: () => state.set({ asked: state.image, view: "ranking" }),
+    s: () => toggleStar(state, state.view === "pair" ? state.image : null),
+    0: () => state.set({}),
+    "?": help,
+  };
+  VIEWS.forEach((name, index) => (actions[String(index + 1)] = () => state.set({ view: name })));
+  const action = Object.hasOwn(actions, event.key) ? actions[event.key] : null;
+  if (!action) return;
+  event.preventDefault();
+  action();
+}
+
+// Draws the instrument into an element; `data`: see the top. Returns the state that views share.
+export function mount(root, data) {
+  root.classList.add("vitgal");
+  if (!data.entries.length) {
+    root.append(element("p", {}, "There is no result to show."));
+    return null;
+  }
+  const state = new State(data);
+  const draw = () => {
+    clearInterval(blinker);
+    const focus = document.activeElement?.getAttribute?.("aria-label");
+    const top = [root.querySelector(".scroll")?.scrollTop ?? 0, window.scrollY];
+    const view = { overview, ranking, pair, compare }[state.view](state);
+    const changed = root.dataset.view !== state.view;
+    root.dataset.view = state.view;
+    root.replaceChildren(header(state), element("main", {}, view));
+    const scroll = root.querySelector(".scroll");
+    if (!changed) {
+      if (scroll) scroll.scrollTop = top[0];
+      window.scrollTo(0, top[1]);
+    } else window.scrollTo(0, 0);
+    if (focus) root.querySelector(`[aria-label="${CSS.escape(focus)}"]`)?.focus({ preventScroll: true });
+    root.querySelector(".tile.current")?.scrollIntoView({ block: "nearest" });
+  };
+  state.listeners.push(draw);
+  document.addEventListener("keydown", (event) => onKey(state, event));
+  window.addEventListener("hashchange", () => {
+    state.readAddress();
+    draw();
+  });
+  draw();
+  return state;
+}

@@ -1,0 +1,135 @@
+"""The front end as a page: a folder that opens from disk, without a server or a kernel."""
+
+import base64
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from vitgal import runs
+from vitgal.data.images import ImageError, ReadError, read_image
+from vitgal.viz.drawing import reduce_image
+from vitgal.viz.run_document import Images, run_document
+
+THUMBNAIL, ENLARGED = 160, 800  # pixels, the longer side
+THUMBNAIL_QUALITY, ENLARGED_QUALITY = 75, 82  # of JPEG
+PAGE, MARK = "index.html", '<meta name="generator" content="vitgal report">'
+
+
+def write_report(
+    run_folders: Sequence[Path],
+    folder: Path | None = None,
+    *,
+    ranks: int = 100,
+    pairs: int = 4,
+    single_file: bool = False,
+    progress: bool = True,
+) -> Path:
+    """Writes the page of one or several runs and returns its path.
+
+    Args:
+        run_folders: runs with a finished global stage. Several are compared.
+        folder: receives index.html, thumbs/ and photos/; None: `report/` of the first run.
+        ranks, pairs: see `run_document`.
+        single_file: puts all images into index.html.
+    Raises:
+        StageError: a run has no global stage, or the folder holds other files than a report's.
+        FileNotFoundError: a run or its data set is missing.
+    """
+    folder = Path(folder or Path(run_folders[0]) / "report").absolute()
+    _refuse_other_files(folder)
+    document, images = run_document(run_folders, ranks=ranks, pairs=pairs, progress=progress)
+    (folder / PAGE).unlink(missing_ok=True)  # written last: a page has all of its images
+    document["thumbs"], document["photos"] = _write_images(folder, images, inline=single_file)
+    return runs.write_text(folder / PAGE, page(document))
+
+
+def page(document: dict[str, Any]) -> str:
+    """Returns the HTML of a document, with the front end inside; texts of the document are data."""
+    frontend = resources.files("vitgal.viz") / "frontend"
+    script, style = ((frontend / f"instrument.{kind}").read_text("utf-8") for kind in ("js", "css"))
+    # A JSON text within a script element ends at the next "</script" and may not open a comment.
+    data = json.dumps(document, allow_nan=False, ensure_ascii=True, separators=(",", ":"))
+    data = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    policy = (
+        "default-src 'none'; img-src 'self' file: data: blob:; style-src 'unsafe-inline'; "
+        "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    )
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n{MARK}\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>vitgal report</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        '<div id="instrument"></div>\n'
+        f'<script type="application/json" id="document">{data}</script>\n'
+        f'<script type="module">\n{script}\n'
+        'mount(document.getElementById("instrument"), '
+        'JSON.parse(document.getElementById("document").textContent));\n'
+        "</script>\n</body>\n</html>\n"
+    )
+
+
+def _refuse_other_files(folder: Path) -> None:
+    runs.refuse_links([folder])
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    index = folder / PAGE
+    known = {PAGE, "thumbs", "photos"}
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
+    ours = not index.exists() or MARK in index.read_text("utf-8", errors="replace")[:2000]
+    if others or not ours:
+        name = others[0] if others else PAGE
+        raise runs.StageError(
+            f"{folder} holds {runs.printable(name)}, which is no part of a report: choose another "
+            "folder by --to"
+        )
+
+
+def _write_images(
+    folder: Path, images: Images, *, inline: bool
+) -> tuple[list[str | None], dict[str, str]]:
+    """Writes or encodes the images; returns the addresses of the small and of the large ones."""
+
+    def convert(number: int) -> tuple[str | None, str | None]:
+        """Returns the addresses of an image's small and large picture; None: there is none."""
+        try:
+            pixels = read_image(images.paths[number])
+        except (ImageError, ReadError, OSError):
+            return None, None
+        small = _jpeg(reduce_image(pixels, THUMBNAIL)[0], THUMBNAIL_QUALITY)
+        large = None
+        if number in images.enlarged:
+            large = _jpeg(reduce_image(pixels, ENLARGED)[0], ENLARGED_QUALITY)
+        return store("thumbs", number, small), large and store("photos", number, large)
+
+    def store(part: str, number: int, data: bytes) -> str:
+        """Returns the address of a picture."""
+        if inline:
+            return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+        path = folder / part / f"{number:06}.jpg"
+        path.write_bytes(data)
+        return f"{part}/{path.name}"
+
+    for part in ("thumbs", "photos"):
+        runs.refuse_links([folder / part])
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for old in (folder / part).glob("*.jpg"):
+            old.unlink()
+    with ThreadPoolExecutor(4) as threads:
+        addresses = list(threads.map(convert, range(len(images.paths))))
+    photos = {str(number): large for number, (_, large) in enumerate(addresses) if large}
+    return [small for small, _ in addresses], photos
+
+
+def _jpeg(pixels: np.ndarray, quality: int) -> bytes:
+    done, data = cv2.imencode(
+        ".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality]
+    )
+    if not done:
+        raise ValueError(f"an image of {pixels.shape} cannot be written as JPEG")
+    return data.tobytes()

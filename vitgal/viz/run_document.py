@@ -1,0 +1,391 @@
+"""A run as one JSON document, from which the front end draws: rankings, scores, pairs, a map."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from vitgal import runs
+from vitgal.data import revisited
+from vitgal.data.images import ImageError, stored_size
+from vitgal.data.revisited import PROTOCOLS, RetrievalDataset
+from vitgal.evaluation import comparison
+from vitgal.evaluation.scores import Scores, read_scores
+from vitgal.features.files import map_array
+from vitgal.features.local import LocalFeatures
+from vitgal.features.store import FeatureStore
+from vitgal.retrieval import exact_search
+from vitgal.retrieval.ranking import Ranking
+from vitgal.retrieval.verification import PairInspection, inspect_shortlist
+from vitgal.runs import printable
+from vitgal.settings import RerankingSettings
+from vitgal.stages import rerank
+from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries
+
+FORMAT = 1
+RERANK_NOTEBOOK = "notebook 06_rerank"
+MOST_MAPPED = 8000  # database images on the map and with neighbours: t-SNE takes minutes for more
+NEIGHBOURS = 24  # of a database image
+MOST_INLIERS, MOST_REJECTED = 500, 200  # matches of a pair that are stored
+SCORE_PARTS = ("map", "interval", "mp_at", "ap")
+
+
+@dataclass(eq=False)
+class Images:
+    """The images that a document shows, each file once, numbered in the order of their mention.
+
+    paths: the files. names: as they are printed. enlarged: numbers of those that a pair shows.
+    """
+
+    paths: list[Path] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    enlarged: set[int] = field(default_factory=set)
+    _numbers: dict[Path, int] = field(default_factory=dict)
+
+    def number(self, path: Path, name: str) -> int:
+        """Returns the number of an image; the first mention adds it."""
+        if path not in self._numbers:
+            self._numbers[path] = len(self.paths)
+            self.paths.append(path)
+            self.names.append(printable(name))
+        return self._numbers[path]
+
+    def sizes(self) -> list[list[int]]:
+        """Returns [width, height] in stored pixels of each image; [0, 0] where it is unreadable."""
+        return [_size(path) for path in self.paths]
+
+
+def _size(path: Path) -> list[int]:
+    try:
+        return list(stored_size(path))[::-1]
+    except (ImageError, OSError):
+        return [0, 0]
+
+
+def run_document(
+    run_folders: Sequence[Path], *, ranks: int = 100, pairs: int = 4, progress: bool = True
+) -> tuple[dict[str, Any], Images]:
+    """Describes the results of runs as plain values, one entry a run and data set.
+
+    Args:
+        run_folders: each holds a finished global stage of at least one data set.
+        ranks: images of each ranking, at most.
+        pairs: matched images a query: the first after reranking, and the positive that ranks last.
+        progress: shows a bar while pairs are matched.
+    Returns:
+        The document, and the images whose numbers it uses.
+    Raises:
+        StageError: a run holds no finished global stage.
+        FileNotFoundError: a run or its data set is missing.
+    """
+    images = Images()
+    entries = [
+        _Entry(Path(run), dataset, images, ranks)
+        for run in run_folders
+        for dataset in _datasets(Path(run))
+    ]
+    document = {
+        "format": FORMAT,
+        "entries": [entry.document(pairs, progress=progress) for entry in entries],
+        "comparisons": _comparisons([entry.newest for entry in entries]),
+        "names": images.names,
+        "sizes": images.sizes(),
+    }
+    return runs.plain(document), images
+
+
+def _datasets(run: Path) -> list[RetrievalDataset]:
+    manifests = sorted(run.glob(f"*/global/{runs.MANIFEST}"))
+    if not manifests:
+        raise runs.StageError(f"{run} has no finished global stage: run {GLOBAL_NOTEBOOK} first")
+    datasets = []
+    for manifest in manifests:
+        recorded = runs.read_stage(manifest.parent, GLOBAL_NOTEBOOK)["recorded"]
+        folder = runs.data_folder(run, recorded.get("dataset_dir"), "benchmark")
+        distractors = recorded.get("distractors")
+        datasets.append(
+            revisited.open_dataset(
+                manifest.parents[1].name,
+                folder,
+                distractors=None if distractors is None else runs.resolve(distractors),
+            )
+        )
+    return datasets
+
+
+@dataclass(eq=False)
+class _Entry:
+    """One run's results on one data set."""
+
+    run: Path
+    dataset: RetrievalDataset
+    images: Images
+    ranks: int
+
+    @property
+    def folder(self) -> Path:
+        """`<run>/<dataset>`."""
+        return self.run / self.dataset.name
+
+    @functools.cached_property
+    def reranked(self) -> bool:
+        """Whether the run's rankings were reranked."""
+        return (self.folder / "rerank" / runs.MANIFEST).exists()
+
+    @functools.cached_property
+    def before(self) -> Ranking:
+        """The global ranking."""
+        return Ranking.load(self.folder / "global")
+
+    @functools.cached_property
+    def after(self) -> dict[str, Ranking]:
+        """The reranked rankings by protocol; empty without reranking."""
+        names = PROTOCOLS if self.reranked else ()
+        return {name: Ranking.load(self.folder / "rerank", name) for name in names}
+
+    @functools.cached_property
+    def scores(self) -> dict[str, Scores]:
+        """The scores of the stages "global" and, if there is one, "reranked"."""
+        folders = {"global": "global"} | ({"reranked": "rerank"} if self.reranked else {})
+        return {name: read_scores(self.folder / folder) for name, folder in folders.items()}
+
+    @property
+    def newest(self) -> Scores:
+        """The scores of the last stage."""
+        return list(self.scores.values())[-1]
+
+    def document(self, pairs: int, *, progress: bool) -> dict[str, Any]:
+        """Returns the entry's plain values."""
+        from tqdm.auto import tqdm
+
+        truth = self.dataset.ground_truth
+        queries = tqdm(
+            range(len(truth.queries)), desc="matching pairs", unit="query", disable=not progress
+        )
+        return {
+            "run": printable(self.run.name),
+            "dataset": printable(self.dataset.name),
+            "database": len(self.dataset.database),
+            "settings": [[k, str(v)] for k, v in comparison.settings_of(self.newest).items()],
+            "scores": {name: _result(values) for name, values in self.scores.items()},
+            "tests": _sentences(self.newest),
+            "queries": [self._query(query, pairs) for query in queries],
+            "map": self._map(),
+            "neighbours": self._neighbours(),
+        }
+
+    def _image(self, image: int) -> int:
+        return self.images.number(self.dataset.database_paths[image], self.dataset.database[image])
+
+    def _query(self, query: int, pairs: int) -> dict[str, Any]:
+        dataset, truth = self.dataset, self.dataset.ground_truth
+        order = self.before.order[: self.ranks, query]
+        similarities = map_array(self.folder / "global" / "similarities.npy")[: self.ranks, query]
+        afters = {name: ranking.order[: self.ranks, query] for name, ranking in self.after.items()}
+        labels = {
+            label: [self._image(image) for image in getattr(truth, label)[query].tolist()]
+            for label in revisited.LABELS
+        }
+        counts = rerank.inlier_counts(self.folder / "rerank", query) if self.reranked else {}
+        shown = {image for column in (order, *afters.values()) for image in column.tolist()}
+        shown = {image: count for image, count in counts.items() if image in shown}
+        return {
+            "image": self.images.number(dataset.query_paths[query], truth.queries[query]),
+            "box": truth.boxes[query].tolist() if crops_queries(self.folder) else None,
+            "labels": labels,
+            "before": [self._image(image) for image in order.tolist() if image >= 0],
+            "similarity": np.round(similarities.astype(float), 4).tolist(),
+            "after": {
+                name: [self._image(image) for image in column.tolist() if image >= 0]
+                for name, column in afters.items()
+            },
+            "verified": [self._image(image) for image in shown],
+            "inliers": list(shown.values()),
+            "worst": self._worst(query),
+            "pairs": self._pairs(query, self._chosen(query, pairs)),
+        }
+
+    def _worst(self, query: int) -> dict[str, Any]:
+        """Protocol -> [image, rank before, rank after] of the positive that ranks last."""
+        truth, worst = self.dataset.ground_truth, {}
+        for protocol in PROTOCOLS:
+            positives = revisited.positives(truth, protocol)[query]
+            ignored = revisited.ignored(truth, protocol)[query]
+            if positives.size:
+                rankings = [self.before, self.after.get(protocol, self.before)]
+                ranks = [ranking.rank(query, positives, ignored) + 1 for ranking in rankings]
+                last = int(np.argmax(ranks[-1]))
+                image = self._image(int(positives[last]))
+                worst[protocol] = [image, *(int(column[last]) for column in ranks)]
+        return worst
+
+    def _chosen(self, query: int, pairs: int) -> list[int]:
+        """Database indices of the images whose matches are stored."""
+        truth, chosen = self.dataset.ground_truth, []
+        for protocol in ("medium", "hard"):
+            ignored = revisited.ignored(truth, protocol)[query]
+            order = self.after.get(protocol, self.before).order[:, query]
+            chosen += order[~np.isin(order, ignored) & (order >= 0)][:pairs].tolist()
+            positives = revisited.positives(truth, protocol)[query]
+            if pairs and positives.size:
+                ranks = self.after.get(protocol, self.before).rank(query, positives, ignored)
+                chosen.append(int(positives[np.argmax(ranks)]))
+        return list(dict.fromkeys(chosen))
+
+    @functools.cached_property
+    def _features(self) -> FeatureStore | None:
+        return FeatureStore.open(self.folder / "local") if self.reranked else None
+
+    @functools.cached_property
+    def _settings(self) -> RerankingSettings:
+        parameters = runs.read_stage(self.folder / "rerank", RERANK_NOTEBOOK)["parameters"]
+        return RerankingSettings.from_manifest(parameters)
+
+    def _pairs(self, query: int, chosen: Sequence[int]) -> list[dict[str, Any]]:
+        store, dataset = self._features, self.dataset
+        name = dataset.ground_truth.queries[query]
+        if store is None or name not in store:
+            return []
+        chosen = [image for image in chosen if dataset.database[image] in store]
+        first, others = store[name], [store[dataset.database[image]] for image in chosen]
+        inspections = inspect_shortlist(first, others, self._settings)
+        documents = []
+        for image, features, inspection in zip(chosen, others, inspections, strict=True):
+            number = self._image(image)
+            self.images.enlarged |= {
+                number,
+                self.images.number(dataset.query_paths[query], name),
+            }
+            documents.append(
+                {"image": number, "index": image} | pair_document(first, features, inspection)
+            )
+        return documents
+
+    def _map(self) -> dict[str, Any] | None:
+        """Positions of queries and database images in the plane, the queries first."""
+        truth, folder = self.dataset.ground_truth, self.folder / "global"
+        database = map_array(folder / "database.npy")[:MOST_MAPPED]
+        queries = map_array(folder / "queries.npy")
+        if len(queries) + len(database) < 4:
+            return None
+        source = runs.output_fingerprint(folder, "database.npy", GLOBAL_NOTEBOOK)
+        file = self.folder / "map" / f"{source[:16]}.npy"
+        if not file.exists():
+            runs.refuse_links([file.parent])
+            runs.write_array(file, descriptor_map(np.concatenate([queries, database])))
+        points = map_array(file)
+        numbers = [
+            self.images.number(path, name)
+            for path, name in itertools.chain(
+                zip(self.dataset.query_paths, truth.queries, strict=True),
+                zip(self.dataset.database_paths, self.dataset.database, strict=True),
+            )
+        ][: len(points)]
+        return {"images": numbers, "points": np.round(points, 3).ravel().tolist()}
+
+
+    def _neighbours(self) -> dict[str, list[int]]:
+        """Image -> the database images of nearest descriptors, best first, without itself."""
+        database = map_array(self.folder / "global" / "database.npy")[:MOST_MAPPED]
+        _, ranks = exact_search.search(database, database, k=min(NEIGHBOURS + 1, len(database)))
+        return {
+            str(self._image(image)): [self._image(other) for other in column if other != image]
+            for image, column in enumerate(ranks.T.tolist())
+        }
+
+
+def _result(scores: Scores) -> dict[str, Any]:
+    return {
+        protocol: {part: scores[protocol].get(part) for part in SCORE_PARTS}
+        for protocol in PROTOCOLS
+        if protocol in scores
+    }
+
+
+def _sentences(scores: Scores) -> dict[str, str]:
+    """Protocol -> the test of reranking against the global ranking, in words."""
+    if "global" not in scores:
+        return {}
+    names = ("global", "reranked")
+    result = comparison.compare_results(scores["global"], scores, names=names)
+    return {protocol: result.sentence(protocol) for protocol in result.tests}
+
+
+def _comparisons(scores: Sequence[Scores]) -> list[dict[str, Any]]:
+    """Compares the entries pairwise: `first` and `second`, and `tests` or the `reason` for none."""
+    results = []
+    for first, second in itertools.combinations(range(len(scores)), 2):
+        result: dict[str, Any] = {"first": first, "second": second}
+        names = ("the first", "the second")
+        try:
+            compared = comparison.compare_results(scores[first], scores[second], names=names)
+        except ValueError as error:
+            result["reason"] = str(error)
+        else:
+            result["tests"] = {name: compared.sentence(name) for name in compared.tests}
+        results.append(result)
+    return results
+
+
+def pair_document(
+    query: LocalFeatures, database: LocalFeatures, inspection: PairInspection
+) -> dict[str, Any]:
+    """Describes the matches of one pair in plain values.
+
+    Returns:
+        `matches`: their number. `points`: x and y in the query and x and y in the database image of
+        each of M stored matches, in pixels of the stored photographs; (0, 0) is the centre of the
+        top-left one. The first MOST_INLIERS inliers and MOST_REJECTED others are stored, in the
+        order of the query's features. `inlier`: M times 0 or 1. `distance`, `scale`, `score`: of
+        each match; scale and score of the query's feature, None where unknown. `homography`: nine
+        numbers from query to database pixels, or None.
+    """
+    inliers = inspection.verification.inliers
+    kept = np.flatnonzero(inliers)[:MOST_INLIERS], np.flatnonzero(~inliers)[:MOST_REJECTED]
+    kept = np.sort(np.concatenate(kept))
+    first, second = inspection.matches[kept].T
+    points = np.hstack([query.original_keypoints()[first], database.original_keypoints()[second]])
+    between = query.descriptors[first] - database.descriptors[second]
+    homography = inspection.verification.homography
+    if homography is not None:
+        homography = _to_photograph(database) @ homography @ np.linalg.inv(_to_photograph(query))
+        homography = (homography / np.linalg.norm(homography)).ravel().tolist()
+    return {
+        "matches": len(inliers),
+        "points": np.round(points.astype(float), 1).ravel().tolist(),
+        "inlier": inliers[kept].astype(int).tolist(),
+        "distance": np.round(np.linalg.norm(between, axis=1).astype(float), 3).tolist(),
+        "scale": np.round(query.scales[first].astype(float), 3).tolist(),
+        "score": np.round(query.scores[first].astype(float), 2).tolist(),
+        "homography": homography,
+    }
+
+
+def _to_photograph(features: LocalFeatures) -> np.ndarray:
+    """The (3, 3) matrix of `LocalFeatures.to_photograph`."""
+    corners = np.array([[0, 0], [64, 0], [0, 64]], np.float32)
+    affine = cv2.getAffineTransform(corners, features.to_photograph(corners))
+    return np.vstack([affine, [0, 0, 1]])
+
+
+def descriptor_map(descriptors: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """Places descriptors (N, D) in the plane by PCA, then t-SNE (van der Maaten & Hinton, 2008).
+
+    Returns (N, 2) float32 within the unit square. N is at least 4. The same input gives the same
+    points.
+    """
+    from sklearn.decomposition import PCA
+    from sklearn.manifold import TSNE
+
+    count, width = descriptors.shape
+    reduced = PCA(min(50, count - 1, width), random_state=seed).fit_transform(descriptors)
+    perplexity = min(30.0, (count - 1) / 3)
+    tsne = TSNE(perplexity=perplexity, init="random", random_state=seed, n_jobs=1)
+    points = tsne.fit_transform(reduced)
+    low, high = points.min(axis=0), points.max(axis=0)
+    return ((points - low) / np.maximum(high - low, 1e-9)).astype(np.float32)
