@@ -288,7 +288,6 @@ class _Entry:
         ][: len(points)]
         return {"images": numbers, "points": np.round(points, 3).ravel().tolist()}
 
-
     def _neighbours(self) -> dict[str, list[int]]:
         """Image -> the database images of nearest descriptors, best first, without itself."""
         database = map_array(self.folder / "global" / "database.npy")[:MOST_MAPPED]
