@@ -112,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--seed", type=int, default=0, metavar="0", help="seed of the resampling")
     compare.set_defaults(command=_compare)
 
+    _add_table(commands, level)
+    _add_report(commands)
+    return parser
+
+
+def _add_table(commands: argparse._SubParsersAction, level: str) -> None:
     table = commands.add_parser("table", help="set systems side by side on one benchmark")
     table.add_argument("runs", nargs="+", metavar="RUN", help=level)
     table.add_argument("--dataset", metavar="NAME", help="where the runs have several in common")
@@ -128,9 +134,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     table.add_argument("--seed", type=int, default=0, metavar="0", help="seed of the resampling")
     table.set_defaults(command=_table)
-
-    _add_report(commands)
-    return parser
 
 
 def _add_report(commands: argparse._SubParsersAction) -> None:
