@@ -9,6 +9,7 @@ from vitgal import runs
 from vitgal.app import pipeline
 from vitgal.data.demo import photographs
 from vitgal.data.download import sources
+from vitgal.models.network import outline
 from vitgal.settings import reader, sections
 from vitgal.settings.section import conform
 
@@ -16,6 +17,7 @@ TOP = Path(__file__).resolve().parents[2]
 FILES = {path.stem: path for path in sorted((TOP / "params").glob("*.yaml"))}
 NOTEBOOKS = sorted((TOP / "notebooks").glob(pipeline.CHAIN))
 TRAIN = ["s12_train", "s24_train"]
+ON_TIMM = ["dinov2_train", "dinov2_frozen_train"]  # as TRAIN, with another backbone
 TEST = [
     f"{model}_{dataset}{distractors}"
     for model in ("s12", "s24")
@@ -68,7 +70,10 @@ def differing(one: str, other: str) -> set[str]:
 
 
 def test_the_files_are_those_that_are_documented():
-    assert set(FILES) == {*TRAIN, *TEST, "demo", "tiny", "small_weights", "published"}
+    assert set(FILES) == {
+        *(*TRAIN, *ON_TIMM, *TEST),
+        *("demo", "tiny", "small_weights", "published", "lite0_head"),
+    }
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -94,7 +99,7 @@ def test_recipes_hold_training_and_machines_hold_speed(path):
 def test_a_real_file_names_its_notebooks(name):
     # Without it, an evaluation would first train the demo, and a week's training end in an error.
     wanted = (None, None)
-    if name in (*TRAIN, "small_weights"):
+    if name in (*TRAIN, *ON_TIMM, "small_weights", "lite0_head"):
         wanted = ("01", "03")
     if name in TEST:
         wanted = ("04", "07")
@@ -140,7 +145,7 @@ def test_a_cell_repeats_no_default_and_leaves_recipes_alone(path):
         conform(name, line.default, kind.flat()[name].type)  # raises for another type
 
 
-@pytest.mark.parametrize("name", [*TRAIN, *TEST])
+@pytest.mark.parametrize("name", [*TRAIN, *ON_TIMM, *TEST])
 def test_a_real_file_leaves_nothing_to_the_demo(name):
     values = reader.read_file(FILES[name])
     first, last = pipeline.notebook_range(values)
@@ -152,10 +157,12 @@ def test_a_real_file_leaves_nothing_to_the_demo(name):
             assert not demo or setting in values.values, f"{setting} of {path.stem}"
 
 
-@pytest.mark.parametrize("name", [*TRAIN, *TEST])
+@pytest.mark.parametrize("name", [*TRAIN, *ON_TIMM, *TEST])
 def test_data_paths_are_what_download_brings(name):
     result = effective(name)
     paths = {key: value for key, value in result.items() if sections.is_path(key) and value}
+    if name in ON_TIMM:
+        assert paths.pop("initial_weights") == "pretrained"
     assert paths
     for key, value in paths.items():
         assert value.startswith("data/"), key
@@ -264,11 +271,24 @@ def test_variants_differ_in_nothing_else():
         assert differing(f"{model}_roxford5k", f"{model}_rparis6k") == datasets
 
 
+@pytest.mark.parametrize("name", [*ON_TIMM, "lite0_head"])
+def test_a_backbone_takes_the_sizes_of_its_file(name):
+    result = effective(name)
+    shape = outline(result["architecture"], embed_dim=result["embed_dim"])
+    for size in (result["image_size"], result["ae_image_size"], 2 * result["ae_image_size"]):
+        shape.check_size(size, size)
+    assert result["code_dim"] < shape.embed_dim
+    assert differing("dinov2_train", "dinov2_frozen_train") == {
+        *("run_dir", "recipe", "freeze_backbone", "layer_decay", "drop_path", "epochs"),
+        *("lr", "warmup_lr", "min_lr"),
+    }
+
+
 def test_only_the_demo_checks_scores():
     cells = [line for path in NOTEBOOKS for line in pipeline.declared(path).values()]
     bounds = {line.name for line in cells if line.name in BOUNDS}
     assert bounds == BOUNDS
     assert all(line.default is not None for line in cells if line.name in bounds)
-    for file in ("tiny", *TRAIN, *TEST):
+    for file in ("tiny", *TRAIN, *ON_TIMM, *TEST):
         result = effective(file)
         assert all(result[name] is None for name in bounds), file

@@ -17,10 +17,17 @@ from vitgal import runs
 from vitgal.app import pipeline
 from vitgal.data import revisited
 from vitgal.models.network import build_model
+from vitgal.models.weights import load_model
 
 TOP = Path(__file__).resolve().parents[2]
 PHOTOGRAPHS = TOP / "third_party" / "landmarks"
 ARCHITECTURES = {"s12": "xcit_small_12_p16_224", "s24": "xcit_small_24_p16_224"}
+DINOV2 = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
+ON_TIMM = {
+    "dinov2_train": DINOV2,
+    "dinov2_frozen_train": DINOV2,
+    "lite0_head": "timm:tf_efficientnet_lite0",
+}
 # Every model, data set and choice of distractors; the other files differ in these alone
 # (test_params.py).
 EVALUATIONS = ["s12_roxford5k", "s24_rparis6k_r1m"]
@@ -61,24 +68,8 @@ def test_training_goes_one_step(model, gldv2, tmp_path):
     torch.manual_seed(0)
     imagenet = timm.create_model(ARCHITECTURES[model]).state_dict()
     torch.save({"model": layouts.official(imagenet)}, tmp_path / "imagenet.pth")
-    run = pipeline.run(
-        TOP / "params" / f"{model}_train.yaml",
-        overrides={
-            "train_table": str(gldv2 / "train_clean.csv"),
-            "image_folder": str(gldv2 / "train"),
-            "expected_images": "8",
-            "expected_classes": "2",
-            "min_val_images": "2",
-            "val_share": "0.5",
-            "initial_weights": str(tmp_path / "imagenet.pth"),
-            # one step of two images on one processor
-            **{"epochs": "1", "ae_epochs": "1", "batch_size": "2", "ae_batch_size": "2"},
-            **{"num_processes": "1", "precision": "fp32", "data_workers": "0"},
-            "ae_image_size": "128",  # notebook 03 looks at tokens of twice this size
-        },
-        output=tmp_path / "run",
-        progress=False,
-    )
+    # notebook 03 looks at tokens of twice this size
+    run = train(f"{model}_train", gldv2, tmp_path, {"ae_image_size": "128"})
     split = pd.read_csv(run / "split" / "train.csv")
     assert sorted(set(split["label"])) == [0, 1] and len(split) < 8
     settings = runs.read_json(run / "retrieval" / "stage.json")["parameters"]
@@ -88,6 +79,47 @@ def test_training_goes_one_step(model, gldv2, tmp_path):
     assert (run / "autoencoder" / "model.safetensors").exists()
     executed = sorted(path.name[:2] for path in (run / "notebooks").glob("*.ipynb"))
     assert executed == ["01", "02", "03"]
+
+
+@pytest.mark.parametrize("name", ON_TIMM)
+def test_training_on_a_network_of_timm_goes_one_step(name, gldv2, tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model(ON_TIMM[name].removeprefix("timm:"))
+    torch.save(network.state_dict(), tmp_path / "imagenet.pth")
+    sizes = {"image_size": "112", "ae_image_size": "112", "held_out_classes": "0"}
+    run = train(name, gldv2, tmp_path, sizes)
+    settings = runs.read_json(run / "retrieval" / "stage.json")["parameters"]
+    assert settings["architecture"] == ON_TIMM[name]
+    log = pd.read_json(run / "retrieval" / "log.jsonl", lines=True)
+    assert log["step"].iloc[-1] >= 1 and np.isfinite(log["loss"]).all()
+    model = load_model(run / "autoencoder" / "model.safetensors")
+    assert model.architecture == ON_TIMM[name] and model.code_dim == (
+        48 if name == "lite0_head" else 128
+    )
+    frozen = settings.get("freeze_backbone", False)
+    trunk = model.backbone.trunk.network.state_dict()
+    assert frozen == all(torch.equal(v, network.state_dict()[key]) for key, v in trunk.items())
+
+
+def train(name: str, gldv2: Path, folder: Path, further: dict[str, str]) -> Path:
+    """Runs a training file on the small GLDv2 with folder/imagenet.pth: a step of two images."""
+    return pipeline.run(
+        TOP / "params" / f"{name}.yaml",
+        overrides={
+            "train_table": str(gldv2 / "train_clean.csv"),
+            "image_folder": str(gldv2 / "train"),
+            "expected_images": "8",
+            "expected_classes": "2",
+            "min_val_images": "2",
+            "val_share": "0.5",
+            "initial_weights": str(folder / "imagenet.pth"),
+            **{"epochs": "1", "ae_epochs": "1", "batch_size": "2", "ae_batch_size": "2"},
+            **{"num_processes": "1", "precision": "fp32", "data_workers": "0"},
+            **further,
+        },
+        output=folder / "run",
+        progress=False,
+    )
 
 
 # Evaluation: notebooks 04 to 07

@@ -102,7 +102,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(augment, images, run):
     other = samples.read_data(run / "split", images, replace(recipe, seed=1)).train
     np.random.seed(1)  # the global generators must not matter
     torch.manual_seed(1)
-    picture, _, label, index, unreadable = first[2, 3]
+    picture, _, label, index, unreadable, _ = first[2, 3]
     assert picture.shape == (3, 32, 32) and picture.dtype == torch.uint8
     assert (label, index, unreadable) == (first.labels[3], 3, -1)
     again[0, 0]
@@ -304,7 +304,7 @@ def test_a_state_within_an_epoch_resumes_there(images, run, fresh_accelerate):
 def test_an_unreadable_image_is_replaced_and_counted(images, run):
     data = samples.read_data(run / "split", images, SETTINGS)
     data.train.path(2).write_bytes(b"not an image")
-    _, _, label, index, unreadable = data.train[0, 2]
+    _, _, label, index, unreadable, _ = data.train[0, 2]
     assert (index, unreadable) == (3, 2)
     assert label == data.train.labels[3]
     with pytest.raises(errors.TrainingError, match=f"1 training images.*{data.train.path(2)}"):

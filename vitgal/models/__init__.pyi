@@ -27,7 +27,12 @@ from .inference import (
     weights_fingerprint as weights_fingerprint,
     weights_input as weights_input,
 )
-from .layouts import Layout as Layout, fill as fill, make_layout as make_layout
+from .layouts import (
+    Layout as Layout,
+    fill as fill,
+    make_layout as make_layout,
+    refuse_misfits as refuse_misfits,
+)
 from .local_extractors import (
     LocalExtractor as LocalExtractor,
     RootSift as RootSift,
@@ -37,11 +42,13 @@ from .local_extractors import (
 from .network import (
     Autoencoder as Autoencoder,
     MultiAtrous as MultiAtrous,
+    TimmBackbone as TimmBackbone,
     TokenCodes as TokenCodes,
     TokenFeatures as TokenFeatures,
     ViTGaL as ViTGaL,
     build_model as build_model,
     class_attention as class_attention,
+    outline as outline,
     seeded as seeded,
 )
 from .teacher import Teacher as Teacher
@@ -56,6 +63,7 @@ from .weights import (
     convert as convert,
     initial_weights as initial_weights,
     load_model as load_model,
+    load_outline as load_outline,
     read_configuration as read_configuration,
     save_model as save_model,
 )

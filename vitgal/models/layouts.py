@@ -38,6 +38,26 @@ def fill(
     Raises:
         ValueError: a tensor is missing, unexpected or misshapen.
     """
+    refuse_misfits(network, tensors, layout, dropped=dropped, source=source)
+    own = network.state_dict()
+    if any(value.is_meta for value in own.values()):
+        own = network.to_empty(device="cpu").state_dict()
+    with torch.no_grad():
+        for name, keys in layout.items():
+            parts = tensors[name].chunk(len(keys)) if len(keys) > 1 else [tensors[name]]
+            for key, part in zip(keys, parts, strict=True):
+                own[key].copy_(part)
+
+
+def refuse_misfits(
+    network: nn.Module,
+    tensors: Mapping[str, Tensor],
+    layout: Layout,
+    *,
+    dropped: tuple[str, ...] = (),
+    source: str | Path,
+) -> None:
+    """Raises ValueError where `fill` would. The arguments are those of `fill`."""
     own = network.state_dict()
     problems = {
         "missing": [name for name in layout if name not in tensors],
@@ -53,13 +73,6 @@ def fill(
         timms = getattr(network, "pretrained_cfg", {}).get("architecture", type(network).__name__)
         name = getattr(network, "architecture", timms)
         raise FileError(f"{source} does not fit {name}; " + "; ".join([*lines, REMEDY]))
-    if any(value.is_meta for value in own.values()):
-        own = network.to_empty(device="cpu").state_dict()
-    with torch.no_grad():
-        for name, keys in layout.items():
-            parts = tensors[name].chunk(len(keys)) if len(keys) > 1 else [tensors[name]]
-            for key, part in zip(keys, parts, strict=True):
-                own[key].copy_(part)
 
 
 def _misfit(tensor: Tensor, parts: list[Tensor]) -> str | None:

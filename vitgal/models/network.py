@@ -9,12 +9,16 @@ that the paper does not mention are marked "As published". Deliberate difference
 * ArcFace runs in float32 under any autocast and clamps before its square root;
 * attaching an autoencoder leaves the backbone as it is (the published one initialises it anew);
 * `train()` respects a frozen backbone (the published one leaves BatchNorm inconsistent).
+
+The same head goes on any network of timm ("timm:NAME"), see `TimmBackbone`.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -23,6 +27,9 @@ from timm.layers import Mlp
 from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
 
+from vitgal.data.images import MEAN, PATCH, STD
+from vitgal.models.backbones import Backbone
+from vitgal.models.timm_networks import PREFIX, NetworkError, TimmSource
 from vitgal.settings import TrainingSettings
 
 # Name -> width, number of blocks. The two small ones are the paper's, nano is for the demo.
@@ -33,6 +40,8 @@ ARCHITECTURES = {
 }
 DILATIONS = (1, 3, 6, 9, 12)
 LAYER_NORM_EPS = 1e-6  # XCiT's, not torch's 1e-5
+HEAD_WIDTH = 48  # of a head of class attention on a network of timm; XCiT-small's
+ETA = 0.1  # first scale of its new residual branches, as in CaiT (Touvron et al., 2021)
 
 
 @dataclass(frozen=True)
@@ -42,7 +51,7 @@ class TokenFeatures:
     A head's attentions and that of the class token to itself, which is left out, sum to 1.
     """
 
-    grid: tuple[int, int]  # (h, w); N = h * w. Patch (i, j) covers the pixels from (16 i, 16 j)
+    grid: tuple[int, int]  # (h, w); N = h * w. Patch (i, j) begins at the pixel (p i, p j): `patch`
     tokens: Tensor  # (B, N, D) the backbone's, after its last norm
     backbone_attention: Tensor  # (B, heads, N) the backbone's class attention
     codes: Tensor | None  # (B, N, code_dim) not normalised; None without autoencoder
@@ -122,6 +131,62 @@ class Autoencoder(nn.Module):
         return self.norm(block(joined)[:, 0]).float(), class_attention(block, joined)
 
 
+class TimmBackbone(nn.Module):
+    """A network of timm in the place of XCiT: the tokens of its last layer, and class attention.
+
+    Its class token, or a learnt one where it has none, joins its tokens. Both are normalised, and
+    mapped to another width where one is asked for, at first by an orthogonal projection. Images
+    are normalised as for XCiT; the network's own mean and deviation are applied here.
+
+    embed_dim: width of the tokens; None: the network's.  num_heads: of the class attention; None:
+    heads of about HEAD_WIDTH.  drop_path: as `build_model`.
+
+    Raises NetworkError for a network that timm does not have or that has no spatial features, and
+    ValueError for heads that do not divide the width.
+    """
+
+    def __init__(
+        self, name: str, *, embed_dim: int | None, num_heads: int | None, drop_path: float
+    ):
+        super().__init__()
+        options = {"drop_path_rate": drop_path} if drop_path else {}
+        try:
+            self.trunk = Backbone(TimmSource(name, None), **options)
+        except TypeError as error:
+            raise NetworkError(f"{name} takes no drop_path: set drop_path 0.0") from error
+        width = self.trunk.embed_dim
+        self.embed_dim = embed_dim or width
+        num_heads = num_heads or _number_of_heads(self.embed_dim)
+        if self.embed_dim % num_heads:
+            raise ValueError(f"{num_heads} heads do not divide a width of {self.embed_dim}")
+        self.token_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.projection = nn.Identity()
+        if self.embed_dim != width:
+            self.projection = nn.Linear(width, self.embed_dim)
+            nn.init.zeros_(self.projection.bias)
+            if not self.projection.weight.is_meta:
+                nn.init.orthogonal_(self.projection.weight)
+        if not self.trunk.has_class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
+            nn.init.trunc_normal_(self.cls_token, std=0.02)
+        block = _class_attention_block(self.embed_dim, num_heads, eta=ETA)
+        self.cls_attn_blocks = nn.ModuleList([block.apply(initialise)])
+        self.norm = nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS)
+        statistics = (MEAN, self.trunk.mean, STD, self.trunk.std)
+        mean, own_mean, std, own_std = (torch.tensor(v).view(3, 1, 1) for v in statistics)
+        self.register_buffer("factor", std / own_std, persistent=False)
+        self.register_buffer("offset", (mean - own_mean) / own_std, persistent=False)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Computes the class token (B or 1, 1, D), the tokens (B, N, D), and their grid."""
+        found = self.trunk(images * self.factor + self.offset)
+        tokens = self.projection(self.token_norm(found.tokens))
+        if not self.trunk.has_class_token:
+            return self.cls_token, tokens, found.grid
+        class_token = self.projection(self.token_norm(found.class_token))
+        return class_token[:, None], tokens, found.grid
+
+
 class ViTGaL(nn.Module):
     """XCiT with a multi-atrous block before its class attention, and an optional autoencoder.
 
@@ -129,6 +194,9 @@ class ViTGaL(nn.Module):
     shape raises ValueError. A side that is no multiple of 16 has its last patch padded with zeros,
     as published, so that the grid is (ceil(H / 16), ceil(W / 16)). No image (B = 0) gives empty
     features in eval mode. All features are float32, under autocast too.
+
+    In the place of XCiT there can be a network of timm, "timm:NAME" (`TimmBackbone`). It takes at
+    least one image, and the sizes that `check_size` lets pass.
     """
 
     def __init__(
@@ -138,26 +206,69 @@ class ViTGaL(nn.Module):
         code_dim: int | None = None,
         drop_path: float = 0.0,
         dilations: Sequence[int] = DILATIONS,
+        embed_dim: int | None = None,
+        num_heads: int | None = None,
     ):
         super().__init__()
         self.architecture = architecture
         self.dilations = tuple(dilations)
-        # The published network has one class-attention block and normalised tokens; timm's nano
-        # does not normalise tokens.
-        self.backbone = timm.create_model(
-            architecture,
-            num_classes=0,
-            cls_attn_layers=1,
-            tokens_norm=True,
-            drop_path_rate=drop_path,
-        )
-        eta = 1.0 if len(self.backbone.blocks) == 12 else 1e-5  # as XCiT's
+        if self.on_timm:
+            self.backbone = TimmBackbone(
+                architecture.removeprefix(PREFIX),
+                embed_dim=embed_dim,
+                num_heads=num_heads,
+                drop_path=drop_path,
+            )
+            eta = ETA
+        else:
+            # The published network has one class-attention block and normalised tokens; timm's nano
+            # does not normalise tokens.
+            self.backbone = timm.create_model(
+                architecture,
+                num_classes=0,
+                cls_attn_layers=1,
+                tokens_norm=True,
+                drop_path_rate=drop_path,
+            )
+            eta = 1.0 if len(self.backbone.blocks) == 12 else 1e-5  # as XCiT's
         self.local_atrous = MultiAtrous(self.embed_dim, dilations=dilations, eta=eta)
         self.local_atrous.apply(initialise)
         self.autoencoder = None
-        self.backbone_frozen = False
+        self.backbone_frozen = self.trunk_frozen = False
         if code_dim is not None:
             self.attach_autoencoder(code_dim)
+
+    @property
+    def on_timm(self) -> bool:
+        """Whether the backbone is any network of timm and not the published XCiT."""
+        return self.architecture.startswith(PREFIX)
+
+    @property
+    def patch(self) -> int:
+        """Distance of two tokens in pixels of the network input."""
+        return self.backbone.trunk.stride() if self.on_timm else PATCH
+
+    @property
+    def multiple(self) -> int:
+        """Of which the sides of images for local features are multiples."""
+        return self.backbone.trunk.multiple if self.on_timm else PATCH
+
+    @property
+    def trunk(self) -> list[nn.Module]:
+        """The modules below the multi-atrous block, which pretrained weights fill."""
+        if self.on_timm:
+            return [self.backbone.trunk]
+        return [self.backbone.patch_embed, self.backbone.pos_embed, self.backbone.blocks]
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of the class attention."""
+        return self.backbone.cls_attn_blocks[0].attn.num_heads
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raises NetworkError, with sizes that it takes, for a size that the backbone does not."""
+        if self.on_timm:
+            self.backbone.trunk.check_size(height, width)
 
     @property
     def embed_dim(self) -> int:
@@ -176,10 +287,9 @@ class ViTGaL(nn.Module):
         """
         if not 1 <= code_dim <= 4096:
             raise ValueError(f"code_dim must be from 1 to 4096, got {code_dim}")
-        num_heads = self.backbone.cls_attn_blocks[0].attn.num_heads
         with seeded(seed):
-            autoencoder = Autoencoder(self.embed_dim, code_dim, num_heads=num_heads)
-        device = self.backbone.cls_token.device
+            autoencoder = Autoencoder(self.embed_dim, code_dim, num_heads=self.num_heads)
+        device = self.local_atrous.gamma.device
         self.autoencoder = autoencoder.to(device).train(self.training)
         return self
 
@@ -190,9 +300,19 @@ class ViTGaL(nn.Module):
             module.requires_grad_(False)
         return self.train(self.training)
 
+    def freeze_trunk(self) -> "ViTGaL":
+        """Freezes what lies below the multi-atrous block, BatchNorm included; returns the model."""
+        self.trunk_frozen = True
+        for module in self.trunk:
+            module.requires_grad_(False)
+        return self.train(self.training)
+
     def train(self, mode: bool = True) -> "ViTGaL":
-        """Sets training or eval mode; a frozen backbone stays in eval mode."""
+        """Sets training or eval mode; what is frozen stays in eval mode."""
         super().train(mode)
+        if self.trunk_frozen:
+            for module in self.trunk:
+                module.eval()
         if self.backbone_frozen:
             self.backbone.eval()
             self.local_atrous.eval()
@@ -201,7 +321,11 @@ class ViTGaL(nn.Module):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Returns the parameters without weight decay besides biases and other vectors."""
-        return {"backbone.cls_token", "autoencoder.cls_token"}
+        names = {"backbone.cls_token", "autoencoder.cls_token"}
+        if self.on_timm and hasattr(self.backbone.trunk.network, "no_weight_decay"):
+            inner = self.backbone.trunk.network.no_weight_decay()
+            names |= {f"backbone.trunk.network.{name}" for name in inner}
+        return names
 
     def forward(self, images: Tensor) -> Tensor:
         """Computes `global_features`: (B, 3, H, W) -> (B, D)."""
@@ -282,6 +406,9 @@ class ViTGaL(nn.Module):
         """Class token and patch tokens (B, 1 + N, D) before the class attention, and the grid."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+        if self.on_timm:
+            class_token, tokens, grid = self.backbone(images)
+            return _with_class_token(class_token, self.local_atrous(tokens, grid)), grid
         tokens, grid = self.backbone.patch_embed(images)
         tokens = tokens + self.backbone.pos_embed(1, *grid).flatten(2).transpose(1, 2)
         for block in self.backbone.blocks:
@@ -296,23 +423,53 @@ def build_model(
     seed: int | None = None,
     drop_path: float = 0.0,
     dilations: Sequence[int] = DILATIONS,
+    embed_dim: int | None = None,
+    num_heads: int | None = None,
 ) -> ViTGaL:
     """Builds a ViTGaL network with random weights, in eval mode.
 
     Args:
+        architecture: one of ARCHITECTURES, or "timm:NAME".
         code_dim: dimension of the autoencoder's codes (published: 128); None: no autoencoder.
         seed: the same seed gives the same weights bit by bit and leaves torch's random state alone.
         drop_path: fraction of residual branches dropped in training (published: 0.1).
+        embed_dim, num_heads: of a network of timm, see `TimmBackbone`.
     Raises:
-        ValueError: an architecture not in ARCHITECTURES, or a code_dim that is not positive.
+        ValueError: an unknown architecture, or a number that is not possible.
     """
     if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}"
-        )
+        if not architecture.startswith(PREFIX):
+            raise ValueError(
+                f"unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}, and "
+                f"{PREFIX}NAME for any network of timm"
+            )
+    elif embed_dim or num_heads:
+        raise ValueError(f"{architecture} has a fixed width: embed_dim is for {PREFIX}NAME")
     with seeded(seed):
-        model = ViTGaL(architecture, code_dim=code_dim, drop_path=drop_path, dilations=dilations)
+        model = ViTGaL(
+            architecture,
+            code_dim=code_dim,
+            drop_path=drop_path,
+            dilations=dilations,
+            embed_dim=embed_dim,
+            num_heads=num_heads,
+        )
     return model.eval()
+
+
+def outline(architecture: str = TrainingSettings.architecture, **options: Any) -> ViTGaL:
+    """Builds a network without memory for its tensors, on the meta device; as `build_model`.
+
+    Some networks of timm cannot be built so; they take their memory.
+    """
+    try:
+        with torch.device("meta"):
+            # Any seed: it leaves torch's random state unchanged.
+            return build_model(architecture, **options, seed=0)
+    except (NotImplementedError, RuntimeError):
+        if not architecture.startswith(PREFIX):
+            raise
+    return build_model(architecture, **options, seed=0)
 
 
 def class_attention(block: ClassAttentionBlock, joined: Tensor) -> Tensor:
@@ -335,13 +492,19 @@ def _patches_after(block: ClassAttentionBlock, patches: Tensor) -> Tensor:
     return normed + normed
 
 
-def _class_attention_block(dim: int, num_heads: int) -> ClassAttentionBlock:
+def _number_of_heads(dim: int) -> int:
+    """The divisor of a width that makes heads nearest to HEAD_WIDTH, in ratio."""
+    divisors = (heads for heads in range(1, dim + 1) if dim % heads == 0)
+    return min(divisors, key=lambda heads: abs(math.log(dim / heads / HEAD_WIDTH)))
+
+
+def _class_attention_block(dim: int, num_heads: int, *, eta: float = 1.0) -> ClassAttentionBlock:
     """XCiT's block; timm's has the published traits (tokens_norm, patches added to themselves)."""
     return ClassAttentionBlock(
         dim,
         num_heads,
         qkv_bias=True,
-        eta=1.0,
+        eta=eta,
         tokens_norm=True,
         norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
     )

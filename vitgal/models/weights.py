@@ -33,12 +33,15 @@ from vitgal.models.checkpoint_files import (
     read_safetensors,
     use_tensors,
 )
-from vitgal.models.layouts import fill, make_layout
-from vitgal.models.network import ARCHITECTURES, ViTGaL, build_model
+from vitgal.models.layouts import fill, make_layout, refuse_misfits
+from vitgal.models.network import ARCHITECTURES, ViTGaL, build_model, outline
+from vitgal.models.timm_networks import PREFIX, PRETRAINED, NetworkError, TimmSource, open_network
 
 FORMAT = 1
+BUILT_FROM = ("architecture", "code_dim", "dilations", "embed_dim", "num_heads")
 CONFIGURATION = "vitgal"  # the metadata entry that holds the configuration
 BACKBONE_PREFIX = "retrieval_back_bone."
+TRUNK_PREFIX = "backbone.trunk.network."
 
 
 def load_model(source: str | Path, device: str | torch.device = "cpu") -> ViTGaL:
@@ -65,14 +68,16 @@ def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) ->
 
     Every tensor but `local_atrous.*` and the autoencoder's is filled; a second class attention
     block (`cls_attn_blocks.1.*`) and the classifier (`head.*`) of the file are dropped. A ViTGaL
-    model of ours also fills `local_atrous.*`; its autoencoder is dropped.
+    model of ours also fills `local_atrous.*`; its autoencoder is dropped. Of a network of timm the
+    network itself is filled, and its class attention stays random.
 
     Args:
         source: XCiT's `.pth`, timm's `.safetensors` or `.pth`, our `.safetensors`, or such a state
-            dict. A tensor has the shape and kind (float or integer) of the model's.
+            dict. A tensor has the shape and kind (float or integer) of the model's. "pretrained"
+            are the weights that timm downloads, "timm:NAME@FILE" those of a file.
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: as `load_model`; the model is then unchanged.
+        ValueError: as `load_model`, or another network's name; the model is then unchanged.
     """
 
     def fill_backbone(tensors: Mapping[str, Tensor]) -> None:
@@ -84,15 +89,44 @@ def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) ->
             official = any(re.match(r"cls_attn_blocks\.\d+\.attn\.qkv\.", key) for key in tensors)
             keys = (key for key in model.state_dict() if key.startswith("backbone."))
             rename = _official_name if official else _timm_name
+            if model.on_timm:
+                keys = (key for key in model.state_dict() if key.startswith(TRUNK_PREFIX))
+                rename = _trunk_name
             dropped = ("head.", "cls_attn_blocks.1.")
         fill(model, tensors, make_layout(keys, rename), dropped=dropped, source=name)
 
     if isinstance(source, Mapping):
         name = "the state dict"
         fill_backbone(source)
+    elif (of_timm := _timm_source(model, source)) is not None:
+        name = str(of_timm)
+        fill_backbone(open_network(of_timm, num_classes=0).state_dict())
     else:
         name = source
         use_tensors(source, fill_backbone)
+
+
+def _timm_source(model: ViTGaL, source: str | Path) -> TimmSource | None:
+    """The network of timm that fills the model; None for a file that `fill_backbone` reads."""
+    own = model.architecture.removeprefix(PREFIX)
+    if source == PRETRAINED:
+        return TimmSource(own)
+    parsed = TimmSource.parse(source)
+    if parsed is not None and parsed.name.partition(".")[0] != own.partition(".")[0]:
+        raise NetworkError(
+            f"{source} are weights of {parsed.name} and the architecture is "
+            f"{model.architecture}: name the same network in both"
+        )
+    if parsed is None and model.on_timm and not _is_ours(Path(source)):
+        return TimmSource(own, Path(source))
+    return parsed
+
+
+def _is_ours(path: Path) -> bool:
+    if not is_safetensors(path):
+        return False
+    with open_safetensors(path) as handle:
+        return CONFIGURATION in (handle.metadata() or {})
 
 
 def save_model(model: ViTGaL, path: str | Path, *, dtype: str = "float32", **metadata: Any) -> Path:
@@ -121,6 +155,8 @@ def save_model(model: ViTGaL, path: str | Path, *, dtype: str = "float32", **met
         "dilations": model.dilations,
         "metadata": metadata,
     }
+    if model.on_timm:
+        configuration |= {"embed_dim": model.embed_dim, "num_heads": model.num_heads}
     # A single entry: safetensors writes several in an order that changes from run to run.
     text = json.dumps(runs.plain(configuration), sort_keys=True)
     try:
@@ -147,7 +183,8 @@ def convert(source: str | Path, target: str | Path, *, dtype: str = "float32") -
 def read_configuration(path: str | Path) -> dict[str, Any]:
     """Reads the configuration in our `.safetensors`.
 
-    It is a dict of format, architecture, code_dim, dilations, and metadata as `save_model` got it.
+    It is a dict of format, architecture, code_dim, dilations, and metadata as `save_model` got it;
+    for a network of timm also embed_dim and num_heads.
     Raises FileNotFoundError, and ValueError where the file is not one of ours.
     """
     path = Path(path)
@@ -223,6 +260,27 @@ def _code_dim(
     return statistics.mode(sizes) if sizes else None
 
 
+def load_outline(source: str | Path) -> ViTGaL:
+    """Builds the network of a weight file without its tensors, on the meta device.
+
+    A `.pth` has the published XCiT. Raises as `load_model`.
+    """
+    source = Path(source)
+    if not is_safetensors(source):
+        return outline()
+    configuration = read_configuration(source)
+    return _outlined(source, {k: configuration[k] for k in BUILT_FROM if k in configuration})
+
+
+def _outlined(source: Path, options: dict[str, Any]) -> ViTGaL:
+    try:
+        return outline(**options)
+    except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
+        raise FileError(
+            f"{source} asks for a network that cannot be built: {runs.printable(error)[:200]}"
+        ) from error
+
+
 def _filled(
     source: Path,
     tensors: Mapping[str, Tensor],
@@ -231,16 +289,12 @@ def _filled(
     dropped: tuple[str, ...] = (),
 ) -> ViTGaL:
     """Builds the network without memory for its tensors, and fills it if all of them fit."""
-    keys = {"architecture", "code_dim", "dilations"} & configuration.keys()
-    try:
-        with torch.device("meta"):
-            # Any seed: it leaves torch's random state unchanged.
-            model = build_model(**{key: configuration[key] for key in keys}, seed=0)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        raise FileError(
-            f"{source} asks for a network that cannot be built: {runs.printable(error)[:200]}"
-        ) from error
+    options = {key: configuration[key] for key in BUILT_FROM if key in configuration}
+    model = _outlined(source, options)
     layout = make_layout(model.state_dict(), rename)
+    if model.on_timm:  # it can have buffers that no file holds
+        refuse_misfits(model, tensors, layout, dropped=dropped, source=source)
+        model = build_model(**options, seed=0)
     fill(model, tensors, layout, dropped=dropped, source=source)
     return model
 
@@ -250,6 +304,10 @@ def _filled(
 
 def _timm_name(key: str) -> str:
     return key.removeprefix("backbone.")
+
+
+def _trunk_name(key: str) -> str:
+    return key.removeprefix(TRUNK_PREFIX)
 
 
 def _official_name(key: str) -> str:

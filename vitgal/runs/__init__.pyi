@@ -59,6 +59,8 @@ from .paths import (
     data_folder as data_folder,
     model_file as model_file,
     resolve as resolve,
+    resolve_source as resolve_source,
     run_folder as run_folder,
+    split_source as split_source,
 )
 from .stage_folder import Stage as Stage, stage as stage

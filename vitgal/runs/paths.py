@@ -25,6 +25,26 @@ def resolve(path: str | os.PathLike) -> Path:
     return checkout() / Path(path).expanduser()
 
 
+def split_source(source: str) -> tuple[str, str]:
+    """Splits a source of weights into the network that it names and its file, "" where none is.
+
+    `timm:NAME@FILE` has both, `timm:NAME`, `untrained:NAME` and `pretrained` no file; any other
+    text is a file.
+    """
+    if source.startswith("timm:") or source.startswith("untrained:") or source == "pretrained":
+        name, _, file = source.partition("@")
+        return name, file
+    return "", source
+
+
+def resolve_source(source: str) -> str | Path:
+    """Returns a source of weights with its file, if it has one, as an absolute path (`resolve`)."""
+    name, file = split_source(source)
+    if not file:
+        return source
+    return f"{name}@{resolve(file)}" if name else resolve(file)
+
+
 def run_folder(run_dir: str | os.PathLike) -> Path:
     """Returns a run's folder; a relative one counts from $VITGAL_RUNS, or `runs/` without it.
 

@@ -355,8 +355,9 @@ def from_command_line(texts: Mapping[str, str], further: Mapping[str, Any]) -> V
         except SettingsError as error:
             faults.append(f"the command line: {name}: {error}")
             continue
-        plain = values[name] is None or (name == "weights" and text.startswith("untrained:"))
-        if sections.is_path(name) and not plain:
-            values[name] = str(Path.cwd() / Path(text).expanduser())
+        if sections.is_path(name) and values[name] is not None:
+            named, file = runs.split_source(text) if name in sections.WEIGHTS else ("", text)
+            path = str(Path.cwd() / Path(file).expanduser())
+            values[name] = f"{named}{'@' if named and file else ''}{path if file else ''}"
     _refuse(faults)
     return Values.of(values, "the command line")

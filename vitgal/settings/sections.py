@@ -145,14 +145,21 @@ class Recipe(Section):
         (), "settings that a resumed run may change: " + ", ".join(CHANGEABLE), result=False
     )
 
+    @property
+    def of_sixteens(self) -> bool:
+        """Whether image_size is known to be for patches of 16; else the stage checks it."""
+        return False
+
     # Settings of the retrieval model's training alone.
     layer_decay: ClassVar[float | None] = None
     teacher_size: ClassVar[int | None] = None
 
     def check(self) -> None:
         """Raises SettingsError for a size that is not a whole number of patches."""
-        if self.image_size % 16 or self.image_size < 32:
-            name = self.PREFIX + "image_size"
+        name = self.PREFIX + "image_size"
+        if self.image_size < 32:
+            raise SettingsError(f"{name} {self.image_size} is less than 32 pixels")
+        if self.of_sixteens and self.image_size % 16:
             raise SettingsError(f"{name} {self.image_size} is not a multiple of 16 above 16")
         if self.scale_lr and self.step_images is None:
             raise SettingsError("scale_lr needs step_images, for which the rates are meant")
@@ -167,8 +174,19 @@ class Recipe(Section):
 class TrainingSettings(Recipe):
     """Training of the retrieval model with ArcFace."""
 
-    architecture: str = setting("xcit_small_12_p16_224", "backbone, a name of timm's XCiT")
-    initial_weights: str | None = path("ImageNet XCiT's weights or a model of ours; None: random")
+    architecture: str = setting(
+        "xcit_small_12_p16_224", "backbone: a name of timm's XCiT, or timm:NAME for any network"
+    )
+    initial_weights: str | None = path(
+        "the backbone's weights or a model of ours; pretrained: timm's; timm:NAME@FILE; None: "
+        "random"
+    )
+    embed_dim: int | None = setting(
+        None, "width of tokens and descriptors on timm:NAME; None: the network's", low=8, later=True
+    )
+    freeze_backbone: bool = setting(
+        False, "train only what ViTGaL adds to the backbone", later=True
+    )
     drop_path: float = setting(0.1, "stochastic depth", low=0, below=1)
     margin: float = setting(0.15, "ArcFace's angle; paper: 0.1", unit="radians", low=0)
     scale: float = setting(30.0, "ArcFace's factor", above=0)
@@ -193,9 +211,26 @@ class TrainingSettings(Recipe):
         None, "side of the teacher's view; None: image_size", unit="pixels", low=32, later=True
     )
 
+    @property
+    def of_sixteens(self) -> bool:
+        """Whether image_size is known to be for patches of 16; else the stage checks it."""
+        return not self.architecture.startswith("timm:")
+
     def check(self) -> None:
         """Raises SettingsError for contradictory classes or an incomplete teacher."""
         super().check()
+        if "@" in self.architecture:
+            raise SettingsError(
+                f"architecture {short(self.architecture)} names weights: set initial_weights to it"
+            )
+        if self.embed_dim is not None and self.of_sixteens:
+            raise SettingsError("embed_dim is for an architecture timm:NAME; XCiT's is fixed")
+        if self.freeze_backbone and self.layer_decay is not None:
+            raise SettingsError("set freeze_backbone or layer_decay, not both")
+        if self.freeze_backbone and self.initial_weights is None:
+            raise SettingsError(
+                "freeze_backbone needs initial_weights, or the backbone stays random"
+            )
         if self.class_chunk and self.sampled_classes:
             raise SettingsError("set class_chunk or sampled_classes, not both")
         if (self.teacher is None) != (self.teacher_weights is None):
@@ -556,6 +591,8 @@ class ShowSettings(Section):
     min_rerank_gain: float | None = neutral(None, "mAP gained by reranking")
 
 
+# Settings that name weights: a file, or a network as well (`runs.split_source`).
+WEIGHTS = ("weights", "initial_weights")
 NOTEBOOKS: dict[str, tuple[type[Section], ...]] = {
     "01_data_split": (RunSettings, DemoSettings, SplitSettings),
     "02_train": (RunSettings, TrainingSettings, MachineSettings, ShowSettings),

@@ -15,9 +15,15 @@ from accelerate.utils import broadcast_object_list
 from vitgal import runs
 from vitgal.models import weights
 from vitgal.models.heads import ArcFace, LinearClassifier
-from vitgal.models.network import build_model, seeded
+from vitgal.models.network import ViTGaL, build_model, outline, seeded
 from vitgal.models.teacher import Teacher
-from vitgal.settings import AutoencoderSettings, MachineSettings, Recipe, TrainingSettings
+from vitgal.settings import (
+    AutoencoderSettings,
+    MachineSettings,
+    Recipe,
+    SettingsError,
+    TrainingSettings,
+)
 from vitgal.settings.sections import CHANGEABLE
 from vitgal.training.errors import TrainingError
 from vitgal.training.fit import Fit, continued
@@ -58,8 +64,9 @@ def fit_retrieval(
     """
     inputs = split_inputs(run / "split")
     for name in ("initial_weights", "teacher_weights"):
-        if path := getattr(settings, name):
-            inputs[name] = runs.fingerprint_file(runs.resolve(path))
+        if source := getattr(settings, name):
+            inputs[name] = _fingerprint(source)
+    check_size(outline(settings.architecture, embed_dim=settings.embed_dim), settings)
     build = functools.partial(_retrieval_network, settings)
     fit = Fit(build, settings, machine, run / "retrieval", run / "split", image_folder)
     return _fit_stage(replace(fit, watch=watch, progress=progress), inputs, overwrite)
@@ -87,9 +94,28 @@ def fit_autoencoder(
     else:
         source = runs.resolve(settings.backbone_weights)
     inputs = split_inputs(run / "split") | {"weights": runs.fingerprint_file(source)}
+    check_size(weights.load_outline(source), settings)
     build = functools.partial(_autoencoder_network, source, settings)
     fit = Fit(build, settings, machine, run / "autoencoder", run / "split", image_folder)
     return _fit_stage(replace(fit, watch=watch, progress=progress), inputs, overwrite)
+
+
+def _fingerprint(source: str) -> str:
+    """The sha256 of the file of a source of weights; of timm's own weights their name."""
+    _, file = runs.split_source(source)
+    return runs.fingerprint_file(runs.resolve(file)) if file else source
+
+
+def check_size(model: ViTGaL, settings: Recipe) -> None:
+    """Raises SettingsError where a model cannot take the recipe's image_size."""
+    size = settings.image_size
+    name = f"{settings.PREFIX}image_size"
+    try:
+        model.check_size(size, size)
+    except ValueError as error:
+        raise SettingsError(f"{name}: {error}") from error
+    if not model.on_timm and size % model.patch:
+        raise SettingsError(f"{name} {size} is not a multiple of {model.patch} above {model.patch}")
 
 
 def split_inputs(split: Path) -> dict[str, str]:
@@ -124,9 +150,16 @@ def compared(settings: Recipe, machine: MachineSettings) -> dict[str, Any]:
 
 
 def _retrieval_network(settings: TrainingSettings, classes: int) -> RetrievalNetwork:
-    model = build_model(settings.architecture, seed=settings.seed, drop_path=settings.drop_path)
+    model = build_model(
+        settings.architecture,
+        seed=settings.seed,
+        drop_path=settings.drop_path,
+        embed_dim=settings.embed_dim,
+    )
     if settings.initial_weights is not None:
-        weights.initial_weights(model, runs.resolve(settings.initial_weights))
+        weights.initial_weights(model, runs.resolve_source(settings.initial_weights))
+    if settings.freeze_backbone:
+        model.freeze_trunk()
     with seeded(settings.seed):
         head = ArcFace(
             model.embed_dim,

@@ -57,12 +57,14 @@ def epoch_table(log: pd.DataFrame, *, last: int = 5) -> pd.DataFrame:
 def parameter_table(model: ViTGaL) -> pd.DataFrame:
     """Counts the parameters of each part of the network: columns part, parameters, share."""
     backbone = model.backbone
-    parts = {
-        "patch embedding": (backbone.patch_embed, backbone.pos_embed),
-        "XCiT blocks": (backbone.blocks,),
-        "multi-atrous block": (model.local_atrous,),
-        "class attention": (backbone.cls_attn_blocks, backbone.norm),
-    }
+    if model.on_timm:
+        parts = {model.architecture: (backbone.trunk,)}
+        parts["to the head"] = (backbone.token_norm, backbone.projection)
+    else:
+        parts = {"patch embedding": (backbone.patch_embed, backbone.pos_embed)}
+        parts["XCiT blocks"] = (backbone.blocks,)
+    parts["multi-atrous block"] = (model.local_atrous,)
+    parts["class attention"] = (backbone.cls_attn_blocks, backbone.norm)
     if model.autoencoder is not None:
         parts["autoencoder"] = (model.autoencoder,)
     counts = [
@@ -92,11 +94,14 @@ def token_maps(
     maps: dict[str, list[np.ndarray]] = {"error": [], "backbone_attention": [], "attention": []}
     for photograph in photographs:
         features = model.token_features(_network_input(photograph, size))
-        maps["error"].append((features.decoded - features.tokens).square().mean(2)[0])
-        maps["backbone_attention"].append(features.backbone_attention.mean(1)[0])
-        maps["attention"].append(features.attention.mean(1)[0])
-    grid = (size // 16, size // 16)
-    return {key: [row.reshape(grid).numpy() for row in rows] for key, rows in maps.items()}
+        rows = {
+            "error": (features.decoded - features.tokens).square().mean(2)[0],
+            "backbone_attention": features.backbone_attention.mean(1)[0],
+            "attention": features.attention.mean(1)[0],
+        }
+        for key, row in rows.items():
+            maps[key].append(row.unflatten(0, features.grid).numpy())
+    return maps
 
 
 @torch.no_grad()

@@ -1,6 +1,10 @@
 """The trained networks, each a model with classifier and loss; optimizer and learning rates."""
 
+import math
+from collections.abc import Callable
+
 import torch
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
@@ -9,6 +13,7 @@ from torch.nn import functional as F
 from vitgal.models.heads import ArcFace
 from vitgal.models.network import ViTGaL
 from vitgal.models.teacher import TINY, Teacher
+from vitgal.models.weights import TRUNK_PREFIX
 from vitgal.settings import AutoencoderSettings, Recipe
 from vitgal.training.code_losses import contrast, second_view, spread
 from vitgal.training.errors import TrainingError
@@ -29,8 +34,17 @@ class TrainedNetwork(nn.Module):
         return {f"model.{name}" for name in self.model.no_weight_decay()}
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Returns timm's layers for layer-wise learning rates: stem, blocks, and the new parts."""
+    def group_matcher(self, coarse: bool = False) -> dict | Callable[[str], float]:
+        """Returns timm's layers for layer-wise learning rates: stem, blocks, and the new parts.
+
+        A network of timm has its own; what is new on it comes after its last.
+        """
+        if self.model.on_timm:
+            network = self.model.backbone.trunk.network
+            if not hasattr(network, "group_matcher"):
+                raise TrainingError(f"{self.model.architecture} has no layers: unset layer_decay")
+            layers = group_parameters(network, network.group_matcher(), reverse=True)
+            return lambda name: layers.get(name.removeprefix(f"model.{TRUNK_PREFIX}"), math.inf)
         return {
             "stem": r"^model\.backbone\.(?:patch_embed|pos_embed|cls_token)",
             "blocks": [(r"^model\.backbone\.blocks\.(\d+)", None), (r".", (1000,))],
