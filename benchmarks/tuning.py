@@ -1,16 +1,20 @@
 """Tuning beside the plain way: every point of the grid on its own. `python benchmarks/tuning.py`
 
-Processor time of one pair of 1000 x 1000 features of 128 numbers over a grid of 7 x 5 thresholds,
-and of the bootstrap of 1000 queries.
+Processor time of one pair of 1000 x 1000 features of 128 numbers over a grid of 7 x 5 thresholds;
+of the AP of one query with 100 candidates at every order, weight and number of candidates; and of
+the bootstrap of 1000 queries.
 """
 
 import time
 
 import numpy as np
 
-from vitgal.evaluation import statistics
+from vitgal.data.revisited import GroundTruth
+from vitgal.evaluation import protocol, statistics
+from vitgal.evaluation.tuning import query_ap
 from vitgal.features.local import LocalFeatures
 from vitgal.retrieval import verification
+from vitgal.retrieval.ranking import Fusion, Positions, Reranking
 from vitgal.settings import MatchingSettings, RerankingSettings, VerificationSettings
 from vitgal.stages import tuning
 
@@ -19,6 +23,16 @@ GRID = {
     "threshold": [4.0, 8.0, 16.0, 24.0, 32.0],
 }
 PAIRS = 3
+CANDIDATES = 100
+ORDERS = {
+    "matching": ["one_way", "mutual"],
+    "max_distance": [0.82],
+    "threshold": [16.0],
+    "order": ["inliers", "fused"],
+    "fused_weight": [0.002, 0.005, 0.01, 0.02, 0.04],
+    "fused_cap": [15, 30, 60],
+    "top": [10, 25, 50, 75, 100],
+}
 
 
 def features(rng: np.random.Generator, count: int = 1000) -> LocalFeatures:
@@ -69,6 +83,32 @@ def timed(work) -> tuple[float, object]:
     return time.process_time() - began, result
 
 
+def orders(rng: np.random.Generator) -> None:
+    """Compares `query_ap` with reranking and evaluating each point."""
+    images, count = np.arange(CANDIDATES)[None], rng.integers(0, 60, (2, 1, 1, 2, CANDIDATES))
+    similarities = np.sort(rng.uniform(size=CANDIDATES))[::-1]
+    labels = [[np.arange(0, CANDIDATES, 7)], [np.empty(0, int)], [np.empty(0, int)]]
+    names = [str(image) for image in range(CANDIDATES)]
+    truth = GroundTruth("x", names, ["q"], np.array([[0.0, 0, 1, 1]]), *labels)
+    positions, current = Positions.from_ranks(images.T, labels[0]), RerankingSettings()
+    relevant = np.isin(images[0], labels[0][0])
+    none = np.empty(0, int)
+
+    def point(index: tuple[int, ...]) -> float:
+        m, d, t, o, w, c, k = index
+        fusion = Fusion(similarities[None], ORDERS["fused_weight"][w], ORDERS["fused_cap"][c])
+        ordered = {"top": ORDERS["top"][k], "fusion": fusion if o else None}
+        reranking = Reranking(images, count[None, m, d, t, o], truth, "medium", **ordered)
+        reranked = {"medium": positions.reranked(images.T, reranking)}
+        return protocol.evaluate(reranked, truth)["medium"]["ap"][0]
+
+    sizes = [len(values) for values in ORDERS.values()]
+    slow, wanted = timed(lambda: np.reshape([point(at) for at in np.ndindex(*sizes)], sizes))
+    fast, ap = timed(lambda: query_ap(count, similarities, relevant, none, ORDERS, current))
+    print(f"a query, {ap.size} points: plain {slow:.2f} s, ours {fast:.3f} s,", end=" ")
+    print(f"{slow / fast:.0f} times; greatest difference {np.abs(ap - wanted).max():.0e}")
+
+
 def resampled(ap: np.ndarray, samples: int = 10_000) -> np.ndarray:
     """The bootstrap as it is usually written, a draw at a time."""
     rng = np.random.default_rng(0)
@@ -89,6 +129,7 @@ def main() -> None:
         f"a pair, 35 points: plain {1e3 * slow / PAIRS:.0f} ms, ours {1e3 * fast / PAIRS:.0f} ms,"
     )
     print(f"{slow / fast:.1f} times faster; counts equal: {equal}")
+    orders(rng)
     ap = rng.uniform(size=1000)
     slow, wanted = timed(lambda: resampled(ap))
     fast, interval = timed(lambda: statistics.bootstrap_interval(ap))

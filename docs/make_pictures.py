@@ -33,7 +33,7 @@ def main(run_dir: str = "demo") -> None:
     draw_matches(run, benchmark, free, folder / "matches.jpg")
     draw_failure(run, benchmark, free, folder / "failure.jpg")
     tuned = tuning.Tuning.read(run / tuning.DATASET / "tuning")
-    viz.save_figure(viz.tuning_curves(tuned), folder / "tuning.jpg", dpi=110, close=True)
+    viz.save_figure(viz.tuning_figure(tuned), folder / "tuning.jpg", dpi=110, close=True)
 
 
 def draw_gallery(

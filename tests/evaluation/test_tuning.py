@@ -1,5 +1,6 @@
 """Tuning on a validation set of two landmarks whose inliers are planned feature by feature."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,26 +13,31 @@ import pytest
 
 from vitgal import runs
 from vitgal.data import revisited
-from vitgal.evaluation import tuning
+from vitgal.data.revisited import GroundTruth
+from vitgal.evaluation import protocol, tuning
 from vitgal.evaluation.tuning import TuningError
 from vitgal.features import store
 from vitgal.features.local import LocalFeatures
-from vitgal.retrieval import verification
+from vitgal.retrieval import shortlists, verification
+from vitgal.retrieval.evidence import weigh
+from vitgal.retrieval.ranking import Fusion, Positions, Reranking
 from vitgal.settings import (
     GlobalSettings,
     MachineSettings,
     MatchingSettings,
     RerankingSettings,
+    SettingsError,
     TuningSettings,
     VerificationSettings,
     reader,
 )
 from vitgal.settings.reader import Values, settings_of
 from vitgal.stages import benchmark, describe, tuning as stages_tuning
-from vitgal.viz import charts
+from vitgal.viz import tuning as viz_tuning
 
 IMAGES = {"qa": 0, "a1": 0, "a2": 0, "qb": 1, "b1": 1, "b2": 1}  # name -> landmark
 GRID = dict(max_distances=(0.7,), thresholds=(16.0, 32.0), tops=(1, 3))
+GRID |= dict.fromkeys(("matchings", "estimators", "counts", "orders"), ())  # the current alone
 CURRENT = {"max_distance": 1.0, "threshold": 16.0, "top": 2}
 
 
@@ -209,15 +215,21 @@ def test_a_choice_is_judged_by_landmarks_that_did_not_make_it():
     assert "no query counts" in alone.advice()
 
 
-def test_curves_show_what_was_found(described):
-    axes = charts.tuning_curves(tuning.Tuning.read(tune(described)))
-    assert [single.get_xlabel() for single in axes] == ["max_distance", "threshold", "top"]
-    drawn = {line.get_label(): line for line in axes[2].lines}
+def test_figure_shows_what_was_found(described):
+    curve, thresholds = viz_tuning.tuning_figure(tuning.Tuning.read(tune(described)))
+    drawn = {line.get_label(): line for line in curve.lines}
+    assert drawn["reranked"].get_xdata().tolist() == [1, 2, 3]
     assert drawn["reranked"].get_ydata().tolist() == pytest.approx([500 / 12, 1900 / 24, 100])
-    # Values stand at even places: 1, 2, 3 at 0, 1, 2.
-    assert list(drawn["chosen"].get_xdata()) == [2, 2]
-    assert list(drawn["current"].get_xdata()) == [1, 1]
-    assert drawn["not reranked"].get_ydata()[0] == pytest.approx(500 / 12)
+    # Both landmarks have a line of their own, here the same one.
+    assert sum(line.get_linewidth() < 1 and len(line.get_xdata()) > 2 for line in curve.lines) == 2
+    assert curve.get_xscale() == "log"
+    assert (drawn["chosen"].get_xdata()[0], drawn["current"].get_xdata()[0]) == (3, 2)
+    assert [text.get_text() for text in curve.texts] == ["not reranked 41.7"]
+    # Rows: distances 0.7 and 1.0; columns: thresholds. Three candidates, as chosen.
+    assert [text.get_text() for text in thresholds.texts] == ["100.0", "100.0", "41.7", "41.7"]
+    assert thresholds.get_title("left") == "mAP (%); white: not reranked, 41.7"
+    below = curve.figure.get_supxlabel()
+    assert below == "Reranking hurts at no number of candidates and no landmark."
     plt.close("all")
 
 
@@ -259,6 +271,157 @@ def test_counts_equal_those_of_a_pair_at_every_point():
     assert len(np.unique(counts)) > 3, "the grid makes a difference"
     none = single.subset(slice(0))
     assert stages_tuning.pair_counts(none, other, grid, current).tolist() == [[0] * 3] * 4
+
+
+def test_counts_equal_those_of_a_pair_for_every_other_setting():
+    rng = np.random.default_rng(2)
+    single, other = features(0), features(0.6)
+    codes = single.descriptors + rng.normal(0, 0.2, (24, 32)).astype(np.float32)
+    codes[12:20] = codes[11]  # so that matches share a feature
+    codes /= np.linalg.norm(codes, axis=1, keepdims=True)
+    points = other.keypoints + rng.normal(0, 6, (24, 2)).astype(np.float32)
+    other = LocalFeatures(**{**vars(other), "descriptors": codes, "keypoints": points})
+    grid = {
+        "matching": ["one_way", "mutual", "ratio"],
+        "estimator": ["degensac", "magsac", "poselib"],
+        "max_distance": [0.9, 1.1],
+        "threshold": [8.0, 30.0],
+        "count": ["inliers", "features"],
+        "order": ["inliers", "fused"],
+        "fused_cap": [3, 5],
+        "top": [2],
+    }
+    counts = stages_tuning.pair_counts(single, other, grid, RerankingSettings())
+    assert counts.shape == (3, 3, 2, 2, 2, 2)
+    names = [*grid][:6]
+    for at in np.ndindex(counts.shape):
+        values = {name: grid[name][index] for name, index in zip(names, at, strict=True)}
+        settings = RerankingSettings.build(values)
+        pair = verification.inspect_pair(single, other, settings)
+        evidence = weigh(single, other, pair)
+        if values["order"] == "fused":
+            wanted = evidence.believed(values["count"])
+        elif values["count"] == "features":
+            wanted = evidence.features
+        else:
+            wanted = pair.verification.count
+        assert counts[at] == wanted, values
+    assert len(np.unique(counts)) > 4, "the grid makes a difference"
+
+
+def test_ap_of_a_query_equals_reranking_and_evaluating_each_point():
+    rng = np.random.default_rng(0)
+    grid = {
+        "max_distance": [0.8, 0.9],
+        "threshold": [16.0],
+        "order": ["inliers", "fused"],
+        "fused_weight": [0.01, 0.1],
+        "fused_cap": [2, 6],
+        "top": [1, 4, 9, 12],
+    }
+    truth = GroundTruth(
+        name="x",
+        database=[str(image) for image in range(30)],
+        queries=["q"],
+        boxes=np.array([[0.0, 0, 1, 1]]),
+        easy=[np.array([2, 7, 19])],
+        hard=[np.array([11, 28])],
+        junk=[np.array([3, 5])],
+    )
+    order = rng.permutation(30)[:, None]
+    positions = Positions.from_ranks(order, revisited.labelled(truth))
+    images = shortlists.candidates(order, truth, "medium", top=12)[0]
+    counts = rng.integers(0, 7, (2, 1, 2, 12)).astype(np.int32)
+    similarities = np.sort(rng.uniform(0.4, 0.6, 12))[::-1].astype(np.float32)
+    correct = revisited.positives(truth, "medium")[0]
+    later = np.setdiff1d(correct, images)
+    assert 0 < len(later) < 5, "positives before and behind"
+    ap = tuning.query_ap(
+        counts,
+        similarities,
+        np.isin(images, correct),
+        positions.rank(0, later, ignored=truth.junk[0]),
+        grid,
+        RerankingSettings(),
+    )
+    assert ap.shape == (2, 1, 2, 2, 2, 4)
+    for at in np.ndindex(ap.shape):
+        d, t, o, w, k, c = at
+        fusion = Fusion(similarities[None], grid["fused_weight"][w], grid["fused_cap"][k])
+        reranking = Reranking(
+            images[None],
+            counts[None, d, t, o],
+            truth,
+            "medium",
+            top=grid["top"][c],
+            fusion=fusion if o else None,
+        )
+        after = protocol.evaluate({"medium": positions.reranked(order, reranking)}, truth)
+        assert ap[at] == pytest.approx(after["medium"]["ap"][0], abs=1e-12), at
+    assert len(np.unique(ap.round(9))) > 10
+    none = np.zeros(12, bool), np.zeros(0, int)
+    empty = tuning.query_ap(counts, similarities, *none, grid, RerankingSettings())
+    assert empty.shape == ap.shape and np.isnan(empty).all()
+
+
+def test_grid_holds_what_is_varied_and_the_current_values_first():
+    settings = TuningSettings(
+        max_distances=(0.9, 0.7), thresholds=(), tops=(5,), weights=(), caps=(99, 7)
+    )
+    assert tuning.make_grid(settings, RerankingSettings()) == {
+        "matching": ["one_way", "mutual"],
+        "max_distance": [0.7, 0.82, 0.9],
+        "threshold": [16.0],
+        "count": ["inliers", "features"],
+        "order": ["inliers", "fused"],
+        "fused_cap": sorted([7, RerankingSettings.fused_cap, 99]),
+        "top": [5, 100],
+    }
+    plain = dataclasses.replace(settings, orders=(), matchings=("one_way",), counts=())
+    assert list(tuning.make_grid(plain, RerankingSettings())) == list(tuning.ALWAYS)
+    for name, value in (("tune_matchings", "both"), ("tune_orders", "best"), ("tune_counts", "")):
+        with pytest.raises(SettingsError, match=f"unknown {name}"):
+            TuningSettings.build({name: ["inliers", value]})
+
+
+def test_stage_tries_every_setting_and_records_what_it_does_not_vary(described):
+    more = dict(matchings=("mutual",), counts=("features",), orders=("fused",), weights=(0.04,))
+    more |= dict(estimators=("poselib",), caps=(30,))
+    folder = tune(described, max_distances=(), thresholds=(), **more)
+    result = tuning.Tuning.read(folder)
+    assert list(result.grid) == list(tuning.NAMES)
+    assert result.ap.shape == (2, 2, 1, 1, 2, 2, 2, 2, 3, 2)
+    assert np.load(folder / "inliers.npy").shape == (2, 2, 2, 1, 1, 2, 2, 3)
+    # Within 1.0 all images match in all features: the order is that of similarities throughout.
+    np.testing.assert_allclose(result.ap, 5 / 12, atol=1e-12)
+    assert result.values(result.chosen) == result.values((0,) * 9)  # of equal points the first
+    assert "fused_weight" not in runs.read_json(folder / "tuned.json")
+    parameters = runs.read_json(folder / "stage.json")["parameters"]
+    assert parameters["current"]["fused_weight"] == RerankingSettings.fused_weight
+    assert (parameters["iterations"], parameters["max_keypoints"]) == (2000, None)
+    assert not {"estimator", "threshold", "method", "count", "top"} & parameters.keys()
+    parameters = stages_tuning._parameters(
+        {"max_distance": [1.0], "threshold": [16.0], "order": ["inliers", "fused"], "top": [2]},
+        TuningSettings(),
+        RerankingSettings(count="features", fused_weight=0.5),
+    )
+    assert (parameters["fused_weight"], parameters["count"]) == (0.5, "features")
+
+
+def test_harm_is_told_where_there_is_any():
+    # Three queries of two landmarks; without reranking 0.5. Points: top 5 and 10.
+    ap = np.array([[0.9, 0.8, 0.4], [0.3, 0.2, 0.7]]).reshape(1, 1, 2, 3)
+    grid = {"max_distance": [0.9], "threshold": [16.0], "top": [5, 10]}
+    before, groups = np.full(3, 0.5), np.array([0, 0, 1])
+    result = tuning.Tuning(grid, ap, (0, 0, 0), (0, 0, 1), before, groups)
+    assert result.harm() == (
+        "Reranking with the current values lowers mAP from 50.0 to 40.0. "
+        "With the chosen values but top 10 it hurts, by 10.0 at most. "
+        "The chosen values lose on 1 of 2 landmarks, by 10.0 points at most."
+    )
+    assert result.harm() in result.advice()
+    nothing = dataclasses.replace(result, before=np.full(3, np.nan))
+    assert nothing.harm() == "No query counts."
 
 
 def test_fewer_queries_are_drawn_by_seed(described):

@@ -6,7 +6,6 @@ import pytest
 from matplotlib.colors import to_hex
 
 from tests.viz.drawn_samples import log, texts
-from vitgal.evaluation.tuning import Tuning
 from vitgal.settings import RerankingSettings
 from vitgal.viz import charts
 from vitgal.viz.style import LABEL_COLOURS
@@ -100,24 +99,6 @@ def test_score_bars_print_their_values():
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["Easy", "Medium", "Hard"]
     middle = np.mean([bar.get_x() + bar.get_width() / 2 for bar in axes.patches[::3]])
     assert middle == pytest.approx(0)  # both bars stand round the tick
-
-
-def test_tuning_curves_show_means_over_queries_that_count():
-    ap = np.array([[0.2, np.nan, 0.4], [0.5, np.nan, 0.7]])
-    tuning = Tuning(
-        {"max_distance": [0.7, 0.9], "threshold": [16.0], "top": [20]},
-        ap[:, None, None],
-        *((1, 0, 0), (0, 0, 0)),
-        before=np.array([0.1, np.nan, 0.3]),
-        groups=np.arange(3),
-    )
-    axes = charts.tuning_curves(tuning)
-    lines = {line.get_label(): line for line in axes[0].lines}
-    assert lines["reranked"].get_ydata().tolist() == pytest.approx([30, 60])
-    assert lines["not reranked"].get_ydata()[0] == pytest.approx(20)
-    assert (lines["chosen"].get_xdata()[0], lines["current"].get_xdata()[0]) == (1, 0)
-    assert [label.get_text() for label in axes[0].get_xticklabels()] == ["0.7", "0.9"]
-    assert [panel.get_xlabel() for panel in axes] == ["max_distance", "threshold", "top"]
 
 
 def test_parameter_curves_have_a_panel_a_parameter():

@@ -116,20 +116,22 @@ def _scores(
     return result
 
 
-def average_precision(ranks: np.ndarray, count: int) -> float:
+def average_precision(ranks: np.ndarray, count: int) -> float | np.ndarray:
     """Returns the area under the precision-recall curve by the trapezoid rule, as published.
 
     Each positive adds the mean of the precisions just before and at its rank. Before rank 0 the
     precision is 1, so that a single positive at rank 1 scores 0.25.
 
     Args:
-        ranks: (F,) rising zero-based ranks of the retrieved positives; none gives 0.
+        ranks: (F,) rising zero-based ranks of the retrieved positives; none gives 0. Or (R, F), of
+            R rankings, which gives (R,) float64.
         count: the total number of positives, at least 1.
     """
-    earlier = np.arange(ranks.size)
-    before = np.divide(earlier, ranks, out=np.ones(ranks.size), where=ranks > 0)
+    earlier = np.arange(ranks.shape[-1])
+    before = np.divide(earlier, ranks, out=np.ones(ranks.shape), where=ranks > 0)
     at = (earlier + 1) / (ranks + 1)
-    return float((before + at).sum() / (2 * count))
+    areas = (before + at).sum(axis=-1) / (2 * count)
+    return float(areas) if ranks.ndim == 1 else areas
 
 
 def precision_at(ranks: np.ndarray, k: int) -> float:

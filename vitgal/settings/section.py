@@ -133,9 +133,9 @@ def check_range(name: str, value: Any, facts: Fact) -> None:
     """Raises SettingsError for a value that is none of the choices or out of range; None passes."""
     if value is None:
         return
-    if facts.choices and value not in facts.choices:
-        raise SettingsError(f"unknown {name} {short(value)}; known: {', '.join(facts.choices)}")
     values = value if isinstance(value, (list, tuple)) else (value,)
+    if facts.choices and not set(values) <= set(facts.choices):
+        raise SettingsError(f"unknown {name} {short(value)}; known: {', '.join(facts.choices)}")
     if facts.filled and not values:
         raise SettingsError(f"{name} is empty; it needs one entry at least")
     for number in values:

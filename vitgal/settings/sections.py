@@ -498,9 +498,12 @@ class RerankingSettings(Section):
 
 @dataclass(frozen=True)
 class TuningSettings(Section):
-    """The grid of thresholds that is tried on the retrieval validation set."""
+    """The grid of settings that is tried on the retrieval validation set.
 
-    tune: bool = neutral(False, "tune thresholds on val_retrieval")
+    The current value of each is tried as well, in every combination.
+    """
+
+    tune: bool = neutral(False, "tune reranking on val_retrieval")
     max_queries: int | None = setting(
         None, "queries that are used; None: all", flat="tune_queries", low=1
     )
@@ -514,6 +517,28 @@ class TuningSettings(Section):
         (4.0, 8.0, 24.0, 32.0), "values of threshold", flat="tune_thresholds", above=0
     )
     tops: tuple[int, ...] = setting((10, 25, 50, 75), "values of top", flat="tune_tops", low=1)
+    matchings: tuple[str, ...] = setting(
+        ("one_way", "mutual"),
+        "values of matching",
+        flat="tune_matchings",
+        choices=MATCHINGS,
+        later=True,
+    )
+    estimators: tuple[str, ...] = setting(
+        (), "values of estimator", flat="tune_estimators", choices=ESTIMATORS, later=True
+    )
+    counts: tuple[str, ...] = setting(
+        ("inliers", "features"), "values of count", flat="tune_counts", choices=COUNTS, later=True
+    )
+    orders: tuple[str, ...] = setting(
+        ("inliers", "fused"), "values of order", flat="tune_orders", choices=ORDERS, later=True
+    )
+    weights: tuple[float, ...] = setting(
+        (0.002, 0.005, 0.01, 0.04), "values of fused_weight", flat="tune_weights", low=0, later=True
+    )
+    caps: tuple[int, ...] = setting(
+        (15, 30), "values of fused_cap", flat="tune_caps", low=1, later=True
+    )
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
-"""The tuning stage: reranking's thresholds chosen on the retrieval validation set.
+"""The tuning stage: reranking's settings chosen on the retrieval validation set.
 
-Inliers are counted for a grid of thresholds, and mAP is computed for each of them and each number
-of candidates. No test set is used.
+Each pair is matched once a method and verified once for each estimator, distance and threshold.
+What orders the candidates and how many there are is then tried without verifying anew. No test set
+is used.
 """
 
 import dataclasses
 import functools
-import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,35 @@ from typing import Any
 import numpy as np
 
 from vitgal import engines, runs
-from vitgal.data.revisited import GroundTruth
+from vitgal.data.revisited import GroundTruth, ignored, positives
 from vitgal.evaluation import protocol
+from vitgal.evaluation.landmarks import find_landmarks
 from vitgal.evaluation.tuning import (
+    COUNTED,
     DATASET,
     PROTOCOL,
     Grid,
     TuningError,
     best_point,
-    current_point,
+    current_values,
     make_grid,
+    point_values,
+    query_ap,
 )
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store import FeatureStore
 from vitgal.retrieval import matching, shortlists
-from vitgal.retrieval.ranking import NOT_VERIFIED, Ranking, Reranking
-from vitgal.retrieval.verification import verify_matches
+from vitgal.retrieval.evidence import weigh
+from vitgal.retrieval.ranking import NOT_VERIFIED, Ranking
+from vitgal.retrieval.verification import PairInspection, verify_matches
 from vitgal.settings import MachineSettings, RerankingSettings, TuningSettings
-from vitgal.stages.rerank import JOURNAL, CandidateLists, candidate_inputs, count_queries
+from vitgal.stages.rerank import (
+    JOURNAL,
+    CandidateLists,
+    candidate_inputs,
+    candidate_similarities,
+    count_queries,
+)
 
 GLOBAL_FILES = ("ranks.npy", "positions.npz", "shortlist.txt")
 OUTPUTS = ("inliers.npy", "ap.npy", "tuned.json", "tuning.json")
@@ -47,11 +58,11 @@ def tune(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Counts inliers over a grid of thresholds on the validation set and chooses the best point.
+    """Counts inliers over a grid of settings on the validation set and chooses the best point.
 
-    The best point has the highest Medium mAP; of equal ones the first, that is the smallest
-    max_distance, then threshold, then number of candidates. An interrupted run keeps its finished
-    queries, and the result does not depend on the machine.
+    The best point has the highest Medium mAP; of equal ones the first in the order of the grid: the
+    current name, the smallest number. An interrupted run keeps its finished queries, and the result
+    does not depend on the machine.
 
     Args:
         run: its stages global and local of `val_retrieval` are finished (`prepare_validation`).
@@ -60,8 +71,9 @@ def tune(
             of the verification.
         current: compared with the best point; sets all that the grid does not vary.
     Returns:
-        `<run>/val_retrieval/tuning` with inliers.npy (Q, D, T, C) i32, ap.npy (D, T, C', Q) f64,
-        tuning.json (for `Tuning.read`) and tuned.json, the chosen values as flat parameters.
+        `<run>/val_retrieval/tuning` with inliers.npy (Q, ..., C) i32, the counts, an axis a setting
+        of the grid that they depend on (COUNTED); ap.npy (..., Q) f64, an axis a setting of the
+        grid; tuning.json (for `Tuning.read`) and tuned.json, the chosen values as flat parameters.
     Raises:
         StageError: a stage is missing or has other settings, or a candidate has no local features.
         TuningError: no query counts.
@@ -70,7 +82,9 @@ def tune(
     grid = make_grid(settings, current)
     parameters = _parameters(grid, settings, current)
     source = Path(run) / DATASET
-    inputs = candidate_inputs(source, ground_truth, GLOBAL_FILES)
+    fused = "fused" in (*grid.get("order", ()), current.order)
+    files = (*GLOBAL_FILES, "similarities.npy") if fused else GLOBAL_FILES
+    inputs = candidate_inputs(source, ground_truth, files)
     with runs.stage(
         source / "tuning", "tuning", parameters=parameters, inputs=inputs, overwrite=overwrite
     ) as stage:
@@ -83,21 +97,33 @@ def tune(
         count = functools.partial(count_grid, store, grid=grid, settings=current)
         label = "tuning" if progress else None
         rows = count_queries(lists, count, machine, stage.folder / JOURNAL, label)
-        _write_choice(stage.folder, lists, rows, grid, current)
+        similar = _similarities(source, ground_truth, queries, grid, fused)
+        ap = _all_ap(lists, rows, similar, grid, current)
+        _write_choice(stage.folder, lists, rows, ap, grid, current)
         shutil.rmtree(stage.folder / JOURNAL, ignore_errors=True)
         recorded = {"engine": machine.engine, "workers": machine.workers, "queries": len(queries)}
         return stage.finish(OUTPUTS, recorded)
 
 
 def _parameters(grid: Grid, settings: TuningSettings, current: RerankingSettings) -> dict[str, Any]:
-    verification = current.verification.compared()
-    del verification["threshold"]  # a value of the grid
+    """The grid, the point it is compared with, and all settings that it does not vary."""
+    values = current_values(current)
+    # As they are compared where the grid has a ratio test and a fused order, if it has any.
+    matched = any("ratio" in name for name in grid.get("matching", ()))
+    fused = "fused" in grid.get("order", ())
+    fixed = dataclasses.replace(
+        current,
+        order="fused" if fused else current.order,
+        matching=dataclasses.replace(
+            current.matching, method="ratio" if matched else current.matching.method
+        ),
+    ).compared()
+    varied = {*grid, "ties", "method" if "matching" in grid else ""}
     return {
         "grid": grid,
-        "current": current_point(current),
-        "max_keypoints": current.matching.max_keypoints,
+        "current": {name: values[name] for name in grid},
         "max_queries": settings.max_queries,
-        **verification,
+        **{name: value for name, value in fixed.items() if name not in varied},
     }
 
 
@@ -122,91 +148,153 @@ def _read_lists(folder: Path, truth: GroundTruth, queries: np.ndarray, top: int)
     return CandidateLists(truth, truth.database, ranking, images)
 
 
+def _similarities(
+    folder: Path, truth: GroundTruth, queries: np.ndarray, grid: Grid, fused: bool
+) -> np.ndarray:
+    """The similarities (Q, C) of the candidates of some queries; nan where none are needed."""
+    every = _read_lists(folder, truth, np.arange(len(truth.queries)), max(grid["top"]))
+    if not fused:
+        return np.full((len(queries), every.candidates.shape[1]), np.nan)
+    return candidate_similarities(folder / "global", every)[queries]
+
+
 def count_grid(
     store: FeatureStore, query: str, names: list[str], *, grid: Grid, settings: RerankingSettings
 ) -> np.ndarray:
-    """Counts one query's inliers at every max_distance and threshold of the grid.
+    """Counts what supports one query's candidates at every point of the grid.
 
     names: C database names; one that is not in the store could not be read and counts 0. settings:
-    all that the grid does not vary. Returns (D, T, C) int32.
+    all that the grid does not vary. Returns (..., C) int32, the axes of `pair_counts`.
     """
     features = store[query]
-    sizes = len(grid["max_distance"]), len(grid["threshold"]), len(names)
-    counts = np.zeros(sizes, np.int32)
+    counts = np.zeros((*_counted_shape(grid), len(names)), np.int32)
     for index, name in enumerate(names):
         if name in store:
-            counts[:, :, index] = pair_counts(features, store[name], grid, settings)
+            counts[..., index] = pair_counts(features, store[name], grid, settings)
     return counts
+
+
+def _counted_shape(grid: Grid) -> list[int]:
+    return [len(grid[name]) for name in COUNTED if name in grid]
 
 
 def pair_counts(
     query: LocalFeatures, database: LocalFeatures, grid: Grid, settings: RerankingSettings
 ) -> np.ndarray:
-    """Counts the inliers of one pair at every max_distance and threshold of the grid.
+    """Counts what supports one pair at every point of the grid.
 
-    Equal to `inspect_pair` at each point. Features are matched once, at the greatest distance; a
-    smaller one keeps the nearer matches. settings: all that the grid does not vary.
-    Returns (D, T) int32.
+    Equal to `inspect_pair` and `weigh` at each point. Features are matched once a method, at the
+    greatest distance; a smaller one keeps the nearer matches, and equal matches are verified once.
+
+    settings: all that the grid does not vary. Returns (...) int32, an axis a setting of the grid in
+    COUNTED: the count that orders the candidates, 0 for the order "fused" where there is a doubt.
     """
     kept = slice(settings.matching.max_keypoints)
     query, database = query.subset(kept), database.subset(kept)
-    distances = grid["max_distance"]
-    verifications = [
-        dataclasses.replace(settings.verification, threshold=threshold)
-        for threshold in grid["threshold"]
+    values = {name: grid.get(name, [value]) for name, value in current_values(settings).items()}
+    prepared = [
+        matching.Descriptors.read(features.descriptors, side)
+        for features, side in ((query, "query"), (database, "gallery"))
     ]
-    matches = matching.match(query.descriptors, database.descriptors, max(distances))
-    squares = matching.match_squares(query.descriptors, database.descriptors, matches)
-    counts = np.zeros((len(distances), len(verifications)), np.int32)
-    computed: dict[int, np.ndarray] = {}  # by number of matches, which are nested
-    for row, distance in zip(counts, distances, strict=True):
-        nearer = matches[squares < distance * distance]
-        if len(nearer) not in computed:
-            points = query.keypoints[nearer[:, 0]], database.keypoints[nearer[:, 1]]
-            computed[len(nearer)] = np.array(
-                [verify_matches(*points, verification).count for verification in verifications]
+    distances, furthest = values["max_distance"], max(values["max_distance"])
+    counts = np.zeros([len(values[name]) for name in COUNTED], np.int32)
+    computed: dict[bytes, np.ndarray] = {}  # by matches
+    for m, method in enumerate(values["matching"]):
+        method_settings = dataclasses.replace(settings.matching, method=method)
+        matches = matching.match_prepared(*prepared, furthest, None, method_settings)
+        squares = matching.match_squares(query.descriptors, database.descriptors, matches)
+        for d, distance in enumerate(distances):
+            nearer = matches[squares < distance * distance]
+            if (key := nearer.tobytes()) not in computed:
+                computed[key] = _verified_counts(query, database, nearer, values, settings)
+            counts[m, :, d] = computed[key]
+    return counts.reshape(_counted_shape(grid))
+
+
+def _verified_counts(
+    query: LocalFeatures,
+    database: LocalFeatures,
+    matches: np.ndarray,
+    values: Grid,
+    settings: RerankingSettings,
+) -> np.ndarray:
+    """Verifies matches (M, 2) with each estimator and threshold: (E, T, counts, orders) int32."""
+    kinds, orders = values["count"], values["order"]
+    tried = values["estimator"], values["threshold"]
+    counts = np.zeros((*map(len, tried), len(kinds), len(orders)), np.int32)
+    points = query.keypoints[matches[:, 0]], database.keypoints[matches[:, 1]]
+    for e, estimator in enumerate(tried[0]):
+        for t, threshold in enumerate(tried[1]):
+            verification = verify_matches(
+                *points,
+                dataclasses.replace(
+                    settings.verification, estimator=estimator, threshold=threshold
+                ),
             )
-        row[:] = computed[len(nearer)]
+            if kinds == orders == ["inliers"]:
+                counts[e, t] = verification.count
+                continue
+            evidence = weigh(query, database, PairInspection(matches, verification))
+            for k, kind in enumerate(kinds):
+                for o, order in enumerate(orders):
+                    fused = order == "fused"
+                    counts[e, t, k, o] = evidence.believed(kind) if fused else evidence.count(kind)
     return counts
+
+
+def _all_ap(
+    lists: CandidateLists,
+    rows: list[np.ndarray],
+    similarities: np.ndarray,
+    grid: Grid,
+    current: RerankingSettings,
+) -> np.ndarray:
+    """The AP (..., Q) of every query at each point, from its counts (..., C)."""
+    truth, positions = lists.ground_truth, lists.ranking.positions
+    labels = positives(truth, PROTOCOL), ignored(truth, PROTOCOL)
+    ap = np.empty((*map(len, grid.values()), len(rows)))
+    for q, (row, images) in enumerate(zip(rows, lists.images, strict=True)):
+        correct, left_out = (label[q] for label in labels)
+        later = np.setdiff1d(correct, images)
+        ap[..., q] = query_ap(
+            row,
+            similarities[q, : len(images)],
+            np.isin(images, correct),
+            positions.rank(q, later, ignored=left_out),
+            grid,
+            current,
+        )
+    return ap
 
 
 def _write_choice(
     folder: Path,
     lists: CandidateLists,
     rows: list[np.ndarray],
+    ap: np.ndarray,
     grid: Grid,
     current: RerankingSettings,
 ) -> None:
-    """Writes the counts, from (D, T, C) of each query; AP at each point; and the best point."""
+    """Writes the counts, (..., C) of each query; AP (..., Q) at each point; and the best point."""
     truth, ranking = lists.ground_truth, lists.ranking
     width = max(row.shape[-1] for row in rows)
-    counts = np.full((len(rows), *rows[0].shape[:2], width), NOT_VERIFIED, np.int32)
+    counts = np.full((len(rows), *rows[0].shape[:-1], width), NOT_VERIFIED, np.int32)
     for padded, row in zip(counts, rows, strict=True):
         padded[..., : row.shape[-1]] = row
-    sizes = [len(values) for values in grid.values()]
-    ap = np.empty((*sizes, len(truth.queries)))
-    for d, t, c in itertools.product(*map(range, sizes)):
-        reranking = Reranking(
-            lists.candidates, counts[:, d, t], truth, PROTOCOL, top=grid["top"][c]
-        )
-        positions = ranking.positions.reranked(ranking.order, reranking)
-        ap[d, t, c] = protocol.evaluate({PROTOCOL: positions}, truth)[PROTOCOL]["ap"]
     before = protocol.evaluate({PROTOCOL: ranking.positions}, truth)[PROTOCOL]["ap"]
     scored = ~np.isnan(before)
     if not scored.any():
         raise TuningError(f"no query of {DATASET} has an image of its landmark in the database")
-    chosen = best_point(ap[..., scored])
-    landmarks = [images.tobytes() for images in truth.easy]
+    chosen, values = best_point(ap[..., scored]), current_values(current)
     record = {
         "grid": grid,
         "chosen": chosen,
-        "current": [grid[name].index(value) for name, value in current_point(current).items()],
-        "groups": [landmarks.index(landmark) for landmark in landmarks],
+        "current": [tried.index(values[name]) for name, tried in grid.items()],
+        "groups": find_landmarks(truth).groups,
         "before": before,
         "queries": truth.queries,
     }
-    tuned = {name: grid[name][index] for name, index in zip(grid, chosen, strict=True)}
     runs.write_array(folder / "inliers.npy", counts)
     runs.write_array(folder / "ap.npy", ap)
     runs.write_json(folder / "tuning.json", record)
-    runs.write_json(folder / "tuned.json", tuned)
+    runs.write_json(folder / "tuned.json", point_values(grid, chosen))

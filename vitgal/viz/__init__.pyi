@@ -10,7 +10,6 @@ from .charts import (
     score_bars as score_bars,
     split_statistics as split_statistics,
     training_curves as training_curves,
-    tuning_curves as tuning_curves,
 )
 from .diagrams import (
     Step as Step,
@@ -57,3 +56,4 @@ from .run_figures import (
     save_pair_matches as save_pair_matches,
 )
 from .style import FigureFolder as FigureFolder, save_figure as save_figure
+from .tuning import tuning_figure as tuning_figure

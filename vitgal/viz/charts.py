@@ -9,8 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator, StrMethodFormatter
 
 from vitgal.data.revisited import PROTOCOLS
-from vitgal.evaluation import statistics
-from vitgal.evaluation.tuning import Tuning
 from vitgal.settings import RerankingSettings
 from vitgal.viz import style
 from vitgal.viz.drawing import outlined, sentence_figure, shorten, text_width
@@ -268,40 +266,3 @@ def parameter_curves(table: pd.DataFrame, settings: RerankingSettings) -> np.nda
         panel.grid(axis="y")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return axes[0]
-
-
-@styled
-def tuning_curves(tuning: Tuning) -> np.ndarray:
-    """Draws mAP over each tuned parameter, the others as chosen, with its interval over queries.
-
-    The chosen and the current value are marked by lines; a level line shows mAP without reranking.
-    Returns the axes, shape (parameters,).
-    """
-    blue, chosen_colour, _, current_colour = CURVE_COLOURS
-    marks = [
-        ("current", tuning.values(tuning.current), current_colour, "--"),
-        ("chosen", tuning.values(tuning.chosen), chosen_colour, "-"),
-    ]
-    level = 100 * _mean(tuning.before)
-    figure, axes = plt.subplots(1, len(tuning.grid), figsize=(10, 2.9), sharey=True, squeeze=False)
-    for panel, (name, values) in zip(axes[0], tuning.grid.items(), strict=True):
-        ap, positions = tuning.curve(name), np.arange(len(values))  # evenly spaced
-        low, high = 100 * np.array([statistics.bootstrap_interval(row) for row in ap]).T
-        _draw_band(panel, positions, low, high, blue)
-        mean = 100 * np.array([_mean(row) for row in ap])
-        panel.plot(positions, mean, "o-", color=blue, markersize=4, label="reranked")
-        panel.axhline(level, color=INK, linewidth=1.0, linestyle=":", label="not reranked")
-        for label, marked, colour, line in marks:
-            x = list(values).index(marked[name])
-            panel.axvline(x, color=colour, linewidth=1.4, linestyle=line, label=label)
-        panel.set_xticks(positions, [f"{value:g}" for value in values])
-        panel.set_xlabel(name)
-        panel.grid(axis="y")
-    axes[0, 0].set_ylabel("mAP (%)")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
-    return axes[0]
-
-
-def _mean(ap: np.ndarray) -> float:
-    counting = ap[~np.isnan(ap)]
-    return float(counting.mean()) if counting.size else float("nan")

@@ -1,0 +1,122 @@
+"""The figure of a tuned reranking: mAP over candidates, thresholds and the other settings."""
+
+import textwrap
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullLocator
+
+from vitgal.evaluation.tuning import ALWAYS, Tuning
+from vitgal.viz.style import CURVE_COLOURS, INK, LINE_STYLES, styled
+
+CHANGE_MAP = "PuOr"  # mAP below that without reranking, and above it
+LEAST_CHANGE = 2.0  # points of mAP at the ends of the colours, at least
+LINE = 125  # letters of a line below
+
+
+@styled
+def tuning_figure(tuning: Tuning) -> np.ndarray:
+    """Draws mAP over the number of candidates, over distance and threshold, and over all else.
+
+    Each panel keeps the other settings as chosen. The first has a thin line for each landmark and,
+    where several orders were tried, a line for each; the level without reranking is named. Below
+    stands where reranking hurts. Returns the axes, shape (2,), or (3,) where more was tried.
+    """
+    others = [name for name in tuning.values(tuning.chosen) if name not in ALWAYS]
+    widths = [4, 3, 3] if others else [4, 3]
+    figure, axes = plt.subplots(1, len(widths), figsize=(10, 3.4), width_ratios=widths)
+    _draw_tops(axes[0], tuning)
+    _draw_thresholds(axes[1], tuning)
+    if others:
+        _draw_others(axes[2], tuning, others)
+    sentence = "\n".join(textwrap.wrap(tuning.harm(), LINE))
+    figure.supxlabel(sentence, x=0.01, ha="left", fontsize=8)
+    return axes
+
+
+def _percent(ap: np.ndarray) -> np.ndarray:
+    """The mean over the queries that count, in percent; ap: (..., Q)."""
+    counting = ~np.isnan(ap).all(axis=tuple(range(ap.ndim - 1)))
+    return 100 * ap[..., counting].mean(axis=-1) if counting.any() else ap[..., 0]
+
+
+def _draw_tops(axes: Axes, tuning: Tuning) -> None:
+    tops = tuning.grid["top"]
+    for group in np.unique(tuning.groups):
+        curve = _percent(tuning.curve("top")[:, tuning.groups == group])
+        axes.plot(tops, curve, color=INK, alpha=0.35, linewidth=0.7)
+    axes.plot([], [], color=INK, alpha=0.35, linewidth=0.7, label="one landmark")
+    orders = tuning.grid.get("order", [None])
+    for index, order in enumerate(orders):
+        fixed = {} if order is None else {"order": index}
+        label = {None: "reranked", "inliers": "by count"}.get(order, "by similarity and count")
+        style = f"o{LINE_STYLES[index]}"
+        curve = _percent(tuning.curve("top", **fixed))
+        axes.plot(tops, curve, style, color=CURVE_COLOURS[index], markersize=4, label=label)
+    level = _percent(tuning.before)
+    axes.axhline(level, color=INK, linewidth=1.0, linestyle=":")
+    axes.annotate(
+        f"not reranked {level:.1f}",
+        (1, level),
+        (-2, 2),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+    )
+    for label, point, style in (("current", tuning.current, "--"), ("chosen", tuning.chosen, "-")):
+        top = tuning.values(point)["top"]
+        axes.axvline(top, color=CURVE_COLOURS[3], linewidth=1.2, linestyle=style, label=label)
+    axes.set_xscale("log")
+    axes.set_xticks(tops, [str(top) for top in tops])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="top", ylabel="mAP (%)")
+    axes.grid(axis="y")
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=5)
+
+
+def _draw_thresholds(axes: Axes, tuning: Tuning) -> None:
+    names = ("max_distance", "threshold")
+    values, level = _percent(tuning.curve(*names)), _percent(tuning.before)
+    reach = max(LEAST_CHANGE, np.nanmax(np.abs(values - level), initial=0))
+    norm = TwoSlopeNorm(level if np.isfinite(level) else 0, *(level + [-reach, reach]))
+    axes.imshow(values, cmap=CHANGE_MAP, norm=norm, aspect="auto", origin="lower")
+    for (row, column), value in np.ndenumerate(values):
+        ink = "white" if abs(value - level) > 0.6 * reach else INK
+        axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink)
+    for point, style in ((tuning.current, "--"), (tuning.chosen, "-")):
+        at = [list(tuning.grid).index(name) for name in names]
+        corner = point[at[1]] - 0.5, point[at[0]] - 0.5
+        frame = Rectangle(corner, 1, 1, fill=False, edgecolor=CURVE_COLOURS[3], linewidth=2)
+        frame.set_linestyle(style)
+        axes.add_patch(frame)
+    for axis, name in zip((axes.yaxis, axes.xaxis), names, strict=True):
+        axis.set_ticks(range(len(tuning.grid[name])), [f"{v:g}" for v in tuning.grid[name]])
+    axes.set(xlabel="threshold", ylabel="max_distance")
+    axes.set_title(f"mAP (%); white: not reranked, {level:.1f}", loc="left")
+    axes.tick_params(length=0)
+
+
+def _draw_others(axes: Axes, tuning: Tuning, names: list[str]) -> None:
+    """A row a value, with a mark at its mAP; of each setting the chosen one is filled."""
+    labels, position = [], 0.0
+    for name in names:
+        chosen = tuning.chosen[list(tuning.grid).index(name)]
+        for index, (value, mean) in enumerate(
+            zip(tuning.grid[name], _percent(tuning.curve(name)), strict=True)
+        ):
+            face = CURVE_COLOURS[0] if index == chosen else "white"
+            axes.plot(mean, position, "o", color=CURVE_COLOURS[0], markerfacecolor=face)
+            labels.append((position, f"{name} {value}"))
+            position += 1
+        position += 0.5
+    axes.axvline(_percent(tuning.before), color=INK, linewidth=1.0, linestyle=":")
+    axes.set_yticks(*map(list, zip(*labels, strict=True)), fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("mAP (%)")
+    axes.set_title("the other settings", loc="left")
+    axes.grid(axis="x")
