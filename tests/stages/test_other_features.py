@@ -10,7 +10,15 @@ from vitgal.data import images as data_images, revisited
 from vitgal.features.foreign import DescriptorError
 from vitgal.features.store import FeatureStore
 from vitgal.models.local_extractors import make_extractor
-from vitgal.settings import LocalSettings, MachineSettings, RerankingSettings, SettingsError
+from vitgal.settings import (
+    LocalSettings,
+    MachineSettings,
+    RerankingSettings,
+    SettingsError,
+    Values,
+    settings_of,
+)
+from vitgal.stages.benchmark import suited
 from vitgal.stages.inspection import InspectionError, Inspector
 from vitgal.stages.rerank import rerank_shortlist
 
@@ -135,3 +143,13 @@ def test_a_file_that_lacks_images_stops_before_anything_is_written(
 def test_a_method_and_a_file_contradict_each_other():
     with pytest.raises(SettingsError, match="set local or local_features, not both"):
         LocalSettings(local="sift", local_features="x.h5")
+
+
+def test_matching_suits_the_features_unless_it_is_set(global_run, benchmark, weight_file):
+    values = {"run_dir": str(global_run), "dataset": "mini", "threshold": 9.0}
+    given = settings_of(Values.of(values, "here"))
+    extract(global_run, benchmark, weight_file)
+    assert suited(given).reranking == given.reranking  # tokens: nothing changes
+    extract(global_run, benchmark, weight_file, local="sift", overwrite=True)
+    matching, verification = suited(given).reranking.matching, suited(given).reranking.verification
+    assert (matching.method, matching.ratio, verification.threshold) == ("mutual_ratio", 0.85, 9.0)

@@ -487,7 +487,7 @@ def test_a_folder_with_only_the_query_is_refused(tmp_path, describer):
 def test_ranking_is_written(folder, describer, tmp_path):
     result = own.search_folder(describe(folder, describer), "a/1.png", None, reranking(top=1))
     lines = own.write_ranking(result, tmp_path / "ranking.csv").read_text().splitlines()
-    assert lines[0] == "photograph,rank,global_rank,similarity,matches,inliers"
+    assert lines[0] == "photograph,rank,global_rank,similarity,matches,inliers,evidence"
     assert lines[2].startswith("b/1.JPG,2,2,") and lines[2].endswith(",,")
 
 

@@ -28,11 +28,17 @@ def own_summary(run: Path, lines: int = 10) -> str:
         rows = list(csv.DictReader(handle))
     names = [runs.printable(row["photograph"]) for row in rows[:lines]]
     width = max(map(len, ["photograph", *names]))
-    table = [f"rank  {'photograph':<{width}}  similarity  inliers"]
+    probable = "probability" in rows[0] if rows else False
+    table = [f"rank  {'photograph':<{width}}  similarity  inliers" + "  shows it" * probable]
     for row, name in zip(rows, names, strict=False):
         values = f"{float(row['similarity']):>10.2f}  {row['inliers'] or '-':>7}"
+        if probable:
+            shown = f"{100 * float(row['probability']):.0f} %" if row["probability"] else "-"
+            values += f"  {shown:>8}"
         table.append(f"{row['rank']:>4}  {name:<{width}}  {values}")
-    table += ["", f"all of it: {Path(run) / 'own' / 'ranking.csv'}"]
+    verdict = Path(run) / "own" / "verdict.txt"
+    table += ["", *(verdict.read_text(encoding="utf-8").splitlines() if verdict.exists() else [])]
+    table += [f"all of it: {Path(run) / 'own' / 'ranking.csv'}"]
     return "\n".join([*table, f"executed notebook: {Path(run) / 'notebooks' / OWN}"])
 
 

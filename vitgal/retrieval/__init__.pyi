@@ -8,6 +8,13 @@ from .matching import (
     match_squares as match_squares,
     matching_device as matching_device,
 )
+from .presence import (
+    Presence as Presence,
+    PresenceError as PresenceError,
+    calibration_error as calibration_error,
+    fit_presence as fit_presence,
+    ranking_area as ranking_area,
+)
 from .ranking import (
     Fusion as Fusion,
     Positions as Positions,

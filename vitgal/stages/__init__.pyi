@@ -6,6 +6,7 @@ from .benchmark import (
     open_benchmark as open_benchmark,
     prepare_validation as prepare_validation,
     reranking_settings as reranking_settings,
+    suited as suited,
     untunable as untunable,
     validation_benchmark as validation_benchmark,
 )
@@ -41,6 +42,12 @@ from .own import (
     retrieval_pairs as retrieval_pairs,
     search_folder as search_folder,
     write_ranking as write_ranking,
+)
+from .presence import (
+    fit_benchmark as fit_benchmark,
+    fit_places as fit_places,
+    known_presence as known_presence,
+    presence_key as presence_key,
 )
 from .ray_describer import RayDescriber as RayDescriber, open_describer as open_describer
 from .rerank import (

@@ -15,8 +15,36 @@ from vitgal.data import images, revisited, splits
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.evaluation.tuning import DATASET as VALIDATION, TuningError
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings, RerankingSettings
-from vitgal.settings.reader import Settings
+from vitgal.settings.reader import Settings, Values
 from vitgal.stages.rerank import GLOBAL_NOTEBOOK, LOCAL_NOTEBOOK
+
+# Matching and verification of features that are no tokens of the model: those in use for them.
+# Lowe's test separates SIFT's descriptors; XFeat's authors match both ways, with an inner product
+# above 0.82. Their keypoints lie within a pixel or two, not within a patch of 16.
+SUITED: dict[str, dict[str, Any]] = {
+    "sift": {
+        "matching": "mutual_ratio",
+        "match_ratio": 0.85,
+        "max_distance": 1.0,
+        "threshold": 6.0,
+    },
+    "xfeat": {"matching": "mutual", "max_distance": 0.6, "threshold": 6.0},
+    "file": {"matching": "mutual_ratio", "match_ratio": 0.9, "max_distance": 1.0},
+}
+
+
+def suited(settings: Settings) -> Settings:
+    """Returns the settings with matching and verification that suit the run's local features.
+
+    What was set anywhere, as in the notebook's cell, stays. For tokens nothing changes. Raises
+    StageError where stage local is not finished.
+    """
+    manifest = runs.read_stage(_stage_folder(settings, "local"), LOCAL_NOTEBOOK)
+    method = manifest["parameters"].get("local", "tokens")
+    if "local features" in manifest["inputs"]:
+        method = "file"
+    whole = Values.of(SUITED.get(method, {}), f"what suits {method}") | settings
+    return Settings(whole.values, whole.sources)
 
 
 def open_benchmark(settings: Settings) -> RetrievalDataset:

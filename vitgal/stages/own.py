@@ -11,6 +11,7 @@ All coordinates are pixels of the upright photograph, turned by its EXIF orienta
 
 import bisect
 import functools
+import itertools
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -39,8 +40,12 @@ from vitgal.features.local import LocalFeatures
 from vitgal.features.selection import Frame
 from vitgal.models import inference
 from vitgal.models.descriptors import describe, local_features, require_codes
+from vitgal.models.local_extractors import LocalExtractor, extractor_inputs, make_extractor
 from vitgal.models.network import ViTGaL
+from vitgal.retrieval.evidence import Evidence, weigh
 from vitgal.retrieval.exact_search import search
+from vitgal.retrieval.presence import Presence
+from vitgal.retrieval.ranking import fused_scores
 from vitgal.retrieval.verification import PairInspection, inspect_shortlist
 from vitgal.settings import (
     GlobalSettings,
@@ -48,6 +53,7 @@ from vitgal.settings import (
     MachineSettings,
     RerankingSettings,
     SelectionSettings,
+    SettingsError,
 )
 
 SUGGESTIONS = 3  # names in an error
@@ -75,9 +81,9 @@ class Describer:
     settings has its own folder, which is never deleted. The descriptors of local features
     are always stored as float16.
 
-    model: a weight file with autoencoder, or "untrained:<architecture>". machine: device and
-    threads of the network; where matching runs. extracted: number of descriptions that were
-    computed, not read.
+    model: a weight file, for local features that are tokens with autoencoder, or
+    "untrained:<architecture>". machine: device and threads of the network; where matching runs.
+    extracted: number of descriptions that were computed, not read.
     """
 
     run: Path
@@ -92,12 +98,21 @@ class Describer:
         """Everything that a description depends on, in plain values."""
         local, precision = self.local_settings, self._precision(self.global_settings)
         # Later options are added only if they are not the default, so that old folders stay valid.
-        options = {"scales": local.scales, "max_keypoints": local.max_keypoints}
-        for field in fields(SelectionSettings):
-            if getattr(local, field.name) != field.default:
-                options[field.name] = getattr(local, field.name)
-        if self._precision(local) != precision:
-            options["precision"] = self._precision(local)
+        if local.local_features is not None:
+            raise SettingsError(
+                "local_features is for benchmarks; own photographs are described here: set local"
+            )
+        if not local.own_tokens:
+            inputs = extractor_inputs(local).items()
+            options = {"local": local.local, "max_keypoints": local.max_keypoints}
+            options |= {f"local {name}": part.fingerprint() for name, part in inputs}
+        else:
+            options = {"scales": local.scales, "max_keypoints": local.max_keypoints}
+            for field in fields(SelectionSettings):
+                if getattr(local, field.name) != field.default:
+                    options[field.name] = getattr(local, field.name)
+            if self._precision(local) != precision:
+                options["precision"] = self._precision(local)
         return runs.plain({
             "format": 1,
             "weights": inference.weights_fingerprint(self.model),
@@ -124,11 +139,16 @@ class Describer:
 
     @functools.cached_property
     def network(self) -> ViTGaL:
-        """The model in memory; ValueError where it has no autoencoder."""
-        device = inference.pick_device(self.machine.device)
-        network = inference.open_model(self.model, device)
-        require_codes(network)
+        """The model in memory; ValueError where tokens are needed and it has no autoencoder."""
+        network = inference.open_model(self.model, inference.pick_device(self.machine.device))
+        if self.local_settings.own_tokens:
+            require_codes(network)
         return network
+
+    @functools.cached_property
+    def extractor(self) -> LocalExtractor:
+        """What finds local features in place of tokens."""
+        return make_extractor(self.local_settings, self.machine.device)
 
     def describe(self, path: Path, box: Sequence[int] | None = None) -> Description:
         """Reads the description of a photograph or of a box in it, and computes a missing one.
@@ -176,7 +196,10 @@ class Describer:
         whole = resize(crop, settings.size, settings.resize)[None]
         with inference.inference(network, self._precision(settings)):
             (descriptor,) = describe(network, whole, settings.scales)
-        whole = inference.network_input(resize(crop, local.size, "area")[None], device)
+        whole = resize(crop, local.size, "area")
+        if not local.own_tokens:
+            return descriptor, self.extractor.extract([whole], [frame])[0]
+        whole = inference.network_input(whole[None], device)
         with inference.inference(network, self._precision(local)):
             (features,) = local_features(network, whole, [frame], local)
         return descriptor, features
@@ -302,7 +325,9 @@ class SearchResult:
 
     query, path, description: printable name, file and description of the query. table: one row a
     photograph without the query, in the final order: `photograph`, `rank` and `global_rank` from 1,
-    `similarity`, and for the short list `matches` and `inliers` (missing beyond it).
+    `similarity`, and for the short list `matches`, `inliers`, `evidence` (missing beyond it), the
+    last 0 where the homography is doubted; with `presence` also `probability`, that it shows the
+    query's place.
     """
 
     photographs: Photographs
@@ -312,6 +337,16 @@ class SearchResult:
     description: Description
     table: pd.DataFrame
     settings: RerankingSettings
+    presence: Presence | None = None
+
+    def verdict(self) -> str:
+        """Returns whether anything here shows the query's place, in words."""
+        if self.presence is None:
+            return (
+                "how probable it is that any of these shows it is unknown for these settings: "
+                "stages.fit_places on a folder with one sub-folder a place finds out"
+            )
+        return self.presence.sentence(float(self.table["probability"].max()))
 
     def pair(self, name: str) -> tuple[LocalFeatures, PairInspection]:
         """Returns a photograph's local features, and its matches with the query."""
@@ -362,14 +397,16 @@ def search_folder(
     query: str,
     box: Sequence[float] | None,
     settings: RerankingSettings,
+    presence: Presence | None = None,
 ) -> SearchResult:
     """Ranks a folder for one photograph, or a box in it, and reranks the first by inliers.
 
     Args:
         query: see `find_query`; the query is not among its own results.
         box: (x0, y0, x1, y1) in pixels of the upright photograph; None: all of it.
-        settings: the first `top` photographs are matched, verified and sorted by inliers, equal
-            numbers by similarity.
+        settings: the first `top` photographs are matched, verified and sorted by their count or,
+            with the order "fused", by `fused_scores`; equal ones by similarity.
+        presence: gives these their probabilities; None: none, see `known_presence`.
     Raises:
         PhotographError: the query does not exist or cannot be used, or nothing else is there.
     """
@@ -397,11 +434,15 @@ def search_folder(
         "global_rank": np.arange(1, len(names) + 1),
         "similarity": similarities[:, 0],
     })  # fmt: skip
-    pairs = _inspect(photographs, description, names[: settings.top], settings)
-    counts = [(len(pair.matches), pair.verification.count) for pair in pairs]
-    table = _rerank(table, np.array(counts, np.int64).reshape(-1, 2))
+    evidence = _weigh(photographs, description, names[: settings.top], settings)
+    table = _rerank(table, list(evidence), settings)
+    if presence is not None:
+        verified = table["matches"].notna()
+        counts = table.loc[verified, "evidence"].to_numpy(np.int64)
+        values = presence.probabilities(table.loc[verified, "similarity"], counts)
+        table["probability"] = pd.Series(values, table.index[verified])
     label = runs.printable(name)
-    return SearchResult(photographs, label, path, box, description, table, settings)
+    return SearchResult(photographs, label, path, box, description, table, settings, presence)
 
 
 def _inspect(
@@ -415,25 +456,54 @@ def _inspect(
     return inspect_shortlist(query.features, features, settings, device=device)
 
 
-def _rerank(table: pd.DataFrame, counts: np.ndarray) -> pd.DataFrame:
-    """Adds matches and inliers (n, 2) of the first rows, and sorts these by falling inliers."""
-    missing = [pd.NA] * (len(table) - len(counts))
-    for column, values in zip(("matches", "inliers"), counts.T, strict=True):
-        table[column] = pd.array([*values.tolist(), *missing], "Int64")
-    order = np.argsort(-counts[:, 1], kind="stable")
-    order = np.concatenate([order, np.arange(len(counts), len(table))])
+def _weigh(
+    photographs: Photographs,
+    query: Description,
+    names: Sequence[str],
+    settings: RerankingSettings,
+) -> Iterator[Evidence]:
+    """Weighs the evidence of the query and each of the named photographs."""
+    features, compared = itertools.tee(map(photographs.features, names))
+    device = photographs.describer.machine.match_device
+    pairs = inspect_shortlist(query.features, compared, settings, device=device)
+    for pair, database in zip(pairs, features, strict=True):
+        yield weigh(query.features, database, pair)
+
+
+def _rerank(
+    table: pd.DataFrame, evidence: Sequence[Evidence], settings: RerankingSettings
+) -> pd.DataFrame:
+    """Adds the counts of the first rows, and sorts these as the settings say."""
+    columns = {
+        "matches": [pair.matches for pair in evidence],
+        "inliers": [pair.inliers for pair in evidence],
+        "evidence": [pair.believed(settings.count) for pair in evidence],
+    }
+    scores = np.array([pair.count(settings.count) for pair in evidence])
+    if settings.order == "fused":
+        similarities = table["similarity"].to_numpy()[: len(evidence)]
+        scores = fused_scores(
+            similarities, columns["evidence"], settings.fused_weight, settings.fused_cap
+        )
+    missing = [pd.NA] * (len(table) - len(evidence))
+    for column, values in columns.items():
+        table[column] = pd.array([*values, *missing], "Int64")
+    order = np.argsort(-scores, kind="stable")
+    order = np.concatenate([order, np.arange(len(evidence), len(table))])
     table = table.iloc[order].reset_index(drop=True)
     table.insert(1, "rank", np.arange(1, len(table) + 1))
     return table
 
 
 def write_ranking(result: SearchResult, path: Path) -> Path:
-    """Writes a ranking as .csv, similarities with six digits, and returns its path.
+    """Writes a ranking as .csv, numbers with six digits, and its verdict beside it as verdict.txt.
 
+    Returns the path of the ranking.
     A name that a spreadsheet would run as a formula, as `=x.jpg`, is written as `./=x.jpg`.
     """
     names = result.table["photograph"].str.replace(r"^(?=[=+\-@\t\r＝＋－＠])", "./", regex=True)
     table = result.table.assign(photograph=names)
+    runs.write_text(path.with_name("verdict.txt"), f"{result.verdict()}\n")
     return runs.write_text(path, table.to_csv(index=False, float_format="%.6f"))
 
 

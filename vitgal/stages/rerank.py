@@ -117,7 +117,7 @@ def rerank_shortlist(
     ) as stage:
         if stage.finished:
             return folder
-        lists = _read_lists(source, ground_truth, settings.top)
+        lists = read_lists(source, ground_truth, settings.top)
         if not all((folder / f"{name}.npy").exists() for name in counted):
             store = lists.open_features(source / "local", f"run {LOCAL_NOTEBOOK} again")
             count = functools.partial(
@@ -157,7 +157,8 @@ def candidate_inputs(
     return inputs | {"ground truth": ground_truth.fingerprint}
 
 
-def _read_lists(folder: Path, ground_truth: GroundTruth, top: int) -> CandidateLists:
+def read_lists(folder: Path, ground_truth: GroundTruth, top: int) -> CandidateLists:
+    """Reads the candidates of a data set's `folder`; StageError where stages do not fit."""
     source = folder / "global"
     names = read_json(source / "names.json", {"queries": [str], "database": [str]})
     database, labelled = names["database"], len(ground_truth.database)

@@ -203,6 +203,8 @@ def ranking_figure(result: "SearchResult", *, columns: int = 7) -> np.ndarray:
         rankings["by similarity"].append(image)
     for row in after.itertuples():
         counts = "" if pd.isna(row.inliers) else f"\n{row.inliers} inliers of {row.matches}"
+        if not pd.isna(getattr(row, "probability", np.nan)):
+            counts += f", {100 * row.probability:.0f} %"
         caption = f"{row.rank}   {printable(row.photograph)}{counts}"
         image = RankedImage(row.photograph, thumbnails[row.photograph], None, caption)
         rankings["by inliers"].append(image)

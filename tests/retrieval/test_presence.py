@@ -1,0 +1,110 @@
+"""Probability that a result shows the place: fit, threshold and calibration, by hand."""
+
+import numpy as np
+import pytest
+
+from vitgal.retrieval.presence import (
+    Presence,
+    PresenceError,
+    best_threshold,
+    calibration_error,
+    fit_presence,
+    ranking_area,
+)
+
+
+def drawn(count: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs whose log-odds are -6 + 5 s + 1.5 log(1 + e), drawn with these."""
+    rng = np.random.default_rng(seed)
+    similarities, evidence = rng.random(count), rng.integers(0, 40, count)
+    odds = -6 + 5 * similarities + 1.5 * np.log1p(evidence)
+    return similarities, evidence, rng.random(count) < 1 / (1 + np.exp(-odds))
+
+
+def test_probabilities_by_hand():
+    model = Presence(-2.0, 3.0, 1.0, 0.5, 1.0, 1.0, 4, 2)
+    # log-odds: -2 + 3 * 0.5 + log 1 = -0.5, and -2 + 0 + log 8 = 0.0794
+    found = model.probabilities(np.array([0.5, 0.0]), np.array([0, 7]))
+    np.testing.assert_allclose(found, [0.3775407, 0.5198499], atol=1e-7)
+    assert model.probabilities(np.zeros(0), np.zeros(0)).shape == (0,)
+
+
+def test_the_fit_is_that_of_scikit_learn():
+    """Its regularisation is that of standardised inputs as well: C = 1."""
+    similarities, evidence, shown = drawn()
+    inputs = np.column_stack([similarities, np.log1p(evidence)])
+    scaled = (inputs - inputs.mean(axis=0)) / inputs.std(axis=0)
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="no scikit-learn here")
+    other = linear_model.LogisticRegression(C=1.0, tol=1e-10).fit(scaled, shown)
+    model = fit_presence(similarities, evidence, shown)
+    np.testing.assert_allclose(
+        model.probabilities(similarities, evidence),
+        other.predict_proba(scaled)[:, 1],
+        atol=1e-4,
+    )
+    assert calibration_error(model.probabilities(similarities, evidence), shown) < 0.03
+
+
+def test_a_weight_counts_as_so_many_pairs():
+    similarities, evidence, shown = drawn(50)
+    weights = np.arange(50) % 3 + 1
+    repeated = [np.repeat(values, weights) for values in (similarities, evidence, shown)]
+    one, other = fit_presence(similarities, evidence, shown, weights), fit_presence(*repeated)
+    assert one.bias == pytest.approx(other.bias, rel=0.05)  # other units, so other regularisation
+    assert one.evidence == pytest.approx(other.evidence, rel=0.05)
+
+
+def test_neither_coefficient_is_negative_and_separable_pairs_have_a_fit():
+    shown = np.array([True] * 5 + [False] * 5)
+    model = fit_presence(np.where(shown, 0.2, 0.8), np.where(shown, 30, 0), shown)
+    assert model.similarity == 0 and 0 < model.evidence < np.inf
+    assert (model.precision, model.recall) == (1, 1)
+    rising = model.probabilities(np.full(9, 0.5), np.arange(9))
+    assert (np.diff(rising) > 0).all()
+
+
+def test_threshold_by_hand():
+    """Falling: 1, 1, 0, then two equal, 1 and 0; from 0.8 on precision is 1, recall 2/3: best."""
+    probabilities = np.array([0.2, 0.9, 0.5, 0.8, 0.2])
+    shown = np.array([True, True, False, True, False])
+    threshold, precision, recall = best_threshold(probabilities, shown)
+    assert (threshold, precision, recall) == (pytest.approx(0.65), 1.0, pytest.approx(2 / 3))
+
+
+def test_calibration_error_by_hand():
+    """0.05 (false) and 0.15 (true) in two bins, 0.95 and 1 (true) in the last: 0.95 / 4."""
+    found = calibration_error(np.array([0.05, 0.15, 0.95, 1.0]), [False, True, True, True])
+    assert found == pytest.approx((0.05 + 0.85 + 0.05) / 4)
+    assert np.isnan(calibration_error(np.zeros(0), np.zeros(0)))
+
+
+def test_area_under_the_curve():
+    scores = np.random.default_rng(0).integers(0, 9, 60)
+    shown = np.random.default_rng(1).random(60) < 0.4
+    pairs = scores[shown][:, None], scores[~shown][None]
+    expected = (pairs[0] > pairs[1]).mean() + 0.5 * (pairs[0] == pairs[1]).mean()
+    assert ranking_area(scores, shown) == pytest.approx(expected)
+    assert np.isnan(ranking_area(scores, np.ones(60, bool)))
+
+
+@pytest.mark.parametrize(
+    ("similarities", "shown", "message"),
+    [
+        ([0.1, 0.2], [True, True], "2 pairs of which all show one place fix no probability"),
+        ([0.1, 0.2], [False, False], "2 pairs of which none show one place"),
+        ([], [], "0 pairs of which none"),
+        ([0.1, np.nan], [True, False], "do not fit together"),
+        ([0.1, 0.2], [True], "do not fit together"),
+    ],
+)
+def test_what_fixes_no_model_is_refused(similarities, shown, message):
+    with pytest.raises(PresenceError, match=message):
+        fit_presence(np.array(similarities), np.zeros(len(similarities)), np.array(shown))
+
+
+def test_the_sentence_names_threshold_precision_and_recall():
+    model = Presence(-2.0, 3.0, 1.0, 0.5, 0.97, 0.92, 1670, 30)
+    stated = "from 50 % on, 97 % are right and 92 % of all are found, on 1,670 pairs"
+    assert model.sentence(0.31).startswith("nothing here shows it: the best has 31 %")
+    assert model.sentence(0.99).startswith("the best shows it with 99 %")
+    assert stated in model.sentence(0.31) and stated in model.sentence(0.99)

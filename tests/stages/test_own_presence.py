@@ -1,0 +1,140 @@
+"""Is it there at all: own photographs with RootSIFT, a fit to known places, and its verdict."""
+
+import numpy as np
+import pytest
+
+from tests.stages.test_own import describe, folder as two_places, texture, weights, write
+from tests.stages.test_rerank import TOP, make_run, rerank_run
+from vitgal import runs
+from vitgal.data.photographs import PhotographError
+from vitgal.data.revisited import load_ground_truth
+from vitgal.retrieval.presence import Presence, PresenceError
+from vitgal.settings import (
+    GlobalSettings,
+    LocalSettings,
+    MachineSettings,
+    RerankingSettings,
+    SettingsError,
+)
+from vitgal.stages import own, presence
+from vitgal.stages.own import Describer
+
+__all__ = ["two_places", "weights"]  # fixtures
+
+RERANKING = RerankingSettings.build({
+    "matching": "mutual_ratio", "match_ratio": 0.85, "order": "fused", "top": 20,
+    "estimator": "magsac", "threshold": 6.0,
+})  # fmt: skip
+
+
+def sift_describer(weights, run, **changed) -> Describer:
+    local = LocalSettings(**{"local": "sift", "size": 96} | changed)
+    return Describer(run, weights, GlobalSettings(size=64), local, MachineSettings(threads=1))
+
+
+@pytest.fixture
+def places(tmp_path):
+    """Four places with two views of one texture each, and four of one view."""
+    for seed in range(8):
+        wide = texture(seed, (96, 144))
+        write(tmp_path / f"places/{seed}/1.png", wide[:, :128])
+        if seed < 4:
+            write(tmp_path / f"places/{seed}/2.png", wide[:, 16:])
+    return tmp_path / "places"
+
+
+def test_own_photographs_with_sift(two_places, weights, tmp_path):
+    describer = sift_describer(weights, tmp_path / "run", max_keypoints=200)
+    photographs = describe(two_places, describer)
+    assert photographs.features("a/1.png").code_dim == 128
+    settings = runs.read_json(describer.folder / "settings.json")
+    assert settings["options"] == {"local": "sift", "max_keypoints": 200}
+    result = own.search_folder(photographs, "a/1.png", None, RERANKING)
+    row = result.table.set_index("photograph").loc["a/2.png"]
+    assert row["rank"] == 1 and row["evidence"] == row["inliers"] > 20
+    # Moved by 16 of 128 pixels of the photograph, which are 12 of the 96 of the input.
+    homography = result.pair("a/2.png")[1].verification.homography
+    np.testing.assert_allclose(homography @ (60, 40, 1), (48, 40, 1), atol=0.5)
+    assert "probability" not in result.table
+    assert result.verdict().startswith("how probable it is that any of these shows it is unknown")
+    assert describe(two_places, sift_describer(weights, tmp_path / "run")).extracted == 3
+    with pytest.raises(SettingsError, match="local_features is for benchmarks"):
+        _ = sift_describer(weights, tmp_path, local="tokens", local_features="x.h5").folder
+
+
+def test_the_fused_order_of_own_photographs(two_places, weights, tmp_path):
+    """similarity + 0.02 * min(evidence, 60), worked out from the table's own columns."""
+    photographs = describe(two_places, sift_describer(weights, tmp_path / "run"))
+    table = own.search_folder(photographs, "b/1.JPG", None, RERANKING).table
+    scores = table["similarity"] + 0.02 * table["evidence"].clip(upper=60).astype(float)
+    assert (np.diff(scores) <= 0).all() and len(table) == 2
+
+
+def test_a_fit_to_known_places_tells_what_is_there(places, two_places, weights, tmp_path):
+    describer = sift_describer(weights, tmp_path / "run")
+    assert presence.known_presence(describer, RERANKING) is None
+    fitted = presence.fit_places(describe(places, describer), RERANKING)
+    assert (fitted.pairs, fitted.positives) == (12 * 11, 8)
+    assert fitted.precision == fitted.recall == 1  # textures without noise
+    known = presence.known_presence(describer, RERANKING)
+    assert known == fitted
+    other = RerankingSettings.build({"matching": "mutual"})
+    assert presence.known_presence(describer, other) is None  # fitted for other matching
+    photographs = describe(two_places, describer)
+    found = own.search_folder(photographs, "a/1.png", None, RERANKING, known)
+    assert found.table["probability"][0] > known.threshold
+    assert found.verdict().startswith("the best shows it with ")
+    missing = own.search_folder(photographs, "b/1.JPG", None, RERANKING, known)
+    assert missing.table["probability"].max() < known.threshold
+    assert missing.verdict().startswith("nothing here shows it: the best has ")
+    own.write_ranking(missing, tmp_path / "ranking.csv")
+    assert (tmp_path / "verdict.txt").read_text() == missing.verdict() + "\n"
+    header = (tmp_path / "ranking.csv").read_text().split("\n")[0]
+    assert header.endswith("matches,inliers,evidence,probability")
+
+
+def test_places_that_fix_nothing_are_refused(two_places, weights, tmp_path):
+    describer = sift_describer(weights, tmp_path / "run")
+    write(tmp_path / "one/a.png", texture(0))
+    write(tmp_path / "one/b.png", texture(1))
+    with pytest.raises(PresenceError, match="of which none show one place .* two photographs in"):
+        presence.fit_places(describe(tmp_path / "one", describer), RERANKING)
+    with pytest.raises(PhotographError, match="nothing but the query"):
+        (tmp_path / "one/b.png").unlink()
+        presence.fit_places(describe(tmp_path / "one", describer), RERANKING)
+
+
+def test_places_that_are_one(places, weights, tmp_path):
+    photographs = describe(places, sift_describer(weights, tmp_path / "run"))
+    every = [(str(seed), "0") for seed in range(1, 8)]
+    with pytest.raises(PresenceError, match="of which all show one place"):
+        presence.fit_places(photographs, RERANKING, every)
+
+
+def test_a_damaged_fit_is_named(weights, tmp_path):
+    describer = sift_describer(weights, tmp_path / "run")
+    (describer.folder / "presence.json").write_text('{"x": {"bias": "high"}}')
+    with pytest.raises(PresenceError, match="presence.json holds other entries .* delete it"):
+        presence.known_presence(describer, RERANKING)
+
+
+def test_the_shipped_models_are_whole():
+    for entry in presence.shipped().values():
+        model = Presence(**{name: entry[name] for name in presence.SCHEMA})
+        assert 0 < model.threshold < 1 and model.similarity >= 0 and model.evidence >= 0
+        assert entry["made"]
+
+
+def test_a_run_with_labels_fixes_a_model(tmp_path):
+    run = make_run(tmp_path)
+    rerank_run(run)
+    truth = load_ground_truth(run / "benchmark" / "gnd_random.pkl")
+    model = presence.fit_benchmark(run, truth, RerankingSettings(top=TOP))
+    candidates = np.load(run / "random/rerank/candidates.npy")
+    junk = sum(np.isin(row, junk).sum() for row, junk in zip(candidates, truth.junk, strict=True))
+    right = sum(
+        np.isin(row, np.concatenate([easy, hard])).sum()
+        for row, easy, hard in zip(candidates, truth.easy, truth.hard, strict=True)
+    )
+    assert model.pairs == (candidates >= 0).sum() - junk
+    assert model.positives == right

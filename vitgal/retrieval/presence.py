@@ -1,0 +1,168 @@
+"""Is it there at all? The probability that a result shows the query's place.
+
+A logistic model of the two things that a ranking knows of a pair: the similarity of the global
+descriptors and the verified evidence, whose every further inlier says less than the one before.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+from scipy.special import expit
+
+from vitgal import runs
+
+# Weight of the squares of the coefficients, for standardised inputs: without it classes that can be
+# separated completely have no best fit.
+RIDGE = 1.0
+CALIBRATION_BINS = 10
+
+
+class PresenceError(runs.UserError, ValueError):
+    """A model of presence cannot be fitted or read; the message gives reason and remedy."""
+
+
+@dataclass(frozen=True)
+class Presence:
+    """The probability that a result shows the query's place, and from which on it is believed.
+
+    The probability is 1 / (1 + exp(-(bias + similarity * s + evidence * log(1 + e)))) for a
+    similarity s and a count of evidence e.
+
+    Attributes:
+        bias, similarity, evidence: the coefficients.
+        threshold: the least probability that counts as found.
+        precision, recall: of the threshold, on the pairs of the fit.
+        pairs, positives: number of pairs of the fit, and of those that show one place.
+    """
+
+    bias: float
+    similarity: float
+    evidence: float
+    threshold: float
+    precision: float
+    recall: float
+    pairs: int
+    positives: int
+
+    def probabilities(self, similarities: np.ndarray, evidence: np.ndarray) -> np.ndarray:
+        """Returns float64 probabilities of pairs with similarities and evidence of one shape."""
+        logits = self.bias + self.similarity * np.asarray(similarities, np.float64)
+        return expit(logits + self.evidence * np.log1p(np.asarray(evidence, np.float64)))
+
+    def plain(self) -> dict[str, Any]:
+        """Returns the attributes, for JSON."""
+        return asdict(self)
+
+    def sentence(self, probability: float) -> str:
+        """Returns what the highest probability of a ranking says about the query."""
+        stated = (
+            f"from {100 * self.threshold:.0f} % on, {100 * self.precision:.0f} % are right and "
+            f"{100 * self.recall:.0f} % of all are found, on {self.pairs:,} pairs of known places"
+        )
+        if probability < self.threshold:
+            return f"nothing here shows it: the best has {100 * probability:.0f} % ({stated})"
+        return f"the best shows it with {100 * probability:.0f} % ({stated})"
+
+
+def fit_presence(
+    similarities: np.ndarray,
+    evidence: np.ndarray,
+    shown: np.ndarray,
+    weights: np.ndarray | None = None,
+) -> Presence:
+    """Fits a model to pairs whose answer is known.
+
+    Neither coefficient is below 0: more similarity or evidence never speaks against a place. The
+    threshold is that at which precision + recall is greatest.
+
+    Args:
+        similarities: (P,) real numbers. evidence: (P,) counts, at least 0.
+        shown: (P,) bool, whether the pair shows one place.
+        weights: (P,) of the pairs, positive; None: all equal.
+    Raises:
+        PresenceError: shapes that differ, numbers that are not finite, or pairs of one kind alone.
+    """
+    shown = np.asarray(shown, bool)
+    inputs = np.column_stack([similarities, np.log1p(np.asarray(evidence, np.float64))])
+    weights = np.ones(len(shown)) if weights is None else np.asarray(weights, np.float64)
+    if len(inputs) != len(shown) or len(weights) != len(shown) or not np.isfinite(inputs).all():
+        raise PresenceError("similarities, evidence and answers do not fit together")
+    if shown.all() or not shown.any():
+        raise PresenceError(
+            f"{len(shown)} pairs of which {'all' if shown.any() else 'none'} show one place fix no "
+            "probability: both kinds are needed"
+        )
+    centre, scale = inputs.mean(axis=0), inputs.std(axis=0)
+    scale[scale == 0] = 1
+    rows, signs = (inputs - centre) / scale, np.where(shown, 1.0, -1.0)
+
+    def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
+        """Penalised negative log-likelihood and its gradient."""
+        margins = signs * (parameters[0] + rows @ parameters[1:])
+        pulls = -weights * signs * expit(-margins)
+        value = weights @ np.logaddexp(0, -margins) + RIDGE / 2 * parameters[1:] @ parameters[1:]
+        gradient = np.array([pulls.sum(), *(pulls @ rows + RIDGE * parameters[1:])])
+        return value, gradient
+
+    bounds = [(None, None), (0, None), (0, None)]
+    result = minimize(loss, np.zeros(3), jac=True, bounds=bounds, method="L-BFGS-B")
+    slopes = result.x[1:] / scale
+    bias = float(result.x[0] - slopes @ centre)
+    probabilities = expit(bias + inputs @ slopes)
+    threshold, precision, recall = best_threshold(probabilities, shown)
+    return Presence(
+        bias, *map(float, slopes), threshold, precision, recall, len(shown), int(shown.sum())
+    )
+
+
+def best_threshold(probabilities: np.ndarray, shown: np.ndarray) -> tuple[float, float, float]:
+    """Returns the threshold (P,) of greatest precision + recall, its precision and its recall.
+
+    It lies halfway between two probabilities of the pairs; of equal ones it is the highest. shown:
+    (P,) bool, at least one true.
+    """
+    order = np.argsort(-probabilities, kind="stable")
+    right = np.cumsum(shown[order])
+    ends = np.flatnonzero(np.diff(probabilities[order], append=-1.0))  # of runs of equal ones
+    precision, recall = right[ends] / (ends + 1), right[ends] / right[-1]
+    best = int(np.argmax(precision + recall))
+    steps = np.append(probabilities[order][ends], 0.0)
+    threshold = (steps[best] + steps[best + 1]) / 2
+    return float(threshold), float(precision[best]), float(recall[best])
+
+
+def calibration_error(
+    probabilities: np.ndarray, shown: np.ndarray, bins: int = CALIBRATION_BINS
+) -> float:
+    """Returns the expected calibration error: by how much probabilities differ from frequencies.
+
+    The mean over equal bins of [0, 1], weighted by their number of pairs, of the difference between
+    mean probability and fraction of true answers. Source: Naeini et al., AAAI 2015.
+
+    probabilities: (P,) in [0, 1]. shown: (P,) bool. No pair gives nan.
+    """
+    probabilities, shown = np.asarray(probabilities, np.float64), np.asarray(shown, bool)
+    if not len(probabilities):
+        return float("nan")
+    place = np.minimum((probabilities * bins).astype(int), bins - 1)
+    differences = np.bincount(place, probabilities - shown, minlength=bins)
+    return float(np.abs(differences).sum() / len(probabilities))
+
+
+def ranking_area(scores: np.ndarray, shown: np.ndarray) -> float:
+    """Returns the area under the ROC curve: how often a true pair scores above a false one.
+
+    Equal scores count half. scores: (P,) real numbers. shown: (P,) bool; pairs of one kind alone
+    give nan.
+    """
+    from scipy.stats import rankdata
+
+    shown = np.asarray(shown, bool)
+    true, false = int(shown.sum()), int((~shown).sum())
+    if not true or not false:
+        return float("nan")
+    ranks: Sequence[float] = rankdata(scores)
+    return float((ranks[shown].sum() - true * (true + 1) / 2) / (true * false))

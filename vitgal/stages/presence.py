@@ -1,0 +1,116 @@
+"""Is it there at all? Probabilities for rankings of own photographs, and how they are fitted.
+
+A model of presence belongs to the settings that similarities and evidence come from. Those of the
+defaults of `vitgal own` are in presence.json beside this module; its entry `made` says how. For
+others a folder of known places, one sub-folder a place, or a finished run with labels fixes one.
+"""
+
+import json
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitgal import runs
+from vitgal.data.revisited import GroundTruth, labelled, positives
+from vitgal.features.files import conforms, map_array, read_json
+from vitgal.retrieval.presence import Presence, PresenceError, fit_presence
+from vitgal.settings import RerankingSettings
+from vitgal.stages import own
+from vitgal.stages.own import Describer, Photographs
+from vitgal.stages.rerank import candidate_similarities, read_lists
+
+SHIPPED = "presence.json"
+FITTED = "presence.json"  # in the folder of the descriptions
+SCHEMA = {
+    **dict.fromkeys(("bias", "similarity", "evidence", "threshold", "precision", "recall"), float),
+    **dict.fromkeys(("pairs", "positives"), int),
+}
+# Settings of reranking that change neither similarities nor evidence.
+UNUSED = ("top", "ties", "order", "fused_weight", "fused_cap", "seed")
+
+
+def presence_key(describer: Describer, settings: RerankingSettings) -> str:
+    """Returns a hash of all that similarities and evidence of own photographs depend on."""
+    matching = {k: v for k, v in settings.compared().items() if k not in UNUSED}
+    return runs.fingerprint([describer.parameters, matching])[:16]
+
+
+def known_presence(describer: Describer, settings: RerankingSettings) -> Presence | None:
+    """Returns the model for these settings, fitted in the run or shipped; None where none is."""
+    entry = (shipped() | _fitted(describer)).get(presence_key(describer, settings))
+    return entry and Presence(**{name: entry[name] for name in SCHEMA})
+
+
+def shipped() -> dict[str, Any]:
+    """Returns the models that come along, by key, each with `made`: how."""
+    return json.loads(resources.files("vitgal.stages").joinpath(SHIPPED).read_text("utf-8"))
+
+
+def fit_places(
+    photographs: Photographs, settings: RerankingSettings, same: Sequence[tuple[str, str]] = ()
+) -> Presence:
+    """Fits a model to a folder with one sub-folder a place, and keeps it in the run.
+
+    Every photograph is searched for among the others; the pairs are those of the short lists.
+
+    Args:
+        same: pairs of sub-folders that show one place.
+    Raises:
+        PresenceError: no place has two photographs, or all photographs show one place.
+    """
+    alias = dict(same)
+    places = [Path(name).parts[0] for name in photographs.names]
+    places = dict(
+        zip(photographs.names, (alias.get(place, place) for place in places), strict=True)
+    )
+    rows = []
+    for name in photographs.names:
+        result = own.search_folder(photographs, str(photographs.path(name)), None, settings)
+        table = result.table[result.table["matches"].notna()]
+        shown = [places[other] == places[name] for other in table["photograph"]]
+        rows.append(table[["similarity", "evidence"]].assign(shown=shown).to_numpy(np.float64))
+    similarities, evidence, shown = np.concatenate(rows).T
+    try:
+        presence = fit_presence(similarities, evidence, shown > 0)
+    except PresenceError as error:
+        raise PresenceError(
+            f"{photographs.folder}: {error}; known places are a folder with one sub-folder a place "
+            "and two photographs in some of them"
+        ) from None
+    describer = photographs.describer
+    fitted = _fitted(describer) | {presence_key(describer, settings): presence.plain()}
+    runs.write_json(describer.folder / FITTED, fitted)
+    return presence
+
+
+def fit_benchmark(run: Path, truth: GroundTruth, settings: RerankingSettings) -> Presence:
+    """Fits a model to the verified short lists of a run's finished stages, as of val_retrieval.
+
+    settings: those that the stage rerank was made with. Candidates that the ground truth calls junk
+    are left out. Raises StageError where a stage is missing, PresenceError where no candidate shows
+    a query's landmark, or all do.
+    """
+    folder = Path(run) / truth.name
+    runs.read_stage(folder / "rerank", "notebook 06_rerank")
+    lists = read_lists(folder, truth, settings.top)
+    counted = "evidence" if (folder / "rerank" / "evidence.npy").exists() else "inliers"
+    evidence = map_array(folder / "rerank" / f"{counted}.npy")
+    similarities = candidate_similarities(folder / "global", lists)
+    rows = zip(lists.candidates, positives(truth, "medium"), labelled(truth), strict=True)
+    shown, used = np.zeros(evidence.shape, bool), lists.candidates >= 0
+    for q, (images, right, named) in enumerate(rows):
+        shown[q] = np.isin(images, right)
+        used[q] &= shown[q] | ~np.isin(images, named)
+    return fit_presence(similarities[used], evidence[used], shown[used])
+
+
+def _fitted(describer: Describer) -> dict[str, Any]:
+    """The models that were fitted in the run, by key."""
+    file = describer.folder / FITTED
+    entries = read_json(file, dict) if file.exists() else {}
+    if not all(conforms(entry, SCHEMA) for entry in entries.values()):
+        raise PresenceError(f"{file} holds other entries than expected: delete it")
+    return entries
