@@ -412,11 +412,10 @@ def test_verdict_in_one_sentence():
     assert unsure.startswith("A and B do not differ by more than chance explains (+33.3 points")
     few = statistics.verdict(paired([0.5] * 5), "A", "B")  # p = 2 / 32 at least
     assert few == (
-        "A and B cannot be told apart from chance (+50.0 points, 5 queries): that takes 6 queries "
-        "at least."
+        "no test can tell A and B apart (+50.0 points, 5 queries): it takes at least 6 queries."
     )
     few = statistics.verdict(paired([0.5] * 7, clusters=np.zeros(7, int)), "A", "B")
-    assert "(+50.0 points, 7 queries of 1 landmark): that takes 6 landmarks at least" in few
+    assert "(+50.0 points, 7 queries of 1 landmark): it takes at least 6 landmarks" in few
     same = statistics.verdict(paired([0.0]), "A", "B")
     assert same == "A and B do not differ (every query has the same AP, 1 query)."
     assert "no query counts" in statistics.verdict(paired([]), "A", "B")

@@ -198,7 +198,7 @@ def test_tuning_by_hand(described):
     assert result.groups.tolist() == [0, 1]
     np.testing.assert_allclose(result.held_out, [1, 1], atol=1e-12)
     assert (result.test.won, result.test.p_value) == (2, 0.5)
-    assert "setting and choosing cannot be told apart from chance (+58.3" in result.advice()
+    assert "no test can tell the current setting and choosing apart (+58.3" in result.advice()
 
 
 def test_a_choice_is_judged_by_landmarks_that_did_not_make_it():
@@ -427,12 +427,31 @@ def test_harm_is_told_where_there_is_any():
 def test_fewer_queries_are_drawn_by_seed(described):
     draws = [
         runs.read_json(tune(described, max_queries=1, seed=seed, overwrite=True) / "tuning.json")
-        for seed in (0, 0, 1, 2, 3)
+        for seed in (0, 0, 1, 2, 3, 4, 5)
     ]
     queries = [draw["queries"] for draw in draws]
     assert all(len(single) == 1 for single in queries)
     assert queries[0] == queries[1]
     assert len({single[0] for single in queries}) == 2
+
+
+def test_queries_are_drawn_evenly_over_landmarks():
+    easy = [np.array([index // 5 * 2, index // 5 * 2 + 1]) for index in range(15)]  # five of each
+    nothing = [np.zeros(0, int)] * 15
+    names = [f"q{index}" for index in range(15)]
+    truth = GroundTruth("x", [*"abcdef"], names, np.ones((15, 4)), easy, nothing, nothing)
+    draws = [
+        stages_tuning._draw_queries(
+            truth, 7, RerankingSettings(verification=VerificationSettings(seed=seed))
+        )
+        for seed in range(4)
+    ]
+    for queries in draws:
+        assert sorted(np.bincount(queries // 5)) == [2, 2, 3]
+        assert (np.diff(queries) > 0).all()
+    assert len({queries.tobytes() for queries in draws}) == 4
+    every = [stages_tuning._draw_queries(truth, n, RerankingSettings()) for n in (15, 20, None)]
+    assert all(queries.tolist() == [*range(15)] for queries in every)
 
 
 def test_interrupted_tuning_keeps_the_queries_that_are_done(described):

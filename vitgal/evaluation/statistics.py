@@ -230,8 +230,8 @@ def verdict(test: PairedTest, first: str, second: str) -> str:
     if np.isnan(test.low):
         kind = "queries" if test.landmarks is None else "landmarks"
         return (
-            f"{first} and {second} cannot be told apart from chance ({difference}, {counted}): "
-            f"that takes {FEWEST} {kind} at least."
+            f"no test can tell {first} and {second} apart ({difference}, {counted}): it takes at "
+            f"least {FEWEST} {kind}."
         )
     p_value = "< 0.001" if test.p_value < 0.001 else f"= {test.p_value:.3f}"
     numbers = (

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from vitgal import engines, runs
 from vitgal.data.revisited import GroundTruth, ignored, positives
@@ -68,7 +69,7 @@ def tune(
         run: its stages global and local of `val_retrieval` are finished (`prepare_validation`).
         ground_truth: of the validation set.
         settings: the grid; the values of `current` are added. `max_queries` are drawn with the seed
-            of the verification.
+            of the verification, as evenly over landmarks as can be.
         current: compared with the best point; sets all that the grid does not vary.
     Returns:
         `<run>/val_retrieval/tuning` with inliers.npy (Q, ..., C) i32, the counts, an axis a setting
@@ -90,7 +91,7 @@ def tune(
     ) as stage:
         if stage.finished:
             return stage.folder
-        queries = _draw_queries(len(ground_truth.queries), settings.max_queries, current)
+        queries = _draw_queries(ground_truth, settings.max_queries, current)
         lists = _read_lists(source, ground_truth, queries, max(grid["top"]))
         remedy = f"it is shorter than top={max(grid['top'])}: try fewer candidates (tune_tops)"
         store = lists.open_features(source / "local", remedy)
@@ -127,11 +128,15 @@ def _parameters(grid: Grid, settings: TuningSettings, current: RerankingSettings
     }
 
 
-def _draw_queries(count: int, wanted: int | None, current: RerankingSettings) -> np.ndarray:
+def _draw_queries(truth: GroundTruth, wanted: int | None, current: RerankingSettings) -> np.ndarray:
+    """Draws queries, rising: one of every landmark before a second of any."""
+    count = len(truth.queries)
     if wanted is None or wanted >= count:
         return np.arange(count)
-    generator = np.random.default_rng([current.verification.seed, 3])
-    return np.sort(generator.choice(count, wanted, replace=False))
+    order = np.random.default_rng([current.verification.seed, 3]).permutation(count)
+    drawn = pd.Series(find_landmarks(truth).groups[order])
+    turns = drawn.groupby(drawn).cumcount().to_numpy()
+    return np.sort(order[np.argsort(turns, kind="stable")][:wanted])
 
 
 def _read_lists(folder: Path, truth: GroundTruth, queries: np.ndarray, top: int) -> CandidateLists:
