@@ -17,7 +17,9 @@ TOP = Path(__file__).resolve().parents[2]
 FILES = {path.stem: path for path in sorted((TOP / "params").glob("*.yaml"))}
 NOTEBOOKS = sorted((TOP / "notebooks").glob(pipeline.CHAIN))
 TRAIN = ["s12_train", "s24_train"]
-ON_TIMM = ["dinov2_train", "dinov2_frozen_train"]  # as TRAIN, with another backbone
+# As TRAIN and TEST, with another backbone.
+ON_TIMM = ["dinov2_train", "dinov2_frozen_train"]
+TEST_ON_TIMM = ["dinov2_roxford5k", "dinov2_rparis6k"]
 TEST = [
     f"{model}_{dataset}{distractors}"
     for model in ("s12", "s24")
@@ -71,7 +73,7 @@ def differing(one: str, other: str) -> set[str]:
 
 def test_the_files_are_those_that_are_documented():
     assert set(FILES) == {
-        *(*TRAIN, *ON_TIMM, *TEST),
+        *(*TRAIN, *ON_TIMM, *TEST, *TEST_ON_TIMM),
         *("demo", "tiny", "small_weights", "published", "lite0_head"),
     }
 
@@ -101,7 +103,7 @@ def test_a_real_file_names_its_notebooks(name):
     wanted = (None, None)
     if name in (*TRAIN, *ON_TIMM, "small_weights", "lite0_head"):
         wanted = ("01", "03")
-    if name in TEST:
+    if name in (*TEST, *TEST_ON_TIMM):
         wanted = ("04", "07")
     assert pipeline.notebook_range(reader.read_file(FILES[name])) == wanted
 
@@ -145,7 +147,7 @@ def test_a_cell_repeats_no_default_and_leaves_recipes_alone(path):
         conform(name, line.default, kind.flat()[name].type)  # raises for another type
 
 
-@pytest.mark.parametrize("name", [*TRAIN, *ON_TIMM, *TEST])
+@pytest.mark.parametrize("name", [*TRAIN, *ON_TIMM, *TEST, *TEST_ON_TIMM])
 def test_a_real_file_leaves_nothing_to_the_demo(name):
     values = reader.read_file(FILES[name])
     first, last = pipeline.notebook_range(values)
@@ -284,11 +286,22 @@ def test_a_backbone_takes_the_sizes_of_its_file(name):
     }
 
 
+def test_dinov2_is_evaluated_as_the_others_but_for_its_size():
+    for name, published in zip(TEST_ON_TIMM, ("s12_roxford5k", "s12_rparis6k"), strict=True):
+        assert differing(name, published) == {"run_dir", "weights", "global_size", "local_size"}
+        result = effective(name)
+        shape = outline(effective("dinov2_train")["architecture"])
+        shape.check_size(result["global_size"], result["global_size"])
+        assert result["local_size"] % shape.multiple == 0
+        trained = f"{effective('dinov2_train')['run_dir']}/autoencoder/model.safetensors"
+        assert result["weights"] == f"runs/{trained}"
+
+
 def test_only_the_demo_checks_scores():
     cells = [line for path in NOTEBOOKS for line in pipeline.declared(path).values()]
     bounds = {line.name for line in cells if line.name in BOUNDS}
     assert bounds == BOUNDS
     assert all(line.default is not None for line in cells if line.name in bounds)
-    for file in ("tiny", *TRAIN, *ON_TIMM, *TEST):
+    for file in ("tiny", *TRAIN, *ON_TIMM, *TEST, *TEST_ON_TIMM):
         result = effective(file)
         assert all(result[name] is None for name in bounds), file

@@ -17,7 +17,7 @@ from vitgal import runs
 from vitgal.app import pipeline
 from vitgal.data import revisited
 from vitgal.models.network import build_model
-from vitgal.models.weights import load_model
+from vitgal.models.weights import load_model, save_model
 
 TOP = Path(__file__).resolve().parents[2]
 PHOTOGRAPHS = TOP / "third_party" / "landmarks"
@@ -152,12 +152,18 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", EVALUATIONS)
+@pytest.mark.parametrize("name", [*EVALUATIONS, "dinov2_roxford5k"])
 def test_evaluation_goes_through(name, data, tmp_path):
     model, dataset, *distractors = name.split("_")
-    network = build_model(ARCHITECTURES[model], code_dim=128, seed=0)
-    torch.save({"model": layouts.published(network.state_dict())}, tmp_path / "vitgal.pth")
-    overrides = {"dataset_dir": data / dataset, "weights": tmp_path / "vitgal.pth"}
+    network = build_model((ARCHITECTURES | {"dinov2": DINOV2})[model], code_dim=128, seed=0)
+    if network.on_timm:
+        weights = save_model(network, tmp_path / "vitgal.safetensors")
+    else:
+        weights = tmp_path / "vitgal.pth"
+        torch.save({"model": layouts.published(network.state_dict())}, weights)
+    overrides = {"dataset_dir": data / dataset, "weights": weights}
+    if network.on_timm:  # 196: fourteen patches
+        overrides |= {"global_size": 196, "local_size": 196}
     if distractors:
         overrides["distractors"] = data / "revisitop1m"
     run = pipeline.run(

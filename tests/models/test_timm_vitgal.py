@@ -76,6 +76,16 @@ def test_a_class_token_is_learnt_where_there_is_none(vit):
     assert f"{PREFIX}pos_embed" in vit.no_weight_decay()
 
 
+def test_a_side_between_two_patches_is_padded_with_zeros(vit):
+    images = pictures(1, 3, 40, 64)
+    padded = torch.zeros(1, 3, 48, 64)
+    padded[:, :, :40] = images
+    with torch.inference_mode():
+        found = vit.token_features(images)
+        assert found.grid == (3, 4)
+        assert torch.equal(found.tokens, vit.token_features(padded).tokens)
+
+
 @pytest.mark.parametrize("size", [(64, 96), (96, 32)])
 def test_codes_and_tokens_agree(vit, size):
     with torch.inference_mode():

@@ -118,6 +118,10 @@ def test_another_architecture_is_another_run(run, images):
             {"architecture": "timm:eva02_tiny_patch14_224", "image_size": 100},
             "image_size: eva02_tiny_patch14_224 takes no images .* multiples of its patch of 14",
         ),
+        (
+            {"architecture": "timm:mixer_s32_224", "image_size": 64},
+            "image_size: mixer_s32_224 takes no images of 64 x 64 pixels.* made for 224 x 224",
+        ),
         ({"initial_weights": "none.safetensors"}, "none.safetensors"),
     ],
 )

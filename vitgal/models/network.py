@@ -136,7 +136,8 @@ class TimmBackbone(nn.Module):
 
     Its class token, or a learnt one where it has none, joins its tokens. Both are normalised, and
     mapped to another width where one is asked for, at first by an orthogonal projection. Images
-    are normalised as for XCiT; the network's own mean and deviation are applied here.
+    are normalised as for XCiT; the network's own mean and deviation are applied here. A side that
+    is no multiple of a transformer's patch is padded with zeros, as XCiT does.
 
     embed_dim: width of the tokens; None: the network's.  num_heads: of the class attention; None:
     heads of about HEAD_WIDTH.  drop_path: as `build_model`.
@@ -179,6 +180,10 @@ class TimmBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Computes the class token (B or 1, 1, D), the tokens (B, N, D), and their grid."""
+        step = 1 if self.trunk.hierarchical else self.trunk.multiple
+        height, width = images.shape[-2:]
+        if height % step or width % step:
+            images = F.pad(images, (0, -width % step, 0, -height % step))
         found = self.trunk(images * self.factor + self.offset)
         tokens = self.projection(self.token_norm(found.tokens))
         if not self.trunk.has_class_token:
@@ -195,8 +200,8 @@ class ViTGaL(nn.Module):
     as published, so that the grid is (ceil(H / 16), ceil(W / 16)). No image (B = 0) gives empty
     features in eval mode. All features are float32, under autocast too.
 
-    In the place of XCiT there can be a network of timm, "timm:NAME" (`TimmBackbone`). It takes at
-    least one image, and the sizes that `check_size` lets pass.
+    In the place of XCiT there can be a network of timm, "timm:NAME" (`TimmBackbone`), which takes
+    at least one image. Few of them take one size only, and then raise NetworkError.
     """
 
     def __init__(
@@ -266,7 +271,7 @@ class ViTGaL(nn.Module):
         return self.backbone.cls_attn_blocks[0].attn.num_heads
 
     def check_size(self, height: int, width: int) -> None:
-        """Raises NetworkError, with sizes that it takes, for a size that the backbone does not."""
+        """Raises NetworkError, with sizes that fit, for a size that the backbone would pad."""
         if self.on_timm:
             self.backbone.trunk.check_size(height, width)
 

@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from vitgal import runs
 from vitgal.models import weights
 from vitgal.models.heads import ArcFace, LinearClassifier
+from vitgal.models.inference import device_of
 from vitgal.models.network import ViTGaL, build_model, outline, seeded
 from vitgal.models.teacher import Teacher
 from vitgal.settings import (
@@ -107,15 +108,26 @@ def _fingerprint(source: str) -> str:
 
 
 def check_size(model: ViTGaL, settings: Recipe) -> None:
-    """Raises SettingsError where a model cannot take the recipe's image_size."""
-    size = settings.image_size
-    name = f"{settings.PREFIX}image_size"
+    """Raises SettingsError where a model of `outline` cannot train at the recipe's image_size."""
+    size, name = settings.image_size, f"{settings.PREFIX}image_size"
+    if not model.on_timm:
+        if size % model.patch:
+            raise SettingsError(f"{name} {size} is not a multiple of {model.patch} above 16")
+        return
     try:
         model.check_size(size, size)
+        try:
+            _pass(model, size)
+        except Exception:  # some operations need numbers, which the meta device has not
+            _pass(build_model(model.architecture, seed=0, embed_dim=model.embed_dim), size)
     except ValueError as error:
         raise SettingsError(f"{name}: {error}") from error
-    if not model.on_timm and size % model.patch:
-        raise SettingsError(f"{name} {size} is not a multiple of {model.patch} above {model.patch}")
+
+
+@torch.no_grad()
+def _pass(model: ViTGaL, size: int) -> None:
+    """Passes two images through the network, in training mode, where it builds no copies."""
+    model.train().global_features(torch.zeros(2, 3, size, size, device=device_of(model)))
 
 
 def split_inputs(split: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -42,8 +42,8 @@ from vitgal.training.processes import (
     broadcast_buffers,
     check_shared_memory,
     is_worker_error,
+    process_options,
     read_batches,
-    timeout,
 )
 from vitgal.training.samples import Batches, Sample, SplitData
 
@@ -71,7 +71,7 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,
             cpu=torch.cuda.device_count() == 0,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout(machine))],
+            kwargs_handlers=process_options(machine, network),
         )
         self.fit, self.data = fit, data
         self.settings, self.machine, self.folder = settings, machine, folder

@@ -12,7 +12,12 @@ from typing import Any
 import cv2
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    KwargsHandler,
+    broadcast,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -24,6 +29,17 @@ SHARED_MEMORY = "/dev/shm"
 PREFETCHED = 2  # batches that each data worker holds ready, torch's default
 GRACE_SECONDS = 30  # from a signal to the end of a data worker, so that the step can finish
 LOADER_SHARE = 0.8  # of the time-out: a worker that waits for the disk is named first
+
+
+def process_options(machine: MachineSettings, network: nn.Module) -> list[KwargsHandler]:
+    """Returns accelerate's options: the time-out, and that networks of timm have spare parameters.
+
+    Those are of the pooling before a classifier, which our head replaces.
+    """
+    options: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=timeout(machine))]
+    if network.model.on_timm:
+        options.append(DistributedDataParallelKwargs(find_unused_parameters=True))
+    return options
 
 
 def timeout(machine: MachineSettings) -> datetime.timedelta:
