@@ -61,6 +61,23 @@ def read_descriptors(path: str | os.PathLike, names: Sequence[str]) -> np.ndarra
     return (rows / lengths[:, None]).astype(np.float32)
 
 
+def described_images(path: str | os.PathLike) -> list[str]:
+    """Lists the images of another system's file of descriptors, in its order; none repeats.
+
+    Raises as `read_descriptors`.
+    """
+    path = Path(path)
+    if path.suffix.lower() == ".npy":
+        list_file = path.with_suffix(".txt")
+        if not (path.is_file() and list_file.is_file()):
+            raise FileNotFoundError(f"there are no descriptors {path} with names in {list_file}")
+        return [line for line in runs.read_lines(list_file) if line]
+    if not path.is_file():
+        raise FileNotFoundError(f"there are no descriptors {path}")
+    with opened_hdf5(path) as file:
+        return sorted(name for name, _ in find_datasets(file, path, [HLOC]))
+
+
 def _read_npy(path: Path, names: Sequence[str]) -> np.ndarray:
     list_file = path.with_suffix(".txt")
     if not list_file.is_file():

@@ -23,6 +23,24 @@ from .ranking import (
     fused_scores as fused_scores,
     rerank as rerank,
 )
+from .refine import (
+    RefinementError as RefinementError,
+    WhiteningMap as WhiteningMap,
+    augmented_blocks as augmented_blocks,
+    exact_neighbours as exact_neighbours,
+    expand_queries as expand_queries,
+    learned_whitening as learned_whitening,
+    matching_pairs as matching_pairs,
+    neighbour_graph as neighbour_graph,
+    pca_whitening as pca_whitening,
+    whitened_blocks as whitened_blocks,
+)
+from .reorder import (
+    ScoredRanking as ScoredRanking,
+    diffusion as diffusion,
+    k_reciprocal as k_reciprocal,
+    superglobal as superglobal,
+)
 from .shortlists import (
     candidates as candidates,
     read_global_rank as read_global_rank,

@@ -58,7 +58,8 @@ def _is_manifest(record: dict) -> bool:
     texts = itertools.chain.from_iterable(
         table.values() if isinstance(table, dict) else [None] for table in tables
     )
-    paths = (recorded.get(name) or "" for name in ("dataset_dir", "distractors", "weights"))
+    names = ("dataset_dir", "distractors", "weights", "refine_set")
+    paths = (recorded.get(name) or "" for name in names)
     return all(isinstance(text, str) for text in (*texts, *paths)) and all(
         _is_record(entry, {"bytes": int}) and isinstance(entry.get("sha256", ""), str)
         for entry in record["outputs"].values()

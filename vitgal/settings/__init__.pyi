@@ -5,6 +5,7 @@ from .reader import (
     read_settings as read_settings,
     settings_of as settings_of,
 )
+from .refinement import STEPS as STEPS, Step as Step, read_chain as read_chain
 from .section import (
     AbsentError as AbsentError,
     Fact as Fact,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vitgal.runs.errors import short
+from vitgal.settings.refinement import Step, read_chain
 from vitgal.settings.section import Section, SettingsError, fact, neutral, path, setting
 
 SEED_MEANING = "seed of all random draws"
@@ -37,6 +38,10 @@ class RunSettings(Section):
         "model file; None: the run's model, else the small one of the checkout"
     )
     descriptors: str | None = path("global descriptors of another system (.npy or .h5)")
+    refine_set: str | None = path(
+        "photographs, or descriptors of another system, from which a whitening is learnt; None: "
+        "the run's training images"
+    )
     recipe: str | None = neutral(None, "training settings: a file of params/recipes/")
     machine: str | None = neutral(None, "speed settings: a file of params/machines/")
     compared_run: str | None = neutral(None, "run to test against; None: global ranking alone")
@@ -300,10 +305,25 @@ class GlobalSettings(Section):
     index: str | None = setting(
         None, 'faiss index, "IVF1024,PQ64; nprobe=32"; None: exact search', later=True
     )
+    refine: tuple[str, ...] = setting(
+        (), 'steps that refine the ranking, such as "expansion" (docs/refinement.md)', later=True
+    )
+    refine_images: int = setting(
+        20_000, "images from which a whitening is learnt, at most", low=2, later=True
+    )
 
     max_failed_share: float = neutral(
         0.001, "fraction of the images that may be unreadable", low=0, high=1
     )
+
+    def check(self) -> None:
+        """Raises SettingsError for a chain of steps that makes no sense."""
+        read_chain(self.refine)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The steps of the refinement, in order."""
+        return read_chain(self.refine)
 
 
 INTERPOLATIONS = ("size", "published")

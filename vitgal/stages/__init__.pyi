@@ -5,6 +5,7 @@ from .benchmark import (
     model_path as model_path,
     open_benchmark as open_benchmark,
     prepare_validation as prepare_validation,
+    refine_set as refine_set,
     reranking_settings as reranking_settings,
     suited as suited,
     untunable as untunable,
@@ -50,6 +51,7 @@ from .presence import (
     presence_key as presence_key,
 )
 from .ray_describer import RayDescriber as RayDescriber, open_describer as open_describer
+from .refine_set import RefineSet as RefineSet, open_refine_set as open_refine_set
 from .rerank import (
     hard_candidates as hard_candidates,
     inlier_counts as inlier_counts,

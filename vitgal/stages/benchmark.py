@@ -16,6 +16,7 @@ from vitgal.data.revisited import RetrievalDataset
 from vitgal.evaluation.tuning import DATASET as VALIDATION, TuningError
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings, RerankingSettings
 from vitgal.settings.reader import Settings, Values
+from vitgal.stages.refine_set import RefineSet, needs_refine_set, open_refine_set
 from vitgal.stages.rerank import GLOBAL_NOTEBOOK, LOCAL_NOTEBOOK
 
 # Matching and verification of features that are no tokens of the model: those in use for them.
@@ -72,6 +73,19 @@ def model_path(settings: Settings) -> Path:
     Raises StageError where the run's training is unfinished.
     """
     return runs.model_file(runs.run_folder(settings.run.run_dir), _path(settings, "weights"))
+
+
+def refine_set(settings: Settings) -> RefineSet | None:
+    """The images that a whitening of `refine` is learnt from; None where no step is learnt.
+
+    They are those of `refine_set`, else of the finished global stage, else the run's training
+    images. Raises as `open_refine_set`.
+    """
+    if not needs_refine_set(settings.describing):
+        return None
+    run, file = runs.run_folder(settings.run.run_dir), _path(settings, "refine_set")
+    folder = image_folder(settings) if file is None else None
+    return open_refine_set(run, settings.describing, file and runs.resolve(file), folder)
 
 
 def image_folder(settings: Settings) -> Path:
@@ -224,10 +238,15 @@ def prepare_validation(
         ours = name == "global" or settings.own_tokens
         if ours and manifests[name]["inputs"]["weights"] != inference.weights_fingerprint(model):
             raise TuningError(f"{run / like / name} was made with other weights than {model}")
+        options: dict[str, Any] = {"model": model}
+        if name == "global" and needs_refine_set(settings):
+            file = manifests[name]["recorded"].get("refine_set")
+            file = file and runs.resolve(file)
+            options["refine_set"] = open_refine_set(run, settings, file, image_folder)
         try:
-            describe_dataset(run, dataset, settings, machine, model=model)
+            describe_dataset(run, dataset, settings, machine, **options)
         except runs.StageError:
             if not overwrite:
                 raise
-            describe_dataset(run, dataset, settings, machine, model=model, overwrite=True)
+            describe_dataset(run, dataset, settings, machine, overwrite=True, **options)
     return dataset

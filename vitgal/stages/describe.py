@@ -3,23 +3,20 @@
 import contextlib
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from vitgal import engines, runs
-from vitgal.data.revisited import RetrievalDataset, labelled
-from vitgal.evaluation.protocol import evaluate
-from vitgal.evaluation.scores import scores_document
+from vitgal.data.revisited import RetrievalDataset
 from vitgal.features import store
 from vitgal.features.descriptors import read_descriptors
 from vitgal.features.files import map_array, read_json
 from vitgal.models.inference import weights_input
-from vitgal.retrieval import exact_ranks, exact_search, faiss_index, shortlists
-from vitgal.retrieval.ranking import Ranking
+from vitgal.retrieval import faiss_index
+from vitgal.retrieval.refine import RefinementError
 from vitgal.settings import GlobalSettings, MachineSettings
 from vitgal.stages.images import (
     ImageTask,
@@ -30,21 +27,19 @@ from vitgal.stages.images import (
     report_failures,
 )
 from vitgal.stages.local_describer import LocalDescriber
+from vitgal.stages.rank import RANKING_OUTPUTS, check_refinement, write_rankings
 from vitgal.stages.ray_describer import open_describer
+from vitgal.stages.refine_set import (
+    RefineSet,
+    learn_whitening,
+    needs_refine_set,
+    refuse_same_rows,
+)
 
 BLOCK = 256  # images between two checkpoints
-DESCRIPTOR_SETTINGS = ("crop_queries", "top", "display", "index")  # that descriptors depend on
-GLOBAL_OUTPUTS = (  # the files of a global stage
-    "database.npy",
-    "queries.npy",
-    "names.json",
-    "ranks.npy",
-    "similarities.npy",
-    "positions.npz",
-    "shortlist.txt",
-    "scores.json",
-    "failures.json",
-)
+# Settings that a ranking by another system's descriptors depends on.
+DESCRIPTOR_SETTINGS = ("crop_queries", "top", "display", "index", "refine", "refine_images")
+GLOBAL_OUTPUTS = (*RANKING_OUTPUTS, "failures.json")  # the files of a global stage
 
 
 def evaluate_global(
@@ -55,6 +50,7 @@ def evaluate_global(
     *,
     model: Path | str,
     folder: str = "global",
+    refine_set: RefineSet | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -66,20 +62,26 @@ def evaluate_global(
     Args:
         model: a weight file, or "untrained:<architecture>" for seeded random weights.
         folder: the stage's folder below `<run>/<dataset>/`; later notebooks read "global".
+        refine_set: photographs that a whitening of `settings.refine` is learnt from.
     Returns:
         The stage's folder with database.npy (N, D) and queries.npy (Q, D) float32, names.json,
         ranks.npy (K, Q) int32, similarities.npy (K, Q) float32, positions.npz, shortlist.txt,
-        scores.json and failures.json.
+        scores.json and failures.json. With a refinement these are the refined ranking's;
+        top_plain.npy, similarities_plain.npy and positions_plain.npz are the plain one's, whose
+        scores stand in scores.json under "plain".
     Raises:
         StageError: the folder holds other settings, or a query or too many images cannot be read.
+        RefinementError: a refinement that does not fit the descriptors or its images.
         FileNotFoundError, ValueError: the weights are missing or invalid.
     """
     engines.check_engine(machine.engine, machine.ray_address)
+    learnt_from = _checked_set(settings, dataset, refine_set, "photographs")
+    inputs = {"dataset": dataset.as_input, "weights": weights_input(model)}
     with runs.stage(
         run / dataset.name / folder,
         "global",
         parameters=settings.compared(),
-        inputs={"dataset": dataset.as_input, "weights": weights_input(model)},
+        inputs=inputs | _set_input(learnt_from),
         overwrite=overwrite,
     ) as stage:
         count = len(dataset.database)
@@ -87,16 +89,23 @@ def evaluate_global(
             report_failures(read_json(stage.folder / "failures.json", store.FAILURES), count)
             return stage.folder
         with open_describer(model, settings, machine) as describer:
-            if settings.index is not None:
-                faiss_index.check(settings.index, describer.model.embed_dim, count)
+            _check_width(settings, describer.model.embed_dim, count)
+            learnt = None
+            if learnt_from is not None:  # first: it may refuse
+                rows = _describe_set(run, describer, learnt_from, settings, inputs["weights"])
+                learnt = learn_whitening(settings, rows, learnt_from)
             queries = _describe_queries(describer, query_tasks(dataset, settings.crop_queries))
             file = stage.folder / "database.npy"
-            rows = _describe_database(describer, dataset, file, settings, progress=progress)
-            recorded = describer.recorded() | recorded_paths(run, dataset, model)
+            images = dataset.database, dataset.database_paths
+            rows = _describe_images(describer, *images, file, settings, progress=progress)
+            source = learnt_from and learnt_from.file
+            recorded = describer.recorded() | recorded_paths(run, dataset, model, source)
         protocol = {"crop_queries": settings.crop_queries, "resize": settings.resize}
         protocol |= {"scales": settings.scales, "precision": describer.precision}
         protocol |= training_changes(model)
-        outputs = _write_rankings(stage, dataset, settings, queries, protocol, rows.failures)
+        outputs = write_rankings(
+            stage, dataset, settings, queries, protocol, failures=rows.failures, learnt=learnt
+        )
         stage.finish(outputs, recorded | {"images": count, "failed": len(rows.failures)})
         rows.forget()
         report_failures(rows.failures, count)
@@ -133,19 +142,75 @@ def _describe_queries(describer: LocalDescriber, tasks: Sequence[ImageTask]) -> 
     return rows
 
 
-def _describe_database(
+def _checked_set(
+    settings: GlobalSettings, dataset: RetrievalDataset, images: RefineSet | None, kind: str
+) -> RefineSet | None:
+    """The images that a whitening is learnt from; None where no step needs them.
+
+    kind: "photographs" or "descriptors". Raises RefinementError for none, those of the other kind,
+    and images of the benchmark.
+    """
+    if not needs_refine_set(settings):
+        return None
+    if images is None or (images.source == "descriptors") != (kind == "descriptors"):
+        raise RefinementError(
+            f"a whitening of these descriptors is learnt from other {kind}: set refine_set to "
+            + ("a file of the same network's" if kind == "descriptors" else "a folder of them")
+        )
+    images.refuse_benchmark(dataset)
+    return images
+
+
+def _set_input(images: RefineSet | None) -> dict[str, runs.Input]:
+    return {} if images is None else {"refine set": images.as_input}
+
+
+def _check_width(settings: GlobalSettings, width: int, images: int) -> None:
+    """Refuses a refinement or an index that descriptors of this width and number do not allow."""
+    width = check_refinement(settings, width, images)
+    if settings.index is not None:
+        faiss_index.check(settings.index, width, images)
+
+
+def _describe_set(
+    run: Path,
     describer: LocalDescriber,
-    dataset: RetrievalDataset,
+    images: RefineSet,
+    settings: GlobalSettings,
+    weights: str | runs.Input,
+) -> np.ndarray:
+    """Describes the images that a whitening is learnt from, once for all data sets of a run."""
+    parameters = {name: getattr(settings, name) for name in ("size", "resize", "scales")}
+    parameters |= {"precision": settings.precision}
+    inputs = {"images": images.as_input, "weights": weights}
+    key = runs.fingerprint([parameters, runs.input_fingerprints(inputs)])[:12]
+    folder = run / "refine_set" / key
+    with runs.stage(folder, "refine set", parameters=parameters, inputs=inputs) as stage:
+        if not stage.finished:
+            file = folder / "descriptors.npy"
+            rows = _describe_images(
+                describer, images.names, images.paths, file, settings, progress=False
+            )
+            runs.write_json(folder / "failures.json", rows.failures)
+            stage.finish(["descriptors.npy", "failures.json"], {"images": len(images.names)})
+            rows.forget()
+    return map_array(folder / "descriptors.npy")
+
+
+def _describe_images(
+    describer: LocalDescriber,
+    names: Sequence[str],
+    paths: Sequence[Path],
     file: Path,
     settings: GlobalSettings,
     *,
     progress: bool,
 ) -> store.RowFile:
-    """Describes the database into a file, block by block, from the last checkpoint on."""
-    count, precision = len(dataset.database), {"precision": describer.precision}
+    """Describes images into a file, block by block, from the last checkpoint on."""
+    count, precision = len(names), {"precision": describer.precision}
     rows = store.RowFile.open(file, (count, describer.model.embed_dim), settings=precision)
     start = rows.rows
-    images = zip(dataset.database[start:], dataset.database_paths[start:], strict=True)
+    images = zip(names[start:], paths[start:], strict=True)
     tasks = [ImageTask(name, path) for name, path in images]
     blocks = [tasks[first : first + BLOCK] for first in range(0, len(tasks), BLOCK)]
     bar = tqdm(total=count, initial=start, desc="describing", unit="image", disable=not progress)
@@ -163,6 +228,7 @@ def evaluate_descriptors(
     settings: GlobalSettings,
     *,
     descriptors: Path,
+    refine_set: RefineSet | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Ranks a benchmark by another system's descriptors and scores the ranking; needs no network.
@@ -172,9 +238,11 @@ def evaluate_descriptors(
 
     Args:
         settings: only `crop_queries` (whether the other system cropped the queries, recorded with
-            the scores), `top`, `display` and `index` are used.
+            the scores), `top`, `display`, `index` and `refine` are used.
         descriptors: see `read_descriptors`.
+        refine_set: descriptors of other images by the same system, for a whitening.
     Raises:
+        RefinementError: as `evaluate_global`.
         StageError: the folder holds other settings or descriptors.
         FileNotFoundError, DescriptorError: see `read_descriptors`.
     """
@@ -189,6 +257,7 @@ def evaluate_descriptors(
         return read_descriptors(descriptors, [*queries, *dataset.database])
 
     compared = settings.compared()
+    learnt_from = _checked_set(settings, dataset, refine_set, "descriptors")
     with runs.stage(
         run / dataset.name / "global",
         "global",
@@ -196,66 +265,22 @@ def evaluate_descriptors(
         inputs={
             "dataset": dataset.as_input,
             "descriptors": runs.Input(stamp, lambda: hashlib.sha256(rows().data).hexdigest()),
-        },
+        }
+        | _set_input(learnt_from),
         overwrite=overwrite,
     ) as stage:
         if stage.finished:
             return stage.folder
-        if settings.index is not None:
-            faiss_index.check(settings.index, rows().shape[1], count)
+        _check_width(settings, rows().shape[1], count)
+        learnt = None
+        if learnt_from is not None:
+            refuse_same_rows(learnt_from.rows(), rows())
+            learnt = learn_whitening(settings, learnt_from.rows(), learnt_from)
+            learnt.whitening.apply(rows()[:1])  # refuses another width
         runs.write_array(stage.folder / "database.npy", rows()[len(queries) :])
         protocol = {"crop_queries": settings.crop_queries, "descriptors": "made elsewhere"}
-        outputs = _write_rankings(stage, dataset, settings, rows()[: len(queries)], protocol)
-        return stage.finish(outputs, {"images": count} | recorded_paths(run, dataset))
-
-
-def _write_rankings(
-    stage: runs.Stage,
-    dataset: RetrievalDataset,
-    settings: GlobalSettings,
-    queries: np.ndarray,
-    protocol: Mapping[str, Any],
-    failures: Sequence[Mapping[str, str]] = (),
-) -> tuple[str, ...]:
-    """Writes all files of the stage but database.npy; with an index its ranking is scored."""
-    folder, truth = stage.folder, dataset.ground_truth
-    database = map_array(folder / "database.npy")
-    depth = shortlists.shortlist_depth(truth, len(database), top=settings.top)
-    depth = max(settings.display, depth)
-    similarities, ranks = exact_search.search(queries, database, k=depth)
-    positions = exact_ranks.labelled_positions(queries, database, labelled(truth))
-    further: dict[str, Any] = {}
-    if settings.index is not None:
-        further["exact"], exact_order = evaluate(positions, truth), ranks
-        faiss_index.build(folder, database, settings.index)
-        index = faiss_index.read(folder, database, settings.index)
-        similarities, ranks, unanswered = faiss_index.find(index, queries, k=depth)
-        positions = faiss_index.positions_behind(positions, similarities, ranks, queries, database)
-        recall = faiss_index.recall(ranks, exact_order)
-        further["recall"] = recall | {"searched exactly": unanswered}
-    runs.write_array(folder / "queries.npy", queries)
-    names = {"queries": truth.queries, "database": dataset.database}
-    runs.write_json(folder / "names.json", names)
-    runs.write_array(folder / "similarities.npy", similarities)
-    Ranking(ranks, positions).save(folder)
-    listed = shortlists.shortlist(ranks, truth, top=settings.top)
-    shortlists.write_shortlist(
-        folder / "shortlist.txt", listed, queries=truth.queries, database=dataset.database
-    )
-    runs.write_json(folder / "failures.json", failures)
-    document = scores_document(
-        evaluate(positions, truth),
-        protocol={
-            **protocol,
-            "dataset": dataset.name,
-            "reranked": False,
-            "distractors": len(database) - len(truth.database),
-        },
-        parameters=stage.settings["parameters"],
-        inputs=stage.settings["inputs"],
-        failed=len(failures),
-        ground_truth=truth,
-        further=further,
-    )
-    runs.write_json(folder / "scores.json", document)
-    return GLOBAL_OUTPUTS + (() if settings.index is None else faiss_index.OUTPUTS)
+        outputs = write_rankings(
+            stage, dataset, settings, rows()[: len(queries)], protocol, learnt=learnt
+        )
+        recorded = recorded_paths(run, dataset, refine_set=learnt_from and learnt_from.file)
+        return stage.finish(outputs, {"images": count} | recorded)

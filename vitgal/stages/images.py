@@ -131,7 +131,10 @@ def report_failures(failures: Collection, count: int) -> None:
 
 
 def recorded_paths(
-    run: Path, dataset: RetrievalDataset, model: Path | str | None = None
+    run: Path,
+    dataset: RetrievalDataset,
+    model: Path | str | None = None,
+    refine_set: Path | None = None,
 ) -> dict[str, str | None]:
     """Lists the paths that a stage's manifest records for the notebooks that follow.
 
@@ -139,6 +142,7 @@ def recorded_paths(
     own data and model; one in the checkout is relative to it.
     """
     paths = {"dataset_dir": dataset.folder, "distractors": dataset.distractors, "weights": model}
+    paths |= {} if refine_set is None else {"refine_set": refine_set}
     return {name: path and _portable(run, path) for name, path in paths.items()}
 
 

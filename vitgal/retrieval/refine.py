@@ -1,0 +1,331 @@
+"""Refinement of global descriptors: whitening, query expansion, database augmentation.
+
+Each function maps descriptors of length 1 to descriptors of length 1, so that `search` and
+`labelled_positions` rank by them exactly. A row of zeros, an image that could not be read, stays
+one, and adds nothing to another.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vitgal import runs
+from vitgal.features.files import FileError, read_arrays
+from vitgal.retrieval.exact_search import (
+    BLOCK,
+    Hits,
+    block_slices,
+    check_descriptors,
+    in_threads,
+    search,
+)
+
+GROUP = 1024  # descriptors whose neighbours are searched together: 84 MB a thread
+WRITTEN = 1 << 15  # rows that are refined and written at once: 50 MB at 384 dimensions
+
+# (queries (B, D), k) -> similarities (B, k) float32 and database indices (B, k)
+NeighbourSearch = Callable[[np.ndarray, int], Hits]
+
+
+class RefinementError(runs.UserError, ValueError):
+    """A refinement that the descriptors at hand do not allow; the message has the remedy."""
+
+
+def _normalised(rows: np.ndarray) -> np.ndarray:
+    """Rows (N, D) of length 1, in place and in their own type; zeros stay zeros."""
+    lengths = np.sqrt(np.einsum("ij,ij->i", rows, rows))
+    rows *= (1 / np.where(lengths > 0, lengths, 1))[:, None]
+    return rows
+
+
+# Whitening
+
+
+@dataclass(frozen=True, eq=False)
+class WhiteningMap:
+    """An affine map of descriptors, followed by normalisation.
+
+    mean: (D,) float32.  projection: (D, D') float32.
+    """
+
+    mean: np.ndarray
+    projection: np.ndarray
+
+    def apply(self, rows: np.ndarray) -> np.ndarray:
+        """Returns (N, D') float32 of length 1 for rows (N, D); an empty array for none.
+
+        Raises RefinementError for rows of another width.
+        """
+        if rows.shape[1] != len(self.mean):
+            raise RefinementError(
+                f"the whitening was learnt from descriptors of {len(self.mean)} dimensions, these "
+                f"have {rows.shape[1]}: learn it from descriptors of the same network"
+            )
+        rows = np.asarray(rows)
+        mapped = np.matmul(rows.astype(np.float32, copy=False), self.projection)
+        mapped -= self.mean @ self.projection
+        mapped[~rows.any(axis=1)] = 0
+        return _normalised(mapped)
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of the map's values, in hex."""
+        return hashlib.sha256(self.mean.tobytes() + self.projection.tobytes()).hexdigest()
+
+    def save(self, path: Path) -> Path:
+        """Writes one `.npz` atomically and returns its path."""
+        return runs.write_arrays(path, mean=self.mean, projection=self.projection)
+
+    @classmethod
+    def load(cls, path: Path) -> "WhiteningMap":
+        """Reads a file written by `save`; raises FileError for another content."""
+        mean, projection = read_arrays(path, ("mean", "projection")).values()
+        fits = mean.dtype == projection.dtype == np.float32 and mean.ndim == 1
+        if not fits or projection.ndim != 2 or len(projection) != len(mean):
+            raise FileError(f"{path} holds no whitening: make it again")
+        return cls(mean, projection)
+
+
+def pca_whitening(
+    rows: np.ndarray,
+    *,
+    dimensions: int | None = None,
+    power: float,
+    shrinkage: float = 0.0,
+) -> WhiteningMap:
+    """Learns PCA whitening from descriptors without labels.
+
+    Jégou and Chum, "Negative evidences and co-occurrences in image retrieval: the benefit of PCA
+    and whitening", ECCV 2012. Each component is divided by its variance to the `power`: 0.5 gives
+    all of them variance 1, less keeps more of the strong ones' weight. `shrinkage` replaces a
+    variance v by (1 - shrinkage) v + shrinkage x mean, as Ledoit and Wolf do.
+
+    Args:
+        rows: (F, D) floats, none of them of the benchmark; rows of zeros are left out.
+        dimensions: strongest components that are kept; None: all D.
+    Raises:
+        RefinementError: not more images than dimensions, more components than dimensions, or
+            components without variance that would be divided by it.
+    """
+    mean, covariance = _moments(rows)
+    width = _checked_dimensions(dimensions, len(mean))
+    variances, components = np.linalg.eigh(covariance)
+    variances, components = variances[::-1], components[:, ::-1]
+    variances = (1 - shrinkage) * variances + shrinkage * variances.mean()
+    varying = int((variances > 1e-10 * max(variances[0], 1e-30)).sum())
+    if power > 0 and varying < width:
+        raise RefinementError(
+            f"the whitening's images vary in {varying} of {len(mean)} dimensions: set "
+            f"dimensions={max(varying, 1)} or a shrinkage, or learn it from more images"
+        )
+    scales = variances[:width] ** -power if power > 0 else np.ones(width)
+    return _as_map(mean, components[:, :width] * scales)
+
+
+def learned_whitening(
+    rows: np.ndarray, pairs: np.ndarray, *, dimensions: int | None = None
+) -> WhiteningMap:
+    """Learns whitening from pairs of images that show the same landmark.
+
+    Mikolajczyk and Matas, "Improving descriptors for fast tree matching by optimal linear
+    projection", ICCV 2007, as Radenovic et al. apply it to image descriptors (ECCV 2016): the
+    differences within pairs become white, then the components in which images differ most are kept.
+
+    Args:
+        rows: (F, D) floats, none of them of the benchmark.
+        pairs: (M, 2) integers, rows that match (`matching_pairs`).
+        dimensions: strongest components that are kept; None: all D.
+    Raises:
+        RefinementError: not more images than dimensions, fewer pairs than dimensions, pairs whose
+            differences do not vary in all dimensions, or more components than dimensions.
+    """
+    mean, covariance = _moments(rows)
+    width = _checked_dimensions(dimensions, len(mean))
+    if len(pairs) < len(mean):
+        raise RefinementError(
+            f"a learned whitening of {len(mean)} dimensions needs as many pairs of images of one "
+            f"landmark, not {len(pairs)}: learn it from more images, or use whitening"
+        )
+    within = np.zeros_like(covariance)
+    for part in block_slices(len(pairs), BLOCK):
+        first, second = (np.asarray(rows[pairs[part, side]], np.float64) for side in (0, 1))
+        within += (first - second).T @ (first - second)
+    try:
+        whiten = np.linalg.inv(np.linalg.cholesky(within / len(pairs)))
+    except np.linalg.LinAlgError:
+        raise RefinementError(
+            "images of one landmark do not differ in every dimension, so no whitening can be "
+            "learnt from pairs of them: learn it from other images, or use whitening"
+        ) from None
+    _, components = np.linalg.eigh(whiten @ covariance @ whiten.T)
+    return _as_map(mean, whiten.T @ components[:, ::-1][:, :width])
+
+
+def matching_pairs(labels: np.ndarray) -> np.ndarray:
+    """Returns pairs (M, 2) int64: each image with the next one of its label, the last with the
+    first; a label of two images gives one pair, of one none. labels: (F,) integers."""
+    order = np.argsort(labels, kind="stable")
+    cuts = np.flatnonzero(np.diff(np.asarray(labels)[order])) + 1
+    pairs = [np.empty((0, 2), np.int64)]
+    for group in np.split(order, cuts):
+        partners = np.roll(group, -1) if len(group) > 2 else group[1:]
+        pairs.append(np.stack([group[: len(partners)], partners], axis=1))
+    return np.concatenate(pairs)
+
+
+def _moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean (D,) and covariance (D, D) float64 of the rows that are not zero."""
+    if getattr(rows, "ndim", None) != 2 or rows.dtype.kind != "f":
+        raise ValueError("a whitening is learnt from a 2-D array of floats, one descriptor a row")
+    kept = np.flatnonzero(np.any(rows, axis=1))
+    if len(kept) <= rows.shape[1]:
+        raise RefinementError(
+            f"a whitening of {rows.shape[1]} dimensions needs more images than that to learn from, "
+            f"not {len(kept)}: give it more (refine_set, refine_images)"
+        )
+    parts = [kept[part] for part in block_slices(len(kept), BLOCK)]
+    mean = sum(rows[part].sum(axis=0, dtype=np.float64) for part in parts) / len(kept)
+    covariance = np.zeros((len(mean), len(mean)))
+    for part in parts:
+        centred = rows[part].astype(np.float64) - mean
+        covariance += centred.T @ centred
+    if not np.isfinite(covariance).all():
+        raise RefinementError("a descriptor that a whitening is learnt from is not finite")
+    return mean, covariance / (len(kept) - 1)
+
+
+def _checked_dimensions(dimensions: int | None, width: int) -> int:
+    if dimensions is not None and dimensions > width:
+        raise RefinementError(
+            f"a whitening keeps {dimensions} dimensions, the descriptors have {width}: set fewer"
+        )
+    return dimensions or width
+
+
+def _as_map(mean: np.ndarray, projection: np.ndarray) -> WhiteningMap:
+    # One factor for all: float32 holds it, and the length is normalised anyway.
+    projection = projection / np.abs(projection).max()
+    return WhiteningMap(mean.astype(np.float32), projection.astype(np.float32))
+
+
+def whitened_blocks(database: np.ndarray, whitening: WhiteningMap) -> Iterator[np.ndarray]:
+    """Yields the whitened database (N, D) in blocks of rows, computed in threads.
+
+    Takes 12 bytes x D x `WRITTEN`, whatever N.
+    """
+    for part in block_slices(len(database), WRITTEN):
+        parts = block_slices(part.stop - part.start, BLOCK)
+        group = database[part]
+        mapped = in_threads(lambda some, g=group: [whitening.apply(g[p]) for p in some], parts)
+        yield from (block for of_thread in mapped for block in of_thread)
+
+
+# Neighbours
+
+
+def expand_queries(
+    queries: np.ndarray, database: np.ndarray, *, neighbours: int, alpha: float
+) -> np.ndarray:
+    """Adds to each query its first images, weighted by their similarity to the power `alpha`.
+
+    Alpha query expansion: Radenovic et al., "Fine-tuning CNN image retrieval with no human
+    annotation", TPAMI 2019. `alpha` 0 is average query expansion: Chum et al., "Total recall",
+    ICCV 2007. A similarity below 0 counts 0. Memory as `search`.
+
+    Args:
+        queries: (Q, D) floats.  database: (N, D) floats, memory-mapped or not.
+    Returns:
+        (Q, D) float32 of length 1.
+    Raises:
+        RefinementError: more neighbours than images.  ValueError: as `search`.
+    """
+    check_neighbours("expansion", neighbours, len(database))
+    check_descriptors(queries, database)
+    similarities, images = search(queries, database, k=neighbours)
+    return _weighted_sums(queries, database, (similarities.T, images.T), alpha)
+
+
+def augmented_blocks(
+    database: np.ndarray, find: NeighbourSearch, *, neighbours: int, alpha: float
+) -> Iterator[np.ndarray]:
+    """Yields the database in blocks, each image with its neighbours added as in `expand_queries`.
+
+    Database augmentation: Turcot and Lowe, ICCV workshop 2009; Arandjelovic and Zisserman, "Three
+    things everyone should know to improve object retrieval", CVPR 2012; with weights by Gordo et
+    al., IJCV 2017. Neighbours are those of the database as it was, whatever the blocks.
+
+    find: `exact_neighbours(database)` or another search. Raises as `expand_queries`.
+    """
+    for part, hits in neighbour_blocks(database, find, neighbours=neighbours):
+        yield _weighted_sums(database[part], database, hits, alpha)
+
+
+def _weighted_sums(rows: np.ndarray, database: np.ndarray, hits: Hits, alpha: float) -> np.ndarray:
+    """Rows (B, D) and their weighted hits (B, k), summed in float64; float32 of length 1."""
+    similarities, images = hits
+    readable = np.isfinite(similarities)
+    positive = np.maximum(np.where(readable, similarities, 0), 0).astype(np.float64)
+    weights = np.where(readable, positive**alpha, 0)
+    sums = np.asarray(rows, np.float64)
+    for weight, column in zip(weights.T, images.T, strict=True):
+        sums = sums + weight[:, None] * database[column]
+    sums[~np.any(rows, axis=1)] = 0
+    return _normalised(sums).astype(np.float32)
+
+
+def check_neighbours(step: str, neighbours: int, images: int) -> None:
+    """Raises RefinementError where a step wants more neighbours than there are images."""
+    if neighbours > images:
+        raise RefinementError(
+            f"{step} wants {neighbours} images, but there are {images}: set a smaller number"
+        )
+
+
+def exact_neighbours(database: np.ndarray) -> NeighbourSearch:
+    """Returns exact search in a database (N, D) as a `NeighbourSearch`; N² x D products in all."""
+
+    def find(queries: np.ndarray, k: int) -> Hits:
+        """Searches the whole database."""
+        similarities, images = search(queries, database, k=k)
+        return similarities.T, images.T
+
+    return find
+
+
+def neighbour_blocks(
+    database: np.ndarray, find: NeighbourSearch, *, neighbours: int
+) -> Iterator[tuple[slice, Hits]]:
+    """Yields, block by block, the nearest other images of each database image.
+
+    Of equal similarities the lower index comes first. Memory is that of one search of 1024 queries.
+
+    Returns:
+        The rows of a block, and similarities (B, k) float32 and images (B, k) int32, best first;
+        an image that could not be read is no neighbour, and has none: its similarity is -inf.
+    Raises:
+        RefinementError: more neighbours than other images.  ValueError: as `search`.
+    """
+    check_neighbours("a graph or augmentation", neighbours, len(database) - 1)
+    for part in block_slices(len(database), GROUP):
+        rows = np.ascontiguousarray(database[part])
+        similarities, images = find(rows, neighbours + 1)
+        own = images == np.arange(part.start, part.stop)[:, None]
+        own[~own.any(axis=1), -1] = True  # so many copies that it is not among them itself
+        kept = [array[~own].reshape(len(rows), neighbours) for array in (similarities, images)]
+        kept[0][~rows.any(axis=1)] = -np.inf
+        yield part, (kept[0], kept[1].astype(np.int32, copy=False))
+
+
+def neighbour_graph(database: np.ndarray, find: NeighbourSearch, *, neighbours: int) -> Hits:
+    """Returns `neighbour_blocks` of all N images: similarities (N, k) and images (N, k).
+
+    Takes 8 bytes x N x k: 400 MB for a million images and 50 neighbours.
+    """
+    similarities = np.empty((len(database), neighbours), np.float32)
+    images = np.empty((len(database), neighbours), np.int32)
+    for part, hits in neighbour_blocks(database, find, neighbours=neighbours):
+        similarities[part], images[part] = hits
+    return similarities, images

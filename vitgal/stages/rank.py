@@ -1,0 +1,286 @@
+"""The ranking side of the global stage: search, refinement, scores, and their files."""
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vitgal import runs
+from vitgal.data.revisited import GroundTruth, RetrievalDataset, labelled
+from vitgal.evaluation.protocol import evaluate
+from vitgal.evaluation.scores import scores_document
+from vitgal.features.files import map_array
+from vitgal.retrieval import (
+    exact_ranks,
+    exact_search,
+    faiss_index,
+    refine,
+    reorder,
+    shortlists,
+)
+from vitgal.retrieval.ranking import Ranking
+from vitgal.retrieval.refine import Hits, NeighbourSearch, RefinementError
+from vitgal.retrieval.reorder import ScoredRanking
+from vitgal.settings import GlobalSettings
+from vitgal.settings.refinement import (
+    Augmentation,
+    Diffusion,
+    Expansion,
+    KReciprocal,
+    LearnedWhitening,
+    Reordering,
+    SuperGlobal,
+    Whitening,
+)
+from vitgal.stages.refine_set import Learnt
+
+PLAIN = "plain"  # the ranking before refinement: top_plain.npy, positions_plain.npz
+MOST_EXACT = 200_000  # images whose neighbours are searched exactly: N² x D products
+RANKING_OUTPUTS = (
+    "database.npy",
+    "queries.npy",
+    "names.json",
+    "ranks.npy",
+    "similarities.npy",
+    "positions.npz",
+    "shortlist.txt",
+    "scores.json",
+)
+GRAPH = ("graph_similarities.npy", "graph_images.npy")
+WHITENING, REFINED = "whitening.npz", "refined_{}.npy"
+REFINEMENT_OUTPUTS = (WHITENING, REFINED.format("database"), REFINED.format("queries"), *GRAPH)
+
+
+def check_refinement(settings: GlobalSettings, width: int, images: int) -> int:
+    """Raises RefinementError where a chain does not fit descriptors of this width and number.
+
+    Call it before computing descriptors. Returns the width of the refined descriptors.
+    """
+    for step in settings.steps:
+        if isinstance(step, (Whitening, LearnedWhitening)):
+            if (step.dimensions or 0) > width:
+                raise RefinementError(
+                    f"{step.NAME} keeps {step.dimensions} dimensions, but the descriptors have "
+                    f"{width}: set dimensions to {width} at most"
+                )
+            width = step.dimensions or width
+        every_image = isinstance(step, (Augmentation, Diffusion))  # none is its own neighbour
+        wanted = max(getattr(step, name, 0) for name in ("neighbours", "seeds", "k1", "k2"))
+        refine.check_neighbours(step.NAME, wanted, images - every_image)
+        exact = settings.index is None and every_image
+        if exact and images > MOST_EXACT:
+            raise RefinementError(
+                f"{step.NAME} searches the neighbours of every image, and exact search does so for "
+                f"{MOST_EXACT:,} images at most, not {images:,}: set index, such as "
+                '"IVF4096,Flat; nprobe=16", or leave the step out'
+            )
+    return width
+
+
+def write_rankings(
+    stage: runs.Stage,
+    dataset: RetrievalDataset,
+    settings: GlobalSettings,
+    queries: np.ndarray,
+    protocol: Mapping[str, Any],
+    *,
+    failures: Sequence[Mapping[str, str]] = (),
+    learnt: Learnt | None = None,
+) -> list[str]:
+    """Writes the files of a global stage that holds database.npy, and returns the names of all.
+
+    queries: (Q, D) float32. With an index its ranking is scored, with a refinement the refined one;
+    the plain and the exact one are scored beside it. learnt: the whitening of the refinement.
+    """
+    folder, truth = stage.folder, dataset.ground_truth
+    database = map_array(folder / "database.npy")
+    shown = shortlists.shortlist_depth(truth, len(database), top=settings.top)
+    shown = max(settings.display, shown)
+    depth = max([shown, *(step.depth for step in settings.steps if isinstance(step, Reordering))])
+    ranking = exact_ranking(queries, database, truth, depth)
+    outputs, further, plain_queries = [*RANKING_OUTPUTS, "failures.json"], {}, queries
+    if settings.steps:
+        outputs += _write_plain(folder, ranking.cut(shown))
+        further["plain"] = evaluate(ranking.ranking.positions, truth)
+        queries, database, facts = _refined_descriptors(folder, settings, queries, learnt)
+        further |= facts
+        if any(not isinstance(step, Reordering) for step in settings.steps):
+            ranking = exact_ranking(queries, database, truth, depth)
+    if settings.index is not None:
+        further["exact"] = evaluate(ranking.ranking.positions, truth)
+        ranking, further["recall"] = _from_index(folder, settings.index, queries, database, ranking)
+        outputs += faiss_index.OUTPUTS
+    ranking = _reordered(folder, settings, queries, database, ranking).cut(shown)
+    outputs += [name for name in REFINEMENT_OUTPUTS if (folder / name).exists()]
+    runs.write_array(folder / "queries.npy", plain_queries)
+    runs.write_json(folder / "names.json", {"queries": truth.queries, "database": dataset.database})
+    runs.write_array(folder / "similarities.npy", ranking.similarities)
+    ranking.ranking.save(folder)
+    listed = shortlists.shortlist(ranking.order, truth, top=settings.top)
+    shortlists.write_shortlist(
+        folder / "shortlist.txt", listed, queries=truth.queries, database=dataset.database
+    )
+    runs.write_json(folder / "failures.json", failures)
+    document = scores_document(
+        evaluate(ranking.ranking.positions, truth),
+        protocol={
+            **protocol,
+            "dataset": dataset.name,
+            "reranked": False,
+            "distractors": len(database) - len(truth.database),
+        },
+        parameters=stage.settings["parameters"],
+        inputs=stage.settings["inputs"],
+        failed=len(failures),
+        ground_truth=truth,
+        further=further,
+    )
+    runs.write_json(folder / "scores.json", document)
+    return outputs
+
+
+def exact_ranking(
+    queries: np.ndarray, database: np.ndarray, truth: GroundTruth, depth: int
+) -> ScoredRanking:
+    """Ranks a database (N, D) for queries (Q, D): the first `depth`, and every labelled image."""
+    similarities, ranks = exact_search.search(queries, database, k=depth)
+    positions = exact_ranks.labelled_positions(queries, database, labelled(truth))
+    return ScoredRanking(similarities, Ranking(ranks, positions))
+
+
+def _from_index(
+    folder: Path, text: str, queries: np.ndarray, database: np.ndarray, exact: ScoredRanking
+) -> tuple[ScoredRanking, dict[str, Any]]:
+    """The ranking that begins with what an index finds, and the index's recall."""
+    faiss_index.build(folder, database, text)
+    index = faiss_index.read(folder, database, text)
+    similarities, ranks, unanswered = faiss_index.find(index, queries, k=len(exact.order))
+    positions = faiss_index.positions_behind(
+        exact.ranking.positions, similarities, ranks, queries, database
+    )
+    recall = faiss_index.recall(ranks, exact.order) | {"searched exactly": unanswered}
+    return ScoredRanking(similarities, Ranking(ranks, positions)), recall
+
+
+def _write_plain(folder: Path, ranking: ScoredRanking) -> list[str]:
+    runs.write_array(folder / f"similarities_{PLAIN}.npy", ranking.similarities)
+    return [f"similarities_{PLAIN}.npy", *ranking.ranking.save(folder, PLAIN)]
+
+
+def _refined_descriptors(
+    folder: Path, settings: GlobalSettings, queries: np.ndarray, learnt: Learnt | None
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Applies whitening, augmentation and expansion; returns queries, database and facts.
+
+    An interrupted stage keeps a refined database that is whole.
+    """
+    facts: dict[str, Any] = {}
+    file = folder / "database.npy"
+    steps = [step for step in settings.steps if not isinstance(step, Reordering)]
+    changed = [step for step in steps if not isinstance(step, Expansion)]
+    refined = folder / REFINED.format("database")
+    for step in steps:
+        target = refined if changed and step is changed[-1] else folder / "whitened_database.npy"
+        if isinstance(step, Expansion):
+            queries = refine.expand_queries(
+                queries, map_array(file), neighbours=step.neighbours, alpha=step.alpha
+            )
+        elif isinstance(step, Augmentation):
+            if not target.exists():
+                database = map_array(file)
+                find = _neighbour_search(folder, settings, database)
+                blocks = refine.augmented_blocks(
+                    database, find, neighbours=step.neighbours, alpha=step.alpha
+                )
+                write_rows(target, database.shape, blocks)
+            file = target
+        else:
+            if learnt is None:
+                raise RefinementError(f"{step.NAME} is learnt from other images: none were given")
+            whitening = learnt.whitening
+            whitening.save(folder / WHITENING)
+            facts["whitening"] = learnt.facts
+            queries = whitening.apply(queries)
+            if not target.exists() and not refined.exists():
+                database = map_array(file)
+                shape = (len(database), whitening.projection.shape[1])
+                write_rows(target, shape, refine.whitened_blocks(database, whitening))
+            file = target
+    (folder / "whitened_database.npy").unlink(missing_ok=True)
+    if steps:
+        runs.write_array(folder / REFINED.format("queries"), queries)
+    return queries, map_array(file), facts
+
+
+def write_rows(path: Path, shape: tuple[int, int], blocks: Iterable[np.ndarray]) -> None:
+    """Writes blocks of float32 rows as one `.npy` of this shape, atomically."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": tuple(shape)}
+    with runs.atomic(path) as temporary, open(temporary, "wb") as handle:
+        np.lib.format.write_array_header_1_0(handle, header)
+        for block in blocks:
+            handle.write(np.ascontiguousarray(block, "<f4").data)
+
+
+def _neighbour_search(
+    folder: Path, settings: GlobalSettings, database: np.ndarray
+) -> NeighbourSearch:
+    """Exact search up to MOST_EXACT images, the setting's index beyond."""
+    if len(database) <= MOST_EXACT:
+        return refine.exact_neighbours(database)
+    temporary = folder / "neighbours"
+    faiss_index.build(temporary, database, settings.index)
+    index = faiss_index.read(temporary, database, settings.index)
+    shutil.rmtree(temporary)  # it stays mapped
+
+    def find(queries: np.ndarray, k: int) -> Hits:
+        """Searches the index, and ranks what it proposes exactly."""
+        similarities, images, _ = faiss_index.find(index, queries, k=k)
+        return similarities.T, images.T
+
+    return find
+
+
+def _reordered(
+    folder: Path,
+    settings: GlobalSettings,
+    queries: np.ndarray,
+    database: np.ndarray,
+    ranking: ScoredRanking,
+) -> ScoredRanking:
+    """Applies the steps that put the first images in another order."""
+    for step in settings.steps:
+        if not isinstance(step, Reordering):
+            continue
+        order = ranking.order[: step.depth]
+        if isinstance(step, SuperGlobal):
+            scores = reorder.superglobal(
+                queries, database, order, neighbours=step.neighbours, beta=step.beta
+            )
+        elif isinstance(step, KReciprocal):
+            scores = reorder.k_reciprocal(
+                queries, database, order, k1=step.k1, k2=step.k2, weight=step.weight
+            )
+        else:
+            scores = reorder.diffusion(
+                ranking.similarities[: step.depth],
+                order,
+                _graph(folder, settings, step, database),
+                seeds=step.seeds,
+                gamma=step.gamma,
+                alpha=step.alpha,
+            )
+        ranking = ranking.reordered(scores)
+    return ranking
+
+
+def _graph(folder: Path, settings: GlobalSettings, step: Diffusion, database: np.ndarray) -> Hits:
+    """The stored graph of the database; made where an interrupted stage has none."""
+    files = [folder / name for name in GRAPH]
+    if not all(file.exists() for file in files):
+        find = _neighbour_search(folder, settings, database)
+        graph = refine.neighbour_graph(database, find, neighbours=step.neighbours)
+        for file, array in zip(files, graph, strict=True):
+            runs.write_array(file, array)
+    return map_array(files[0]), map_array(files[1])
