@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import cv2
+import h5py
 import numpy as np
 import pytest
 
@@ -185,6 +186,34 @@ def test_neighbours_from_an_index_where_exact_search_is_too_slow(larger, tmp_pat
     assert contents(folder) == contents(exact)  # a flat index is exact
     assert {"plain", "exact", "recall"} < set(scores)
     assert not (folder / "neighbours").exists()
+
+
+def test_a_chain_is_tried_on_a_finished_stage(larger, tmp_path):
+    """The scores of the stage with that chain, and nothing is written."""
+    dataset, _, _ = larger
+    plain, scores = rank_larger(larger, tmp_path / "plain")
+    before = contents(plain)
+    assert rank.try_refinement(plain, dataset, [])["hard"]["map"] == scores["hard"]["map"]
+    chain = ("augmentation neighbours=3", "expansion", "k_reciprocal k1=5")
+    tried = rank.try_refinement(plain, dataset, chain)
+    _, scores = rank_larger(larger, tmp_path / "run", *chain)
+    assert tried["medium"]["ap"].tolist() == scores["medium"]["ap"]
+    assert contents(plain) == before
+    with pytest.raises(RefinementError, match="the stage alone does that"):
+        rank.try_refinement(plain, dataset, ["whitening"])
+
+
+def test_a_set_of_descriptors_in_hdf5(larger, tmp_path):
+    rows, names = np.load(larger[2]), [f"other{i}" for i in range(300)]
+    with h5py.File(tmp_path / "o.h5", "w") as file:
+        for name, row in zip(names, rows, strict=True):
+            file[f"{name}.jpg/global_descriptor"] = row
+    folder, _ = rank_larger(larger, tmp_path / "run", "whitening", learnt=tmp_path / "o.h5")
+    other, _ = rank_larger(larger, tmp_path / "other", "whitening", learnt=larger[2])
+    first, second = (np.load(f / "refined_database.npy") for f in (folder, other))
+    np.testing.assert_allclose(np.abs(first @ first.T), np.abs(second @ second.T), atol=1e-4)
+    with pytest.raises(FileNotFoundError, match="there are no descriptors"):
+        open_refine_set(tmp_path, GlobalSettings(refine=("whitening",)), tmp_path / "no.h5", None)
 
 
 # Refusals

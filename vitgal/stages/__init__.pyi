@@ -50,6 +50,7 @@ from .presence import (
     known_presence as known_presence,
     presence_key as presence_key,
 )
+from .rank import try_refinement as try_refinement
 from .ray_describer import RayDescriber as RayDescriber, open_describer as open_describer
 from .refine_set import RefineSet as RefineSet, open_refine_set as open_refine_set
 from .rerank import (

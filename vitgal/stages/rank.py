@@ -1,6 +1,7 @@
 """The ranking side of the global stage: search, refinement, scores, and their files."""
 
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ RANKING_OUTPUTS = (
 )
 GRAPH = ("graph_similarities.npy", "graph_images.npy")
 WHITENING, REFINED = "whitening.npz", "refined_{}.npy"
+WHITENED = "whitened_database.npy"  # until it is augmented
 REFINEMENT_OUTPUTS = (WHITENING, REFINED.format("database"), REFINED.format("queries"), *GRAPH)
 
 
@@ -104,7 +106,7 @@ def write_rankings(
     if settings.steps:
         outputs += _write_plain(folder, ranking.cut(shown))
         further["plain"] = evaluate(ranking.ranking.positions, truth)
-        queries, database, facts = _refined_descriptors(folder, settings, queries, learnt)
+        queries, database, facts = _refined_descriptors(folder, settings, queries, database, learnt)
         further |= facts
         if any(not isinstance(step, Reordering) for step in settings.steps):
             ranking = exact_ranking(queries, database, truth, depth)
@@ -141,6 +143,37 @@ def write_rankings(
     return outputs
 
 
+def try_refinement(
+    folder: Path, dataset: RetrievalDataset, chain: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Scores a finished global stage's descriptors under another refinement; writes nothing.
+
+    For the choice of a chain on a validation set: no photograph is described again.
+
+    Args:
+        folder: of the stage, with database.npy and queries.npy.
+        chain: steps as in `refine`, without a whitening, which is learnt by the stage alone.
+    Returns:
+        The result of `evaluate`.
+    Raises:
+        SettingsError: a chain that makes no sense.  RefinementError: a whitening, or a step that
+            does not fit the number of images.
+    """
+    settings = GlobalSettings(refine=tuple(chain))
+    queries, database = (
+        map_array(Path(folder) / f"{name}.npy") for name in ("queries", "database")
+    )
+    check_refinement(settings, database.shape[1], len(database))
+    with tempfile.TemporaryDirectory() as scratch:
+        refined, rows, _ = _refined_descriptors(
+            Path(scratch), settings, np.asarray(queries), database, None
+        )
+        depth = max([1, *(step.depth for step in settings.steps if isinstance(step, Reordering))])
+        ranking = exact_ranking(refined, rows, dataset.ground_truth, depth)
+        ranking = _reordered(Path(scratch), settings, refined, rows, ranking)
+    return evaluate(ranking.ranking.positions, dataset.ground_truth)
+
+
 def exact_ranking(
     queries: np.ndarray, database: np.ndarray, truth: GroundTruth, depth: int
 ) -> ScoredRanking:
@@ -170,48 +203,50 @@ def _write_plain(folder: Path, ranking: ScoredRanking) -> list[str]:
 
 
 def _refined_descriptors(
-    folder: Path, settings: GlobalSettings, queries: np.ndarray, learnt: Learnt | None
+    folder: Path,
+    settings: GlobalSettings,
+    queries: np.ndarray,
+    database: np.ndarray,
+    learnt: Learnt | None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Applies whitening, augmentation and expansion; returns queries, database and facts.
 
-    An interrupted stage keeps a refined database that is whole.
+    The refined database is a file in the folder; one that an interrupted stage left is whole.
     """
     facts: dict[str, Any] = {}
-    file = folder / "database.npy"
     steps = [step for step in settings.steps if not isinstance(step, Reordering)]
-    changed = [step for step in steps if not isinstance(step, Expansion)]
+    changing = [step for step in steps if not isinstance(step, Expansion)]
     refined = folder / REFINED.format("database")
     for step in steps:
-        target = refined if changed and step is changed[-1] else folder / "whitened_database.npy"
         if isinstance(step, Expansion):
-            queries = refine.expand_queries(
-                queries, map_array(file), neighbours=step.neighbours, alpha=step.alpha
-            )
-        elif isinstance(step, Augmentation):
+            options = {"neighbours": step.neighbours, "alpha": step.alpha}
+            queries = refine.expand_queries(queries, database, **options)
+            continue
+        target = refined if step is changing[-1] else folder / WHITENED
+        if isinstance(step, Augmentation):
             if not target.exists():
-                database = map_array(file)
                 find = _neighbour_search(folder, settings, database)
-                blocks = refine.augmented_blocks(
-                    database, find, neighbours=step.neighbours, alpha=step.alpha
-                )
+                options = {"neighbours": step.neighbours, "alpha": step.alpha}
+                blocks = refine.augmented_blocks(database, find, **options)
                 write_rows(target, database.shape, blocks)
-            file = target
         else:
             if learnt is None:
-                raise RefinementError(f"{step.NAME} is learnt from other images: none were given")
-            whitening = learnt.whitening
-            whitening.save(folder / WHITENING)
+                raise RefinementError(
+                    f"{step.NAME} is learnt from other images, and the stage alone does that"
+                )
+            learnt.whitening.save(folder / WHITENING)
             facts["whitening"] = learnt.facts
-            queries = whitening.apply(queries)
-            if not target.exists() and not refined.exists():
-                database = map_array(file)
-                shape = (len(database), whitening.projection.shape[1])
-                write_rows(target, shape, refine.whitened_blocks(database, whitening))
-            file = target
-    (folder / "whitened_database.npy").unlink(missing_ok=True)
+            queries = learnt.whitening.apply(queries)
+            if refined.exists():  # whole, with all later steps
+                target = refined
+            elif not target.exists():
+                shape = (len(database), learnt.whitening.projection.shape[1])
+                write_rows(target, shape, refine.whitened_blocks(database, learnt.whitening))
+        database = map_array(target)
+    (folder / WHITENED).unlink(missing_ok=True)
     if steps:
         runs.write_array(folder / REFINED.format("queries"), queries)
-    return queries, map_array(file), facts
+    return queries, database, facts
 
 
 def write_rows(path: Path, shape: tuple[int, int], blocks: Iterable[np.ndarray]) -> None:
