@@ -125,7 +125,7 @@ def test_what_a_model_says_of_itself(vit):
     eva = outline("timm:eva02_tiny_patch14_224")
     models = (vit, build_model(CONV, seed=0), build_model("xcit_nano_12_p16_224", seed=0), eva)
     assert [model.patch for model in models] == [16, 32, 16, 14]
-    assert [model.multiple for model in models] == [16, 16, 16, 14]
+    assert [model.multiple for model in models] == [16, 32, 16, 14]
     images = [np.full((50, 80, 3), value, np.uint8) for value in (10, 200)]
     assert extract_global(vit, images, size=64).shape == (2, 64)
 

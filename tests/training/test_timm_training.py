@@ -122,6 +122,10 @@ def test_another_architecture_is_another_run(run, images):
             {"architecture": "timm:mixer_s32_224", "image_size": 64},
             "image_size: mixer_s32_224 takes no images of 64 x 64 pixels.* made for 224 x 224",
         ),
+        (
+            {"architecture": "timm:coat_tiny", "image_size": 224},
+            "the last output of coat_tiny has no spatial tokens",
+        ),
         ({"initial_weights": "none.safetensors"}, "none.safetensors"),
     ],
 )

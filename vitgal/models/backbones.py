@@ -196,6 +196,8 @@ class Backbone(nn.Module):
         self, last: Tensor, spatial: Tensor, recorder: "_AttentionRecorder"
     ) -> BackboneFeatures:
         """Features of the network's last output: tokens, or a map with channels first or last."""
+        if not isinstance(last, Tensor):
+            raise self._without_tokens()
         if last.ndim == 4:
             if getattr(self.network, "output_fmt", "NCHW") == "NHWC":
                 last = last.permute(0, 3, 1, 2)
@@ -205,13 +207,16 @@ class Backbone(nn.Module):
         grid = tuple(spatial.shape[-2:])
         count = grid[0] * grid[1]
         if last.ndim != 3 or last.shape[1] < count:
-            raise NetworkError(
-                f"the last output of {self.name} has no spatial tokens; take a named block: "
-                + ", ".join(self.blocks)
-            )
+            raise self._without_tokens()
         class_token = last[:, 0] if self.has_class_token else None
         return BackboneFeatures(
             grid, last[:, last.shape[1] - count :], class_token, recorder.attention(count)
+        )
+
+    def _without_tokens(self) -> NetworkError:
+        return NetworkError(
+            f"the last output of {self.name} has no spatial tokens; take a named block: "
+            + ", ".join(self.blocks)
         )
 
     def pooled(self, images: Tensor) -> Tensor:

@@ -256,7 +256,7 @@ class ViTGaL(nn.Module):
     @property
     def multiple(self) -> int:
         """Of which the sides of images for local features are multiples."""
-        return self.backbone.trunk.multiple if self.on_timm else PATCH
+        return self.patch
 
     @property
     def trunk(self) -> list[nn.Module]:
