@@ -105,7 +105,9 @@ def orders(rng: np.random.Generator) -> None:
     sizes = [len(values) for values in ORDERS.values()]
     slow, wanted = timed(lambda: np.reshape([point(at) for at in np.ndindex(*sizes)], sizes))
     fast, ap = timed(lambda: query_ap(count, similarities, relevant, none, ORDERS, current))
-    print(f"a query, {ap.size} points: plain {slow:.2f} s, ours {fast:.3f} s,", end=" ")
+    print(
+        f"a query, {ap.size} points: plain {1e3 * slow:.0f} ms, ours {1e3 * fast:.2f} ms,", end=" "
+    )
     print(f"{slow / fast:.0f} times; greatest difference {np.abs(ap - wanted).max():.0e}")
 
 

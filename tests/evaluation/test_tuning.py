@@ -224,12 +224,12 @@ def test_figure_shows_what_was_found(described):
     assert sum(line.get_linewidth() < 1 and len(line.get_xdata()) > 2 for line in curve.lines) == 2
     assert curve.get_xscale() == "log"
     assert (drawn["chosen"].get_xdata()[0], drawn["current"].get_xdata()[0]) == (3, 2)
-    assert [text.get_text() for text in curve.texts] == ["not reranked 41.7"]
+    assert drawn["not reranked: 41.7"].get_ydata()[0] == pytest.approx(500 / 12)
     # Rows: distances 0.7 and 1.0; columns: thresholds. Three candidates, as chosen.
     assert [text.get_text() for text in thresholds.texts] == ["100.0", "100.0", "41.7", "41.7"]
     assert thresholds.get_title("left") == "mAP (%); white: not reranked, 41.7"
     below = curve.figure.get_supxlabel()
-    assert below == "Reranking hurts at no number of candidates and no landmark."
+    assert below == tuning.HARMLESS
     plt.close("all")
 
 
@@ -427,7 +427,7 @@ def test_harm_is_told_where_there_is_any():
 def test_fewer_queries_are_drawn_by_seed(described):
     draws = [
         runs.read_json(tune(described, max_queries=1, seed=seed, overwrite=True) / "tuning.json")
-        for seed in (0, 0, 1, 2, 3, 4, 5)
+        for seed in (0, 0, 6)
     ]
     queries = [draw["queries"] for draw in draws]
     assert all(len(single) == 1 for single in queries)

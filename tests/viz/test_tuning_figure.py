@@ -26,7 +26,7 @@ def test_means_are_over_queries_that_count():
     curve, thresholds = tuning_figure(tuning)
     lines = {line.get_label(): line for line in curve.lines}
     assert lines["reranked"].get_ydata().tolist() == pytest.approx([60])
-    assert [text.get_text() for text in curve.texts] == ["not reranked 20.0"]
+    assert lines["not reranked: 20.0"].get_ydata() == pytest.approx([20, 20])
     assert [text.get_text() for text in thresholds.texts] == ["30.0", "60.0"]
     chosen, current = thresholds.patches[1], thresholds.patches[0]
     assert (chosen.get_xy(), current.get_xy()) == ((-0.5, 0.5), (-0.5, -0.5))
@@ -58,6 +58,22 @@ def test_orders_have_a_curve_each_and_other_settings_a_mark():
     ]
     marks = [line.get_xdata()[0] for line in others.lines if line.get_marker() == "o"]
     assert marks == pytest.approx([50, 90, 50, 90, 50, 90])
+
+
+def test_an_order_that_is_not_chosen_is_drawn_with_its_best_weight():
+    grid = {"max_distance": [0.9], "threshold": [8.0], "order": ["inliers", "fused"]}
+    grid |= {"fused_weight": [0.01, 0.02, 0.04], "top": [5, 50]}
+    ap = np.full((1, 1, 2, 3, 2, 2), 0.5)
+    ap[0, 0, 0, :, 0] = 0.9  # chosen: by count, five candidates
+    ap[0, 0, 1, 1] = [[0.8] * 2, [0.7] * 2]
+    tuning = Tuning(grid, ap, (0, 0, 0, 0, 0), (0, 0, 0, 0, 1), np.full(2, 0.5), np.arange(2))
+    curve, _, others = tuning_figure(tuning)
+    lines = {line.get_label(): line.get_ydata() for line in curve.lines}
+    assert lines["by similarity and count"] == pytest.approx([80, 70])
+    labels = [label.get_text() for label in others.get_yticklabels()]
+    assert labels == ["order inliers", "order fused"]  # weights change nothing by count
+    marks = [line.get_xdata()[0] for line in others.lines if line.get_marker() == "o"]
+    assert marks == pytest.approx([90, 80])
 
 
 def test_no_query_counts():

@@ -47,10 +47,12 @@ def bootstrap_interval(
     # scipy.stats.bootstrap draws no clusters, and rounds the percentiles differently.
     generator = np.random.default_rng(seed)
     means, step = np.empty(samples), max(1, DRAWS // sums.size)
+    equal = (sizes == sizes[0]).all()  # then every draw has as many queries
     for start in range(0, samples, step):
         size = (min(step, samples - start), sums.size)
         drawn = generator.integers(0, sums.size, size, np.int32)
-        means[start : start + step] = sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)
+        counts = sizes.sum() if equal else sizes[drawn].sum(axis=1)
+        means[start : start + step] = sums[drawn].sum(axis=1) / counts
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 

@@ -32,6 +32,7 @@ RECORD = {
     "groups": [INT32],
 }
 
+HARMLESS = "With the chosen values reranking hurts at no number of candidates and on no landmark."
 ROUNDING = 1e-9  # differences of mAP below it are none
 
 Grid = dict[str, list[Any]]  # setting -> its values, in the order of NAMES
@@ -195,6 +196,16 @@ class Tuning:
         index = tuple(slice(None) if name in names else at[name] for name in self.grid)
         return self.ap[index]
 
+    def with_order(self, index: int) -> dict[str, int]:
+        """Returns what fixes an order for `curve`: its index, and its best weights, by index."""
+        weights = [name for name in self.grid if name.startswith("fused_")]
+        fixed = {"order": index}
+        if weights and self.grid["order"][index] == "fused":
+            scored = ~np.isnan(self.before)
+            best = best_point(self.curve(*weights, **fixed)[..., scored])
+            fixed |= dict(zip(weights, best, strict=True))
+        return fixed
+
     @property
     def held_out(self) -> np.ndarray:
         """(Q,) AP of each query at the best point for the queries of other landmarks.
@@ -257,4 +268,4 @@ class Tuning:
                 f"The chosen values lose on {lost} of {len(means)} landmarks, by "
                 f"{-means.min():.1f} points at most."
             )
-        return " ".join(sentences) or "Reranking hurts at no number of candidates and no landmark."
+        return " ".join(sentences) or HARMLESS

@@ -22,8 +22,9 @@ def tuning_figure(tuning: Tuning) -> np.ndarray:
     """Draws mAP over the number of candidates, over distance and threshold, and over all else.
 
     Each panel keeps the other settings as chosen. The first has a thin line for each landmark and,
-    where several orders were tried, a line for each; the level without reranking is named. Below
-    stands where reranking hurts. Returns the axes, shape (2,), or (3,) where more was tried.
+    where several orders were tried, a line for each, a fused one with its best weights; the level
+    without reranking is named. Below stands where reranking hurts. Returns the axes, shape (2,), or
+    (3,) where more was tried.
     """
     others = [name for name in tuning.values(tuning.chosen) if name not in ALWAYS]
     widths = [4, 3, 3] if others else [4, 3]
@@ -51,23 +52,13 @@ def _draw_tops(axes: Axes, tuning: Tuning) -> None:
     axes.plot([], [], color=INK, alpha=0.35, linewidth=0.7, label="one landmark")
     orders = tuning.grid.get("order", [None])
     for index, order in enumerate(orders):
-        fixed = {} if order is None else {"order": index}
+        fixed = {} if order is None else tuning.with_order(index)
         label = {None: "reranked", "inliers": "by count"}.get(order, "by similarity and count")
         style = f"o{LINE_STYLES[index]}"
         curve = _percent(tuning.curve("top", **fixed))
         axes.plot(tops, curve, style, color=CURVE_COLOURS[index], markersize=4, label=label)
     level = _percent(tuning.before)
-    axes.axhline(level, color=INK, linewidth=1.0, linestyle=":")
-    axes.annotate(
-        f"not reranked {level:.1f}",
-        (1, level),
-        (-2, 2),
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        ha="right",
-        fontsize=8,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
-    )
+    axes.axhline(level, color=INK, linestyle=":", label=f"not reranked: {level:.1f}")
     for label, point, style in (("current", tuning.current, "--"), ("chosen", tuning.chosen, "-")):
         top = tuning.values(point)["top"]
         axes.axvline(top, color=CURVE_COLOURS[3], linewidth=1.2, linestyle=style, label=label)
@@ -76,7 +67,7 @@ def _draw_tops(axes: Axes, tuning: Tuning) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="top", ylabel="mAP (%)")
     axes.grid(axis="y")
-    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=5)
+    axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=6)
 
 
 def _draw_thresholds(axes: Axes, tuning: Tuning) -> None:
@@ -106,9 +97,9 @@ def _draw_others(axes: Axes, tuning: Tuning, names: list[str]) -> None:
     labels, position = [], 0.0
     for name in names:
         chosen = tuning.chosen[list(tuning.grid).index(name)]
-        for index, (value, mean) in enumerate(
-            zip(tuning.grid[name], _percent(tuning.curve(name)), strict=True)
-        ):
+        for index, value in enumerate(tuning.grid[name]):
+            fixed = tuning.with_order(index) if name == "order" else {name: index}
+            mean = _percent(tuning.curve(**fixed))
             face = CURVE_COLOURS[0] if index == chosen else "white"
             axes.plot(mean, position, "o", color=CURVE_COLOURS[0], markerfacecolor=face)
             labels.append((position, f"{name} {value}"))
