@@ -1,5 +1,7 @@
 """Training that is killed, told to end or meets what is broken: it says so and goes on exactly."""
 
+import itertools
+import json
 import multiprocessing
 import os
 import resource
@@ -35,6 +37,7 @@ from vitgal import runs
 from vitgal.app import pipeline, train_command
 from vitgal.data import splits
 from vitgal.settings import MachineSettings
+from vitgal.stages import train
 from vitgal.training import checkpoints, errors, loop, memory, networks, processes, samples
 
 # Every option that holds a state of its own or draws at random, and a state after each step.
@@ -332,7 +335,62 @@ def test_a_worker_that_dies_during_a_step_is_reported(images, run, monkeypatch):
         fit(run, images)
 
 
-# The disk
+# The disk and the clock
+
+
+@pytest.mark.slow
+def test_a_slow_disk_and_a_clock_that_jumps_change_nothing(images, run, tmp_path, monkeypatch):
+    uninterrupted = fit(split(tmp_path / "other", images), images)
+    read, hours = samples.TrainingImages.read, itertools.count(start=500_000, step=-1)
+
+    def late(self, index):
+        time.sleep(0.02)  # at each open
+        return read(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(samples.TrainingImages, "read", late)
+        patch.setattr(time, "time", lambda: 3600.0 * next(hours))  # an hour back at each look
+        folder = fit(run, images, machine=replace(MACHINE, data_workers=1))
+    for name in ("model.safetensors", "state/best.safetensors"):
+        assert (folder / name).read_bytes() == (uninterrupted / name).read_bytes(), name
+    assert rows(folder) == rows(uninterrupted)
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert all(row["images_per_second"] > 0 <= row["hours_left"] for row in log)
+
+
+@pytest.mark.slow
+def test_a_torn_log_of_tomorrow_is_written_anew(images, run, tmp_path):
+    uninterrupted = fit(split(tmp_path / "other", images), images)
+    state = interrupted(run, images)
+    log = run / "retrieval" / "log.jsonl"
+    whole = log.read_text()
+    log.write_text(whole + '{"epoch": 1, "st')
+    assert len(checkpoints.read_rows(log)) == whole.count("\n") == 1
+    tomorrow = time.time() + 86_400
+    for path in (log, state):
+        os.utime(path, (tomorrow, tomorrow))
+    folder = fit(run, images)
+    assert rows(folder) == rows(uninterrupted)
+    assert (folder / "model.safetensors").read_bytes() == (
+        uninterrupted / "model.safetensors"
+    ).read_bytes()
+
+
+def test_the_rows_of_a_torn_log(tmp_path):
+    log = tmp_path / "log.jsonl"
+    for text, count in [("", 0), ('{"st', 0), ('{"step": 1}\n', 1), ('{"step": 1}\n{"step"', 1)]:
+        log.write_text(text)
+        assert len(checkpoints.read_rows(log)) == count
+    log.write_bytes(b'{"step": 7}\n{"name": "caf\xc3')  # inside a letter
+    assert checkpoints.read_rows(log)["step"].tolist() == [7]
+
+
+def test_a_finished_run_s_damaged_log_is_named(images, run):
+    folder = fit(run, images)
+    log = folder / "log.jsonl"
+    log.write_text(log.read_text()[:-20])
+    with pytest.raises(runs.StageError, match=r"log\.jsonl is damaged .*overwrite: true"):
+        train.read_log(folder)
 
 
 def full_disk(run: Path, images: Path, step: int, size: int, said: str) -> None:

@@ -13,6 +13,7 @@ import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
+from torch.distributed.elastic.multiprocessing import PContext
 from torch.multiprocessing import ProcessContext
 
 from tests.training_runs import (
@@ -244,6 +245,26 @@ def test_a_silent_process_ends_the_run(images, run, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_stopped_process_ends_the_run_and_holds_no_lock(images, run, monkeypatch):
+    step, close = loop.Trainer.run_step, PContext.close
+
+    def stopped(self, batches):
+        if self.accelerator.process_index == 1 and self.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return step(self, batches)
+
+    # The launcher asks it to end, which it cannot hear, and kills it half a minute later.
+    monkeypatch.setattr(PContext, "close", lambda self, *_, **__: close(self, timeout=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Trainer, "run_step", stopped)
+        with pytest.raises(errors.TrainingError) as error:
+            fit(run, images, FOUR, replace(TWO, timeout_minutes=0.1))
+    assert not isinstance(error.value, errors.Preempted)  # status 1: it would stand still again
+    assert "another process was silent for 0.1 minutes (timeout_minutes)" in str(error.value)
+    assert (fit(run, images, FOUR, TWO) / "stage.json").exists()
+
+
+@pytest.mark.slow
 def test_sigterm_to_the_notebook_reaches_its_processes(images, run, monkeypatch):
     step = loop.Trainer.run_step
 
@@ -359,6 +380,35 @@ def launch_command(run: Path, images: Path, *options: str, **given) -> list[str]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", *options]
     return [*launcher, *arguments(run, images, **given)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("told", "number"),
+    [("os.getppid()", "SIGTERM"), ("os.getppid()", "SIGHUP"), ("os.getpid()", "SIGTERM")],
+)
+def test_vitgal_run_ends_with_75(told, number, images, run, scratch):
+    """A signal to `vitgal run`, or to the notebook's process alone, while it trains."""
+    cell = (
+        "import os, signal, sys\nfrom dataclasses import replace\nfrom pathlib import Path\n"
+        f"sys.path.insert(0, {str(TOP)!r})\n"
+        "from tests.training_runs import MACHINE, SETTINGS, after_step, fit\n"
+        f"after_step(2, lambda: os.kill({told}, signal.{number}))\n"
+        f"fit(Path({str(run)!r}), Path({str(images)!r}), replace(SETTINGS, epochs=9999), MACHINE)"
+    )
+    notebook = scratch("02_train.ipynb", "run_dir: str = 'a'", cell)
+    command = (
+        "import sys; from pathlib import Path; from vitgal.app import command_line, pipeline\n"
+        "pipeline.chain = lambda _: [Path(sys.argv[1])]\n"
+        "sys.exit(command_line.main(['run', sys.argv[2], '--output', sys.argv[3]]))"
+    )
+    params = notebook.with_name("params.yaml")
+    params.write_text("run_dir: a\n")
+    child = started([sys.executable, "-c", command, str(notebook), str(params), str(run)])
+    output = child.communicate()[0]
+    assert child.returncode == pipeline.RESTART, output
+    assert (run / "retrieval" / "state" / "last.pt").exists(), output
+    assert "the state is saved" in output
 
 
 def started(command: list[str], output: Path | None = None) -> subprocess.Popen:

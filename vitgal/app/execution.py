@@ -318,6 +318,7 @@ def _forwarded_sigterm(client: Client, sigterm: threading.Event) -> Iterator[Non
     def forward(*_: object) -> None:
         """Sends the signal to the kernel; raises NotebookError before the kernel has started."""
         sigterm.set()
+        client.shutdown_kernel = "immediate"  # when the cell has ended: schedulers soon kill
         if client.km is None or not client.km.has_kernel:
             raise NotebookError("SIGTERM came before the kernel had started")
         os.kill(client.km.provisioner.pid, signal.SIGTERM)

@@ -141,7 +141,13 @@ def split_inputs(split: Path) -> dict[str, str]:
 def read_log(folder: Path) -> pd.DataFrame:
     """Reads a fit's log.jsonl: a row every 50 steps and at each epoch's end."""
     runs.read_stage(folder, "the notebook that trains it")
-    return pd.read_json(folder / "log.jsonl", lines=True)
+    log = folder / "log.jsonl"
+    try:
+        return pd.read_json(log, lines=True)
+    except ValueError as error:
+        raise runs.StageError(
+            f"{log} is damaged ({error}); set overwrite: true to train again"
+        ) from None
 
 
 def compared(settings: Recipe, machine: MachineSettings) -> dict[str, Any]:

@@ -1,8 +1,16 @@
 """`accelerate launch -m vitgal.training PARAMS.yaml`: see `vitgal.app.train_command`."""
 
+import os
 import sys
 
+from vitgal.app.pipeline import RESTART
 from vitgal.app.train_command import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == RESTART:
+        # Python takes apart torch's modules for seconds, and a scheduler soon kills.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -1,5 +1,6 @@
 """Saved states of a run."""
 
+import io
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from vitgal import runs
@@ -45,6 +47,13 @@ class Progress:
     images: int = 0
     changes: list[dict] = field(default_factory=list)
     skipped: list[dict] = field(default_factory=list)
+
+
+def read_rows(log: Path) -> pd.DataFrame:
+    """Reads a running training's log.jsonl; a last line that is not whole is left out."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    whole = text[: text.rfind("\n") + 1]
+    return pd.read_json(io.StringIO(whole), lines=True) if whole else pd.DataFrame()
 
 
 class Checkpoints:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import socket
 import threading
 import time
@@ -9,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import cv2
-import pandas as pd
 import torch
 from accelerate import notebook_launcher
 from accelerate.state import AcceleratorState, PartialState
@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from vitgal import runs
 from vitgal.models import weights
 from vitgal.settings import MachineSettings
+from vitgal.training.checkpoints import read_rows
 from vitgal.training.errors import Preempted, TrainingError, WorkerLost
 from vitgal.training.fit import Fit
 from vitgal.training.loop import Trainer
@@ -162,6 +163,12 @@ def train(fit: Fit, *, forked: bool = False) -> None:
                 "ended by a signal after another process had died: nothing more was saved; "
                 "start the same again to continue from the last state"
             ) from error
+        if _is_silent_peer(error):
+            raise TrainingError(
+                f"another process was silent for {fit.machine.timeout_minutes:g} minutes "
+                "(timeout_minutes): it stands still or cannot be reached; end it, then start the "
+                f"same again to continue from the last state ({str(error).splitlines()[0][:200]})"
+            ) from error
         raise
     if trainer.accelerator.is_main_process:
         weights.save_model(trainer.result.model, fit.folder / "model.safetensors")
@@ -206,6 +213,11 @@ def _is_lost_peer(error: RuntimeError) -> bool:
     return any(message in str(error) for message in messages)
 
 
+def _is_silent_peer(error: RuntimeError) -> bool:
+    late = re.search("(?i)timed out|timeout", str(error)) is not None
+    return late and not isinstance(error, TrainingError)
+
+
 def _await_launcher() -> None:
     """Waits until the launcher ends this process, after it has reported the lost one."""
     threading.Event().wait(PEER_SECONDS)
@@ -244,7 +256,7 @@ def _watched_log(fit: Fit) -> Iterator[None]:
         """Passes the log if it has changed since `seen`, a time in ns; returns its time."""
         changed = log.stat().st_mtime_ns if log.exists() else None
         if changed != seen:
-            fit.watch(pd.read_json(log, lines=True))
+            fit.watch(read_rows(log))
         return changed
 
     def follow(seen: int | None) -> None:
