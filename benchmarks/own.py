@@ -35,6 +35,7 @@ from vitgal.settings import (
     RerankingSettings,
 )
 from vitgal.stages import own
+from vitgal.stages.model_choice import DEMO_SCALES, DEMO_SIZE, own_models
 from vitgal.stages.own import Describer
 
 RATIO = 0.8
@@ -118,7 +119,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--run", default="demo", help="the run with the model")
     parser.add_argument("--weights")
     parser.add_argument("--top", type=int, default=100)
-    parser.add_argument("--global-size", type=int, default=224)
+    parser.add_argument("--global-size", type=int, default=DEMO_SIZE)
     parser.add_argument("--local-size", type=int, default=320)
     parser.add_argument("--max-distance", type=float, default=0.95)
     return parser.parse_args()
@@ -128,12 +129,16 @@ def main() -> None:
     """Describes, searches and prints the table."""
     options = read_options()
     run = runs.run_folder(options.run)
+    models = own_models(run, options.weights)
+    print(models.reason)
+    demo = GlobalSettings(size=options.global_size, resize="area", scales=DEMO_SCALES)
     describer = Describer(
         run,
-        runs.model_file(run, options.weights),
-        GlobalSettings(size=options.global_size, resize="area", scales=(0.5, 0.7071, 1.0)),
+        models.describing,
+        models.suited(demo),
         LocalSettings(size=options.local_size),
         MachineSettings(threads=1),
+        local_model=models.local,
     )
     folder = link_folders(options.folder, options.distractors, run / "own" / "benchmark")
     start = time.perf_counter()

@@ -62,7 +62,7 @@ def test_a_repeated_default_is_seen():
         "def match(a, max_distance: float = 0.82): pass",
         "def rerank(a, *, top=100): pass",
         "class A:\n    threshold: float = 16.0",
-        "def f(global_size: int = 512): pass",
+        "def f(local_size: int = 512): pass",
     ):
         assert len(repeated(source, defaults)) == 1, source
     for source in (

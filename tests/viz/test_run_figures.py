@@ -81,13 +81,18 @@ def test_queries_that_are_not_there_are_named(capsys):
 
 def test_diagrams_show_the_run_s_own_shapes(failing):
     run, benchmark = failing
-    runs.write_array(run / "tiny" / "global" / "database.npy", np.zeros((4, 8), np.float32))
-    settings = GlobalSettings(size=224)
-    text = [
-        label.get_text()
-        for label in diagrams.global_diagram(run / "tiny" / "global", settings).texts
-    ]
-    assert {"196 × 8", "197 × 8", "1 × 8"} <= set(text)
+    for weights, words in (
+        (None, {"196 × 8", "197 × 8", "1 × 8"}),
+        ("timm:resnet10t@a.pth", {"resnet10t", "1 × 8", "224 × 224 × 3"}),
+    ):
+        settings = GlobalSettings(size=224).compared()
+        with runs.stage(
+            run / "tiny" / "drawn", "global", parameters=settings, inputs={}, overwrite=True
+        ) as stage:
+            runs.write_array(stage.folder / "database.npy", np.zeros((4, 8), np.float32))
+            stage.finish(["database.npy"], {"weights": weights})
+        axes = diagrams.global_diagram(run / "tiny" / "drawn")
+        assert words <= {label.get_text() for label in axes.texts}
     # The first candidate with features is d, which has 3 of the query's 12: all match.
     settings = RerankingSettings(matching=MatchingSettings(max_distance=0.1))
     axes = diagrams.reranking_diagram(benchmark, run / "tiny", 0, settings)

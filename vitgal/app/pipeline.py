@@ -27,7 +27,7 @@ from vitgal.settings.reader import (
     settings_of,
 )
 from vitgal.settings.section import AbsentError, SettingsError, conform
-from vitgal.settings.sections import NOTEBOOKS, all_names, is_path
+from vitgal.settings.sections import NOTEBOOKS, WEIGHTS, all_names, is_path
 
 CHAIN = "0[1-7]_*.ipynb"
 OWN = "08_own_photos.ipynb"  # outside the chain
@@ -173,8 +173,11 @@ def _refuse_absent(values: dict[str, Any]) -> None:
 
     absent = []
     for name, value in sorted(values.items()):
-        if is_path(name) and isinstance(value, str) and not runs.resolve(value).exists():
-            source = sources.source_of(runs.resolve(value))
+        if not is_path(name) or not isinstance(value, str):
+            continue
+        path = runs.weights_path(value) if name in WEIGHTS else value
+        if path is not None and not runs.resolve(path).exists():
+            source = sources.source_of(runs.resolve(path))
             if source:
                 absent.append(f"{name}: {value} is not there; `vitgal download {source}` brings it")
     if absent:

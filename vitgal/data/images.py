@@ -277,7 +277,9 @@ def crop_box(
     return image[y0:y1, x0:x1], (x0, y0, x1, y1)
 
 
-def resized_shape(height: int, width: int, size: int, mode: str) -> tuple[int, int]:
+def resized_shape(
+    height: int, width: int, size: int, mode: str, multiple: int | None = None
+) -> tuple[int, int]:
     """Returns the (height, width) that `resize` gives an image of this height and width."""
     if min(height, width) < 1:
         raise ValueError(f"an image of {width} x {height} pixels is empty")
@@ -288,25 +290,29 @@ def resized_shape(height: int, width: int, size: int, mode: str) -> tuple[int, i
         return size, size
     if mode == "longest":
         # Integers: in floating point the longer side itself can come out one pixel short.
-        return max(1, size * height // longest), max(1, size * width // longest)
+        sides = (size * height // longest, size * width // longest)
+        step = multiple or 1
+        tall, wide = (max(step, side - side % step) for side in sides)
+        return tall, wide
     if mode == "area":
         # In the published order of operations: where the exact side is a multiple of 16, as for
         # 16:9 photographs, the last bit decides whether a row of patches is lost.
         stretch = longest / math.sqrt(height * width)
         sides = (int(size * stretch * side / longest) for side in (height, width))
-        tall, wide = (max(PATCH, side - side % PATCH) for side in sides)
+        step = multiple or PATCH
+        tall, wide = (max(step, side - side % step) for side in sides)
         return tall, wide
     raise ValueError(f"unknown resize mode {mode!r}; choose {', '.join(RESIZE_MODES)}")
 
 
-def resize(image: np.ndarray, size: int, mode: str) -> np.ndarray:
+def resize(image: np.ndarray, size: int, mode: str, multiple: int | None = None) -> np.ndarray:
     """Resizes (H, W, 3) uint8 with bilinear interpolation and no smoothing, as published.
 
     mode: "squash" to size x size, ignoring the aspect (published, global features); "longest"
     scales the longer side to `size` and rounds the other down (published, keep-ratio); "area" keeps
     the aspect at about size x size pixels, both sides multiples of 16 and never below 16
-    (published, local features). Raises ValueError for an empty image, a size below 16 or another
-    mode.
+    (published, local features). `multiple` makes both sides multiples of another number, with
+    "longest" as well. Raises ValueError for an empty image, a size below 16 or another mode.
     """
-    height, width = resized_shape(*image.shape[:2], size, mode)
+    height, width = resized_shape(*image.shape[:2], size, mode, multiple)
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)

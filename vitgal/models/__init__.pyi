@@ -4,7 +4,17 @@ from .backbones import (
     build_backbone as build_backbone,
     open_backbone as open_backbone,
 )
+from .baselines import baseline_network as baseline_network
 from .checkpoint_files import read_checkpoint as read_checkpoint, use_tensors as use_tensors
+from .describers import (
+    Describer as Describer,
+    InputFacts as InputFacts,
+    TimmDescriber as TimmDescriber,
+    generalised_mean as generalised_mean,
+    input_facts as input_facts,
+    open_timm as open_timm,
+    sized as sized,
+)
 from .descriptors import (
     describe as describe,
     extract_global as extract_global,

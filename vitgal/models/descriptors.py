@@ -23,16 +23,17 @@ from vitgal.features.selection import (
     select_tokens,
     suppress,
 )
+from vitgal.models.describers import VITGAL_SIZE, Describer, facts_of
 from vitgal.models.inference import batches, device_of, inference, network_input
 from vitgal.models.network import ViTGaL
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings, SelectionSettings
 
 
 def extract_global(
-    model: ViTGaL,
+    model: Describer,
     images: Sequence[np.ndarray],
     boxes: Sequence[Sequence[float] | None] | None = None,
-    size: int = GlobalSettings.size,
+    size: int | None = VITGAL_SIZE,
     resize: str = GlobalSettings.resize,
     scales: Sequence[float] = GlobalSettings.scales,
     batch_size: int = MachineSettings.batch_size,
@@ -44,7 +45,8 @@ def extract_global(
     Args:
         images: (H, W, 3) uint8 RGB each, of any sizes.
         boxes: per image (x0, y0, x1, y1) in pixels to cut out first (`images.crop_box`), or None.
-        size, resize: pixels and mode, see `images.resize`; "squash" is the published way.
+        size, resize: pixels and mode, see `images.resize`; "squash" is the published way. None is
+            the size that the network was made for.
         scales: of the network input. Several: the mean of the normalised descriptors, renormalised.
         precision: "fp32", "bf16" or "auto".
     Returns:
@@ -54,9 +56,11 @@ def extract_global(
             range, a descriptor that is not finite.
     """
     settings = GlobalSettings(size=size, resize=resize, scales=tuple(scales), precision=precision)
+    facts = facts_of(model)
+    size, multiple = size or facts.size, facts.multiple
     boxes = [None] * len(images) if boxes is None else boxes
     inputs = (
-        (position, resize_image(crop_box(image, box)[0], size, resize))
+        (position, resize_image(crop_box(image, box)[0], size, resize, multiple))
         for position, (image, box) in enumerate(zip(images, boxes, strict=True))
     )
     rows = np.zeros((len(images), model.embed_dim), np.float32)
@@ -67,14 +71,19 @@ def extract_global(
 
 
 def describe(
-    model: ViTGaL, batch: np.ndarray, scales: Sequence[float] = GlobalSettings.scales
+    model: Describer, batch: np.ndarray, scales: Sequence[float] = GlobalSettings.scales
 ) -> np.ndarray:
     """Computes the global descriptors (B, D) of a batch (B, H, W, 3); call it in `inference`."""
     images = network_input(batch, device_of(model))
     total = torch.zeros(len(batch), model.embed_dim, device=images.device)
+    multiple = facts_of(model).multiple
     for scale in scales:
         scaled = images
-        if scale != 1:
+        if scale != 1 and multiple:
+            step = multiple
+            size = [max(step, round(side * scale / step) * step) for side in images.shape[-2:]]
+            scaled = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        elif scale != 1:
             # As published: sides rounded down, no smoothing.
             scaled = F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
         total += F.normalize(model.global_features(scaled).float(), dim=1)

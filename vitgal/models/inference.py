@@ -17,12 +17,14 @@ from torch.overrides import TorchFunctionMode
 from vitgal import runs
 from vitgal.data.images import MEAN, STD
 from vitgal.engines import devices
+from vitgal.models import describers
 from vitgal.models.network import ViTGaL, build_model
+from vitgal.models.timm_networks import NetworkError, TimmSource, check_name
 from vitgal.models.weights import load_model
 from vitgal.settings import PRECISIONS, TRAINING_PRECISIONS, GlobalSettings
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # Linux's names for native bf16 products
-UNTRAINED = "untrained:"
+UNTRAINED = runs.UNTRAINED
 
 
 def resolve_precision(
@@ -64,41 +66,70 @@ def device_of(network: nn.Module) -> torch.device:
     return next(network.parameters()).device
 
 
-def open_model(model: str | Path, device: torch.device | str = "cpu", *, seed: int = 0) -> ViTGaL:
-    """Loads a weight file; builds "untrained:<architecture>" with seeded random weights."""
+def open_model(
+    model: str | Path,
+    device: torch.device | str = "cpu",
+    *,
+    seed: int = 0,
+    pooling: str | None = None,
+) -> ViTGaL | describers.TimmDescriber:
+    """Opens a model for inference.
+
+    Args:
+        model: a weight file of ViTGaL, "timm:NAME" or "timm:NAME@FILE" (`TimmSource`), or
+            "untrained:<architecture>", which is built with random weights drawn from `seed`.
+        pooling: of a timm network, see `TimmDescriber`.
+    Raises:
+        FileNotFoundError, ValueError: see `load_model` and `open_timm`.
+    """
+    if source := TimmSource.parse(model):
+        return describers.open_timm(source, pooling).to(device)
+    if pooling is not None:
+        raise NetworkError("pooling is for networks of timm: set it to null")
     if str(model).startswith(UNTRAINED):
         return build_model(str(model).removeprefix(UNTRAINED), seed=seed).to(device)
     return load_model(model, device)
 
 
 def weights_fingerprint(model: str | Path, *, seed: int = 0) -> str:
-    """Returns the sha256 of the file that `open_model` loads, or architecture and seed."""
+    """Returns the sha256 of the file that `open_model` loads, or a name with what it stands for."""
     weights = weights_input(model, seed=seed)
     return weights if isinstance(weights, str) else weights.fingerprint()
 
 
 def weights_input(model: str | Path, *, seed: int = 0) -> str | runs.Input:
-    """Returns a model's weights as the input of a stage; random ones as architecture and seed.
+    """Returns a model's weights as the input of a stage.
 
-    Raises FileNotFoundError, with the command that downloads the file if there is one.
+    Random weights are named by architecture and seed. A network of timm is its name with the
+    fingerprint of its file, or with that of the tensors that timm's hub gives.
+
+    Raises FileNotFoundError, with the command that downloads the file if there is one, and for a
+    network of timm as `open_timm`.
     """
     if str(model).startswith(UNTRAINED):
         return f"{model}, seed {seed}"
-    if not Path(model).is_file():
+    path, timms = runs.weights_path(model), TimmSource.parse(model)
+    if timms is not None:
+        check_name(timms.name)
+        if path is None:
+            return f"{model}, tensors {describers.fingerprint_hub(timms)}"
+    if not path.is_file():
         from vitgal.data.download import sources  # slow to import, and needed for this error alone
 
-        source = sources.source_of(model)
+        source = sources.source_of(path)
         remedy = (
             f"`vitgal download {source}` brings them"
             if source
             else "train them with 02_train or 03_train_autoencoder, or name a checkpoint"
         )
-        raise FileNotFoundError(f"there are no weights {model}: {remedy}")
-    return runs.file_input(Path(model))
+        raise FileNotFoundError(f"there are no weights {path}: {remedy}")
+    if timms is None:
+        return runs.file_input(path)
+    return runs.combined_input([runs.file_input(path)], lambda file: [timms.name, file])
 
 
 @contextlib.contextmanager
-def inference(model: ViTGaL, precision: str = GlobalSettings.precision) -> Iterator[None]:
+def inference(model: nn.Module, precision: str = GlobalSettings.precision) -> Iterator[None]:
     """Runs the model in eval mode, without gradients, in a precision; restores its mode."""
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")

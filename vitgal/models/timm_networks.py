@@ -25,7 +25,7 @@ from vitgal.features.files import FileError
 from vitgal.models import layouts
 from vitgal.models.checkpoint_files import use_tensors
 
-PREFIX = "timm:"
+PREFIX = runs.TIMM
 PRETRAINED = "pretrained"  # a source of weights: timm's own
 NEAREST = 3  # names in an error
 # efficientnet_pytorch's layer names -> timm's: of the network, then of its two kinds of blocks

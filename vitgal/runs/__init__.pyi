@@ -55,6 +55,8 @@ from .manifest import (
 )
 from .paths import (
     SMALL_WEIGHTS as SMALL_WEIGHTS,
+    TIMM as TIMM,
+    UNTRAINED as UNTRAINED,
     checkout as checkout,
     data_folder as data_folder,
     model_file as model_file,
@@ -62,5 +64,6 @@ from .paths import (
     resolve_source as resolve_source,
     run_folder as run_folder,
     split_source as split_source,
+    weights_path as weights_path,
 )
 from .stage_folder import Stage as Stage, stage as stage

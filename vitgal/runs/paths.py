@@ -6,6 +6,7 @@ from pathlib import Path
 from vitgal.runs.errors import StageError
 from vitgal.runs.manifest import read_stage
 
+TIMM, UNTRAINED = "timm:", "untrained:"  # begin the names of networks, in place of a file's path
 SMALL_WEIGHTS = "weights/vitgal_nano.safetensors"  # made by params/small_weights.yaml
 
 
@@ -31,18 +32,22 @@ def split_source(source: str) -> tuple[str, str]:
     `timm:NAME@FILE` has both, `timm:NAME`, `untrained:NAME` and `pretrained` no file; any other
     text is a file.
     """
-    if source.startswith("timm:") or source.startswith("untrained:") or source == "pretrained":
+    if source.startswith((TIMM, UNTRAINED)) or source == "pretrained":
         name, _, file = source.partition("@")
         return name, file
     return "", source
 
 
-def resolve_source(source: str) -> str | Path:
-    """Returns a source of weights with its file, if it has one, as an absolute path (`resolve`)."""
-    name, file = split_source(source)
+def resolve_source(source: str | os.PathLike, folder: Path | None = None) -> str | Path:
+    """Returns a source of weights with its file, if it has one, as an absolute path.
+
+    A relative one counts from `folder`; None: as `resolve`.
+    """
+    name, file = split_source(str(source))
     if not file:
-        return source
-    return f"{name}@{resolve(file)}" if name else resolve(file)
+        return str(source)
+    path = resolve(file) if folder is None else folder / Path(file).expanduser()
+    return f"{name}@{path}" if name else path
 
 
 def run_folder(run_dir: str | os.PathLike) -> Path:
@@ -61,8 +66,16 @@ def data_folder(run: Path, folder: str | None, part: str = "") -> Path:
     return resolve(folder) if folder is not None else run / "data" / part
 
 
-def model_file(run: Path, weights: str | None) -> Path:
-    """Returns the weight file that a parameter names, or for None the run's complete model.
+def weights_path(source: str | os.PathLike) -> Path | None:
+    """Returns the file of a source of weights; None for a network without one."""
+    _, file = split_source(str(source))
+    return Path(file) if file else None
+
+
+def model_file(run: Path, weights: str | None) -> Path | str:
+    """Returns the model that a parameter names, or for None the run's complete model.
+
+    A parameter is a weight file, "timm:NAME", "timm:NAME@FILE" or "untrained:<architecture>".
 
     A run without training uses the checkout's small model and prints a line about it. Stages that
     used it are refused once the run has a trained model.
@@ -71,7 +84,7 @@ def model_file(run: Path, weights: str | None) -> Path:
         StageError: A training has begun and is not finished, or there is no small model.
     """
     if weights is not None:
-        return resolve(weights)
+        return resolve_source(weights)
     small = resolve(SMALL_WEIGHTS)
     trained = any((run / stage).exists() for stage in ("retrieval", "autoencoder"))
     if not trained and small.is_file():

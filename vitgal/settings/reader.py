@@ -355,9 +355,10 @@ def from_command_line(texts: Mapping[str, str], further: Mapping[str, Any]) -> V
         except SettingsError as error:
             faults.append(f"the command line: {name}: {error}")
             continue
-        if sections.is_path(name) and values[name] is not None:
-            named, file = runs.split_source(text) if name in sections.WEIGHTS else ("", text)
-            path = str(Path.cwd() / Path(file).expanduser())
-            values[name] = f"{named}{'@' if named and file else ''}{path if file else ''}"
+        if values[name] is None or not sections.is_path(name):
+            continue
+        is_model, folder = name in sections.WEIGHTS, Path.cwd()
+        path = runs.resolve_source(text, folder) if is_model else folder / Path(text).expanduser()
+        values[name] = str(path)
     _refuse(faults)
     return Values.of(values, "the command line")

@@ -35,7 +35,7 @@ class RunSettings(Section):
     image_folder: str | None = path("folder of a/b/c/<id>.jpg; None: the run's own training images")
     distractors: str | None = path("folder of further database images (revisitop1m)")
     weights: str | None = path(
-        "model file; None: the run's model, else the small one of the checkout"
+        "model file, or timm:NAME[@FILE]; None: the run's model, else the small one of the checkout"
     )
     descriptors: str | None = path("global descriptors of another system (.npy or .h5)")
     refine_set: str | None = path(
@@ -284,6 +284,7 @@ class AutoencoderSettings(Recipe):
 
 
 RESIZE_MODES = ("squash", "longest", "area")
+POOLINGS = ("class", "gem", "both")
 
 
 @dataclass(frozen=True)
@@ -293,10 +294,30 @@ class GlobalSettings(Section):
     PREFIX: ClassVar[str] = "global_"
     PREFIXED: ClassVar[frozenset[str]] = frozenset({"size", "resize", "scales"})
 
-    size: int = setting(512, "network input; its meaning depends on resize", unit="pixels", low=16)
+    size: int | None = setting(
+        None,
+        "network input; its meaning depends on resize; None: the network's own (ViTGaL: 512)",
+        unit="pixels",
+        published=512,
+        low=16,
+    )
     resize: str = setting("squash", '"longest" and "area" keep the aspect', choices=RESIZE_MODES)
     scales: tuple[float, ...] = setting(
         (1.0,), "of the network input", above=0, high=16, filled=True
+    )
+    multiple: int | None = setting(
+        None,
+        "sides of the network input are multiples of it; None: the network's own",
+        flat="size_multiple",
+        unit="pixels",
+        low=1,
+        later=True,
+    )
+    pooling: str | None = setting(
+        None,
+        "of a timm network: class token, GeM of its tokens, both; None: what it was made for",
+        choices=POOLINGS,
+        later=True,
     )
     crop_queries: bool = setting(True, "describe only the query's box, as in the protocol")
     precision: str = setting("fp32", "of inference", flat="inference_precision", choices=PRECISIONS)
@@ -629,6 +650,9 @@ class ShowSettings(Section):
     save_figures: bool = neutral(False, "write the figures to a folder as well")
     figure_format: str = neutral("pdf", "of saved figures", choices=("pdf", "svg", "png"))
     untrained: str | None = neutral(None, "architecture whose random weights are scored as well")
+    baseline: bool = neutral(
+        False, "score EfficientNet-Lite0 as well, whose weights the extra `baselines` brings"
+    )
     min_train_gain: float | None = neutral(None, "retrieval mAP gained in training")
     max_reconstruction: float | None = neutral(None, "fraction of variance lost")
     min_medium_map: float | None = neutral(None, "Medium mAP")

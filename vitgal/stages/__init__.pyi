@@ -31,6 +31,12 @@ from .inspection import (
     without_scales as without_scales,
 )
 from .local_describer import LocalDescriber as LocalDescriber
+from .model_choice import (
+    OwnModels as OwnModels,
+    model_name as model_name,
+    other_models as other_models,
+    own_models as own_models,
+)
 from .own import (
     Describer as Describer,
     Description as Description,

@@ -14,6 +14,7 @@ from vitgal.data.revisited import RetrievalDataset
 from vitgal.features import store
 from vitgal.features.descriptors import read_descriptors
 from vitgal.features.files import map_array, read_json
+from vitgal.models.describers import sized
 from vitgal.models.inference import weights_input
 from vitgal.retrieval import faiss_index
 from vitgal.retrieval.refine import RefinementError
@@ -60,7 +61,8 @@ def evaluate_global(
     without GPUs one for every `threads` CPUs. Another number of threads changes the last bits.
 
     Args:
-        model: a weight file, or "untrained:<architecture>" for seeded random weights.
+        model: a weight file, "timm:NAME", "timm:NAME@FILE", or "untrained:<architecture>" for
+            seeded random weights.
         folder: the stage's folder below `<run>/<dataset>/`; later notebooks read "global".
         refine_set: photographs that a whitening of `settings.refine` is learnt from.
     Returns:
@@ -75,6 +77,7 @@ def evaluate_global(
         FileNotFoundError, ValueError: the weights are missing or invalid.
     """
     engines.check_engine(machine.engine, machine.ray_address)
+    settings = sized(settings, model)
     learnt_from = _checked_set(settings, dataset, refine_set, "photographs")
     inputs = {"dataset": dataset.as_input, "weights": weights_input(model)}
     with runs.stage(
@@ -182,6 +185,8 @@ def _describe_set(
     """Describes the images that a whitening is learnt from, once for all data sets of a run."""
     parameters = {name: getattr(settings, name) for name in ("size", "resize", "scales")}
     parameters |= {"precision": settings.precision}
+    timms = {name: getattr(settings, name) for name in ("multiple", "pooling")}
+    parameters |= {name: value for name, value in timms.items() if value is not None}
     inputs = {"images": images.as_input, "weights": weights}
     key = runs.fingerprint([parameters, runs.input_fingerprints(inputs)])[:12]
     folder = run / "refine_set" / key

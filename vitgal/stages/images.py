@@ -14,7 +14,6 @@ from vitgal.data.images import ImageError, ReadError, crop_box, read_image, resi
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features import store
 from vitgal.features.selection import Frame
-from vitgal.models.inference import UNTRAINED
 
 AHEAD = 4  # images that each decoding thread may be ahead of the network
 Failure = dict[str, str]  # {"name": key, "reason": why the image cannot be read}
@@ -53,8 +52,10 @@ def query_tasks(dataset: RetrievalDataset, crop: bool) -> list[ImageTask]:
     return [ImageTask(name, path, box, is_query=True) for name, path, box in queries]
 
 
-def load_image(task: ImageTask, size: int, resize_mode: str) -> LoadedImage:
-    """Decodes, crops and resizes an image; `size` and `resize_mode` as `data.images.resize`.
+def load_image(
+    task: ImageTask, size: int, resize_mode: str, multiple: int | None = None
+) -> LoadedImage:
+    """Decodes, crops and resizes an image; the other arguments are those of `data.images.resize`.
 
     Raises ImageError for a damaged file, ValueError for a box that does not fit the image.
     """
@@ -63,7 +64,7 @@ def load_image(task: ImageTask, size: int, resize_mode: str) -> LoadedImage:
         crop, box = crop_box(image, task.box)
     except ValueError as error:
         raise ValueError(f"{task.path}: {error}") from error
-    return LoadedImage(resize(crop, size, resize_mode), (box, image.shape[:2]))
+    return LoadedImage(resize(crop, size, resize_mode, multiple), (box, image.shape[:2]))
 
 
 def prefetch(
@@ -147,8 +148,13 @@ def recorded_paths(
 
 
 def _portable(run: Path, path: Path | str) -> str | None:
-    if str(path).startswith(UNTRAINED):
+    file = runs.weights_path(path)
+    if file is None:
         return str(path)
+    if str(path).startswith(runs.TIMM):
+        network = str(path).partition("@")[0]
+        portable = _portable(run, file)
+        return f"{network}@{file.absolute() if portable is None else portable}"
     path = Path(path).absolute()
     if path.is_relative_to(run.absolute()):
         return None

@@ -16,6 +16,7 @@ from vitgal.data.images import ImageError
 from vitgal.features import store
 from vitgal.features.local import LocalFeatures
 from vitgal.features.selection import Frame
+from vitgal.models.describers import Describer
 from vitgal.models.descriptors import describe, local_features, require_codes
 from vitgal.models.inference import (
     BatchLimit,
@@ -29,7 +30,6 @@ from vitgal.models.inference import (
     resolve_precision,
 )
 from vitgal.models.local_extractors import LocalExtractor, make_extractor
-from vitgal.models.network import ViTGaL
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings
 from vitgal.stages.images import (
     Failure,
@@ -50,7 +50,8 @@ def load_images(
     """Yields each task with its network input or its ImageError, in order."""
     # As published, local features keep the aspect ratio.
     mode = settings.resize if isinstance(settings, GlobalSettings) else "area"
-    load = partial(load_image, size=settings.size, resize_mode=mode)
+    multiple = settings.multiple if isinstance(settings, GlobalSettings) else None
+    load = partial(load_image, size=settings.size, resize_mode=mode, multiple=multiple)
     return prefetch(load, tasks, machine.read_threads)
 
 
@@ -63,7 +64,7 @@ class LocalDescriber:
     place of the network's tokens.
     """
 
-    model: ViTGaL | None
+    model: Describer | None
     settings: StageSettings
     machine: MachineSettings
     precision: str
@@ -196,7 +197,7 @@ def open_local(
 ) -> Iterator[LocalDescriber]:
     """Opens what describes images, with its number of threads.
 
-    source: a weight file, or "untrained:<architecture>"; read for tokens and global descriptors.
+    source: as for `open_model`; read for tokens and global descriptors.
     """
     device = pick_device(machine.device)
     with limited_threads(machine.threads):
@@ -204,6 +205,7 @@ def open_local(
             extractor = make_extractor(settings, device)
             yield LocalDescriber(None, settings, machine, "fp32", extractor=extractor)
             return
-        model = open_model(source, device)
+        pooling = settings.pooling if isinstance(settings, GlobalSettings) else None
+        model = open_model(source, device, pooling=pooling)
         precision = resolve_precision(settings.precision, device)
         yield LocalDescriber(model, settings, machine, precision)

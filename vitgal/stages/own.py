@@ -38,10 +38,9 @@ from vitgal.features.files import read_arrays
 from vitgal.features.interchange import export_hloc
 from vitgal.features.local import LocalFeatures
 from vitgal.features.selection import Frame
-from vitgal.models import inference
+from vitgal.models import describers as networks, inference
 from vitgal.models.descriptors import describe, local_features, require_codes
 from vitgal.models.local_extractors import LocalExtractor, extractor_inputs, make_extractor
-from vitgal.models.network import ViTGaL
 from vitgal.retrieval.evidence import Evidence, weigh
 from vitgal.retrieval.exact_search import search
 from vitgal.retrieval.presence import Presence
@@ -81,9 +80,9 @@ class Describer:
     settings has its own folder, which is never deleted. The descriptors of local features
     are always stored as float16.
 
-    model: a weight file, for local features that are tokens with autoencoder, or
-    "untrained:<architecture>". machine: device and threads of the network; where matching runs.
-    extracted: number of descriptions that were computed, not read.
+    model: as for `open_model`. machine: device and threads of the network; where matching runs.
+    extracted: number of descriptions that were computed, not read. local_model: of local features
+    that are tokens, a weight file with autoencoder; None: `model`.
     """
 
     run: Path
@@ -92,6 +91,12 @@ class Describer:
     local_settings: LocalSettings = LocalSettings()
     machine: MachineSettings = MachineSettings()
     extracted: int = 0
+    local_model: Path | str | None = None
+
+    @functools.cached_property
+    def describing(self) -> GlobalSettings:
+        """The settings of global descriptors, with the network's own size as a number."""
+        return networks.sized(self.global_settings, self.model)
 
     @functools.cached_property
     def parameters(self) -> dict[str, Any]:
@@ -113,12 +118,17 @@ class Describer:
                     options[field.name] = getattr(local, field.name)
             if self._precision(local) != precision:
                 options["precision"] = self._precision(local)
+            if self.local_model not in (None, self.model):
+                options["local_weights"] = inference.weights_fingerprint(self.local_model)
+        for name in ("multiple", "pooling"):
+            if (value := getattr(self.describing, name)) is not None:
+                options[f"global_{name}"] = value
         return runs.plain({
             "format": 1,
             "weights": inference.weights_fingerprint(self.model),
-            "global_size": self.global_settings.size,
-            "global_resize": self.global_settings.resize,
-            "global_scales": self.global_settings.scales,
+            "global_size": self.describing.size,
+            "global_resize": self.describing.resize,
+            "global_scales": self.describing.scales,
             "local_size": local.size,
             "precision": precision,
             "options": options,
@@ -138,11 +148,18 @@ class Describer:
         return folder
 
     @functools.cached_property
-    def network(self) -> ViTGaL:
-        """The model in memory; ValueError where tokens are needed and it has no autoencoder."""
-        network = inference.open_model(self.model, inference.pick_device(self.machine.device))
-        if self.local_settings.own_tokens:
-            require_codes(network)
+    def network(self) -> networks.Describer:
+        """The model of global descriptors in memory."""
+        device = inference.pick_device(self.machine.device)
+        return inference.open_model(self.model, device, pooling=self.global_settings.pooling)
+
+    @functools.cached_property
+    def local_network(self) -> networks.Describer:
+        """The model of local features in memory; ValueError where it has no autoencoder."""
+        network = self.network
+        if self.local_model not in (None, self.model):
+            network = inference.open_model(self.local_model, inference.device_of(network))
+        require_codes(network)
         return network
 
     @functools.cached_property
@@ -191,17 +208,17 @@ class Describer:
 
     def _compute(self, crop: np.ndarray, frame: Frame) -> tuple[np.ndarray, LocalFeatures]:
         """Returns the global descriptor (D,) and the local features of a crop (h, w, 3) uint8."""
-        network, settings, local = self.network, self.global_settings, self.local_settings
-        device = inference.device_of(network)
-        whole = resize(crop, settings.size, settings.resize)[None]
-        with inference.inference(network, self._precision(settings)):
-            (descriptor,) = describe(network, whole, settings.scales)
+        settings, local = self.describing, self.local_settings
+        local_network = self.local_network if local.own_tokens else None
+        whole = resize(crop, settings.size, settings.resize, settings.multiple)[None]
+        with inference.inference(self.network, self._precision(settings)):
+            (descriptor,) = describe(self.network, whole, settings.scales)
         whole = resize(crop, local.size, "area")
-        if not local.own_tokens:
+        if local_network is None:
             return descriptor, self.extractor.extract([whole], [frame])[0]
-        whole = inference.network_input(whole[None], device)
-        with inference.inference(network, self._precision(local)):
-            (features,) = local_features(network, whole, [frame], local)
+        whole = inference.network_input(whole[None], inference.device_of(local_network))
+        with inference.inference(local_network, self._precision(local)):
+            (features,) = local_features(local_network, whole, [frame], local)
         return descriptor, features
 
 

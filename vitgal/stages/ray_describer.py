@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from vitgal import engines
+from vitgal import engines, runs
 from vitgal.features import store
-from vitgal.models.inference import UNTRAINED, resolve_precision
+from vitgal.models.inference import resolve_precision
 from vitgal.settings import MachineSettings
 from vitgal.stages.images import Failure, ImageTask, ShardTask
 from vitgal.stages.local_describer import LocalDescriber, StageSettings, load_images, open_local
@@ -27,8 +27,8 @@ from vitgal.stages.local_describer import LocalDescriber, StageSettings, load_im
 class RayDescriber(LocalDescriber):
     """A LocalDescriber that delegates its work to the actors of a Ray cluster.
 
-    Of its network only the dimensions are used. source: the weight file, by its absolute path, or
-    "untrained:<architecture>".
+    Of its network only the dimensions are used. source: as for `open_model`, its file by its
+    absolute path.
     """
 
     source: str = ""
@@ -90,7 +90,7 @@ def open_describer(
 ) -> Iterator[LocalDescriber]:
     """Opens a model on this machine or on a Ray cluster, by the setting `engine`.
 
-    source: a weight file, or "untrained:<architecture>".
+    source: as for `open_model`.
     """
     if machine.engine == "local":
         with open_local(source, settings, machine) as local:
@@ -107,7 +107,7 @@ def open_describer(
                 precision = engines.call_remotely(partial(resolve_precision, "auto", device), plan)
             settings = replace(settings, precision=precision)
             machine = replace(machine, device=device, threads=machine.threads or 1)
-            path = source if str(source).startswith(UNTRAINED) else Path(source).absolute()
+            path = runs.resolve_source(source, Path.cwd())
             yield RayDescriber(
                 local.model,
                 settings,

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
+from vitgal import runs
 from vitgal.data import revisited
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features.files import map_array
@@ -82,22 +83,32 @@ def _draw_step(axes: Axes, step: Step, left: float, middle: float) -> None:
         line.set(weight=weight, color=colour, ha="center", va="center")
 
 
-def global_diagram(folder: Path, settings: GlobalSettings) -> Axes:
+def global_diagram(folder: Path) -> Axes:
     """Draws the steps from a photograph to a global descriptor and a position in a ranking.
 
     folder: a finished global stage, whose shapes are written into the diagram. Returns the axes.
     """
+    manifest = runs.read_stage(folder, "04_global_evaluation")
+    settings = GlobalSettings.from_manifest(manifest["parameters"])
+    network = manifest["recorded"].get("weights") or ""
     images, dimension = map_array(folder / "database.npy").shape
     size, patches = settings.size, (settings.size // 16) ** 2
     tokens, mean = f"{patches} × {dimension}", f"mean of {len(settings.scales)} scale(s)"
-    steps = [
-        ("photograph", "H × W × 3", "cut to the query's box"),
-        ("network input", f"{size} × {size} × 3", "about; resized, normalised"),
+    inner = [
         ("patches", tokens, "16 × 16 pixels each"),
         ("XCiT, 12 or 24 blocks", tokens, "cross-covariance attention"),
         ("multi-atrous", tokens, "five dilations and the mean"),
         ("class token joins", f"{patches + 1} × {dimension}", "learnt"),
         ("class attention, twice", f"1 × {dimension}", "the token looks at the patches"),
+    ]
+    if network.startswith(runs.TIMM):
+        name = network.removeprefix(runs.TIMM).partition("@")[0]
+        pooling = settings.pooling or "as it was made for"
+        inner = [(name, "a map or tokens", "of timm"), ("pooling", f"1 × {dimension}", pooling)]
+    steps = [
+        ("photograph", "H × W × 3", "cut to the query's box"),
+        ("network input", f"{size} × {size} × 3", "about; resized, normalised"),
+        *inner,
         (mean, f"{dimension}", "each of length 1, and so the mean"),
         ("similarities", f"{images:,}", "inner products with the database"),
         ("ranking", f"{images:,}", "sorted; ties by index"),

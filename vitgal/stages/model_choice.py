@@ -1,0 +1,91 @@
+"""Which networks describe: one's own photographs, and beside a run's model on a benchmark."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vitgal import runs
+from vitgal.models.baselines import INSTALL, baseline_network
+from vitgal.models.timm_networks import TimmSource
+from vitgal.settings import GlobalSettings
+
+BASELINE = "EfficientNet-Lite0"
+
+
+# Size and scales of the demo's small model, which notebook 08 holds.
+DEMO_SIZE, DEMO_SCALES = 224, (0.5, 0.7071, 1.0)
+
+
+@dataclass(frozen=True)
+class OwnModels:
+    """The models of global descriptors and of local features, and why these, in one sentence."""
+
+    describing: Path | str
+    local: Path | str
+    reason: str
+
+    def suited(self, settings: GlobalSettings) -> GlobalSettings:
+        """Returns settings with the size that a timm network was made for, in one scale.
+
+        The demo's size and scales suit its small model alone; any others were set by the user and
+        stay, as does everything for a model of ViTGaL.
+        """
+        demo = (settings.size, settings.scales) == (DEMO_SIZE, DEMO_SCALES)
+        if demo and str(self.describing).startswith(runs.TIMM):
+            return replace(settings, size=None, scales=GlobalSettings.scales)
+        return settings
+
+
+def model_name(model: Path | str) -> str:
+    """Returns a model's name for a table: of a timm network its own, else "ViTGaL"."""
+    source = TimmSource.parse(model)
+    return "ViTGaL" if source is None else source.name
+
+
+def other_models(untrained: str | None, baseline: bool) -> dict[str, str]:
+    """Returns the models that a benchmark scores beside the run's own, by name.
+
+    untrained: an architecture, for its random weights. baseline: EfficientNet-Lite0; where its
+    package is missing, a line is printed.
+    """
+    models = {} if untrained is None else {"untrained": f"{runs.UNTRAINED}{untrained}"}
+    if baseline:
+        if source := baseline_network():
+            models[BASELINE] = str(source)
+        else:
+            print(f"{BASELINE} is left out, since its weights are missing: {INSTALL}")
+    return models
+
+
+def own_models(run: Path, weights: str | None = None) -> OwnModels:
+    """Chooses the models for a folder of photographs.
+
+    A model that is set, or the run's own, describes and gives local features. A run without one
+    takes EfficientNet-Lite0 of the extra `baselines`, else the small weights. A network of timm
+    has no local features of its own: they are the run's, else those of the small weights.
+
+    Raises StageError where the run's training is unfinished.
+    """
+    trained = any((run / stage).exists() for stage in ("retrieval", "autoencoder"))
+    small = runs.resolve(runs.SMALL_WEIGHTS)
+    name = runs.printable(run.name)
+    if weights is not None:
+        model = runs.resolve_source(weights)
+        if not str(model).startswith(runs.TIMM):
+            return OwnModels(model, model, f"model: {model}, as set")
+        local = runs.model_file(run, None) if trained else small
+        return OwnModels(model, local, f"model: {model}, as set; local features: {local.name}")
+    baseline = None if trained else baseline_network()
+    if baseline is not None:
+        reason = (
+            f"model: {BASELINE}, trained on ImageNet, since {name} has no model of its own;"
+            f" local features: the small {runs.SMALL_WEIGHTS}"
+        )
+        return OwnModels(str(baseline), small, reason)
+    model = runs.model_file(run, None)
+    reason = f"model: the one that {name} has trained"
+    if not trained:
+        reason = (
+            f"model: the small {runs.SMALL_WEIGHTS}, since {name} has no model of its own; a "
+            f"better one: {INSTALL}"
+        )
+    return OwnModels(model, model, reason)
