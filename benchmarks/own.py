@@ -1,11 +1,16 @@
 """Own photographs: how well a folder is searched, beside SIFT with the ratio test, in one run.
 
-    python benchmarks/own.py FOLDER [DISTRACTORS] [--run demo] [--weights FILE] [--top 100]
+    python benchmarks/own.py FOLDER [DISTRACTORS] [--run NAME] [--weights FILE] [-p SETTING VALUE]
 
 FOLDER has one sub-folder a place; DISTRACTORS, if given, holds photographs of none of them. Every
 photograph of a place is searched for among all others, the other photographs of its place being
 right. Recall at 5 is the fraction of the right photographs, of five at most, among the first
 five; average precision is the benchmark's; both are means over a place's queries, then over places.
+
+Then: is it there at all? Every photograph, of a place or not, is searched for, and the probability
+of the best result is compared with whether it shows the place, by a model that was fitted to other
+photographs (shipped for the defaults, else fitted to --known, one sub-folder a place), among the
+first twenty by similarity.
 
 SIFT is the plain baseline: OpenCV's 1000 best keypoints of the photograph resized to the same area,
 nearest neighbours with Lowe's ratio test at 0.8, and the same verification, against every
@@ -15,10 +20,12 @@ photograph; equal counts by file name.
 import argparse
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import numpy as np
+import pandas as pd
 from tqdm import tqdm
 
 from vitgal import runs
@@ -26,20 +33,19 @@ from vitgal.data.images import resize
 from vitgal.data.photographs import read_upright
 from vitgal.evaluation.protocol import average_precision
 from vitgal.evaluation.statistics import bootstrap_interval
+from vitgal.retrieval.presence import Presence, calibration_error, ranking_area
 from vitgal.retrieval.verification import verify
-from vitgal.settings import (
-    GlobalSettings,
-    LocalSettings,
-    MachineSettings,
-    MatchingSettings,
-    RerankingSettings,
-)
+from vitgal.settings import Values, reader, settings_of
 from vitgal.stages import own
-from vitgal.stages.model_choice import DEMO_SCALES, DEMO_SIZE, own_models
+from vitgal.stages.model_choice import DEMO_VALUES, own_models
 from vitgal.stages.own import Describer
+from vitgal.stages.presence import fit_places, known_presence
 
 RATIO = 0.8
 FEATURES = 1000
+SIFT_SIZE = 320  # pixels: the square root of the input's area
+ASKED = 20  # first photographs by similarity whose probabilities are asked
+SAME = [("giza_pyramids", "great_pyramid")]  # two folders of one place
 
 
 def link_folders(folder: Path, distractors: Path | None, target: Path) -> Path:
@@ -111,6 +117,31 @@ def timed(queries: list[str], rank: Callable[[str], list[str]]) -> tuple[dict, f
     return rankings, 1000 * (time.process_time() - start) / max(1, len(queries))
 
 
+def print_presence(tables: dict[str, pd.DataFrame], presence: Presence) -> None:
+    """Prints how well probabilities tell whether a query's place is there; tables: by query."""
+    best, right, there, pairs, shown = [], [], [], [], []
+    for query, table in tables.items():
+        verified, place = table[table["global_rank"] <= ASKED], shown_place(query)
+        evidence = verified["evidence"].to_numpy(np.int64)
+        probabilities = presence.probabilities(verified["similarity"], evidence)
+        same = [place is not None and shown_place(name) == place for name in verified["photograph"]]
+        best.append(probabilities.max())
+        right.append(same[int(probabilities.argmax())])
+        there.append(place is not None)
+        pairs += probabilities.tolist()
+        shown += same
+    best, right, there = np.array(best), np.array(right), np.array(there)
+    called = best >= presence.threshold
+    print(
+        f"is it there: {there.sum()} queries of places, {(~there).sum()} of none: AUROC "
+        f"{ranking_area(best, there):.4f}, calibration error {calibration_error(best, right):.3f} "
+        f"of the best result, {calibration_error(pairs, shown):.3f} of all {len(pairs)} verified; "
+        f"threshold {presence.threshold:.2f}: precision {right[called].mean():.3f}, recall "
+        f"{(right & called).sum() / there.sum():.3f} (fit: {presence.precision:.3f}, "
+        f"{presence.recall:.3f} on {presence.pairs} pairs)"
+    )
+
+
 def read_options() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -118,10 +149,10 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("distractors", type=Path, nargs="?")
     parser.add_argument("--run", default="demo", help="the run with the model")
     parser.add_argument("--weights")
-    parser.add_argument("--top", type=int, default=100)
-    parser.add_argument("--global-size", type=int, default=DEMO_SIZE)
-    parser.add_argument("--local-size", type=int, default=320)
-    parser.add_argument("--max-distance", type=float, default=0.95)
+    parser.add_argument("--top", type=int, default=50)
+    parser.add_argument("-p", dest="set", nargs=2, action="append", default=[])
+    parser.add_argument("--without-sift", action="store_true")
+    parser.add_argument("--known", type=Path, default=Path("third_party/landmarks"))
     return parser.parse_args()
 
 
@@ -131,15 +162,18 @@ def main() -> None:
     run = runs.run_folder(options.run)
     models = own_models(run, options.weights)
     print(models.reason)
-    demo = GlobalSettings(size=options.global_size, resize="area", scales=DEMO_SCALES)
+    notebook = DEMO_VALUES | {"top": options.top, "threads": 1}
+    typed = reader.from_command_line(dict(options.set), {})
+    whole = models.complete(settings_of(Values.of(notebook, "notebook 08") | typed))
     describer = Describer(
         run,
         models.describing,
-        models.suited(demo),
-        LocalSettings(size=options.local_size),
-        MachineSettings(threads=1),
+        models.suited(whole.describing),
+        whole.local,
+        whole.machine,
         local_model=models.local,
     )
+    settings = whole.reranking
     folder = link_folders(options.folder, options.distractors, run / "own" / "benchmark")
     start = time.perf_counter()
     photographs = own.describe_folder(folder, describer)
@@ -149,8 +183,6 @@ def main() -> None:
         f"{len(photographs.names)} photographs, {len(queries)} queries; described "
         f"{photographs.extracted} in {seconds:.1f} s"
     )
-    matching = MatchingSettings(max_distance=options.max_distance)
-    settings = RerankingSettings(top=options.top, matching=matching)
     tables = {}
 
     def rerank(query: str) -> list[str]:
@@ -164,10 +196,18 @@ def main() -> None:
     }
     systems = {
         "global": (by_similarity, float("nan")),
-        f"reranked, top {options.top}": reranked,
-        "SIFT": timed(queries, Sift(photographs, options.local_size).ranking),
+        f"{settings.order}, top {settings.top}": reranked,
     }
+    if not options.without_sift:
+        systems["SIFT"] = timed(queries, Sift(photographs, SIFT_SIZE).ranking)
     report({name: (score(rankings), spent) for name, (rankings, spent) in systems.items()})
+    presence = known_presence(describer, settings)
+    if presence is None:
+        presence = fit_places(own.describe_folder(options.known, describer), settings, SAME)
+        print("fitted:", presence)
+    settings = replace(settings, top=min(ASKED, settings.top))
+    timed([name for name in photographs.names if name not in tables], rerank)
+    print_presence(tables, presence)
 
 
 def report(systems: dict[str, tuple[dict, float]]) -> None:

@@ -94,11 +94,16 @@ def feature_file(finished, tmp_path):
 def test_features_of_a_file_fill_the_same_store(global_run, benchmark, feature_file, capsys):
     with h5py.File(feature_file, "r+") as file:
         file["jpg/query1.jpg/keypoints"][:3] = [[3, 50], [20.5, 30], [149.25, 75.25]]
+        for name in ("keypoints", "descriptors", "scores"):  # query 0 keeps three
+            values = file[f"jpg/query0.jpg/{name}"][()]
+            del file[f"jpg/query0.jpg/{name}"]
+            file[f"jpg/query0.jpg/{name}"] = values[:, :3] if name[0] == "d" else values[:3]
     folder = extract(global_run, benchmark, "no model", local_features=str(feature_file))
     text = capsys.readouterr().out
     assert "features.h5: places are pixels of the photographs" in text
     assert "images, features of a file, float16" in text
-    assert "6 images have more than max_keypoints = 9 features, most of all image0" in text
+    assert "max_keypoints = 9 features, of which the best by score are kept: 5, most of" in text
+    assert "fewer than 5 features, which are never verified: 1, the first query0" in text
     opened = FeatureStore.open(folder, verify=True)
     features = opened["query1"]
     # Its box is (8, 4, 150, 76): the first point lies outside, the others move by (8, 4).

@@ -8,6 +8,7 @@ from tests.stages.test_rerank import TOP, make_run, rerank_run
 from vitgal import runs
 from vitgal.data.photographs import PhotographError
 from vitgal.data.revisited import load_ground_truth
+from vitgal.models.baselines import baseline_network
 from vitgal.retrieval.presence import Presence, PresenceError
 from vitgal.settings import (
     GlobalSettings,
@@ -15,8 +16,10 @@ from vitgal.settings import (
     MachineSettings,
     RerankingSettings,
     SettingsError,
+    Values,
+    settings_of,
 )
-from vitgal.stages import own, presence
+from vitgal.stages import model_choice, own, presence
 from vitgal.stages.own import Describer
 
 __all__ = ["two_places", "weights"]  # fixtures
@@ -138,3 +141,38 @@ def test_a_run_with_labels_fixes_a_model(tmp_path):
     )
     assert model.pairs == (candidates >= 0).sum() - junk
     assert model.positives == right
+
+
+def test_the_defaults_of_the_baseline_replace_what_suits_the_demo_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(model_choice, "baseline_network", lambda: "timm:x@net.pth")
+    demo = Values.of(model_choice.DEMO_VALUES, "the notebook's parameters cell")
+    chosen = model_choice.own_models(tmp_path / "run")
+    whole = chosen.complete(settings_of(demo))
+    assert (whole.local.local, whole.reranking.order, whole.reranking.top) == ("sift", "fused", 50)
+    assert chosen.suited(whole.describing).size == 288
+    typed = {"local": "xfeat", "top": 10, "threshold": 8.0}
+    whole = chosen.complete(settings_of(demo | Values.of(typed, "the command line")))
+    assert (whole.local.local, whole.reranking.top) == ("xfeat", 10)
+    assert whole.reranking.verification.threshold == 8.0
+    other = model_choice.own_models(tmp_path / "run", "b.pth")
+    assert other.complete(settings_of(demo)).values == settings_of(demo).values
+
+
+def test_the_shipped_model_is_that_of_the_defaults(tmp_path):
+    if baseline_network() is None:
+        pytest.skip("the extra baselines is not installed")
+    chosen = model_choice.own_models(tmp_path / "run")
+    demo = Values.of(model_choice.DEMO_VALUES, "the notebook's parameters cell")
+    whole = chosen.complete(settings_of(demo))
+    describer = Describer(
+        tmp_path / "run",
+        chosen.describing,
+        chosen.suited(whole.describing),
+        whole.local,
+        MachineSettings(device="cpu"),
+        local_model=chosen.local,
+    )
+    known = presence.known_presence(describer, whole.reranking)
+    assert known is not None, "fit it anew: see `made` in presence.json"
+    low, high = known.probabilities(np.array([0.4, 0.9]), np.array([0, 60]))
+    assert low < 0.05 and high > 0.95

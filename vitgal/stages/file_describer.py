@@ -65,11 +65,11 @@ class FileDescriber:
         if many:
             name = max(many, key=many.__getitem__)
             print(
-                f"{len(many)} images have more than max_keypoints = {most:,} features, most of all "
-                f"{name} with {many[name]:,}: the best by score are kept"
+                f"images with more than max_keypoints = {most:,} features, of which the best by "
+                f"score are kept: {len(many)}, most of all {name} with {many[name]:,}"
             )
         if few:
             print(
-                f"{len(few)} images have fewer than {MIN_MATCHES} features, among them "
-                f"{few[0]}: they are never verified"
+                f"images with fewer than {MIN_MATCHES} features, which are never verified: "
+                f"{len(few)}, the first {few[0]}"
             )

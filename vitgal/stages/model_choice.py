@@ -6,13 +6,38 @@ from pathlib import Path
 from vitgal import runs
 from vitgal.models.baselines import INSTALL, baseline_network
 from vitgal.models.timm_networks import TimmSource
-from vitgal.settings import GlobalSettings
+from vitgal.settings import GlobalSettings, Settings, Values
 
 BASELINE = "EfficientNet-Lite0"
 
 
 # Size and scales of the demo's small model, which notebook 08 holds.
 DEMO_SIZE, DEMO_SCALES = 224, (0.5, 0.7071, 1.0)
+# Values of notebook 08 for the demo's small model, and what suits EfficientNet-Lite0 beside
+# RootSIFT: chosen on the bundled photographs, not on those of benchmarks/own.py.
+DEMO_VALUES = {
+    "top": 20,
+    "global_size": DEMO_SIZE,
+    "global_scales": DEMO_SCALES,
+    "global_resize": "area",
+    "local_size": 320,
+    "max_distance": 0.95,
+}
+BASELINE_VALUES = {
+    "top": 50,
+    "global_size": 288,
+    "global_scales": (0.5556, 0.7778, 1.0),  # 160, 224 and 288 pixels
+    "global_resize": "area",
+    "local": "sift",
+    "local_size": 480,
+    "max_distance": 1.0,
+    "matching": "mutual_ratio",
+    "match_ratio": 0.85,
+    "estimator": "magsac",
+    "threshold": 6.0,
+    "confidence": 0.999,
+    "order": "fused",
+}
 
 
 @dataclass(frozen=True)
@@ -22,6 +47,21 @@ class OwnModels:
     describing: Path | str
     local: Path | str
     reason: str
+
+    def complete(self, settings: Settings) -> Settings:
+        """Returns settings for the baseline with RootSIFT, its matching and the fused order.
+
+        They replace what was not set or still has the demo's value, which suits its small model
+        alone. With any other model nothing changes.
+        """
+        if str(self.describing) != str(baseline_network()):
+            return settings
+        given = settings.values
+        kept = {name for name in given if name in BASELINE_VALUES}
+        kept -= {name for name, value in DEMO_VALUES.items() if given.get(name) == value}
+        values = {name: v for name, v in BASELINE_VALUES.items() if name not in kept}
+        whole = settings | Values.of(values, f"what suits {BASELINE}")
+        return Settings(whole.values, whole.sources)
 
     def suited(self, settings: GlobalSettings) -> GlobalSettings:
         """Returns settings with the size that a timm network was made for, in one scale.
@@ -77,8 +117,8 @@ def own_models(run: Path, weights: str | None = None) -> OwnModels:
     baseline = None if trained else baseline_network()
     if baseline is not None:
         reason = (
-            f"model: {BASELINE}, trained on ImageNet, since {name} has no model of its own;"
-            f" local features: the small {runs.SMALL_WEIGHTS}"
+            f"model: {BASELINE}, trained on ImageNet, since {name} has no model of its own; "
+            "local features: RootSIFT, unless local is set"
         )
         return OwnModels(str(baseline), small, reason)
     model = runs.model_file(run, None)

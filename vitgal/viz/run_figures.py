@@ -194,7 +194,9 @@ def ranking_figure(result: "SearchResult", *, columns: int = 7) -> np.ndarray:
         name: reduce_image(read_upright(result.photographs.path(name)), THUMBNAIL)[0]
         for name in {*before["photograph"], *after["photograph"]}
     }
-    rankings = {"by similarity": [], "by inliers": []}
+    fused = result.settings.order == "fused"
+    reranked = "by similarity and inliers" if fused else "by inliers"
+    rankings = {"by similarity": [], reranked: []}
     for row in before.itertuples():
         caption = (
             f"{row.global_rank}   {printable(row.photograph)}\nsimilarity {row.similarity:.2f}"
@@ -207,7 +209,7 @@ def ranking_figure(result: "SearchResult", *, columns: int = 7) -> np.ndarray:
             counts += f", {100 * row.probability:.0f} %"
         caption = f"{row.rank}   {printable(row.photograph)}{counts}"
         image = RankedImage(row.photograph, thumbnails[row.photograph], None, caption)
-        rankings["by inliers"].append(image)
+        rankings[reranked].append(image)
     query = QueryImage(thumbnail, box, result.query)
     return galleries.stacked_rankings(query, rankings, columns=columns)
 
