@@ -1,10 +1,12 @@
 """The page of `vitgal report`, and the document that it draws from."""
 
+import base64
 import json
 import re
 import shutil
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -12,7 +14,9 @@ from tests.viz.reported_run import DATABASE, QUERIES, SHIFT, SIMILARITIES, write
 from tests.viz.test_browser import ARGUMENTS, executable
 from vitgal import runs
 from vitgal.app import command_line
+from vitgal.data import revisited
 from vitgal.viz import report
+from vitgal.viz.instrument import Instrument
 from vitgal.viz.run_document import descriptor_map, run_document
 
 
@@ -276,3 +280,54 @@ def test_the_page_of_the_demo(finished_run, browser, tmp_path):
     rows = view.page.locator("table.queries tbody tr")
     assert rows.count() == 50
     assert view.faults == []
+
+
+# The instrument in a notebook: what its kernel answers.
+
+
+@pytest.fixture
+def instrument(run):
+    dataset = revisited.open_dataset("tiny", run.parent / "data")
+    widget = Instrument(run, dataset, view="pair", query=0)
+    widget.answers = []
+    widget.send = lambda content, buffers=None: widget.answers.append((content, buffers))
+    return widget
+
+
+def ask(widget, **question) -> tuple[dict, list]:
+    widget._answer(widget, {"id": 7, **question}, [])
+    content, buffers = widget.answers.pop()
+    assert content["id"] == 7
+    return content, buffers
+
+
+def test_a_kernel_answers_with_the_document_its_images_and_pairs(instrument):
+    document = ask(instrument, kind="document")[0]["document"]
+    image = document["names"].index(DATABASE[1])
+    assert document["entries"][0]["matching"]["max_distance"] == 0.1
+    for large in (False, True):
+        _, (data,) = ask(instrument, kind="image", image=image, large=large)
+        assert data[:2] == b"\xff\xd8"
+    found = ask(instrument, kind="pair", query=0, image=image, settings={})[0]["pair"]
+    assert (found["matches"], found["count"]) == (30, 30)
+    stricter = {"max_distance": 0.0}  # no distance is below it
+    found = ask(instrument, kind="pair", query=0, image=image, settings=stricter)[0]["pair"]
+    assert (found["matches"], found["count"], found["homography"]) == (0, 0, None)
+
+
+def test_a_wrong_question_is_answered_by_its_reason(instrument):
+    content, _ = ask(instrument, kind="pair", query=9, image=1, settings={})
+    assert "there is no query 9" in content["error"]
+    content, _ = ask(instrument, kind="pair", query=0, image=2, settings={"estimator": "none"})
+    assert "estimator" in content["error"]
+
+
+def test_a_code_host_shows_a_picture_in_place_of_the_widget(run):
+    dataset = revisited.open_dataset("tiny", run.parent / "data")
+    widget = Instrument(run, dataset, figure=plt.figure())
+    bundle = widget._repr_mimebundle_()
+    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert base64.b64decode(data["image/png"])[:4] == b"\x89PNG"
+    assert "the instrument on tiny" in data["text/plain"]
+    assert "application/vnd.jupyter.widget-view+json" in data
+    assert plt.get_fignums() == []

@@ -27,6 +27,7 @@ from .galleries import (
     ranking_rows as ranking_rows,
     stacked_rankings as stacked_rankings,
 )
+from .instrument import Instrument as Instrument
 from .maps import (
     attention_heads as attention_heads,
     attention_maps as attention_maps,

@@ -17,7 +17,7 @@ from vitgal.viz.drawing import reduce_image
 from vitgal.viz.run_document import Images, run_document
 
 THUMBNAIL, ENLARGED = 160, 800  # pixels, the longer side
-THUMBNAIL_QUALITY, ENLARGED_QUALITY = 75, 82  # of JPEG
+QUALITIES = {THUMBNAIL: 75, ENLARGED: 82}  # of JPEG
 PAGE, MARK = "index.html", '<meta name="generator" content="vitgal report">'
 
 
@@ -64,7 +64,8 @@ def page(document: dict[str, Any]) -> str:
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n{MARK}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>vitgal report</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        "<title>vitgal report</title>\n<style>\nbody {\n  margin: 0;\n}\n"
+        f"{style}</style>\n</head>\n<body>\n"
         '<div id="instrument"></div>\n'
         f'<script type="application/json" id="document">{data}</script>\n'
         f'<script type="module">\n{script}\n'
@@ -101,10 +102,8 @@ def _write_images(
             pixels = read_image(images.paths[number])
         except (ImageError, ReadError, OSError):
             return None, None
-        small = _jpeg(reduce_image(pixels, THUMBNAIL)[0], THUMBNAIL_QUALITY)
-        large = None
-        if number in images.enlarged:
-            large = _jpeg(reduce_image(pixels, ENLARGED)[0], ENLARGED_QUALITY)
+        small = jpeg(pixels, THUMBNAIL)
+        large = jpeg(pixels, ENLARGED) if number in images.enlarged else None
         return store("thumbs", number, small), large and store("photos", number, large)
 
     def store(part: str, number: int, data: bytes) -> str:
@@ -126,10 +125,11 @@ def _write_images(
     return [small for small, _ in addresses], photos
 
 
-def _jpeg(pixels: np.ndarray, quality: int) -> bytes:
-    done, data = cv2.imencode(
-        ".jpg", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality]
-    )
+def jpeg(pixels: np.ndarray, size: int) -> bytes:
+    """Returns an image (H, W, 3) uint8 RGB as JPEG, reduced to at most `size` pixels a side."""
+    quality = QUALITIES[size]
+    reduced = cv2.cvtColor(reduce_image(pixels, size)[0], cv2.COLOR_RGB2BGR)
+    done, data = cv2.imencode(".jpg", reduced, [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not done:
         raise ValueError(f"an image of {pixels.shape} cannot be written as JPEG")
     return data.tobytes()

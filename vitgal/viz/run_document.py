@@ -30,6 +30,7 @@ from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries
 FORMAT = 1
 RERANK_NOTEBOOK = "notebook 06_rerank"
 MOST_MAPPED = 8000  # database images on the map and with neighbours: t-SNE takes minutes for more
+MOST_MAPPED_AT_ONCE = 1000  # in a notebook: t-SNE of so many takes seconds
 NEIGHBOURS = 24  # of a database image
 MOST_INLIERS, MOST_REJECTED = 500, 200  # matches of a pair that are stored
 SCORE_PARTS = ("map", "interval", "mp_at", "ap")
@@ -89,6 +90,24 @@ def run_document(
         for run in run_folders
         for dataset in _datasets(Path(run))
     ]
+    return _document(entries, images, pairs, progress=progress), images
+
+
+def dataset_document(
+    run: Path, dataset: RetrievalDataset, *, ranks: int = 100
+) -> tuple[dict[str, Any], Images]:
+    """Describes a run's results on one opened data set as `run_document`, without pairs.
+
+    Of more than MOST_MAPPED_AT_ONCE images the map is left out, unless a report has stored it.
+    """
+    images = Images()
+    entry = _Entry(Path(run), dataset, images, ranks, most_mapped=MOST_MAPPED_AT_ONCE)
+    return _document([entry], images, 0, progress=False), images
+
+
+def _document(
+    entries: Sequence["_Entry"], images: Images, pairs: int, *, progress: bool
+) -> dict[str, Any]:
     document = {
         "format": FORMAT,
         "entries": [entry.document(pairs, progress=progress) for entry in entries],
@@ -96,7 +115,7 @@ def run_document(
         "names": images.names,
         "sizes": images.sizes(),
     }
-    return runs.plain(document), images
+    return runs.plain(document)
 
 
 def _datasets(run: Path) -> list[RetrievalDataset]:
@@ -126,6 +145,7 @@ class _Entry:
     dataset: RetrievalDataset
     images: Images
     ranks: int
+    most_mapped: int = MOST_MAPPED
 
     @property
     def folder(self) -> Path:
@@ -174,6 +194,7 @@ class _Entry:
             "settings": [[k, str(v)] for k, v in comparison.settings_of(self.newest).items()],
             "scores": {name: _result(values) for name, values in self.scores.items()},
             "tests": _sentences(self.newest),
+            "matching": self._knobs(),
             "queries": [self._query(query, pairs) for query in queries],
             "map": self._map(),
             "neighbours": self._neighbours(),
@@ -246,6 +267,17 @@ class _Entry:
         parameters = runs.read_stage(self.folder / "rerank", RERANK_NOTEBOOK)["parameters"]
         return RerankingSettings.from_manifest(parameters)
 
+    def _knobs(self) -> dict[str, Any] | None:
+        """The settings that can be turned in a notebook; None without reranking."""
+        if not self.reranked:
+            return None
+        matching, verification = self._settings.matching, self._settings.verification
+        return {
+            "max_distance": matching.max_distance,
+            "threshold": verification.threshold,
+            "estimator": verification.estimator,
+        }
+
     def _pairs(self, query: int, chosen: Sequence[int]) -> list[dict[str, Any]]:
         store, dataset = self._features, self.dataset
         name = dataset.ground_truth.queries[query]
@@ -276,6 +308,8 @@ class _Entry:
         source = runs.output_fingerprint(folder, "database.npy", GLOBAL_NOTEBOOK)
         file = self.folder / "map" / f"{source[:16]}.npy"
         if not file.exists():
+            if len(database) > self.most_mapped:
+                return None
             runs.refuse_links([file.parent])
             runs.write_array(file, descriptor_map(np.concatenate([queries, database])))
         points = map_array(file)
@@ -337,12 +371,12 @@ def pair_document(
     """Describes the matches of one pair in plain values.
 
     Returns:
-        `matches`: their number. `points`: x and y in the query and x and y in the database image of
-        each of M stored matches, in pixels of the stored photographs; (0, 0) is the centre of the
-        top-left one. The first MOST_INLIERS inliers and MOST_REJECTED others are stored, in the
-        order of the query's features. `inlier`: M times 0 or 1. `distance`, `scale`, `score`: of
-        each match; scale and score of the query's feature, None where unknown. `homography`: nine
-        numbers from query to database pixels, or None.
+        `matches`, `count`: the numbers of matches and of inliers. `points`: x and y in the query
+        and x and y in the database image of each of M stored matches, in pixels of the stored
+        photographs; (0, 0) is the centre of the top-left one. The first MOST_INLIERS inliers and
+        MOST_REJECTED others are stored, in the order of the query's features. `inlier`: M times 0
+        or 1. `distance`, `scale`, `score`: of each match; scale and score of the query's feature,
+        None where unknown. `homography`: nine numbers from query to database pixels, or None.
     """
     inliers = inspection.verification.inliers
     kept = np.flatnonzero(inliers)[:MOST_INLIERS], np.flatnonzero(~inliers)[:MOST_REJECTED]
@@ -356,6 +390,7 @@ def pair_document(
         homography = (homography / np.linalg.norm(homography)).ravel().tolist()
     return {
         "matches": len(inliers),
+        "count": inspection.verification.count,
         "points": np.round(points.astype(float), 1).ravel().tolist(),
         "inlier": inliers[kept].astype(int).tolist(),
         "distance": np.round(np.linalg.norm(between, axis=1).astype(float), 3).tolist(),

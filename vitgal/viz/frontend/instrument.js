@@ -1,7 +1,7 @@
 // The instrument: rankings, pairs and scores of retrieval runs, drawn from one JSON document.
 //
-// `mount(root, data)` draws into an element. `data` is what vitgal.viz.run_document describes, with
-// `thumbs` (an address or null for each image) and `photos` (image number -> address).
+// `mount(root, data, options)` draws into an element. `data` is what vitgal.viz.run_document describes.
+// Images and pairs come from a source: a page has them stored, a notebook asks its kernel.
 // Texts of the document reach the page as text nodes alone, never as markup.
 
 const PROTOCOLS = ["easy", "medium", "hard"];
@@ -161,11 +161,71 @@ class Entry {
   }
 }
 
+// ---------------------------------------------------------------- where images and pairs come from
+
+// A page: `data.thumbs` has an address or null for each image, `data.photos` image number -> address.
+class StoredSource {
+  constructor(data) {
+    this.data = data;
+    this.live = false;
+  }
+
+  address(image, large) {
+    return (large ? this.data.photos[image] : null) ?? this.data.thumbs[image] ?? null;
+  }
+}
+
+// A notebook: everything is asked of the kernel, and images are kept.
+class KernelSource {
+  constructor(model) {
+    this.model = model;
+    this.live = true;
+    this.waiting = new Map();
+    this.addresses = new Map();
+    this.count = 0;
+    model.on("msg:custom", (content, buffers) => {
+      const answer = this.waiting.get(content.id);
+      this.waiting.delete(content.id);
+      if (content.error) answer?.fail(new Error(content.error));
+      else answer?.done([content, buffers]);
+    });
+  }
+
+  ask(question) {
+    const id = ++this.count;
+    return new Promise((done, fail) => {
+      this.waiting.set(id, { done, fail });
+      this.model.send({ ...question, id });
+    });
+  }
+
+  address(image, large) {
+    const name = `${image} ${large}`;
+    if (!this.addresses.has(name)) {
+      const found = this.ask({ kind: "image", image, large }).then(([, [bytes]]) => {
+        const url = bytes ? URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" })) : null;
+        this.addresses.set(name, url);
+        return url;
+      });
+      this.addresses.set(name, found.catch(() => null));
+    }
+    return this.addresses.get(name);
+  }
+
+  async pair(query, image, settings) {
+    const [content] = await this.ask({ kind: "pair", query, image, settings });
+    return content.pair;
+  }
+}
+
 // ---------------------------------------------------------------- state, linked between all views
 
 class State {
-  constructor(data) {
+  // start: a view, query, image or protocol to begin with. A page keeps the choice in its address.
+  constructor(data, source, start) {
     this.data = data;
+    this.source = source;
+    this.addressed = !source.live;
     this.entries = data.entries.map((_, number) => new Entry(data, number));
     Object.assign(this, { view: "overview", number: 0, query: 0, protocol: "medium", image: null });
     const comparable = data.comparisons.find(({ first, reason }) => first === 0 && !reason);
@@ -177,7 +237,9 @@ class State {
     this.labels = new Set(Object.keys(LETTERS));
     this.listeners = [];
     this.notes = new Notes(data);
-    this.readAddress();
+    Object.assign(this, start);
+    if (this.addressed) this.readAddress();
+    else this.check();
   }
 
   get entry() {
@@ -211,6 +273,7 @@ class State {
   }
 
   writeAddress() {
+    if (!this.addressed) return;
     const address = new URLSearchParams({ view: this.view, protocol: this.protocol });
     for (const name of ["number", "query", "image", "other"])
       if (this[name] !== null) address.set(name, this[name]);
@@ -284,20 +347,17 @@ class Notes {
 // ---------------------------------------------------------------- parts that several views use
 
 function picture(state, image, properties = {}) {
-  const address = state.data.thumbs[image];
   const name = state.data.names[image];
   const [width, height] = state.data.sizes[image];
   const ratio = width && height ? clamp(width / height, 0.4, 2.5) : 1.33;
-  if (!address)
-    return element("span", { class: "missing", style: { aspectRatio: String(ratio) } }, name);
-  return element("img", {
-    src: address,
-    alt: name,
-    loading: "lazy",
-    decoding: "async",
-    style: { aspectRatio: String(ratio) },
-    ...properties,
-  });
+  const style = { aspectRatio: String(ratio) };
+  const missing = () => element("span", { class: "missing", style }, name);
+  const address = state.source.address(image, false);
+  if (address === null) return missing();
+  const node = element("img", { alt: name, loading: "lazy", decoding: "async", style, ...properties });
+  if (typeof address === "string") node.src = address;
+  else address.then((found) => (found ? (node.src = found) : node.replaceWith(missing())));
+  return node;
 }
 
 function noteControls(state, image) {
@@ -333,7 +393,7 @@ function parametersButton(state) {
     const text = element("textarea", { readOnly: true, rows: lines.length, value: lines.join("\n") });
     const dialog = element(
       "dialog",
-      { "aria-label": "parameters", onclose: () => dialog.remove() },
+      { class: "vitgal-dialog", "aria-label": "parameters", onclose: () => dialog.remove() },
       element("p", {}, "For notebook 07, as a params file or by -p NAME VALUE:"),
       text,
       button("close", () => dialog.close()),
@@ -697,11 +757,12 @@ function worstLine(state) {
 
 function boxedQuery(state, image, box) {
   const [width, height] = state.data.sizes[image];
-  const address = state.data.photos[image] ?? state.data.thumbs[image];
-  if (!address || !width) return picture(state, image);
+  if (!width) return picture(state, image);
   const chart = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "boxed", role: "img" });
   chart.setAttribute("aria-label", `query ${state.data.names[image]}`);
-  chart.append(svg("image", { href: address, width, height }));
+  const photograph = svg("image", { width, height });
+  Promise.resolve(state.source.address(image, true)).then((href) => href && photograph.setAttribute("href", href));
+  chart.append(photograph);
   if (box) {
     const [x0, y0, x1, y1] = box;
     chart.append(svg("rect", { x: x0, y: y0, width: x1 - x0, height: y1 - y0, class: "box" }));
@@ -779,15 +840,23 @@ class PairCanvas {
     new ResizeObserver(() => this.fit()).observe(this.canvas);
   }
 
-  load(number, side) {
-    const address = this.state.data.photos[number] ?? this.state.data.thumbs[number];
+  async load(number, side) {
+    const address = await this.state.source.address(number, true);
     if (!address) return;
     const picture = new Image();
     picture.onload = () => {
       this.pictures[side] = picture;
       this.fit();
+      if (this.pictures.every(Boolean)) this.drawCrops(this.strongest());
     };
     picture.src = address;
+  }
+
+  show(pair) {
+    this.pair = pair;
+    this.highlight = -1;
+    this.draw();
+    if (this.pictures.every(Boolean)) this.drawCrops(this.strongest());
   }
 
   // The width and height of a photograph in stored pixels.
@@ -1106,6 +1175,33 @@ class PairCanvas {
   }
 }
 
+// Settings of matching that were turned in a notebook, in place of the run's.
+const knobs = {};
+const ESTIMATORS = ["degensac", "magsac", "poselib"];
+
+function knobControls(entry, match) {
+  if (!entry.matching) return null;
+  let waiting = null;
+  const turn = (name) => (value) => {
+    knobs[name] = value;
+    clearTimeout(waiting);
+    waiting = setTimeout(match, 60); // one question for a slider in motion
+  };
+  const value = (name) => knobs[name] ?? entry.matching[name];
+  const estimator = element(
+    "select",
+    { "aria-label": "estimator", onchange: () => turn("estimator")(estimator.value) },
+    ...ESTIMATORS.map((name) => element("option", { value: name, selected: name === value("estimator") }, name)),
+  );
+  return element(
+    "div",
+    { class: "controls" },
+    slider("max_distance", [0.1, 1.4, 0.01, value("max_distance")], turn("max_distance")),
+    slider("threshold (pixels)", [1, 64, 1, value("threshold")], turn("threshold")),
+    estimator,
+  );
+}
+
 let blinker = null; // the timer of the pair view's blinking
 
 function pair(state) {
@@ -1142,31 +1238,46 @@ function pair(state) {
       view.blinking = !view.blinking;
       view.draw();
     }, 600);
-  const loaded = () => view.pictures.every((picture) => picture) && view.drawCrops(view.strongest());
-  const settled = setInterval(() => {
-    if (!view.canvas.isConnected || loaded() !== false) clearInterval(settled);
-  }, 50);
   const item = state.shown().find((candidate) => candidate.image === image);
   const label = entry.label(query, image);
   const place = item ? (item.rank === null ? "ignored" : `rank ${item.rank} ${state.after && entry.reranked ? "after reranking" : "of the global ranking"}`) : "not in the shown ranking";
   const similarity = entry.similarity(query, image);
-  const facts = [place, label];
-  if (similarity !== null) facts.push(`similarity ${similarity.toFixed(3)}`);
-  if (entry.inliers(query, image) !== null) facts.push(`${entry.inliers(query, image)} inliers as counted by reranking`);
-  if (stored) {
-    const all = stored.inlier.length === stored.matches ? "" : `, of which ${stored.inlier.length} are stored here`;
-    facts.push(`${stored.matches} matches${all}`);
-  }
-  const remark = stored
-    ? stored.homography
-      ? null
-      : "No homography fits these matches."
-    : "The matches of this pair are not stored in the page; outlined tiles of the ranking have theirs.";
+  const known = [place, label];
+  if (similarity !== null) known.push(`similarity ${similarity.toFixed(3)}`);
+  if (entry.inliers(query, image) !== null) known.push(`${entry.inliers(query, image)} inliers as counted by reranking`);
+  const facts = element("p", { "aria-live": "polite" });
+  const report = (result, fault) => {
+    const parts = [...known];
+    let remark = fault ?? "";
+    if (result) {
+      const inliers = result.count === undefined ? "" : `${result.count} inliers of `;
+      const cut = result.inlier.length === result.matches ? "" : `, of which ${result.inlier.length} are drawn at most`;
+      parts.push(`${inliers}${result.matches} matches${cut}`);
+      if (!result.homography) remark = "No homography fits these matches.";
+    } else if (!fault)
+      remark = state.source.live
+        ? "The kernel is matching …"
+        : "The matches of this pair are not stored in the page; those of underlined tiles are.";
+    facts.textContent = `${parts.join(", ")}. ${remark}`;
+  };
+  report(stored);
+  const match = () => {
+    const settings = { ...entry.matching, ...knobs };
+    state.source.pair(query, image, settings).then(
+      (result) => {
+        view.show(result);
+        report(result);
+      },
+      (fault) => report(null, fault.message), // the last picture stays
+    );
+  };
+  if (state.source.live) match();
   return element(
     "div",
     { class: "pairview" },
     element("h2", {}, `${state.data.names[entry.queries[query].image]}  –  ${state.data.names[image]}`),
-    element("p", {}, `${facts.join(", ")}. `, remark),
+    facts,
+    state.source.live ? knobControls(entry, match) : null,
     element(
       "div",
       { class: "controls" },
@@ -1281,7 +1392,7 @@ function help() {
   if (document.querySelector("dialog")) return;
   const dialog = element(
     "dialog",
-    { "aria-label": "keys", onclose: () => dialog.remove() },
+    { class: "vitgal-dialog", "aria-label": "keys", onclose: () => dialog.remove() },
     element("h2", {}, "Keys"),
     table(["key", "what it does"], KEYS.map(([key, text]) => row(element("kbd", {}, key), text))),
     button("close", () => dialog.close()),
@@ -1321,35 +1432,59 @@ function onKey(state, event) {
 }
 
 // Draws the instrument into an element; `data`: see the top. Returns the state that views share.
-export function mount(root, data) {
+//
+// options: `source`, of images and pairs; None: those stored in `data`. `start`: see State.
+export function mount(root, data, { source = new StoredSource(data), start = {} } = {}) {
   root.classList.add("vitgal");
   if (!data.entries.length) {
     root.append(element("p", {}, "There is no result to show."));
     return null;
   }
-  const state = new State(data);
+  const state = new State(data, source, start);
   const draw = () => {
     clearInterval(blinker);
     const focus = document.activeElement?.getAttribute?.("aria-label");
+    const inside = root.contains(document.activeElement);
     const top = [root.querySelector(".scroll")?.scrollTop ?? 0, window.scrollY];
     const view = { overview, ranking, pair, compare }[state.view](state);
     const changed = root.dataset.view !== state.view;
     root.dataset.view = state.view;
     root.replaceChildren(header(state), element("main", {}, view));
     const scroll = root.querySelector(".scroll");
-    if (!changed) {
-      if (scroll) scroll.scrollTop = top[0];
-      window.scrollTo(0, top[1]);
-    } else window.scrollTo(0, 0);
-    if (focus) root.querySelector(`[aria-label="${CSS.escape(focus)}"]`)?.focus({ preventScroll: true });
-    root.querySelector(".tile.current")?.scrollIntoView({ block: "nearest" });
+    if (!changed && scroll) scroll.scrollTop = top[0];
+    if (state.addressed) window.scrollTo(0, changed ? 0 : top[1]);
+    const again = focus ? root.querySelector(`[aria-label="${CSS.escape(focus)}"]`) : null;
+    if (again) again.focus({ preventScroll: true });
+    else if (inside && !state.addressed) root.focus({ preventScroll: true });
+    if (state.addressed) root.querySelector(".tile.current")?.scrollIntoView({ block: "nearest" });
   };
   state.listeners.push(draw);
-  document.addEventListener("keydown", (event) => onKey(state, event));
-  window.addEventListener("hashchange", () => {
-    state.readAddress();
-    draw();
-  });
+  if (state.addressed) {
+    document.addEventListener("keydown", (event) => onKey(state, event));
+    window.addEventListener("hashchange", () => {
+      state.readAddress();
+      draw();
+    });
+  } else {
+    root.tabIndex = 0; // keys work where the instrument has the focus, and are not the notebook's
+    root.dataset.lmSuppressShortcuts = "true";
+    root.addEventListener("keydown", (event) => onKey(state, event));
+  }
   draw();
   return state;
 }
+
+// The widget of vitgal.viz.Instrument, by anywidget.
+export default {
+  render({ model, el }) {
+    const source = new KernelSource(model);
+    el.textContent = "Reading the run …";
+    source.ask({ kind: "document" }).then(
+      ([{ document: data }]) => {
+        el.textContent = "";
+        mount(el, data, { source, start: model.get("start") });
+      },
+      (fault) => (el.textContent = fault.message),
+    );
+  },
+};
