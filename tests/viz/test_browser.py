@@ -5,6 +5,7 @@ picture must change without an error on the page. Every wait is for a state of t
 end a test that would never end. Screenshots are left in the folder VITGAL_SCREENSHOTS, if set.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -42,10 +43,17 @@ def executable() -> str | None:
 @pytest.fixture(scope="module")
 def address(finished_run, tmp_path_factory) -> Iterator[str]:
     """A JupyterLab on copies of the notebooks: saving would change the committed ones."""
-    if executable() is None:
-        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)} is on the PATH")
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(TOP / "notebooks", folder / "notebooks")
+    with jupyterlab(folder, {"VITGAL_RUNS": str(finished_run.parent)}) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def jupyterlab(folder: Path, variables: dict[str, str]) -> Iterator[str]:
+    """Serves `<folder>/notebooks` by JupyterLab, whose own files are in `folder` too."""
+    if executable() is None:
+        pytest.skip(f"no browser is installed: none of {', '.join(BROWSERS)} is on the PATH")
     for name, values in SETTINGS.items():
         path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         runs.write_json(path, values)
@@ -58,9 +66,8 @@ def address(finished_run, tmp_path_factory) -> Iterator[str]:
     places |= {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces"}
     places |= {"IPYTHONDIR": "ipython", "JUPYTER_DATA_DIR": "data"}
     environment = os.environ | {name: str(folder / location) for name, location in places.items()}
-    environment |= {"VITGAL_RUNS": str(finished_run.parent)}
     with open(folder / "log.txt", "wb") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(command, env=environment | variables, stdout=log, stderr=log)
         try:
             await_server(server, port, folder / "log.txt")
             yield f"http://127.0.0.1:{port}/lab/tree"
@@ -93,10 +100,16 @@ def await_server(server: subprocess.Popen, port: int, log: Path) -> None:
 @pytest.fixture(scope="module")
 def chromium(address, tmp_path_factory):
     """One browser with a fresh profile."""
+    with fresh_browser(tmp_path_factory.mktemp("profile")) as context:
+        yield context
+
+
+@contextlib.contextmanager
+def fresh_browser(profile: Path) -> Iterator:
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as engine:
         context = engine.chromium.launch_persistent_context(
-            str(tmp_path_factory.mktemp("profile")),
+            str(profile),
             executable_path=executable(),
             headless=True,
             args=ARGUMENTS,
