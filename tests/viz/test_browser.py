@@ -248,13 +248,17 @@ def lab(chromium, address):
 
 
 @pytest.mark.parametrize("name", ["04_global_evaluation", "06_rerank"])
-def test_queries_are_browsed(lab, name):
+def test_queries_are_explored(lab, name):
     notebook = lab(name)
-    notebook.keep("-opened")
-    notebook.choose("query", 3)
-    notebook.changes(lambda: notebook.browser().get_by_role("button", name="▶").first.click())
+    instrument = notebook.page.locator(".vitgal")
+    instrument.get_by_role("button", name="Overview").click()
+    instrument.locator("table.queries tbody tr").nth(3).get_by_role("button").click()
+    instrument.locator("h3", has_text="Global ranking").wait_for()
+    notebook.keep("-ranking")
+    instrument.locator(".tile").first.click()
+    instrument.locator("p", has_text="matches").first.wait_for()
     notebook.check()
-    notebook.keep("-chosen")
+    notebook.keep("-pair")
 
 
 def test_matches_are_inspected(lab):

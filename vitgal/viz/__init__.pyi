@@ -1,6 +1,5 @@
 from .browsers import (
     PhotographBrowser as PhotographBrowser,
-    browse_failures as browse_failures,
     browse_photographs as browse_photographs,
     live_curves as live_curves,
 )

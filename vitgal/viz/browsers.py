@@ -1,4 +1,4 @@
-"""Widgets for notebooks: training curves, a run's failures, searches among one's own photographs.
+"""Widgets for notebooks: training curves, and searches among one's own photographs.
 
 A browser draws its first choice at once, so that a headless run fails if the drawing fails. Later
 errors are shown in place of the picture.
@@ -25,19 +25,16 @@ from IPython.display import display
 from vitgal import runs
 from vitgal.data.images import crop_box
 from vitgal.data.photographs import PhotographError, read_upright
-from vitgal.data.revisited import PROTOCOLS, RetrievalDataset
 from vitgal.runs import printable
 from vitgal.settings import RerankingSettings
 from vitgal.viz import style
 from vitgal.viz.charts import training_curves
 from vitgal.viz.drawing import reduce_image
-from vitgal.viz.failures import failure_figure, failure_table
 from vitgal.viz.run_figures import pair_figure, ranking_figure
 
 if TYPE_CHECKING:  # the stage imports torch; it is imported where it is used
     from vitgal.stages.own import Photographs, SearchResult
 
-ORDERS = {"lowest AP": "ap", "AP lost by reranking": "change", "worst miss": "miss"}
 PREVIEW = 480  # pixels, the longer side of the photograph on which a box is drawn
 LISTED = 50  # photographs that can be chosen for their matches
 Options = Sequence[tuple[str, int]]  # the entries of a list: text and index
@@ -165,60 +162,6 @@ def live_curves() -> Callable[[pd.DataFrame], None]:
         handle.update(figure)
 
     return watch
-
-
-def browse_failures(
-    run: Path,
-    dataset: RetrievalDataset | str,
-    *,
-    by: str = "ap",
-    protocol: str = "medium",
-    reranked: bool = True,
-    columns: int = 8,
-) -> widgets.VBox:
-    """Shows a run's queries, the worst first, each with its `failure_figure`.
-
-    by ("ap", "change" or "miss") and protocol: at first. Others: as for `failure_figure`.
-    The first query is drawn at once. Raises ValueError for an unknown `by` or protocol,
-    StageError where notebook 04 has not been run.
-    """
-    if by not in ORDERS.values():
-        raise ValueError(f"by is {by!r}; queries are sorted by {', '.join(ORDERS.values())}")
-    protocols = widgets.Dropdown(options=PROTOCOLS, value=protocol, description="protocol")
-    order = widgets.Dropdown(options=ORDERS.items(), value=by, description="sorted by")
-
-    def entries() -> Options:
-        """The queries in their order, each with its AP in percent, before and after reranking."""
-        table = failure_table(run, dataset, order.value, protocols.value, reranked=reranked)
-        options = []
-        for row in table.itertuples():
-            after = f" → {100 * row.after:.0f}" if reranked else ""
-            text = f"{row.Index}  {printable(row.query)}   AP {100 * row.before:.0f}{after}"
-            options.append((text, int(row.Index)))
-        return options
-
-    def draw() -> None:
-        """Draws the chosen query."""
-        if query.value is None:
-            print("nothing to choose from")
-        else:
-            failure_figure(
-                *(run, dataset, query.value, protocols.value), columns=columns, reranked=reranked
-            )
-
-    def sort(_: object) -> None:
-        """Lists the queries in the chosen order."""
-        with unobserved(query.list, output.redraw):
-            refill(query.list, entries())
-        output.redraw()
-
-    options, output = entries(), FigureOutput(draw)
-    query = Chooser("query", options, options[0][1] if options else None)
-    query.list.observe(output.redraw, "value")
-    for control in (order, protocols):
-        control.observe(sort, "value")
-    output.draw()
-    return widgets.VBox([widgets.HBox([order, protocols]), query.widget, output.widget])
 
 
 class PhotographBrowser:

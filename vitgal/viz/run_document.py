@@ -20,6 +20,7 @@ from vitgal.features.files import map_array
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store import FeatureStore
 from vitgal.retrieval import exact_search
+from vitgal.retrieval.evidence import weigh
 from vitgal.retrieval.ranking import Ranking
 from vitgal.retrieval.verification import PairInspection, inspect_shortlist
 from vitgal.runs import printable
@@ -99,7 +100,9 @@ def dataset_document(
     """Describes a run's results on one opened data set as `run_document`, without pairs.
 
     Of more than MOST_MAPPED_AT_ONCE images the map is left out, unless a report has stored it.
+    Raises StageError where the run has no global stage of this data set.
     """
+    runs.read_stage(Path(run) / dataset.name / "global", GLOBAL_NOTEBOOK)
     images = Images()
     entry = _Entry(Path(run), dataset, images, ranks, most_mapped=MOST_MAPPED_AT_ONCE)
     return _document([entry], images, 0, progress=False), images
@@ -371,12 +374,13 @@ def pair_document(
     """Describes the matches of one pair in plain values.
 
     Returns:
-        `matches`, `count`: the numbers of matches and of inliers. `points`: x and y in the query
-        and x and y in the database image of each of M stored matches, in pixels of the stored
-        photographs; (0, 0) is the centre of the top-left one. The first MOST_INLIERS inliers and
-        MOST_REJECTED others are stored, in the order of the query's features. `inlier`: M times 0
-        or 1. `distance`, `scale`, `score`: of each match; scale and score of the query's feature,
-        None where unknown. `homography`: nine numbers from query to database pixels, or None.
+        `matches`, `count`: the numbers of matches and of inliers. `doubt`: why the homography is
+        not believed (`Evidence.doubt`). `points`: x and y in the query and x and y in the database
+        image of each of M stored matches, in pixels of the stored photographs; (0, 0) is the centre
+        of the top-left one. The first MOST_INLIERS inliers and MOST_REJECTED others are stored, in
+        the order of the query's features. `inlier`: M times 0 or 1. `distance`, `scale`, `score`:
+        of each match; scale and score of the query's feature, None where unknown. `homography`:
+        nine numbers from query to database pixels, or None.
     """
     inliers = inspection.verification.inliers
     kept = np.flatnonzero(inliers)[:MOST_INLIERS], np.flatnonzero(~inliers)[:MOST_REJECTED]
@@ -391,6 +395,7 @@ def pair_document(
     return {
         "matches": len(inliers),
         "count": inspection.verification.count,
+        "doubt": weigh(query, database, inspection).doubt,
         "points": np.round(points.astype(float), 1).ravel().tolist(),
         "inlier": inliers[kept].astype(int).tolist(),
         "distance": np.round(np.linalg.norm(between, axis=1).astype(float), 3).tolist(),

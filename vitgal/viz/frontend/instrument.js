@@ -1254,6 +1254,7 @@ function pair(state) {
       const cut = result.inlier.length === result.matches ? "" : `, of which ${result.inlier.length} are drawn at most`;
       parts.push(`${inliers}${result.matches} matches${cut}`);
       if (!result.homography) remark = "No homography fits these matches.";
+      else if (result.doubt) remark = `The homography is doubtful: ${result.doubt}.`;
     } else if (!fault)
       remark = state.source.live
         ? "The kernel is matching …"
