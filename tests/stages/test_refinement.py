@@ -17,7 +17,7 @@ from vitgal.retrieval import Ranking, RefinementError, expand_queries, shortlist
 from vitgal.settings import GlobalSettings
 from vitgal.stages import rank
 from vitgal.stages.describe import GLOBAL_OUTPUTS, evaluate_descriptors
-from vitgal.stages.refine_set import RefineSet, open_refine_set
+from vitgal.stages.whitening import RefineSet, open_refine_set
 
 PLAIN = {"top_plain.npy", "similarities_plain.npy", "positions_plain.npz"}
 REFINED = {"refined_database.npy", "refined_queries.npy"}
@@ -305,3 +305,11 @@ def test_images_are_drawn_landmark_by_landmark(tmp_path):
     assert sorted(np.unique(some.labels, return_counts=True)[1].tolist()) == [8] * 5
     assert draw(40).names == some.names
     assert draw(300).names == draw(500).names and len(draw(299).names) == 299
+
+
+def test_the_notebook_s_names_are_functions():
+    """No sub-module hides a function of the same name once it is imported."""
+    from vitgal import stages
+
+    assert callable(stages.refine_set) and callable(stages.try_refinement)
+    assert stages.open_refine_set is open_refine_set

@@ -58,7 +58,6 @@ from .presence import (
 )
 from .rank import try_refinement as try_refinement
 from .ray_describer import RayDescriber as RayDescriber, open_describer as open_describer
-from .refine_set import RefineSet as RefineSet, open_refine_set as open_refine_set
 from .rerank import (
     hard_candidates as hard_candidates,
     inlier_counts as inlier_counts,
@@ -73,3 +72,4 @@ from .train import (
     split_inputs as split_inputs,
 )
 from .tuning import pair_counts as pair_counts, tune as tune
+from .whitening import RefineSet as RefineSet, open_refine_set as open_refine_set

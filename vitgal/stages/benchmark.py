@@ -16,8 +16,8 @@ from vitgal.data.revisited import RetrievalDataset
 from vitgal.evaluation.tuning import DATASET as VALIDATION, TuningError
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings, RerankingSettings
 from vitgal.settings.reader import Settings, Values
-from vitgal.stages.refine_set import RefineSet, needs_refine_set, open_refine_set
 from vitgal.stages.rerank import GLOBAL_NOTEBOOK, LOCAL_NOTEBOOK
+from vitgal.stages.whitening import RefineSet, needs_refine_set, open_refine_set
 
 # Matching and verification of features that are no tokens of the model: those in use for them.
 # Lowe's test separates SIFT's descriptors; XFeat's authors match both ways, with an inner product

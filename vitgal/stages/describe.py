@@ -30,7 +30,7 @@ from vitgal.stages.images import (
 from vitgal.stages.local_describer import LocalDescriber
 from vitgal.stages.rank import RANKING_OUTPUTS, check_refinement, write_rankings
 from vitgal.stages.ray_describer import open_describer
-from vitgal.stages.refine_set import (
+from vitgal.stages.whitening import (
     RefineSet,
     learn_whitening,
     needs_refine_set,

@@ -35,7 +35,7 @@ from vitgal.settings.refinement import (
     SuperGlobal,
     Whitening,
 )
-from vitgal.stages.refine_set import Learnt
+from vitgal.stages.whitening import Learnt
 
 PLAIN = "plain"  # the ranking before refinement: top_plain.npy, positions_plain.npz
 MOST_EXACT = 200_000  # images whose neighbours are searched exactly: N² x D products
