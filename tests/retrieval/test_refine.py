@@ -76,6 +76,24 @@ def test_learned_whitening_makes_pairs_white():
     np.testing.assert_allclose(few.projection, whitening.projection[:, :2], rtol=1e-6)
 
 
+def test_a_dimension_without_variance_is_left_out(rows):
+    """As of a network that ends in a LayerNorm: all values of a descriptor add up to 0."""
+    flat = (rows - rows.mean(axis=1, keepdims=True)).astype(np.float32)
+    pairs = matching_pairs(np.arange(300) // 2)
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((8, 8)))[0].astype(np.float32)
+    basis = np.linalg.svd(flat)[2][:7].T.astype(np.float32)  # the same in seven dimensions
+    for learn in (
+        lambda rows: pca_whitening(rows, power=0.5),
+        lambda rows: learned_whitening(rows, pairs),
+    ):
+        mapped = learn(flat).apply(flat)
+        assert mapped.shape == (300, 7)
+        for same in (flat @ basis, flat @ turn):
+            other = learn(same).apply(same)
+            np.testing.assert_allclose(other @ other.T, mapped @ mapped.T, atol=1e-3)
+    assert pca_whitening(flat, power=0).apply(flat).shape == (300, 8)
+
+
 def test_matching_pairs():
     assert matching_pairs(np.array([5, 7, 5, 9, 5])).tolist() == [[0, 2], [2, 4], [4, 0]]
     assert matching_pairs(np.array([1, 2])).shape == (0, 2)
@@ -111,9 +129,11 @@ def test_a_stored_whitening(rows, tmp_path):
 def test_whitening_refuses(rows):
     with pytest.raises(RefinementError, match="8 dimensions needs more images than that .* not 8"):
         pca_whitening(rows[:8], power=0.5)
-    with pytest.raises(RefinementError, match="vary in 3 of 8 dimensions: set dimensions=3"):
-        pca_whitening(np.pad(rows[:, :3], ((0, 0), (0, 5))), power=0.5)
-    assert pca_whitening(np.pad(rows[:, :3], ((0, 0), (0, 5))), power=0).apply(rows).shape[1] == 8
+    flat = np.pad(rows[:, :3], ((0, 0), (0, 5)))
+    with pytest.raises(RefinementError, match="vary in 3 of 8 dimensions: leave dimensions out"):
+        pca_whitening(flat, power=0.5, dimensions=4)
+    with pytest.raises(RefinementError, match="vary in 0 of 8 dimensions"):
+        pca_whitening(np.ones((20, 8)), power=0.5)
     with pytest.raises(RefinementError, match="keeps 9 dimensions, the descriptors have 8"):
         pca_whitening(rows, power=0.5, dimensions=9)
     with pytest.raises(RefinementError, match="learnt from descriptors of 8 dimensions, these hav"):

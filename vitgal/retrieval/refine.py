@@ -105,22 +105,18 @@ def pca_whitening(
 
     Args:
         rows: (F, D) floats, none of them of the benchmark; rows of zeros are left out.
-        dimensions: strongest components that are kept; None: all D.
+        dimensions: strongest components that are kept; None: all that vary. A network that ends
+            in a LayerNorm gives one component without variance.
     Raises:
-        RefinementError: not more images than dimensions, more components than dimensions, or
-            components without variance that would be divided by it.
+        RefinementError: not more images than dimensions, more components than dimensions or than
+            vary, or images that are all the same.
     """
     mean, covariance = _moments(rows)
     width = _checked_dimensions(dimensions, len(mean))
-    variances, components = np.linalg.eigh(covariance)
-    variances, components = variances[::-1], components[:, ::-1]
+    variances, components = _components(covariance)
     variances = (1 - shrinkage) * variances + shrinkage * variances.mean()
-    varying = int((variances > 1e-10 * max(variances[0], 1e-30)).sum())
-    if power > 0 and varying < width:
-        raise RefinementError(
-            f"the whitening's images vary in {varying} of {len(mean)} dimensions: set "
-            f"dimensions={max(varying, 1)} or a shrinkage, or learn it from more images"
-        )
+    if power > 0:
+        width = _varying(variances, dimensions)
     scales = variances[:width] ** -power if power > 0 else np.ones(width)
     return _as_map(mean, components[:, :width] * scales)
 
@@ -137,22 +133,26 @@ def learned_whitening(
     Args:
         rows: (F, D) floats, none of them of the benchmark.
         pairs: (M, 2) integers, rows that match (`matching_pairs`).
-        dimensions: strongest components that are kept; None: all D.
+        dimensions: strongest components that are kept; None: all that vary.
     Raises:
-        RefinementError: not more images than dimensions, fewer pairs than dimensions, pairs whose
-            differences do not vary in all dimensions, or more components than dimensions.
+        RefinementError: as `pca_whitening`, fewer pairs than dimensions, or pairs that do not
+            differ in a dimension in which images vary.
     """
     mean, covariance = _moments(rows)
-    width = _checked_dimensions(dimensions, len(mean))
+    _checked_dimensions(dimensions, len(mean))
+    variances, components = _components(covariance)
+    basis = components[:, : _varying(variances, None)]
+    width = _varying(variances, dimensions)
     if len(pairs) < len(mean):
         raise RefinementError(
             f"a learned whitening of {len(mean)} dimensions needs as many pairs of images of one "
             f"landmark, not {len(pairs)}: learn it from more images, or use whitening"
         )
-    within = np.zeros_like(covariance)
+    within = np.zeros((basis.shape[1], basis.shape[1]))
     for part in block_slices(len(pairs), BLOCK):
         first, second = (np.asarray(rows[pairs[part, side]], np.float64) for side in (0, 1))
-        within += (first - second).T @ (first - second)
+        differences = (first - second) @ basis
+        within += differences.T @ differences
     try:
         whiten = np.linalg.inv(np.linalg.cholesky(within / len(pairs)))
     except np.linalg.LinAlgError:
@@ -160,8 +160,8 @@ def learned_whitening(
             "images of one landmark do not differ in every dimension, so no whitening can be "
             "learnt from pairs of them: learn it from other images, or use whitening"
         ) from None
-    _, components = np.linalg.eigh(whiten @ covariance @ whiten.T)
-    return _as_map(mean, whiten.T @ components[:, ::-1][:, :width])
+    _, turned = _components(whiten @ (basis.T @ covariance @ basis) @ whiten.T)
+    return _as_map(mean, basis @ whiten.T @ turned[:, :width])
 
 
 def matching_pairs(labels: np.ndarray) -> np.ndarray:
@@ -195,6 +195,23 @@ def _moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     if not np.isfinite(covariance).all():
         raise RefinementError("a descriptor that a whitening is learnt from is not finite")
     return mean, covariance / (len(kept) - 1)
+
+
+def _components(covariance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Falling variances (D,) and their components (D, D), a column each."""
+    variances, components = np.linalg.eigh(covariance)
+    return variances[::-1], components[:, ::-1]
+
+
+def _varying(variances: np.ndarray, dimensions: int | None) -> int:
+    """The number of components to keep: all that vary, or the wanted ones, which must vary."""
+    varying = int((variances > 1e-10 * max(variances[0], 1e-30)).sum())
+    if varying < (dimensions or 1):
+        raise RefinementError(
+            f"the whitening's images vary in {varying} of {len(variances)} dimensions: leave "
+            "dimensions out, set a shrinkage, or learn it from other images"
+        )
+    return dimensions or varying
 
 
 def _checked_dimensions(dimensions: int | None, width: int) -> int:

@@ -183,10 +183,8 @@ def _describe_set(
     weights: str | runs.Input,
 ) -> np.ndarray:
     """Describes the images that a whitening is learnt from, once for all data sets of a run."""
-    parameters = {name: getattr(settings, name) for name in ("size", "resize", "scales")}
-    parameters |= {"precision": settings.precision}
-    timms = {name: getattr(settings, name) for name in ("multiple", "pooling")}
-    parameters |= {name: value for name, value in timms.items() if value is not None}
+    compared = settings.compared()
+    parameters = {name: compared[name] for name in compared if name not in DESCRIPTOR_SETTINGS}
     inputs = {"images": images.as_input, "weights": weights}
     key = runs.fingerprint([parameters, runs.input_fingerprints(inputs)])[:12]
     folder = run / "refine_set" / key
