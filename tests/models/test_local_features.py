@@ -17,6 +17,7 @@ class Tokens:
     """Stands where a network does and gives tokens made by hand, one set a call (a scale)."""
 
     code_dim = 3
+    patch = multiple = 16
 
     def __init__(self, *sets: tuple[tuple[int, int], list[float]]):
         self.sets = list(sets)

@@ -87,6 +87,7 @@ class Cramped(torch.nn.Module):
         super().__init__()
         self.model, self.most = model, most
         self.embed_dim, self.code_dim = model.embed_dim, model.code_dim
+        self.patch, self.multiple = model.patch, model.multiple
 
     def global_features(self, images):
         return self._fits(images) or self.model.global_features(images)

@@ -1,4 +1,5 @@
 from . import store as store
+from .codes import CodeError as CodeError, Codes as Codes, Moments as Moments
 from .descriptors import read_descriptors as read_descriptors
 from .feature_file import FeatureFile as FeatureFile
 from .foreign import DescriptorError as DescriptorError

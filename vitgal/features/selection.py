@@ -10,13 +10,13 @@ from vitgal.settings.sections import SelectionSettings
 Frame = tuple[tuple[int, int, int, int], tuple[int, int]]  # the crop's box, the photograph's (h, w)
 
 
-def scaled_size(size: Sequence[int], scale: float) -> tuple[int, int]:
-    """Returns the (h, w) of a network input at a scale, in multiples of 16 pixels.
+def scaled_size(size: Sequence[int], scale: float, multiple: int = PATCH) -> tuple[int, int]:
+    """Returns the (h, w) of a network input at a scale, in multiples of so many pixels.
 
     As published, sides are truncated to pixels and then raised to a multiple: 736 at 1.4142 is
     1040.9, hence 1040 and not 1056.
     """
-    height, width = (max(PATCH, -(-int(side * scale) // PATCH) * PATCH) for side in size)
+    height, width = (max(multiple, -(-int(side * scale) // multiple) * multiple) for side in size)
     return height, width
 
 
@@ -40,18 +40,21 @@ def select_tokens(
     return np.flatnonzero(scores > np.float32(threshold))
 
 
-def patch_boxes(tokens: np.ndarray, columns: int, factors: tuple[float, float]) -> np.ndarray:
+def patch_boxes(
+    tokens: np.ndarray, columns: int, factors: tuple[float, float], patch: int = PATCH
+) -> np.ndarray:
     """Returns the patches of tokens in pixels of the network input at scale 1.
 
     Args:
         tokens: (N,) integers, row by row; N may be 0.
         columns: tokens in a row.
         factors: height and width of the scaled input over those at scale 1.
+        patch: side of a patch in pixels of the scaled input.
     Returns:
         (N, 4) int64, (y0, x0, y1, x1), truncated to pixels.
     """
-    starts = np.stack(np.divmod(tokens, columns), axis=1) * PATCH  # (n, 2): y, x
-    corners = np.concatenate([starts / factors, (starts + PATCH) / factors], axis=1)
+    starts = np.stack(np.divmod(tokens, columns), axis=1) * patch  # (n, 2): y, x
+    corners = np.concatenate([starts / factors, (starts + patch) / factors], axis=1)
     return corners.astype(np.int64)
 
 

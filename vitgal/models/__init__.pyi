@@ -69,6 +69,7 @@ from .timm_networks import (
     open_network as open_network,
     timm_network as timm_network,
 )
+from .token_network import TokenNetwork as TokenNetwork, local_network as local_network
 from .weights import (
     convert as convert,
     initial_weights as initial_weights,

@@ -26,6 +26,7 @@ from vitgal.features.selection import (
 from vitgal.models.describers import VITGAL_SIZE, Describer, facts_of
 from vitgal.models.inference import batches, device_of, inference, network_input
 from vitgal.models.network import ViTGaL
+from vitgal.models.token_network import TokenNetwork
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings, SelectionSettings
 
 
@@ -94,7 +95,7 @@ def describe(
 
 
 def extract_local(
-    model: ViTGaL,
+    model: ViTGaL | TokenNetwork,
     image: np.ndarray,
     box: Sequence[float] | None = None,
     *,
@@ -107,21 +108,22 @@ def extract_local(
     Args:
         box, precision: as for `extract_global`.
         size: the network input has about size x size pixels in the image's shape, sides multiples
-            of 16.
+            of the model's `multiple` (16).
         options: fields of SelectionSettings; the defaults are the published ones.
     Raises:
         ValueError: a box that does not fit, a model without autoencoder, an option out of range.
     """
     selection = SelectionSettings(**options)
+    require_codes(model)
     crop, crop_frame = crop_box(image, box)
-    batch = resize_image(crop, size, "area")[None]
+    batch = resize_image(crop, size, "area", model.multiple)[None]
     with inference(model, precision):
         inputs = network_input(batch, device_of(model))
         return local_features(model, inputs, [(crop_frame, image.shape[:2])], selection)[0]
 
 
 def local_features(
-    model: ViTGaL,
+    model: ViTGaL | TokenNetwork,
     images: Tensor,
     frames: Sequence[Frame],
     selection: SelectionSettings,
@@ -132,10 +134,10 @@ def local_features(
 
     Args:
         images: (B, 3, h, w) normalised network inputs on the model's device, the sides multiples
-            of 16; B may be 0.
+            of the model's `multiple` (16); B may be 0.
         frames: per image the box that was cut out of the photograph and the photograph's size.
         selection: which tokens become features. At each scale the sides of the input are rounded
-            up to multiples of 16; `target_per_scale` is in proportion to the area.
+            up to multiples again; `target_per_scale` is in proportion to the area.
     Returns:
         One LocalFeatures an image; empty where no token passes the last threshold.
     Raises:
@@ -145,17 +147,17 @@ def local_features(
     candidates: list[list[tuple]] = [[] for _ in frames]
     codes, count = [], 0  # of the scales so far: the codes, and the number of tokens
     for scale in selection.scales:
-        resized, factors = rescale(images, scale, selection.interpolation)
+        resized, factors = rescale(images, scale, selection.interpolation, model.multiple)
         features = model.token_codes(resized)
         # NOTE the published code takes the row's length from the input, see `rescale`.
         published = selection.interpolation == "published"
-        columns = resized.shape[-1] // PATCH if published else features.grid[1]
+        columns = resized.shape[-1] // model.patch if published else features.grid[1]
         target = selection.target_per_scale * factors[0] * factors[1]
         scores = token_scores(features.attention).cpu().numpy()
         for parts, row in zip(candidates, scores, strict=True):
             tokens = select_tokens(row, target, selection.ladder)
             nominal = np.full(len(tokens), scale, np.float32)
-            boxes = patch_boxes(tokens, columns, factors)
+            boxes = patch_boxes(tokens, columns, factors, model.patch)
             parts.append((boxes, row[tokens], nominal, count + tokens))
         codes.append(features.codes)
         count += scores.shape[1]
@@ -166,7 +168,7 @@ def local_features(
     ]
 
 
-def require_codes(model: ViTGaL) -> int:
+def require_codes(model: ViTGaL | TokenNetwork) -> int:
     """Returns the dimension of the model's local descriptors; ValueError where it has none."""
     if model.code_dim is None:
         raise ValueError(
@@ -205,7 +207,10 @@ def _select_best(
 
 
 def rescale(
-    images: Tensor, scale: float, interpolation: str = SelectionSettings.interpolation
+    images: Tensor,
+    scale: float,
+    interpolation: str = SelectionSettings.interpolation,
+    multiple: int = PATCH,
 ) -> tuple[Tensor, tuple[float, float]]:
     """Scales images (B, 3, h, w), bilinear without smoothing; returns them and both sides' factors.
 
@@ -214,7 +219,7 @@ def rescale(
     patches, but that code assumes 30 and gets wrong locations.
     """
     size = tuple(images.shape[-2:])
-    target = scaled_size(size, scale)
+    target = scaled_size(size, scale, multiple)
     factors = (target[0] / size[0], target[1] / size[1])
     if target == size:
         return images, factors

@@ -41,6 +41,7 @@ from .locks import (
     WorkerSlot as WorkerSlot,
     disown_locks as disown_locks,
     locked as locked,
+    waiting as waiting,
 )
 from .lookup import MANY as MANY, file_facts as file_facts
 from .manifest import (

@@ -66,6 +66,18 @@ def locked(folder: Path, slot: WorkerSlot = ALONE) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def waiting(folder: Path) -> Iterator[None]:
+    """Waits for other processes in the same block, for work that only the first of them must do.
+
+    The folder is created where it is missing. Raises as `locked`.
+    """
+    refuse_links([folder])
+    with contextlib.ExitStack() as locks:
+        _lock(folder / f"{LOCK}-wait", locks, fcntl.LOCK_EX, None)
+        yield
+
+
 def _refuse_other_counts(folder: Path, name: str, busy: str) -> None:
     """Raises StageError where a worker of another `slot.count` works in the folder."""
     with contextlib.ExitStack() as probing:

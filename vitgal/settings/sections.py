@@ -390,6 +390,8 @@ LOCAL_METHODS = ("tokens", "sift", "xfeat")
 class LocalSettings(SelectionSettings):
     """Local features of the images on the short lists."""
 
+    PREFIXED: ClassVar[frozenset[str]] = SelectionSettings.PREFIXED | {"block"}
+
     local: str = setting(
         "tokens",
         '"tokens" of the model; "sift": RootSIFT; "xfeat" needs the extra baselines',
@@ -397,6 +399,20 @@ class LocalSettings(SelectionSettings):
         later=True,
     )
     local_features: str | None = path("local features of another system (hloc's .h5)")
+    block: str | None = setting(
+        None,
+        "block of a timm network whose tokens are taken; None: the last but two, or of stride 16",
+        later=True,
+    )
+    code_dim: int | None = setting(
+        None,
+        "dimension of a timm network's local descriptor; None: 128, or that of fewer tokens",
+        low=1,
+        later=True,
+    )
+    code_images: str | None = path(
+        "photographs that a timm network's codes are fitted to; None: the run's training split"
+    )
     size: int = setting(512, "network input: the square root of its area", unit="pixels", low=16)
     crop_queries: bool = setting(True, "as in the global stage")
     precision: str = setting("fp32", "of inference", flat="inference_precision", choices=PRECISIONS)
@@ -423,7 +439,8 @@ class LocalSettings(SelectionSettings):
         values = super().compared()
         if self.own_tokens:
             return values
-        unused = {entry.name for entry in dataclasses.fields(SelectionSettings)} | {"precision"}
+        unused = {entry.name for entry in dataclasses.fields(SelectionSettings)}
+        unused |= {"precision", "block", "code_dim"}
         unused |= {"size"} if self.local_features is not None else set()
         return {name: values[name] for name in values if name not in unused - {"max_keypoints"}}
 

@@ -5,6 +5,7 @@ of val_retrieval.csv; every image of a query's landmark is easy.
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,10 @@ def prepare_validation(
             file = manifests[name]["recorded"].get("refine_set")
             file = file and runs.resolve(file)
             options["refine_set"] = open_refine_set(run, settings, file, image_folder)
+        if name == "local":
+            code_images = manifests[name]["recorded"].get("code_images")
+            settings = replace(settings, code_images=code_images)
+            options["image_folder"] = image_folder
         try:
             describe_dataset(run, dataset, settings, machine, **options)
         except runs.StageError:

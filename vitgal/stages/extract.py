@@ -3,17 +3,20 @@
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 
 from vitgal import engines, runs
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features import store
+from vitgal.features.codes import Codes
 from vitgal.features.feature_file import FeatureFile
 from vitgal.models.inference import weights_input
 from vitgal.models.local_extractors import extractor_inputs
 from vitgal.retrieval import shortlists
 from vitgal.settings import LocalSettings, MachineSettings
+from vitgal.stages.codes import dataset_codes
 from vitgal.stages.file_describer import FileDescriber
 from vitgal.stages.images import (
     ImageTask,
@@ -40,6 +43,7 @@ def extract_shortlist(
     machine: MachineSettings,
     *,
     model: Path | str,
+    image_folder: Path | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -48,10 +52,14 @@ def extract_shortlist(
     These are the queries (cropped) and the images (whole) of the global stage's shortlist.txt; any
     that cannot be decoded is left out. Of several processes each `machine.worker` writes its part
     of the shards; the last finishes the stage. A second run writes missing and damaged shards.
-    `model` is a weight file with autoencoder, or "untrained:<architecture>"; only tokens need it.
 
+    Args:
+        model: a weight file with autoencoder, "untrained:<architecture>", or a network of timm,
+            whose tokens' codes are fitted first, see `dataset_codes`. Only tokens need a model.
+        image_folder: of the run's training images, see `code_tasks`.
     Raises:
         DescriptorError: a file of local features that cannot be used.
+        CodeError: codes cannot be fitted, or would be fitted to the benchmark.
         StageError: the global stage is missing, the folder holds other settings, a query or too
             many images cannot be read, or other workers are not done.
         FileNotFoundError, ValueError: the weights are missing, invalid or without autoencoder.
@@ -64,22 +72,32 @@ def extract_shortlist(
     boxes = [task.box for task in images]
     names, paths = [task.key for task in images], [task.path for task in images]
     files = runs.images_input(names, paths, verify=dataset.verify)
+    codes = dataset_codes(
+        run,
+        dataset,
+        settings,
+        machine,
+        model=model,
+        image_folder=image_folder,
+        overwrite=overwrite and slot == runs.ALONE,
+        progress=progress,
+    )
     with runs.stage(
         run / dataset.name / "local",
         "local",
-        parameters=settings.compared(),
+        parameters=_parameters(settings, codes),
         inputs={
             "shortlist": shortlist,
             "images": runs.combined_input([files], lambda part: [part, boxes]),
         }
-        | _method_inputs(settings, model),
+        | _method_inputs(settings, model, codes),
         overwrite=overwrite,
         repair=True,
         slot=slot,
     ) as stage:
         if stage.finished and _report_finished(stage, len(images), settings):
             return stage.folder
-        with _open_describer(model, settings, machine, images) as describer:
+        with _open_describer(model, settings, machine, images, codes) as describer:
             _announce(describer.code_dim, len(images), settings)
             made_in = {"precision": describer.precision}
             kind = store.ShardFormat(settings.dtype, describer.code_dim, made_in)
@@ -87,6 +105,7 @@ def extract_shortlist(
             write_shards(describer, shards, slot, settings.max_failed_share, progress=progress)
             weights = model if settings.own_tokens else None
             recorded = describer.recorded() | recorded_paths(run, dataset, weights)
+            recorded |= {"code_images": settings.code_images} if codes else {}
         _refuse_unfinished(stage.folder, shards, slot)
         index = store.write_index(stage.folder)  # first: the store opens faster with it
         failures = store.FeatureStore.open(stage.folder).failures
@@ -98,14 +117,27 @@ def extract_shortlist(
         return stage.folder
 
 
-def _method_inputs(settings: LocalSettings, model: Path | str) -> dict[str, str | runs.Input]:
+def _parameters(settings: LocalSettings, codes: Path | None) -> dict[str, Any]:
+    """The parameters of the stage; `code_dim` is a model's own without fitted codes."""
+    parameters = settings.compared()
+    if codes is None:
+        parameters.pop("code_dim", None)
+    return parameters
+
+
+def _method_inputs(
+    settings: LocalSettings, model: Path | str, codes: Path | None
+) -> dict[str, str | runs.Input]:
     """The inputs of the stage that depend on the method, by name."""
     if settings.local_features is not None:
         path = runs.resolve(settings.local_features)
         if not path.is_file():
             raise FileNotFoundError(f"there are no local features {path}: hloc's .h5")
         return {"local features": runs.file_input(path)}
-    return {"weights": weights_input(model)} if settings.own_tokens else extractor_inputs(settings)
+    if not settings.own_tokens:
+        return extractor_inputs(settings)
+    inputs = {"weights": weights_input(model)}
+    return inputs if codes is None else inputs | {"codes": runs.fingerprint_file(codes)}
 
 
 def _open_describer(
@@ -113,9 +145,10 @@ def _open_describer(
     settings: LocalSettings,
     machine: MachineSettings,
     images: Sequence[ImageTask],
+    codes: Path | None,
 ) -> contextlib.AbstractContextManager[LocalDescriber | FileDescriber]:
     if settings.local_features is None:
-        return open_describer(model, settings, machine)
+        return open_describer(model, settings, machine, codes and Codes.load(codes))
     path = runs.resolve(settings.local_features)
     file = FeatureFile.open(path, [task.key for task in images])
     print(f"{path.name}: places are pixels of the photographs, and threshold counts these")

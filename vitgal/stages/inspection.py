@@ -146,6 +146,7 @@ class _Recorder:
 
     def __init__(self, model: Any) -> None:
         self.model, self.code_dim, self.outputs, self.scale = model, model.code_dim, [], 0
+        self.patch, self.multiple = model.patch, model.multiple
 
     def token_codes(self, images: Any) -> Any:
         """Returns the TokenCodes of images (1, 3, H, W) at the next scale."""
@@ -163,9 +164,9 @@ def explain_selection(
 ) -> TokenSelection:
     """Extracts a photograph's kept and dropped local features in one pass.
 
-    model: a ViTGaL with autoencoder. image: (H, W, 3) uint8 RGB. box: (x0, y0, x1, y1) in pixels,
-    the part that is described. Raises ValueError where the box does not fit the image, or the model
-    has no autoencoder.
+    model: a ViTGaL with autoencoder, or a TokenNetwork. image: (H, W, 3) uint8 RGB. box: (x0, y0,
+    x1, y1) in pixels, the part that is described. Raises ValueError where the box does not fit the
+    image, or the model has no autoencoder.
     """
     from vitgal.models.descriptors import local_features, token_scores
     from vitgal.models.inference import device_of, inference, network_input
@@ -179,7 +180,8 @@ def explain_selection(
         return local_features(recorder, images, [(box, image.shape[:2])], changed)[0]
 
     with inference(model, settings.precision):
-        images = network_input(resize(crop, settings.size, "area")[None], device_of(model))
+        pixels = resize(crop, settings.size, "area", model.multiple)
+        images = network_input(pixels[None], device_of(model))
         kept = extract(settings)
         survivors = extract(replace(settings, max_keypoints=UNLIMITED))
         unlimited = replace(settings, max_keypoints=UNLIMITED, nms_candidates=UNLIMITED)
@@ -254,6 +256,8 @@ class Inspector:
     def _model(self) -> Any:
         """The model that extracted the features; InspectionError for any other."""
         from vitgal.models import inference
+        from vitgal.models.token_network import local_network
+        from vitgal.stages.codes import read_codes
 
         if not self.shows_tokens:
             raise InspectionError(
@@ -267,7 +271,12 @@ class Inspector:
                 f"{source} is not the model that the local features were extracted with: set "
                 f"weights as in {LOCAL_NOTEBOOK}"
             )
-        return inference.open_model(source, inference.pick_device())
+        codes = self._manifest["inputs"].get("codes")
+        return local_network(
+            inference.open_model(source, inference.pick_device()),
+            self.settings,
+            codes and read_codes(self.run, codes),
+        )
 
     def find(self, text: str) -> int:
         """Returns a database image by its index or name; InspectionError where there is none."""

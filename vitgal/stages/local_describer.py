@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from vitgal.data.images import ImageError
 from vitgal.features import store
+from vitgal.features.codes import Codes
 from vitgal.features.local import LocalFeatures
 from vitgal.features.selection import Frame
 from vitgal.models.describers import Describer
@@ -30,6 +31,7 @@ from vitgal.models.inference import (
     resolve_precision,
 )
 from vitgal.models.local_extractors import LocalExtractor, make_extractor
+from vitgal.models.token_network import TokenNetwork, local_network
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings
 from vitgal.stages.images import (
     Failure,
@@ -45,12 +47,18 @@ StageSettings = GlobalSettings | LocalSettings
 
 
 def load_images(
-    tasks: Iterable[ImageTask], settings: StageSettings, machine: MachineSettings
+    tasks: Iterable[ImageTask],
+    settings: StageSettings,
+    machine: MachineSettings,
+    multiple: int | None = None,
 ) -> Iterator[tuple[ImageTask, LoadedImage | ImageError]]:
-    """Yields each task with its network input or its ImageError, in order."""
+    """Yields each task with its network input or its ImageError, in order.
+
+    multiple: of the sides of inputs for local features; None: as published.
+    """
     # As published, local features keep the aspect ratio.
     mode = settings.resize if isinstance(settings, GlobalSettings) else "area"
-    multiple = settings.multiple if isinstance(settings, GlobalSettings) else None
+    multiple = settings.multiple if isinstance(settings, GlobalSettings) else multiple
     load = partial(load_image, size=settings.size, resize_mode=mode, multiple=multiple)
     return prefetch(load, tasks, machine.read_threads)
 
@@ -64,7 +72,7 @@ class LocalDescriber:
     place of the network's tokens.
     """
 
-    model: Describer | None
+    model: Describer | TokenNetwork | None
     settings: StageSettings
     machine: MachineSettings
     precision: str
@@ -81,6 +89,11 @@ class LocalDescriber:
         if self.model is None:
             return contextlib.nullcontext()
         return inference(self.model, self.precision)
+
+    @property
+    def multiple(self) -> int | None:
+        """Of which the sides of inputs for local features are multiples; None: as published."""
+        return getattr(self.model, "multiple", None)
 
     @property
     def batch_size(self) -> int:
@@ -122,7 +135,7 @@ class LocalDescriber:
     @contextlib.contextmanager
     def stream(self, tasks: Iterable[ImageTask], bar: tqdm) -> Iterator[LoadedImages]:
         """Opens an iterator over the loaded images that counts them, within `running`."""
-        images = load_images(tasks, self.settings, self.machine)
+        images = load_images(tasks, self.settings, self.machine, self.multiple)
         with contextlib.closing(images), self.running():
             yield _counted(images, bar)
 
@@ -193,11 +206,15 @@ def _readable(images: LoadedImages, failures: list[Failure]) -> Iterator[tuple[i
 
 @contextlib.contextmanager
 def open_local(
-    source: Path | str, settings: StageSettings, machine: MachineSettings
+    source: Path | str,
+    settings: StageSettings,
+    machine: MachineSettings,
+    codes: Codes | None = None,
 ) -> Iterator[LocalDescriber]:
     """Opens what describes images, with its number of threads.
 
-    source: as for `open_model`; read for tokens and global descriptors.
+    source: as for `open_model`; read for tokens and global descriptors. codes: of the tokens of a
+    timm network; None: the tokens are the local descriptors.
     """
     device = pick_device(machine.device)
     with limited_threads(machine.threads):
@@ -207,5 +224,7 @@ def open_local(
             return
         pooling = settings.pooling if isinstance(settings, GlobalSettings) else None
         model = open_model(source, device, pooling=pooling)
+        if isinstance(settings, LocalSettings):
+            model = local_network(model, settings, codes)
         precision = resolve_precision(settings.precision, device)
         yield LocalDescriber(model, settings, machine, precision)

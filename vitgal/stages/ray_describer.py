@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from vitgal import engines, runs
 from vitgal.features import store
+from vitgal.features.codes import Codes
 from vitgal.models.inference import resolve_precision
 from vitgal.settings import MachineSettings
 from vitgal.stages.images import Failure, ImageTask, ShardTask
@@ -32,6 +33,7 @@ class RayDescriber(LocalDescriber):
     """
 
     source: str = ""
+    codes: Codes | None = None
 
     def describe_blocks(
         self, blocks: Sequence[Sequence[ImageTask]], bar: tqdm
@@ -75,8 +77,8 @@ class RayDescriber(LocalDescriber):
     ) -> Iterator[Any]:
         settings, machine = self.settings, self.machine
         return engines.Pipeline(
-            read=partial(read, settings=settings, machine=machine),
-            make_describer=partial(_Actor, describe, self.source, settings, machine),
+            read=partial(read, settings=settings, machine=machine, multiple=self.multiple),
+            make_describer=partial(_Actor, describe, self.source, settings, machine, self.codes),
             write=write,
             plan=partial(_actor_plan, machine),
             label=_label,
@@ -86,19 +88,22 @@ class RayDescriber(LocalDescriber):
 
 @contextlib.contextmanager
 def open_describer(
-    source: Path | str, settings: StageSettings, machine: MachineSettings
+    source: Path | str,
+    settings: StageSettings,
+    machine: MachineSettings,
+    codes: Codes | None = None,
 ) -> Iterator[LocalDescriber]:
     """Opens a model on this machine or on a Ray cluster, by the setting `engine`.
 
-    source: as for `open_model`.
+    source, codes: as for `open_local`.
     """
     if machine.engine == "local":
-        with open_local(source, settings, machine) as local:
+        with open_local(source, settings, machine, codes) as local:
             yield local
         return
     # The model is loaded here first: a bad weight file is reported before Ray starts.
     on_cpu = replace(machine, device="cpu")
-    with open_local(source, replace(settings, precision="fp32"), on_cpu) as local:
+    with open_local(source, replace(settings, precision="fp32"), on_cpu, codes) as local:
         with engines.connected(machine.ray_address):
             plan = _actor_plan(machine)
             device = "cuda" if plan.gpus else "cpu"
@@ -115,6 +120,7 @@ def open_describer(
                 precision,
                 extractor=local.extractor,
                 source=str(path),
+                codes=codes,
             )
 
 
@@ -136,9 +142,10 @@ class _Actor:
         source: str,
         settings: StageSettings,
         machine: MachineSettings,
+        codes: Codes | None,
     ):
         self._step, self._open = step, contextlib.ExitStack()
-        self._describer = self._open.enter_context(open_local(source, settings, machine))
+        self._describer = self._open.enter_context(open_local(source, settings, machine, codes))
 
     def __call__(self, value: Any) -> Any:
         with self._describer.running():
@@ -156,9 +163,12 @@ def _absolute(tasks: Iterable[ImageTask]) -> list[ImageTask]:
 
 
 def _read_images(
-    tasks: Sequence[ImageTask], settings: StageSettings, machine: MachineSettings
+    tasks: Sequence[ImageTask],
+    settings: StageSettings,
+    machine: MachineSettings,
+    multiple: int | None,
 ) -> list:
-    return list(load_images(tasks, settings, machine))
+    return list(load_images(tasks, settings, machine, multiple))
 
 
 def _describe_block(describer: LocalDescriber, images: list) -> tuple[np.ndarray, list[Failure]]:
@@ -178,11 +188,15 @@ class _ShardState:
     failures: list[Failure] = field(default_factory=list)
 
 
-def _read_shard(shard: ShardTask, settings: StageSettings, machine: MachineSettings) -> _ShardState:
+def _read_shard(
+    shard: ShardTask, settings: StageSettings, machine: MachineSettings, multiple: int | None
+) -> _ShardState:
     # A machine that died may have written it without a report.
     if written := shard.written():
         return _ShardState(shard, None, failures=written.failures)
-    return _ShardState(shard, _read_images(shard.images, settings, machine), shard.salvage())
+    return _ShardState(
+        shard, _read_images(shard.images, settings, machine, multiple), shard.salvage()
+    )
 
 
 def _describe_shard(describer: LocalDescriber, state: _ShardState) -> _ShardState:

@@ -1,0 +1,78 @@
+"""Tokens of a network of timm as local features."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitgal.features.codes import CodeError, Codes
+from vitgal.models.describers import TimmDescriber
+from vitgal.models.inference import device_of
+from vitgal.models.network import TokenCodes, ViTGaL
+from vitgal.models.timm_networks import NetworkError
+from vitgal.settings import LocalSettings
+
+
+class TokenNetwork(nn.Module):
+    """A block of a timm network for `local_features`: tokens, their codes, what chooses them.
+
+    Tokens are chosen by the class token's attention in the same block, or by their norm where it
+    has none. Their codes are those of `codes`; None: the tokens themselves, of length 1.
+
+    Attributes:
+        block: its name, one of `Backbone.blocks`.
+        patch: pixels between two tokens.
+        multiple: of which an image's sides must be multiples.
+        code_dim: dimension of a local descriptor.
+
+    Raises NetworkError for a block that the network does not have, with those that it has, and
+    CodeError for codes of another block's tokens.
+    """
+
+    def __init__(
+        self, describer: TimmDescriber, block: str | None = None, codes: Codes | None = None
+    ):
+        super().__init__()
+        backbone = describer.backbone
+        self.describer = describer
+        self.block = block or backbone.local_block()
+        width = backbone.width(self.block)
+        self.patch = backbone.stride(self.block)
+        self.multiple = math.lcm(self.patch, backbone.multiple)
+        self.code_dim = width if codes is None else codes.code_dim
+        if codes is not None and len(codes.mean) != width:
+            raise CodeError(
+                f"the codes are for tokens of {len(codes.mean)} values, and those of {self.block} "
+                f"of {backbone.name} have {width}: use a run_dir for each network and block"
+            )
+        arrays = (None, None) if codes is None else (codes.mean, codes.projection)
+        for name, array in zip(("mean", "projection"), arrays, strict=True):
+            value = None if array is None else torch.tensor(array)
+            self.register_buffer(name, value, persistent=False)
+        self.eval()
+
+    def token_codes(self, images: Tensor) -> TokenCodes:
+        """Computes codes (B, N, C) and attention of images (B, 3, H, W), sides of `multiple`."""
+        features = self.describer.token_features(images, self.block)
+        tokens = F.normalize(features.tokens, dim=2)
+        if self.projection is not None:
+            tokens = (tokens - self.mean) @ self.projection
+        return TokenCodes(features.grid, tokens, features.attention)
+
+
+def local_network(
+    model: ViTGaL | TimmDescriber, settings: LocalSettings, codes: Codes | None = None
+) -> ViTGaL | TokenNetwork:
+    """Returns what finds the local features of a model: its TokenNetwork, or a ViTGaL itself.
+
+    Raises as `TokenNetwork`, and NetworkError for a block of ViTGaL, whose tokens are its last.
+    """
+    if isinstance(model, TimmDescriber):
+        return TokenNetwork(model, settings.block, codes).to(device_of(model))
+    if settings.block is not None:
+        raise NetworkError(
+            f"local_block {settings.block!r} is for networks of timm; ViTGaL's local features are "
+            "its last tokens: set local_block to null"
+        )
+    return model
