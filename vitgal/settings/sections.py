@@ -404,9 +404,9 @@ class LocalSettings(SelectionSettings):
         "block of a timm network whose tokens are taken; None: the last but two, or of stride 16",
         later=True,
     )
-    code_dim: int | None = setting(
-        None,
-        "dimension of a timm network's local descriptor; None: 128, or that of fewer tokens",
+    code_dim: int = setting(
+        128,
+        "values of a timm network's codes; by default those of its tokens if fewer",
         low=1,
         later=True,
     )

@@ -21,7 +21,6 @@ from vitgal.stages.images import ImageTask, refuse_failures
 from vitgal.stages.local_describer import open_local
 
 FILE = "codes.npz"
-CODE_DIM = 128  # as of the published autoencoder
 MAX_IMAGES = 1000  # that a fit reads, spread evenly over the sorted list
 BLOCK = 64  # images whose tokens are held at once
 
@@ -134,7 +133,9 @@ def fit_codes(
             return stage.folder / FILE
         with open_local(model, settings, machine) as describer:
             network = describer.model
-            code_dim = settings.code_dim or min(CODE_DIM, network.code_dim)
+            code_dim = settings.code_dim
+            if code_dim == LocalSettings.code_dim:  # the default fits every network
+                code_dim = min(code_dim, network.code_dim)
             check_code_dim(code_dim, network.code_dim)
             moments, failures = Moments(network.code_dim), []
             bar = tqdm(total=len(tasks), desc="fitting codes", unit="image", disable=not progress)
