@@ -227,7 +227,7 @@ def test_costs_come_from_the_stages(tmp_path):
     finish(run / "global", "global", 1.0, **recorded)
     runs.write_array(run / "global" / "database.npy", np.zeros((8, 4), np.float32))
     runs.write_array(run / "global" / "queries.npy", np.zeros((2, 4), np.float32))
-    finish(run / "local", "local", 3.0, images=2, failed=0)
+    finish(run / "local", "local", 3.0, images=2, failed=0, weights="somewhere/net.pth")
     features = LocalFeatures(
         keypoints=np.zeros((5, 2), np.float32),
         descriptors=np.eye(5, 3, dtype=np.float32),
@@ -245,6 +245,19 @@ def test_costs_come_from_the_stages(tmp_path):
     place(tmp_path / "a", [0.5, 0.5], stage="rerank")
     rows = evaluation.system_table([tmp_path / "a"]).systems
     assert rows["network"].tolist() == ["net.pth"] * 2 and rows["device"][1] == "cuda"
+    for weights, name in (("timm:vit@a/b.pth", "timm:vit"), ("untrained:x", "untrained:x")):
+        manifest = runs.read_json(run / "global" / runs.MANIFEST)
+        manifest["recorded"]["weights"] = weights
+        runs.write_json(run / "global" / runs.MANIFEST, manifest)
+        assert evaluation.system_table([run / "global"]).systems["network"][1] == name
+    manifest["recorded"]["weights"] = None  # the run's own model
+    runs.write_json(run / "global" / runs.MANIFEST, manifest)
+    assert evaluation.system_table([run / "global"]).systems["network"][1] == "ViTGaL"
+    with runs.stage(
+        run.parent / "retrieval", "train", parameters={"architecture": "nano"}, inputs={}
+    ) as stage:
+        stage.finish([])
+    assert evaluation.system_table([run / "global"]).systems["network"][1] == "ViTGaL, nano"
     assert rows["dimension"].tolist() == [4, 4] and rows["local dimension"][2] == 3
     np.testing.assert_allclose(rows["ms an image"], [100, 100 + 1500])
     np.testing.assert_allclose(rows["ms a query"], [np.nan, 250])

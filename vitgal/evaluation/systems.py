@@ -186,29 +186,41 @@ def _costs(folder: Path) -> dict[str, Any]:
     manifest = runs.read_stage(source, "04_global_evaluation")
     facts, descriptors = manifest["recorded"], map_array(source / "database.npy")
     queries = len(map_array(source / "queries.npy"))
-    made_elsewhere = "descriptors" in manifest["inputs"]
-    row["network"] = "made elsewhere" if made_elsewhere else _network(facts)
-    row["device"] = facts.get("device", "")
+    row["network"], row["device"] = _network(source, manifest), facts.get("device", "")
     row["dimension"] = descriptors.shape[1]
     row["bytes an image"] = descriptors.itemsize * descriptors.shape[1]
-    if not made_elsewhere:
+    if "descriptors" not in manifest["inputs"]:
         row["ms an image"] = 1000 * facts["seconds"] / (len(descriptors) + queries)
-    if folder != source:
-        local = runs.read_stage(folder.with_name("local"), "05_local_extraction")["recorded"]
-        store = FeatureStore.open(folder.with_name("local"))
-        row["local dimension"] = store.code_dim
-        files = sum(file.stat().st_size for file in store.folder.rglob("*.npy"))
-        row["bytes an image"] += files / max(1, len(store))
-        row["ms an image"] += 1000 * local["seconds"] / max(1, local["images"])
-        reranking = runs.read_stage(folder, "06_rerank")["recorded"]
-        row["ms a query"] = 1000 * reranking["seconds"] / queries
-    return row
+    return row if folder == source else row | _reranking_costs(folder, row, queries)
 
 
-def _network(facts: dict[str, Any]) -> str:
-    """Returns the name of a network, as far as a stage has recorded it."""
-    weights = facts.get("weights")
-    return facts.get("network") or (Path(weights).name if weights else "ViTGaL of this run")
+def _reranking_costs(folder: Path, row: dict[str, Any], queries: int) -> dict[str, Any]:
+    """Returns a global system's costs with those of local features and verification added."""
+    manifest = runs.read_stage(folder.with_name("local"), "05_local_extraction")
+    facts, store = manifest["recorded"], FeatureStore.open(folder.with_name("local"))
+    network = _network(store.folder, manifest)
+    files = sum(file.stat().st_size for file in store.folder.rglob("*.npy"))
+    seconds = runs.read_stage(folder, "06_rerank")["recorded"]["seconds"]
+    return {
+        "network": row["network"] + ("" if network == row["network"] else f" / local {network}"),
+        "local dimension": store.code_dim,
+        "bytes an image": row["bytes an image"] + files / max(1, len(store)),
+        "ms an image": row["ms an image"] + 1000 * facts["seconds"] / max(1, facts["images"]),
+        "ms a query": 1000 * seconds / queries,
+    }
+
+
+def _network(stage: Path, manifest: dict[str, Any]) -> str:
+    """Returns the name of what described the images of a stage, as far as it is recorded."""
+    if {"descriptors", "local features"} & manifest["inputs"].keys():
+        return "made elsewhere"
+    if method := manifest["parameters"].get("local"):  # "sift" or "xfeat"
+        return method
+    if weights := manifest["recorded"].get("weights"):
+        return weights.partition("@")[0] if weights.startswith(runs.TIMM) else Path(weights).name
+    training = stage.parent.parent / "retrieval" / runs.MANIFEST  # of the run's own model
+    facts = runs.read_record(training)["parameters"] if training.exists() else {}
+    return f"ViTGaL, {facts['architecture']}" if "architecture" in facts else "ViTGaL"
 
 
 def _tests(scores: Sequence[Scores], shown: Landmarks, seed: int) -> pd.DataFrame:
