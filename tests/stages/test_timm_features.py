@@ -22,7 +22,9 @@ from vitgal.models.backbones import build_backbone
 from vitgal.models.descriptors import local_features
 from vitgal.models.token_network import local_network
 from vitgal.settings import LocalSettings
+from vitgal.settings.reader import Values, settings_of
 from vitgal.stages import codes as stage_codes
+from vitgal.stages.benchmark import suited
 from vitgal.stages.inspection import Inspector, matching_fraction
 
 FOUR = {"code_dim": 4, "max_keypoints": 9}
@@ -211,3 +213,11 @@ def test_many_images_are_thinned_evenly(tmp_path, monkeypatch, others):
     names = [task.key for task in stage_codes.code_tasks(tmp_path, settings, None)]
     everything = sorted(path.name for path in others.iterdir())
     assert names == [everything[index] for index in (0, 4, 7, 11)]
+
+
+def test_the_distance_of_matches_suits_whitened_codes(made):
+    given = settings_of(Values.of({"run_dir": str(made), "dataset": "mini"}, "here"))
+    assert suited(given).reranking.matching.max_distance == 1.0
+    values = {"run_dir": str(made), "dataset": "mini", "max_distance": 0.9}
+    given = settings_of(Values.of(values, "here"))
+    assert suited(given).reranking.matching.max_distance == 0.9

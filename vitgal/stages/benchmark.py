@@ -20,7 +20,7 @@ from vitgal.settings.reader import Settings, Values
 from vitgal.stages.rerank import GLOBAL_NOTEBOOK, LOCAL_NOTEBOOK
 from vitgal.stages.whitening import RefineSet, needs_refine_set, open_refine_set
 
-# Matching and verification of features that are no tokens of the model: those in use for them.
+# Matching and verification of features that are no tokens of ViTGaL: those in use for them.
 # Lowe's test separates SIFT's descriptors; XFeat's authors match both ways, with an inner product
 # above 0.82. Their keypoints lie within a pixel or two, not within a patch of 16.
 SUITED: dict[str, dict[str, Any]] = {
@@ -32,19 +32,23 @@ SUITED: dict[str, dict[str, Any]] = {
     },
     "xfeat": {"matching": "mutual", "max_distance": 0.6, "threshold": 6.0},
     "file": {"matching": "mutual_ratio", "match_ratio": 0.9, "max_distance": 1.0},
+    # Whitened codes that have nothing in common are at right angles, at a distance of 1.41.
+    "codes": {"max_distance": 1.0},
 }
 
 
 def suited(settings: Settings) -> Settings:
     """Returns the settings with matching and verification that suit the run's local features.
 
-    What was set anywhere, as in the notebook's cell, stays. For tokens nothing changes. Raises
-    StageError where stage local is not finished.
+    What was set anywhere, as in the notebook's cell, stays. For ViTGaL's tokens nothing changes.
+    Raises StageError where stage local is not finished.
     """
     manifest = runs.read_stage(_stage_folder(settings, "local"), LOCAL_NOTEBOOK)
     method = manifest["parameters"].get("local", "tokens")
     if "local features" in manifest["inputs"]:
         method = "file"
+    elif "codes" in manifest["inputs"]:  # of a timm network's tokens
+        method = "codes"
     whole = Values.of(SUITED.get(method, {}), f"what suits {method}") | settings
     return Settings(whole.values, whole.sources)
 

@@ -213,7 +213,7 @@ class Describer:
         whole = resize(crop, settings.size, settings.resize, settings.multiple)[None]
         with inference.inference(self.network, self._precision(settings)):
             (descriptor,) = describe(self.network, whole, settings.scales)
-        whole = resize(crop, local.size, "area")
+        whole = resize(crop, local.size, "area", getattr(local_network, "multiple", None))
         if local_network is None:
             return descriptor, self.extractor.extract([whole], [frame])[0]
         whole = inference.network_input(whole[None], inference.device_of(local_network))
