@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import cv2
 import nbformat
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from tests.mini_benchmark import evaluate, extract, interrupt
+from tests.mini_benchmark import evaluate, extract, interrupt, noise
 from vitgal import runs
 from vitgal.data import revisited
 from vitgal.data.images import read_image
@@ -72,11 +73,16 @@ def test_two_networks_in_one_run_are_refused(run, benchmark, weights, weight_fil
         evaluate(run, benchmark, weights, pooling="gem")
 
 
-def test_weights_of_two_networks_do_not_mix_in_a_store(run, benchmark, weights, weight_file):
+def test_weights_of_two_networks_do_not_mix_in_a_store(
+    run, benchmark, weights, weight_file, tmp_path
+):
     evaluate(run, benchmark, weight_file)
     extract(run, benchmark, weight_file)
+    (tmp_path / "others").mkdir()
+    for seed in range(12):  # for the codes of the network's tokens
+        cv2.imwrite(str(tmp_path / "others" / f"{seed}.png"), noise(96, 128, seed=100 + seed))
     with pytest.raises(runs.StageError, match="inputs.weights"):
-        extract(run, benchmark, weights)
+        extract(run, benchmark, weights, code_images=str(tmp_path / "others"), code_dim=4)
 
 
 def test_sizes_that_a_network_cannot_take_are_refused_before_anything_is_read(run, benchmark):
