@@ -67,7 +67,7 @@ def fit_retrieval(
     for name in ("initial_weights", "teacher_weights"):
         if source := getattr(settings, name):
             inputs[name] = _fingerprint(source)
-    check_size(outline(settings.architecture, embed_dim=settings.embed_dim), settings)
+    _check_size(outline(settings.architecture, embed_dim=settings.embed_dim), settings)
     build = functools.partial(_retrieval_network, settings)
     fit = Fit(build, settings, machine, run / "retrieval", run / "split", image_folder)
     return _fit_stage(replace(fit, watch=watch, progress=progress), inputs, overwrite)
@@ -95,7 +95,7 @@ def fit_autoencoder(
     else:
         source = runs.resolve(settings.backbone_weights)
     inputs = split_inputs(run / "split") | {"weights": runs.fingerprint_file(source)}
-    check_size(weights.load_outline(source), settings)
+    _check_size(weights.load_outline(source), settings)
     build = functools.partial(_autoencoder_network, source, settings)
     fit = Fit(build, settings, machine, run / "autoencoder", run / "split", image_folder)
     return _fit_stage(replace(fit, watch=watch, progress=progress), inputs, overwrite)
@@ -107,12 +107,12 @@ def _fingerprint(source: str) -> str:
     return runs.fingerprint_file(runs.resolve(file)) if file else source
 
 
-def check_size(model: ViTGaL, settings: Recipe) -> None:
+def _check_size(model: ViTGaL, settings: Recipe) -> None:
     """Raises SettingsError where a model of `outline` cannot train at the recipe's image_size."""
     size, name = settings.image_size, f"{settings.PREFIX}image_size"
     if not model.on_timm:
         if size % model.patch:
-            raise SettingsError(f"{name} {size} is not a multiple of {model.patch} above 16")
+            raise SettingsError(f"{name} {size} is not a multiple of {model.patch}")
         return
     try:
         model.check_size(size, size)
