@@ -1,6 +1,7 @@
 """RANSAC estimators side by side on finished runs: inliers, time, mAP, and their spread over seeds.
 
     python benchmarks/ransac.py RUN [RUN ...] [--data FOLDER] [--max-distance 0.95] [--workers 2]
+        [--matching mutual] [--weight 0.02] [--cap 60]
 
 RUN is a run's folder; every data set in it with finished stages global and local is measured, the
 validation set left out (or those that --dataset names). Ground truths are looked for in the run's
@@ -9,10 +10,11 @@ own data/benchmark, then in each --data folder.
 Each pair of a query and a candidate is matched once and verified by every estimator with every
 seed. Positives are a query's easy and hard images, negatives the candidates without a label. The
 spread of a pair is the standard deviation of its inliers over the seeds. Times are processor time.
-mAP is that of one short list a protocol, as `vitgal.reranking` does it, by the inliers; and, in a
-second table, by the candidate's features among the inliers, each counted once: matches are one way,
-so that many of the query's features may share one, and a homography that collapses the query onto a
-few of them has many inliers.
+mAP is that of one short list a protocol, as `vitgal.reranking` does it, in three tables: by the
+inliers; by the features among the inliers, each counted once (with one-way matches many of the
+query's features may share one, and a homography that collapses the query onto a few of them has
+many inliers); and fused: similarity + weight * min(evidence, cap), where the evidence is the
+features of a homography that is not doubted (`vitgal.retrieval.Evidence`), else 0.
 
 --results FOLDER keeps the counts: with --estimator or --seeds FIRST STOP a call measures a part,
 what is there already is not measured again, and the tables show all seeds that are there.
@@ -39,14 +41,18 @@ from vitgal.evaluation import tuning
 from vitgal.evaluation.protocol import evaluate
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval import shortlists
+from vitgal.retrieval.evidence import weigh
 from vitgal.retrieval.matching import Descriptors, match_prepared
-from vitgal.retrieval.ranking import NOT_VERIFIED, Ranking, Reranking, padded
-from vitgal.retrieval.verification import ESTIMATORS, verify_matches
+from vitgal.retrieval.ranking import NOT_VERIFIED, Fusion, Ranking, Reranking
+from vitgal.retrieval.verification import ESTIMATORS, PairInspection, verify_matches
 from vitgal.settings import MatchingSettings, RerankingSettings, VerificationSettings
+from vitgal.settings.sections import MATCHINGS
+from vitgal.stages.rerank import CandidateLists, candidate_similarities
 
 SHOWN = ("medium", "hard")
 STAGES = ("global", "local")
-COUNTED = ("inliers", "features")
+COUNTED = ("inliers", "features", "evidence")
+WAYS = ("inliers", "features", "fused")  # of ordering, by these
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +65,7 @@ class Shortlists:
     candidates: np.ndarray  # (Q, C) database indices, padded with -1
     store: FeatureStore
     key: str = ""  # of the results: the data set and the content of its stages
+    similarities: np.ndarray | None = None  # (Q, C) of the candidates, padded with nan
 
     @classmethod
     def read(cls, folder: Path, truth: GroundTruth, top: int) -> "Shortlists":
@@ -67,11 +74,13 @@ class Shortlists:
         if (names["queries"], database[: len(truth.database)]) != (truth.queries, truth.database):
             raise SystemExit(f"{folder} was not made for the ground truth {truth.name}")
         ranking = Ranking.load(folder / "global")
-        candidates = padded(shortlists.shortlist(ranking.order, truth, top=top))
+        images = shortlists.shortlist(ranking.order, truth, top=top)
+        lists = CandidateLists(truth, database, ranking, images)
+        similarities = candidate_similarities(folder / "global", lists)
         store = FeatureStore.open((folder / "local").absolute())
         outputs = [runs.read_stage(folder / stage, "the notebooks")["outputs"] for stage in STAGES]
         key = f"{truth.name}-{runs.fingerprint(outputs)[:8]}"
-        return cls(truth, database, ranking, candidates, store, key)
+        return cls(truth, database, ranking, lists.candidates, store, key, similarities)
 
     @property
     def positive(self) -> np.ndarray:
@@ -96,11 +105,11 @@ def count(
     settings: RerankingSettings,
     workers: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Counts (2, E, S, Q, C) int32, padded with -1, and processor seconds (1 + E,).
+    """Counts (3, E, S, Q, C) int32, padded with -1, and processor seconds (1 + E,).
 
-    The two counts are those of COUNTED: inliers, and the candidate's features among them. The first
-    of the seconds are those of matching, the others those of an estimator with all seeds. settings:
-    all but estimator and seed. An image that could not be read counts 0.
+    The counts are those of COUNTED. The first of the seconds are those of matching, the others
+    those of an estimator with all seeds. settings: all but estimator and seed. An image that could
+    not be read counts 0.
     """
     work = functools.partial(count_query, lists.store, estimators, seeds, settings)
     tasks = [
@@ -126,15 +135,15 @@ def count_query(
     query: str,
     names: list[str],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One query's counts (2, E, S, candidates) and processor seconds (1 + E,)."""
+    """One query's counts (3, E, S, candidates) and processor seconds (1 + E,)."""
     counts = np.zeros((len(COUNTED), len(estimators), len(seeds), len(names)), np.int32)
     readable = [index for index, name in enumerate(names) if name in store]
     query_features, candidates = store[query], [store[names[index]] for index in readable]
     times = [time.process_time()]
     prepared = Descriptors.read(query_features.descriptors, "query")
     galleries = [Descriptors.read(features.descriptors, "gallery") for features in candidates]
-    max_distance = settings.matching.max_distance
-    matches = [match_prepared(prepared, gallery, max_distance) for gallery in galleries]
+    limit, way = settings.matching.max_distance, settings.matching
+    matches = [match_prepared(prepared, gallery, limit, None, way) for gallery in galleries]
     times.append(time.process_time())
     for e, estimator in enumerate(estimators):
         for index, features, pairs in zip(readable, candidates, matches, strict=True):
@@ -142,8 +151,8 @@ def count_query(
             for row, seed in enumerate(seeds):
                 verification = replace(settings.verification, estimator=estimator, seed=seed)
                 result = verify_matches(*points, verification)
-                features_used = np.unique(pairs[result.inliers, 1]).size
-                counts[:, e, row, index] = result.count, features_used
+                found = weigh(query_features, features, PairInspection(pairs, result))
+                counts[:, e, row, index] = found.inliers, found.features, found.believed("features")
         times.append(time.process_time())
     return counts, np.diff(times)
 
@@ -170,11 +179,13 @@ def count_summary(counts: np.ndarray, chosen: np.ndarray) -> dict[str, float]:
     return summary(picked.mean(axis=1)) | {"pair": picked.std(axis=0, ddof=1).mean()}
 
 
-def scores(lists: Shortlists, counts: np.ndarray, top: int) -> dict[str, float]:
-    """mAP of each shown protocol after reranking by counts (Q, C)."""
+def scores(
+    lists: Shortlists, counts: np.ndarray, top: int, fusion: Fusion | None = None
+) -> dict[str, float]:
+    """mAP of each shown protocol after reranking by counts (Q, C), or by these and similarities."""
     positions = {}
     for protocol in SHOWN:
-        reranking = Reranking(lists.candidates, counts, lists.truth, protocol, top)
+        reranking = Reranking(lists.candidates, counts, lists.truth, protocol, top, fusion=fusion)
         positions[protocol] = lists.ranking.reranked(reranking).positions
     results = evaluate(positions, lists.truth)
     return {protocol: results[protocol]["map"] for protocol in results}
@@ -205,8 +216,9 @@ def measure(
             runs.write_arrays(path, counts=counts[:, e, s], seconds=spent)
 
 
-def measured(folder: Path, lists: Shortlists, top: int) -> dict[str, dict]:
+def measured(folder: Path, lists: Shortlists, settings: RerankingSettings) -> dict[str, dict]:
     """Each estimator's figures over all seeds that are in the folder; two at least."""
+    fusion = Fusion(lists.similarities, settings.fused_weight, settings.fused_cap)
     pairs = int((lists.candidates >= 0).sum())
     found = {}
     for estimator in ESTIMATORS:
@@ -217,14 +229,17 @@ def measured(folder: Path, lists: Shortlists, top: int) -> dict[str, dict]:
         spent = 1e3 * np.mean([file["seconds"] for file in files], axis=0) / pairs
         found[estimator] = {"pairs": pairs, "seeds": len(paths)}
         found[estimator] |= {"matching": spent[0], "verifying": spent[1]}
-        for way, counts in zip(COUNTED, np.stack([f["counts"] for f in files], 1), strict=True):
-            found[estimator][way] = figures(lists, counts, top)
+        for way, counts in zip(WAYS, np.stack([f["counts"] for f in files], 1), strict=True):
+            fused = fusion if way == "fused" else None
+            found[estimator][way] = figures(lists, counts, settings.top, fused)
     return found
 
 
-def figures(lists: Shortlists, counts: np.ndarray, top: int) -> dict[str, dict]:
+def figures(
+    lists: Shortlists, counts: np.ndarray, top: int, fusion: Fusion | None
+) -> dict[str, dict]:
     """What one estimator's counts (S, Q, C) of one kind give."""
-    maps = [scores(lists, of_seed, top) for of_seed in counts]
+    maps = [scores(lists, of_seed, top, fusion) for of_seed in counts]
     return {
         "positive": count_summary(counts, lists.positive),
         "negative": count_summary(counts, lists.negative),
@@ -243,7 +258,7 @@ def show(lists: Shortlists, found: dict[str, dict]) -> None:
     for estimator, row in found.items():
         print(f"{estimator}: {row['pairs']} pairs, {row['seeds']} seeds", end="; ")
         print(f"{row['matching']:.2f} ms a pair for matching")
-    for way in COUNTED:
+    for way in WAYS:
         heads = [way, "positives", "negatives", "spread of a pair, positives / negatives"]
         heads += ["ms a pair", *(f"mAP {protocol}" for protocol in SHOWN)]
         print("\n| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
@@ -274,6 +289,10 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 10), metavar=("FIRST", "STOP"))
     parser.add_argument("--top", type=int, default=RerankingSettings.top)
     parser.add_argument("--max-distance", type=float, default=MatchingSettings.max_distance)
+    parser.add_argument("--matching", choices=MATCHINGS, default=MatchingSettings.method)
+    parser.add_argument("--ratio", type=float, default=MatchingSettings.ratio)
+    parser.add_argument("--weight", type=float, default=RerankingSettings.fused_weight)
+    parser.add_argument("--cap", type=int, default=RerankingSettings.fused_cap)
     parser.add_argument("--threshold", type=float, default=VerificationSettings.threshold)
     parser.add_argument("--iterations", type=int, default=VerificationSettings.iterations)
     parser.add_argument("--confidence", type=float, default=VerificationSettings.confidence)
@@ -310,12 +329,17 @@ def main() -> None:
     )
     settings = RerankingSettings(
         top=arguments.top,
-        matching=MatchingSettings(arguments.max_distance),
+        matching=MatchingSettings(
+            arguments.max_distance, method=arguments.matching, ratio=arguments.ratio
+        ),
         verification=verification,
+        fused_weight=arguments.weight,
+        fused_cap=arguments.cap,
     )
-    names = ("max_distance", "threshold", "iterations", "confidence", "top")
+    names = ("max_distance", "matching", "ratio", "threshold", "iterations", "confidence", "top")
     recorded = {name: getattr(arguments, name) for name in names}
-    print(", ".join(f"{name} {value}" for name, value in recorded.items()))
+    shown = recorded | {"weight": arguments.weight, "cap": arguments.cap}
+    print(", ".join(f"{name} {value}" for name, value in shown.items()))
     with tempfile.TemporaryDirectory() as temporary:
         results = arguments.results or Path(temporary)
         if not (results / "settings.json").exists():
@@ -327,7 +351,7 @@ def main() -> None:
             estimators = arguments.estimator or list(ESTIMATORS)
             seeds = range(*arguments.seeds)
             measure(results, lists, estimators, seeds, settings, arguments.workers)
-            if figures_by_estimator := measured(results, lists, arguments.top):
+            if figures_by_estimator := measured(results, lists, settings):
                 show(lists, figures_by_estimator)
             else:
                 print(f"{lists.truth.name}: a spread needs two seeds at least")

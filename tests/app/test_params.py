@@ -242,6 +242,9 @@ def test_evaluation_is_as_published(name):
         "iterations": 2000,
         "confidence": 1.0,
         "max_distance": 0.79 if name.startswith("s24") else 0.82,  # RParis: nothing is published
+        "matching": "one_way",
+        "count": "inliers",
+        "order": "inliers",
     }
     assert {key: result.get(key) for key in published} == published
     model, dataset = name.split("_")[:2]

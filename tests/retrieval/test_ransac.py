@@ -56,17 +56,24 @@ def test_counts_and_scores_are_the_stages(ransac, tmp_path):
     results = tmp_path / "results"
     for seeds in (range(1), range(2)):  # in parts; the second adds seed 1 alone
         ransac.measure(results, listed, ["degensac", "magsac"], seeds, SETTINGS, workers=1)
-    result = ransac.measured(results, listed, TOP)
+    weights = {"top": TOP, "fused_weight": 0.05, "fused_cap": 9}
+    result = ransac.measured(results, listed, RerankingSettings.build(weights))
     for estimator in ("degensac", "magsac"):
         rerank_run(run, **OPTIONS | {"estimator": estimator, "overwrite": True})
         with np.load(results / f"{listed.key}-{estimator}-0.npz") as file:
-            inliers, features = file["counts"]
+            inliers, features, evidence = file["counts"]
         np.testing.assert_array_equal(inliers, np.load(folder / "rerank" / "inliers.npy"))
         np.testing.assert_array_equal(features, inliers)  # planted: each is matched once
         stored = runs.read_json(folder / "rerank" / "scores.json")
         actual = ransac.scores(listed, inliers, TOP)
         assert actual == {protocol: stored[protocol]["map"] for protocol in ("medium", "hard")}
         assert result[estimator]["inliers"]["map"]["hard"]["max"] >= actual["hard"]
+        fused = {"estimator": estimator, "count": "features", "order": "fused", "overwrite": True}
+        rerank_run(run, **OPTIONS | weights | fused)
+        np.testing.assert_array_equal(evidence, np.load(folder / "rerank" / "evidence.npy"))
+        stored = runs.read_json(folder / "rerank" / "scores.json")["hard"]["map"]
+        bounds = [result[estimator]["fused"]["map"]["hard"][end] for end in ("min", "max")]
+        assert bounds[0] <= stored <= bounds[1]
     assert result["magsac"]["seeds"] == 2 and "poselib" not in result
 
 

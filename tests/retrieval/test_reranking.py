@@ -87,6 +87,14 @@ def test_fused_order_without_weight_is_the_global_one_and_with_all_weight_that_o
     np.testing.assert_array_equal(alone, rerank(RANKING, INLIERS, **options))
 
 
+def test_an_image_that_could_not_be_read_stays_last_in_the_fused_order():
+    options = dict(candidates=CANDIDATES, ground_truth=small_truth(), protocol="medium", top=4)
+    similarities = np.where(CANDIDATES == 0, -np.inf, SIMILARITIES)
+    after = rerank(RANKING, INLIERS, **options, fusion=Fusion(similarities, 1.0, 60))
+    # Of 6, 0, 7, 2 with 3, 9, 3, 20 inliers, 0 could not be read.
+    assert after[:, 0].tolist() == [4, 2, 6, 7, 0, 5, 1, 8, 3, 9]
+
+
 def test_fused_scores_fall_with_neither_part():
     similarities, counts = np.meshgrid(np.linspace(-1, 1, 9), np.arange(0, 90, 7), indexing="ij")
     scores = fused_scores(similarities, counts, 0.02, 60)
@@ -99,7 +107,7 @@ def test_fused_order_refuses_similarities_that_do_not_fit():
     options = dict(candidates=CANDIDATES, ground_truth=small_truth(), protocol="medium", top=4)
     with pytest.raises(ValueError, match=r"similarities of shape \(1, 7\) for candidates \(1, 8\)"):
         rerank(RANKING, INLIERS, **options, fusion=Fusion(SIMILARITIES[:, 1:]))
-    with pytest.raises(ValueError, match="a similarity of query query0 is not finite"):
+    with pytest.raises(ValueError, match="a similarity of query query0 is not a number"):
         rerank(RANKING, INLIERS, **options, fusion=Fusion(SIMILARITIES * np.nan))
 
 

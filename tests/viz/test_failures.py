@@ -9,6 +9,7 @@ import pytest
 
 from tests.viz.tiny_run import ranking_of, truth_of
 from vitgal import runs
+from vitgal.retrieval.evidence import Evidence
 from vitgal.retrieval.ranking import Ranking
 from vitgal.viz import failures
 
@@ -117,3 +118,42 @@ def test_names_of_any_kind_are_written_into_the_table(failing, recwarn):
     table = failures.failure_table(run, benchmark)
     assert table["query"].to_dict() == {0: r"北京\n\x1b[2J", 1: r"caf\udce9"}
     assert table.to_html().encode()
+
+
+def evidence(matches=40, inliers=20, partners=40, features=20, orientation=1, area=1.0):
+    return Evidence(matches, inliers, partners, features, orientation, area, 0.2)
+
+
+def reasons(*moves, fused=False, **by_image):
+    """Image i stands first at place moves[i][0], then at moves[i][1]; all others pass or follow."""
+    found = {index: evidence(**by_image.get(f"of_{index}", {})) for index in range(len(moves))}
+    return failures._Reasons(dict.fromkeys(found, 20), found, dict(enumerate(moves)), fused)
+
+
+def test_an_image_whose_homography_is_doubted_is_named_with_the_cause():
+    collapsed = {"features": 4, "partners": 9}
+    moved = reasons((0, 0), of_0=collapsed)
+    assert moved.reason(0, 9, 1) == "collapsed onto 4 features; up past 8 with fewer inliers"
+    moved = reasons((0, 0), of_0={"area": 0.02}, fused=True)
+    assert moved.reason(0, 9, 1).startswith("outline 2 % of the query; up past 8 with a lower")
+    assert (
+        reasons((0, 0), of_0={"orientation": -1}).reason(0, 3, 3) == "mirror image; keeps its place"
+    )
+    assert (
+        reasons((0, 0), of_0={"partners": 9}).reason(0, 3, 3) == "repeated texture; keeps its place"
+    )
+    assert reasons((0, 0)).reason(7, 1, 2) == "not on the short list: nothing verified"
+
+
+def test_images_that_pass_another_are_named_with_what_speaks_against_most_of_them():
+    # Image 0 falls from the first place to the last; 1 to 4 pass it, 5 was before it all the time.
+    moves = ((1, 5), (2, 1), (3, 2), (4, 3), (5, 4), (0, 0))
+    causes = dict(of_1={"features": 4}, of_2={"features": 3}, of_3={"orientation": -1})
+    assert reasons(*moves, **causes, of_5={"features": 1}).reason(0, 2, 6) == (
+        "down, 2 of 4 that pass collapsed, the first onto 4 features"
+    )
+    assert reasons(*moves, of_3={"orientation": -1}).reason(0, 2, 6) == (
+        "down, 1 of 4 that pass is a mirror image"
+    )
+    assert reasons(*moves).reason(0, 2, 6) == "down, 4 with more inliers pass"
+    assert reasons(*moves, fused=True).reason(0, 2, 6) == "down, 4 with a higher score pass"

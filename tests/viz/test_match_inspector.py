@@ -73,6 +73,13 @@ def test_every_knob_changes_the_pair_as_it_stands(match_inspector):
     )
 
 
+def test_the_way_of_matching_is_a_knob(match_inspector):
+    assert match_inspector.matching.value == "one_way"
+    match_inspector.matching.value = "mutual"
+    partners = match_inspector.pair().result.matches[:, 1].tolist()
+    assert len(set(partners)) == len(partners) > 0
+
+
 def test_one_pass_a_photograph_shows_attention_and_dropped_features(match_inspector):
     assert len(match_inspector.attention.options) == 1 and not match_inspector.inspector.selections
     plain, _ = seen(match_inspector)

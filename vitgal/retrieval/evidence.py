@@ -8,8 +8,8 @@ import numpy as np
 from vitgal.features.local import LocalFeatures
 from vitgal.retrieval.verification import PairInspection
 
-# A homography that leaves less of the query's area, or as many times more, is no view of it: the
-# longer side would be seen at less than a fifth of its size or at more than five times.
+# A homography that leaves less of the query's area has shrunk it to a spot: its sides would be
+# seen at a fifth of their lengths. Without an upper limit, as a nearby horizon blows it up.
 LEAST_AREA = 0.04
 # The same of the share of the database image over which its inliers spread: points on a line, or on
 # one spot, do not fix a homography.
@@ -18,6 +18,13 @@ LEAST_SPREAD = 0.002
 MOST_SHARED = 4
 # Matches a feature of the database image, above which its texture is called repeated.
 REPEATED = 4
+
+KINDS = {
+    "mirrored": "mirror image",
+    "collapsed": "collapsed onto {features} features",
+    "outline": "outline {area} the query",
+    "spread": "inliers on {spread} the image",
+}
 
 
 @dataclass(frozen=True)
@@ -28,8 +35,8 @@ class Evidence:
         matches, inliers: their numbers.
         partners: different features of the database image among the matches.
         features: different features among the inliers, on the side that has fewer.
-        orientation: 1 where the homography keeps it at every inlier, -1 where it mirrors the image,
-            0 where the inliers lie on both sides of its horizon, or without a homography.
+        orientation: 1 where the homography keeps it at most inliers, -1 where it mirrors the image
+            there, 0 without a homography.
         area: of the query's outline under the homography, in areas of the query; where the horizon
             cuts the outline, of a small piece around the middle of the inliers; 0 without one.
         spread: the convex hull of the inliers in the database image, as a share of its area; nan
@@ -45,21 +52,23 @@ class Evidence:
     spread: float
 
     @property
-    def doubt(self) -> str:
-        """The reason not to believe the homography, in words; "" where there is none."""
+    def kind(self) -> str:
+        """What speaks against the homography, a key of KINDS; "" where nothing does."""
         if not self.inliers:
             return ""
         if self.orientation < 0:
-            return "mirror image"
-        if self.orientation == 0:
-            return "inliers on both sides of the horizon"
+            return "mirrored"
         if self.inliers > MOST_SHARED * self.features:
-            return f"collapsed onto {self.features} features"
-        if not LEAST_AREA <= self.area <= 1 / LEAST_AREA:
-            return f"outline {_times(self.area)} the query's area"
-        if self.spread < LEAST_SPREAD:
-            return f"inliers on {_times(self.spread)} the image"
-        return ""
+            return "collapsed"
+        if self.area < LEAST_AREA:
+            return "outline"
+        return "spread" if self.spread < LEAST_SPREAD else ""
+
+    @property
+    def doubt(self) -> str:
+        """The reason not to believe the homography, in words; "" where there is none."""
+        shares = {"area": _times(self.area), "spread": _times(self.spread)}
+        return KINDS[self.kind].format(features=self.features, **shares) if self.kind else ""
 
     @property
     def repeated(self) -> bool:
@@ -72,11 +81,11 @@ class Evidence:
 
     def believed(self, kind: str) -> int:
         """Returns `count`, or 0 where there is a doubt."""
-        return 0 if self.doubt else self.count(kind)
+        return 0 if self.kind else self.count(kind)
 
 
 def _times(share: float) -> str:
-    return f"{share:.0f} times" if share > 10 else f"{100 * share:.2g} % of"
+    return f"{share:.2g} times" if share > 1 else f"{100 * share:.2g} % of"
 
 
 def weigh(query: LocalFeatures, database: LocalFeatures, pair: PairInspection) -> Evidence:
@@ -107,10 +116,11 @@ def weigh(query: LocalFeatures, database: LocalFeatures, pair: PairInspection) -
 
 
 def _orientation(homography: np.ndarray, points: np.ndarray) -> int:
-    """1, -1, or 0 where the signs of the Jacobian at points (N, 2) differ."""
-    # The determinant of the Jacobian at a point of depth w is det(H) / w^3.
+    """1 or -1: the sign of the Jacobian at most of the points (N, 2)."""
+    # The determinant of the Jacobian at a point of depth w is det(H) / w^3. A horizon among the
+    # inliers alone is no doubt: on validation, right images of few inliers have it as well.
     signs = np.sign(np.linalg.det(homography) * _depths(homography, points))
-    return int(signs[0]) if (signs == signs[0]).all() else 0
+    return 1 if signs.sum() >= 0 else -1
 
 
 def _area(homography: np.ndarray, points: np.ndarray, size: tuple[int, int]) -> float:

@@ -41,8 +41,8 @@ def fused_scores(
 class Fusion:
     """Similarities that order candidates together with their counts, as `fused_scores`.
 
-    similarities: (Q, C) real numbers of the candidates; padding is ignored.  weight, cap: as
-    `fused_scores`.
+    similarities: (Q, C) real numbers of the candidates, -inf where one stays last; padding is
+    ignored.  weight, cap: as `fused_scores`.
     """
 
     similarities: np.ndarray
@@ -114,9 +114,9 @@ class Reranking:
         row = self.candidates[query].tolist(), self.fusion.similarities[query].tolist()
         known = dict(zip(*row, strict=True))
         similarities = np.array([known[image] for image in images.tolist()], np.float64)
-        if not np.isfinite(similarities).all():
+        if np.isnan(similarities).any():
             name = self.ground_truth.queries[query]
-            raise ValueError(f"a similarity of query {name} is not finite")
+            raise ValueError(f"a similarity of query {name} is not a number")
         return fused_scores(similarities, counts, self.fusion.weight, self.fusion.cap)
 
     def _counts(self, query: int, images: np.ndarray) -> np.ndarray:
@@ -361,7 +361,7 @@ def rerank(
         (K, Q) of the type of `ranks`.
     Raises:
         ValueError: an unknown protocol or ties, a ranking too short, or a candidate of this
-            protocol that was not verified; similarities of another shape or not finite.
+            protocol that was not verified; similarities of another shape, or nan.
     """
     reranking = Reranking(candidates, inliers, ground_truth, protocol, top, ties, fusion)
     return reranking.apply(ranks)

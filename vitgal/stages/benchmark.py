@@ -23,6 +23,7 @@ from vitgal.stages.whitening import RefineSet, needs_refine_set, open_refine_set
 # Matching and verification of features that are no tokens of ViTGaL: those in use for them.
 # Lowe's test separates SIFT's descriptors; XFeat's authors match both ways, with an inner product
 # above 0.82. Their keypoints lie within a pixel or two, not within a patch of 16.
+DEMO_MATCHING = "mutual"  # in the cells of notebooks 06 and 08
 SUITED: dict[str, dict[str, Any]] = {
     "sift": {
         "matching": "mutual_ratio",
@@ -40,8 +41,9 @@ SUITED: dict[str, dict[str, Any]] = {
 def suited(settings: Settings) -> Settings:
     """Returns the settings with matching and verification that suit the run's local features.
 
-    What was set anywhere, as in the notebook's cell, stays. For ViTGaL's tokens nothing changes.
-    Raises StageError where stage local is not finished.
+    What was set anywhere, as in the notebook's cell, stays, but for the cell's way of matching,
+    which suits ViTGaL's tokens: for these nothing changes. Raises StageError where stage local is
+    not finished.
     """
     manifest = runs.read_stage(_stage_folder(settings, "local"), LOCAL_NOTEBOOK)
     method = manifest["parameters"].get("local", "tokens")
@@ -49,7 +51,10 @@ def suited(settings: Settings) -> Settings:
         method = "file"
     elif "codes" in manifest["inputs"]:  # of a timm network's tokens
         method = "codes"
-    whole = Values.of(SUITED.get(method, {}), f"what suits {method}") | settings
+    suiting = SUITED.get(method, {})
+    demo = "matching" in suiting and settings.values.get("matching") == DEMO_MATCHING
+    given = settings.without("matching") if demo else settings
+    whole = Values.of(suiting, f"what suits {method}") | given
     return Settings(whole.values, whole.sources)
 
 

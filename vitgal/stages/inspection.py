@@ -18,6 +18,7 @@ from vitgal.data.images import crop_box, read_image, resize
 from vitgal.data.revisited import RetrievalDataset, relevance_labels
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store import FeatureStore
+from vitgal.retrieval.evidence import weigh
 from vitgal.retrieval.verification import MIN_MATCHES, PairInspection, inspect_pair
 from vitgal.settings import LocalSettings, RerankingSettings
 from vitgal.stages.rerank import LOCAL_NOTEBOOK, inlier_counts
@@ -60,7 +61,13 @@ class ComparedPair:
             )
         if verification.homography is None:
             return f"no homography fits the {count} matches: no inlier"
-        return f"{verification.count} inliers of {count} matches"
+        evidence = weigh(self.query, self.database, self.result)
+        spread = f" over {evidence.spread:.0%} of the image" if evidence.spread >= 0 else ""
+        doubt = f"; no view explains this: {evidence.doubt}" if evidence.doubt else ""
+        return (
+            f"{evidence.inliers} inliers of {count} matches, on {evidence.features} features"
+            f"{spread}, outline {evidence.area:.0%} of the query{doubt}"
+        )
 
 
 def without_scales(features: LocalFeatures, hidden: Sequence[float]) -> LocalFeatures:

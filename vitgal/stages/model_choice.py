@@ -22,6 +22,10 @@ DEMO_VALUES = {
     "global_resize": "area",
     "local_size": 320,
     "max_distance": 0.95,
+    "matching": "mutual",
+    "count": "features",
+    "order": "fused",
+    "fused_weight": 0.04,
 }
 BASELINE_VALUES = {
     "top": 50,
@@ -36,7 +40,9 @@ BASELINE_VALUES = {
     "estimator": "magsac",
     "threshold": 6.0,
     "confidence": 0.999,
+    "count": "inliers",
     "order": "fused",
+    "fused_weight": 0.02,
 }
 
 

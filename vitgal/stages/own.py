@@ -416,7 +416,7 @@ def search_folder(
     settings: RerankingSettings,
     presence: Presence | None = None,
 ) -> SearchResult:
-    """Ranks a folder for one photograph, or a box in it, and reranks the first by inliers.
+    """Ranks a folder for one photograph, or a box in it, and reranks the first.
 
     Args:
         query: see `find_query`; the query is not among its own results.

@@ -1,5 +1,7 @@
 """Failures of a run: a table of its queries, the worst first, and a figure for one query."""
 
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,11 @@ from vitgal.data.revisited import RetrievalDataset
 from vitgal.evaluation.protocol import evaluate
 from vitgal.features.files import map_array
 from vitgal.features.store.feature_store import FeatureStore
-from vitgal.retrieval.matching import match
+from vitgal.retrieval.evidence import Evidence, weigh
 from vitgal.retrieval.ranking import Ranking
-from vitgal.retrieval.verification import MIN_MATCHES
+from vitgal.retrieval.verification import MIN_MATCHES, inspect_pair
 from vitgal.runs import printable
-from vitgal.settings import MatchingSettings
+from vitgal.settings import RerankingSettings
 from vitgal.stages import rerank
 from vitgal.viz import galleries
 from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries, query_image, ranked_images
@@ -24,6 +26,13 @@ from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries, query_image, 
 # The orders of a failure table: column, and whether ascending.
 SORTS = {"ap": ("after", True), "change": ("change", True), "miss": ("worst_rank", False)}
 EXPLAINED = 6  # images that the table of a failure figure explains
+PASSING = {  # what speaks against images that pass another, by `Evidence.kind`: of one, of several
+    "mirrored": ("is a mirror image", "are mirror images"),
+    "collapsed": ("collapsed", "collapsed"),
+    "outline": ("shrank to a spot", "shrank to a spot"),
+    "spread": ("lies on one spot", "lie on one spot"),
+    "repeated": ("shows repeated texture", "show repeated texture"),
+}
 
 
 def failure_table(
@@ -90,7 +99,8 @@ def failure_figure(
 
     The upper row shows the global ranking with similarities, the lower one the reranked one with
     inliers of matches, if there is one. A table explains the positive image that ranks last and
-    those that moved farthest. Ignored images are left out, except junk, which has no rank.
+    those that moved farthest: what speaks against its homography, or those of the images that pass
+    it. Ignored images are left out, except junk, which has no rank.
     columns: images in a row. Others and errors: as for `failure_table`; ValueError also for a query
     that does not exist.
     """
@@ -110,7 +120,9 @@ def failure_figure(
         pd.Series(column, images, "Int64").where(~np.isin(images, ignored) & (column > 0))
         for column in ranks
     ]
-    table = _explain(folder, benchmark, query, ranks)
+    table = _describe(folder, benchmark, query, ranks)
+    if len(rankings) == 2:
+        _explain(table, _Reasons.read(folder, benchmark, query, rankings, ignored))
     moved = (ranks[0] - ranks[-1]).abs().dropna().sort_values(ascending=False, kind="stable")
     explained = list(dict.fromkeys([*first, *moved.index]))[:EXPLAINED]
     names = ("before", "after") if len(rows) == 2 else ("ranking",)
@@ -151,10 +163,10 @@ def _worst_positive(
     return int(positives[last]), int(ranks[last]) + 1
 
 
-def _explain(
+def _describe(
     folder: Path, benchmark: RetrievalDataset, query: int, ranks: list[pd.Series]
 ) -> pd.DataFrame:
-    """Explains images, a row each; `ranks` are before and, if there is one, after reranking."""
+    """A row an image; `ranks` are before and, if there is one, after reranking."""
     images = ranks[0].index
     table = pd.DataFrame(index=images)
     table["image"] = [printable(benchmark.database[image]) for image in images]
@@ -169,49 +181,103 @@ def _explain(
     stored = np.isin(order, images)
     similarities = dict(zip(order[stored].tolist(), values[stored].tolist(), strict=True))
     table["similarity"] = images.map(similarities).astype(float)
-    if len(ranks) == 1:
-        return table
-    inliers = rerank.inlier_counts(folder / "rerank", query)
-    matches = _count_matches(folder, benchmark, query, [i for i in images if i in inliers])
-    for name, counts in (("matches", matches), ("inliers", inliers)):
-        table[name] = pd.array([counts.get(image, pd.NA) for image in images], dtype="Int64")
-    table["matches"] = table["matches"].clip(lower=0)
-    table["why"] = [
-        _reason(before, after, matches.get(image))
-        for image, before, after in zip(images, *ranks, strict=True)
-    ]
     return table
 
 
-def _count_matches(
-    folder: Path, benchmark: RetrievalDataset, query: int, images: list[int]
-) -> dict[int, int]:
-    """Database index -> matches with the query; -1 where one has no local feature."""
-    store = FeatureStore.open(folder / "local")
-    features = store[benchmark.ground_truth.queries[query]]
-    parameters = runs.read_stage(folder / "rerank", "notebook 06_rerank")["parameters"]
-    settings = MatchingSettings.from_manifest(parameters)
-    used, counts = slice(settings.max_keypoints), {}
-    for image in images:
-        name = benchmark.database[image]
-        counts[image] = -1
-        if name in store and len(store[name]) and len(features):
-            codes = features.descriptors[used], store[name].descriptors[used]
-            counts[image] = len(match(*codes, settings.max_distance))
-    return counts
+def _explain(table: pd.DataFrame, reasons: "_Reasons") -> None:
+    """Adds matches, inliers and the reason of each move."""
+    known = {image: reasons.evidence.get(image) for image in table.index}
+    matches = {image: found.matches if found else 0 for image, found in reasons.evidence.items()}
+    for name, counts in (("matches", matches), ("inliers", reasons.inliers)):
+        table[name] = pd.array([counts.get(image, pd.NA) for image in known], dtype="Int64")
+    moves = zip(table.index, table["rank before"], table["rank after"], strict=True)
+    table["why"] = [reasons.reason(*move) for move in moves]
 
 
-def _reason(before: object, after: object, matches: int | None) -> str:
-    if matches is None:
-        return "not on the short list: nothing verified"
-    if matches < 0:
-        return "no local features, so no inlier"
-    few = f"fewer than {MIN_MATCHES} matches count as no inlier; " if matches < MIN_MATCHES else ""
-    if pd.isna(before) or pd.isna(after) or before == after:
-        return f"{few}keeps its place"
-    if after < before:
-        return f"{few}up past {before - after} with fewer inliers"
-    return f"{few}down, {after - before} with more inliers pass"
+@dataclass(frozen=True, eq=False)
+class _Reasons:
+    """Why images moved: the verified images of one query.
+
+    inliers: database index -> stored count. evidence: the same -> evidence; None without local
+    features. places: the same -> zero-based ranks before and after, of images that count.
+    """
+
+    inliers: dict[int, int]
+    evidence: dict[int, Evidence | None]
+    places: dict[int, tuple[int, int]]
+    fused: bool
+
+    @classmethod
+    def read(
+        cls,
+        folder: Path,
+        benchmark: RetrievalDataset,
+        query: int,
+        rankings: list[Ranking],
+        ignored: np.ndarray,
+    ) -> "_Reasons":
+        """Matches and verifies the query's candidates again, under the settings of reranking."""
+        inliers = rerank.inlier_counts(folder / "rerank", query)
+        manifest = runs.read_stage(folder / "rerank", "notebook 06_rerank")
+        settings = RerankingSettings.from_manifest(manifest["parameters"])
+        store, evidence = FeatureStore.open(folder / "local"), dict.fromkeys(inliers)
+        features = store[benchmark.ground_truth.queries[query]]
+        for image in inliers:
+            name = benchmark.database[image]
+            if name in store and len(store[name]) and len(features):
+                pair = inspect_pair(features, store[name], settings)
+                evidence[image] = weigh(features, store[name], pair)
+        images = np.setdiff1d(list(inliers), ignored).astype(np.int64)
+        ranks = (ranking.rank(query, images, ignored).tolist() for ranking in rankings)
+        places = dict(zip(images.tolist(), zip(*ranks, strict=True), strict=True))
+        return cls(inliers, evidence, places, settings.order == "fused")
+
+    def reason(self, image: int, before: object, after: object) -> str:
+        """Explains the move of an image from one rank to another; NA where it has none."""
+        if image not in self.evidence:
+            return "not on the short list: nothing verified"
+        own = self._doubt(image)
+        if self.evidence[image] is None:
+            return own
+        if pd.isna(before) or pd.isna(after) or before == after:
+            move = "keeps its place"
+        elif after < before:
+            less = "a lower score" if self.fused else "fewer inliers"
+            move = f"up past {before - after} with {less}"
+        else:
+            move = self._passing(image, after - before)
+        return f"{own}; {move}" if own else move
+
+    def _doubt(self, image: int) -> str:
+        """What speaks against the count of an image; "" where nothing does."""
+        evidence = self.evidence[image]
+        if evidence is None:
+            return "no local features, so no inlier"
+        if evidence.matches < MIN_MATCHES:
+            return f"fewer than {MIN_MATCHES} matches count as no inlier"
+        return evidence.doubt or ("repeated texture" if evidence.repeated else "")
+
+    def _passing(self, image: int, count: int) -> str:
+        """States how many images passed one, and what speaks against most of their homographies."""
+        more = "a higher score" if self.fused else "more inliers"
+        before, after = self.places[image]
+        passing = [other for other, (b, a) in self.places.items() if b > before and a < after]
+        doubts = Counter(map(self._kind, passing))
+        kind, number = max(
+            doubts.items(), key=lambda item: (bool(item[0]), item[1]), default=("", 0)
+        )
+        if not kind:
+            return f"down, {count} with {more} pass"
+        first = min((i for i in passing if self._kind(i) == kind), key=lambda i: self.places[i][1])
+        example = self._doubt(first).removeprefix("collapsed ") if kind == "collapsed" else ""
+        example = f", the first {example}" if example else ""
+        return f"down, {number} of {count} that pass {PASSING[kind][number > 1]}{example}"
+
+    def _kind(self, image: int) -> str:
+        evidence = self.evidence[image]
+        if evidence is None:
+            return ""
+        return evidence.kind or ("repeated" if evidence.repeated else "")
 
 
 def _similarity_caption(row: pd.Series) -> str:

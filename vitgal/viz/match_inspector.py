@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from vitgal.runs import printable
 from vitgal.settings import RerankingSettings
-from vitgal.settings.sections import ESTIMATORS
+from vitgal.settings.sections import ESTIMATORS, MATCHINGS
 from vitgal.stages.inspection import ComparedPair, InspectionError, Inspector
 from vitgal.viz.browsers import WIDE, Chooser, FigureOutput, Options, labelled, refill, unobserved
 from vitgal.viz.matching import MatchedImage, match_lines
@@ -84,7 +84,7 @@ class MatchInspector:
         self.query.list.observe(self._change_query, "value")
         self.other_image.observe(self._add_image, "value")
         self.button.on_click(lambda _: self.output.redraw(work=self._look))
-        parameters = (self.distance, self.threshold, self.count, self.estimator)
+        parameters = (self.distance, self.matching, self.threshold, self.count, self.estimator)
         layers = (self.hidden_scales, self.layers, self.attention)
         for control in (self.image.list, *map(labelled, (*parameters, *layers))):
             control.observe(self.output.redraw, "value")
@@ -116,6 +116,9 @@ class MatchInspector:
         self.count = widgets.IntSlider(count, min=least, max=most, step=5, description="features")
         self.estimator = widgets.Dropdown(
             options=ESTIMATORS, value=verification.estimator, description="estimator"
+        )
+        self.matching = widgets.Dropdown(
+            options=MATCHINGS, value=matching.method, description="matching"
         )
         listed = self.inspector.settings.scales if self.inspector.shows_tokens else ()
         scales = [(f"{scale:g}", scale) for scale in listed]
@@ -160,7 +163,9 @@ class MatchInspector:
         distance, count = self.distance.value, self.count.value
         threshold, estimator = self.threshold.value, self.estimator.value
         matching, verification = self.settings.matching, self.settings.verification
-        matching = replace(matching, max_distance=distance, max_keypoints=count)
+        matching = replace(
+            matching, max_distance=distance, max_keypoints=count, method=self.matching.value
+        )
         verification = replace(verification, threshold=threshold, estimator=estimator)
         settings = replace(self.settings, matching=matching, verification=verification)
         (_, query), (_, image) = self._sides()

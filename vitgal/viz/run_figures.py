@@ -195,7 +195,7 @@ def ranking_figure(result: "SearchResult", *, columns: int = 7) -> np.ndarray:
         for name in {*before["photograph"], *after["photograph"]}
     }
     fused = result.settings.order == "fused"
-    reranked = "by similarity and inliers" if fused else "by inliers"
+    reranked = "by similarity and inliers" if fused else f"by {result.settings.count}"
     rankings = {"by similarity": [], reranked: []}
     for row in before.itertuples():
         caption = (
