@@ -36,6 +36,9 @@ def own_summary(run: Path, lines: int = 10) -> str:
             shown = f"{100 * float(row['probability']):.0f} %" if row["probability"] else "-"
             values += f"  {shown:>8}"
         table.append(f"{row['rank']:>4}  {name:<{width}}  {values}")
+    model = Path(run) / "own" / "model.txt"
+    if model.is_file():
+        table.insert(0, runs.printable(model.read_text(encoding="utf-8").strip()))
     verdict = Path(run) / "own" / "verdict.txt"
     table += ["", *(verdict.read_text(encoding="utf-8").splitlines() if verdict.exists() else [])]
     table += [f"all of it: {Path(run) / 'own' / 'ranking.csv'}"]

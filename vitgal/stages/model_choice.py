@@ -54,6 +54,12 @@ class OwnModels:
     local: Path | str
     reason: str
 
+    def announce(self, run: Path) -> str:
+        """Writes the reason to `<run>/own/model.txt`, for `vitgal own`, and returns it."""
+        runs.refuse_links([run / "own"])
+        runs.write_text(run / "own" / "model.txt", f"{self.reason}\n")
+        return self.reason
+
     def complete(self, settings: Settings) -> Settings:
         """Returns settings for the baseline with RootSIFT, its matching and the fused order.
 
