@@ -18,7 +18,7 @@ from vitgal.models.inference import weights_input
 from vitgal.models.timm_networks import TimmSource
 from vitgal.settings import LocalSettings, MachineSettings
 from vitgal.stages.images import ImageTask, refuse_failures
-from vitgal.stages.local_describer import open_local
+from vitgal.stages.local_describer import LocalDescriber, open_local
 
 FILE = "codes.npz"
 MAX_IMAGES = 1000  # that a fit reads, spread evenly over the sorted list
@@ -137,28 +137,36 @@ def fit_codes(
             if code_dim == LocalSettings.code_dim:  # the default fits every network
                 code_dim = min(code_dim, network.code_dim)
             check_code_dim(code_dim, network.code_dim)
-            moments, failures = Moments(network.code_dim), []
-            bar = tqdm(total=len(tasks), desc="fitting codes", unit="image", disable=not progress)
-            with bar, describer.stream(tasks, bar) as images:
-                for start in range(0, len(tasks), BLOCK):
-                    keys = [task.key for task in tasks[start : start + BLOCK]]
-                    block = itertools.islice(images, len(keys))
-                    items, failed = describer.local_items(block, keys, {})
-                    failures += failed
-                    refuse_failures(failures, len(tasks), settings.max_failed_share)
-                    for _, features in items:
-                        moments.add(features.descriptors)
+            moments, failures = _moments(describer, tasks, progress=progress)
             moments.codes(code_dim).save(stage.folder / FILE)
             facts = {
                 "block": network.block,
                 "images": len(tasks),
-                "failed": len(failures),
+                "failed": failures,
                 "features": moments.count,
                 "code_dim": code_dim,
             }
             stage.finish([FILE], describer.recorded() | facts)
         _report(stage.folder)
         return stage.folder / FILE
+
+
+def _moments(
+    describer: LocalDescriber, tasks: Sequence[ImageTask], *, progress: bool
+) -> tuple[Moments, int]:
+    """Returns the moments of the images' features, and the number of images that failed."""
+    moments, failures = Moments(describer.code_dim), []
+    bar = tqdm(total=len(tasks), desc="fitting codes", unit="image", disable=not progress)
+    with bar, describer.stream(tasks, bar) as images:
+        for start in range(0, len(tasks), BLOCK):
+            keys = [task.key for task in tasks[start : start + BLOCK]]
+            block = itertools.islice(images, len(keys))
+            items, failed = describer.local_items(block, keys, {})
+            failures += failed
+            refuse_failures(failures, len(tasks), describer.settings.max_failed_share)
+            for _, features in items:
+                moments.add(features.descriptors)
+    return moments, len(failures)
 
 
 def _report(folder: Path) -> None:

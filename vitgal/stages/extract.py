@@ -107,14 +107,25 @@ def extract_shortlist(
             recorded = describer.recorded() | recorded_paths(run, dataset, weights)
             recorded |= {"code_images": settings.code_images} if codes else {}
         _refuse_unfinished(stage.folder, shards, slot)
-        index = store.write_index(stage.folder)  # first: the store opens faster with it
-        failures = store.FeatureStore.open(stage.folder).failures
-        listed = [{"name": name, "reason": reason} for name, reason in failures.items()]
-        refuse_failures(listed, len(images), settings.max_failed_share)
-        outputs = [f"{shard.folder.name}/{name}" for shard in shards for name in SHARD_OUTPUTS]
-        stage.finish(outputs + index, recorded | {"images": len(images), "failed": len(failures)})
-        report_failures(failures, len(images))
-        return stage.folder
+        return _finish(stage, shards, settings.max_failed_share, recorded)
+
+
+def _finish(
+    stage: runs.Stage,
+    shards: Sequence[ShardTask],
+    max_failed_share: float,
+    recorded: dict[str, Any],
+) -> Path:
+    """Writes the store's index and the manifest; returns the stage's folder."""
+    count = sum(len(shard.images) for shard in shards)
+    index = store.write_index(stage.folder)  # first: the store opens faster with it
+    failures = store.FeatureStore.open(stage.folder).failures
+    listed = [{"name": name, "reason": reason} for name, reason in failures.items()]
+    refuse_failures(listed, count, max_failed_share)
+    outputs = [f"{shard.folder.name}/{name}" for shard in shards for name in SHARD_OUTPUTS]
+    stage.finish(outputs + index, recorded | {"images": count, "failed": len(failures)})
+    report_failures(failures, count)
+    return stage.folder
 
 
 def _parameters(settings: LocalSettings, codes: Path | None) -> dict[str, Any]:
