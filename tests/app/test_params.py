@@ -47,7 +47,7 @@ def effective(name: str) -> dict:
         whole = pipeline.settings_in(path, injected[path])
         for section in sections.NOTEBOOKS[path.stem]:
             built = whole.section(section)
-            result |= flat_values(built)
+            result = flat_values(built) | result  # code_dim: of training, before that of 05
     return result
 
 
