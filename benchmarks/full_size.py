@@ -5,9 +5,9 @@
 
 A table of GLDv2-clean's size is generated; a few of the bundled photographs, at 800 x 600, stand as
 hard links behind all its names, and behind those of a benchmark's distractors. The small table has
-the demo's size. No step of a sample or of a training step may grow with the table. Times are the
-processor's, of this process and of helpers that have ended, or the clock's where a row says so.
-Memory is what a step adds to this process at its peak.
+the demo's size. The time of a sample or of a training step must not grow with the table. Times are
+processor time of this process and of its ended child processes, or wall-clock time where a row says
+so. Memory is what a step adds to this process at its peak.
 """
 
 import argparse

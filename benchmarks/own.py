@@ -2,15 +2,15 @@
 
     python benchmarks/own.py FOLDER [DISTRACTORS] [--run NAME] [--weights FILE] [-p SETTING VALUE]
 
-FOLDER has one sub-folder a place; DISTRACTORS, if given, holds photographs of none of them. Every
+FOLDER has one sub-folder per place; DISTRACTORS, if given, holds photographs of none of them. Every
 photograph of a place is searched for among all others, the other photographs of its place being
 right. Recall at 5 is the fraction of the right photographs, of five at most, among the first
 five; average precision is the benchmark's; both are means over a place's queries, then over places.
 
-Then: is it there at all? Every photograph, of a place or not, is searched for, and the probability
-of the best result is compared with whether it shows the place, by a model that was fitted to other
-photographs (shipped for the defaults, else fitted to --known, one sub-folder a place), among the
-first twenty by similarity.
+Then: is the place in the folder? Every photograph, of a place or not, is a query, and the
+probability of the best of the first twenty by similarity is compared with whether it shows the
+place. The model was fitted to other photographs: the shipped one for the defaults, else one fitted
+to --known, a folder with one sub-folder per place.
 
 SIFT is the plain baseline: OpenCV's 1000 best keypoints of the photograph resized to the same area,
 nearest neighbours with Lowe's ratio test at 0.8, and the same verification, against every

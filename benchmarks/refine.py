@@ -4,7 +4,7 @@ First the steps on ROxford5k with real AlexNet descriptors (a folder with `gnd_r
 `roxford5k_alexnet_fc7_pca128.npz`: X (4993, 128), Q (70, 128)). There are no descriptors of other
 images by that network, so **the whitenings here are learnt from the database itself, without
 labels** (transductive); the stage of notebook 04 refuses that, and learns from the training split.
-All other parameters are the defaults, which are the papers' own or those of the field's usual code.
+Parameters that a row does not name are the defaults: the papers' own or the field's usual ones.
 
 Then whitening and alpha expansion of a million synthetic descriptors beside one plain search, each
 in a process of its own: processor time, and memory that is no mapped file.

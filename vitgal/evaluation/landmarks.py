@@ -104,10 +104,10 @@ def landmarks_by_names(queries: Sequence[str]) -> Landmarks:
 
 
 def recorded_landmarks(scores: Iterable[Mapping[str, Any]], count: int) -> Landmarks:
-    """Returns the landmarks that the first of some results of `count` queries tells.
+    """Returns the landmarks that the first of some results of `count` queries records.
 
-    scores: contents of a scores.json, or parts of one. Their record decides, then the names of
-    their queries; else each query has its own.
+    scores: contents of a scores.json, or parts of one. Without a record the names of the queries
+    decide; without these each query has a landmark of its own.
     """
     scores = list(scores)
     for single in scores:

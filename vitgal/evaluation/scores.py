@@ -43,8 +43,8 @@ def intervals(
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """Computes 95 % bootstrap intervals of mAP: label -> protocol -> (low, high) in [0, 1].
 
-    The landmarks are those that a system's record tells, else another's of as many queries. plain:
-    resamples single queries instead.
+    The landmarks are those that a system records, else those of another system with as many
+    queries. plain: resamples single queries instead.
     """
     return {
         label: {

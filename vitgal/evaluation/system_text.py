@@ -31,7 +31,7 @@ _LATEX = {character: f"\\{character}" for character in "{}$&#_%"} | {
 def display_table(
     table: SystemTable, better: str = " >{}", escape: Callable[[str], str] = str
 ) -> pd.DataFrame:
-    """Returns the table as text, a row a system, without the columns that are empty.
+    """Returns the table as text, one row per system, without empty columns.
 
     better: how the systems that one is better than are written behind its mAP. escape: applied to
     names.

@@ -42,16 +42,16 @@ class SystemTable:
         dataset: its name, with the number of distractors if there are any.
         queries: their number.
         landmarks: of the queries, which intervals and tests resample.
-        systems: a row a system, indexed by its number from 1. Columns: `system`, `network`, `size`
-            (pixels of the network input), `dimension`, `local dimension`; for each protocol the mAP
-            in percent ("medium"), its interval ("medium low", "medium high"), "medium mP@10" and
-            the numbers of the systems that it is better than beyond chance ("medium better than", a
-            tuple); `ms an image` to describe it, `ms a query` to rerank, `bytes an image` of all
-            descriptors, `device`; with published results their mAP ("published medium") and
+        systems: one row per system, indexed by its number from 1. Columns: `system`, `network`,
+            `size` (pixels of the network input), `dimension`, `local dimension`; for each protocol
+            the mAP in percent ("medium"), its interval ("medium low", "medium high"), "medium
+            mP@10" and the numbers of the systems that it significantly exceeds ("medium better
+            than", a tuple); `ms an image` to describe it, `ms a query` to rerank, `bytes an image`
+            of all descriptors, `device`; with published results their mAP ("published medium") and
             `source`. nan or "" where a value is unknown.
-        tests: a row a protocol and pair of systems, the second against the first: protocol, first,
-            second (numbers), difference, low, high (percent), p, and p Holm, corrected over all
-            pairs of the protocol.
+        tests: one row per protocol and pair of systems, the second against the first: protocol,
+            first, second (numbers), difference, low, high (percent), p, and p Holm, corrected over
+            all pairs of the protocol.
     """
 
     dataset: str
@@ -245,7 +245,7 @@ def _tests(scores: Sequence[Scores], shown: Landmarks, seed: int) -> pd.DataFram
 
 
 def _worse(tests: pd.DataFrame, protocol: str, number: int) -> tuple[int, ...]:
-    """Returns the numbers of the systems that a system is better than beyond chance."""
+    """Returns the numbers of the systems that a system significantly exceeds."""
     rows = tests[(tests["protocol"] == protocol) & (tests["p Holm"] < SIGNIFICANT)]
     won = rows[(rows["second"] == number) & (rows["difference"] > 0)]["first"]
     lost = rows[(rows["first"] == number) & (rows["difference"] < 0)]["second"]

@@ -62,7 +62,7 @@ class Codes:
 
 @dataclass(eq=False)
 class Moments:
-    """Number, sum and products of features of dimension D, which may come part by part.
+    """Number, sum and outer products of features of dimension D, accumulated part by part.
 
     Memory is 8 D^2 bytes, whatever their number.
     """
@@ -97,7 +97,7 @@ class Moments:
             lower = f", or lower code_dim to {most}" if most else ""
             raise CodeError(
                 f"{self.count} features are too few for a PCA of {code_dim} values: it takes "
-                f"{FEATURES_A_VALUE} a value; name a folder with more images as code_images{lower}"
+                f"{FEATURES_A_VALUE} per value; name a folder of more images as code_images{lower}"
             )
         mean = self.total / self.count
         variances, directions = np.linalg.eigh(self.products / self.count - np.outer(mean, mean))

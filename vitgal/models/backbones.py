@@ -1,7 +1,7 @@
-"""Any network of timm as a backbone: its class token, its patch tokens with their grid, attention.
+"""Any network of timm as a backbone: class token, patch tokens with their grid, attention.
 
-A map of a convolutional network counts as tokens too, one a position. What a network is asked for
-goes through timm's `forward_intermediates`, which nearly all of its networks have.
+Each position of a convolutional network's feature map counts as a token. Features are computed by
+timm's `forward_intermediates`, which nearly all of its networks have.
 """
 
 import inspect
@@ -30,7 +30,7 @@ ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False})
 
 @dataclass(frozen=True)
 class BackboneFeatures:
-    """What a backbone finds in images: one row a position, row by row over the grid."""
+    """Features of images: one row per position, row by row over the grid."""
 
     grid: tuple[int, int]  # (h, w); N = h * w
     tokens: Tensor  # (B, N, D); class and register tokens are left out
@@ -42,18 +42,18 @@ class Backbone(nn.Module):
     """A network of timm without its classifier, with random or trained weights, in eval mode.
 
     Images are (B, 3, H, W) float32, normalised with `mean` and `std`, of any size whose sides are
-    multiples of `multiple`. A vision transformer of a fixed size interpolates its positions; where
-    timm cannot do it as the network runs, a copy is built for each size, and the last
-    SIZES_KEPT are kept. `forward` raises NetworkError for a size that the network cannot take, with
-    the sizes that it can.
+    multiples of `multiple`. A vision transformer of a fixed size interpolates its position
+    embeddings; where timm cannot do this in the forward pass, a copy is built for each size, and
+    the last SIZES_KEPT are kept. `forward` raises NetworkError for a size that the network cannot
+    take, with the sizes that it can.
 
     Attributes:
-        name: timm's.  network: timm's module; training it trains the backbone.
+        name: of the network in timm.  network: timm's module, whose training trains the backbone.
         native_size: (height, width) in pixels of the images that it was trained on.
         mean, std: of its input's three channels, for pixels in [0, 1].
         embed_dim: width D of its last tokens and of its class token.
         blocks: names of the blocks or stages whose tokens `forward` can give, from first to last.
-        multiple: of which an image's sides are best multiples: the patch of a transformer.
+        multiple: number of which an image's sides should be multiples: a transformer's patch.
     """
 
     def __init__(self, source: TimmSource, *, size: tuple[int, int] | None = None, **options: Any):

@@ -18,7 +18,7 @@ from vitgal.models.timm_networks import NetworkError, TimmSource, fingerprint_te
 from vitgal.settings import POOLINGS, GlobalSettings
 
 VITGAL_SIZE = 512  # pixels, as published
-# Sizes that retrieve better than the one of training, as measured in benchmarks/README.md.
+# Sizes in place of the training size, as benchmarks/README.md measures them.
 SIZES = {"tf_efficientnet_lite0": 192}
 GEM = 3.0  # exponent of generalised mean pooling
 TINY = 1e-6
@@ -41,7 +41,7 @@ class Describer(Protocol):
         """Computes global descriptors (B, D) float32, not normalised."""
 
     def token_features(self, images: Tensor) -> TokenFeatures:
-        """Computes tokens (B, N, D), their grid, and what chooses among them, the attention."""
+        """Computes tokens (B, N, D), their grid, and the attention that selects among them."""
 
 
 class TimmDescriber(nn.Module):
@@ -148,9 +148,9 @@ def _own_pooling(backbone: Backbone) -> str:
 
 @dataclass(frozen=True)
 class InputFacts:
-    """The size of images that a network was made for, and of what their sides are multiples.
+    """The image size that a network was made for, and the number that its sides are multiples of.
 
-    size: pixels.  multiple: None for the published rules of ViTGaL.
+    size: pixels.  multiple: of the sides; None for the published rules of ViTGaL.
     """
 
     size: int = VITGAL_SIZE
@@ -185,7 +185,7 @@ def _timm_name(source: str | Path) -> str | None:
 
 def _backbone_facts(backbone: Backbone) -> InputFacts:
     size = SIZES.get(backbone.name.partition(".")[0], max(backbone.native_size))
-    # Convolutions take any side, and the photograph's aspect is worth more than whole strides.
+    # Convolutions take any side, so the photograph's aspect is kept to the pixel.
     fixed = backbone.network.pretrained_cfg.get("fixed_input_size", False)
     return InputFacts(size, backbone.multiple if fixed or not backbone.hierarchical else 1)
 
@@ -214,7 +214,7 @@ def sized(settings: GlobalSettings, source: str | Path) -> GlobalSettings:
 
 @functools.lru_cache(maxsize=4)
 def _untrained(name: str) -> Backbone:
-    """A network without memory for its tensors, for its facts."""
+    """A network on the meta device, for its properties."""
     with torch.device("meta"):
         return Backbone(TimmSource(name, None))
 

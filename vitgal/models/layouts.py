@@ -1,4 +1,4 @@
-"""Layouts: which of a network's tensors each tensor of a file fills."""
+"""Layouts: which tensors of a network each tensor of a file fills."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path

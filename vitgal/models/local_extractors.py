@@ -1,4 +1,4 @@
-"""Local features of other methods: RootSIFT and XFeat, in the same network inputs as ours.
+"""Local features of other methods: RootSIFT and XFeat, on images resized as for ours.
 
 Keypoints are pixels of the input with its top-left corner at (0, 0), as `LocalFeatures` states.
 """

@@ -255,7 +255,7 @@ class ViTGaL(nn.Module):
 
     @property
     def multiple(self) -> int:
-        """Of which the sides of images for local features are multiples."""
+        """The number of which the sides of images for local features are multiples."""
         return self.patch
 
     @property
@@ -463,9 +463,9 @@ def build_model(
 
 
 def outline(architecture: str = TrainingSettings.architecture, **options: Any) -> ViTGaL:
-    """Builds a network without memory for its tensors, on the meta device; as `build_model`.
+    """Builds a network on the meta device, without memory for its tensors; as `build_model`.
 
-    Some networks of timm cannot be built so; they take their memory.
+    Some networks of timm cannot be built on it and take memory.
     """
     try:
         with torch.device("meta"):
@@ -498,7 +498,7 @@ def _patches_after(block: ClassAttentionBlock, patches: Tensor) -> Tensor:
 
 
 def _number_of_heads(dim: int) -> int:
-    """The divisor of a width that makes heads nearest to HEAD_WIDTH, in ratio."""
+    """The number of heads that divides a width and makes them nearest to HEAD_WIDTH, in ratio."""
     divisors = (heads for heads in range(1, dim + 1) if dim % heads == 0)
     return min(divisors, key=lambda heads: abs(math.log(dim / heads / HEAD_WIDTH)))
 

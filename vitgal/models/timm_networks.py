@@ -96,7 +96,7 @@ def open_network(source: TimmSource, **options: Any) -> nn.Module:
 
     Raises:
         FileNotFoundError: there is no such file.
-        NetworkError, FileError: an unknown network, no weights of timm's for it, a hub that cannot
+        NetworkError, FileError: an unknown network, one without weights in timm, a hub that cannot
             be reached or refuses, or a file that does not fit.
     """
     check_name(source.name)
@@ -118,7 +118,7 @@ def open_network(source: TimmSource, **options: Any) -> nn.Module:
 
 @contextlib.contextmanager
 def _hub_errors(name: str, config: Any) -> Iterator[None]:
-    """Turns the errors of a download, of whatever library, into one sentence with the remedy."""
+    """Turns the errors of a download, from any library, into one sentence with the remedy."""
     try:
         yield
     except TypeError:  # an argument that the network does not have

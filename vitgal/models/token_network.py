@@ -15,15 +15,15 @@ from vitgal.settings import LocalSettings
 
 
 class TokenNetwork(nn.Module):
-    """A block of a timm network for `local_features`: tokens, their codes, what chooses them.
+    """A block of a timm network for `local_features`: tokens, their codes and their scores.
 
-    Tokens are chosen by the class token's attention in the same block, or by their norm where it
-    has none. Their codes are those of `codes`; None: the tokens themselves, of length 1.
+    Tokens are selected by the class token's attention in the same block, or by their norm where
+    there is none. codes: the map from tokens to codes; None: the normalised tokens themselves.
 
     Attributes:
         block: its name, one of `Backbone.blocks`.
-        patch: pixels between two tokens.
-        multiple: of which an image's sides must be multiples.
+        patch: distance of two tokens in pixels.
+        multiple: number of which an image's sides must be multiples.
         code_dim: dimension of a local descriptor.
 
     Raises NetworkError for a block that the network does not have, with those that it has, and
@@ -64,7 +64,7 @@ class TokenNetwork(nn.Module):
 def local_network(
     model: ViTGaL | TimmDescriber, settings: LocalSettings, codes: Codes | None = None
 ) -> ViTGaL | TokenNetwork:
-    """Returns what finds the local features of a model: its TokenNetwork, or a ViTGaL itself.
+    """Returns the network for a model's local features: a TokenNetwork, or a ViTGaL itself.
 
     Raises as `TokenNetwork`, and NetworkError for a block of ViTGaL, whose tokens are its last.
     """

@@ -1,4 +1,4 @@
-"""How far the homography of a verified pair can be believed."""
+"""Whether the homography of a verified pair is plausible."""
 
 from dataclasses import dataclass
 
@@ -8,15 +8,15 @@ import numpy as np
 from vitgal.features.local import LocalFeatures
 from vitgal.retrieval.verification import PairInspection
 
-# A homography that leaves less of the query's area has shrunk it to a spot: its sides would be
-# seen at a fifth of their lengths. Without an upper limit, as a nearby horizon blows it up.
+# A homography that leaves less than this share of the query's area shrinks it to a spot: its sides
+# would have a fifth of their lengths. There is no upper limit: near the horizon areas grow large.
 LEAST_AREA = 0.04
-# The same of the share of the database image over which its inliers spread: points on a line, or on
-# one spot, do not fix a homography.
+# The least share of the database image that the inliers cover: points on a line, or on one spot, do
+# not determine a homography.
 LEAST_SPREAD = 0.002
-# Inliers a feature of the database image, above which the query has collapsed onto few features.
+# Inliers per feature of the database image above which the query has collapsed onto few features.
 MOST_SHARED = 4
-# Matches a feature of the database image, above which its texture is called repeated.
+# Matches per feature of the database image above which its texture is called repeated.
 REPEATED = 4
 
 KINDS = {
@@ -29,18 +29,19 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Evidence:
-    """What supports the homography of a pair, and what speaks against it.
+    """What supports the homography of a pair, and what makes it implausible.
 
     Attributes:
         matches, inliers: their numbers.
         partners: different features of the database image among the matches.
         features: different features among the inliers, on the side that has fewer.
-        orientation: 1 where the homography keeps it at most inliers, -1 where it mirrors the image
-            there, 0 without a homography.
-        area: of the query's outline under the homography, in areas of the query; where the horizon
-            cuts the outline, of a small piece around the middle of the inliers; 0 without one.
-        spread: the convex hull of the inliers in the database image, as a share of its area; nan
-            where the size of the network's input is unknown.
+        orientation: 1 where the homography keeps the orientation at most inliers, -1 where it
+            mirrors the image there, 0 without a homography.
+        area: of the query's outline under the homography, as a multiple of the query's area; where
+            the horizon cuts the outline, of a small piece around the middle of the inliers; 0
+            without a homography.
+        spread: area of the inliers' convex hull in the database image, as a share of the image; nan
+            where the size of the network input is unknown.
     """
 
     matches: int
@@ -53,7 +54,7 @@ class Evidence:
 
     @property
     def kind(self) -> str:
-        """What speaks against the homography, a key of KINDS; "" where nothing does."""
+        """What makes the homography implausible, a key of KINDS; "" where nothing does."""
         if not self.inliers:
             return ""
         if self.orientation < 0:
@@ -66,7 +67,7 @@ class Evidence:
 
     @property
     def doubt(self) -> str:
-        """The reason not to believe the homography, in words; "" where there is none."""
+        """The reason why the homography is implausible, in words; "" where there is none."""
         shares = {"area": _times(self.area), "spread": _times(self.spread)}
         return KINDS[self.kind].format(features=self.features, **shares) if self.kind else ""
 

@@ -1,7 +1,7 @@
-"""Is it there at all? The probability that a result shows the query's place.
+"""Presence: the probability that a result shows the query's place.
 
-A logistic model of the two things that a ranking knows of a pair: the similarity of the global
-descriptors and the verified evidence, whose every further inlier says less than the one before.
+A logistic model of two numbers of a pair: the similarity of the global descriptors, and the
+evidence of verification. Evidence enters by its logarithm, as each further inlier adds less.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class PresenceError(runs.UserError, ValueError):
 
 @dataclass(frozen=True)
 class Presence:
-    """The probability that a result shows the query's place, and from which on it is believed.
+    """A model of the probability that a result shows the query's place, with a threshold.
 
     The probability is 1 / (1 + exp(-(bias + similarity * s + evidence * log(1 + e)))) for a
     similarity s and a count of evidence e.

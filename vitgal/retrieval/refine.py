@@ -1,8 +1,8 @@
 """Refinement of global descriptors: whitening, query expansion, database augmentation.
 
 Each function maps descriptors of length 1 to descriptors of length 1, so that `search` and
-`labelled_positions` rank by them exactly. A row of zeros, an image that could not be read, stays
-one, and adds nothing to another.
+`labelled_positions` rank by them exactly. A row of zeros stands for an image that could not be
+read; it stays zero and does not affect other rows.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
-"""Refinement of rankings: the first images of each query are put in another order.
+"""Refinement of rankings: the first images of each query are reordered.
 
-The images behind keep their order, so every labelled image keeps an exact rank. Each step returns a
+All others keep their order, so every labelled image keeps an exact rank. Each step returns a
 score for each of the first M images of each query; `reorder` sorts by them. An image that could not
 be read has the similarity -inf and stays last.
 """
@@ -73,10 +73,11 @@ def superglobal(
 ) -> np.ndarray:
     """Scores the first images by refined descriptors of them and of the query.
 
-    Shao et al., "Global features are all you need for image retrieval and reranking", ICCV 2023: an
-    image becomes the mean of itself, weight 1, and its neighbours among the first images, weight
-    `beta` x similarity; the query the largest value, dimension by dimension, of the best of these
-    and its neighbours' number. The score is the mean of both similarities.
+    Shao et al., "Global features are all you need for image retrieval and reranking", ICCV 2023.
+    An image is refined to the mean of itself, with weight 1, and of its `neighbours` nearest among
+    the first images, with weight `beta` x similarity. The query is refined to the element-wise
+    maximum of the `neighbours` + 1 refined images that are most similar to it. The score is the
+    mean of a refined image's similarities to the query and to the refined query.
 
     Args:
         queries: (Q, D).  database: (N, D).  order: (M, Q) integers, the first images.
@@ -113,11 +114,12 @@ def k_reciprocal(
 ) -> np.ndarray:
     """Scores the first images by the neighbours that they share with the query.
 
-    Zhong et al., "Re-ranking person re-identification with k-reciprocal encoding", CVPR 2017: an
-    image's neighbourhood are the images that are among its `k1` nearest and it among theirs, with
-    the neighbourhoods of half the size that overlap it by more than two thirds, each weighted by
-    exp(-distance), and averaged over the `k2` nearest images. The distance of two images is their
-    neighbourhoods' Jaccard distance, with the original one at `weight`.
+    Zhong et al., "Re-ranking person re-identification with k-reciprocal encoding", CVPR 2017. The
+    neighbourhood of an image consists of its mutual `k1` nearest neighbours and of their own
+    neighbourhoods of half the size where these overlap it by more than two thirds. Members are
+    weighted by exp(-distance), and the weights averaged over the `k2` nearest images. The distance
+    of two images is the Jaccard distance of their neighbourhoods, mixed with the original distance
+    by `weight`.
 
     NOTE neighbours are searched among the query and its first M images, not in the whole database:
     memory and time do not depend on N.
@@ -160,11 +162,11 @@ def diffusion(
     """Scores the first images by diffusion over a graph of the database.
 
     Iscen et al., "Efficient diffusion on region manifolds: recovering small objects with compact
-    CNN representations", CVPR 2017. Images that are among each other's neighbours are linked with
-    the weight similarity^gamma, normalised by both degrees; similarity enters at the query's first
-    `seeds` images and spreads, the share `alpha` in each step, until nothing changes: a sparse
-    linear system, solved by conjugate gradients. Only links among the first M images count
-    (truncation in the paper); with M = N it is the whole graph.
+    CNN representations", CVPR 2017. Mutual neighbours are the edges of a graph, with the weight
+    similarity^gamma normalised by both degrees. Similarity enters at the query's first `seeds`
+    images and spreads, the share `alpha` in each step, until nothing changes: a sparse linear
+    system, solved by conjugate gradients. Only edges among the first M images count (truncation in
+    the paper); with M = N it is the whole graph.
 
     Args:
         similarities, order: (M, Q), the query's similarities to its first images, and these.

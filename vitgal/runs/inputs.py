@@ -97,7 +97,7 @@ def images_input(
 ) -> Input:
     """Returns a list of images as an input, with the fingerprint of `fingerprint_images`.
 
-    known: returns the `file_facts` of the paths where the caller has just looked them up.
+    known: returns the `file_facts` of the paths if the caller has just looked them up, else None.
     """
     return Input(
         lambda: _stamp(names, paths, known()), lambda: fingerprint_images(names, paths), verify

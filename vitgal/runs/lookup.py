@@ -12,11 +12,11 @@ from array import array
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-MANY = 20_000  # files; fewer are looked up sooner than a process starts
+MANY = 20_000  # files; fewer are looked up faster than a process starts
 HELPERS = 8  # processes at once, at most
 BLOCK = 1 << 17  # files of a process, at most
-PROBED = 64  # files that show whether the disk is slow
-SLOW = 200e-6  # seconds a file, from which threads wait for several at once
+PROBED = 64  # files that are timed first, to find whether the disk is slow
+SLOW = 200e-6  # seconds per file, from which on threads look up several at once
 THREADS = 16
 ABSENT = (-1, -1, -1)
 

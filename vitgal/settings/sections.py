@@ -35,7 +35,8 @@ class RunSettings(Section):
     image_folder: str | None = path("folder of a/b/c/<id>.jpg; None: the run's own training images")
     distractors: str | None = path("folder of further database images (revisitop1m)")
     weights: str | None = path(
-        "model file, or timm:NAME[@FILE]; None: the run's model, else the small one of the checkout"
+        "model file, or timm:NAME[@FILE]; None: the run's model, else the small weights of the "
+        "checkout (own photographs: EfficientNet-Lite0 before these)"
     )
     descriptors: str | None = path("global descriptors of another system (.npy or .h5)")
     refine_set: str | None = path(
@@ -183,8 +184,7 @@ class TrainingSettings(Recipe):
         "xcit_small_12_p16_224", "backbone: a name of timm's XCiT, or timm:NAME for any network"
     )
     initial_weights: str | None = path(
-        "the backbone's weights or a model of ours; pretrained: timm's; timm:NAME@FILE; None: "
-        "random"
+        "the backbone's weights or a ViTGaL model; pretrained: timm's; timm:NAME@FILE; None: random"
     )
     embed_dim: int | None = setting(
         None, "width of tokens and descriptors on timm:NAME; None: the network's", low=8, later=True
@@ -275,12 +275,14 @@ class AutoencoderSettings(Recipe):
     )
     code_loss: str = setting(
         "published",
-        '"whitened": codes fill all directions; "contrastive": a place is known again in a second '
-        "view",
+        '"whitened": codes spread over all directions; "contrastive": codes of a place agree '
+        "in two views",
         choices=CODE_LOSSES,
         later=True,
     )
-    code_loss_weight: float = setting(1.0, "weight of a code_loss", above=0, later=True)
+    code_loss_weight: float = setting(
+        1.0, "weight of code_loss beside the published loss", above=0, later=True
+    )
 
 
 RESIZE_MODES = ("squash", "longest", "area")
@@ -307,7 +309,7 @@ class GlobalSettings(Section):
     )
     multiple: int | None = setting(
         None,
-        "sides of the network input are multiples of it; None: the network's own",
+        "number of which the network input's sides are multiples; None: the network's own",
         flat="size_multiple",
         unit="pixels",
         low=1,
@@ -315,7 +317,7 @@ class GlobalSettings(Section):
     )
     pooling: str | None = setting(
         None,
-        "of a timm network: class token, GeM of its tokens, both; None: what it was made for",
+        "of a timm network: class token, GeM of its tokens, or both; None: as it was trained",
         choices=POOLINGS,
         later=True,
     )
@@ -401,12 +403,12 @@ class LocalSettings(SelectionSettings):
     local_features: str | None = path("local features of another system (hloc's .h5)")
     block: str | None = setting(
         None,
-        "block of a timm network whose tokens are taken; None: the last but two, or of stride 16",
+        "block of a timm network that gives the tokens; None: the last but two, or of stride 16",
         later=True,
     )
     code_dim: int = setting(
         128,
-        "values of a timm network's codes; by default those of its tokens if fewer",
+        "dimension of a timm network's codes; the default is lowered to that of its tokens",
         low=1,
         later=True,
     )
@@ -435,7 +437,7 @@ class LocalSettings(SelectionSettings):
             raise SettingsError("set local or local_features, not both")
 
     def compared(self) -> dict[str, Any]:
-        """Returns the parameters of extraction, without those of tokens for another method."""
+        """Returns the parameters of extraction; for other methods without those of tokens."""
         values = super().compared()
         if self.own_tokens:
             return values
@@ -480,7 +482,7 @@ class MatchingSettings(Section):
     )
     ratio: float = setting(
         0.95,
-        "of the distances to the nearest and the second nearest, below which Lowe's test passes",
+        "distance to the nearest over that to the second nearest, below which Lowe's test passes",
         flat="match_ratio",
         above=0,
         high=1,
@@ -532,7 +534,7 @@ class RerankingSettings(Section):
     matching: MatchingSettings = MatchingSettings()
     count: str = setting(
         "inliers",
-        '"features": each feature among the inliers once, on either side',
+        '"features": different features among the inliers, on the side with fewer',
         choices=COUNTS,
         later=True,
     )
@@ -543,7 +545,9 @@ class RerankingSettings(Section):
         choices=ORDERS,
         later=True,
     )
-    fused_weight: float = setting(0.02, "similarity that one count is worth", low=0, later=True)
+    fused_weight: float = setting(
+        0.02, "similarity that one inlier or feature is worth", low=0, later=True
+    )
     fused_cap: int = setting(60, "count above which no more is added", low=1, later=True)
 
     def compared(self) -> dict[str, Any]:
@@ -668,7 +672,7 @@ class ShowSettings(Section):
     figure_format: str = neutral("pdf", "of saved figures", choices=("pdf", "svg", "png"))
     untrained: str | None = neutral(None, "architecture whose random weights are scored as well")
     baseline: bool = neutral(
-        False, "score EfficientNet-Lite0 as well, whose weights the extra `baselines` brings"
+        False, "score EfficientNet-Lite0 as well; its weights come with the extra `baselines`"
     )
     min_train_gain: float | None = neutral(None, "retrieval mAP gained in training")
     max_reconstruction: float | None = neutral(None, "fraction of variance lost")

@@ -20,7 +20,7 @@ from vitgal.settings.reader import Settings, Values
 from vitgal.stages.rerank import GLOBAL_NOTEBOOK, LOCAL_NOTEBOOK
 from vitgal.stages.whitening import RefineSet, needs_refine_set, open_refine_set
 
-# Matching and verification of features that are no tokens of ViTGaL: those in use for them.
+# Matching and verification for features other than ViTGaL's tokens, as is usual for them.
 # Lowe's test separates SIFT's descriptors; XFeat's authors match both ways, with an inner product
 # above 0.82. Their keypoints lie within a pixel or two, not within a patch of 16.
 DEMO_MATCHING = "mutual"  # in the cells of notebooks 06 and 08
@@ -33,7 +33,7 @@ SUITED: dict[str, dict[str, Any]] = {
     },
     "xfeat": {"matching": "mutual", "max_distance": 0.6, "threshold": 6.0},
     "file": {"matching": "mutual_ratio", "match_ratio": 0.9, "max_distance": 1.0},
-    # Whitened codes that have nothing in common are at right angles, at a distance of 1.41.
+    # Unrelated whitened codes are nearly orthogonal, at a distance of 1.41.
     "codes": {"max_distance": 1.0},
 }
 
@@ -41,9 +41,9 @@ SUITED: dict[str, dict[str, Any]] = {
 def suited(settings: Settings) -> Settings:
     """Returns the settings with matching and verification that suit the run's local features.
 
-    What was set anywhere, as in the notebook's cell, stays, but for the cell's way of matching,
-    which suits ViTGaL's tokens: for these nothing changes. Raises StageError where stage local is
-    not finished.
+    Values that were set, as in the notebook's cell, stay. Only the cell's own `matching` is
+    replaced, since it suits ViTGaL's tokens, for which nothing changes. Raises StageError where
+    stage local is not finished.
     """
     manifest = runs.read_stage(_stage_folder(settings, "local"), LOCAL_NOTEBOOK)
     method = manifest["parameters"].get("local", "tokens")

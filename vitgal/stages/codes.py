@@ -1,4 +1,4 @@
-"""The codes of a timm network's tokens: fitted to images that no benchmark shows, kept in the run.
+"""The codes of a timm network's tokens: fitted to images of no benchmark, kept in the run.
 
 `<run>/codes` is a stage: its codes belong to one network, one block and one choice of images.
 """

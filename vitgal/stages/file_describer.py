@@ -1,4 +1,4 @@
-"""Copies local features that another system made into a store, shard by shard."""
+"""Copies another system's local features into a feature store, shard by shard."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Which networks describe: one's own photographs, and beside a run's model on a benchmark."""
+"""The choice of networks for own photographs, and for comparison with a run's model."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,7 +48,7 @@ BASELINE_VALUES = {
 
 @dataclass(frozen=True)
 class OwnModels:
-    """The models of global descriptors and of local features, and why these, in one sentence."""
+    """The models of global descriptors and of local features, and the reason for the choice."""
 
     describing: Path | str
     local: Path | str

@@ -357,11 +357,11 @@ class SearchResult:
     presence: Presence | None = None
 
     def verdict(self) -> str:
-        """Returns whether anything here shows the query's place, in words."""
+        """States whether any photograph shows the query's place, with which probability."""
         if self.presence is None:
             return (
                 "how probable it is that any of these shows it is unknown for these settings: "
-                "stages.fit_places on a folder with one sub-folder a place finds out"
+                "fit a model by stages.fit_places to a folder with one sub-folder per place"
             )
         return self.presence.sentence(float(self.table["probability"].max()))
 

@@ -1,8 +1,9 @@
-"""Is it there at all? Probabilities for rankings of own photographs, and how they are fitted.
+"""Models of presence for rankings of own photographs, and how they are fitted.
 
-A model of presence belongs to the settings that similarities and evidence come from. Those of the
-defaults of `vitgal own` are in presence.json beside this module; its entry `made` says how. For
-others a folder of known places, one sub-folder a place, or a finished run with labels fixes one.
+A model of presence belongs to the settings that similarities and evidence come from. The model for
+the defaults of `vitgal own` is in presence.json beside this module; its entry `made` says how it
+was made. For other settings one is fitted to a folder of known places, one sub-folder per place, or
+to a finished run with labels.
 """
 
 import json
@@ -52,7 +53,7 @@ def shipped() -> dict[str, Any]:
 def fit_places(
     photographs: Photographs, settings: RerankingSettings, same: Sequence[tuple[str, str]] = ()
 ) -> Presence:
-    """Fits a model to a folder with one sub-folder a place, and keeps it in the run.
+    """Fits a model to a folder with one sub-folder per place, and keeps it in the run.
 
     Every photograph is searched for among the others; the pairs are those of the short lists.
 
@@ -77,8 +78,8 @@ def fit_places(
         presence = fit_presence(similarities, evidence, shown > 0)
     except PresenceError as error:
         raise PresenceError(
-            f"{photographs.folder}: {error}; known places are a folder with one sub-folder a place "
-            "and two photographs in some of them"
+            f"{photographs.folder}: {error}; name a folder with one sub-folder per place, some of "
+            "them with two photographs"
         ) from None
     describer = photographs.describer
     fitted = _fitted(describer) | {presence_key(describer, settings): presence.plain()}

@@ -237,7 +237,7 @@ def count_inliers(
 
     names: C database names; one without features in the store could not be read and counts 0.
     device: of `match`. Returns (C,) int32, or, where `weighs`, (3, C): inliers, features among them
-    and evidence. ValueError names the pair that cannot be matched.
+    and evidence. A ValueError names the pair that cannot be matched.
     """
     rows = len(COUNTED) if weighs(settings) else 1
     counts = np.zeros((rows, len(names)), np.int32)

@@ -28,7 +28,7 @@ SOURCES = ("training split", "photographs", "descriptors")  # as scores.json nam
 
 @dataclass(frozen=True, eq=False)
 class RefineSet:
-    """Images of which a whitening is learnt.
+    """Images from which a whitening is learnt.
 
     source: one of SOURCES.  file: the folder or file that was set; None: the training split.
     names: F images.  paths: their files; none for descriptors.  labels: (F,) int64, equal for

@@ -9,7 +9,7 @@ from vitgal.app.train_command import main
 if __name__ == "__main__":
     status = main()
     if status == RESTART:
-        # Python takes apart torch's modules for seconds, and a scheduler soon kills.
+        # Python's teardown of torch takes seconds, and a scheduler may kill the process before.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

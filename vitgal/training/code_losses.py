@@ -1,7 +1,8 @@
-"""Losses on the autoencoder's codes, for a limit on distances that tells true matches from false.
+"""Losses on the autoencoder's codes, so that a limit on distances separates true and false matches.
 
-The published loss asks codes for the landmark and for the tokens. It leaves open how codes spread:
-most of them can lie close together, and then every feature has a neighbour within any limit.
+The published loss trains codes to give the landmark and to reconstruct the tokens. It does not
+control how they spread: most can lie close together, and every feature then has a neighbour within
+any limit.
 """
 
 import math
@@ -49,7 +50,7 @@ def second_view(pictures: Tensor) -> tuple[Tensor, Tensor]:
 def contrast(
     codes: Tensor, views: Tensor, maps: Tensor, grid: tuple[int, int], labels: Tensor
 ) -> Tensor:
-    """Computes how badly codes of two views find their own place among all others, a scalar.
+    """Computes a contrastive loss on the codes of one place in two views, a scalar.
 
     The cross-entropy of a softmax over cosines (InfoNCE: van den Oord et al., 2018) between PLACES
     random places of each second view and the places that they show in the pictures. Places outside

@@ -166,7 +166,7 @@ def train(fit: Fit, *, forked: bool = False) -> None:
         if _is_silent_peer(error):
             raise TrainingError(
                 f"another process was silent for {fit.machine.timeout_minutes:g} minutes "
-                "(timeout_minutes): it stands still or cannot be reached; end it, then start the "
+                "(timeout_minutes): it hangs or cannot be reached; end it, then start the "
                 f"same again to continue from the last state ({str(error).splitlines()[0][:200]})"
             ) from error
         raise

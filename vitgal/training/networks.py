@@ -37,7 +37,7 @@ class TrainedNetwork(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict | Callable[[str], float]:
         """Returns timm's layers for layer-wise learning rates: stem, blocks, and the new parts.
 
-        A network of timm has its own; what is new on it comes after its last.
+        A network of timm has its own; new layers come after its last.
         """
         if self.model.on_timm:
             network = self.model.backbone.trunk.network

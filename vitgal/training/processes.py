@@ -32,9 +32,9 @@ LOADER_SHARE = 0.8  # of the time-out: a worker that waits for the disk is named
 
 
 def process_options(machine: MachineSettings, network: nn.Module) -> list[KwargsHandler]:
-    """Returns accelerate's options: the time-out, and that networks of timm have spare parameters.
+    """Returns accelerate's options: the time-out, and whether parameters can be unused.
 
-    Those are of the pooling before a classifier, which our head replaces.
+    Networks of timm have such: those of the pooling before the classifier, which our head replaces.
     """
     options: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=timeout(machine))]
     if network.model.on_timm:

@@ -25,9 +25,9 @@ KNOBS = {"max_distance": "matching", "threshold": "verification", "estimator": "
 
 
 class Instrument(anywidget.AnyWidget):
-    """The instrument on one data set of a run.
+    """The interactive viewer of one data set of a run.
 
-    Where no widget can be shown, as on a code host, the output is the picture of `figure`.
+    Where no widget can be shown, as on GitHub, the output is the picture of `figure`.
 
     Args:
         run: the run's folder, whose notebook 04 is finished for this data set.

@@ -1,4 +1,4 @@
-"""A run as one JSON document, from which the front end draws: rankings, scores, pairs, a map."""
+"""A run as one JSON document that the front end draws: rankings, scores, pairs, a map."""
 
 import functools
 import itertools

@@ -21,10 +21,10 @@ LINE = 125  # letters of a line below
 def tuning_figure(tuning: Tuning) -> np.ndarray:
     """Draws mAP over the number of candidates, over distance and threshold, and over all else.
 
-    Each panel keeps the other settings as chosen. The first has a thin line for each landmark and,
-    where several orders were tried, a line for each, a fused one with its best weights; the level
-    without reranking is named. Below stands where reranking hurts. Returns the axes, shape (2,), or
-    (3,) where more was tried.
+    Each panel keeps the other settings as chosen. The first has a thin line for each landmark, a
+    thick line for each order (the fused one with its best weights), and a labelled level without
+    reranking. A sentence below says where reranking hurts. Returns the axes, shape (2,), or (3,)
+    where further settings were tried.
     """
     others = [name for name in tuning.values(tuning.chosen) if name not in ALWAYS]
     widths = [4, 3, 3] if others else [4, 3]
