@@ -65,7 +65,7 @@ class TestGlobal:
         """(3, 0) at full size and (0, 1) at half: the mean of their directions lies between."""
 
         class Lengths(torch.nn.Linear):
-            embed_dim = 2
+            embed_dim, on_timm = 2, False
 
             def global_features(self, images):
                 row = [3.0, 0.0] if images.shape[2] == 32 else [0.0, 1.0]

@@ -87,6 +87,7 @@ class Cramped(torch.nn.Module):
         super().__init__()
         self.model, self.most = model, most
         self.embed_dim, self.code_dim = model.embed_dim, model.code_dim
+        self.on_timm = False
         self.patch, self.multiple = model.patch, model.multiple
 
     def global_features(self, images):
