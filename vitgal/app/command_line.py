@@ -140,8 +140,9 @@ def _add_report(commands: argparse._SubParsersAction) -> None:
     report = commands.add_parser("report", help="write runs as a page to explore in a browser")
     report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its name")
     report.add_argument("--to", type=Path, metavar="FOLDER", help="default: report/ in the first")
-    report.add_argument("--ranks", type=int, default=100, metavar="100", help="images of a ranking")
-    report.add_argument("--pairs", type=int, default=4, metavar="4", help="matched images a query")
+    report.add_argument("--ranks", type=int, default=100, metavar="100", help="images per ranking")
+    matched = "matched images per query"
+    report.add_argument("--pairs", type=int, default=4, metavar="4", help=matched)
     report.add_argument("--single-file", action="store_true", help="all images inside index.html")
     report.set_defaults(command=_report)
 

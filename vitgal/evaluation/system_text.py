@@ -97,8 +97,8 @@ def notes(table: SystemTable) -> list[str]:
     if measured > 1:
         pairs = measured * (measured - 1) // 2
         lines.append(
-            "Numbers behind a mAP: the systems that it is better than beyond chance (p < 0.05, "
-            f"paired sign-flip test, Holm-corrected over {_count(pairs, 'pair')} a protocol)."
+            "Numbers after a mAP: the systems that it is better than beyond chance (p < 0.05, "
+            f"paired sign-flip test, Holm-corrected over {_count(pairs, 'pair')} per protocol)."
         )
     if table.measured["ms an image"].notna().any():
         lines.append(

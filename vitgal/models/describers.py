@@ -158,7 +158,7 @@ class InputFacts:
 
 
 def input_facts(source: str | Path) -> InputFacts:
-    """Returns what images a network takes; `source` as for `inference.open_model`.
+    """Returns the images that a network takes; `source` as for `inference.open_model`.
 
     Raises NetworkError for a name that timm does not have.
     """
@@ -167,7 +167,7 @@ def input_facts(source: str | Path) -> InputFacts:
 
 
 def facts_of(model: Any) -> InputFacts:
-    """Returns what images an opened model takes."""
+    """Returns the images that an opened model takes."""
     if isinstance(model, TimmDescriber):
         return _backbone_facts(model.backbone)
     return _backbone_facts(model.backbone.trunk) if model.on_timm else InputFacts()
@@ -225,7 +225,7 @@ def open_timm(source: TimmSource, pooling: str | None = None, **options: Any) ->
 
 
 def fingerprint_hub(source: TimmSource) -> str:
-    """Returns the sha256 of the tensors of timm's own weights; they are read once a process."""
+    """Returns the sha256 of the tensors of timm's own weights; they are read once per process."""
     return _hub_fingerprint(source.name)
 
 

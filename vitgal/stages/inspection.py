@@ -63,7 +63,7 @@ class ComparedPair:
             return f"no homography fits the {count} matches: no inlier"
         evidence = weigh(self.query, self.database, self.result)
         spread = f" over {evidence.spread:.0%} of the image" if evidence.spread >= 0 else ""
-        doubt = f"; no view explains this: {evidence.doubt}" if evidence.doubt else ""
+        doubt = f"; implausible: {evidence.doubt}" if evidence.doubt else ""
         return (
             f"{evidence.inliers} inliers of {count} matches, on {evidence.features} features"
             f"{spread}, outline {evidence.area:.0%} of the query{doubt}"

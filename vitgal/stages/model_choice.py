@@ -13,8 +13,8 @@ BASELINE = "EfficientNet-Lite0"
 
 # Size and scales of the demo's small model, which notebook 08 holds.
 DEMO_SIZE, DEMO_SCALES = 224, (0.5, 0.7071, 1.0)
-# Values of notebook 08 for the demo's small model, and what suits EfficientNet-Lite0 beside
-# RootSIFT: chosen on the bundled photographs, not on those of benchmarks/own.py.
+# Values of notebook 08 for the demo's small model, and values for EfficientNet-Lite0 with
+# RootSIFT, chosen on the bundled photographs, not on those of benchmarks/own.py.
 DEMO_VALUES = {
     "top": 20,
     "global_size": DEMO_SIZE,
@@ -76,7 +76,7 @@ class OwnModels:
         return Settings(whole.values, whole.sources)
 
     def suited(self, settings: GlobalSettings) -> GlobalSettings:
-        """Returns settings with the size that a timm network was made for, in one scale.
+        """Returns settings with the size that a timm network was made for, at one scale.
 
         The demo's size and scales suit its small model alone; any others were set by the user and
         stay, as does everything for a model of ViTGaL.

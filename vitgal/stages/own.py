@@ -343,8 +343,8 @@ class SearchResult:
     query, path, description: printable name, file and description of the query. table: one row a
     photograph without the query, in the final order: `photograph`, `rank` and `global_rank` from 1,
     `similarity`, and for the short list `matches`, `inliers`, `evidence` (missing beyond it), the
-    last 0 where the homography is doubted; with `presence` also `probability`, that it shows the
-    query's place.
+    last 0 where the homography is implausible; with `presence` also `probability`, that of showing
+    the query's place.
     """
 
     photographs: Photographs

@@ -88,7 +88,7 @@ def rerank_shortlist(
     """Verifies every short list of a run and writes the reranked rankings.
 
     The candidates are sorted by their counts or, with the order "fused", by `fused_scores` of their
-    similarities and evidence: their counts, 0 where the homography is doubted (`Evidence`). An
+    similarities and evidence: their counts, 0 where the homography is implausible (`Evidence`). An
     interrupted run keeps its finished queries. An unreadable image has 0 inliers.
 
     Args:

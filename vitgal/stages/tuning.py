@@ -1,8 +1,7 @@
 """The tuning stage: reranking's settings chosen on the retrieval validation set.
 
-Each pair is matched once a method and verified once for each estimator, distance and threshold.
-What orders the candidates and how many there are is then tried without verifying anew. No test set
-is used.
+Each pair is matched once per method and verified once for each estimator, distance and threshold.
+Orders and numbers of candidates are then tried without further verification. No test set is used.
 """
 
 import dataclasses
@@ -72,9 +71,10 @@ def tune(
             of the verification, as evenly over landmarks as can be.
         current: compared with the best point; sets all that the grid does not vary.
     Returns:
-        `<run>/val_retrieval/tuning` with inliers.npy (Q, ..., C) i32, the counts, an axis a setting
-        of the grid that they depend on (COUNTED); ap.npy (..., Q) f64, an axis a setting of the
-        grid; tuning.json (for `Tuning.read`) and tuned.json, the chosen values as flat parameters.
+        `<run>/val_retrieval/tuning` with inliers.npy (Q, ..., C) i32, the counts, one axis per
+        setting of the grid that they depend on (COUNTED); ap.npy (..., Q) f64, one axis per setting
+        of the grid; tuning.json (for `Tuning.read`) and tuned.json, the chosen values as flat
+        parameters.
     Raises:
         StageError: a stage is missing or has other settings, or a candidate has no local features.
         TuningError: no query counts.
@@ -107,7 +107,7 @@ def tune(
 
 
 def _parameters(grid: Grid, settings: TuningSettings, current: RerankingSettings) -> dict[str, Any]:
-    """The grid, the point it is compared with, and all settings that it does not vary."""
+    """The grid, the current point in it, and all settings that it does not vary."""
     values = current_values(current)
     # As they are compared where the grid has a ratio test and a fused order, if it has any.
     matched = any("ratio" in name for name in grid.get("matching", ()))
@@ -166,7 +166,7 @@ def _similarities(
 def count_grid(
     store: FeatureStore, query: str, names: list[str], *, grid: Grid, settings: RerankingSettings
 ) -> np.ndarray:
-    """Counts what supports one query's candidates at every point of the grid.
+    """Counts the evidence for one query's candidates at every point of the grid.
 
     names: C database names; one that is not in the store could not be read and counts 0. settings:
     all that the grid does not vary. Returns (..., C) int32, the axes of `pair_counts`.
@@ -186,13 +186,14 @@ def _counted_shape(grid: Grid) -> list[int]:
 def pair_counts(
     query: LocalFeatures, database: LocalFeatures, grid: Grid, settings: RerankingSettings
 ) -> np.ndarray:
-    """Counts what supports one pair at every point of the grid.
+    """Counts the evidence for one pair at every point of the grid.
 
-    Equal to `inspect_pair` and `weigh` at each point. Features are matched once a method, at the
+    Equal to `inspect_pair` and `weigh` at each point. Features are matched once per method, at the
     greatest distance; a smaller one keeps the nearer matches, and equal matches are verified once.
 
-    settings: all that the grid does not vary. Returns (...) int32, an axis a setting of the grid in
-    COUNTED: the count that orders the candidates, 0 for the order "fused" where there is a doubt.
+    settings: all that the grid does not vary. Returns (...) int32, one axis per setting of the grid
+    in COUNTED: the count that orders the candidates; for the order "fused" 0 where the homography
+    is implausible.
     """
     kept = slice(settings.matching.max_keypoints)
     query, database = query.subset(kept), database.subset(kept)

@@ -125,7 +125,7 @@ def _descriptor_files(file: Path) -> list[Path]:
 
 
 def _folder_labels(names: Sequence[str]) -> np.ndarray:
-    """A label a sub-folder; photographs directly in the folder have one each."""
+    """One label per sub-folder; photographs directly in the folder have one each."""
     keys = [name if "/" not in name else str(Path(name).parent) + "/" for name in names]
     return np.unique(keys, return_inverse=True)[1].astype(np.int64)
 

@@ -26,7 +26,7 @@ from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries, query_image, 
 # The orders of a failure table: column, and whether ascending.
 SORTS = {"ap": ("after", True), "change": ("change", True), "miss": ("worst_rank", False)}
 EXPLAINED = 6  # images that the table of a failure figure explains
-PASSING = {  # what speaks against images that pass another, by `Evidence.kind`: of one, of several
+PASSING = {  # faults of images that pass another, by `Evidence.kind`: of one, of several
     "mirrored": ("is a mirror image", "are mirror images"),
     "collapsed": ("collapsed", "collapsed"),
     "outline": ("shrank to a spot", "shrank to a spot"),
@@ -99,8 +99,8 @@ def failure_figure(
 
     The upper row shows the global ranking with similarities, the lower one the reranked one with
     inliers of matches, if there is one. A table explains the positive image that ranks last and
-    those that moved farthest: what speaks against its homography, or those of the images that pass
-    it. Ignored images are left out, except junk, which has no rank.
+    those that moved farthest: why its homography is implausible, or those of the images that pass
+    it are. Ignored images are left out, except junk, which has no rank.
     columns: images in a row. Others and errors: as for `failure_table`; ValueError also for a query
     that does not exist.
     """
@@ -166,7 +166,7 @@ def _worst_positive(
 def _describe(
     folder: Path, benchmark: RetrievalDataset, query: int, ranks: list[pd.Series]
 ) -> pd.DataFrame:
-    """A row an image; `ranks` are before and, if there is one, after reranking."""
+    """One row per image; `ranks` are those before and, if there is one, after reranking."""
     images = ranks[0].index
     table = pd.DataFrame(index=images)
     table["image"] = [printable(benchmark.database[image]) for image in images]
@@ -249,7 +249,7 @@ class _Reasons:
         return f"{own}; {move}" if own else move
 
     def _doubt(self, image: int) -> str:
-        """What speaks against the count of an image; "" where nothing does."""
+        """The reason not to trust the count of an image; "" where there is none."""
         evidence = self.evidence[image]
         if evidence is None:
             return "no local features, so no inlier"
@@ -258,7 +258,7 @@ class _Reasons:
         return evidence.doubt or ("repeated texture" if evidence.repeated else "")
 
     def _passing(self, image: int, count: int) -> str:
-        """States how many images passed one, and what speaks against most of their homographies."""
+        """States how many images passed one, and why most of their homographies fail."""
         more = "a higher score" if self.fused else "more inliers"
         before, after = self.places[image]
         passing = [other for other, (b, a) in self.places.items() if b > before and a < after]

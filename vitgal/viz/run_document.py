@@ -72,12 +72,12 @@ def _size(path: Path) -> list[int]:
 def run_document(
     run_folders: Sequence[Path], *, ranks: int = 100, pairs: int = 4, progress: bool = True
 ) -> tuple[dict[str, Any], Images]:
-    """Describes the results of runs as plain values, one entry a run and data set.
+    """Describes the results of runs as plain values, one entry per run and data set.
 
     Args:
         run_folders: each holds a finished global stage of at least one data set.
         ranks: images of each ranking, at most.
-        pairs: matched images a query: the first after reranking, and the positive that ranks last.
+        pairs: matched images per query: the first after reranking, and the positive ranked last.
         progress: shows a bar while pairs are matched.
     Returns:
         The document, and the images whose numbers it uses.
@@ -375,7 +375,7 @@ def pair_document(
 
     Returns:
         `matches`, `count`: the numbers of matches and of inliers. `doubt`: why the homography is
-        not believed (`Evidence.doubt`). `points`: x and y in the query and x and y in the database
+        implausible (`Evidence.doubt`). `points`: x and y in the query and x and y in the database
         image of each of M stored matches, in pixels of the stored photographs; (0, 0) is the centre
         of the top-left one. The first MOST_INLIERS inliers and MOST_REJECTED others are stored, in
         the order of the query's features. `inlier`: M times 0 or 1. `distance`, `scale`, `score`:

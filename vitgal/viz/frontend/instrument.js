@@ -1,8 +1,8 @@
 // The instrument: rankings, pairs and scores of retrieval runs, drawn from one JSON document.
 //
 // `mount(root, data, options)` draws into an element. `data` is what vitgal.viz.run_document describes.
-// Images and pairs come from a source: a page has them stored, a notebook asks its kernel.
-// Texts of the document reach the page as text nodes alone, never as markup.
+// Images and pairs come from a source: a page stores them, a notebook requests them from its kernel.
+// Texts of the document enter the page only as text nodes, never as markup.
 
 const PROTOCOLS = ["easy", "medium", "hard"];
 const POSITIVES = { easy: ["easy"], medium: ["easy", "hard"], hard: ["hard"] };
@@ -100,7 +100,7 @@ function table(head, rows, properties = {}) {
 
 const row = (...cells) => element("tr", {}, ...cells.map((cell) => element("td", {}, cell)));
 
-// ---------------------------------------------------------------- the document, with what follows from it
+// ---------------------------------------------------------------- the document, and values derived from it
 
 class Entry {
   constructor(data, number) {
@@ -161,7 +161,7 @@ class Entry {
   }
 }
 
-// ---------------------------------------------------------------- where images and pairs come from
+// ---------------------------------------------------------------- sources of images and pairs
 
 // A page: `data.thumbs` has an address or null for each image, `data.photos` image number -> address.
 class StoredSource {
@@ -175,7 +175,7 @@ class StoredSource {
   }
 }
 
-// A notebook: everything is asked of the kernel, and images are kept.
+// A notebook: everything is requested from the kernel; images are cached.
 class KernelSource {
   constructor(model) {
     this.model = model;
@@ -313,7 +313,7 @@ class Notes {
       const stored = JSON.parse(localStorage.getItem(this.key) ?? "{}");
       if (stored && typeof stored === "object") this.values = stored;
     } catch {
-      // A page without storage keeps the notes while it is open.
+      // Without storage the notes last as long as the page is open.
     }
   }
 
@@ -733,7 +733,7 @@ function ranking(state) {
   );
 }
 
-// The images nearest to a database image that was asked for by a click with Shift, or by «n».
+// The images nearest to a database image, chosen by a click with Shift or the key «n».
 function neighbours(state) {
   if (state.asked === null) return null;
   const images = state.entry.neighbours[state.asked];
@@ -1467,7 +1467,7 @@ export function mount(root, data, { source = new StoredSource(data), start = {} 
       draw();
     });
   } else {
-    root.tabIndex = 0; // keys work where the instrument has the focus, and are not the notebook's
+    root.tabIndex = 0; // keys work only where the viewer has the focus, so that the notebook does not see them
     root.dataset.lmSuppressShortcuts = "true";
     root.addEventListener("keydown", (event) => onKey(state, event));
   }
