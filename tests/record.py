@@ -26,10 +26,17 @@ def main(run_dir: str = "demo") -> None:
         if [cell.source for cell in done] != [cell.source for cell in actual]:
             raise ValueError(f"{path.name} is not what {run_dir} executed: run it again")
         for cell, other in zip(actual, done, strict=True):
-            cell.outputs = [without_widget(output) for output in other.outputs]
+            kept = [output for output in other.outputs if not is_bar(output)]
+            cell.outputs = [without_widget(output) for output in kept]
             cell.execution_count = other.execution_count
         nbformat.write(notebook, path)
         print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
+
+
+def is_bar(output: nbformat.NotebookNode) -> bool:
+    """Whether it is a progress bar, whose text stays at 0 % as if the run had crashed."""
+    view = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    return view and "0%|" in output.data.get("text/plain", "")
 
 
 def without_widget(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
