@@ -5,11 +5,15 @@ other, the gallery draws the first few with both right and wrong images, the fai
 reranking changed most, the matches the pair with most inliers.
 """
 
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pandas as pd
+from playwright.sync_api import sync_playwright
 
 from vitgal import runs, stages, viz
 from vitgal.data import revisited
@@ -30,7 +34,9 @@ def main(run_dir: str = "demo") -> None:
     free = views["licence"].isin(FREE)
     folder = Path(__file__).parent
     draw_gallery(run, benchmark, free, folder / "gallery.jpg")
-    draw_matches(run, benchmark, free, folder / "matches.jpg")
+    pair = free_pair(run, benchmark, free)
+    draw_matches(run, benchmark, pair, folder / "matches.jpg")
+    draw_instrument(run, benchmark, pair, folder / "instrument.jpg")
     draw_failure(run, benchmark, free, folder / "failure.jpg")
     tuned = tuning.Tuning.read(run / tuning.DATASET / "tuning")
     viz.save_figure(viz.tuning_figure(tuned), folder / "tuning.jpg", dpi=110, close=True)
@@ -53,12 +59,9 @@ def draw_gallery(
     viz.save_figure(axes, target, dpi=110, close=True)
 
 
-def draw_matches(
-    run: Path, benchmark: revisited.RetrievalDataset, free: pd.Series, target: Path
-) -> None:
-    """Draws the hard image that has most inliers among those whose photographs are free."""
+def free_pair(run: Path, benchmark: revisited.RetrievalDataset, free: pd.Series) -> tuple[int, int]:
+    """Returns query and image of most inliers among the hard ones whose photographs are free."""
     truth, folder = benchmark.ground_truth, run / "demo" / "rerank"
-    parameters = runs.read_stage(folder, "notebook 06_rerank")["parameters"]
     pairs = []
     for query, name in enumerate(truth.queries):
         counts = stages.inlier_counts(folder, query)
@@ -66,10 +69,38 @@ def draw_matches(
             if free[[name, benchmark.database[image]]].all():
                 pairs.append((counts[image], query, image))
     _, query, image = max(pairs)
+    return query, image
+
+
+def draw_matches(
+    run: Path, benchmark: revisited.RetrievalDataset, pair: tuple[int, int], target: Path
+) -> None:
+    """Draws the matches of a query and an image."""
+    parameters = runs.read_stage(run / "demo" / "rerank", "notebook 06_rerank")["parameters"]
     features = store.FeatureStore.open(run / "demo" / "local")
     settings = RerankingSettings.from_manifest(parameters)
-    axes = viz.pair_matches(benchmark, features, query, image, settings, max_lines=40)
+    axes = viz.pair_matches(benchmark, features, *pair, settings, max_lines=40)
     viz.save_figure(axes, target, dpi=110, close=True)
+
+
+def draw_instrument(
+    run: Path, benchmark: revisited.RetrievalDataset, pair: tuple[int, int], target: Path
+) -> None:
+    """Takes a picture of the report's view of a pair in the system's Chromium."""
+    query, image = pair
+    name = benchmark.database[image]
+    with tempfile.TemporaryDirectory() as scratch, sync_playwright() as engine:
+        page = viz.write_report([run], Path(scratch) / "report", progress=False)
+        browser = engine.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        window = browser.new_page(viewport={"width": 1200, "height": 860})
+        window.goto(f"{page.as_uri()}#view=ranking&protocol=hard&query={query}")
+        window.locator("section", has_text="After reranking").get_by_title(name).click()
+        window.wait_for_function("document.querySelectorAll('.crops canvas').length === 3")
+        pixels = np.frombuffer(window.screenshot(), np.uint8)
+        browser.close()
+    cv2.imwrite(str(target), cv2.imdecode(pixels, cv2.IMREAD_COLOR), [cv2.IMWRITE_JPEG_QUALITY, 85])
 
 
 def draw_failure(

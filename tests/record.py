@@ -26,17 +26,18 @@ def main(run_dir: str = "demo") -> None:
         if [cell.source for cell in done] != [cell.source for cell in actual]:
             raise ValueError(f"{path.name} is not what {run_dir} executed: run it again")
         for cell, other in zip(actual, done, strict=True):
-            kept = [output for output in other.outputs if not is_bar(output)]
+            kept = [output for output in other.outputs if not needs_kernel(output)]
             cell.outputs = [without_widget(output) for output in kept]
             cell.execution_count = other.execution_count
         nbformat.write(notebook, path)
         print(f"{path.name}: {path.stat().st_size / 1e6:.2f} MB")
 
 
-def is_bar(output: nbformat.NotebookNode) -> bool:
-    """Whether it is a progress bar, whose text stays at 0 % as if the run had crashed."""
-    view = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
-    return view and "0%|" in output.data.get("text/plain", "")
+def needs_kernel(output: nbformat.NotebookNode) -> bool:
+    """Whether it is a widget without a picture: its text, as 0 % of a bar, tells a reader nothing."""
+    data = output.get("data", {})
+    picture = any(kind.startswith("image/") for kind in data)
+    return "application/vnd.jupyter.widget-view+json" in data and not picture
 
 
 def without_widget(output: nbformat.NotebookNode) -> nbformat.NotebookNode:
