@@ -34,7 +34,7 @@ def main(run_dir: str = "demo") -> None:
 
 
 def needs_kernel(output: nbformat.NotebookNode) -> bool:
-    """Whether it is a widget without a picture: its text, as 0 % of a bar, tells a reader nothing."""
+    """Whether it is a widget without a picture: its text, 0 % of a bar say, tells nothing."""
     data = output.get("data", {})
     picture = any(kind.startswith("image/") for kind in data)
     return "application/vnd.jupyter.widget-view+json" in data and not picture
