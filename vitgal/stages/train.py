@@ -25,7 +25,7 @@ from vitgal.settings import (
     SettingsError,
     TrainingSettings,
 )
-from vitgal.settings.sections import CHANGEABLE
+from vitgal.settings.training import CHANGEABLE
 from vitgal.training.errors import TrainingError
 from vitgal.training.fit import Fit, continued
 from vitgal.training.launch import join, launched, own_environment, rank, run_fit
