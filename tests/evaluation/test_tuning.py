@@ -316,7 +316,7 @@ def test_ap_of_a_query_equals_reranking_and_evaluating_each_point():
         "threshold": [16.0],
         "order": ["inliers", "fused"],
         "fused_weight": [0.01, 0.1],
-        "fused_cap": [2, 6],
+        "fused_cap": [5, 9],
         "top": [1, 4, 9, 12],
     }
     truth = GroundTruth(

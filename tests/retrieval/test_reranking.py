@@ -99,7 +99,8 @@ def test_fused_scores_fall_with_neither_part():
     similarities, counts = np.meshgrid(np.linspace(-1, 1, 9), np.arange(0, 90, 7), indexing="ij")
     scores = fused_scores(similarities, counts, 0.02, 60)
     assert (np.diff(scores, axis=0) > 0).all() and (np.diff(scores, axis=1) >= 0).all()
-    assert scores[4, 0] == 0 and scores[4, -1] == 0.02 * 60 and scores.dtype == np.float64
+    assert scores[4, 0] == 0 and scores[4, -1] == 0.02 * 56 and scores.dtype == np.float64
+    assert fused_scores(np.zeros(4), np.arange(3, 7), 0.5, 5).tolist() == [0, 0, 0.5, 0.5]
     assert fused_scores(np.empty(0), np.empty(0, int)).shape == (0,)
 
 

@@ -361,7 +361,7 @@ def test_the_fused_order_adds_evidence_to_similarity(folder, describer):
             pair = verification.inspect_pair(query, other, settings)
             inliers = pair.matches[pair.verification.inliers]
             assert row.evidence in (0, min(len(set(side)) for side in inliers.T.tolist()))
-            scores.append(row.similarity + weight * min(row.evidence, 60))
+            scores.append(row.similarity + weight * max(min(row.evidence, 60) - 4, 0))
         assert scores == sorted(scores, reverse=True)
         if weight == 0:
             assert table["global_rank"].tolist() == [1, 2]

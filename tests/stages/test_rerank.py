@@ -129,7 +129,8 @@ def test_fused_order_sorts_by_similarity_and_evidence(tmp_path, workers):
         first = [image for image in column if image not in ignored][:TOP]
         known = dict(zip(column, similarities[:, q].tolist(), strict=True))
         # As in make_run: image i shares 24 - 6 * (i % 5) features with a query, every fifth none.
-        scores = {image: known[image] + 0.05 * min(24 - 6 * (image % 5), 15) for image in first}
+        counts = {image: min(24 - 6 * (image % 5), 15) for image in first}
+        scores = {image: known[image] + 0.05 * max(counts[image] - 4, 0) for image in first}
         wanted = iter(sorted(first, key=lambda image: -scores[image]))
         expected = [next(wanted) if image in first else image for image in column]
         assert np.load(folder / "top_hard.npy")[:, q].tolist() == expected, query

@@ -20,6 +20,7 @@ from vitgal.settings.sections import TIES
 
 VARIANTS = (*PROTOCOLS, PUBLISHED)
 NOT_VERIFIED = -1  # in the tables of candidates and inlier counts
+SAMPLE = 4  # matches that fix a homography
 
 
 def fused_scores(
@@ -28,13 +29,21 @@ def fused_scores(
     weight: float = RerankingSettings.fused_weight,
     cap: int = RerankingSettings.fused_cap,
 ) -> np.ndarray:
-    """Adds verified evidence to similarities: similarity + weight * min(evidence, cap).
+    """Adds verified evidence: similarity + weight * max(min(evidence, cap) - 4, 0).
 
-    It never falls where one of the two rises. similarities, evidence: real numbers of one shape;
-    evidence is a count of inliers or features, at least 0. weight: the similarity that one count is
-    worth. Returns float64 of that shape.
+    The four inliers that fix a homography agree with it by construction, so they count nothing. The
+    score never falls where similarity or evidence rises.
+
+    Args:
+        similarities, evidence: real numbers of one shape; evidence is a count of inliers or
+            features, at least 0.
+        weight: the similarity that one inlier or feature is worth.
+        cap: the count above which no more is added.
+    Returns:
+        float64 of that shape.
     """
-    return np.asarray(similarities, np.float64) + weight * np.minimum(evidence, cap)
+    supporting = np.minimum(evidence, cap) - SAMPLE
+    return np.asarray(similarities, np.float64) + weight * np.maximum(supporting, 0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -339,8 +339,8 @@ class RerankingSettings(Section):
     )
     order: str = setting(
         "inliers",
-        '"fused": similarity + fused_weight * min(count, fused_cap), where an implausible '
-        "homography counts 0",
+        '"fused": similarity + fused_weight * max(min(count, fused_cap) - 4, 0), where an '
+        "implausible homography counts 0",
         choices=ORDERS,
         later=True,
     )
