@@ -428,13 +428,13 @@ def test_summary_without_scores(tmp_path):
 
 @pytest.mark.slow
 def test_a_notebook_that_fails_ends_the_command_with_1(tmp_path, capsys):
-    # No notebook before it has run in this folder, so that there is no data set.
+    # No notebook before it has run in this folder.
     params = runs.checkout() / "params" / "tiny.yaml"
     options = ["run", str(params), "--only", "06", "--output"]
     assert command_line.main([*options, str(tmp_path / "empty")]) == 1
     complaint = capsys.readouterr().err
     assert "06_rerank.ipynb stopped at In [" in complaint
-    assert "FileNotFoundError: the folder" in complaint
+    assert "StageError: the stage in" in complaint and "run 05_local_extraction first" in complaint
     partial = tmp_path / "empty" / "notebooks" / "06_rerank.ipynb"
     assert str(partial) in complaint and partial.exists()
     assert not list(tmp_path.rglob("stage.json"))

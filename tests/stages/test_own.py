@@ -658,7 +658,8 @@ def test_the_finished_run_searches_the_bundled_photographs(finished_run, tmp_pat
     arguments = ["own", str(photographs), "--query", "neuschwanstein/1.jpg"]
     arguments += ["--box", "200,60,620,400", "--output", str(tmp_path / "run")]
     assert command_line.main(arguments) == 0
-    first = capsys.readouterr().out.splitlines()[1]
+    lines = capsys.readouterr().out.splitlines()
+    (first,) = (line for line in lines if line.split()[:1] == ["1"])
     assert "neuschwanstein/2.jpg" in first
     (kept,) = (path for path in (tmp_path / "run/own").iterdir() if path.is_dir())
     assert len(list(kept.glob("*/*-200-60-620-400.npz"))) == 1

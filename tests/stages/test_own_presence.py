@@ -100,7 +100,7 @@ def test_places_that_fix_nothing_are_refused(two_places, weights, tmp_path):
     describer = sift_describer(weights, tmp_path / "run")
     write(tmp_path / "one/a.png", texture(0))
     write(tmp_path / "one/b.png", texture(1))
-    with pytest.raises(PresenceError, match="of which none show one place .* two photographs in"):
+    with pytest.raises(PresenceError, match="of which none show one place .* with two photographs"):
         presence.fit_places(describe(tmp_path / "one", describer), RERANKING)
     with pytest.raises(PhotographError, match="nothing but the query"):
         (tmp_path / "one/b.png").unlink()

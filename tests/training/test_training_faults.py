@@ -173,6 +173,7 @@ def preempted(
     run: Path, images: Path, machine: MachineSettings, step: int, number=signal.SIGTERM
 ) -> None:
     """A signal to the whole process group after a step, as a cluster or a terminal sends it."""
+    signal.signal(number, signal.SIG_DFL)  # under nohup a hang-up is ignored
     after_step(step, lambda: os.killpg(0, number))
     try:
         fit(run, images, machine=machine)
