@@ -28,10 +28,9 @@ from vitgal.settings import RerankingSettings
 from vitgal.stages import rerank
 from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries
 
-FORMAT = 1
 RERANK_NOTEBOOK = "notebook 06_rerank"
 MOST_MAPPED = 8000  # database images on the map and with neighbours: t-SNE takes minutes for more
-MOST_MAPPED_AT_ONCE = 1000  # in a notebook: t-SNE of so many takes seconds
+MOST_MAPPED_AT_ONCE = 1000  # the same in a notebook, where a cell may take seconds
 NEIGHBOURS = 24  # of a database image
 MOST_INLIERS, MOST_REJECTED = 500, 200  # matches of a pair that are stored
 SCORE_PARTS = ("map", "interval", "mp_at", "ap")
@@ -99,12 +98,13 @@ def dataset_document(
 ) -> tuple[dict[str, Any], Images]:
     """Describes a run's results on one opened data set as `run_document`, without pairs.
 
-    Of more than MOST_MAPPED_AT_ONCE images the map is left out, unless a report has stored it.
+    With more than MOST_MAPPED_AT_ONCE database images it has no neighbours, and no map unless a
+    report has stored one.
     Raises StageError where the run has no global stage of this data set.
     """
     runs.read_stage(Path(run) / dataset.name / "global", GLOBAL_NOTEBOOK)
     images = Images()
-    entry = _Entry(Path(run), dataset, images, ranks, most_mapped=MOST_MAPPED_AT_ONCE)
+    entry = _Entry(Path(run), dataset, images, ranks, at_once=True)
     return _document([entry], images, 0, progress=False), images
 
 
@@ -112,7 +112,6 @@ def _document(
     entries: Sequence["_Entry"], images: Images, pairs: int, *, progress: bool
 ) -> dict[str, Any]:
     document = {
-        "format": FORMAT,
         "entries": [entry.document(pairs, progress=progress) for entry in entries],
         "comparisons": _comparisons([entry.newest for entry in entries]),
         "names": images.names,
@@ -148,7 +147,7 @@ class _Entry:
     dataset: RetrievalDataset
     images: Images
     ranks: int
-    most_mapped: int = MOST_MAPPED
+    at_once: bool = False  # only what takes seconds, for a notebook's cell
 
     @property
     def folder(self) -> Path:
@@ -209,7 +208,7 @@ class _Entry:
     def _query(self, query: int, pairs: int) -> dict[str, Any]:
         dataset, truth = self.dataset, self.dataset.ground_truth
         order = self.before.order[: self.ranks, query]
-        similarities = map_array(self.folder / "global" / "similarities.npy")[: self.ranks, query]
+        similarities = self._similarities[: self.ranks, query]
         afters = {name: ranking.order[: self.ranks, query] for name, ranking in self.after.items()}
         labels = {
             label: [self._image(image) for image in getattr(truth, label)[query].tolist()]
@@ -220,7 +219,7 @@ class _Entry:
         shown = {image: count for image, count in counts.items() if image in shown}
         return {
             "image": self.images.number(dataset.query_paths[query], truth.queries[query]),
-            "box": truth.boxes[query].tolist() if crops_queries(self.folder) else None,
+            "box": truth.boxes[query].tolist() if self._cropped else None,
             "labels": labels,
             "before": [self._image(image) for image in order.tolist() if image >= 0],
             "similarity": np.round(similarities.astype(float), 4).tolist(),
@@ -233,6 +232,14 @@ class _Entry:
             "worst": self._worst(query),
             "pairs": self._pairs(query, self._chosen(query, pairs)),
         }
+
+    @functools.cached_property
+    def _similarities(self) -> np.ndarray:
+        return map_array(self.folder / "global" / "similarities.npy")
+
+    @functools.cached_property
+    def _cropped(self) -> bool:
+        return crops_queries(self.folder)
 
     def _worst(self, query: int) -> dict[str, Any]:
         """Protocol -> [image, rank before, rank after] of the positive that ranks last."""
@@ -311,7 +318,7 @@ class _Entry:
         source = runs.output_fingerprint(folder, "database.npy", GLOBAL_NOTEBOOK)
         file = self.folder / "map" / f"{source[:16]}.npy"
         if not file.exists():
-            if len(database) > self.most_mapped:
+            if self.at_once and len(database) > MOST_MAPPED_AT_ONCE:
                 return None
             runs.refuse_links([file.parent])
             runs.write_array(file, descriptor_map(np.concatenate([queries, database])))
@@ -327,7 +334,10 @@ class _Entry:
 
     def _neighbours(self) -> dict[str, list[int]]:
         """Image -> the database images of nearest descriptors, best first, without itself."""
-        database = map_array(self.folder / "global" / "database.npy")[:MOST_MAPPED]
+        database = map_array(self.folder / "global" / "database.npy")
+        if self.at_once and len(database) > MOST_MAPPED_AT_ONCE:
+            return {}
+        database = database[:MOST_MAPPED]
         _, ranks = exact_search.search(database, database, k=min(NEIGHBOURS + 1, len(database)))
         return {
             str(self._image(image)): [self._image(other) for other in column if other != image]

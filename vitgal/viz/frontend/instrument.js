@@ -69,7 +69,11 @@ function button(text, onclick, properties = {}) {
 }
 
 function option(text, checked, change) {
-  const input = element("input", { type: "checkbox", checked, onchange: () => change(input.checked) });
+  const input = element("input", {
+    type: "checkbox",
+    checked,
+    onchange: () => change(input.checked),
+  });
   return element("label", { class: "option" }, input, text);
 }
 
@@ -93,7 +97,15 @@ function table(head, rows, properties = {}) {
   return element(
     "table",
     properties,
-    element("thead", {}, element("tr", {}, ...head.map((cell) => (cell ? element("th", { scope: "col" }, cell) : element("td"))))),
+    element(
+      "thead",
+      {},
+      element(
+        "tr",
+        {},
+        ...head.map((cell) => (cell ? element("th", { scope: "col" }, cell) : element("td"))),
+      ),
+    ),
     element("tbody", {}, ...rows),
   );
 }
@@ -207,7 +219,10 @@ class KernelSource {
         this.addresses.set(name, url);
         return url;
       });
-      this.addresses.set(name, found.catch(() => null));
+      this.addresses.set(
+        name,
+        found.catch(() => null),
+      );
     }
     return this.addresses.get(name);
   }
@@ -235,6 +250,10 @@ class State {
     this.asked = null; // the database image whose neighbours are shown
     this.after = true;
     this.labels = new Set(Object.keys(LETTERS));
+    this.sorting = { column: null, falling: false }; // of the table of queries
+    this.display = { ...DISPLAY }; // what the pair view shows
+    this.knobs = {}; // settings of matching that were turned, in place of the run's
+    this.blinker = null; // the timer of the pair view
     this.listeners = [];
     this.notes = new Notes(data);
     Object.assign(this, start);
@@ -254,7 +273,8 @@ class State {
   }
 
   check() {
-    const valid = (value, count) => (Number.isInteger(value) && value >= 0 && value < count ? value : 0);
+    const valid = (value, count) =>
+      Number.isInteger(value) && value >= 0 && value < count ? value : 0;
     this.number = valid(this.number, this.entries.length);
     this.other = valid(this.other, this.entries.length);
     this.query = valid(this.query, this.entry.queries.length);
@@ -268,7 +288,8 @@ class State {
     const integer = (name, value) => (address.has(name) ? Number(address.get(name)) : value);
     this.view = address.get("view") ?? this.view;
     this.protocol = address.get("protocol") ?? this.protocol;
-    for (const name of ["number", "query", "image", "other"]) this[name] = integer(name, this[name]);
+    for (const name of ["number", "query", "image", "other"])
+      this[name] = integer(name, this[name]);
     this.check();
   }
 
@@ -285,7 +306,9 @@ class State {
     if (!this.entry.queries.length) return [];
     return this.entry
       .ranking(this.query, this.protocol, after)
-      .filter(({ image, label }) => this.labels.has(label) && (!this.region || this.region.has(image)));
+      .filter(
+        ({ image, label }) => this.labels.has(label) && (!this.region || this.region.has(image)),
+      );
   }
 
   step(queries, images) {
@@ -354,7 +377,13 @@ function picture(state, image, properties = {}) {
   const missing = () => element("span", { class: "missing", style }, name);
   const address = state.source.address(image, false);
   if (address === null) return missing();
-  const node = element("img", { alt: name, loading: "lazy", decoding: "async", style, ...properties });
+  const node = element("img", {
+    alt: name,
+    loading: "lazy",
+    decoding: "async",
+    style,
+    ...properties,
+  });
   if (typeof address === "string") node.src = address;
   else address.then((found) => (found ? (node.src = found) : node.replaceWith(missing())));
   return node;
@@ -390,7 +419,11 @@ function parametersButton(state) {
   const pair = state.image === null ? null : state.entry.pair(state.query, state.image);
   if (pair) lines.push(`image_index: ${pair.index}`);
   return button("copy as parameters", () => {
-    const text = element("textarea", { readOnly: true, rows: lines.length, value: lines.join("\n") });
+    const text = element("textarea", {
+      readOnly: true,
+      rows: lines.length,
+      value: lines.join("\n"),
+    });
     const dialog = element(
       "dialog",
       { class: "vitgal-dialog", "aria-label": "parameters", onclose: () => dialog.remove() },
@@ -414,7 +447,9 @@ function brush(node, moved, ended) {
   };
   const area = (event) => {
     const end = place(event);
-    return [0, 1].map((i) => Math.min(start[i], end[i])).concat([0, 1].map((i) => Math.max(start[i], end[i])));
+    return [0, 1]
+      .map((i) => Math.min(start[i], end[i]))
+      .concat([0, 1].map((i) => Math.max(start[i], end[i])));
   };
   node.addEventListener("pointerdown", (event) => {
     start = place(event);
@@ -443,23 +478,40 @@ function overview(state) {
       scoreTable(state),
       ...Object.entries(entry.tests)
         .filter(([protocol]) => protocol === state.protocol)
-        .map(([protocol, sentence]) => element("p", {}, `${capital(protocol)}, reranked against global: ${sentence}`)),
+        .map(([protocol, sentence]) =>
+          element("p", {}, `${capital(protocol)}, reranked against global: ${sentence}`),
+        ),
       element(
         "details",
         {},
         element("summary", {}, "What was set"),
-        table(["setting", "value"], entry.settings.map(([name, value]) => row(name, value))),
+        table(
+          ["setting", "value"],
+          entry.settings.map(([name, value]) => row(name, value)),
+        ),
       ),
     ),
-    element("section", {}, element("h2", {}, entry.reranked ? "AP before and after reranking" : "AP"), scatter(state)),
+    element(
+      "section",
+      {},
+      element("h2", {}, entry.reranked ? "AP before and after reranking" : "AP"),
+      scatter(state),
+    ),
     element("section", {}, element("h2", {}, "Descriptor map"), descriptorMap(state)),
-    element("section", { class: "wide" }, element("h2", {}, "Queries"), selectionLine(state), queryTable(state)),
+    element(
+      "section",
+      { class: "wide" },
+      element("h2", {}, "Queries"),
+      selectionLine(state),
+      queryTable(state),
+    ),
   );
 }
 
 function selectionLine(state) {
   const total = state.entry.queries.length;
-  if (!state.chosen && !state.region) return element("p", {}, `${total} queries; drag in the plots to select some.`);
+  if (!state.chosen && !state.region)
+    return element("p", {}, `${total} queries; drag in the plots to select some.`);
   const parts = [];
   if (state.chosen) parts.push(`${state.chosen.length} of ${total} queries`);
   if (state.region) parts.push(`${state.region.size} images of the map`);
@@ -494,26 +546,47 @@ function scatter(state) {
   const margin = 40;
   const place = (value) => margin + value * (size - 2 * margin);
   const dots = entry.queries
-    .map((_, query) => ({ query, after: entry.last(protocol, query), before: entry.ap("global", protocol, query) }))
+    .map((_, query) => ({
+      query,
+      after: entry.last(protocol, query),
+      before: entry.ap("global", protocol, query),
+    }))
     .filter(({ before, after }) => before !== null && after !== null);
   if (!entry.reranked) {
     dots.sort((a, b) => a.after - b.after);
     dots.forEach((dot, index) => (dot.before = dots.length > 1 ? index / (dots.length - 1) : 0.5));
   }
-  const label = entry.reranked ? "AP before and after reranking, a dot a query" : "AP of the queries in rising order";
-  const chart = svg("svg", { viewBox: `0 0 ${size} ${size}`, class: "chart", role: "img", "aria-label": label });
+  const label = entry.reranked
+    ? "AP before and after reranking, a dot a query"
+    : "AP of the queries in rising order";
+  const chart = svg("svg", {
+    viewBox: `0 0 ${size} ${size}`,
+    class: "chart",
+    role: "img",
+    "aria-label": label,
+  });
   const frame = { x: margin, y: margin, width: size - 2 * margin, height: size - 2 * margin };
   chart.append(svg("rect", { ...frame, class: "frame" }));
   if (entry.reranked)
-    chart.append(svg("line", { x1: place(0), y1: place(1), x2: place(1), y2: place(0), class: "diagonal" }));
+    chart.append(
+      svg("line", { x1: place(0), y1: place(1), x2: place(1), y2: place(0), class: "diagonal" }),
+    );
   for (const value of [0, 0.5, 1]) {
     const text = String(100 * value);
-    if (entry.reranked) chart.append(svg("text", { x: place(value), y: size - margin + 16, "text-anchor": "middle" }, text));
-    chart.append(svg("text", { x: margin - 6, y: place(1 - value) + 4, "text-anchor": "end" }, text));
+    if (entry.reranked)
+      chart.append(
+        svg("text", { x: place(value), y: size - margin + 16, "text-anchor": "middle" }, text),
+      );
+    chart.append(
+      svg("text", { x: margin - 6, y: place(1 - value) + 4, "text-anchor": "end" }, text),
+    );
   }
   const below = entry.reranked ? `AP before (${protocol}, percent)` : "queries in rising order";
   chart.append(svg("text", { x: size / 2, y: size - 8, "text-anchor": "middle" }, below));
-  const side = svg("text", { transform: `translate(12 ${size / 2}) rotate(-90)`, "text-anchor": "middle" });
+  const side = svg("text", {
+    transform: `translate(12 ${size / 2}) rotate(-90)`,
+    "text-anchor": "middle",
+  });
   side.append(entry.reranked ? "AP after" : `AP (${protocol}, percent)`);
   chart.append(side);
   const selection = svg("rect", { class: "brush", width: 0, height: 0 });
@@ -546,16 +619,20 @@ function scatter(state) {
     },
     (area, [x, y]) => {
       const scale = factor();
-      const distance = (dot) => Math.hypot(place(dot.before) - x * scale, place(1 - dot.after) - y * scale);
+      const distance = (dot) =>
+        Math.hypot(place(dot.before) - x * scale, place(1 - dot.after) - y * scale);
       if (!area) {
         const nearest = dots.reduce((a, b) => (distance(a) <= distance(b) ? a : b), dots[0]);
-        if (nearest && distance(nearest) < 10) state.set({ query: nearest.query, view: "ranking", image: null });
+        if (nearest && distance(nearest) < 10)
+          state.set({ query: nearest.query, view: "ranking", image: null });
         else state.set({ chosen: null });
         return;
       }
       const [x0, y0, x1, y1] = area.map((side) => side * scale);
       const within = (value, low, high) => value >= low && value <= high;
-      const chosen = dots.filter((dot) => within(place(dot.before), x0, x1) && within(place(1 - dot.after), y0, y1));
+      const chosen = dots.filter(
+        (dot) => within(place(dot.before), x0, x1) && within(place(1 - dot.after), y0, y1),
+      );
       state.set({ chosen: chosen.map(({ query }) => query).sort((a, b) => a - b) });
     },
   );
@@ -569,8 +646,15 @@ function descriptorMap(state) {
   const size = 340;
   const { images, points } = entry.map;
   const queries = entry.queries.length;
-  const place = (index) => [12 + points[2 * index] * (size - 24), 12 + points[2 * index + 1] * (size - 24)];
-  const canvas = element("canvas", { class: "chart", role: "img", "aria-label": "map of all descriptors" });
+  const place = (index) => [
+    12 + points[2 * index] * (size - 24),
+    12 + points[2 * index + 1] * (size - 24),
+  ];
+  const canvas = element("canvas", {
+    class: "chart",
+    role: "img",
+    "aria-label": "map of all descriptors",
+  });
   const ratio = window.devicePixelRatio || 1;
   canvas.width = canvas.height = size * ratio;
   const context = canvas.getContext("2d");
@@ -622,7 +706,9 @@ function descriptorMap(state) {
         return;
       }
       const [x0, y0, x1, y1] = area.map((side) => side * scale());
-      const inside = images.map((_, index) => place(index)).map(([x, y]) => x >= x0 && x <= x1 && y >= y0 && y <= y1);
+      const inside = images
+        .map((_, index) => place(index))
+        .map(([x, y]) => x >= x0 && x <= x1 && y >= y0 && y <= y1);
       const region = new Set(images.filter((_, index) => inside[index] && index >= queries));
       const chosen = entry.queries.map((_, index) => index).filter((index) => inside[index]);
       state.set({ region, chosen: chosen.length ? chosen : null });
@@ -630,21 +716,26 @@ function descriptorMap(state) {
   );
   canvas.addEventListener("pointermove", (event) => {
     const box = canvas.getBoundingClientRect();
-    const index = nearest((event.clientX - box.left) * scale(), (event.clientY - box.top) * scale());
+    const index = nearest(
+      (event.clientX - box.left) * scale(),
+      (event.clientY - box.top) * scale(),
+    );
     hint.hidden = index < 0;
-    if (index >= 0) hint.replaceChildren(picture(state, images[index]), state.data.names[images[index]]);
+    if (index >= 0)
+      hint.replaceChildren(picture(state, images[index]), state.data.names[images[index]]);
   });
   canvas.addEventListener("pointerleave", () => (hint.hidden = true));
   draw(null);
-  const shown = entry.database > images.length - queries ? ` The first ${images.length - queries} of ${entry.database} database images are drawn.` : "";
+  const shown =
+    entry.database > images.length - queries
+      ? ` The first ${images.length - queries} of ${entry.database} database images are drawn.`
+      : "";
   const text = `Blue: queries. Green, orange: easy and hard images of the chosen query.${shown}`;
   return element("div", { class: "plot" }, canvas, hint, element("p", { class: "small" }, text));
 }
 
-const sorting = { column: null, falling: false };
-
 function queryTable(state) {
-  const { entry, protocol } = state;
+  const { entry, protocol, sorting } = state;
   const columns = [
     ["query", (query) => state.data.names[entry.queries[query].image]],
     [entry.reranked ? "AP before" : "AP", (query) => entry.ap("global", protocol, query)],
@@ -654,19 +745,30 @@ function queryTable(state) {
           ["change", (query) => entry.last(protocol, query) - entry.ap("global", protocol, query)],
         ]
       : []),
-    ["positives", (query) => POSITIVES[protocol].reduce((sum, label) => sum + entry.queries[query].labels[label].length, 0)],
+    [
+      "positives",
+      (query) =>
+        POSITIVES[protocol].reduce(
+          (sum, label) => sum + entry.queries[query].labels[label].length,
+          0,
+        ),
+    ],
     ["last positive at rank", (query) => entry.queries[query].worst[protocol]?.[2] ?? null],
   ];
   const queries = [...(state.chosen ?? entry.queries.keys())];
   if (sorting.column !== null && sorting.column < columns.length) {
     const value = columns[sorting.column][1];
     const sign = sorting.falling ? -1 : 1;
-    const compare = (a, b) => (typeof a === "string" ? a.localeCompare(b) : (a ?? Infinity) - (b ?? Infinity));
+    const compare = (a, b) =>
+      typeof a === "string" ? a.localeCompare(b) : (a ?? Infinity) - (b ?? Infinity);
     queries.sort((a, b) => sign * compare(value(a), value(b)));
   }
   const head = columns.map(([name], index) =>
     button(name + (sorting.column === index ? (sorting.falling ? " ▼" : " ▲") : ""), () => {
-      Object.assign(sorting, { falling: sorting.column === index && !sorting.falling, column: index });
+      Object.assign(sorting, {
+        falling: sorting.column === index && !sorting.falling,
+        column: index,
+      });
       state.set({});
     }),
   );
@@ -675,11 +777,21 @@ function queryTable(state) {
     const cells = columns.map(([name, value], index) => {
       const cell = value(query);
       if (index === 0) {
-        const starred = state.notes.get(Notes.name(entry, query, null, state.data.names)).star ? "★ " : "";
-        return button([picture(state, entry.queries[query].image, { alt: "" }), `${starred}${cell}`], open, { class: "name" });
+        const starred = state.notes.get(Notes.name(entry, query, null, state.data.names)).star
+          ? "★ "
+          : "";
+        return button(
+          [picture(state, entry.queries[query].image, { alt: "" }), `${starred}${cell}`],
+          open,
+          { class: "name" },
+        );
       }
       if (cell === null) return "–";
-      return name === "change" ? signed(100 * cell) : name.startsWith("AP") ? percent(cell) : String(cell);
+      return name === "change"
+        ? signed(100 * cell)
+        : name.startsWith("AP")
+          ? percent(cell)
+          : String(cell);
     });
     const line = row(...cells);
     if (query === state.query) line.className = "current";
@@ -711,11 +823,24 @@ function ranking(state) {
       {},
       boxedQuery(state, image, box),
       element("h2", {}, state.data.names[image]),
-      element("p", {}, `Query ${query} of ${entry.queries.length}. AP ${percent(entry.ap("global", protocol, query))}${after} (${protocol}).`),
+      element(
+        "p",
+        {},
+        `Query ${query} of ${entry.queries.length}. AP ${percent(entry.ap("global", protocol, query))}${after} (${protocol}).`,
+      ),
       worstLine(state),
-      element("p", {}, button("◀ query", () => state.step(-1, 0)), button("query ▶", () => state.step(1, 0))),
+      element(
+        "p",
+        {},
+        button("◀ query", () => state.step(-1, 0)),
+        button("query ▶", () => state.step(1, 0)),
+      ),
       noteControls(state, null),
-      element("div", { class: "filters", role: "group", "aria-label": "labels that are shown" }, ...filters),
+      element(
+        "div",
+        { class: "filters", role: "group", "aria-label": "labels that are shown" },
+        ...filters,
+      ),
       selectionLine(state),
       parametersButton(state),
     ),
@@ -725,9 +850,16 @@ function ranking(state) {
       neighbours(state),
       ...grids.map((name) => {
         const title = name === "before" ? "Global ranking" : "After reranking";
-        const tiles = state.shown(name === "after").map((item) => tile(state, item, name === "after"));
+        const tiles = state
+          .shown(name === "after")
+          .map((item) => tile(state, item, name === "after"));
         const content = tiles.length ? tiles : [element("p", {}, "No image passes the filters.")];
-        return element("section", {}, element("h3", {}, title), element("div", { class: "grid" }, ...content));
+        return element(
+          "section",
+          {},
+          element("h3", {}, title),
+          element("div", { class: "grid" }, ...content),
+        );
       }),
     ),
   );
@@ -738,12 +870,32 @@ function neighbours(state) {
   if (state.asked === null) return null;
   const images = state.entry.neighbours[state.asked];
   const close = button("close", () => state.set({ asked: null }));
-  const title = element("h3", {}, `Nearest to ${state.data.names[state.asked]} by descriptor `, close);
-  if (!images) return element("section", {}, title, element("p", {}, "Its neighbours are not stored in the page."));
-  const tiles = images.map((image, index) =>
-    tile(state, { image, label: state.entry.label(state.query, image), ignored: false, rank: index + 1 }, null),
+  const title = element(
+    "h3",
+    {},
+    `Nearest to ${state.data.names[state.asked]} by descriptor `,
+    close,
   );
-  return element("section", {}, title, element("div", { class: "grid" }, picture(state, state.asked), ...tiles));
+  if (!images)
+    return element(
+      "section",
+      {},
+      title,
+      element("p", {}, "Its neighbours are not stored in the page."),
+    );
+  const tiles = images.map((image, index) =>
+    tile(
+      state,
+      { image, label: state.entry.label(state.query, image), ignored: false, rank: index + 1 },
+      null,
+    ),
+  );
+  return element(
+    "section",
+    {},
+    title,
+    element("div", { class: "grid" }, picture(state, state.asked), ...tiles),
+  );
 }
 
 function worstLine(state) {
@@ -752,7 +904,12 @@ function worstLine(state) {
   const [image, before, after] = worst;
   const ranks = state.entry.reranked ? `${before} → ${after}` : before;
   const open = button("open", () => state.set({ image, view: "pair" }));
-  return element("p", {}, `The positive that ranks last: ${state.data.names[image]}, rank ${ranks}. `, open);
+  return element(
+    "p",
+    {},
+    `The positive that ranks last: ${state.data.names[image]}, rank ${ranks}. `,
+    open,
+  );
 }
 
 function boxedQuery(state, image, box) {
@@ -761,7 +918,9 @@ function boxedQuery(state, image, box) {
   const chart = svg("svg", { viewBox: `0 0 ${width} ${height}`, class: "boxed", role: "img" });
   chart.setAttribute("aria-label", `query ${state.data.names[image]}`);
   const photograph = svg("image", { width, height });
-  Promise.resolve(state.source.address(image, true)).then((href) => href && photograph.setAttribute("href", href));
+  Promise.resolve(state.source.address(image, true)).then(
+    (href) => href && photograph.setAttribute("href", href),
+  );
   chart.append(photograph);
   if (box) {
     const [x0, y0, x1, y1] = box;
@@ -789,27 +948,36 @@ function tile(state, { image, label, ignored, rank }, after) {
       title: state.data.names[image],
       "aria-label": name,
       onclick: (event) =>
-        state.set(event.shiftKey ? { image, asked: image } : { image, after: after ?? state.after, view: "pair" }),
+        state.set(
+          event.shiftKey
+            ? { image, asked: image }
+            : { image, after: after ?? state.after, view: "pair" },
+        ),
     },
     picture(state, image),
-    element("span", { class: "caption" }, element("b", { class: label }, LETTERS[label]), ` ${place}  ${numbers}`),
+    element(
+      "span",
+      { class: "caption" },
+      element("b", { class: label }, LETTERS[label]),
+      ` ${place}  ${numbers}`,
+    ),
   );
 }
 
 // ---------------------------------------------------------------- pair
 
-// What the pair view shows; kept while pairs change.
-const pairOptions = {
+// What the pair view shows at first.
+const DISPLAY = {
   inliers: true,
   rejected: false,
   outline: true,
   together: true,
   opacity: 0.8,
   number: 200,
-  display: "matches",
+  mode: "matches",
   fade: 0.5,
 };
-const DISPLAYS = ["matches", "fade", "blink", "checkerboard"];
+const MODES = ["matches", "fade", "blink", "checkerboard"];
 const CROP = 64; // stored pixels of an enlarged patch's side
 
 const project = (h, x, y) => {
@@ -866,7 +1034,7 @@ class PairCanvas {
   }
 
   get single() {
-    return pairOptions.display !== "matches" && this.pair?.homography;
+    return this.state.display.mode !== "matches" && this.pair?.homography;
   }
 
   // Shows both photographs whole, side by side; the warped query alone takes all of the canvas.
@@ -897,7 +1065,7 @@ class PairCanvas {
   }
 
   sides(x) {
-    if (this.single || pairOptions.together) return [0, 1];
+    if (this.single || this.state.display.together) return [0, 1];
     return [x < this.width ? 0 : 1];
   }
 
@@ -956,8 +1124,15 @@ class PairCanvas {
     const { inlier } = this.pair;
     const chosen = [];
     for (const kind of [0, 1])
-      for (let index = 0, count = 0; index < inlier.length && count < pairOptions.number; index++)
-        if (inlier[index] === kind && (kind ? pairOptions.inliers : pairOptions.rejected)) {
+      for (
+        let index = 0, count = 0;
+        index < inlier.length && count < this.state.display.number;
+        index++
+      )
+        if (
+          inlier[index] === kind &&
+          (kind ? this.state.display.inliers : this.state.display.rejected)
+        ) {
           chosen.push(index);
           count++;
         }
@@ -966,7 +1141,9 @@ class PairCanvas {
 
   ends(index) {
     const points = this.pair.points;
-    return [0, 1].map((side) => this.toScreen(side, points[4 * index + 2 * side], points[4 * index + 2 * side + 1]));
+    return [0, 1].map((side) =>
+      this.toScreen(side, points[4 * index + 2 * side], points[4 * index + 2 * side + 1]),
+    );
   }
 
   hover(x, y) {
@@ -1000,7 +1177,9 @@ class PairCanvas {
   strongest() {
     if (!this.pair) return [];
     const { inlier, distance } = this.pair;
-    const all = [...inlier.keys()].sort((a, b) => inlier[b] - inlier[a] || distance[a] - distance[b]);
+    const all = [...inlier.keys()].sort(
+      (a, b) => inlier[b] - inlier[a] || distance[a] - distance[b],
+    );
     return all.slice(0, 3);
   }
 
@@ -1044,14 +1223,15 @@ class PairCanvas {
       this.drawPhotograph(context, side);
       context.restore();
     }
-    if (pairOptions.outline) this.drawOutline(context);
+    if (this.state.display.outline) this.drawOutline(context);
     this.drawMatches(context);
   }
 
   drawPhotograph(context, side) {
     const [width, height] = this.size(side);
     const { scale, x, y } = this.frames[side];
-    if (this.pictures[side]) context.drawImage(this.pictures[side], x, y, width * scale, height * scale);
+    if (this.pictures[side])
+      context.drawImage(this.pictures[side], x, y, width * scale, height * scale);
     else {
       context.fillStyle = "#999";
       context.fillRect(x, y, width * scale, height * scale);
@@ -1061,7 +1241,12 @@ class PairCanvas {
   corners() {
     const [width, height] = this.size(0);
     const [x0, y0, x1, y1] = this.box ?? [0, 0, width, height];
-    return [[x0, y0], [x1, y0], [x1, y1], [x0, y1]].map(([x, y]) => [x - 0.5, y - 0.5]);
+    return [
+      [x0, y0],
+      [x1, y0],
+      [x1, y1],
+      [x0, y1],
+    ].map(([x, y]) => [x - 0.5, y - 0.5]);
   }
 
   drawOutline(context) {
@@ -1080,13 +1265,17 @@ class PairCanvas {
     if (this.box) outline(0, this.corners());
     const homography = this.pair?.homography;
     // Beyond the horizon of the homography a corner has no place in the image.
-    const visible = ([x, y]) => (homography[6] * x + homography[7] * y + homography[8]) * homography[8] > 0;
+    const visible = ([x, y]) =>
+      (homography[6] * x + homography[7] * y + homography[8]) * homography[8] > 0;
     if (!homography || !this.corners().every(visible)) return;
     context.save();
     context.beginPath();
     context.rect(this.width, 0, this.width, this.canvas.clientHeight);
     context.clip();
-    outline(1, this.corners().map(([x, y]) => project(homography, x, y)));
+    outline(
+      1,
+      this.corners().map(([x, y]) => project(homography, x, y)),
+    );
     context.restore();
   }
 
@@ -1102,7 +1291,11 @@ class PairCanvas {
       const hue = (330 * x) / width;
       const colour = inlier ? `hsl(${hue} 95% ${45 + (25 * y) / height}%)` : COLOURS.rejected;
       const current = index === this.highlight;
-      context.globalAlpha = current ? 1 : inlier ? pairOptions.opacity : pairOptions.opacity / 2;
+      context.globalAlpha = current
+        ? 1
+        : inlier
+          ? this.state.display.opacity
+          : this.state.display.opacity / 2;
       context.lineWidth = current ? 3 : 1;
       context.strokeStyle = context.fillStyle = colour;
       context.beginPath();
@@ -1121,37 +1314,55 @@ class PairCanvas {
   // The query's box, warped onto the database photograph triangle by triangle.
   drawWarped(context) {
     const picture = this.pictures[0];
-    if (!picture || (pairOptions.display === "blink" && !this.blinking)) return;
+    if (!picture || (this.state.display.mode === "blink" && !this.blinking)) return;
     const [[x0, y0], , [x1, y1]] = this.corners();
     const factor = picture.naturalWidth / this.size(0)[0];
     const cells = 16;
     context.save();
-    if (pairOptions.display === "checkerboard") {
+    if (this.state.display.mode === "checkerboard") {
       context.beginPath();
       for (let column = 0; column * 40 < this.canvas.clientWidth; column++)
         for (let line = 0; line * 40 < this.canvas.clientHeight; line++)
           if ((column + line) % 2) context.rect(column * 40, line * 40, 40, 40);
       context.clip();
     }
-    context.globalAlpha = pairOptions.display === "fade" ? pairOptions.fade : 1;
+    context.globalAlpha = this.state.display.mode === "fade" ? this.state.display.fade : 1;
     const { homography } = this.pair;
     const place = (x, y) => this.toScreen(1, ...project(homography, x, y));
-    const front = (x, y) => (homography[6] * x + homography[7] * y + homography[8]) * homography[8] > 0;
+    const front = (x, y) =>
+      (homography[6] * x + homography[7] * y + homography[8]) * homography[8] > 0;
     for (let column = 0; column < cells; column++)
       for (let line = 0; line < cells; line++) {
         const xs = [column, column + 1].map((step) => x0 + ((x1 - x0) * step) / cells);
         const ys = [line, line + 1].map((step) => y0 + ((y1 - y0) * step) / cells);
-        const square = [[xs[0], ys[0]], [xs[1], ys[0]], [xs[1], ys[1]], [xs[0], ys[1]]];
+        const square = [
+          [xs[0], ys[0]],
+          [xs[1], ys[0]],
+          [xs[1], ys[1]],
+          [xs[0], ys[1]],
+        ];
         if (!square.every(([x, y]) => front(x, y))) continue;
         const target = square.map(([x, y]) => place(x, y));
-        for (const corners of [[0, 1, 2], [0, 2, 3]])
-          this.drawTriangle(context, picture, factor, corners.map((i) => square[i]), corners.map((i) => target[i]));
+        for (const corners of [
+          [0, 1, 2],
+          [0, 2, 3],
+        ])
+          this.drawTriangle(
+            context,
+            picture,
+            factor,
+            corners.map((i) => square[i]),
+            corners.map((i) => target[i]),
+          );
       }
     context.restore();
   }
 
   drawTriangle(context, picture, factor, source, target) {
-    const [[sx0, sy0], [sx1, sy1], [sx2, sy2]] = source.map(([x, y]) => [(x + 0.5) * factor, (y + 0.5) * factor]);
+    const [[sx0, sy0], [sx1, sy1], [sx2, sy2]] = source.map(([x, y]) => [
+      (x + 0.5) * factor,
+      (y + 0.5) * factor,
+    ]);
     const [[x0, y0], [x1, y1], [x2, y2]] = target;
     const area = (sx1 - sx0) * (sy2 - sy0) - (sx2 - sx0) * (sy1 - sy0);
     if (!area) return;
@@ -1175,11 +1386,9 @@ class PairCanvas {
   }
 }
 
-// Settings of matching that were turned in a notebook, in place of the run's.
-const knobs = {};
 const ESTIMATORS = ["degensac", "magsac", "poselib"];
 
-function knobControls(entry, match) {
+function knobControls({ entry, knobs }, match) {
   if (!entry.matching) return null;
   let waiting = null;
   const turn = (name) => (value) => {
@@ -1191,7 +1400,9 @@ function knobControls(entry, match) {
   const estimator = element(
     "select",
     { "aria-label": "estimator", onchange: () => turn("estimator")(estimator.value) },
-    ...ESTIMATORS.map((name) => element("option", { value: name, selected: name === value("estimator") }, name)),
+    ...ESTIMATORS.map((name) =>
+      element("option", { value: name, selected: name === value("estimator") }, name),
+    ),
   );
   return element(
     "div",
@@ -1202,8 +1413,6 @@ function knobControls(entry, match) {
   );
 }
 
-let blinker = null; // the timer of the pair view's blinking
-
 function pair(state) {
   const { entry, query, image } = state;
   if (!entry.queries.length) return element("p", {}, "This run has no query.");
@@ -1213,45 +1422,63 @@ function pair(state) {
     state.image = first;
     return pair(state);
   }
-  const hint = element("p", { class: "small", "aria-live": "polite" }, "Hover over a match for its numbers.");
+  const hint = element(
+    "p",
+    { class: "small", "aria-live": "polite" },
+    "Hover over a match for its numbers.",
+  );
   const crops = element("div", { class: "crops" });
   const view = new PairCanvas(state, hint, crops);
   const stored = view.pair;
   const change = (name) => (value) => {
-    pairOptions[name] = value;
+    state.display[name] = value;
     view.draw();
   };
-  const display = element(
+  const mode = element(
     "select",
     {
       "aria-label": "display",
       onchange: () => {
-        pairOptions.display = display.value;
+        state.display.mode = mode.value;
         state.set({});
       },
     },
-    ...DISPLAYS.map((name) => element("option", { value: name, selected: name === pairOptions.display }, name === "matches" ? "matches" : `warped query: ${name}`)),
+    ...MODES.map((name) =>
+      element(
+        "option",
+        { value: name, selected: name === state.display.mode },
+        name === "matches" ? "matches" : `warped query: ${name}`,
+      ),
+    ),
   );
-  clearInterval(blinker);
-  if (pairOptions.display === "blink" && stored?.homography)
-    blinker = setInterval(() => {
+  clearInterval(state.blinker);
+  if (state.display.mode === "blink" && stored?.homography)
+    state.blinker = setInterval(() => {
       view.blinking = !view.blinking;
       view.draw();
     }, 600);
   const item = state.shown().find((candidate) => candidate.image === image);
   const label = entry.label(query, image);
-  const place = item ? (item.rank === null ? "ignored" : `rank ${item.rank} ${state.after && entry.reranked ? "after reranking" : "of the global ranking"}`) : "not in the shown ranking";
+  const place = item
+    ? item.rank === null
+      ? "ignored"
+      : `rank ${item.rank} ${state.after && entry.reranked ? "after reranking" : "of the global ranking"}`
+    : "not in the shown ranking";
   const similarity = entry.similarity(query, image);
   const known = [place, label];
   if (similarity !== null) known.push(`similarity ${similarity.toFixed(3)}`);
-  if (entry.inliers(query, image) !== null) known.push(`${entry.inliers(query, image)} inliers as counted by reranking`);
+  if (entry.inliers(query, image) !== null)
+    known.push(`${entry.inliers(query, image)} inliers as counted by reranking`);
   const facts = element("p", { "aria-live": "polite" });
   const report = (result, fault) => {
     const parts = [...known];
     let remark = fault ?? "";
     if (result) {
       const inliers = result.count === undefined ? "" : `${result.count} inliers of `;
-      const cut = result.inlier.length === result.matches ? "" : `, of which ${result.inlier.length} are drawn at most`;
+      const cut =
+        result.inlier.length === result.matches
+          ? ""
+          : `, of which ${result.inlier.length} are drawn at most`;
       parts.push(`${inliers}${result.matches} matches${cut}`);
       if (!result.homography) remark = "No homography fits these matches.";
       else if (result.doubt) remark = `The homography is doubtful: ${result.doubt}.`;
@@ -1263,7 +1490,7 @@ function pair(state) {
   };
   report(stored);
   const match = () => {
-    const settings = { ...entry.matching, ...knobs };
+    const settings = { ...entry.matching, ...state.knobs };
     state.source.pair(query, image, settings).then(
       (result) => {
         view.show(result);
@@ -1276,22 +1503,28 @@ function pair(state) {
   return element(
     "div",
     { class: "pairview" },
-    element("h2", {}, `${state.data.names[entry.queries[query].image]}  –  ${state.data.names[image]}`),
+    element(
+      "h2",
+      {},
+      `${state.data.names[entry.queries[query].image]}  –  ${state.data.names[image]}`,
+    ),
     facts,
-    state.source.live ? knobControls(entry, match) : null,
+    state.source.live ? knobControls(state, match) : null,
     element(
       "div",
       { class: "controls" },
       button("◀", () => state.step(0, -1), { "aria-label": "previous image" }),
       button("▶", () => state.step(0, 1), { "aria-label": "next image" }),
-      display,
-      option("inliers", pairOptions.inliers, change("inliers")),
-      option("rejected", pairOptions.rejected, change("rejected")),
-      option("outline", pairOptions.outline, change("outline")),
-      option("move together", pairOptions.together, change("together")),
-      slider("opacity", [0.1, 1, 0.05, pairOptions.opacity], change("opacity")),
-      slider("most lines", [5, 1000, 5, pairOptions.number], change("number")),
-      pairOptions.display === "fade" ? slider("query", [0, 1, 0.05, pairOptions.fade], change("fade")) : null,
+      mode,
+      option("inliers", state.display.inliers, change("inliers")),
+      option("rejected", state.display.rejected, change("rejected")),
+      option("outline", state.display.outline, change("outline")),
+      option("move together", state.display.together, change("together")),
+      slider("opacity", [0.1, 1, 0.05, state.display.opacity], change("opacity")),
+      slider("most lines", [5, 1000, 5, state.display.number], change("number")),
+      state.display.mode === "fade"
+        ? slider("query", [0, 1, 0.05, state.display.fade], change("fade"))
+        : null,
       button("whole (0)", () => view.fit()),
       noteControls(state, image),
       parametersButton(state),
@@ -1305,40 +1538,77 @@ function pair(state) {
 // ---------------------------------------------------------------- compare
 
 function compare(state) {
-  if (state.entries.length < 2) return element("p", {}, "One run is in this page: `vitgal report RUN RUN` compares two.");
+  if (state.entries.length < 2)
+    return element("p", {}, "One run is in this page: `vitgal report RUN RUN` compares two.");
   const { entry, protocol } = state;
-  const other = state.entries[state.other === state.number ? (state.number + 1) % state.entries.length : state.other];
+  const other =
+    state.entries[
+      state.other === state.number ? (state.number + 1) % state.entries.length : state.other
+    ];
   const select = element(
     "select",
-    { "aria-label": "the run to compare with", onchange: () => state.set({ other: Number(select.value) }) },
+    {
+      "aria-label": "the run to compare with",
+      onchange: () => state.set({ other: Number(select.value) }),
+    },
     ...state.entries
       .filter(({ number }) => number !== state.number)
-      .map(({ number, title }) => element("option", { value: number, selected: number === other.number }, title)),
+      .map(({ number, title }) =>
+        element("option", { value: number, selected: number === other.number }, title),
+      ),
   );
   const head = element("p", {}, `${entry.title} (shown in the other views) against `, select);
   const found = state.data.comparisons.find(
-    ({ first, second }) => [first, second].includes(entry.number) && [first, second].includes(other.number),
+    ({ first, second }) =>
+      [first, second].includes(entry.number) && [first, second].includes(other.number),
   );
   if (!found || found.reason)
-    return element("div", {}, head, element("p", {}, found?.reason ?? "The two were made on different data sets: their scores cannot be compared."));
+    return element(
+      "div",
+      {},
+      head,
+      element(
+        "p",
+        {},
+        found?.reason ??
+          "The two were made on different data sets: their scores cannot be compared.",
+      ),
+    );
   const settings = [new Map(entry.settings), new Map(other.settings)];
   const names = [...new Set([...settings[0].keys(), ...settings[1].keys()])];
   const differing = names.filter((name) => settings[0].get(name) !== settings[1].get(name));
-  const names2 = [entry.title, other.title];
+  const titles = [entry.title, other.title];
   const changes = entry.queries
     .map((_, query) => ({ query, a: entry.last(protocol, query), b: other.last(protocol, query) }))
     .filter(({ a, b }) => a !== null && b !== null)
     .sort((x, y) => Math.abs(y.b - y.a) - Math.abs(x.b - x.a));
   const rows = changes.map(({ query, a, b }) => {
     const open = () => state.set({ query });
-    const line = row(button([picture(state, entry.queries[query].image, { alt: "" }), state.data.names[entry.queries[query].image]], open, { class: "name" }), percent(a), percent(b), signed(100 * (b - a)));
+    const line = row(
+      button(
+        [
+          picture(state, entry.queries[query].image, { alt: "" }),
+          state.data.names[entry.queries[query].image],
+        ],
+        open,
+        { class: "name" },
+      ),
+      percent(a),
+      percent(b),
+      signed(100 * (b - a)),
+    );
     if (query === state.query) line.className = "current";
     return line;
   });
   const grids = [entry, other].map((one) => {
     const items = one.ranking(state.query, protocol, true).slice(0, 24);
     const tiles = items.map((item) => comparedTile(state, one, item));
-    return element("section", {}, element("h3", {}, one.title), element("div", { class: "grid" }, ...tiles));
+    return element(
+      "section",
+      {},
+      element("h3", {}, one.title),
+      element("div", { class: "grid" }, ...tiles),
+    );
   });
   return element(
     "div",
@@ -1346,13 +1616,32 @@ function compare(state) {
     head,
     element("h2", {}, "What was set differently"),
     differing.length
-      ? table(["setting", ...names2], differing.map((name) => row(name, ...settings.map((values) => values.get(name) ?? "–"))))
+      ? table(
+          ["setting", ...titles],
+          differing.map((name) => row(name, ...settings.map((values) => values.get(name) ?? "–"))),
+        )
       : element("p", {}, "No setting differs."),
     element("h2", {}, "Scores"),
-    table(["", ...names2], PROTOCOLS.filter((name) => name in (found.tests ?? {})).map((name) => row(capital(name), ...[entry, other].map((one) => percent(one.scores[one.stages[one.stages.length - 1]][name].map))))),
-    ...Object.entries(found.tests ?? {}).map(([name, sentence]) => element("p", {}, `${capital(name)}: ${sentence}`)),
+    table(
+      ["", ...titles],
+      PROTOCOLS.filter((name) => name in (found.tests ?? {})).map((name) =>
+        row(
+          capital(name),
+          ...[entry, other].map((one) =>
+            percent(one.scores[one.stages[one.stages.length - 1]][name].map),
+          ),
+        ),
+      ),
+    ),
+    ...Object.entries(found.tests ?? {}).map(([name, sentence]) =>
+      element("p", {}, `${capital(name)}: ${sentence}`),
+    ),
     element("h2", {}, `Queries that differ most (${protocol})`),
-    element("div", { class: "scroll" }, table(["query", ...names2, "change"], rows, { class: "queries" })),
+    element(
+      "div",
+      { class: "scroll" },
+      table(["query", ...titles, "change"], rows, { class: "queries" }),
+    ),
     element("h2", {}, `Rankings of ${state.data.names[entry.queries[state.query].image]}`),
     ...grids,
   );
@@ -1363,7 +1652,12 @@ function comparedTile(state, entry, { image, label, ignored, rank }) {
     "span",
     { class: `tile ${label}${ignored ? " ignored" : ""}`, title: state.data.names[image] },
     picture(state, image),
-    element("span", { class: "caption" }, element("b", { class: label }, LETTERS[label]), ` ${rank ?? "ignored"}`),
+    element(
+      "span",
+      { class: "caption" },
+      element("b", { class: label }, LETTERS[label]),
+      ` ${rank ?? "ignored"}`,
+    ),
   );
 }
 
@@ -1372,11 +1666,34 @@ function comparedTile(state, entry, { image, label, ignored, rank }) {
 function header(state) {
   const select = element(
     "select",
-    { "aria-label": "run and data set", onchange: () => state.set({ number: Number(select.value), query: 0, image: null, asked: null, chosen: null, region: null }) },
-    ...state.entries.map(({ number, title }) => element("option", { value: number, selected: number === state.number }, title)),
+    {
+      "aria-label": "run and data set",
+      onchange: () =>
+        state.set({
+          number: Number(select.value),
+          query: 0,
+          image: null,
+          asked: null,
+          chosen: null,
+          region: null,
+        }),
+    },
+    ...state.entries.map(({ number, title }) =>
+      element("option", { value: number, selected: number === state.number }, title),
+    ),
   );
-  const tabs = VIEWS.map((name) => button(capital(name), () => state.set({ view: name }), { "aria-current": state.view === name ? "page" : null }));
-  const protocols = state.entry.protocols().map((name) => button(capital(name), () => state.set({ protocol: name }), { "aria-pressed": String(state.protocol === name) }));
+  const tabs = VIEWS.map((name) =>
+    button(capital(name), () => state.set({ view: name }), {
+      "aria-current": state.view === name ? "page" : null,
+    }),
+  );
+  const protocols = state.entry
+    .protocols()
+    .map((name) =>
+      button(capital(name), () => state.set({ protocol: name }), {
+        "aria-pressed": String(state.protocol === name),
+      }),
+    );
   return element(
     "header",
     {},
@@ -1395,7 +1712,10 @@ function help() {
     "dialog",
     { class: "vitgal-dialog", "aria-label": "keys", onclose: () => dialog.remove() },
     element("h2", {}, "Keys"),
-    table(["key", "what it does"], KEYS.map(([key, text]) => row(element("kbd", {}, key), text))),
+    table(
+      ["key", "what it does"],
+      KEYS.map(([key, text]) => row(element("kbd", {}, key), text)),
+    ),
     button("close", () => dialog.close()),
   );
   document.body.append(dialog);
@@ -1403,7 +1723,8 @@ function help() {
 }
 
 function onKey(state, event) {
-  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]")) return;
+  if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]"))
+    return;
   const within = event.target.closest?.("input, select, textarea");
   if (within && (event.key !== "Escape" || event.target.tagName === "SELECT")) return;
   const onButton = event.target.closest?.("button") && event.key === "Enter";
@@ -1415,7 +1736,10 @@ function onKey(state, event) {
     ArrowLeft: () => state.step(0, -1),
     ArrowRight: () => state.step(0, 1),
     Enter: () => state.set({ view: "pair" }),
-    Escape: () => (back[state.view] ? state.set({ view: back[state.view] }) : state.set({ chosen: null, region: null })),
+    Escape: () =>
+      back[state.view]
+        ? state.set({ view: back[state.view] })
+        : state.set({ chosen: null, region: null }),
     p: () => {
       const names = state.entry.protocols();
       state.set({ protocol: names[(names.indexOf(state.protocol) + 1) % names.length] });
@@ -1443,7 +1767,7 @@ export function mount(root, data, { source = new StoredSource(data), start = {} 
   }
   const state = new State(data, source, start);
   const draw = () => {
-    clearInterval(blinker);
+    clearInterval(state.blinker);
     const focus = document.activeElement?.getAttribute?.("aria-label");
     const inside = root.contains(document.activeElement);
     const top = [root.querySelector(".scroll")?.scrollTop ?? 0, window.scrollY];
