@@ -27,12 +27,12 @@ from search import make_data  # the script beside this one
 from vitgal.data.revisited import PROTOCOLS, GroundTruth, load_ground_truth
 from vitgal.evaluation.protocol import evaluate
 from vitgal.features.files import map_array
-from vitgal.retrieval import refine, reorder
+from vitgal.retrieval import refine
 from vitgal.retrieval.exact_search import search
 from vitgal.retrieval.reorder import ScoredRanking
 from vitgal.settings import read_chain
-from vitgal.settings.refinement import Augmentation, Expansion, KReciprocal, SuperGlobal, Whitening
-from vitgal.stages.rank import exact_ranking, write_rows
+from vitgal.settings.refinement import Augmentation, Diffusion, Expansion, Whitening
+from vitgal.stages.rank import exact_ranking, reordered, write_rows
 
 REVISITED = Path(__file__).resolve().parents[2] / "shared" / "data" / "revisited"
 CHAINS = (
@@ -75,31 +75,13 @@ def refined(
                 queries, database, neighbours=step.neighbours, alpha=step.alpha
             )
     ranking = exact_ranking(queries, database, truth, depth)
-    for step in steps:
-        order = ranking.order[: getattr(step, "depth", 0)]
-        if isinstance(step, SuperGlobal):
-            scores = reorder.superglobal(
-                queries, database, order, neighbours=step.neighbours, beta=step.beta
-            )
-        elif isinstance(step, KReciprocal):
-            scores = reorder.k_reciprocal(
-                queries, database, order, k1=step.k1, k2=step.k2, weight=step.weight
-            )
-        elif hasattr(step, "seeds"):
-            find = refine.exact_neighbours(database)
-            graph = refine.neighbour_graph(database, find, neighbours=step.neighbours)
-            scores = reorder.diffusion(
-                ranking.similarities[: step.depth],
-                order,
-                graph,
-                seeds=step.seeds,
-                gamma=step.gamma,
-                alpha=step.alpha,
-            )
-        else:
-            continue
-        ranking = ranking.reordered(scores)
-    return ranking
+
+    def graph(step: Diffusion) -> refine.Hits:
+        """Returns the database's graph by exact search."""
+        find = refine.exact_neighbours(database)
+        return refine.neighbour_graph(database, find, neighbours=step.neighbours)
+
+    return reordered(steps, queries, database, ranking, graph)
 
 
 def print_revisited(folder: Path) -> None:
@@ -128,7 +110,7 @@ def run_side(folder: Path, side: str) -> dict:
     queries, database = np.load(folder / "queries.npy"), map_array(folder / "database.npy")
     whitening = None
     if side != SIDES[0]:
-        sample = database[:: len(database) // 20_000]
+        sample = database[:: max(1, len(database) // 20_000)]
         dimensions = 128 if side == SIDES[2] else None
         whitening = refine.pca_whitening(sample, power=0.25, dimensions=dimensions)
     database.max()  # every page is there before the clock starts

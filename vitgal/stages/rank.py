@@ -1,8 +1,9 @@
 """The ranking side of the global stage: search, refinement, scores, and their files."""
 
+import functools
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from vitgal.settings.refinement import (
     KReciprocal,
     LearnedWhitening,
     Reordering,
+    Step,
     SuperGlobal,
     Whitening,
 )
@@ -114,7 +116,8 @@ def write_rankings(
         further["exact"] = evaluate(ranking.ranking.positions, truth)
         ranking, further["recall"] = _from_index(folder, settings.index, queries, database, ranking)
         outputs += faiss_index.OUTPUTS
-    ranking = _reordered(folder, settings, queries, database, ranking).cut(shown)
+    graph = functools.partial(_graph, folder, settings, database)
+    ranking = reordered(settings.steps, queries, database, ranking, graph).cut(shown)
     outputs += [name for name in REFINEMENT_OUTPUTS if (folder / name).exists()]
     runs.write_array(folder / "queries.npy", plain_queries)
     runs.write_json(folder / "names.json", {"queries": truth.queries, "database": dataset.database})
@@ -170,7 +173,8 @@ def try_refinement(
         )
         depth = max([1, *(step.depth for step in settings.steps if isinstance(step, Reordering))])
         ranking = exact_ranking(refined, rows, dataset.ground_truth, depth)
-        ranking = _reordered(Path(scratch), settings, refined, rows, ranking)
+        graph = functools.partial(_graph, Path(scratch), settings, rows)
+        ranking = reordered(settings.steps, refined, rows, ranking, graph)
     return evaluate(ranking.ranking.positions, dataset.ground_truth)
 
 
@@ -277,15 +281,19 @@ def _neighbour_search(
     return find
 
 
-def _reordered(
-    folder: Path,
-    settings: GlobalSettings,
+def reordered(
+    steps: Sequence[Step],
     queries: np.ndarray,
     database: np.ndarray,
     ranking: ScoredRanking,
+    graph: Callable[[Diffusion], Hits],
 ) -> ScoredRanking:
-    """Applies the steps that put the first images in another order."""
-    for step in settings.steps:
+    """Applies those steps of a chain that put the first images in another order.
+
+    queries, database: (Q, D) and (N, D) float32 of length 1.  ranking: theirs.  graph: returns the
+    database's graph of nearest neighbours for a diffusion, see `refine.neighbour_graph`.
+    """
+    for step in steps:
         if not isinstance(step, Reordering):
             continue
         order = ranking.order[: step.depth]
@@ -301,7 +309,7 @@ def _reordered(
             scores = reorder.diffusion(
                 ranking.similarities[: step.depth],
                 order,
-                _graph(folder, settings, step, database),
+                graph(step),
                 seeds=step.seeds,
                 gamma=step.gamma,
                 alpha=step.alpha,
@@ -310,7 +318,7 @@ def _reordered(
     return ranking
 
 
-def _graph(folder: Path, settings: GlobalSettings, step: Diffusion, database: np.ndarray) -> Hits:
+def _graph(folder: Path, settings: GlobalSettings, database: np.ndarray, step: Diffusion) -> Hits:
     """The stored graph of the database; made where an interrupted stage has none."""
     files = [folder / name for name in GRAPH]
     if not all(file.exists() for file in files):
