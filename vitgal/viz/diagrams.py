@@ -21,6 +21,12 @@ from vitgal.viz.style import CAPTION_SIZE, CURVE_COLOURS, INK, STEP_COLOUR, styl
 
 ROW = 0.95  # inches from one row of boxes to the next
 GAP = 0.28  # inches between two boxes
+MATCHED = {  # in a diagram's words, by `matching`
+    "one_way": "nearest",
+    "mutual": "nearest both ways",
+    "ratio": "nearest by ratio",
+    "mutual_ratio": "both ways, by ratio",
+}
 
 
 @dataclass(frozen=True)
@@ -134,14 +140,15 @@ def reranking_diagram(
     candidate = features if name is None else store[name]
     pair = inspect_pair(features, candidate, settings)
     first, second, matches = len(features), len(candidate), len(pair.matches)
+    order = "similarity and count" if settings.order == "fused" else settings.count
     steps = [
         ("query's features", f"{first} × {features.code_dim}", "codes; places (x, y) beside"),
         ("candidate's features", f"{second} × {candidate.code_dim}", "the first candidate's"),
         ("distances", f"{first} × {second}", "Euclidean, between codes"),
-        ("matches", f"{matches} × 2", "nearest, within max_distance"),
+        ("matches", f"{matches} × 2", f"{MATCHED[settings.matching.method]}, near enough"),
         ("places of matches", f"{matches} × 4", "x y in both network inputs"),
-        ("homography", "3 × 3", "the best of `iterations` draws"),
+        ("homography", "3 × 3", f"the best of {settings.verification.iterations:,} draws"),
         ("inliers", f"{pair.verification.count} of {matches}", "mapped within the threshold"),
-        ("short list", f"{len(ranked):,} ranks", "the first `top` sorted by inliers"),
+        ("short list", f"{len(ranked):,} ranks", f"first {settings.top} by {order}"),
     ]
     return step_diagram([Step(*step) for step in steps])
