@@ -6,9 +6,9 @@ STAMP := $(VENV)/.installed
 # Threads that wait asleep: with the default, spinning, two busy processes slow each other tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check lab
+.PHONY: demo test check lab docs
 
-# The main job: the seven notebooks on the bundled photographs, about ten minutes on two cores.
+# The main job: notebooks 01 to 07 on the bundled photographs, about ten minutes on two cores.
 demo: $(STAMP)
 	$(BIN)/vitgal run params/demo.yaml
 
@@ -19,6 +19,10 @@ test: $(STAMP)
 # About three minutes: ruff, the params check and the unit tests.
 check: $(STAMP)
 	$(BIN)/python -m tests.run check
+
+# The site, in build/site: chapters, how-tos and reference; with the page of the demo run, if there is one.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -q -W -c docs -b html . build/site
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=.

@@ -18,7 +18,7 @@ class CodeError(runs.UserError, ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Codes:
-    """A linear map to short codes: ((x / |x|) - mean) @ projection.
+    """A linear map to short codes: ``((x / |x|) - mean) @ projection``.
 
     The values of a code are uncorrelated and of variance 1 over the features that it was fitted to.
 

@@ -106,17 +106,17 @@ class Descriptors:
 
     @functools.cached_property
     def as_gallery(self) -> np.ndarray:
-        """(N, C + 1) float32: v, -|v|^2 / 2."""
+        """(N, C + 1) float32: ``v, -|v|^2 / 2``."""
         return _extended(self.values, -self.halves)
 
     @functools.cached_property
     def short_as_query(self) -> np.ndarray:
-        """(N, S + 3) float32: the first S values of u, the length of its rest, 1, -|u|^2 / 2."""
+        """(N, S + 3) float32: S values of u, the length of its rest, 1, ``-|u|^2 / 2``."""
         return self._shortened(np.ones(len(self.values)), -self.halves)
 
     @functools.cached_property
     def short_as_gallery(self) -> np.ndarray:
-        """(N, S + 3) float32: the first S values of v, the length of its rest, -|v|^2 / 2, 1."""
+        """(N, S + 3) float32: S values of v, the length of its rest, ``-|v|^2 / 2``, 1."""
         return self._shortened(-self.halves, np.ones(len(self.values)))
 
     def _shortened(self, *columns: np.ndarray) -> np.ndarray:
