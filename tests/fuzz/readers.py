@@ -25,7 +25,7 @@ from vitgal.models import weights
 from vitgal.retrieval import faiss_index, shortlists
 from vitgal.retrieval.ranking import Positions, Ranking
 from vitgal.settings import reader as settings
-from vitgal.stages import own
+from vitgal.stages import own_describer
 
 TRUTH = revisited.GroundTruth(
     name="tiny",
@@ -86,7 +86,7 @@ def _cache(folder: Path) -> None:
 
 
 def _read_cache(folder: Path) -> None:
-    description = own._read(folder / "x.npz")
+    description = own_describer.read_description(folder / "x.npz")
     assert description is None or description.features.descriptors.dtype == np.float32
 
 

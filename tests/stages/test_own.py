@@ -36,7 +36,7 @@ from vitgal.settings import (
     RerankingSettings,
     SettingsError,
 )
-from vitgal.stages import own
+from vitgal.stages import own, own_describer, own_export
 from vitgal.stages.own import Describer
 from vitgal.training import errors
 from vitgal.viz import run_figures
@@ -452,7 +452,7 @@ def test_a_folder_that_changes_while_it_is_described(folder, describer, tmp_path
     os.mkfifo(folder / "pipe.png")
     for name in ("gone", "later", "rewritten"):
         write(folder / f"{name}.png", texture(20 + len(name)))
-    read = own.read_oriented
+    read = own_describer.read_oriented
 
     def changing(path):
         image = read(path)
@@ -461,7 +461,7 @@ def test_a_folder_that_changes_while_it_is_described(folder, describer, tmp_path
         (folder / "gone.png").unlink(missing_ok=True)
         return image
 
-    monkeypatch.setattr(own, "read_oriented", changing)
+    monkeypatch.setattr(own_describer, "read_oriented", changing)
     photographs = describe(folder, describer_of(describer.model, tmp_path / "run"))
     assert photographs.names == ["a/1.png", "a/2.png", "b/1.JPG", "later.png"]
     assert {name: text.split(":")[0] for name, text in photographs.left_out.items()} == {
@@ -546,7 +546,7 @@ def test_features_return_to_the_stored_photograph(tmp_path, orientation, suffix)
         (0, 0, width, height),
         (height, width),
     )
-    back = own.undo_orientation(features, orientation)
+    back = own_export.undo_orientation(features, orientation)
     np.testing.assert_allclose(back.original_keypoints(), [[71.5, 21.5]], atol=0.1)
     assert back.image_size == (64, 96) and back.box == (0, 0, 96, 64)
 
@@ -554,24 +554,24 @@ def test_features_return_to_the_stored_photograph(tmp_path, orientation, suffix)
 def test_pairs(folder, describer, tmp_path):
     photographs = describe(folder, describer)
     every = [("a/1.png", "a/2.png"), ("a/1.png", "b/1.JPG"), ("a/2.png", "b/1.JPG")]
-    assert own.retrieval_pairs(photographs, 5) == every
+    assert own_export.retrieval_pairs(photographs, 5) == every
     rows = photographs.descriptors
     best = [int(np.argsort(-(rows @ row), kind="stable")[1]) for row in rows]
     wanted = sorted({tuple(sorted((location, other))) for location, other in enumerate(best)})
     names = photographs.names
-    assert own.retrieval_pairs(photographs, 1) == [(names[i], names[j]) for i, j in wanted]
-    assert own.retrieval_pairs(photographs, 0) == []
-    path = own.export_pairs(every[:2], tmp_path / "pairs.txt")
+    assert own_export.retrieval_pairs(photographs, 1) == [(names[i], names[j]) for i, j in wanted]
+    assert own_export.retrieval_pairs(photographs, 0) == []
+    path = own_export.export_pairs(every[:2], tmp_path / "pairs.txt")
     assert path.read_text() == "a/1.png a/2.png\na/1.png b/1.JPG\n"
     with pytest.raises(data_photographs.PhotographError, match="'my castle.png' has a blank"):
-        own.export_pairs([("a.png", "my castle.png")], tmp_path / "pairs.txt")
-    with pytest.raises(own.PhotographError, match="'#1.png' begins with #.*comment.*rename it"):
-        own.export_pairs([("a.png", "#1.png")], tmp_path / "pairs.txt")
+        own_export.export_pairs([("a.png", "my castle.png")], tmp_path / "pairs.txt")
+    with pytest.raises(data_photographs.PhotographError, match="'#1.png' begins .*rename it"):
+        own_export.export_pairs([("a.png", "#1.png")], tmp_path / "pairs.txt")
 
 
 def test_features_are_exported_for_hloc(folder, describer, tmp_path):
     photographs = describe(folder, describer)
-    with h5py.File(own.export_features(photographs, tmp_path / "features.h5")) as file:
+    with h5py.File(own_export.export_features(photographs, tmp_path / "features.h5")) as file:
         assert set(file) == {"a", "b"} and set(file["a"]) == {"1.png", "2.png"}
         features = photographs.features("a/1.png")
         np.testing.assert_array_equal(file["a/1.png/keypoints"], features.original_keypoints())

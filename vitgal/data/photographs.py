@@ -3,7 +3,7 @@
 import os
 import stat
 import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,11 +59,12 @@ class Listing:
     other_files: int
 
 
-def list_photographs(folder: Path) -> Listing:
+def list_photographs(folder: Path, without: Iterable[Path] = ()) -> Listing:
     """Lists the photographs of a folder and its sub-folders, without hidden and system folders.
 
-    A photograph is a file with the content or the name of one. Raises
-    PhotographError where the folder does not exist or holds no photograph.
+    A photograph is a file with the content or the name of one. without: sub-folders that are passed
+    over, such as that of the run. Raises PhotographError where the folder does not exist or holds
+    no photograph.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -75,7 +76,7 @@ def list_photographs(folder: Path) -> Listing:
         name = os.path.relpath(error.filename, folder)
         unsupported[f"{name}/"] = f"the folder cannot be listed ({error.strerror})"
 
-    files = sorted(visible_files(folder, not_listed))
+    files = sorted(visible_files(folder, not_listed, without))
     faults = len(unsupported)
     for name in files:
         is_photograph, fault = _inspect(folder / name)
@@ -119,15 +120,18 @@ def _inspect(path: Path) -> tuple[bool, str | None]:
 
 
 def visible_files(
-    folder: Path, not_listed: Callable[[OSError], None] | None = None
+    folder: Path,
+    not_listed: Callable[[OSError], None] | None = None,
+    without: Iterable[Path] = (),
 ) -> Iterator[str]:
     """Yields every file below a folder that is not hidden, relative to it, with forward slashes.
 
     Hidden folders and SYSTEM_FOLDERS are skipped. Links are followed, but not to a folder that
     holds the link; a folder that several links lead to is visited once. `not_listed` is called with
-    the error of a sub-folder that cannot be listed.
+    the error of a sub-folder that cannot be listed. without: sub-folders that are skipped.
     """
-    top, visited = os.path.realpath(folder), set()
+    top, visited = os.path.realpath(folder), set(map(os.path.realpath, without))
+    visited.discard(top)
     for root, folders, files in os.walk(folder, onerror=not_listed, followlinks=True):
         visible = (name for name in folders if not name.startswith("."))
         folders[:] = sorted(set(visible) - SYSTEM_FOLDERS)

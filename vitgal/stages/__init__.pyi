@@ -38,17 +38,18 @@ from .model_choice import (
     own_models as own_models,
 )
 from .own import (
-    Describer as Describer,
-    Description as Description,
     Photographs as Photographs,
     SearchResult as SearchResult,
     describe_folder as describe_folder,
-    export_features as export_features,
-    export_pairs as export_pairs,
     find_query as find_query,
-    retrieval_pairs as retrieval_pairs,
     search_folder as search_folder,
     write_ranking as write_ranking,
+)
+from .own_describer import Describer as Describer, Description as Description
+from .own_export import (
+    export_features as export_features,
+    export_pairs as export_pairs,
+    retrieval_pairs as retrieval_pairs,
 )
 from .presence import (
     fit_benchmark as fit_benchmark,
