@@ -21,6 +21,7 @@ from .diagnostics import (
     epoch_table as epoch_table,
     lost_variance as lost_variance,
     parameter_table as parameter_table,
+    photograph_tokens as photograph_tokens,
     same_backbone as same_backbone,
     schedule_table as schedule_table,
     token_maps as token_maps,

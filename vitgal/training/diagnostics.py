@@ -116,6 +116,16 @@ def lost_variance(model: ViTGaL, photographs: Sequence[np.ndarray], *, size: int
     return float((decoded - tokens).square().sum() / (tokens - tokens.mean(0)).square().sum())
 
 
+@torch.no_grad()
+def photograph_tokens(model: ViTGaL, photographs: Sequence[np.ndarray], *, size: int) -> np.ndarray:
+    """Computes the tokens (N, D) float32 of photographs (H, W, 3) uint8 RGB, one after the other.
+
+    Each photograph is squashed to `size` x `size` pixels. There must be at least one.
+    """
+    parts = [model.token_features(_network_input(image, size)).tokens[0] for image in photographs]
+    return torch.cat(parts).numpy()
+
+
 def _network_input(photograph: np.ndarray, size: int) -> torch.Tensor:
     return network_input(images.resize(photograph, size, "squash")[None], "cpu").contiguous()
 
