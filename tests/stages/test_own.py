@@ -687,8 +687,9 @@ def test_names_outside_the_terminals_encoding_are_escaped(tmp_path):
     table = "photograph,rank,similarity,inliers\nCafé 東京.jpg,1,0.5,7\n"
     runs.write_text(tmp_path / "own" / "ranking.csv", table)
     code = (
-        "import pathlib, sys; from vitgal.app import command_line, pipeline\n"
+        "import pathlib, sys; from vitgal.app import command_line, own, pipeline\n"
         f"pipeline.run_own = lambda *_, **__: pathlib.Path({str(tmp_path)!r})\n"
+        "own.search_own = lambda *_, **__: (None, ['page: report/index.html'])\n"
         "sys.exit(command_line.main(['own', 'photos', '--query', 'a.jpg']))"
     )
     for encoding, name in (("ascii", r"Caf\xe9 \u6771"), ("latin-1", "Caf\xe9 \\u6771")):

@@ -88,8 +88,16 @@ def _parser() -> argparse.ArgumentParser:
 
     own = commands.add_parser("own", help="search a folder of your own photographs")
     own.add_argument("folder", type=Path, metavar="FOLDER", help="photographs, any sub-folders")
-    own.add_argument("--query", required=True, metavar="IMAGE", help="one of them, or any file")
-    own.add_argument("--box", metavar="x0,y0,x1,y1", help="its part to search for, in pixels")
+    own.add_argument(
+        "--query",
+        action="append",
+        default=[],
+        metavar="IMAGE",
+        help="one of them, or any file; may be repeated; without any each photograph is one",
+    )
+    own.add_argument("--queries", type=Path, metavar="FOLDER", help="all photographs in it")
+    own.add_argument("--box", metavar="x0,y0,x1,y1", help="part of a single query, in pixels")
+    own.add_argument("--places", action="store_true", help="group the folder into places")
     _add_run(own, _own, "another parameter of notebook 08, such as weights", "the model's run")
 
     weights = commands.add_parser("weights", help="convert a published .pth to .safetensors")
@@ -177,16 +185,22 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _own(options: argparse.Namespace) -> int:
-    from vitgal.app import pipeline, summary
+    from vitgal.app import own, pipeline, summary
 
-    folder = pipeline.run_own(
+    shared = {"overrides": dict(options.overrides), "output": options.output}
+    single = len(options.query) == 1 and not (options.queries or options.places)
+    if single:  # notebook 08 shows its answer
+        folder = pipeline.run_own(options.folder, options.query[0], options.box, **shared)
+        say(summary.own_summary(folder))
+    _, lines = own.search_own(
         options.folder,
         options.query,
-        options.box,
-        overrides=dict(options.overrides),
-        output=options.output,
+        options.queries,
+        box=options.box,
+        places=options.places,
+        **shared,
     )
-    say(summary.own_summary(folder))
+    say("\n".join(lines[-1:] if single else lines))
     return 0
 
 

@@ -45,6 +45,15 @@ from .own import (
     search_folder as search_folder,
     write_ranking as write_ranking,
 )
+from .own_answers import (
+    Answers as Answers,
+    Question as Question,
+    answer as answer,
+    find_places as find_places,
+    questions as questions,
+    write_answers as write_answers,
+    write_places as write_places,
+)
 from .own_describer import Describer as Describer, Description as Description
 from .own_export import (
     export_features as export_features,

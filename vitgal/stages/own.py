@@ -1,6 +1,7 @@
 """Search in a folder of one's own photographs, without labels."""
 
 import bisect
+import functools
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -39,6 +40,7 @@ class Photographs:
         names: the N photographs that can be searched, sorted.
         files: the descriptions of these on disk.
         descriptors: (N, D) float32, their global descriptors.
+        sizes: (N, 2) int, height and width in pixels, upright.
         left_out: photographs that cannot be searched, each with the reason.
         notes: photographs of unusual shape or size, each with a warning.
         other_files: number of files that are no photographs.
@@ -50,6 +52,7 @@ class Photographs:
     names: list[str]
     files: list[Path]
     descriptors: np.ndarray
+    sizes: np.ndarray
     left_out: dict[str, str]
     notes: dict[str, str]
     other_files: int
@@ -68,11 +71,14 @@ class Photographs:
         stored = read_description(self.file(name))
         return stored or self.describer.describe(self.path(name))
 
-    def without(self, path: Path) -> np.ndarray:
-        """Returns the indices of all photographs but this file, also under other names, rising."""
-        status = os.stat(path)
-        same = [_identity(self.path(name)) == (status.st_dev, status.st_ino) for name in self.names]
-        return np.flatnonzero(~np.array(same))
+    @functools.cached_property
+    def _identities(self) -> list[tuple[int, int] | None]:
+        return [_identity(self.path(name)) for name in self.names]
+
+    def others(self, path: Path) -> np.ndarray:
+        """Returns (N,) bool: which photographs are not this file under any of its names."""
+        identity = _identity(path)
+        return np.array([identity is None or other != identity for other in self._identities])
 
     def features(self, name: str) -> LocalFeatures:
         """Reads a photograph's local features."""
@@ -153,6 +159,7 @@ def _described(
         names=names,
         files=[found[name].file for name in names],
         descriptors=np.stack([found[name].descriptor for name in names]),
+        sizes=np.array([found[name].image_size for name in names]),
         left_out=left_out,
         notes=notes,
         other_files=listing.other_files,
@@ -269,23 +276,36 @@ def search_folder(
     name, path = find_query(photographs, query)
     if name not in photographs.names:
         print(f"the query is {runs.printable(path)}, which is none of the photographs")
+    return search_photograph(photographs, (name, path), box, settings, presence)
+
+
+def search_photograph(
+    photographs: Photographs,
+    query: tuple[str, Path],
+    box: Sequence[float] | None,
+    settings: RerankingSettings,
+    presence: Presence | None = None,
+) -> SearchResult:
+    """Does what `search_folder` does for a query that is known by name and file."""
+    name, path = query
     try:
         box = None if box is None else tuple(int(side) for side in box)
     except (ValueError, OverflowError):  # nan or infinity
         raise PhotographError(f"a box is four finite numbers, not {runs.short(box)}") from None
     description = photographs.describer.describe(path, box)
-    others = photographs.without(path)
-    if not len(others):
+    others = photographs.others(path)
+    if not others.any():
         raise PhotographError(f"{photographs.folder} holds nothing but the query: add photographs")
     similarities, ranking = search(
-        description.descriptor[None], photographs.descriptors[others], k=len(others)
+        description.descriptor[None], photographs.descriptors, k=len(others)
     )
-    ranked = others[ranking[:, 0]]
+    kept = others[ranking[:, 0]]
+    ranked, similarities = ranking[kept, 0].tolist(), similarities[kept, 0]
     names = [photographs.names[index] for index in ranked]
     table = pd.DataFrame({
         "photograph": names,
         "global_rank": np.arange(1, len(names) + 1),
-        "similarity": similarities[:, 0],
+        "similarity": similarities,
     })  # fmt: skip
     files = [photographs.files[index] for index in ranked[: settings.top]]
     pairs = VerifiedPairs(photographs.describer, settings)
@@ -335,7 +355,11 @@ def write_ranking(result: SearchResult, path: Path) -> Path:
     Returns the path of the ranking.
     A name that a spreadsheet would run as a formula, as `=x.jpg`, is written as `./=x.jpg`.
     """
-    names = result.table["photograph"].str.replace(r"^(?=[=+\-@\t\r＝＋－＠])", "./", regex=True)
-    table = result.table.assign(photograph=names)
+    table = result.table.assign(photograph=no_formulas(result.table["photograph"]))
     runs.write_text(path.with_name("verdict.txt"), f"{result.verdict()}\n")
     return runs.write_text(path, table.to_csv(index=False, float_format="%.6f"))
+
+
+def no_formulas(names: pd.Series) -> pd.Series:
+    """Returns names (N,) of which none begins as a formula does in a spreadsheet."""
+    return names.str.replace(r"^(?=[=+\-@\t\r＝＋－＠])", "./", regex=True)

@@ -13,6 +13,7 @@ import numpy as np
 
 from vitgal import runs
 from vitgal.data.images import ImageError, ReadError, read_image
+from vitgal.data.photographs import PhotographError, read_upright
 from vitgal.viz.drawing import reduce_image
 from vitgal.viz.run_document import Images, run_document
 
@@ -44,6 +45,17 @@ def write_report(
     folder = Path(folder or Path(run_folders[0]) / "report").absolute()
     _refuse_other_files(folder)
     document, images = run_document(run_folders, ranks=ranks, pairs=pairs, progress=progress)
+    return write_page(document, images, folder, single_file=single_file)
+
+
+def write_page(
+    document: dict[str, Any], images: Images, folder: Path, *, single_file: bool = False
+) -> Path:
+    """Writes a document with its images as `write_report` does; returns the path of index.html.
+
+    Raises StageError where the folder holds other files than a page's.
+    """
+    _refuse_other_files(folder)
     (folder / PAGE).unlink(missing_ok=True)  # written last: a page has all of its images
     document["thumbs"], document["photos"] = _write_images(folder, images, inline=single_file)
     return runs.write_text(folder / PAGE, page(document))
@@ -99,8 +111,8 @@ def _write_images(
     def convert(number: int) -> tuple[str | None, str | None]:
         """Returns the addresses of an image's small and large picture; None: there is none."""
         try:
-            pixels = read_image(images.paths[number])
-        except (ImageError, ReadError, OSError):
+            pixels = (read_upright if images.upright else read_image)(images.paths[number])
+        except (ImageError, PhotographError, ReadError, OSError):
             return None, None
         small = jpeg(pixels, THUMBNAIL)
         large = jpeg(pixels, ENLARGED) if number in images.enlarged else None

@@ -41,11 +41,13 @@ class Images:
     """The images that a document shows, each file once, numbered in the order of their mention.
 
     paths: the files. names: as they are printed. enlarged: numbers of those that a pair shows.
+    upright: whether all are turned by their EXIF orientation.
     """
 
     paths: list[Path] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     enlarged: set[int] = field(default_factory=set)
+    upright: bool = False
     _numbers: dict[Path, int] = field(default_factory=dict)
 
     def number(self, path: Path, name: str) -> int:

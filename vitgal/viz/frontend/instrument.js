@@ -60,6 +60,7 @@ function svg(tag, attributes = {}, ...children) {
 }
 
 const percent = (value) => (value === null || value === undefined ? "–" : (100 * value).toFixed(1));
+const whole = (value) => (value === null ? null : `${Math.round(100 * value)} %`);
 const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "±") + Math.abs(value).toFixed(1);
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
@@ -121,6 +122,7 @@ class Entry {
     this.title = `${this.run} · ${this.dataset}`;
     this.stages = Object.keys(this.scores);
     this.reranked = this.stages.includes("reranked");
+    this.own = this.kind === "own"; // own photographs: no labels, but probabilities and places
     this.labels = this.queries.map((query) => {
       const labels = new Map();
       for (const label of ["easy", "hard", "junk"])
@@ -143,6 +145,10 @@ class Entry {
   }
 
   label(query, image) {
+    if (this.own) {
+      const probability = this.probability(query, image);
+      return probability !== null && probability >= this.threshold ? "easy" : "negative";
+    }
     return this.labels[query].get(image) ?? "negative";
   }
 
@@ -166,6 +172,12 @@ class Entry {
   inliers(query, image) {
     const position = this.queries[query].verified.indexOf(image);
     return position < 0 ? null : this.queries[query].inliers[position];
+  }
+
+  // That an image shows the query's place; null where it is unknown.
+  probability(query, image) {
+    const { verified, probability } = this.queries[query];
+    return probability[verified.indexOf(image)] ?? null;
   }
 
   pair(query, image) {
@@ -468,6 +480,7 @@ function brush(node, moved, ended) {
 
 function overview(state) {
   const { entry } = state;
+  if (entry.own) return ownOverview(state);
   return element(
     "div",
     { class: "overview" },
@@ -505,6 +518,50 @@ function overview(state) {
       selectionLine(state),
       queryTable(state),
     ),
+  );
+}
+
+// Own photographs: the places, the best photograph of each first, and the queries.
+function ownOverview(state) {
+  const { entry } = state;
+  const open = (image) => () => {
+    const query = entry.byImage.get(image);
+    if (query !== undefined) state.set({ query, view: "ranking", image: null });
+  };
+  const places = (entry.places ?? []).map(({ images, probability }, number) =>
+    element(
+      "section",
+      { class: "wide" },
+      element("h3", {}, `Place ${number + 1}: ${images.length} photographs`),
+      element(
+        "div",
+        { class: "grid" },
+        ...images.map((image, index) =>
+          element(
+            "button",
+            { type: "button", class: "tile", title: state.data.names[image], onclick: open(image) },
+            picture(state, image),
+            element(
+              "span",
+              { class: "caption" },
+              `${index ? "" : "best, "}${whole(probability[index])}`,
+            ),
+          ),
+        ),
+      ),
+    ),
+  );
+  const left = entry.left_out.map(([name, reason]) => row(name, reason));
+  return element(
+    "div",
+    { class: "overview" },
+    entry.places &&
+      element("h2", { class: "wide" }, `${places.length} places in ${entry.database} photographs`),
+    ...places,
+    element("section", { class: "wide" }, element("h2", {}, "Queries"), queryTable(state)),
+    left.length
+      ? element("section", {}, element("h2", {}, "Left out"), table(["photograph", "why"], left))
+      : null,
   );
 }
 
@@ -736,7 +793,14 @@ function descriptorMap(state) {
 
 function queryTable(state) {
   const { entry, protocol, sorting } = state;
-  const columns = [
+  const best = (query) => entry.queries[query].after[protocol][0];
+  const ownColumns = [
+    ["query", (query) => state.data.names[entry.queries[query].image]],
+    ["first", (query) => state.data.names[best(query)] ?? null],
+    ["inliers", (query) => entry.inliers(query, best(query))],
+    ["shows it", (query) => whole(entry.probability(query, best(query)))],
+  ];
+  const columns = entry.own ? ownColumns : [
     ["query", (query) => state.data.names[entry.queries[query].image]],
     [entry.reranked ? "AP before" : "AP", (query) => entry.ap("global", protocol, query)],
     ...(entry.reranked
@@ -826,9 +890,9 @@ function ranking(state) {
       element(
         "p",
         {},
-        `Query ${query} of ${entry.queries.length}. AP ${percent(entry.ap("global", protocol, query))}${after} (${protocol}).`,
+        entry.own ? entry.queries[query].verdict : `Query ${query} of ${entry.queries.length}. AP ${percent(entry.ap("global", protocol, query))}${after} (${protocol}).`,
       ),
-      worstLine(state),
+      entry.own ? null : worstLine(state),
       element(
         "p",
         {},
@@ -839,10 +903,10 @@ function ranking(state) {
       element(
         "div",
         { class: "filters", role: "group", "aria-label": "labels that are shown" },
-        ...filters,
+        ...(entry.own ? [] : filters),
       ),
-      selectionLine(state),
-      parametersButton(state),
+      entry.own ? null : selectionLine(state),
+      entry.own ? null : parametersButton(state),
     ),
     element(
       "div",
@@ -939,7 +1003,9 @@ function tile(state, { image, label, ignored, rank }, after) {
   const place = rank === null ? "ignored" : `${rank}`;
   const name = `${state.data.names[image]}, ${label}, ${rank === null ? "ignored" : `rank ${rank}`}, ${numbers}`;
   const stored = state.entry.pair(state.query, image) ? " stored" : "";
-  const kind = `tile ${label}${ignored ? " ignored" : ""}${image === state.image ? " current" : ""}${stored}`;
+  const { own } = state.entry;
+  const shows = own && after ? whole(state.entry.probability(state.query, image)) : null;
+  const kind = `tile ${own && label === "negative" ? "junk" : label}${ignored ? " ignored" : ""}${image === state.image ? " current" : ""}${stored}`;
   return element(
     "button",
     {
@@ -958,8 +1024,8 @@ function tile(state, { image, label, ignored, rank }, after) {
     element(
       "span",
       { class: "caption" },
-      element("b", { class: label }, LETTERS[label]),
-      ` ${place}  ${numbers}`,
+      own ? null : element("b", { class: label }, LETTERS[label]),
+      ` ${place}  ${numbers}${shows ? `  ${shows}` : ""}`,
     ),
   );
 }
@@ -1465,7 +1531,10 @@ function pair(state) {
       : `rank ${item.rank} ${state.after && entry.reranked ? "after reranking" : "of the global ranking"}`
     : "not in the shown ranking";
   const similarity = entry.similarity(query, image);
-  const known = [place, label];
+  const shows = entry.own && whole(entry.probability(query, image));
+  const known = [place];
+  if (shows) known.push(`shows it with ${shows}`);
+  if (!entry.own) known.push(label);
   if (similarity !== null) known.push(`similarity ${similarity.toFixed(3)}`);
   if (entry.inliers(query, image) !== null)
     known.push(`${entry.inliers(query, image)} inliers as counted by reranking`);
@@ -1682,13 +1751,13 @@ function header(state) {
       element("option", { value: number, selected: number === state.number }, title),
     ),
   );
-  const tabs = VIEWS.map((name) =>
+  const { own } = state.entry;
+  const tabs = VIEWS.filter((name) => !own || name !== "compare").map((name) =>
     button(capital(name), () => state.set({ view: name }), {
       "aria-current": state.view === name ? "page" : null,
     }),
   );
-  const protocols = state.entry
-    .protocols()
+  const protocols = (own ? [] : state.entry.protocols())
     .map((name) =>
       button(capital(name), () => state.set({ protocol: name }), {
         "aria-pressed": String(state.protocol === name),

@@ -1,0 +1,121 @@
+"""`vitgal own`: a folder of photographs, its questions, answers, places and page."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from vitgal import runs
+from vitgal.app import pipeline
+from vitgal.settings import Settings, SettingsError, Values
+
+
+def search_own(
+    folder: Path,
+    queries: Sequence[str] = (),
+    query_folder: Path | None = None,
+    *,
+    box: str | None = None,
+    places: bool = False,
+    overrides: dict[str, Any] | None = None,
+    output: Path | None = None,
+    progress: bool = True,
+) -> tuple[Path, list[str]]:
+    """Searches a folder for photographs, writes results.csv and a page, and finds places.
+
+    Args:
+        queries: names in the folder, or files by their paths from the current folder.
+        query_folder: all photographs in it are queries too. Without any query, each photograph of
+            the folder is asked for its neighbours.
+        box: of a single query, as text.
+        places: also writes places.csv; every photograph is asked.
+        overrides, output: as for `pipeline.run_own`.
+    Returns:
+        The run folder, and what was found, a line each.
+    Raises:
+        SettingsError: settings that do not exist or fit; PhotographError, StageError: as
+            `describe_folder` and `answer`.
+    """
+    from vitgal import stages
+    from vitgal.stages import own_answers
+    from vitgal.viz.own_document import own_document
+    from vitgal.viz.report import write_page
+
+    run, settings, weights = _settings(folder, box, overrides, output)
+    if places and (queries or query_folder):
+        raise SettingsError("--places asks every photograph: leave out --query and --queries")
+    models = stages.own_models(run, weights)
+    settings = models.complete(settings)
+    describer = stages.Describer(
+        run,
+        models.describing,
+        models.suited(settings.describing),
+        settings.local,
+        settings.machine,
+        local_model=models.local,
+    )
+    lines = [models.announce(run)]
+    photographs = stages.describe_folder(Path(folder), describer, progress=progress)
+    lines += photographs.report().split("\n")
+    presence = stages.known_presence(describer, settings.reranking)
+    named = [str(_typed(photographs.folder, query)) for query in queries]
+    asked = own_answers.questions(photographs, named, query_folder, settings.own.query_box)
+    answers = own_answers.answer(
+        photographs, asked, settings.reranking, presence, progress=progress
+    )
+    results = own_answers.write_answers(answers, run / "own" / "results.csv")
+    found = None
+    if places:
+        found = own_answers.find_places(answers)
+        table = own_answers.write_places(photographs, found, run / "own" / "places.csv")
+        lines += [*_place_lines(photographs.names, found), f"places: {table}"]
+    document, images = own_document(answers, found, progress=progress)
+    page = write_page(document, images, run / "own" / "report")
+    lines += _answer_lines(answers.table)
+    lines += [f"not asked: {name}: {reason}" for name, reason in answers.left_out.items()]
+    return run, [*lines, f"{len(answers.questions)} queries answered: {results}", f"page: {page}"]
+
+
+def _settings(
+    folder: Path, box: str | None, overrides: dict[str, Any] | None, output: Path | None
+) -> tuple[Path, Settings, str | None]:
+    """Returns the run, the settings of notebook 08 and its `weights`."""
+    notebook = runs.checkout() / "notebooks" / pipeline.OWN
+    texts = dict(overrides or {}) | {"photographs_folder": str(folder)}
+    if box is not None:
+        texts["query_box"] = box
+    run, parameters = pipeline.plan(
+        Values({}, {}), [notebook], [notebook], overrides=texts, output=output
+    )
+    values = parameters[notebook]
+    return run, pipeline.settings_in(notebook, values), values.get("weights")
+
+
+def _typed(folder: Path, query: str) -> Path | str:
+    """Returns the file of a query that was typed in the current folder, or the text itself."""
+    from vitgal.data.photographs import find_photograph
+
+    return find_photograph(folder, query, Path.cwd()) or query
+
+
+def _answer_lines(table: pd.DataFrame, most: int = 20) -> list[str]:
+    """The first answer to each of the first questions."""
+    first = table[table["rank"] == 1]
+    lines = []
+    for row in first.head(most).itertuples():
+        shown = (
+            "" if np.isnan(row.probability) else f", shows it with {100 * row.probability:.0f} %"
+        )
+        names = f"{runs.printable(row.query)}: {runs.printable(row.image)}"
+        lines.append(f"{names} (similarity {row.similarity:.2f}, {row.inliers} inliers{shown})")
+    return [*lines, *(["…"] if len(first) > most else [])]
+
+
+def _place_lines(names: Sequence[str], places: Sequence[Any], most: int = 20) -> list[str]:
+    lines = [f"{len(places)} places, {sum(len(place.members) for place in places)} photographs"]
+    for number, place in enumerate(places[:most], 1):
+        best = runs.printable(names[place.members[0]])
+        lines.append(f"{number:>4}  {len(place.members):>5} photographs, best: {best}")
+    return [*lines, *(["      …"] if len(places) > most else [])]

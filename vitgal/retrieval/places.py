@@ -1,0 +1,99 @@
+"""Places: groups of photographs that verified pairs connect, without labels."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A place that several photographs show.
+
+    Attributes:
+        members: (n,) int, the indices of its photographs, by falling `support`: the first is best.
+        support: (n,) float64, the sum of a photograph's probabilities with those it is linked to.
+        links: (n,) int, the number of these.
+    """
+
+    members: np.ndarray
+    support: np.ndarray
+    links: np.ndarray
+
+
+def group_places(
+    pairs: np.ndarray, probabilities: np.ndarray, threshold: float = 0.5
+) -> list[Place]:
+    """Groups images into places by the probabilities of verified pairs.
+
+    A pair at or above the threshold is a link. Two images are of one place where two paths that
+    share no link join them: so a single wrong pair, which is a bridge in the graph of links, cannot
+    merge two places (they are its 2-edge-connected components). An image that is left alone joins
+    the place of its strongest link; two of them that are linked form a place of two.
+
+    Args:
+        pairs: (P, 2) int, indices of images, each pair once in any order.
+        probabilities: (P,) that a pair shows one place.
+    Returns:
+        The places of at least two images, the largest first, equal ones by the lowest index.
+    """
+    import networkx
+
+    pairs, probabilities = np.asarray(pairs).reshape(-1, 2), np.asarray(probabilities, np.float64)
+    if len(pairs) != len(probabilities):
+        raise ValueError(f"{len(pairs)} pairs and {len(probabilities)} probabilities")
+    linked = (probabilities >= threshold) & (pairs[:, 0] != pairs[:, 1])
+    order = np.lexsort((*np.sort(pairs, axis=1).T[::-1], -probabilities))
+    links = [
+        (*pairs[index].tolist(), float(probabilities[index])) for index in order[linked[order]]
+    ]
+    graph = networkx.Graph()
+    graph.add_weighted_edges_from(links)
+    bridges = {frozenset(bridge) for bridge in networkx.bridges(graph)}
+    firm = graph.edge_subgraph([link[:2] for link in links if frozenset(link[:2]) not in bridges])
+    places = [set(component) for component in networkx.connected_components(firm)]
+    place_of = {image: place for place in places for image in place}
+    firmly = set(place_of)
+    for first, second, _ in links:  # the strongest first
+        inside = [image in place_of for image in (first, second)]
+        if not any(inside):
+            places.append({first, second})
+            place_of |= {first: places[-1], second: places[-1]}
+        elif not all(inside) and (known := second if inside[1] else first) in firmly:
+            joining = first if inside[1] else second
+            place_of[known].add(joining)
+            place_of[joining] = place_of[known]
+    places.sort(key=lambda place: (-len(place), min(place)))
+    return [_place(graph.subgraph(place)) for place in places]
+
+
+def _place(graph) -> Place:
+    """Describes the place that a networkx graph of links spans."""
+    support = dict(graph.degree(weight="weight"))
+    members = sorted(graph, key=lambda image: (-support[image], image))
+    return Place(
+        members=np.array(members, np.int64),
+        support=np.array([support[image] for image in members]),
+        links=np.array([graph.degree(image) for image in members], np.int64),
+    )
+
+
+def pair_scores(found: np.ndarray, true: np.ndarray) -> tuple[float, float, float]:
+    """Returns precision, recall and F1 of the pairs that a grouping puts together.
+
+    found, true: (N,) int, the group of each of N images; -1: none. A score without pairs is nan.
+    """
+    found, true = np.asarray(found), np.asarray(true)
+
+    def count(*labels: np.ndarray) -> int:
+        """Returns the number of pairs with equal labels, none of them -1."""
+        whole = np.stack(labels, axis=1)[np.all(np.stack(labels) >= 0, axis=0)]
+        _, sizes = np.unique(whole, axis=0, return_counts=True)
+        return int((sizes * (sizes - 1) // 2).sum())
+
+    right, named, wanted = count(found, true), count(found), count(true)
+    total = named + wanted
+    return (
+        right / named if named else float("nan"),
+        right / wanted if wanted else float("nan"),
+        2 * right / total if total else float("nan"),
+    )
