@@ -72,5 +72,5 @@ def test_sweep_changes_one_parameter_at_a_time():
     distance = table[table["parameter"] == "max_distance"]
     assert distance["matches"].is_monotonic_increasing
     assert (table[table["parameter"] == "threshold"]["matches"] == 60).all()
-    assert table[table["parameter"] == "max_keypoints"]["value"].tolist() == [25, 50]
+    assert table[table["parameter"] == "max_keypoints"]["value"].tolist() == [25, 50, 60]
     assert (table["inliers"] <= table["matches"]).all()

@@ -369,6 +369,7 @@ def test_lost_variance_is_one_for_the_mean_token_and_zero_for_a_copy():
     assert diagnostics.lost_variance(model, photographs, size=48) == pytest.approx(1, abs=1e-5)
     maps = diagnostics.token_maps(model, photographs, size=48)
     assert {key: [single.shape for single in value] for key, value in maps.items()} == {
+        "tokens": [(3, 3, 128)] * 2,
         "error": [(3, 3)] * 2,
         "backbone_attention": [(3, 3)] * 2,
         "attention": [(3, 3)] * 2,

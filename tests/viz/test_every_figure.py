@@ -19,14 +19,20 @@ from tests.viz.drawn_samples import (
 )
 from vitgal.features.local import LocalFeatures
 from vitgal.retrieval.verification import PairInspection, Verification
-from vitgal.viz import charts, diagrams, galleries, maps, matching
+from vitgal.viz import charts, diagrams, evidence_figures, galleries, maps, matching, scores
 from vitgal.viz.galleries import QueryImage
 
 PANORAMA, TOWER, DOT = (6, 300), (300, 6), (1, 1)
 QUERY = QueryImage(picture(60, 80), (10, 5, 60, 40), LONG[0])
 
 
-def match_lines(first: np.ndarray, second: np.ndarray, count: int = 2) -> plt.Axes:
+def match_figure(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    return match_lines(first, second, draw=evidence_figures.match_figure)
+
+
+def match_lines(
+    first: np.ndarray, second: np.ndarray, count: int = 2, draw=matching.match_lines
+) -> plt.Axes | np.ndarray:
     """The corners of two photographs, matched: one inlier, the others rejected."""
     sides = [
         matching.MatchedImage(image, corners(image, count), title)
@@ -34,7 +40,7 @@ def match_lines(first: np.ndarray, second: np.ndarray, count: int = 2) -> plt.Ax
     ]
     inliers = np.arange(count) == 0
     pairs = np.column_stack([np.arange(count)] * 2)
-    return matching.match_lines(*sides, PairInspection(pairs, Verification(inliers, np.eye(3))))
+    return draw(*sides, PairInspection(pairs, Verification(inliers, np.eye(3))))
 
 
 def corners(image: np.ndarray, count: int) -> LocalFeatures:
@@ -50,8 +56,8 @@ CALLS = {
     "split": lambda: charts.split_statistics([3, 5, 9], [1, 0, 2]),
     "long tail": lambda: charts.split_statistics(np.arange(1, 2000), [1, 10, 100]),
     "training_curves": lambda: charts.training_curves(log()),
-    "reconstruction": lambda: maps.reconstruction_error(
-        log(), photographs(2), [np.eye(3), np.ones((2, 4))]
+    "tokens": lambda: maps.token_figure(
+        photographs(2), [np.ones((3, 3, 5)), np.zeros((2, 4, 5))], [np.eye(3), np.ones((2, 4))]
     ),
     "attention": lambda: maps.attention_maps(photographs(2), [np.eye(3)] * 2, [np.eye(4)] * 2),
     "ranking_rows": lambda: galleries.ranking_rows(
@@ -68,10 +74,27 @@ CALLS = {
     "unlabelled": lambda: galleries.stacked_rankings(
         QUERY, {"by similarity": ranked("ab", [None] * 2, LONG), "by inliers": []}
     ),
-    "ap_change": lambda: charts.ap_change(
+    "ap_change": lambda: scores.ap_change(
         pd.DataFrame({"before": [0.1, 0.5, np.nan], "after": [0.9, 0.2, np.nan]}, index=LONG[:3])
     ),
-    "score_bars": lambda: charts.score_bars(SYSTEMS),
+    "score_dots": lambda: scores.score_dots(SYSTEMS),
+    "retrieval": lambda: scores.retrieval_curves(
+        {"easy": np.ones(3), "negative": np.zeros(9)},
+        {"medium": np.ones(11)},
+        {"medium": (np.array([1, 10, 100]), np.array([0.1, 0.5, 1.0]))},
+        top=20,
+    ),
+    "attention and inliers": lambda: evidence_figures.attention_and_inliers(
+        matching.MatchedImage(picture(150, 240), features([(8, 8), (392, 92)]), "q"),
+        PairInspection(np.array([[0, 0]]), Verification(np.array([True]), np.eye(3))),
+    ),
+    "match_figure": lambda: match_figure(picture(60, 80), picture(90, 40)),
+    "flow": lambda: diagrams.flow_figure(
+        picture(60, 80),
+        (10, 5, 60, 40),
+        {"tokens": [np.ones((3, 4, 2))], "backbone_attention": [np.ones((3, 4))]},
+        np.ones(13),
+    ),
     "feature_counts": lambda: matching.feature_counts([3, 90, 500], [0.3535, 0.5, 1.4142]),
     "keypoints": lambda: matching.keypoints(picture(150, 240), features([(8, 8), (392, 92)])),
     "match_lines": lambda: match_lines(picture(60, 80), picture(90, 40)),
@@ -79,17 +102,17 @@ CALLS = {
 EMPTY = {
     "contact_sheet": (lambda: galleries.contact_sheet([]), "no images"),
     "training_curves": (lambda: charts.training_curves(pd.DataFrame()), "no values"),
-    "reconstruction": (lambda: maps.reconstruction_error(pd.DataFrame()), "no\nreconstruction"),
+    "tokens": (lambda: maps.token_figure([], [], []), "no photographs"),
     "attention": (lambda: maps.attention_maps([], [], []), "no photographs"),
     "attention_heads": (lambda: maps.attention_heads(picture(9, 9), {}, {}), "no scale"),
     "ranking_rows": (lambda: galleries.ranking_rows([], []), "no queries"),
     "one query": (lambda: galleries.ranking_rows([QUERY], [[]], columns=2), "no image\nranked"),
     "before_after": (lambda: galleries.before_after(QUERY, [], []), "no image\nranked"),
     "ap_change": (
-        lambda: charts.ap_change(pd.DataFrame({"before": [np.nan], "after": [np.nan]})),
+        lambda: scores.ap_change(pd.DataFrame({"before": [np.nan], "after": [np.nan]})),
         "no query",
     ),
-    "score_bars": (lambda: charts.score_bars({}), "no scores"),
+    "score_dots": (lambda: scores.score_dots({}), "no scores"),
     "diagram": (lambda: diagrams.step_diagram([]), "no steps"),
 }
 
@@ -111,12 +134,12 @@ def test_one_figure_with_every_label_inside_and_no_setting_changed(name):
 
 def test_the_user_style_does_not_reach_the_figure_when_it_is_drawn_later():
     with plt.rc_context({"xtick.labelsize": 30, "font.family": "serif", "axes.grid": True}):
-        axes = charts.score_bars(SYSTEMS)
+        axes = scores.score_dots(SYSTEMS)
         axes.figure.draw_without_rendering()
         ticks = axes.get_xticklabels()
     assert {tick.get_fontsize() for tick in ticks} == {8}
     assert ticks[0].get_fontfamily() == ["DejaVu Sans"]
-    assert not axes.xaxis.get_gridlines()[0].get_visible()
+    assert not axes.yaxis.get_gridlines()[0].get_visible()
 
 
 @pytest.mark.parametrize("name", EMPTY)
@@ -138,6 +161,7 @@ def test_any_aspect_can_be_drawn(sides):
         galleries.ranking_rows([query], [images], columns=2),
         maps.attention_maps([first, second], [np.eye(2)] * 2, [np.eye(2)] * 2),
         match_lines(first, second, 1),
+        match_figure(first, second),
     ):
         figure = np.ravel(np.asarray(axes, dtype=object))[0].figure
         figure.draw_without_rendering()

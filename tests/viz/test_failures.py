@@ -65,8 +65,8 @@ def test_failure_figure_explains_moved_images(failing):
     figure = failures.failure_figure(*failing, 0, protocol="medium", columns=4)
     lines = [text.get_text() for text in figure.findobj(plt.Text)]
     # Captions: rank and similarity; rank, origin, inliers of matches; junk without a rank.
-    for wanted in ("1   0.90", "–   0.80", "1 ▲2   9/9", "2 ▼1   0/3", "3 =   0/0"):
-        assert wanted in lines, lines
+    wanted = {"1   0.90\nd", "–   0.80\nc", "1 ▲2   9/9\nb", "2 ▼1   0/3\nd", "3 =   0/0\na"}
+    assert wanted <= set(lines)
     assert "up past 1 with fewer inliers" in lines
     assert "fewer than 5 matches count as no inlier; down, 1 with more inliers pass" in lines
     assert "no local features, so no inlier" in lines
@@ -77,7 +77,7 @@ def test_failure_figure_without_reranking_has_one_row(failing):
     shutil.rmtree(run / "tiny" / "rerank")
     figure = failures.failure_figure(run, benchmark, 0, columns=4)
     lines = [text.get_text() for text in figure.findobj(plt.Text)]
-    assert {"1   0.90", "ranking", "rank"} <= set(lines)
+    assert {"1   0.90\nd", "ranking", "rank"} <= set(lines)
     assert not {"before", "after", "rank before", "why", "inliers"} & set(lines)
 
 
@@ -157,3 +157,18 @@ def test_images_that_pass_another_are_named_with_what_speaks_against_most_of_the
     )
     assert reasons(*moves).reason(0, 2, 6) == "down, 4 with more inliers pass"
     assert reasons(*moves, fused=True).reason(0, 2, 6) == "down, 4 with a higher score pass"
+
+
+def test_a_right_image_with_no_more_inliers_than_chance_says_so():
+    found = {index: evidence() for index in range(4)}
+    counts = {0: 8, 1: 6, 2: 6, 3: 30}  # 0 is right; the wrong ones have 6 in the median
+    places = {0: (0, 3), 1: (1, 0), 2: (2, 1), 3: (3, 2)}
+    known = failures._Reasons(counts, found, places, True, frozenset([0]))
+    assert known.reason(0, 1, 4) == (
+        "down, 3 with a higher score pass: no more inliers than by chance (6)"
+    )
+    assert known.reason(3, 4, 3) == (
+        "wrong, but its homography is plausible; up past 1 with a lower score"
+    )
+    clear = failures._Reasons({**counts, 0: 10}, found, places, True, frozenset([0]))
+    assert clear.reason(0, 1, 4) == "down, 3 with a higher score pass"

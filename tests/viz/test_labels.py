@@ -14,7 +14,7 @@ from matplotlib.font_manager import fontManager
 
 from tests.viz.drawn_samples import features, picture
 from vitgal.retrieval.verification import PairInspection, Verification
-from vitgal.viz import charts, diagrams, drawing, galleries, maps, matching, style
+from vitgal.viz import diagrams, drawing, galleries, maps, matching, scores, style
 from vitgal.viz.galleries import QueryImage, RankedImage
 
 NAMES = [
@@ -55,13 +55,13 @@ def before_after():
     return galleries.before_after(QUERY, ranked(), ranked()[::-1], columns=len(NAMES))
 
 
-def score_bars():
-    return charts.score_bars({name: {"easy": 0.5, "hard": 0.2} for name in NAMES})
+def score_dots():
+    return scores.score_dots({name: {"easy": 0.5, "hard": 0.2} for name in NAMES})
 
 
 def ap_change():
     change, names = np.linspace(0, 1, len(NAMES)), pd.Index(NAMES, dtype=object)
-    return charts.ap_change(pd.DataFrame({"before": 0.5, "after": change}, index=names))
+    return scores.ap_change(pd.DataFrame({"before": 0.5, "after": change}, index=names))
 
 
 def dropped_features():
@@ -80,7 +80,7 @@ def match_lines(first: str, second: str) -> plt.Axes:
     return matching.match_lines(*sides, PairInspection(pairs, Verification(np.ones(2, bool), None)))
 
 
-FIGURES = [contact_sheet, ranking_rows, stacked_rankings, before_after, score_bars, ap_change]
+FIGURES = [contact_sheet, ranking_rows, stacked_rankings, before_after, score_dots, ap_change]
 FIGURES += [dropped_features, step_diagram]
 
 
@@ -107,7 +107,7 @@ def test_any_name_can_be_drawn_on_matches(pair):
 
 
 def test_every_system_is_in_the_legend():
-    legend = score_bars().figure.legends[0]
+    legend = score_dots().figure.legends[0]
     assert len(legend.get_texts()) == len(NAMES)
 
 
@@ -176,7 +176,7 @@ def test_the_user_style_does_not_change_figures(tmp_path):
         "import sys; from pathlib import Path; import matplotlib; matplotlib.use('agg')\n"
         "from tests.viz.drawn_samples import log; from tests.viz.test_labels import *\n"
         "assert str(matplotlib.rcParams['text.usetex']) == sys.argv[2]\n"
-        "drawn = [score_bars(), charts.training_curves(log()), match_lines('a', 'b'),\n"
+        "drawn = [score_dots(), charts.training_curves(log()), match_lines('a', 'b'),\n"
         "  galleries.ranking_rows([QUERY], [ranked()[:3]], columns=3),\n"
         "  charts.split_statistics([300, 4], [1]),\n"
         "  matching.keypoints(picture(150, 240), features([(8, 8), (24, 24)]))]\n"

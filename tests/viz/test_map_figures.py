@@ -1,36 +1,59 @@
 """Maps over photographs."""
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from sklearn.decomposition import PCA
 
-from tests.viz.drawn_samples import features, log, photographs, picture
+from tests.viz.drawn_samples import features, photographs, picture
 from vitgal.viz import maps
 
 
-def test_reconstruction_error_maps_share_one_scale_and_span_the_photograph():
-    errors = [np.arange(6.0).reshape(2, 3), np.full((4, 4), 100.0)]
-    axes = maps.reconstruction_error(log(), photographs(2), errors)
-    assert len(axes) == 5
-    first, second = axes[3].images[1], axes[4].images[1]
-    assert np.array_equal(first.get_array(), errors[0])
-    assert first.norm is second.norm
-    assert first.get_extent() == [-0.5, 79.5, 59.5, -0.5]
-    assert axes[0].lines[1].get_xydata().tolist() == [[20, 0.6], [30, 0.5]]
+def test_error_maps_share_one_scale_whose_colours_are_those_of_the_bar():
+    errors, tokens = [np.zeros((2, 3)), np.full((4, 4), 100.0)], [np.ones((2, 2, 3))] * 2
+    axes = maps.token_figure(photographs(2), tokens, errors)
+    assert axes.shape == (3, 2)
+    low, high = (cell.images[0].get_array() for cell in axes[2])
+    inferno = plt.get_cmap("inferno")
+    for drawn, end in ((low, 0.0), (high, 1.0)):
+        colour = np.round(255 * np.array(inferno(end)[:3]))
+        assert (drawn == colour).all()  # no photograph is mixed in
+    assert axes[2, 0].images[0].get_extent() == [-0.5, 79.5, 59.5, -0.5]
     for wrong in ([np.ones(4)], [np.full((2, 2), np.nan)], []):
         with pytest.raises(ValueError, match="error maps"):
-            maps.reconstruction_error(log(), photographs(1), wrong)
+            maps.token_figure(photographs(1), tokens[:1], wrong)
+    with pytest.raises(ValueError, match="0 maps of tokens for 1 images"):
+        maps.token_figure(photographs(1), [], [np.eye(2)])
+
+
+def test_components_of_tokens_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    tokens = [rng.standard_normal((4, 5, 6)) * [9, 5, 3, 1, 1, 1] for _ in range(2)]
+    colours = maps.component_colours(tokens)
+    assert [part.shape for part in colours] == [(4, 5, 3)] * 2 and colours[0].dtype == np.uint8
+    rows = np.concatenate([part.reshape(-1, 6) for part in tokens])
+    expected = PCA(3).fit_transform(rows)
+    drawn = np.concatenate([part.reshape(-1, 3) for part in colours]).astype(float)
+    for column in range(3):  # but for the sign, and the cut at the 2nd and 98th percentile
+        assert abs(np.corrcoef(drawn[:, column], expected[:, column])[0, 1]) > 0.98
+    (few,) = maps.component_colours([np.array([[[0.0, 1.0], [2.0, 1.0]]])])
+    assert few[0, :, 0].tolist() == [0, 255] and (few[..., 1:] == 0).all()
 
 
 def test_attention_is_drawn_relative_to_its_mean():
     before, after = np.array([[1.0, 3.0]]), np.array([[0.0, 0.0], [0.0, 8.0]])
     axes = maps.attention_maps([picture(10, 20)], [before], [after])
     assert axes.shape == (1, 3)
-    assert axes[0, 1].images[1].get_array().tolist() == [[0.5, 1.5]]
-    assert axes[0, 2].images[1].get_array().tolist() == [[0, 0], [0, 4]]
+    # divided by the mean: 0.5 and 1.5 beside 0, 0, 0 and 4, which share one range from 0 on
+    norm = maps.percentile_range([before / 2, after / 2], 1)
+    left = np.asarray(axes[0, 1].images[0].get_array())[5, 0]
+    expected = plt.get_cmap("inferno")(0.5 / norm.vmax)[:3]
+    assert left == pytest.approx(255 * np.array(expected), abs=1)
+    assert (axes[0, 2].images[0].get_array()[0, 0] == [0, 0, 4]).all()  # inferno's darkest
     several = maps.attention_maps(photographs(2), [before] * 2, [after] * 2)
     assert several.shape == (2, 3)
     flat = maps.attention_maps([picture(4, 4)], [np.zeros((2, 2))], [np.zeros((2, 2))])
-    assert flat[0, 1].images[1].get_array().tolist() == [[0, 0], [0, 0]]
+    assert (flat[0, 1].images[0].get_array() == [0, 0, 4]).all()
 
 
 def test_heat_lies_over_the_box_alone():

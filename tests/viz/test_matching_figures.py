@@ -16,25 +16,29 @@ def test_keypoints_are_squares_of_a_patch():
     axes = matching.keypoints(picture(150, 240), drawn)
     # An input pixel is half a pixel wide and one high. The first patch is the crop's corner: its
     # 16 x 16 input pixels cover 8 x 16 pixels from the corner's edge (29.5, 39.5).
-    best, second = (path.get_extents().extents for path in axes.collections[0].get_paths()[::-1])
+    best, second = (path.get_extents().extents for path in axes.collections[-1].get_paths()[::-1])
     assert best == pytest.approx([29.5, 39.5, 37.5, 55.5])
     # twice as large round (30 + 50 - 0.5, 40 + 50 - 0.5)
     assert second == pytest.approx([79.5 - 8, 89.5 - 16, 79.5 + 8, 89.5 + 16])
-    assert axes.get_title() == "2 of 2 local features"
+    sky = "; sky (white line): 100% of the box, 100% of them"
+    assert axes.get_title() == f"2 local features{sky}"
+    assert axes.patches[0].get_bbox().extents == pytest.approx(
+        [29.5, 39.5, 229.5, 139.5]
+    )  # the box
     assert axes.child_axes  # the scale of the scores
 
 
 def test_keypoints_draw_the_best_and_cope_with_unknowns():
     several = features([(8, 8), (24, 8), (40, 8)])
     axes = matching.keypoints(picture(150, 240), several, max_keypoints=2)
-    assert axes.get_title() == "2 of 3 local features"
-    assert len(axes.collections[0].get_paths()) == 2
+    assert axes.get_title().startswith("2 of 3 local features; ")
+    assert len(axes.collections[-1].get_paths()) == 2
     nans = np.full(3, np.nan, np.float32)
     axes = matching.keypoints(picture(150, 240), features([(8, 8)] * 3, scores=nans, scales=nans))
-    assert axes.collections[0].get_paths()[0].get_extents().width == pytest.approx(8)
+    assert axes.collections[-1].get_paths()[0].get_extents().width == pytest.approx(8)
     assert not axes.child_axes
     axes = matching.keypoints(picture(150, 240), features([]))
-    assert axes.get_title() == "0 of 0 local features" and not axes.collections
+    assert axes.get_title() == "0 local features" and not axes.collections
 
 
 def test_feature_counts_are_counted():
@@ -85,7 +89,7 @@ def test_matches_join_the_right_places():
     # 6 inches for 150 columns: 0.04 inches a pixel; the second photograph starts at 4.08
     extents = [image.get_extent() for image in axes.images]
     assert np.array(extents) == pytest.approx(np.array([[0, 4, 2, 0], [4.08, 6.08, 2, 0]]))
-    rejected, accepted = (np.array(lines.get_segments()) for lines in axes.collections)
+    rejected, accepted = (np.array(lines.get_segments()) for lines in axes.collections[:2])
     assert accepted == pytest.approx(np.array([[[2, 1], [5.08, 1]]]))  # centre to centre
     assert rejected == pytest.approx(np.array([[[3.98, 1.98], [4.1, 0.02]]]))
     assert axes.get_title() == "1 inliers of 2 matches"
@@ -102,9 +106,10 @@ def test_matches_project_the_box():
     assert database.get_xy() == pytest.approx(expected / 2 + [4.08, 0])
     axes = draw_matches(np.eye(3))
     whole, cut = axes.patches
-    assert whole.get_xy()[2] == pytest.approx([4, 2])
-    # twice as wide as the database image: cut off at its edges
-    assert cut.get_xy()[2] == pytest.approx([8.08, 2])
+    assert whole.get_xy().max(axis=0) == pytest.approx([3.98, 1.98])  # drawn within the edges
+    # twice as wide as the database image: its edges are drawn there
+    assert cut.get_xy().min(axis=0) == pytest.approx([4.1, 0.02])
+    assert cut.get_xy().max(axis=0) == pytest.approx([6.06, 1.98])
     edges = axes.transData.inverted().transform(cut.get_clip_box().corners()[[0, 3]])
     assert np.sort(edges, axis=0) == pytest.approx(np.array([[4.08, 0], [6.08, 2]]))
 
@@ -137,7 +142,7 @@ def test_matches_are_thinned_evenly_and_checked():
     side = MatchedImage(image, points_of(image, points), "a")
     pairs = np.column_stack([np.arange(30)] * 2)
     axes = matching.match_lines(side, side, compared(pairs, np.arange(30) < 20, None), max_lines=8)
-    assert [len(lines.get_segments()) for lines in axes.collections] == [8, 8]
+    assert [len(lines.get_segments()) for lines in axes.collections[:2]] == [8, 8]
     assert axes.get_title() == "20 inliers (8 drawn) of 30 matches"
     ends = [segment[0] for segment in axes.collections[1].get_segments()]
     scale = axes.images[0].get_extent()[1] / 50
@@ -154,9 +159,9 @@ def test_layers_are_drawn_on_request():
     axes = matching.match_lines(side, side, pair)
     assert axes.get_title() == "2 inliers of 3 matches"
     assert len(axes.patches) == 2  # the box, and its image under the homography
-    assert len(axes.collections) == 2
+    assert len(axes.collections) == 3  # rejected, inliers and their ends
     bare = matching.match_lines(side, side, pair, outline=False, rejected=False)
-    assert len(bare.patches) == 0 and len(bare.collections) == 1
+    assert len(bare.patches) == 0 and len(bare.collections) == 2
     heat = np.array([[1.0, 0.0]])
     crossed = MatchedImage(photo, side.features, "a", dropped=side.features, heat=heat)
     axes = matching.match_lines(crossed, side, pair)

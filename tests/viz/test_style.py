@@ -1,5 +1,6 @@
 """Colours and files of figures, and text and photographs on axes."""
 
+import base64
 import itertools
 import math
 
@@ -13,7 +14,7 @@ from matplotlib.textpath import TextPath
 from tests.viz.drawn_samples import SYSTEMS, photographs, picture
 from vitgal.runs import PathError
 from vitgal.settings.sections import ShowSettings
-from vitgal.viz import charts, drawing, galleries, style
+from vitgal.viz import drawing, galleries, scores, style
 from vitgal.viz.style import FigureFolder
 
 
@@ -83,7 +84,7 @@ def test_long_titles_lose_their_middle():
 
 @pytest.mark.parametrize("suffix", [".pdf", ".svg", ".png", ".jpg"])
 def test_saving_twice_gives_the_same_bytes(tmp_path, suffix):
-    figures = [charts.score_bars(SYSTEMS) for _ in range(2)]
+    figures = [scores.score_dots(SYSTEMS) for _ in range(2)]
     files = [
         style.save_figure(axes, tmp_path / f"{index}" / f"bars{suffix}", close=True).read_bytes()
         for index, axes in enumerate(figures)
@@ -104,7 +105,7 @@ def test_saving_an_array_of_axes_keeps_the_figure_open(tmp_path):
 
 
 def test_figures_are_saved_on_request(tmp_path):
-    axes = charts.score_bars({"a": {"easy": 0.5}})
+    axes = scores.score_dots({"a": {"easy": 0.5}})
     FigureFolder(tmp_path, ShowSettings(save_figures=False)).keep(axes, "bars")
     assert list(tmp_path.iterdir()) == []
     for figure_format, figure in (("pdf", axes), ("svg", axes.figure)):
@@ -115,3 +116,18 @@ def test_figures_are_saved_on_request(tmp_path):
         FigureFolder(tmp_path / "link", show).keep(axes, "bars")
     assert (tmp_path / "figures" / "bars.pdf").read_bytes().startswith(b"%PDF")
     assert "<svg" in (tmp_path / "figures" / "bars.svg").read_text()
+
+
+def test_notebooks_store_charts_as_png_and_photographs_as_jpeg():
+    drawn = [scores.score_dots(SYSTEMS).figure for _ in range(2)]
+    assert style.stored_picture(drawn[0], "jpeg") is None
+    first, second = (style.stored_picture(figure, "png") for figure in drawn)
+    assert first == second  # the same figure, the same bytes
+    pixels = cv2.imdecode(np.frombuffer(base64.b64decode(first[0]), np.uint8), cv2.IMREAD_COLOR)
+    # stored at 200 dots an inch, shown at 80
+    assert first[1]["width"] == pytest.approx(pixels.shape[1] * 0.4, abs=0.5)
+    sheet = galleries.contact_sheet(photographs(2), columns=2, width=4)[0, 0].figure
+    assert style.stored_picture(sheet, "png") is None
+    assert base64.b64decode(style.stored_picture(sheet, "jpeg")[0]).startswith(b"\xff\xd8")
+    with pytest.raises(RuntimeError, match="for notebooks"):
+        style.sharpen_figures()

@@ -29,7 +29,7 @@ def test_means_are_over_queries_that_count():
     assert lines["not reranked: 20.0"].get_ydata() == pytest.approx([20, 20])
     assert [text.get_text() for text in thresholds.texts] == ["30.0", "60.0"]
     chosen, current = thresholds.patches[1], thresholds.patches[0]
-    assert (chosen.get_xy(), current.get_xy()) == ((-0.5, 0.5), (-0.5, -0.5))
+    assert (chosen.get_xy(), current.get_xy()) == ((-0.5, 0.5), (-0.44, -0.44))
     assert [label.get_text() for label in thresholds.get_yticklabels()] == ["0.7", "0.9"]
 
 
@@ -43,8 +43,8 @@ def test_orders_have_a_curve_each_and_other_settings_a_mark():
     tuning = Tuning(grid, ap, chosen, current, np.full(4, 0.5), np.array([0, 0, 1, 1]))
     curve, _, others = tuning_figure(tuning)
     lines = {line.get_label(): line.get_ydata() for line in curve.lines}
-    assert lines["by similarity and count"] == pytest.approx([90, 60])
-    assert lines["by count"] == pytest.approx([50, 10])
+    assert lines["reranked by similarity and count"] == pytest.approx([90, 60])
+    assert lines["reranked by count"] == pytest.approx([50, 10])
     # The landmarks' lines are those of the chosen order.
     thin = [line.get_ydata() for line in curve.lines if line.get_linewidth() < 0.8]
     assert [list(values) for values in thin if len(values)] == [
@@ -53,8 +53,7 @@ def test_orders_have_a_curve_each_and_other_settings_a_mark():
     ]
     labels = [label.get_text() for label in others.get_yticklabels()]
     assert labels == [
-        *("count inliers", "count features", "order inliers", "order fused"),
-        *("fused_cap 15", "fused_cap 60"),
+        *("count", "inliers", "features", "order", "inliers", "fused", "fused_cap", "15", "60"),
     ]
     marks = [line.get_xdata()[0] for line in others.lines if line.get_marker() == "o"]
     assert marks == pytest.approx([50, 90, 50, 90, 50, 90])
@@ -69,9 +68,9 @@ def test_an_order_that_is_not_chosen_is_drawn_with_its_best_weight():
     tuning = Tuning(grid, ap, (0, 0, 0, 0, 0), (0, 0, 0, 0, 1), np.full(2, 0.5), np.arange(2))
     curve, _, others = tuning_figure(tuning)
     lines = {line.get_label(): line.get_ydata() for line in curve.lines}
-    assert lines["by similarity and count"] == pytest.approx([80, 70])
+    assert lines["reranked by similarity and count"] == pytest.approx([80, 70])
     labels = [label.get_text() for label in others.get_yticklabels()]
-    assert labels == ["order inliers", "order fused"]  # weights change nothing by count
+    assert labels == ["order", "inliers", "fused"]  # weights change nothing by count
     marks = [line.get_xdata()[0] for line in others.lines if line.get_marker() == "o"]
     assert marks == pytest.approx([90, 80])
 

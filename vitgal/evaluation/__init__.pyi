@@ -9,6 +9,11 @@ from .comparison import (
     find_results as find_results,
     report as report,
 )
+from .curves import (
+    mean_precision as mean_precision,
+    mean_recall as mean_recall,
+    positive_ranks as positive_ranks,
+)
 from .landmarks import Landmarks as Landmarks, find_landmarks as find_landmarks
 from .protocol import (
     average_precision as average_precision,

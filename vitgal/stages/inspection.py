@@ -102,15 +102,15 @@ def sweep(
 ) -> pd.DataFrame:
     """Compares one pair under other values of one parameter at a time.
 
-    Returns rows of `parameter`, `value`, `matches`, `inliers`, over SWEPT_VALUES; values of
-    max_keypoints above the number of features are left out.
+    Returns rows of `parameter`, `value`, `matches`, `inliers`, over SWEPT_VALUES; those of
+    max_keypoints end with the number of features.
     """
     most = max(len(query), len(database))
     rows = []
     for parameter, values in SWEPT_VALUES.items():
+        if parameter == "max_keypoints":
+            values = [*(value for value in values if value < most), most]
         for value in values:
-            if parameter == "max_keypoints" and value > most:
-                continue
             result = compare(query, database, _changed(settings, parameter, value)).result
             rows.append((parameter, value, len(result.matches), result.verification.count))
     return pd.DataFrame(rows, columns=["parameter", "value", "matches", "inliers"])

@@ -88,17 +88,21 @@ def token_maps(
 ) -> dict[str, list[np.ndarray]]:
     """Computes (h, w) maps of each photograph (H, W, 3) uint8 RGB, squashed to `size` pixels.
 
-    "error" is the mean squared difference of tokens and decoded tokens, "backbone_attention" and
-    "attention" are the means over heads of the two class attentions.
+    "tokens" are the tokens themselves (h, w, D), "error" is the mean squared difference of tokens
+    and decoded tokens, "backbone_attention" and "attention" are the means over heads of the two
+    class attentions. A model without autoencoder has neither an "error" nor two attentions:
+    "attention" is the backbone's.
     """
-    maps: dict[str, list[np.ndarray]] = {"error": [], "backbone_attention": [], "attention": []}
+    maps = {key: [] for key in ("tokens", "error", "backbone_attention", "attention")}
     for photograph in photographs:
         features = model.token_features(_network_input(photograph, size))
         rows = {
-            "error": (features.decoded - features.tokens).square().mean(2)[0],
+            "tokens": features.tokens[0],
             "backbone_attention": features.backbone_attention.mean(1)[0],
             "attention": features.attention.mean(1)[0],
         }
+        if features.decoded is not None:
+            rows["error"] = (features.decoded - features.tokens).square().mean(2)[0]
         for key, row in rows.items():
             maps[key].append(row.unflatten(0, features.grid).numpy())
     return maps

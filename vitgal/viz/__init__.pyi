@@ -4,19 +4,23 @@ from .browsers import (
     live_curves as live_curves,
 )
 from .charts import (
-    ap_change as ap_change,
     parameter_curves as parameter_curves,
-    score_bars as score_bars,
     split_statistics as split_statistics,
     training_curves as training_curves,
 )
 from .diagrams import (
     Step as Step,
+    flow_figure as flow_figure,
     global_diagram as global_diagram,
     reranking_diagram as reranking_diagram,
     step_diagram as step_diagram,
 )
 from .drawing import reduce_image as reduce_image
+from .evidence_figures import (
+    attention_and_inliers as attention_and_inliers,
+    inlier_rate_by_score as inlier_rate_by_score,
+    match_figure as match_figure,
+)
 from .failures import failure_figure as failure_figure, failure_table as failure_table
 from .galleries import (
     QueryImage as QueryImage,
@@ -31,7 +35,7 @@ from .maps import (
     attention_heads as attention_heads,
     attention_maps as attention_maps,
     dropped_features as dropped_features,
-    reconstruction_error as reconstruction_error,
+    token_figure as token_figure,
 )
 from .match_inspector import (
     Layers as Layers,
@@ -53,7 +57,18 @@ from .run_figures import (
     ranking_figure as ranking_figure,
     ranking_gallery as ranking_gallery,
     reranked_gallery as reranked_gallery,
+    retrieval_figure as retrieval_figure,
     save_pair_matches as save_pair_matches,
 )
-from .style import FigureFolder as FigureFolder, save_figure as save_figure
+from .scores import (
+    ap_change as ap_change,
+    retrieval_curves as retrieval_curves,
+    score_dots as score_dots,
+)
+from .style import (
+    FigureFolder as FigureFolder,
+    save_figure as save_figure,
+    sharpen_figures as sharpen_figures,
+    stored_picture as stored_picture,
+)
 from .tuning import tuning_figure as tuning_figure

@@ -1,5 +1,6 @@
-"""Charts of the split, of training and of scores."""
+"""Charts of the split, of training and of the settings of matching."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -8,24 +9,28 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogFormatter, MaxNLocator, StrMethodFormatter
 
-from vitgal.data.revisited import PROTOCOLS
 from vitgal.settings import RerankingSettings
 from vitgal.viz import style
-from vitgal.viz.drawing import outlined, sentence_figure, shorten, text_width
-from vitgal.viz.style import CURVE_COLOURS, INK, LINE_STYLES, styled
+from vitgal.viz.drawing import sentence_figure
+from vitgal.viz.style import LINE_STYLES, styled
 
-WIDTH = 9.0  # inches, of the changes of all queries
+KNOBS = {  # of matching and verification: meaning and unit
+    "max_distance": "largest distance of two descriptors\n(max_distance)",
+    "threshold": "reprojection threshold, pixels of the input\n(threshold)",
+    "max_keypoints": "features of each image\n(max_keypoints)",
+}
+PARTS = (style.TRAINING_COLOUR, style.VALIDATION_COLOUR, style.MARGIN_COLOUR)
 # Training logs: title of a panel -> columns of log.jsonl and their names in the legend
 PANELS = {
     "loss": {"loss": "training"},
     "accuracy (%)": {
-        "accuracy": "training (margin)",
+        "accuracy": "training (accuracy: with margin)",
         "val_accuracy": "validation",
         "val_accuracy_margin": "validation (margin)",
     },
     "retrieval mAP (%)": {"val_map": "validation"},
     "reconstruction error": {"reconstruction": "training", "val_reconstruction": "validation"},
-    "learning rate": {"lr": "learning rate"},
+    "learning rate": {"lr": "training"},
     "images per second": {"images_per_second": "training"},
 }
 
@@ -46,7 +51,7 @@ def split_statistics(
     edges = np.geomspace(1, largest + 1, 40) if wide else np.arange(largest + 2)
     edges = np.unique(edges.round()) - 0.5
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.9))
-    for colour, line, (name, part) in zip(CURVE_COLOURS, LINE_STYLES, parts.items(), strict=False):
+    for colour, line, (name, part) in zip(PARTS, LINE_STYLES, parts.items(), strict=False):
         label = f"{name}: {part.sum():,} images of {(part > 0).sum():,} classes"
         steps = axes[0].stairs(np.histogram(part, edges)[0], edges, label=label)
         steps.set(edgecolor=colour, linestyle=line, linewidth=1.6)
@@ -78,12 +83,12 @@ def _counts(counts: Sequence[int] | np.ndarray, name: str) -> np.ndarray:
 
 @styled
 def training_curves(log: pd.DataFrame, *, width: float = 10.0) -> np.ndarray:
-    """Draws loss, accuracy, mAP, reconstruction error, learning rate and throughput over steps.
+    """Draws loss, accuracy, mAP, reconstruction error, learning rate and speed over the epochs.
 
-    log: the rows of log.jsonl, with the column `step`, or a table with `epoch`; nan where a row
-    lacks a value. Columns `<name>_low` and `<name>_high` make a band around a curve. width: of
-    the figure, in inches. Returns the axes, shape (panels,), for the `PANELS` that have values;
-    a sentence where none has. Raises ValueError for a log with neither `step` nor `epoch`.
+    log: the rows of log.jsonl, with `epoch`, `step` or both; nan where a row lacks a value.
+    Columns `<name>_low` and `<name>_high` make a band around a curve. width: of the figure, in
+    inches. Returns the axes, shape (panels,), for the `PANELS` that have values; a sentence where
+    none has. Raises ValueError for a log with neither `step` nor `epoch`.
     """
     panels = PANELS
     if "reconstruction" in log and "val_accuracy_margin" not in log:
@@ -92,15 +97,25 @@ def training_curves(log: pd.DataFrame, *, width: float = 10.0) -> np.ndarray:
     titles = [title for title, columns in panels.items() if filled_columns(log, columns)]
     if not titles:
         return np.array([sentence_figure("the log holds no values yet")])
-    columns, rows = min(3, len(titles)), -(-len(titles) // 3)
-    size = (width * columns / 3, 2.3 * rows)
-    _, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    for panel, title in zip(axes.flat, titles, strict=False):
-        draw_curves(panel, log, panels[title], percent=title.endswith("(%)"))
-        panel.set_title(title, loc="left")
-    for panel in axes.ravel()[len(titles) :]:
-        panel.remove()
-    return axes.ravel()[: len(titles)]
+    rows = [titles] if len(titles) <= 3 else np.array_split(titles, 2)
+    widest = len(rows[0])
+    figure = plt.figure(figsize=(width * min(3, widest) / 3, 2.5 * len(rows)))
+    grid = figure.add_gridspec(len(rows), math.lcm(*map(len, rows)))
+    axes = []
+    for number, row in enumerate(rows):
+        wide = grid.ncols // len(row)
+        for place, title in enumerate(row):
+            panel = figure.add_subplot(grid[number, place * wide : (place + 1) * wide])
+            draw_curves(panel, log, panels[title], percent=title.endswith("(%)"))
+            panel.set_title(title, loc="left")
+            axes.append(panel)
+    every = [line for panel in axes for line in panel.lines]
+    every.sort(key=lambda line: len(line.get_label()))  # of one colour, the longest name
+    lines = {line.get_color(): line for line in every}
+    ordered = [lines[colour] for colour in PARTS if colour in lines]
+    if len(ordered) > 1:
+        figure.legend(handles=ordered, loc="outside upper left", ncols=3)
+    return np.array(axes)
 
 
 def filled_columns(log: pd.DataFrame, columns: Mapping[str, str]) -> list[str]:
@@ -114,30 +129,39 @@ def filled_columns(log: pd.DataFrame, columns: Mapping[str, str]) -> list[str]:
 def draw_curves(
     axes: Axes, log: pd.DataFrame, columns: Mapping[str, str], *, percent: bool
 ) -> None:
-    """Draws the finite values of some columns of a log, with a legend for several.
+    """Draws the finite values of some columns of a log over the epochs.
 
-    A log without steps, such as a schedule, is drawn over its epochs. columns: of the log ->
-    name in the legend. percent: whether values are fractions, to be drawn as percent.
+    A log without epochs is drawn over its steps. columns: of the log -> name in the legend.
+    percent: whether values are fractions, to be drawn as percent.
     """
-    horizontal = "step" if "step" in log else "epoch"
-    present, factor = filled_columns(log, columns), 100 if percent else 1
-    for index, column in enumerate(present):
-        colour, line = CURVE_COLOURS[index % 4], LINE_STYLES[index % 4]
-        values, positions = factor * log[column].to_numpy(float), log[horizontal].to_numpy(float)
+    factor, positions = 100 if percent else 1, _positions(log)
+    for column in filled_columns(log, columns):
+        name, values = columns[column], factor * log[column].to_numpy(float)
+        part = 2 if name == "validation (margin)" else int(name.startswith("validation"))
         finite = np.isfinite(values)
         ends = [f"{column}_low", f"{column}_high"]
         if all(end in log for end in ends):
             low, high = (factor * log[end].to_numpy(float)[finite] for end in ends)
-            _draw_band(axes, positions[finite], low, high, colour)
-        (curve,) = axes.plot(positions[finite], values[finite], line, color=colour, markersize=3.5)
-        curve.set(marker="o" if finite.sum() <= 25 else "None", label=columns[column])
-    if len(present) > 1:
-        axes.legend(loc="best", labelspacing=0.2, frameon=True, framealpha=0.7, edgecolor="none")
-    axes.set_xlabel(horizontal)
+            _draw_band(axes, positions[finite], low, high, PARTS[part])
+        (curve,) = axes.plot(positions[finite], values[finite], LINE_STYLES[part], label=name)
+        curve.set(color=PARTS[part], marker="o" if finite.sum() <= 40 else "None", markersize=3)
+    axes.set_xlabel("epoch" if "epoch" in log else "step")
     axes.set_ylim(bottom=0)  # no value can be negative
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(axis="y")
+
+
+def _positions(log: pd.DataFrame) -> np.ndarray:
+    """Epochs that are over, in fractions where a log has several rows an epoch; else steps."""
+    if "epoch" not in log:
+        return log["step"].to_numpy(float)
+    epochs = log["epoch"].to_numpy(float)
+    if "step" not in log or not len(log):
+        return epochs
+    steps = log["step"].to_numpy(float)
+    an_epoch = steps.max() / (epochs.max() + 1)
+    return steps / an_epoch if an_epoch else epochs
 
 
 def _draw_band(
@@ -147,122 +171,32 @@ def _draw_band(
 
 
 @styled
-def ap_change(table: pd.DataFrame) -> Axes:
-    """Draws how the average precision of each query changes, from most won to most lost.
-
-    Bars are in points (hundredths of AP): solid green up, hatched red down; named if the
-    names fit. table: one row a query, named by the index, with the columns `before` and `after`:
-    average precision in [0, 1], nan where the query has no positive (left out, and counted
-    below; a sentence where there is no other). Raises ValueError for a missing column.
-    """
-    if missing := {"before", "after"} - set(table.columns):
-        raise ValueError(f"the table has no column {', '.join(sorted(missing))}")
-    every = 100 * (table["after"] - table["before"]).astype(float)
-    change = every.dropna().sort_values(ascending=False, kind="stable")
-    if not len(change):
-        return sentence_figure("no query has a positive image")
-    _, axes = plt.subplots(figsize=(WIDTH, 3.2))
-    positions, up = np.arange(len(change)), change.to_numpy() >= 0
-    axes.bar(positions[up], change[up], color=style.LABEL_COLOURS["easy"], width=0.8)
-    down = axes.bar(positions[~up], change[~up], color="white", width=0.8, hatch="//////")
-    plt.setp(list(down), edgecolor=style.LABEL_COLOURS["negative"])
-    axes.axhline(0, color=INK, linewidth=0.8)
-    axes.grid(axis="y")
-    axes.set(ylabel="change of AP (points)", xlim=(-0.7, len(change) - 0.3), xticks=[])
-    size = min(8.0, 0.75 * 72 * WIDTH / len(change))  # points, of names that fit the bars
-    if size >= 5:
-        names = [shorten(name, 1.1, size=size) for name in change.index]
-        axes.set_xticks(positions, names, rotation=90, fontsize=size)
-        axes.tick_params(axis="x", length=0)
-    left_out = len(every) - len(change)
-    note = f" ({left_out} without a positive image left out)" if left_out else ""
-    axes.set_xlabel("queries" + note)
-    won, lost, same = ((change > 0).sum(), (change < 0).sum(), (change == 0).sum())
-    text = f"{won} won, {lost} lost, {same} unchanged; mean {change.mean():+.1f} points"
-    axes.set_title(text, loc="left")
-    return axes
-
-
-@styled
-def score_bars(
-    scores: Mapping[str, Mapping[str, object]],
-    *,
-    intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
-) -> Axes:
-    """Draws the mean average precision of several systems side by side, with the values printed.
-
-    Args:
-        scores: system -> protocol -> mAP in [0, 1], or `evaluate`'s dict of the protocol, of which
-            "map" is taken; no bar for nan, None or a missing protocol. Without systems: a sentence.
-        intervals: system -> protocol -> (low, high) in [0, 1], drawn as whiskers.
-    """
-    intervals = intervals or {}
-    if not scores:
-        return sentence_figure("no scores")
-    figure, axes = plt.subplots(figsize=(7, 3))
-    ticks, bar = np.arange(len(PROTOCOLS)), 0.82 / len(scores)
-    size = min(8.0, 24 * 7 / len(PROTOCOLS) * bar)
-    names, handles = [shorten(system, 6, size=8) for system in scores], []
-    for index, (system, row) in enumerate(scores.items()):
-        positions = ticks + (index - (len(scores) - 1) / 2) * bar
-        values = [_percent(row.get(protocol)) for protocol in PROTOCOLS]
-        bars = axes.bar(positions, values, 0.92 * bar, edgecolor=INK, linewidth=0.5)
-        colour = style.BAR_COLOURS[index % len(style.BAR_COLOURS)]
-        plt.setp(list(bars), facecolor=colour, hatch="////" if index >= 6 else "")
-        handles.append(bars)
-        for protocol, x, value in zip(PROTOCOLS, positions, values, strict=True):
-            top = _draw_whisker(axes, x, value, intervals.get(system, {}).get(protocol))
-            if not np.isnan(value):
-                axes.text(x, top + 1, f"{value:.1f}", ha="center", fontsize=size)
-    axes.set_xticks(ticks, [protocol.capitalize() for protocol in PROTOCOLS])
-    axes.tick_params(axis="x", length=0)
-    axes.set(ylabel="mAP (%)", ylim=(0, 110), yticks=range(0, 101, 20))
-    axes.grid(axis="y")
-    longest = max(text_width(name, 8.0) for name in names) / 72 + 0.6  # and its mark
-    columns = int(np.clip(0.95 * 7 / longest, 1, 4))
-    # Given as such, since matplotlib leaves out names that begin with an underscore.
-    figure.legend(handles, names, loc="outside upper left", ncols=columns)
-    return axes
-
-
-def _percent(score: object) -> float:
-    """Returns a fraction, or the mAP in `evaluate`'s dict, in percent; nan for None."""
-    value = score.get("map") if isinstance(score, Mapping) else score
-    return float("nan") if value is None else 100 * float(value)
-
-
-def _draw_whisker(
-    axes: Axes, x: float, value: float, interval: tuple[float, float] | None
-) -> float:
-    """A confidence interval as a thin line over its bar; returns how high bar and line reach."""
-    if interval is None:
-        return value
-    low, high = (100 * float(bound) for bound in interval)
-    line = axes.plot([x, x], [low, high], color=INK, linewidth=1.2)[0]
-    line.set_path_effects(outlined("white", 2.6))
-    return max(value, high)
-
-
-@styled
 def parameter_curves(table: pd.DataFrame, settings: RerankingSettings) -> np.ndarray:
     """Draws matches and inliers of one pair over each parameter of matching and verification.
 
     table: rows of `parameter`, `value`, `matches`, `inliers`, as `inspection.sweep` returns it.
-    settings: the values in use, marked by lines. Returns the axes, shape (parameters,); a
-    sentence for no rows.
+    settings: the values in use, marked by lines; None (all features) stands at the right end.
+    Returns the axes, shape (parameters,); a sentence for no rows.
     """
     names, current = list(dict.fromkeys(table["parameter"])), settings.compared()
     if not names:
         return np.array([sentence_figure("nothing was compared")])
-    figure, axes = plt.subplots(1, len(names), figsize=(10, 2.5), squeeze=False)
+    figure, axes = plt.subplots(1, len(names), figsize=(10, 2.9), squeeze=False, sharey=True)
+    colours = (style.MATCH_COLOUR, style.INLIER_CURVE_COLOUR)
     for panel, name in zip(axes[0], names, strict=True):
         rows = table[table["parameter"] == name]
         for index, column in enumerate(("matches", "inliers")):
-            line, colour = f"o{LINE_STYLES[index]}", CURVE_COLOURS[index]
-            panel.plot(rows["value"], rows[column], line, color=colour, label=column, markersize=3)
-        if current[name] is not None:
-            panel.axvline(current[name], color=INK, linewidth=0.8, linestyle=":")
-        panel.set(xlabel=name.replace("_", " "), ylim=(0, None))
+            line, values = f"o{LINE_STYLES[1 - index]}", rows[column]
+            panel.plot(rows["value"], values, line, color=colours[index], markersize=3.5)
+            panel.lines[-1].set_label(column)
+        used = current[name]
+        at = rows["value"].max() if used is None else used
+        panel.axvline(at, color=style.CHOSEN_COLOUR, linewidth=1.0, linestyle=":", label="in use")
+        text = "all" if used is None else f"{used:g}"
+        note = panel.annotate(text, (at, 1.0), (0, 2), xycoords=("data", "axes fraction"))
+        note.set(anncoords="offset points", ha="center", fontsize=8, color=style.CHOSEN_COLOUR)
+        panel.set(xlabel=KNOBS.get(name, name), ylim=(0, None))
         panel.grid(axis="y")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
+    axes[0, 0].set_ylabel("number in this pair")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
     return axes[0]

@@ -1,12 +1,14 @@
-"""Diagrams of a computation: its steps as boxes with arrows between them."""
+"""Diagrams of a computation: its steps as boxes, or one photograph on its way."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import Rectangle
+from matplotlib.patches import ConnectionPatch, Rectangle
 
 from vitgal import runs
 from vitgal.data import revisited
@@ -16,8 +18,18 @@ from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval.ranking import Ranking
 from vitgal.retrieval.verification import inspect_pair
 from vitgal.settings import GlobalSettings, RerankingSettings
-from vitgal.viz.drawing import drawable, hide_frame, sentence_figure, text_width
-from vitgal.viz.style import CAPTION_SIZE, CURVE_COLOURS, INK, STEP_COLOUR, styled
+from vitgal.viz.drawing import (
+    ImageSource,
+    draw_photograph,
+    drawable,
+    hide_frame,
+    outlined,
+    read_pixels,
+    sentence_figure,
+    text_width,
+)
+from vitgal.viz.maps import component_colours, mix_heat
+from vitgal.viz.style import BOX_COLOUR, CAPTION_SIZE, INK, OURS_COLOUR, STEP_COLOUR, styled
 
 ROW = 0.95  # inches from one row of boxes to the next
 GAP = 0.28  # inches between two boxes
@@ -76,7 +88,7 @@ def step_diagram(steps: Sequence[Step], *, width: float = 10.0) -> Axes:
 
 
 def _draw_step(axes: Axes, step: Step, left: float, middle: float) -> None:
-    corner, blue = (left, middle - 0.35), CURVE_COLOURS[0]
+    corner, blue = (left, middle - 0.35), OURS_COLOUR
     axes.add_patch(
         Rectangle(corner, step.width, 0.7, facecolor=STEP_COLOUR, edgecolor=blue, linewidth=1)
     )
@@ -120,6 +132,71 @@ def global_diagram(folder: Path) -> Axes:
         ("ranking", f"{images:,}", "sorted; ties by index"),
     ]
     return step_diagram([Step(*step) for step in steps])
+
+
+@styled
+def flow_figure(
+    image: ImageSource,
+    box: Sequence[float] | None,
+    maps: Mapping[str, Sequence[np.ndarray]],
+    descriptor: np.ndarray,
+) -> np.ndarray:
+    """Draws one photograph's way to its descriptor: patches, tokens, attention, vector.
+
+    image: the photograph. box: its part that the network sees (x0, y0, x1, y1), in pixels; None:
+    all. maps: `training.token_maps` of that part alone. descriptor: (D,). Tokens are coloured by
+    their first three principal components. Returns the axes, shape (5,).
+    """
+    picture = read_pixels(image)
+    x0, y0, x1, y1 = (int(v) for v in box) if box is not None else (0, 0, *picture.shape[1::-1])
+    x0, y0 = max(0, x0), max(0, y0)
+    tokens, heat = maps["tokens"][0], maps["backbone_attention"][0]
+    rows, columns, width = tokens.shape
+    figure, axes = plt.subplots(1, 5, figsize=(10, 2.5))
+    crop = cv2.resize(
+        picture[y0:y1, x0:x1], (16 * columns, 16 * rows), interpolation=cv2.INTER_AREA
+    )
+    draw_photograph(axes[0], picture, 2)
+    frame = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, linewidth=2)
+    frame.set(edgecolor=BOX_COLOUR, path_effects=outlined("black", 3.2))
+    axes[0].add_patch(frame)
+    draw_photograph(axes[1], crop, 2)
+    for lines, count, side in ((axes[1].axvline, columns, 16), (axes[1].axhline, rows, 16)):
+        for number in range(1, count):
+            lines(side * number - 0.5, color="white", linewidth=0.7)
+    draw_photograph(axes[2], np.repeat(np.repeat(component_colours([tokens])[0], 16, 0), 16, 1), 2)
+    draw_photograph(axes[3], mix_heat(crop, heat, (0, 0, crop.shape[1], crop.shape[0])), 2)
+    side = -(-len(descriptor) // 8)
+    cells = np.pad(
+        descriptor.astype(float), (0, 8 * side - len(descriptor)), constant_values=np.nan
+    )
+    reach = np.abs(descriptor).max() or 1
+    axes[4].imshow(cells.reshape(side, 8), cmap="PuOr", vmin=-reach, vmax=reach, aspect=8 / side)
+    hide_frame(axes[4])
+    shape = f"{rows} × {columns}"
+    captions = (
+        ("photograph", "and the query's box"),
+        ("patches", f"{shape} of 16 × 16 pixels"),
+        ("tokens", f"{shape} × {width}, as colours"),
+        ("attention", "of the class token"),
+        ("descriptor", f"{len(descriptor)} numbers, length 1"),
+    )
+    for axis, (name, note) in zip(axes, captions, strict=True):
+        axis.set_title(name, fontweight="bold")
+        axis.set_xlabel(note, fontsize=CAPTION_SIZE)
+        axis.set_anchor("C")
+    for first, second in zip(axes, axes[1:], strict=False):
+        arrow = ConnectionPatch(
+            *((1.01, 0.5), (-0.01, 0.5), "axes fraction", "axes fraction"),
+            axesA=first,
+            axesB=second,
+            arrowstyle="-|>",
+            color=INK,
+        )
+        arrow.set_in_layout(False)
+        figure.add_artist(arrow)
+    figure.get_layout_engine().set(w_pad=0.12)
+    return axes
 
 
 def reranking_diagram(

@@ -63,7 +63,7 @@ def pixel_extent(image: np.ndarray) -> tuple[float, float, float, float]:
 
 def draw_photograph(axes: Axes, image: np.ndarray, inches: float) -> None:
     """Draws (H, W, 3) uint8 pixels that take at most `inches`; data coordinates are pixels."""
-    axes.imshow(shrink(image, inches), extent=pixel_extent(image))
+    axes.imshow(shrink(image, inches), extent=pixel_extent(image), interpolation="bicubic")
     hide_frame(axes)
 
 

@@ -1,5 +1,6 @@
 """Failures of a run: a table of its queries, the worst first, and a figure for one query."""
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,9 +99,10 @@ def failure_figure(
     """Draws one query's rankings before and after reranking, with reasons for the changes.
 
     The upper row shows the global ranking with similarities, the lower one the reranked one with
-    inliers of matches, if there is one. A table explains the positive image that ranks last and
-    those that moved farthest: why its homography is implausible, or those of the images that pass
-    it are. Ignored images are left out, except junk, which has no rank.
+    inliers of matches, if there is one; each image has its name in the table. The table explains
+    the positive image that ranks last and those that moved farthest: why its homography is
+    implausible, or those of the images that pass it are, or that it has no more inliers than wrong
+    images have. Ignored images are left out, except junk, which has no rank.
     columns: images in a row. Others and errors: as for `failure_table`; ValueError also for a query
     that does not exist.
     """
@@ -199,13 +201,21 @@ class _Reasons:
     """Why images moved: the verified images of one query.
 
     inliers: database index -> stored count. evidence: the same -> evidence; None without local
-    features. places: the same -> zero-based ranks before and after, of images that count.
+    features. places: the same -> zero-based ranks before and after, of images that count. right:
+    the right images; where it is empty, chance explains nothing.
     """
 
     inliers: dict[int, int]
     evidence: dict[int, Evidence | None]
     places: dict[int, tuple[int, int]]
     fused: bool
+    right: frozenset[int] = frozenset()
+
+    @functools.cached_property
+    def chance(self) -> float:
+        """The median of the inliers that wrong images have; nan without such images."""
+        wrong = [count for image, count in self.inliers.items() if image not in self.right]
+        return float(np.median(wrong)) if wrong else np.nan
 
     @classmethod
     def read(
@@ -230,7 +240,9 @@ class _Reasons:
         images = np.setdiff1d(list(inliers), ignored).astype(np.int64)
         ranks = (ranking.rank(query, images, ignored).tolist() for ranking in rankings)
         places = dict(zip(images.tolist(), zip(*ranks, strict=True), strict=True))
-        return cls(inliers, evidence, places, settings.order == "fused")
+        truth = benchmark.ground_truth
+        right = frozenset(np.concatenate([truth.easy[query], truth.hard[query]]).tolist())
+        return cls(inliers, evidence, places, settings.order == "fused", right)
 
     def reason(self, image: int, before: object, after: object) -> str:
         """Explains the move of an image from one rank to another; NA where it has none."""
@@ -244,6 +256,8 @@ class _Reasons:
         elif after < before:
             less = "a lower score" if self.fused else "fewer inliers"
             move = f"up past {before - after} with {less}"
+            if self.right and image not in self.right and not own:
+                own = "wrong, but its homography is plausible"
         else:
             move = self._passing(image, after - before)
         return f"{own}; {move}" if own else move
@@ -267,7 +281,10 @@ class _Reasons:
             doubts.items(), key=lambda item: (bool(item[0]), item[1]), default=("", 0)
         )
         if not kind:
-            return f"down, {count} with {more} pass"
+            own, usual = self.inliers[image], 1.5 * self.chance
+            known = image in self.right and own <= usual
+            cause = f": no more inliers than by chance ({self.chance:.0f})" if known else ""
+            return f"down, {count} with {more} pass{cause}"
         first = min((i for i in passing if self._kind(i) == kind), key=lambda i: self.places[i][1])
         example = self._doubt(first).removeprefix("collapsed ") if kind == "collapsed" else ""
         example = f", the first {example}" if example else ""
@@ -283,15 +300,13 @@ class _Reasons:
 def _similarity_caption(row: pd.Series) -> str:
     rank = row["rank before"] if "rank before" in row else row["rank"]
     value = "" if pd.isna(row["similarity"]) else f"   {row['similarity']:.2f}"
-    return f"{'–' if pd.isna(rank) else rank}{value}"
+    return f"{'–' if pd.isna(rank) else rank}{value}\n{row['image']}"
 
 
 def _inlier_caption(row: pd.Series) -> str:
     old, new = row["rank before"], row["rank after"]
     counts = "" if pd.isna(row["matches"]) else f"   {row['inliers']}/{row['matches']}"
-    if pd.isna(new):
-        return f"–{counts}"
-    if pd.isna(old):
-        return f"{new} new{counts}"
-    moved = "=" if old == new else f"▲{old}" if old > new else f"▼{old}"
-    return f"{new} {moved}{counts}"
+    known = not pd.isna(old) and not pd.isna(new)
+    moved = "" if not known else " =" if old == new else f" ▲{old}" if old > new else f" ▼{old}"
+    place = "–" if pd.isna(new) else f"{new} new" if pd.isna(old) else f"{new}{moved}"
+    return f"{place}{counts}\n{row['image']}"

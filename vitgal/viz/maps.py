@@ -5,14 +5,12 @@ from collections.abc import Mapping, Sequence
 import cv2
 import matplotlib.pyplot as plt
 import numpy as np
-import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 
 from vitgal.features.local import LocalFeatures
 from vitgal.viz import drawing
-from vitgal.viz.charts import PANELS, draw_curves, filled_columns
 from vitgal.viz.style import DROPPED_COLOURS, HEAT_MAP, INLIER_COLOUR, INLIER_EDGE_COLOUR, styled
 
 
@@ -34,47 +32,75 @@ def mix_heat(picture: np.ndarray, heat: np.ndarray, box: Sequence[int]) -> np.nd
     grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY)
     picture = np.repeat(grey[:, :, None], 3, axis=2)
     heat, size = heat / (heat.max() or 1.0), (x1 - x0, y1 - y0)
-    levels = cv2.resize(heat, size, interpolation=cv2.INTER_NEAREST)
+    levels = np.clip(cv2.resize(heat, size, interpolation=cv2.INTER_CUBIC), 0, 1)
     colours = (plt.get_cmap(HEAT_MAP)(levels)[..., :3] * 255).astype(np.uint8)
     picture[y0:y1, x0:x1] = cv2.addWeighted(picture[y0:y1, x0:x1], 0.4, colours, 0.6, 0)
     return picture
 
 
 @styled
-def reconstruction_error(
-    log: pd.DataFrame,
-    images: Sequence[drawing.ImageSource] = (),
-    errors: Sequence[np.ndarray] = (),
+def token_figure(
+    images: Sequence[drawing.ImageSource],
+    tokens: Sequence[np.ndarray],
+    errors: Sequence[np.ndarray],
 ) -> np.ndarray:
-    """Draws the autoencoder's reconstruction error over the steps, and its maps over photographs.
+    """Draws what tokens see, and what the autoencoder loses of them, beside their photographs.
 
-    log: rows of log.jsonl with `step`, `reconstruction`, `val_reconstruction`. errors: per
-    photograph the error (h, w) of each token, spanning it; all maps share one colour range, from
-    the 1st to the 99th percentile. Returns the axes, shape (1 + 2 * photographs,): the curves, then
-    the photographs, then their maps. Raises ValueError where the maps are not (h, w) and finite, or
-    their number differs from the images'.
+    In the second row similar colours are similar tokens: their first three principal components,
+    over all photographs, as red, green and blue. tokens: per photograph (h, w, D), spanning it.
+    errors: the error (h, w) of each token; all share one colour range, from the 1st to the 99th
+    percentile. Returns the axes, shape (3, photographs); a sentence without photographs. Raises
+    ValueError where the maps are not (h, w) and finite, or a number differs from the images'.
     """
     pictures = [drawing.read_pixels(image) for image in images]
     errors = _check_maps(errors, len(pictures), "error maps")
-    columns = PANELS["reconstruction error"]
-    ratios = [1.4] + [1.0] * len(pictures)
-    width = 10 if pictures else 5
-    figure = plt.figure(figsize=(width, 3.1))
-    grid = figure.add_gridspec(2, len(ratios), width_ratios=ratios)
-    curves = figure.add_subplot(grid[:, 0])
-    if filled_columns(log, columns):
-        draw_curves(curves, log, columns, percent=False)
-        curves.set_title("reconstruction error", loc="left")
-    else:
-        drawing.write_sentence(curves, "the log holds no\nreconstruction error")
-    cells = [figure.add_subplot(grid[row, i]) for row in (0, 1) for i in range(1, len(ratios))]
-    if pictures:
-        norm, inches = percentile_range(errors, 1), width / sum(ratios)
-        for index, (picture, error) in enumerate(zip(pictures, errors, strict=True)):
-            drawing.draw_photograph(cells[index], picture, inches)
-            _draw_heat(cells[len(pictures) + index], picture, error, norm, inches)
-        _add_heat_bar(cells, norm, "squared error per token")
-    return np.array([curves, *cells])
+    if not pictures:
+        return np.array([[drawing.sentence_figure("no photographs")]])
+    if len(tokens) != len(pictures):
+        raise ValueError(f"{len(tokens)} maps of tokens for {len(pictures)} images: give one each")
+    norm, inches = percentile_range(errors, 1), 8.8 / len(pictures)
+    tallest = max(min(1.4, picture.shape[0] / picture.shape[1]) for picture in pictures)
+    size = (10, 3 * tallest * inches + 0.5)
+    figure, axes = plt.subplots(3, len(pictures), figsize=size, squeeze=False)
+    drawing.tighten(figure)
+    columns = zip(axes.T, pictures, component_colours(tokens), errors, strict=True)
+    for cells, picture, colours, error in columns:
+        drawing.draw_photograph(cells[0], picture, inches)
+        drawing.draw_photograph(cells[1], upsampled(colours, picture), inches)
+        _draw_heat(cells[2], picture, error, norm)
+    for cell, name in zip(axes[:, 0], ("photograph", "tokens, as colours", "error"), strict=True):
+        cell.set_ylabel(name)
+    _add_heat_bar(list(axes[2]), norm, "squared error", extend="both")
+    return axes
+
+
+def component_colours(tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Returns the first three principal components of tokens as colours.
+
+    tokens: maps (h, w, D). The components are those of all maps together; each is stretched from
+    its 2nd to its 98th percentile. Returns maps (h, w, 3) uint8. The sign of a component is that of
+    its largest weight.
+    """
+    rows = np.concatenate([np.asarray(part, float).reshape(-1, part.shape[2]) for part in tokens])
+    rows -= rows.mean(axis=0)
+    axes = np.linalg.svd(rows.T @ rows)[0][:, :3]
+    axes *= np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
+    values = rows @ axes
+    low, high = np.percentile(values, (2, 98), axis=0)
+    levels = np.clip((values - low) / np.maximum(high - low, 1e-9), 0, 1)
+    levels = np.pad(levels, ((0, 0), (0, 3 - levels.shape[1])))  # tokens of one or two values
+    ends = np.cumsum([part.shape[0] * part.shape[1] for part in tokens])[:-1]
+    parts = np.split((255 * levels).round().astype(np.uint8), ends)
+    return [row.reshape(*part.shape[:2], 3) for row, part in zip(parts, tokens, strict=True)]
+
+
+def upsampled(values: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """Returns a map (h, w) or (h, w, 3) smoothly enlarged to a photograph's (H, W).
+
+    No value lies outside the map's range, which cubic curves would leave.
+    """
+    smooth = cv2.resize(values, picture.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+    return np.clip(smooth, values.min(), values.max())
 
 
 @styled
@@ -84,10 +110,10 @@ def attention_maps(
     """Draws the class attention before and after the autoencoder over each photograph.
 
     Each map is divided by its mean, so that 1 is uniform attention. All maps share one colour
-    range, cut at the 99th percentile. before, after: shape (h, w), one a photograph: class
-    attention, summed or averaged over heads, of the backbone and of the autoencoder. Returns the
-    axes, shape (photographs, 3); a sentence without photographs. Raises ValueError where the maps
-    are not (h, w) and finite, or their number differs from the images'.
+    range, cut at the 99th percentile, and are enlarged smoothly. before, after: shape (h, w), one a
+    photograph: class attention, summed or averaged over heads, of the backbone and of the
+    autoencoder. Returns the axes, shape (photographs, 3); a sentence without photographs. Raises
+    ValueError where the maps are not (h, w) and finite, or their number differs from the images'.
     """
     pictures = [drawing.read_pixels(image) for image in images]
     before, after = (
@@ -106,7 +132,7 @@ def attention_maps(
     for row, picture, *maps in zip(axes, pictures, before, after, strict=True):
         drawing.draw_photograph(row[0], picture, inches)
         for cell, heat in zip(row[1:], maps, strict=True):
-            _draw_heat(cell, picture, heat, norm, inches)
+            _draw_heat(cell, picture, heat, norm)
     for cell, title in zip(axes[0], ("photograph", "backbone", "autoencoder"), strict=True):
         cell.set_title(title)
     _add_heat_bar(list(axes.flat), norm, "attention / mean attention")
@@ -201,18 +227,19 @@ def _check_maps(maps: Sequence[np.ndarray], count: int, name: str) -> list[np.nd
     return maps
 
 
-def _draw_heat(
-    axes: Axes, image: np.ndarray, heat: np.ndarray, norm: Normalize, inches: float
-) -> None:
-    grey = cv2.cvtColor(drawing.shrink(image, inches), cv2.COLOR_RGB2GRAY)
-    extent = drawing.pixel_extent(image)
-    axes.imshow(grey, extent=extent, cmap="gray", vmin=0, vmax=255)
-    axes.imshow(heat, cmap=HEAT_MAP, norm=norm, alpha=0.6, interpolation="nearest", extent=extent)
+def _draw_heat(axes: Axes, image: np.ndarray, heat: np.ndarray, norm: Normalize) -> None:
+    """Draws a map alone, in the colours of its bar: over a photograph they would not match it."""
+    small = drawing.reduce_image(image, 400)[0]
+    smooth, extent = upsampled(heat, small), drawing.pixel_extent(image)
+    colours = plt.get_cmap(HEAT_MAP)(norm(smooth))[..., :3]
+    axes.imshow((255 * colours).round().astype(np.uint8), extent=extent)
     drawing.hide_frame(axes)
 
 
-def _add_heat_bar(cells: Sequence[Axes], norm: Normalize, label: str) -> None:
+def _add_heat_bar(
+    cells: Sequence[Axes], norm: Normalize, label: str, *, extend: str = "max"
+) -> None:
     scale, figure = ScalarMappable(norm, HEAT_MAP), cells[0].figure
-    bar = figure.colorbar(scale, ax=cells, extend="max", aspect=25, pad=0.02, panchor=False)
+    bar = figure.colorbar(scale, ax=cells, extend=extend, aspect=20, pad=0.02, panchor=False)
     bar.outline.set_visible(False)
     bar.set_label(label)

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import LineCollection, PatchCollection
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, hsv_to_rgb
 from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import MaxNLocator
 
@@ -27,25 +28,30 @@ def keypoints(
 
     A feature of scale s covers 16 / s pixels of the network's input, which the square shows in
     the photograph (unknown: s = 1). Colours span the 2nd to the 98th percentile of the
-    scores; low scores are faint. Unknown scores have one colour. Without features the photograph
-    alone is drawn. max_keypoints: draws the best ones alone; None: all.
+    scores; low scores are faint. Unknown scores have one colour. The yellow frame is the box that
+    the network saw; the title says how much of it is sky, and how many of the features lie there
+    (see `sky`). Without features the photograph alone is drawn. max_keypoints: draws the best ones
+    alone; None: all.
     """
     picture, drawn = drawing.read_pixels(image), features.subset(slice(max_keypoints))
     height = 5 * min(1.3, picture.shape[0] / picture.shape[1])
     _, axes = plt.subplots(figsize=(5.7, height + 0.3))
     drawing.draw_photograph(axes, picture, 5)
-    axes.set_title(f"{len(drawn)} of {len(features)} local features")
+    count = f"{len(drawn)} of {len(features)} local features"
+    axes.set_title(count if len(drawn) < len(features) else f"{len(drawn)} local features")
     if not len(drawn):
         return axes
+    _draw_sky(axes, picture, drawn)
     scores = np.nan_to_num(drawn.scores)
     norm = percentile_range([scores], 2)
     # The darkest part of the colour map cannot be seen on photographs.
     bright = plt.get_cmap(style.SCORE_MAP)(np.linspace(0.2, 1, 256))
     colours = LinearSegmentedColormap.from_list(style.SCORE_MAP, bright)
     edges = colours(norm(scores))
-    edges[:, 3] = 0.35 + 0.65 * np.clip(norm(scores), 0, 1)
-    squares = _patch_squares(drawn)[::-1]  # the best on top
-    collection = PatchCollection(squares, facecolor="none", edgecolor=edges[::-1], linewidth=1)
+    edges[:, 3] = 0.25 + 0.75 * np.clip(norm(scores), 0, 1)
+    squares = patch_squares(drawn)[::-1]  # the best on top
+    width = 1.0 if len(drawn) <= 150 else 0.7
+    collection = PatchCollection(squares, facecolor="none", edgecolor=edges[::-1], linewidth=width)
     axes.add_collection(collection, autolim=False)
     if np.isfinite(drawn.scores).all():
         beside = axes.inset_axes([1.02, 0.1, 0.025, 0.8])
@@ -54,7 +60,43 @@ def keypoints(
     return axes
 
 
-def _patch_squares(features: LocalFeatures) -> list[Rectangle]:
+def _draw_sky(axes: Axes, picture: np.ndarray, drawn: LocalFeatures) -> None:
+    """Frames the box that the network saw, outlines the sky in it, and counts what lies there."""
+    x0, y0, x1, y1 = drawn.box
+    frame = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, linewidth=2)
+    frame.set(edgecolor=style.BOX_COLOUR, path_effects=drawing.outlined("black", 3.2))
+    axes.add_patch(frame)
+    mask = sky(picture[y0:y1, x0:x1])
+    if not mask.any():
+        return
+    extent = (x0 - 0.5, x1 - 0.5, y0 - 0.5, y1 - 0.5)
+    if not mask.all():
+        axes.contour(mask.astype(float), [0.5], extent=extent, colors="white", linewidths=0.9)
+    columns, rows = (drawn.original_keypoints() - (x0, y0)).round().astype(int).T
+    rows, columns = np.clip(rows, 0, mask.shape[0] - 1), np.clip(columns, 0, mask.shape[1] - 1)
+    share = f"; sky (white line): {mask.mean():.0%} of the box, {mask[rows, columns].mean():.0%}"
+    axes.set_title(f"{axes.get_title()}{share} of them")
+
+
+def sky(image: np.ndarray) -> np.ndarray:
+    """Estimates which pixels (H, W) of a photograph (H, W, 3) uint8 show sky.
+
+    Those of the smooth area, with a gradient below `SMOOTH` grey levels a pixel at about 256
+    pixels a side, that reaches the upper edge: a wall at the upper edge counts too, clouds may not.
+    """
+    small, _ = drawing.reduce_image(image, 256)
+    grey = cv2.GaussianBlur(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), (5, 5), 0).astype(np.float32)
+    slope = np.hypot(cv2.Sobel(grey, cv2.CV_32F, 1, 0), cv2.Sobel(grey, cv2.CV_32F, 0, 1)) / 8
+    smooth = cv2.erode((slope < SMOOTH).astype(np.uint8), np.ones((3, 3), np.uint8))
+    _, regions, facts, _ = cv2.connectedComponentsWithStats(smooth, connectivity=4)
+    large = np.flatnonzero(facts[:, cv2.CC_STAT_AREA] >= LEAST_SKY * smooth.size)
+    reaching = np.setdiff1d(np.intersect1d(regions[:2], large), 0)
+    mask = cv2.dilate(np.isin(regions, reaching).astype(np.uint8), np.ones((3, 3), np.uint8))
+    return cv2.resize(mask, image.shape[1::-1], interpolation=cv2.INTER_NEAREST).astype(bool)
+
+
+def patch_squares(features: LocalFeatures) -> list[Rectangle]:
+    """Returns the square of pixels of the photograph that each feature covers, as rectangles."""
     x0, y0, x1, y1 = features.box
     height, width = features.input_size
     ratio = np.array([(x1 - x0) / width, (y1 - y0) / height])
@@ -63,6 +105,8 @@ def _patch_squares(features: LocalFeatures) -> list[Rectangle]:
     return [Rectangle(corner, *side) for corner, side in zip(corners, sides, strict=True)]
 
 
+SMOOTH = 3.0  # grey levels a pixel
+LEAST_SKY = 0.01  # of the image, the least area of a part of the sky
 MOST_SCALES = 16  # bars of `feature_counts`
 
 
@@ -79,7 +123,7 @@ def feature_counts(counts: Sequence[int], scales: Sequence[float] | np.ndarray) 
     if len(names) > MOST_SCALES:  # those of SIFT are no list: to the next power of two
         with np.errstate(divide="ignore"):
             names, numbers = np.unique(2.0 ** np.log2(scales).round(), return_counts=True)
-    blue = style.CURVE_COLOURS[0]
+    blue = style.OURS_COLOUR
     _, axes = plt.subplots(1, 2, figsize=(9, 2.4))
     axes[0].hist(counts, bins=30, color=blue)
     axes[0].set(xlabel="local features of an image", ylabel="images")
@@ -128,8 +172,9 @@ def match_lines(
     rejected: bool = True,
     max_lines: int = 100,
     width: float = 8.5,
+    axes: Axes | None = None,
 ) -> Axes:
-    """Draws two photographs with their matches: inliers bold, rejected ones thin and dashed.
+    """Draws two photographs with their matches: inliers coloured by position, others dashed.
 
     Args:
         query, database: the two images.
@@ -139,6 +184,7 @@ def match_lines(
         rejected: draws also the matches that are no inliers.
         max_lines: most lines of each kind, spread evenly over the list.
         width: of the figure, in inches, which are the units of the axes.
+        axes: to draw into, alone in a figure, which takes their size; None: new ones.
     Raises:
         ValueError: inliers do not fit the matches, or a heat map is not (h, w) and finite.
     """
@@ -147,7 +193,7 @@ def match_lines(
     if inliers.shape != (len(matches),):
         raise ValueError(f"{len(matches)} matches, but inliers of shape {inliers.shape}")
     pictures = [side.pixels() for side in sides]
-    _, axes = plt.subplots()
+    axes = plt.subplots()[1] if axes is None else axes
     panels = _draw_side_by_side(axes, pictures, width)
     for side, panel in zip(sides, panels, strict=True):
         panel.write_title(axes, side.title)
@@ -161,10 +207,12 @@ def match_lines(
     ]
     lines = np.stack(ends, axis=1)  # (M, 2 ends, 2)
     if rejected:
-        drawn = LineCollection(_spread(lines[~inliers], max_lines), linewidths=0.6, alpha=0.75)
+        drawn = LineCollection(_spread(lines[~inliers], max_lines), linewidths=0.5, alpha=0.6)
         drawn.set(color=style.REJECTED_COLOUR, linestyle=(0, (4, 3)))
         axes.add_collection(drawn, autolim=False)
-    _draw_inliers(axes, _spread(lines[inliers], max_lines))
+    kept = query.features.keypoints[matches[inliers, 0]]
+    colours = position_colours(kept, query.features.input_size)
+    _draw_inliers(axes, _spread(lines[inliers], max_lines), _spread(colours, max_lines))
     if outline:
         homography = pair.verification.homography
         _draw_outlines(axes, query.features, database.features, panels, homography)
@@ -211,7 +259,8 @@ def _draw_side_by_side(axes: Axes, pictures: Sequence[np.ndarray], width: float)
         scale = inches / columns
         top = (height - rows * scale) / 2
         extent = (left, left + inches, top + rows * scale, top)
-        axes.imshow(drawing.shrink(picture, max(inches, rows * scale)), extent=extent)
+        small = drawing.shrink(picture, max(inches, rows * scale))
+        axes.imshow(small, extent=extent, interpolation="bicubic")
         panels.append(_Panel(left, top, scale, (rows, columns)))
         left += inches + gap
     drawing.hide_frame(axes)
@@ -221,18 +270,25 @@ def _draw_side_by_side(axes: Axes, pictures: Sequence[np.ndarray], width: float)
 
 
 def _spread(lines: np.ndarray, limit: int) -> np.ndarray:
-    """Returns at most `limit` of the lines (M, 2, 2), spread over the list."""
+    """Returns at most `limit` of the lines (M, 2, 2), or of their colours, spread over the list."""
     count = len(lines)
     return lines[np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int))]
 
 
-def _draw_inliers(axes: Axes, lines: np.ndarray) -> None:
-    wide, dark = 1.2 if len(lines) <= 50 else 0.8, style.INLIER_EDGE_COLOUR
-    drawn = LineCollection(lines, colors=style.INLIER_COLOUR, linewidths=wide)
-    drawn.set_path_effects(drawing.outlined(dark, 2 * wide))
+def _draw_inliers(axes: Axes, lines: np.ndarray, colours: np.ndarray) -> None:
+    drawn = LineCollection(lines, colors=colours, linewidths=0.8, alpha=0.85)
     axes.add_collection(drawn, autolim=False)
-    (dots,) = axes.plot(*lines.reshape(-1, 2).T, "o", color=style.INLIER_COLOUR)
-    dots.set(markersize=2.6 * wide, markeredgecolor=dark, markeredgewidth=0.6)
+    dots = axes.scatter(*lines.reshape(-1, 2).T, s=9, c=np.repeat(colours, 2, axis=0), zorder=3)
+    dots.set(edgecolor="black", linewidth=0.4)
+
+
+def position_colours(points: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Returns the RGB colours (N, 3) of points (N, 2) of an input of (height, width) pixels.
+
+    The hue runs from left to right, and the lower, the darker: near matches have near colours.
+    """
+    across, down = np.clip(np.asarray(points, float) / np.array(size[::-1], float), 0, 1).T
+    return hsv_to_rgb(np.stack([0.85 * across, np.full_like(across, 0.9), 1 - 0.4 * down], axis=1))
 
 
 def _draw_outlines(
@@ -249,12 +305,24 @@ def _draw_outlines(
         if corners is None:
             continue
         points = panel.inches(features.to_photograph(corners))
-        shape = Polygon(points, fill=False, edgecolor=style.BOX_COLOUR, linewidth=1.6)
-        shape.set_path_effects(drawing.outlined("black", 2.8))
+        shape = Polygon(_within(points, panel), fill=False, edgecolor=style.BOX_COLOUR, linewidth=2)
+        shape.set(joinstyle="miter", path_effects=drawing.outlined("black", 4))
         axes.add_patch(shape)
         columns, rows = np.multiply(panel.size[::-1], panel.scale)
         frame = Rectangle((panel.left, panel.top), columns, rows, transform=axes.transData)
         shape.set_clip_path(frame)
+
+
+def _within(points: np.ndarray, panel: _Panel) -> np.ndarray:
+    """An outline (4, 2), cut at the photograph's edges where it is convex, so that all is seen."""
+    corner, inset = np.array([panel.left, panel.top]), 0.02
+    columns, rows = np.multiply(panel.size[::-1], panel.scale)
+    steps = np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * (columns - 2 * inset, rows - 2 * inset)
+    frame, outline = (corners.astype(np.float32) for corners in (corner + inset + steps, points))
+    if not cv2.isContourConvex(outline):
+        return points
+    area, cut = cv2.intersectConvexConvex(outline, frame)
+    return cut[:, 0].astype(float) if area > 0 else points
 
 
 def _project(homography: np.ndarray, points: np.ndarray) -> np.ndarray | None:

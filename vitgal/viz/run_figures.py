@@ -8,22 +8,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 
 from vitgal import runs
 from vitgal.data import revisited
 from vitgal.data.photographs import read_upright
 from vitgal.data.revisited import GroundTruth, RetrievalDataset
+from vitgal.evaluation import curves
+from vitgal.features.files import map_array
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval.ranking import Ranking
 from vitgal.retrieval.verification import inspect_pair
 from vitgal.runs import printable
 from vitgal.settings import RerankingSettings
 from vitgal.stages import rerank
-from vitgal.viz import galleries, style
+from vitgal.viz import galleries, scores, style
 from vitgal.viz.drawing import reduce_image
+from vitgal.viz.evidence_figures import match_figure
 from vitgal.viz.galleries import QueryImage, RankedImage
-from vitgal.viz.matching import MatchedImage, match_lines
+from vitgal.viz.matching import MatchedImage
 
 if TYPE_CHECKING:  # the stage needs torch, its figures do not
     from vitgal.stages.own import SearchResult
@@ -90,6 +92,29 @@ def reranked_gallery(
     return galleries.before_after(first, *rankings, columns=columns)
 
 
+def retrieval_figure(benchmark: RetrievalDataset, folder: Path, *, top: int) -> np.ndarray:
+    """Draws how well a global ranking separates, as `scores.retrieval_curves` does.
+
+    folder: a finished global stage. Similarities are those of the ranks that it keeps. top: the
+    length of the short list. Returns the axes, shape (3,).
+    """
+    truth, ranking = benchmark.ground_truth, Ranking.load(folder)
+    order, values = map_array(folder / "ranks.npy"), map_array(folder / "similarities.npy")
+    groups: dict[str, list[float]] = {"easy": [], "hard": [], "negative": []}
+    for query in range(len(truth.queries)):
+        labels = np.array(revisited.relevance_labels(truth, query, order[:, query]))
+        for label, row in groups.items():
+            row += values[labels == label, query].tolist()
+    lengths = np.unique(np.geomspace(1, ranking.database_size, 200).round().astype(int))
+    precision, recall = {}, {}
+    for protocol in revisited.PROTOCOLS:
+        ranks = curves.positive_ranks(ranking, truth, protocol)
+        precision[protocol] = curves.mean_precision(ranks)
+        recall[protocol] = lengths, curves.mean_recall(ranks, lengths)
+    similarities = {label: np.array(row) for label, row in groups.items()}
+    return scores.retrieval_curves(similarities, precision, recall, top=top)
+
+
 def query_image(benchmark: RetrievalDataset, query: int, *, crop: bool) -> QueryImage:
     """Returns a query for `galleries`, with its box where it is cropped; IndexError if unknown."""
     truth = benchmark.ground_truth
@@ -129,8 +154,8 @@ def pair_matches(
     settings: RerankingSettings,
     *,
     max_lines: int = 60,
-) -> Axes:
-    """Draws matches and inliers of a query and a database image, as reranking counts them.
+) -> np.ndarray:
+    """Draws a query and a database image as `match_figure` does, matched as reranking does it.
 
     features: of both. query, image: their indices. settings: of matching and verification.
     max_lines: most inliers, and most rejected matches, that are drawn.
@@ -139,7 +164,7 @@ def pair_matches(
     first, second = rerank.pair_features(features, truth, query, image)
     label = revisited.relevance_labels(truth, query, [image])[0]
     title = f"{benchmark.database[image]} ({label})"
-    return match_lines(
+    return match_figure(
         MatchedImage(benchmark.query_paths[query], first, truth.queries[query]),
         MatchedImage(benchmark.database_paths[image], second, title),
         inspect_pair(first, second, settings),
@@ -214,10 +239,10 @@ def ranking_figure(result: "SearchResult", *, columns: int = 7) -> np.ndarray:
     return galleries.stacked_rankings(query, rankings, columns=columns)
 
 
-def pair_figure(result: "SearchResult", name: str, *, max_lines: int = 60) -> Axes:
-    """Draws the query and one photograph with their matches; returns the axes."""
+def pair_figure(result: "SearchResult", name: str, *, max_lines: int = 60) -> np.ndarray:
+    """Draws the query and one photograph as `match_figure` does; returns the axes."""
     query, (features, pair) = result.description.features, result.pair(name)
-    return match_lines(
+    return match_figure(
         MatchedImage(read_upright(result.path), query, result.query),
         MatchedImage(read_upright(result.photographs.path(name)), features, name),
         pair,

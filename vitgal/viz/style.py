@@ -1,6 +1,8 @@
 """Colours, style and files of all figures."""
 
+import base64
 import functools
+import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,24 +13,41 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.text import Text
+from PIL import Image
 
 from vitgal.runs.files import atomic, refuse_links
 from vitgal.settings.sections import ShowSettings
 
-# Green, orange, red and grey differ in lightness too, for red-green colour-blind readers (the usual
-# bluish green and vermilion are too close to grey and orange). A frame also has the label's letter.
+# One colour, one meaning, in all figures. Green, orange, red and grey differ in lightness too, for
+# red-green colour-blind readers. A frame also has the label's letter.
 LABEL_COLOURS = {"easy": "#009E73", "hard": "#F2A100", "negative": "#A31621", "junk": "#C4C4C4"}
+PROTOCOL_COLOURS = {  # Medium counts easy and hard images: between their colours
+    "easy": LABEL_COLOURS["easy"],
+    "medium": "#7A8B1A",
+    "hard": LABEL_COLOURS["hard"],
+}
+GLOBAL_COLOUR, OURS_COLOUR = "#56B4E9", "#0072B2"  # the global ranking; the reranked one
+SYSTEM_COLOURS = {  # by name; other systems take OTHER_COLOURS in their order
+    "global": GLOBAL_COLOUR,
+    "ViTGaL": GLOBAL_COLOUR,
+    "published": "#8C6BB1",  # the published short list, reranked
+    "per protocol": OURS_COLOUR,
+    "untrained": "#BDBDBD",
+}
+OTHER_COLOURS = ("#6B6B6B", "#14304D", "#D55E00", "#7A3B5E", "#8A6D3B")
 QUERY_COLOUR = "#0072B2"
 BOX_COLOUR = "#FFE14D"  # the query's box, and its outline in other images
 BOX_RGB = (255, 225, 77)  # the same
-INLIER_COLOUR, INLIER_EDGE_COLOUR, REJECTED_COLOUR = "#00E5A0", "#004D38", "#F0606E"
+INLIER_COLOUR, INLIER_EDGE_COLOUR, REJECTED_COLOUR = "#00D5E5", "#00454D", "#F0606E"
+MATCH_COLOUR, INLIER_CURVE_COLOUR = "#8A8A8A", "#008C99"  # in charts
 DROPPED_COLOURS = ("#FFD23F", "#FF6F91", "#7FDBFF")  # crosses on photographs, one a reason
 ERROR_COLOUR = "#A31621"
-CURVE_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's
+TRAINING_COLOUR, VALIDATION_COLOUR, MARGIN_COLOUR = "#333333", "#C2478F", "#7B5EA7"
 LINE_STYLES = ("-", "--", "-.", ":")
-BAR_COLOURS = ("#BDBDBD", "#56B4E9", "#0072B2", "#14304D", "#CC79A7", "#7A3B5E")
 STEP_COLOUR = "#EAF3FA"  # the boxes of a diagram
+CHOSEN_COLOUR = "#D55E00"  # the value in use, or the chosen one
 INK = "#333333"
 HEAT_MAP = "inferno"
 SCORE_MAP = "plasma"
@@ -37,6 +56,7 @@ CAPTION_SIZE = 7.5  # points, text beside photographs
 # Pixels of a photograph that are kept for each drawn pixel: exported figures stay sharp and
 # notebooks small.
 DETAIL = 3
+JPEG_QUALITY = 75  # of pictures in notebooks
 FONT = "DejaVu Sans"
 BOXES_FONT = "Last Resort High-Efficiency"  # of matplotlib: boxes for letters that no font has
 STYLE = {
@@ -107,6 +127,44 @@ def save_figure(
     if close:
         plt.close(figure)
     return path
+
+
+def sharpen_figures(dpi: int = 200) -> None:
+    """Stores this notebook's figures at `dpi`: charts as PNG, those with photographs as JPEG.
+
+    Call it once, after `%matplotlib inline`. Figures are shown at their size in inches, times 80
+    pixels; the same figure gives the same bytes. Raises RuntimeError outside IPython.
+    """
+    from IPython import get_ipython
+
+    shell = get_ipython()
+    if shell is None:
+        raise RuntimeError("sharpen_figures is for notebooks; elsewhere use save_figure")
+    formatters = shell.display_formatter.formatters
+    for kind in ("png", "jpeg"):
+        write = functools.partial(stored_picture, kind=kind, dpi=dpi)
+        formatters[f"image/{kind}"].for_type(Figure, write)
+
+
+def stored_picture(figure: Figure, kind: str, dpi: int = 200) -> tuple[str, dict[str, int]] | None:
+    """Returns a figure as a notebook stores it: base64, with the shown width and height in pixels.
+
+    kind: "jpeg" for figures that hold a photograph, "png" of at most 256 colours for the others;
+    None for a figure of the other kind.
+    """
+    photographs = any(image.get_array().ndim == 3 for image in figure.findobj(AxesImage))
+    if photographs != (kind == "jpeg"):
+        return None
+    drawn, stored = io.BytesIO(), io.BytesIO()
+    with plt.style.context(["default", {"savefig.bbox": "tight", "savefig.pad_inches": 0.03}]):
+        figure.savefig(drawn, format="png", dpi=dpi)
+    picture = Image.open(drawn).convert("RGB")
+    if kind == "jpeg":
+        picture.save(stored, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    else:
+        picture.quantize(256, dither=Image.Dither.NONE).save(stored, "PNG", optimize=True)
+    shown = [round(side * STYLE["figure.dpi"] / dpi) for side in picture.size]
+    return base64.b64encode(stored.getvalue()).decode(), {"width": shown[0], "height": shown[1]}
 
 
 @dataclass(frozen=True)

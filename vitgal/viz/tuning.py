@@ -10,11 +10,23 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 
 from vitgal.evaluation.tuning import ALWAYS, Tuning
-from vitgal.viz.style import CURVE_COLOURS, INK, LINE_STYLES, styled
+from vitgal.viz.style import (
+    CHOSEN_COLOUR,
+    GLOBAL_COLOUR,
+    INK,
+    LINE_STYLES,
+    OURS_COLOUR,
+    SYSTEM_COLOURS,
+    styled,
+)
 
 CHANGE_MAP = "PuOr"  # mAP below that without reranking, and above it
 LEAST_CHANGE = 2.0  # points of mAP at the ends of the colours, at least
 LINE = 125  # letters of a line below
+ORDER_COLOURS = {"inliers": SYSTEM_COLOURS["published"]}
+
+
+ORDER_NAMES = {"inliers": "reranked by count", "fused": "reranked by similarity and count"}
 
 
 @styled
@@ -27,8 +39,10 @@ def tuning_figure(tuning: Tuning) -> np.ndarray:
     where further settings were tried.
     """
     others = [name for name in tuning.values(tuning.chosen) if name not in ALWAYS]
-    widths = [4, 3, 3] if others else [4, 3]
-    figure, axes = plt.subplots(1, len(widths), figsize=(10, 3.4), width_ratios=widths)
+    widths = [3.6, 2.8, 2.8] if others else [4, 3]
+    tried = sum(len(tuning.grid[name]) for name in others) + 0.6 * len(others)
+    height = max(3.9, 0.9 + 0.19 * tried)
+    figure, axes = plt.subplots(1, len(widths), figsize=(11, height), width_ratios=widths)
     _draw_tops(axes[0], tuning)
     _draw_thresholds(axes[1], tuning)
     if others:
@@ -48,24 +62,31 @@ def _draw_tops(axes: Axes, tuning: Tuning) -> None:
     tops = tuning.grid["top"]
     for group in np.unique(tuning.groups):
         curve = _percent(tuning.curve("top")[:, tuning.groups == group])
-        axes.plot(tops, curve, color=INK, alpha=0.35, linewidth=0.7)
-    axes.plot([], [], color=INK, alpha=0.35, linewidth=0.7, label="one landmark")
+        axes.plot(tops, curve, color=INK, alpha=0.3, linewidth=0.7)
+    axes.plot([], [], color=INK, alpha=0.35, linewidth=0.7, label="queries of one landmark")
     orders = tuning.grid.get("order", [None])
     for index, order in enumerate(orders):
         fixed = {} if order is None else tuning.with_order(index)
-        label = {None: "reranked", "inliers": "by count"}.get(order, "by similarity and count")
-        style = f"o{LINE_STYLES[index]}"
+        mark, label = f"o{LINE_STYLES[index]}", ORDER_NAMES.get(order, "reranked")
         curve = _percent(tuning.curve("top", **fixed))
-        axes.plot(tops, curve, style, color=CURVE_COLOURS[index], markersize=4, label=label)
+        axes.plot(
+            tops,
+            curve,
+            mark,
+            color=ORDER_COLOURS.get(order, OURS_COLOUR),
+            markersize=4,
+            label=label,
+        )
     level = _percent(tuning.before)
-    axes.axhline(level, color=INK, linestyle=":", label=f"not reranked: {level:.1f}")
-    for label, point, style in (("current", tuning.current, "--"), ("chosen", tuning.chosen, "-")):
+    line = axes.axhline(level, color=GLOBAL_COLOUR, linestyle=":")
+    line.set_label(f"not reranked: {level:.1f}")
+    for label, point, mark in (("current", tuning.current, "--"), ("chosen", tuning.chosen, "-")):
         top = tuning.values(point)["top"]
-        axes.axvline(top, color=CURVE_COLOURS[3], linewidth=1.2, linestyle=style, label=label)
+        axes.axvline(top, color=CHOSEN_COLOUR, linewidth=1.2, linestyle=mark, label=label)
     axes.set_xscale("log")
     axes.set_xticks(tops, [str(top) for top in tops])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set(xlabel="top", ylabel="mAP (%)")
+    axes.set(xlabel="candidates that are reranked (top)", ylabel="mAP (%)")
     axes.grid(axis="y")
     axes.figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", ncols=6)
 
@@ -79,16 +100,17 @@ def _draw_thresholds(axes: Axes, tuning: Tuning) -> None:
     for (row, column), value in np.ndenumerate(values):
         ink = "white" if abs(value - level) > 0.6 * reach else INK
         axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink)
-    for point, style in ((tuning.current, "--"), (tuning.chosen, "-")):
+    for point, mark, inset in ((tuning.current, "--", 0.06), (tuning.chosen, "-", 0.0)):
         at = [list(tuning.grid).index(name) for name in names]
-        corner = point[at[1]] - 0.5, point[at[0]] - 0.5
-        frame = Rectangle(corner, 1, 1, fill=False, edgecolor=CURVE_COLOURS[3], linewidth=2)
-        frame.set_linestyle(style)
+        corner = point[at[1]] - 0.5 + inset, point[at[0]] - 0.5 + inset
+        side = 1 - 2 * inset
+        frame = Rectangle(corner, side, side, fill=False, edgecolor=CHOSEN_COLOUR, linewidth=2)
+        frame.set(linestyle=mark, clip_on=False)
         axes.add_patch(frame)
     for axis, name in zip((axes.yaxis, axes.xaxis), names, strict=True):
         axis.set_ticks(range(len(tuning.grid[name])), [f"{v:g}" for v in tuning.grid[name]])
-    axes.set(xlabel="threshold", ylabel="max_distance")
-    axes.set_title(f"mAP (%); white: not reranked, {level:.1f}", loc="left")
+    axes.set(xlabel="threshold (pixels of the input)", ylabel="max_distance of a match")
+    axes.set_title(f"mAP (%); white: as not reranked, {level:.1f}", loc="left")
     axes.tick_params(length=0)
 
 
@@ -97,17 +119,21 @@ def _draw_others(axes: Axes, tuning: Tuning, names: list[str]) -> None:
     labels, position = [], 0.0
     for name in names:
         chosen = tuning.chosen[list(tuning.grid).index(name)]
+        labels.append((position, name))
         for index, value in enumerate(tuning.grid[name]):
+            position += 1
             fixed = tuning.with_order(index) if name == "order" else {name: index}
             mean = _percent(tuning.curve(**fixed))
-            face = CURVE_COLOURS[0] if index == chosen else "white"
-            axes.plot(mean, position, "o", color=CURVE_COLOURS[0], markerfacecolor=face)
-            labels.append((position, f"{name} {value}"))
-            position += 1
-        position += 0.5
-    axes.axvline(_percent(tuning.before), color=INK, linewidth=1.0, linestyle=":")
-    axes.set_yticks(*map(list, zip(*labels, strict=True)), fontsize=7)
-    axes.invert_yaxis()
+            face = CHOSEN_COLOUR if index == chosen else "white"
+            axes.plot(mean, position, "o", color=CHOSEN_COLOUR, markerfacecolor=face)
+            axes.axhline(position, color="#E3E3E3", linewidth=0.6, zorder=0)
+            labels.append((position, str(value)))
+        position += 1.3
+    axes.axvline(_percent(tuning.before), color=GLOBAL_COLOUR, linestyle=":")
+    axes.set_yticks(*map(list, zip(*labels, strict=True)), fontsize=7.5)
+    for tick in axes.get_yticklabels():
+        tick.set_fontweight("bold" if tick.get_text() in names else "normal")
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(position - 0.5, -0.7)
     axes.set_xlabel("mAP (%)")
-    axes.set_title("the other settings", loc="left")
-    axes.grid(axis="x")
+    axes.set_title("the other settings; filled: chosen", loc="left")
