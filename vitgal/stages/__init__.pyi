@@ -27,6 +27,7 @@ from .inspection import (
     compare as compare,
     explain_selection as explain_selection,
     matching_fraction as matching_fraction,
+    query_flow as query_flow,
     sweep as sweep,
     without_scales as without_scales,
 )

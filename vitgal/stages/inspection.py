@@ -16,11 +16,12 @@ import pandas as pd
 from vitgal import runs
 from vitgal.data.images import crop_box, read_image, resize
 from vitgal.data.revisited import RetrievalDataset, relevance_labels
+from vitgal.features.files import map_array
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store import FeatureStore
 from vitgal.retrieval.evidence import weigh
 from vitgal.retrieval.verification import MIN_MATCHES, PairInspection, inspect_pair
-from vitgal.settings import LocalSettings, RerankingSettings
+from vitgal.settings import GlobalSettings, LocalSettings, RerankingSettings
 from vitgal.stages.rerank import LOCAL_NOTEBOOK, inlier_counts
 
 SWEPT_VALUES = {  # the values that `sweep` tries
@@ -379,3 +380,28 @@ class Inspector:
     def relevance(self, query: int, image: int) -> str:
         """Returns the label of the pair: "easy", "hard", "junk" or "negative"."""
         return relevance_labels(self.dataset.ground_truth, query, [image])[0]
+
+
+def query_flow(
+    folder: Path, benchmark: RetrievalDataset, source: str | Path, query: int
+) -> tuple[np.ndarray, np.ndarray, dict[str, list[np.ndarray]], np.ndarray] | None:
+    """Computes what `viz.flow_figure` draws of a query, by one pass of the network.
+
+    folder: the finished global stage. source: its model. The box is squashed to a square. Returns
+    the photograph (H, W, 3), its box, the maps of `training.token_maps` and the descriptor (D,);
+    None for networks that are not ViTGaL's, whose tokens need not lie on a grid.
+    """
+    from vitgal import training
+    from vitgal.models.weights import load_model
+
+    if str(source).startswith((runs.TIMM, runs.UNTRAINED)):
+        return None
+    settings = GlobalSettings.from_manifest(runs.read_stage(folder, "notebook 04")["parameters"])
+    image = read_image(benchmark.query_paths[query])
+    height, width = image.shape[:2]
+    box = np.array([0, 0, width, height])
+    if settings.crop_queries:
+        box = benchmark.ground_truth.boxes[query].clip(0, box[[2, 3, 2, 3]]).astype(int)
+    x0, y0, x1, y1 = box
+    maps = training.token_maps(load_model(source), [image[y0:y1, x0:x1]], size=settings.size)
+    return image, box, maps, map_array(folder / "queries.npy")[query]
