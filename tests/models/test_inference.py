@@ -1,19 +1,10 @@
-"""A network as it is run: input, linear layers, batches, precision and threads."""
-
-from types import SimpleNamespace
+"""A network as it is run: input, batches, precision and threads."""
 
 import numpy as np
 import pytest
 import torch
 
-from tests.mini_benchmark import NANO
 from vitgal.models import inference
-from vitgal.models.network import build_model
-
-
-@pytest.fixture(scope="module")
-def model():
-    return build_model(NANO, code_dim=8, seed=0)
 
 
 def test_network_input_by_hand():
@@ -26,59 +17,6 @@ def test_network_input_by_hand():
     np.testing.assert_allclose(batch[0, :, 1, 2], expected, rtol=1e-6)
     np.testing.assert_allclose(batch[1, :, 0, 2], expected, rtol=1e-6)
     np.testing.assert_allclose(batch[:, 0, 0, 0], -0.485 / 0.229, rtol=1e-6)
-
-
-def rounded_linear(inputs, weight, bias, *_):
-    return torch.nn.functional.linear(inputs.bfloat16().float(), weight.bfloat16().float(), bias)
-
-
-class TestLinearLayers:
-    """oneDNN's linear layers in float32, and PyTorch's own wherever they do not work."""
-
-    def test_the_same_sums(self, model):
-        image = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-        with torch.inference_mode():
-            plain = model.eval().global_features(inference.network_input(image, "cpu"))
-        with inference.inference(model):
-            result = model.global_features(inference.network_input(image, "cpu"))
-        # Another order of float32 sums through a whole network: a few last bits.
-        np.testing.assert_allclose(result, plain, rtol=0, atol=2e-5 * plain.abs().max().item())
-
-    def test_none_one_and_no_bias(self):
-        layer = torch.nn.Linear(8, 3, bias=False)
-        with torch.inference_mode(), inference._OneDNN():
-            assert layer(torch.ones(0, 8)).shape == (0, 3)
-            result = layer(torch.ones(8))
-        np.testing.assert_allclose(result, layer.weight.detach().sum(1), atol=1e-6)
-
-    @pytest.mark.parametrize(
-        "there",
-        [
-            SimpleNamespace(),  # the operation is gone
-            SimpleNamespace(_linear_pointwise=lambda inputs, weight: inputs @ weight.T),
-            SimpleNamespace(_linear_pointwise=rounded_linear),  # float32 in name only
-        ],
-        ids=["missing", "another signature", "rounded"],
-    )
-    def test_fallback(self, model, monkeypatch, there):
-        image = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3), np.uint8)
-        with torch.inference_mode():
-            plain = model.eval().global_features(inference.network_input(image, "cpu"))
-        monkeypatch.setattr(torch.ops, "mkldnn", there)
-        with inference.inference(model):
-            result = model.global_features(inference.network_input(image, "cpu"))
-        np.testing.assert_array_equal(result, plain)
-
-    def test_batches_do_not_change_an_image(self, model):
-        images = np.random.default_rng(0).integers(0, 256, (4, 64, 96, 3), np.uint8)
-        with inference.inference(model):
-            together = model.global_features(inference.network_input(images, "cpu"))
-            alone = [
-                model.global_features(inference.network_input(image[None], "cpu"))[0]
-                for image in images
-            ]
-        # To the rounding of float32 sums, as with PyTorch's own layers.
-        np.testing.assert_allclose(together, torch.stack(alone), rtol=0, atol=1e-5)
 
 
 def test_batches():

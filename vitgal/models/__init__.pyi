@@ -61,6 +61,7 @@ from .network import (
     outline as outline,
     seeded as seeded,
 )
+from .prepared import is_prepared as is_prepared, keep_memory as keep_memory, prepare as prepare
 from .teacher import Teacher as Teacher
 from .timm_networks import (
     NetworkError as NetworkError,

@@ -26,6 +26,7 @@ from vitgal.features.selection import (
 from vitgal.models.describers import VITGAL_SIZE, Describer, facts_of
 from vitgal.models.inference import batches, device_of, inference, network_input
 from vitgal.models.network import ViTGaL
+from vitgal.models.prepared import prepare
 from vitgal.models.token_network import TokenNetwork
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings, SelectionSettings
 
@@ -65,9 +66,10 @@ def extract_global(
         for position, (image, box) in enumerate(zip(images, boxes, strict=True))
     )
     rows = np.zeros((len(images), model.embed_dim), np.float32)
-    with inference(model, precision):
+    prepared = prepare(model, precision)
+    with inference(prepared, precision):
         for positions, batch in batches(inputs, batch_size):
-            rows[positions] = describe(model, np.stack(batch), settings.scales)
+            rows[positions] = describe(prepared, np.stack(batch), settings.scales)
     return rows
 
 
@@ -117,6 +119,7 @@ def extract_local(
     require_codes(model)
     crop, crop_frame = crop_box(image, box)
     batch = resize_image(crop, size, "area", model.multiple)[None]
+    model = prepare(model, precision)
     with inference(model, precision):
         inputs = network_input(batch, device_of(model))
         return local_features(model, inputs, [(crop_frame, image.shape[:2])], selection)[0]

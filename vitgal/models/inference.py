@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from vitgal import runs
 from vitgal.data.images import MEAN, STD
@@ -130,53 +128,23 @@ def weights_input(model: str | Path, *, seed: int = 0) -> str | runs.Input:
 
 @contextlib.contextmanager
 def inference(model: nn.Module, precision: str = GlobalSettings.precision) -> Iterator[None]:
-    """Runs the model in eval mode, without gradients, in a precision; restores its mode."""
+    """Runs the model in eval mode, without gradients, in a precision; restores its mode.
+
+    `prepare` makes a faster model for it.
+    """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     device, training = device_of(model), model.training
     bf16 = resolve_precision(precision, device) == "bf16"
     # By default cuDNN rounds the inputs of convolutions to 10 bits (TF32).
     exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-    one_dnn = device.type == "cpu" and not bf16 and _one_dnn_works()
-    linear_layers = _OneDNN() if one_dnn else contextlib.nullcontext()
     model.eval()
     try:
-        with torch.inference_mode(), exact, linear_layers:
+        with torch.inference_mode(), exact:
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
                 yield
     finally:
         model.train(training)
-
-
-class _OneDNN(TorchFunctionMode):
-    """Computes float32 linear layers with oneDNN in place of MKL.
-
-    MKL does not use the wide registers of AMD processors, where oneDNN is 2.2 times as fast. The
-    sums are the same but for their order.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        replaced = func is F.linear and not kwargs and args[0].dtype == torch.float32
-        if replaced and args[0].numel():
-            return _one_dnn_linear(*args)
-        return func(*args, **(kwargs or {}))
-
-
-def _one_dnn_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # torch.compile uses this operation on CPUs. It is undocumented: see `_one_dnn_works`.
-    return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-
-
-def _one_dnn_works() -> bool:
-    """Returns whether this PyTorch has the operation and computes it in float32."""
-    inputs = torch.linspace(-1, 1, 3 * 16).reshape(3, 16)
-    weight, bias = torch.linspace(0.3, -0.7, 5 * 16).reshape(5, 16), torch.linspace(1, 2, 5)
-    try:
-        outputs = _one_dnn_linear(inputs, weight, bias)
-    except (AttributeError, TypeError, RuntimeError):  # missing, or with other arguments
-        return False
-    # Rounding of 16 products is below 1e-5; with factors rounded to bf16 it is above 1e-3.
-    return torch.allclose(outputs, F.linear(inputs, weight, bias), rtol=0, atol=1e-5)
 
 
 @contextlib.contextmanager

@@ -178,8 +178,11 @@ def explain_selection(
     """
     from vitgal.models.descriptors import local_features, token_scores
     from vitgal.models.inference import device_of, inference, network_input
+    from vitgal.models.prepared import prepare
 
-    settings, recorder = settings or LocalSettings(), _Recorder(model)
+    settings = settings or LocalSettings()
+    model = prepare(model, settings.precision)
+    recorder = _Recorder(model)
     crop, box = crop_box(image, box)
 
     def extract(changed: LocalSettings) -> LocalFeatures:

@@ -31,6 +31,7 @@ from vitgal.models.inference import (
     resolve_precision,
 )
 from vitgal.models.local_extractors import LocalExtractor, make_extractor
+from vitgal.models.prepared import is_prepared, prepare
 from vitgal.models.token_network import TokenNetwork, local_network
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings
 from vitgal.stages.images import (
@@ -127,6 +128,7 @@ class LocalDescriber:
             "engine": "local",
             "device": str(self.extractor.device if self.extractor else device_of(self.model)),
             "precision": self.precision,
+            "prepared": self.model is not None and is_prepared(self.model),
             "batch_size": self.batch_size,
             "workers": self.machine.read_threads,
             "threads": torch.get_num_threads(),
@@ -227,4 +229,4 @@ def open_local(
         if isinstance(settings, LocalSettings):
             model = local_network(model, settings, codes)
         precision = resolve_precision(settings.precision, device)
-        yield LocalDescriber(model, settings, machine, precision)
+        yield LocalDescriber(prepare(model, precision), settings, machine, precision)

@@ -28,6 +28,7 @@ from vitgal.features.selection import Frame
 from vitgal.models import describers as networks, inference
 from vitgal.models.descriptors import describe, local_features, require_codes
 from vitgal.models.local_extractors import LocalExtractor, extractor_inputs, make_extractor
+from vitgal.models.prepared import prepare
 from vitgal.settings import (
     GlobalSettings,
     LocalSettings,
@@ -154,16 +155,19 @@ class Describer:
     def network(self) -> networks.Describer:
         """The model of global descriptors in memory."""
         device = inference.pick_device(self.machine.device)
-        return inference.open_model(self.model, device, pooling=self.global_settings.pooling)
+        network = inference.open_model(self.model, device, pooling=self.global_settings.pooling)
+        return prepare(network, self.describing.precision)
 
     @functools.cached_property
     def local_network(self) -> networks.Describer:
         """The model of local features in memory; ValueError where it has no autoencoder."""
-        network = self.network
-        if self.local_model not in (None, self.model):
-            network = inference.open_model(self.local_model, inference.device_of(network))
+        network, precision = self.network, self.local_settings.precision
+        if self.local_model not in (None, self.model) or precision != self.describing.precision:
+            network = inference.open_model(
+                self.local_model or self.model, inference.device_of(network)
+            )
         require_codes(network)
-        return network
+        return prepare(network, precision)
 
     @functools.cached_property
     def extractor(self) -> LocalExtractor:
