@@ -7,6 +7,7 @@ from .execution import (
     execute as execute,
     head as head,
 )
+from .layout import lay_out as lay_out
 from .pipeline import (
     Declaration as Declaration,
     chain as chain,

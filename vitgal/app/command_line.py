@@ -1,4 +1,4 @@
-"""The command line: `vitgal run | download | weights | compare | table | report | own`.
+"""The command line: `vitgal run | own | notebooks | download | weights | compare | table | report`.
 
 Also `python -m vitgal`.
 """
@@ -81,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
 
     download = commands.add_parser("download", help="fetch data sets and weights")
     download.add_argument("names", nargs="*", metavar="NAME", help="from third_party/sources.toml")
-    download.add_argument("--to", type=Path, metavar="data/", help="default: the checkout's data/")
+    where = "default: data/ of the checkout, or here"
+    download.add_argument("--to", type=Path, metavar="data/", help=where)
     download.add_argument("--list", action="store_true", help="list what can be downloaded")
     download.add_argument("--check", metavar="NAME", help="verify an existing folder")
     download.set_defaults(command=_download)
@@ -99,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     own.add_argument("--box", metavar="x0,y0,x1,y1", help="part of a single query, in pixels")
     own.add_argument("--places", action="store_true", help="group the folder into places")
     _add_run(own, _own, "another parameter of notebook 08, such as weights", "the model's run")
+
+    notebooks = commands.add_parser("notebooks", help="lay out notebooks and params to work with")
+    notebooks.add_argument("folder", type=Path, nargs="?", default=Path(), metavar="FOLDER")
+    notebooks.set_defaults(command=_notebooks)
 
     weights = commands.add_parser("weights", help="convert a published .pth to .safetensors")
     weights.add_argument(
@@ -173,7 +178,7 @@ def _run(options: argparse.Namespace) -> int:
     from vitgal.app import pipeline, summary
 
     folder = pipeline.run(
-        options.params,
+        options.params if options.params.exists() else runs.resolve(options.params),
         only=options.only.split(",") if options.only else None,
         first=options.first,
         last=options.last,
@@ -220,6 +225,16 @@ def _download(options: argparse.Namespace) -> int:
         return 2
     for name, folder in transfer.download(options.names, target=options.to).items():
         say(f"{name}: {folder}")
+    return 0
+
+
+def _notebooks(options: argparse.Namespace) -> int:
+    from vitgal.app.layout import lay_out
+
+    kept = lay_out(options.folder)
+    for path in kept:
+        say(f"kept, it differs from the one that vitgal brings: {path}")
+    say(f"notebooks/ and params/ are in {options.folder.absolute()}")
     return 0
 
 

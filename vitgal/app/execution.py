@@ -57,6 +57,13 @@ class Interrupted(NotebookError):
     status = 130
 
 
+def _working_folder(notebook: Path) -> Path:
+    """Returns the notebook's folder; for an installed wheel's own notebooks the user's."""
+    here = runs.checkout()
+    installed = here != runs.brought() and notebook.is_relative_to(runs.brought())
+    return here if installed else notebook.parent
+
+
 def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progress: bool) -> None:
     """Executes a notebook and writes the executed copy to `target`, also where a cell fails.
 
@@ -77,7 +84,7 @@ def execute(notebook: Path, target: Path, parameters: dict[str, Any], *, progres
                 parameters=parameters,
                 engine_name="vitgal",
                 kernel_name=KERNEL,
-                cwd=str(notebook.parent),
+                cwd=str(_working_folder(notebook)),
                 progress_bar=bar,
                 autosave_cell_every=AUTOSAVE,
                 kernel_log=log,

@@ -50,7 +50,8 @@ def run(
 
     The executed copies are `<run>/notebooks/NN_name.ipynb`, with `worker_count` above 1
     `<run>/notebooks/worker-K/NN_name.ipynb`; each notebook gets only the parameters that it
-    takes and that differ from its own, and runs in the notebooks' folder, as in JupyterLab.
+    takes and that differ from its own, and runs in the notebooks' folder, as in JupyterLab; those
+    of an installed wheel run in the current folder.
 
     Args:
         params: a flat YAML file; None leaves every notebook's own defaults.
@@ -59,7 +60,7 @@ def run(
             run's own data, if these are missing.
         overrides: replace values of the file; text is parsed by the declared type.
         output: the run folder, relative to the current folder; None takes `run_dir`.
-        notebooks: the folder of the numbered notebooks; None is the checkout's.
+        notebooks: the folder of the numbered notebooks; None is the checkout's, or the wheel's.
         progress: one line a notebook, on a terminal with its cells and the running bar.
     Raises:
         SettingsError: before anything starts; where data is absent, it has the command that brings
@@ -68,7 +69,7 @@ def run(
         StageError: another process executes notebooks in this run folder, or it is not writable.
     """
     values = read_file(params) if params else Values({}, {})
-    every = chain(notebooks or runs.checkout() / "notebooks")
+    every = chain(notebooks or runs.resolve("notebooks"))
     if only is None and first is None and last is None:
         first, last = notebook_range(values)
     chosen = select(every, only=only, first=first, last=last)
@@ -113,7 +114,7 @@ def run_own(
     """
     from vitgal.data.photographs import find_photograph
 
-    path = (notebooks or runs.checkout() / "notebooks") / OWN
+    path = (notebooks or runs.resolve("notebooks")) / OWN
     texts = dict(overrides or {}) | {"photographs_folder": str(folder), "query_image": query}
     if box is not None:
         texts["query_box"] = box

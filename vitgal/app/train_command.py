@@ -75,7 +75,7 @@ def read_notebook_settings(
 
     Reads and checks the file as `vitgal run` does; raises SettingsError, FileNotFoundError.
     """
-    notebooks = pipeline.chain(runs.checkout() / "notebooks")
+    notebooks = pipeline.chain(runs.resolve("notebooks"))
     selected = pipeline.select(notebooks, only=[only] if only else list(STAGES))
     values = read_file(params)
     run, injected = pipeline.plan(values, notebooks, selected, overrides=overrides, output=output)

@@ -55,9 +55,11 @@ from .manifest import (
     read_stage as read_stage,
 )
 from .paths import (
+    PARTS as PARTS,
     SMALL_WEIGHTS as SMALL_WEIGHTS,
     TIMM as TIMM,
     UNTRAINED as UNTRAINED,
+    brought as brought,
     checkout as checkout,
     data_folder as data_folder,
     model_file as model_file,

@@ -1,4 +1,8 @@
-"""Paths of the checkout, of runs, and of a run's data and model."""
+"""Paths of the project, of runs, and of a run's data and model.
+
+A checkout has its notebooks, params, weights and sources in its top folder, an installed wheel in
+`vitgal/project/`: there data and runs lie where the user works.
+"""
 
 import os
 from pathlib import Path
@@ -8,22 +12,49 @@ from vitgal.runs.manifest import read_stage
 
 TIMM, UNTRAINED = "timm:", "untrained:"  # begin the names of networks, in place of a file's path
 SMALL_WEIGHTS = "weights/vitgal_nano.safetensors"  # made by params/small_weights.yaml
+PARTS = ("notebooks", "params", "weights", "third_party")  # that a wheel brings, see setup.py
+FIRST_NOTEBOOK = "notebooks/01_data_split.ipynb"
+
+
+def brought() -> Path:
+    """Returns the folder of the notebooks, params, weights and sources that vitgal brings.
+
+    Raises StageError where an installation lacks them.
+    """
+    top = Path(__file__).resolve().parents[2]
+    for folder in (top / "vitgal" / "project", top):
+        if (folder / FIRST_NOTEBOOK).is_file():
+            return folder
+    raise StageError(
+        f"{top} lacks vitgal's notebooks and params: install the wheel again, or the checkout with "
+        "`pip install -e .`"
+    )
 
 
 def checkout() -> Path:
-    """Returns the checkout's top folder, which holds `notebooks/` and `params/`."""
-    top = Path(__file__).resolve().parents[2]
-    if not (top / "notebooks").is_dir():
-        raise StageError(
-            f"{top} holds no notebooks/: vitgal's notebooks and params are in its checkout; "
-            "install it there with `pip install -e .`"
-        )
-    return top
+    """Returns the folder that relative paths count from: the checkout's top folder.
+
+    With an installed wheel it is the nearest folder, from the current one upwards, where `vitgal
+    notebooks` laid out the notebooks, else the current folder.
+    """
+    top = brought()
+    if top.name != "project":
+        return top
+    here = Path.cwd()
+    return next((path for path in (here, *here.parents) if (path / FIRST_NOTEBOOK).is_file()), here)
 
 
 def resolve(path: str | os.PathLike) -> Path:
-    """Returns an absolute path: a relative one counts from the checkout; `~` is expanded."""
-    return checkout() / Path(path).expanduser()
+    """Returns an absolute path: a relative one counts from `checkout`; `~` is expanded.
+
+    A file or folder that is missing there and that an installed wheel brings is the wheel's.
+    """
+    relative = Path(path).expanduser()
+    resolved = checkout() / relative
+    if relative.parts[:1] and relative.parts[0] in PARTS and not resolved.exists():
+        packaged = brought() / relative
+        return packaged if ".." not in relative.parts and packaged.exists() else resolved
+    return resolved
 
 
 def split_source(source: str) -> tuple[str, str]:

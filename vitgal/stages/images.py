@@ -158,8 +158,10 @@ def _portable(run: Path, path: Path | str) -> str | None:
     path = Path(path).absolute()
     if path.is_relative_to(run.absolute()):
         return None
-    with contextlib.suppress(runs.StageError, ValueError):  # no checkout, or a path outside it
-        return str(path.relative_to(runs.checkout()))
+    with contextlib.suppress(runs.StageError):  # an installation without notebooks
+        for top in (runs.checkout(), runs.brought()):
+            if path.is_relative_to(top):
+                return str(path.relative_to(top))
     return str(path)
 
 

@@ -65,7 +65,7 @@ def read_photographs(folder: Path) -> list[Photograph]:
     folder = Path(folder)
     table = folder / ATTRIBUTION
     if not table.is_file():
-        restore = "restore the folder from the repository (git checkout third_party/landmarks)"
+        restore = "restore third_party/landmarks (`git checkout third_party`, or install the wheel)"
         raise FileNotFoundError(f"{table} is missing: it lists the demo's photographs; {restore}")
     rows = _read_table(table, ATTRIBUTION_COLUMNS)
     missing = [row["file"] for row in rows if not (folder / row["file"]).is_file()]
