@@ -10,7 +10,8 @@ five; average precision is the benchmark's; both are means over a place's querie
 Then: is the place in the folder? Every photograph, of a place or not, is a query, and the
 probability of the best of the first twenty by similarity is compared with whether it shows the
 place. The model was fitted to other photographs: the shipped one for the defaults, else one fitted
-to --known, a folder with one sub-folder per place.
+to --known, a folder with one sub-folder per place. And the folder is grouped into places by
+the rule of `vitgal own --places`.
 
 SIFT is the plain baseline: OpenCV's 1000 best keypoints of the photograph resized to the same area,
 nearest neighbours with Lowe's ratio test at 0.8, and the same verification, against every
@@ -18,6 +19,7 @@ photograph; equal counts by file name.
 """
 
 import argparse
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,10 +35,11 @@ from vitgal.data.images import resize
 from vitgal.data.photographs import read_upright
 from vitgal.evaluation.protocol import average_precision
 from vitgal.evaluation.statistics import bootstrap_interval
+from vitgal.retrieval.places import pair_scores
 from vitgal.retrieval.presence import Presence, calibration_error, ranking_area
 from vitgal.retrieval.verification import verify
-from vitgal.settings import Values, reader, settings_of
-from vitgal.stages import own
+from vitgal.settings import RerankingSettings, Values, reader, settings_of
+from vitgal.stages import own, own_answers
 from vitgal.stages.model_choice import DEMO_VALUES, own_models
 from vitgal.stages.own import Describer
 from vitgal.stages.presence import fit_places, known_presence
@@ -174,6 +177,8 @@ def main() -> None:
         local_model=models.local,
     )
     settings = whole.reranking
+    # Counts that are kept from a run before would make the times those of a second search.
+    shutil.rmtree(describer.folder / "pairs", ignore_errors=True)
     folder = link_folders(options.folder, options.distractors, run / "own" / "benchmark")
     start = time.perf_counter()
     photographs = own.describe_folder(folder, describer)
@@ -208,6 +213,26 @@ def main() -> None:
     settings = replace(settings, top=min(ASKED, settings.top))
     timed([name for name in photographs.names if name not in tables], rerank)
     print_presence(tables, presence)
+    print_places(photographs, whole.reranking, presence)
+
+
+def print_places(
+    photographs: own.Photographs, settings: RerankingSettings, presence: Presence
+) -> None:
+    """Prints how well the folder is grouped into places, over pairs of photographs."""
+    asked = own_answers.questions(photographs)
+    answers = own_answers.answer(photographs, asked, settings, presence)
+    places = own_answers.find_places(answers)
+    found = np.full(len(photographs.names), -1)
+    for number, place in enumerate(places):
+        found[place.members] = number
+    shown = pd.Series(photographs.names).map(shown_place)
+    precision, recall, f1 = pair_scores(found, pd.factorize(shown)[0])  # a distractor is -1
+    print(
+        f"places: {shown.nunique()} in the folder, {len(places)} found with "
+        f"{sorted((len(place.members) for place in places), reverse=True)} photographs; pairs: "
+        f"precision {precision:.3f}, recall {recall:.3f}, F1 {f1:.3f}"
+    )
 
 
 def report(systems: dict[str, tuple[dict, float]]) -> None:

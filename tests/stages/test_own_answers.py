@@ -229,13 +229,24 @@ def test_the_run_inside_the_folder_is_passed_over(two_places, weights):
         describe(run, sift_describer(weights, run))
 
 
-def test_two_processes_on_one_folder(two_places, weights, tmp_path):
+def command(folder, weights, tmp_path) -> list[str]:
+    return [
+        *("own", str(folder), "--output", str(tmp_path / "run"), "-p", "weights", str(weights)),
+        *("-p", "local", "sift", "-p", "global_size", "64"),
+    ]
+
+
+def test_two_processes_on_one_folder(two_places, weights, tmp_path, capsys):
     """The lock is that of another open file, as another process has it."""
     describer = sift_describer(weights, tmp_path / "run")
     with runs.locked(describer.folder):
         with pytest.raises(runs.StageError, match="another process is working in .*wait for it"):
             describe(two_places, describer)
     assert describe(two_places, describer).extracted == 3
+    with runs.locked(tmp_path / "run/own"):
+        assert command_line.main(command(two_places, weights, tmp_path)) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("vitgal: another process is working in") and "/run/own;" in error
 
 
 def test_a_full_disk_is_one_sentence_and_what_is_whole_stays(two_places, weights, tmp_path):
@@ -275,6 +286,10 @@ def test_a_photograph_that_vanishes_between_description_and_answer(described):
         described, own_answers.questions(described), RERANKING, PRESENCE, progress=False
     )
     assert list(every.left_out) == ["0/1.png"] and len(every.questions) == 11
+    described.path("1/1.png").unlink()
+    document, images = own_document(answers, progress=False)
+    write_page(document, images, described.describer.run / "own/report")
+    assert document["entries"][0]["queries"][0]["pairs"]
 
 
 @pytest.mark.slow
@@ -285,10 +300,11 @@ def test_three_photographs_among_200_000_files(two_places, weights, tmp_path):
         if number % 20_000 == 0:
             part = two_places / f"code/{number}"
             part.mkdir()
-        os.link(two_places / "notes.txt", part / f"{number}.py")
+            (part / "0.py").write_text("x")
+        os.link(part / "0.py", part / f"{number + 1}.py")
     photographs = describe(two_places, sift_describer(weights, tmp_path / "run"))
     assert photographs.names == ["a/1.png", "a/2.png", "b/1.JPG"]
-    assert photographs.report() == "3 photographs described, 200001 other files passed over"
+    assert photographs.report() == "3 photographs described, 200011 other files passed over"
 
 
 @pytest.mark.parametrize(
@@ -301,21 +317,17 @@ def test_three_photographs_among_200_000_files(two_places, weights, tmp_path):
     ],
 )
 def test_the_command_refuses(two_places, weights, tmp_path, capsys, options, message):
-    command = ["own", str(two_places), "--output", str(tmp_path / "run"), "-p", "weights"]
-    command += [str(weights), "-p", "local", "sift", "-p", "global_size", "64"]
-    assert command_line.main([*command, *options]) in (1, 2)
+    assert command_line.main([*command(two_places, weights, tmp_path), *options]) in (1, 2)
     error = capsys.readouterr().err
     assert message in error.splitlines()[-1] and "Traceback" not in error
 
 
 def test_the_command_asks_every_photograph(two_places, weights, tmp_path, capsys):
-    command = ["own", str(two_places), "--output", str(tmp_path / "run"), "-p", "weights"]
-    command += [str(weights), "-p", "local", "sift", "-p", "global_size", "64"]
-    assert command_line.main(command) == 0
+    assert command_line.main(command(two_places, weights, tmp_path)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2] == f"3 queries answered: {tmp_path}/run/own/results.csv"
     assert lines[-1] == f"page: {tmp_path}/run/own/report/index.html"
     first = (tmp_path / "run/own/results.csv").read_bytes()
     assert len(first.splitlines()) == 1 + 3 * 2
-    assert command_line.main(command) == 0
+    assert command_line.main(command(two_places, weights, tmp_path)) == 0
     assert (tmp_path / "run/own/results.csv").read_bytes() == first

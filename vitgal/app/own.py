@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -10,6 +10,9 @@ import pandas as pd
 from vitgal import runs
 from vitgal.app import pipeline
 from vitgal.settings import Settings, SettingsError, Values
+
+if TYPE_CHECKING:
+    from vitgal.stages.own_answers import Answers
 
 
 def search_own(
@@ -40,8 +43,6 @@ def search_own(
     """
     from vitgal import stages
     from vitgal.stages import own_answers
-    from vitgal.viz.own_document import own_document
-    from vitgal.viz.report import write_page
 
     run, settings, weights = _settings(folder, box, overrides, output)
     if places and (queries or query_folder):
@@ -56,26 +57,38 @@ def search_own(
         settings.machine,
         local_model=models.local,
     )
-    lines = [models.announce(run)]
-    photographs = stages.describe_folder(Path(folder), describer, progress=progress)
-    lines += photographs.report().split("\n")
-    presence = stages.known_presence(describer, settings.reranking)
-    named = [str(_typed(photographs.folder, query)) for query in queries]
-    asked = own_answers.questions(photographs, named, query_folder, settings.own.query_box)
-    answers = own_answers.answer(
-        photographs, asked, settings.reranking, presence, progress=progress
-    )
-    results = own_answers.write_answers(answers, run / "own" / "results.csv")
-    found = None
+    with runs.locked(run / "own"):
+        lines = [models.announce(run)]
+        photographs = stages.describe_folder(Path(folder), describer, progress=progress)
+        presence = stages.known_presence(describer, settings.reranking)
+        named = [str(_typed(photographs.folder, query)) for query in queries]
+        asked = own_answers.questions(photographs, named, query_folder, settings.own.query_box)
+        answers = own_answers.answer(
+            photographs, asked, settings.reranking, presence, progress=progress
+        )
+        lines += photographs.report().split("\n")
+        return run, [*lines, *_write(answers, places, progress)]
+
+
+def _write(answers: "Answers", places: bool, progress: bool) -> list[str]:
+    """Writes the tables and the page of the answers; returns what is printed of them."""
+    from vitgal.stages import own_answers
+    from vitgal.viz.own_document import own_document
+    from vitgal.viz.report import write_page
+
+    photographs, found, lines = answers.photographs, None, []
+    folder = photographs.describer.run / "own"
+    results = own_answers.write_answers(answers, folder / "results.csv")
     if places:
         found = own_answers.find_places(answers)
-        table = own_answers.write_places(photographs, found, run / "own" / "places.csv")
+        table = own_answers.write_places(photographs, found, folder / "places.csv")
         lines += [*_place_lines(photographs.names, found), f"places: {table}"]
+    else:
+        lines += _answer_lines(answers.table)
     document, images = own_document(answers, found, progress=progress)
-    page = write_page(document, images, run / "own" / "report")
-    lines += _answer_lines(answers.table)
+    page = write_page(document, images, folder / "report")
     lines += [f"not asked: {name}: {reason}" for name, reason in answers.left_out.items()]
-    return run, [*lines, f"{len(answers.questions)} queries answered: {results}", f"page: {page}"]
+    return [*lines, f"{len(answers.questions)} queries answered: {results}", f"page: {page}"]
 
 
 def _settings(

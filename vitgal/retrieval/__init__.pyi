@@ -8,6 +8,7 @@ from .matching import (
     match_squares as match_squares,
     matching_device as matching_device,
 )
+from .places import Place as Place, group_places as group_places, pair_scores as pair_scores
 from .presence import (
     Presence as Presence,
     PresenceError as PresenceError,

@@ -36,7 +36,8 @@ class Answers:
     """The answers to the questions to a folder.
 
     Attributes:
-        questions: those that could be answered. verdicts: a sentence for each.
+        questions: those that could be answered. verdicts: a sentence for each. files: where their
+            descriptions are stored.
         table: COLUMNS, the verified photographs of each question in their final order; `image` is a
             name in the folder, `probability` is missing where no model of presence is known. In
             addition `global_rank`, from 1.
@@ -47,6 +48,7 @@ class Answers:
     photographs: Photographs
     questions: list[Question]
     verdicts: list[str]
+    files: list[Path]
     table: pd.DataFrame
     left_out: dict[str, str]
     settings: RerankingSettings
@@ -96,7 +98,7 @@ def answer(
     The first `top` photographs of each are in the answers. A question that cannot be asked is left
     out and named; a stopped run loses at most one. Raises PhotographError where none can be asked.
     """
-    tables, verdicts, answered, left_out = [], [], [], {}
+    tables, verdicts, files, answered, left_out = [], [], [], [], {}
     for question in tqdm(asked, desc="searching", unit="query", disable=not progress):
         try:
             query = question.name, question.path
@@ -110,6 +112,7 @@ def answer(
         table = table.rename(columns={"photograph": "image"}).assign(query=question.name)
         tables.append(table[[*COLUMNS, "global_rank"]])
         verdicts.append(result.verdict())
+        files.append(result.description.file)
         answered.append(question)
     if not tables:
         name, reason = next(iter(left_out.items()))
@@ -117,7 +120,7 @@ def answer(
             f"none of the {len(asked)} queries can be asked; {runs.printable(name)}: {reason}"
         )
     table = pd.concat(tables, ignore_index=True)
-    return Answers(photographs, answered, verdicts, table, left_out, settings, presence)
+    return Answers(photographs, answered, verdicts, files, table, left_out, settings, presence)
 
 
 def write_answers(answers: Answers, path: Path) -> Path:

@@ -49,7 +49,8 @@ from .matching import (
     keypoints as keypoints,
     match_lines as match_lines,
 )
-from .report import write_report as write_report
+from .own_document import own_document as own_document
+from .report import write_page as write_page, write_report as write_report
 from .run_figures import (
     existing_queries as existing_queries,
     pair_figure as pair_figure,

@@ -1,6 +1,7 @@
 """Answers of one's own photographs as the JSON document that the front end draws."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,10 +47,14 @@ def own_document(
 
     photographs, images, sizes = answers.photographs, Images(upright=True), {}
     groups = {name: rows for name, rows in answers.table.groupby("query", sort=False)}
-    asked = list(zip(answers.questions, answers.verdicts, strict=True))[:MOST_QUERIES]
+    asked = list(zip(answers.questions, answers.files, answers.verdicts, strict=True))
+    asked = asked[:MOST_QUERIES]
     bar = tqdm(asked, desc="matching pairs", unit="query", disable=not progress)
     entry = _Entry(answers, images, sizes, ranks, pairs)
-    queries = [entry.query(question, groups[question.name], text) for question, text in bar]
+    queries = [
+        entry.query(question, file, groups[question.name]) | {"verdict": verdict}
+        for question, file, verdict in bar
+    ]
     empty = NO_SCORES | {"ap": [None] * len(queries)}
     left_out = answers.left_out | photographs.left_out
     document = {
@@ -99,12 +104,20 @@ class _Entry:
             "probability": np.round(place.support / place.links, 4).tolist(),
         }
 
-    def query(self, question: "Question", table: pd.DataFrame, verdict: str) -> dict[str, Any]:
-        """Returns the plain values of a question; table: its answers in their final order."""
+    def query(self, question: "Question", file: Path, table: pd.DataFrame) -> dict[str, Any]:
+        """Returns the plain values of a question.
+
+        file: its description; its photograph may have vanished since. table: its answers in their
+        final order.
+        """
+        from vitgal.stages.own_describer import read_description
+
         before = table.sort_values("global_rank").head(self.ranks)
         after = table.head(self.ranks)
         number = self.images.number(question.path, question.name)
-        description = self.photographs.describer.describe(question.path, question.box)
+        description = read_description(file) or self.photographs.describer.describe(
+            question.path, question.box
+        )
         height, width = description.features.image_size
         self.sizes.setdefault(number, [width, height])
         shown = table[table["image"].isin([*before["image"], *after["image"]])]
@@ -120,7 +133,6 @@ class _Entry:
             "probability": [
                 None if np.isnan(value) else round(value, 4) for value in shown["probability"]
             ],
-            "verdict": verdict,
             "worst": {},
             "pairs": self.matches(number, description.features, after["image"][: self.pairs]),
         }
