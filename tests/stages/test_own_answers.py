@@ -311,6 +311,7 @@ def test_three_photographs_among_200_000_files(two_places, weights, tmp_path):
     ("options", "message"),
     [
         (["--places", "--query", "a.png"], "--places asks every photograph: leave out --query"),
+        (["--places"], "(--output runs/own), or fit one by stages.fit_places to a folder with"),
         (["--queries", "none"], "none is not a folder"),
         (["--query", "a/1.png", "--query", "z.png"], "there is no query z.png"),
         (["--box", "0,0,40,40"], "a box belongs to one query, and there are 3"),

@@ -59,8 +59,10 @@ def search_own(
     )
     with runs.locked(run / "own"):
         lines = [models.announce(run)]
-        photographs = stages.describe_folder(Path(folder), describer, progress=progress)
         presence = stages.known_presence(describer, settings.reranking)
+        if places:
+            own_answers.require_presence(presence)
+        photographs = stages.describe_folder(Path(folder), describer, progress=progress)
         named = [str(_typed(photographs.folder, query)) for query in queries]
         asked = own_answers.questions(photographs, named, query_folder, settings.own.query_box)
         answers = own_answers.answer(

@@ -137,14 +137,10 @@ def find_places(answers: Answers) -> list[Place]:
     the lower of its two probabilities is not below the model's threshold; `group_places` has the
     rule. Raises PresenceError where no model of presence is known.
     """
-    if answers.presence is None:
-        raise PresenceError(
-            "places need a probability, which is unknown for these settings: fit a model by "
-            "stages.fit_places to a folder with one sub-folder per place"
-        )
+    presence = require_presence(answers.presence)
     indices = pd.Series(range(len(answers.photographs.names)), answers.photographs.names)
     table = answers.table.dropna(subset="probability")
-    table = table[table["probability"] >= answers.presence.threshold]
+    table = table[table["probability"] >= presence.threshold]
     ends = np.column_stack([indices[table[name]].to_numpy() for name in ("query", "image")])
     both = pd.DataFrame({
         "low": ends.min(axis=1), "high": ends.max(axis=1), "probability": table["probability"]
@@ -152,7 +148,18 @@ def find_places(answers: Answers) -> list[Place]:
     both = both.groupby(["low", "high"])["probability"].agg(["size", "min"]).reset_index()
     both = both[both["size"] == 2]
     pairs = both[["low", "high"]].to_numpy(np.int64)
-    return group_places(pairs, both["min"].to_numpy(), answers.presence.threshold)
+    return group_places(pairs, both["min"].to_numpy(), presence.threshold)
+
+
+def require_presence(presence: Presence | None) -> Presence:
+    """Returns a model of presence; PresenceError with the remedy where none is known."""
+    if presence is None:
+        raise PresenceError(
+            "places need a probability, which is unknown for this model and these settings: take "
+            "the default by a run without a model of its own (--output runs/own), or fit one by "
+            "stages.fit_places to a folder with one sub-folder per place"
+        )
+    return presence
 
 
 def write_places(photographs: Photographs, places: Sequence[Place], path: Path) -> Path:
