@@ -189,9 +189,13 @@ def main() -> None:
         f"{photographs.extracted} in {seconds:.1f} s"
     )
     tables = {}
+    presence = known_presence(describer, settings)
+    if presence is None:
+        presence = fit_places(own.describe_folder(options.known, describer), settings, SAME)
+        print("fitted:", presence)
 
     def rerank(query: str) -> list[str]:
-        tables[query] = own.search_folder(photographs, query, None, settings).table
+        tables[query] = own.search_folder(photographs, query, None, settings, presence).table
         return tables[query]["photograph"].tolist()
 
     reranked = timed(queries, rerank)
@@ -206,10 +210,6 @@ def main() -> None:
     if not options.without_sift:
         systems["SIFT"] = timed(queries, Sift(photographs, SIFT_SIZE).ranking)
     report({name: (score(rankings), spent) for name, (rankings, spent) in systems.items()})
-    presence = known_presence(describer, settings)
-    if presence is None:
-        presence = fit_places(own.describe_folder(options.known, describer), settings, SAME)
-        print("fitted:", presence)
     settings = replace(settings, top=min(ASKED, settings.top))
     timed([name for name in photographs.names if name not in tables], rerank)
     print_presence(tables, presence)

@@ -332,3 +332,25 @@ def test_the_command_asks_every_photograph(two_places, weights, tmp_path, capsys
     assert len(first.splitlines()) == 1 + 3 * 2
     assert command_line.main(command(two_places, weights, tmp_path)) == 0
     assert (tmp_path / "run/own/results.csv").read_bytes() == first
+
+
+def test_what_shows_the_query_expands_it(described, tmp_path):
+    """The order worked out from the table without expansion and the stored descriptors."""
+    plain = own.search_folder(described, "0/1.png", None, RERANKING).table
+    table = own.search_folder(described, "0/1.png", None, RERANKING, PRESENCE).table
+    rows = dict(zip(described.names, described.descriptors.astype(np.float64), strict=True))
+    logits = -4 + 2 * np.log1p(plain["evidence"].astype(float))
+    found = plain["photograph"][1 / (1 + np.exp(-logits)) >= PRESENCE.threshold].tolist()
+    assert "0/2.png" in found and len(found) < len(plain)
+    mean = rows["0/1.png"] + sum(rows[name] for name in found)
+    mean /= np.linalg.norm(mean)
+    evidence = dict(zip(plain["photograph"], plain["evidence"], strict=True))
+    bonus = {name: 0.02 * max(min(count, 60) - 4, 0) for name, count in evidence.items()}
+    scores = {name: rows[name] @ mean + value for name, value in bonus.items()}
+    assert table["photograph"].tolist() == sorted(scores, key=lambda name: -scores[name])
+    assert table["rank"].tolist() == list(range(1, 12))
+    similar = dict(zip(plain["photograph"], plain["similarity"], strict=True))
+    assert [similar[name] for name in table["photograph"]] == table["similarity"].tolist()
+    low = Presence(-50.0, 0.0, 2.0, 0.6, 1.0, 1.0, 10, 5)  # nothing shows it
+    same = own.search_folder(described, "0/1.png", None, RERANKING, low).table
+    assert same["photograph"].tolist() == plain["photograph"].tolist()

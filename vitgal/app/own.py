@@ -117,7 +117,7 @@ def _typed(folder: Path, query: str) -> Path | str:
 
 def _answer_lines(table: pd.DataFrame, most: int = 20) -> list[str]:
     """The first answer to each of the first questions."""
-    first = table[table["rank"] == 1]
+    first = table.groupby("query", sort=False).head(1)
     lines = []
     for row in first.head(most).itertuples():
         shown = (

@@ -269,7 +269,8 @@ def search_folder(
         box: (x0, y0, x1, y1) in pixels of the upright photograph; None: all of it.
         settings: the first `top` photographs are matched, verified and sorted by their count or,
             with the order "fused", by `fused_scores`; equal ones by similarity.
-        presence: gives these their probabilities; None: none, see `known_presence`.
+        presence: gives these their probabilities; None: none, see `known_presence`. With it the
+            order "fused" has the similarities to the mean of the query and of what shows it.
     Raises:
         PhotographError: the query does not exist or cannot be used, or nothing else is there.
     """
@@ -316,6 +317,8 @@ def search_photograph(
         counts = table.loc[verified, "evidence"].to_numpy(np.int64)
         values = presence.probabilities(table.loc[verified, "similarity"], counts)
         table["probability"] = pd.Series(values, table.index[verified])
+        if settings.order == "fused":
+            table = _expand(photographs, description, table, settings, presence.threshold)
     label = runs.printable(name)
     return SearchResult(photographs, label, path, box, description, table, settings, presence)
 
@@ -347,6 +350,31 @@ def _rerank(table: pd.DataFrame, counts: np.ndarray, settings: RerankingSettings
     table = table.iloc[order].reset_index(drop=True)
     table.insert(1, "rank", np.arange(1, len(table) + 1))
     return table
+
+
+def _expand(
+    photographs: Photographs,
+    query: Description,
+    table: pd.DataFrame,
+    settings: RerankingSettings,
+    threshold: float,
+) -> pd.DataFrame:
+    """Sorts by the similarity to the mean of the query and of what shows it, and by evidence.
+
+    Where nothing reaches the threshold the order stays. Source: Chum et al., Total Recall, ICCV
+    2007, average query expansion by verified results.
+    """
+    found = (table["probability"] >= threshold).to_numpy()
+    if not found.any():
+        return table
+    indices = pd.Index(photographs.names).get_indexer(table["photograph"])
+    rows = photographs.descriptors[indices]
+    mean = query.descriptor + rows[found].sum(axis=0)
+    similarities = rows @ (mean / np.linalg.norm(mean))
+    evidence = table["evidence"].fillna(0).to_numpy(np.int64)
+    scores = fused_scores(similarities, evidence, settings.fused_weight, settings.fused_cap)
+    table = table.iloc[np.argsort(-scores, kind="stable")].reset_index(drop=True)
+    return table.assign(rank=np.arange(1, len(table) + 1))
 
 
 def write_ranking(result: SearchResult, path: Path) -> Path:

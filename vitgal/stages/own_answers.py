@@ -38,9 +38,9 @@ class Answers:
     Attributes:
         questions: those that could be answered. verdicts: a sentence for each. files: where their
             descriptions are stored.
-        table: COLUMNS, the verified photographs of each question in their final order; `image` is a
-            name in the folder, `probability` is missing where no model of presence is known. In
-            addition `global_rank`, from 1.
+        table: COLUMNS, the verified photographs of each question in their final order, in whose
+            `rank` others count as well; `image` is a name in the folder, `probability` is missing
+            where no model of presence is known. In addition `global_rank`, from 1.
         left_out: questions that could not be asked, each with the reason.
         settings, presence: of all of them.
     """
@@ -106,7 +106,7 @@ def answer(
         except PhotographError as error:
             left_out[question.name] = str(error).removeprefix(f"{question.path.name}: ")
             continue
-        table = result.table.head(settings.top)
+        table = result.table.dropna(subset="inliers")
         if presence is None:
             table = table.assign(probability=np.nan)
         table = table.rename(columns={"photograph": "image"}).assign(query=question.name)
