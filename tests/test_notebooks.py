@@ -151,11 +151,22 @@ def compared(notebook: NotebookNode) -> Iterator[str]:
         yield "no compared output has a number in it"
 
 
+def captioned(notebook: NotebookNode) -> Iterator[str]:
+    """Each cell that shows figures is followed by a caption; they are numbered from 1 on."""
+    number, following = 0, [*notebook.cells[1:], None]
+    for cell, after in zip(notebook.cells, following, strict=True):
+        if cell.cell_type == "code" and "plt.show()" in cell.source:
+            number += 1
+            text = "" if after is None or after.cell_type == "code" else after.source
+            if not re.match(rf"\*\*Figure \d\.{number}\.\*\* \w", text):
+                yield f"no caption Figure {number} after {head(cell)}"
+
+
 def head(cell: NotebookNode) -> str:
     return repr(cell.source[:40])
 
 
-RULES = (executed, clean, parameters, kernel, short, portable, imports, compared)
+RULES = (executed, clean, parameters, kernel, short, portable, imports, compared, captioned)
 
 
 def complaints(notebook: NotebookNode) -> list[str]:
@@ -258,6 +269,7 @@ def _html(text: str) -> Callable[[NotebookNode], None]:
         ("compared", _set(tags=["nbval-ignore-output"])),
         ("compared", _set(outputs=[])),
         ("compared", _shows("done\n")),
+        ("captioned", _set(source="plt.show()")),
     ],
 )
 def test_each_rule_sees_its_damage(good, rule, damage):

@@ -141,7 +141,7 @@ def _draw_row(axes: Axes, pictures: dict[str, np.ndarray], width: float) -> floa
     gap = 0.08
     inches = (width - gap * (len(pictures) - 1)) / len(pictures)
     rows, columns = next(iter(pictures.values())).shape[:2]
-    height = min(inches * rows / columns, 2.6)
+    height = min(inches * rows / columns, 2.0)
     wide = height * columns / rows
     for number, (name, pixels) in enumerate(pictures.items()):
         left = number * (inches + gap) + (inches - wide) / 2

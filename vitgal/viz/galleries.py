@@ -130,6 +130,8 @@ def stacked_rankings(
     lines = 0 if reasons is None else len(reasons)
     labelled = any(image.label for row in rows for image in row) or not any(rows)
     extra = 0.75 if not labelled else 0.4 if lines else 0.45
+    if any("\n" in image.caption for row in rows for image in row):
+        extra += 0.15 * len(rows)
     axes, inches = _make_axes(_with_pixels([query]), len(rows), columns, extra=extra, lines=lines)
     for number, (images, name) in enumerate(zip(rows, rankings, strict=True)):
         _draw_row(axes[number, 1:], images, inches, below=labelled and number > 0)

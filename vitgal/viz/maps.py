@@ -161,9 +161,10 @@ def attention_heads(
     if not attention:
         return np.array([[drawing.sentence_figure("no scale")]])
     columns = 1 + len(next(iter(attention.values())))
-    inches = 10 / columns
-    height = min(1.4, picture.shape[0] / picture.shape[1]) * inches
-    size = (10, len(attention) * (height + 0.08) + 0.3)
+    ratio, inches = picture.shape[0] / picture.shape[1], 10 / columns
+    height = min(0.9, ratio) * inches
+    inches = max(height / ratio, 0.5 * inches)  # the titles need half of it
+    size = (columns * inches, len(attention) * (height + 0.08) + 0.3)
     figure, axes = plt.subplots(len(attention), columns, figsize=size, squeeze=False)
     drawing.tighten(figure)
     small = drawing.shrink(picture, inches)

@@ -56,7 +56,7 @@ CAPTION_SIZE = 7.5  # points, text beside photographs
 # Pixels of a photograph that are kept for each drawn pixel: exported figures stay sharp and
 # notebooks small.
 DETAIL = 3
-JPEG_QUALITY = 75  # of pictures in notebooks
+JPEG_QUALITY = 70  # of pictures in notebooks
 FONT = "DejaVu Sans"
 BOXES_FONT = "Last Resort High-Efficiency"  # of matplotlib: boxes for letters that no font has
 STYLE = {
