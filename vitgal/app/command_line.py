@@ -1,4 +1,6 @@
-"""The command line: `vitgal run | own | notebooks | download | weights | compare | table | report`.
+"""The command line.
+
+`vitgal run | own | audit | notebooks | download | weights | compare | table | report`.
 
 Also `python -m vitgal`.
 """
@@ -105,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     notebooks.add_argument("folder", type=Path, nargs="?", default=Path(), metavar="FOLDER")
     notebooks.set_defaults(command=_notebooks)
 
+    _add_audit(commands)
     weights = commands.add_parser("weights", help="convert a published .pth to .safetensors")
     weights.add_argument(
         "source", type=Path, metavar="SOURCE.pth", help="or a model of vitgal, .safetensors"
@@ -128,6 +131,35 @@ def _parser() -> argparse.ArgumentParser:
     _add_table(commands, level)
     _add_report(commands)
     return parser
+
+
+def _add_audit(commands: argparse._SubParsersAction) -> None:
+    audit = commands.add_parser("audit", help="find copies within a folder or between two")
+    audit.add_argument("folder", type=Path, metavar="FOLDER", help="such as training images")
+    audit.add_argument("other", type=Path, nargs="?", metavar="OTHER", help="such as test images")
+    audit.add_argument("--to", type=Path, metavar="FOLDER", help="default: runs/audit/<its name>")
+    table = "GLDv2's table: counts FOLDER's landmarks that OTHER shows"
+    audit.add_argument("--table", type=Path, metavar="train.csv", help=table)
+    audit.add_argument("--weights", metavar="FILE", help="describe with this model, or timm:NAME")
+    count = "similar images that each is compared with"
+    audit.add_argument("--neighbours", type=int, default=10, metavar="10", help=count)
+    audit.set_defaults(command=_audit)
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from vitgal.app.audit_command import audit_folders
+
+    say(
+        audit_folders(
+            options.folder,
+            options.other,
+            to=options.to,
+            table=options.table,
+            weights=options.weights,
+            neighbours=options.neighbours,
+        )
+    )
+    return 0
 
 
 def _add_table(commands: argparse._SubParsersAction, level: str) -> None:

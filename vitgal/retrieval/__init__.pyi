@@ -1,3 +1,10 @@
+from .copies import (
+    Comparison as Comparison,
+    View as View,
+    compare_views as compare_views,
+    copy_candidates as copy_candidates,
+    group_pairs as group_pairs,
+)
 from .evidence import Evidence as Evidence, weigh as weigh
 from .exact_ranks import labelled_positions as labelled_positions
 from .exact_search import rank_images as rank_images, search as search, similarities as similarities

@@ -1,3 +1,8 @@
+from .audit import (
+    Audit as Audit,
+    audit as audit,
+    write_audit as write_audit,
+)
 from .benchmark import (
     VALIDATION as VALIDATION,
     image_folder as image_folder,

@@ -1,3 +1,4 @@
+from .audit_page import write_audit_page as write_audit_page
 from .browsers import (
     PhotographBrowser as PhotographBrowser,
     browse_photographs as browse_photographs,

@@ -1,0 +1,152 @@
+"""Planted copies: how many `vitgal audit` finds, and how many of its pairs are right, in one run.
+
+    python benchmarks/audit.py [PHOTOGRAPHS] [DISTRACTORS] [--copies 60] [--seed 0] [--million]
+
+Copies of PHOTOGRAPHS (default: the bundled ones) are added to them and to DISTRACTORS: in turn a
+crop to a third, a resized, a recompressed, a mirrored one; with --all also recoloured, framed,
+captioned, turned, and mirrored crops. A pair is right if it is a photograph with its own copy.
+--million: time and memory of proposing pairs among a million random descriptors.
+"""
+
+import argparse
+import resource
+import tempfile
+import time
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from vitgal import runs
+from vitgal.data.photographs import list_photographs, read_upright
+from vitgal.retrieval import copies
+from vitgal.settings import read_settings
+from vitgal.stages import Describer, audit as audits, own_models
+from vitgal.stages.model_choice import DEMO_VALUES
+
+PLANTED = ("crop", "resize", "recompression", "mirror")
+FURTHER = ("mirrored crop", "grey", "recoloured", "border", "caption", "turned")
+
+
+def cut(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Cuts a third of an image's area out of it, at a random place."""
+    height, width = (int(side / np.sqrt(3)) for side in image.shape[:2])
+    y, x = (rng.integers(0, whole - side + 1)
+            for whole, side in zip(image.shape[:2], (height, width), strict=True))  # fmt: skip
+    return image[y : y + height, x : x + width]
+
+
+def copy_of(image: np.ndarray, kind: str, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """Returns a copy (h, w, 3) of an image and the JPEG quality to write it with."""
+    height, width = image.shape[:2]
+    if kind == "recompression":
+        return image, int(rng.integers(10, 40))
+    if kind == "resize":
+        size = [max(16, int(side * rng.uniform(0.3, 0.8))) for side in (width, height)]
+        size[1] = max(16, size[0] * height // width)
+        return cv2.resize(image, size, interpolation=cv2.INTER_AREA), 85
+    if kind == "grey":
+        return np.repeat(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)[..., None], 3, 2), 85
+    if kind == "recoloured":
+        curves = 255 * np.linspace(0, 1, 256)[:, None] ** rng.uniform(0.6, 1.5, 3)
+        return np.stack([curves[image[..., c], c] for c in range(3)], -1).astype(np.uint8), 85
+    if kind == "border":
+        side = max(height, width) // 10
+        return cv2.copyMakeBorder(image, *[side] * 4, cv2.BORDER_CONSTANT, value=[255] * 3), 85
+    if kind == "caption":
+        image = image.copy()
+        image[int(0.85 * height) :] = 0
+        place = int(0.05 * width), int(0.95 * height)
+        return cv2.putText(image, "a sunny day", place, 0, height / 400, [255] * 3, 2), 85
+    if kind == "turned":
+        turn = cv2.getRotationMatrix2D((width / 2, height / 2), rng.uniform(-8, 8), 1.2)
+        return cv2.warpAffine(image, turn, (width, height)), 85
+    image = cut(image, rng) if "crop" in kind else image
+    return (image[:, ::-1] if "mirror" in kind else image), 80
+
+
+def plant(sources: list[Path], folder: Path, kinds: list[str], seed: int) -> dict[str, Path]:
+    """Writes a copy of a random photograph for each kind; returns the photograph by the name."""
+    rng = np.random.default_rng(seed)
+    origins = {}
+    for number, source in enumerate(
+        rng.choice(len(sources), len(kinds), len(kinds) > len(sources))
+    ):
+        copy, quality = copy_of(read_upright(sources[source]), kinds[number], rng)
+        name = f"copy_{number:03}_{kinds[number].replace(' ', '_')}.jpg"
+        pixels = np.ascontiguousarray(copy[..., ::-1])
+        cv2.imwrite(str(folder / name), pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])
+        origins[name] = sources[source]
+    return origins
+
+
+def scores(result: audits.Audit, origins: dict[str, Path]) -> None:
+    """Prints recall and precision, and every miss and wrong pair."""
+    found = set()
+    pairs = [(result.path(0, row.first), result.path(1, row.second), row.change)
+             for row in result.copies.itertuples()]  # fmt: skip
+    wrong = []
+    for first, second, change in pairs:
+        ends = {origins.get(path.name, path.resolve()) for path in (first, second)}
+        right = len(ends) == 1 and {first.name, second.name} & set(origins)
+        found |= {first.name, second.name} & set(origins) if right else set()
+        wrong += [] if right else [f"wrong: {first.name} and {second.name}: {change}"]
+    print(f"recall {len(found)}/{len(origins)} = {len(found) / len(origins):.1%}, precision "
+          f"{len(pairs) - len(wrong)}/{len(pairs)} = {1 - len(wrong) / max(1, len(pairs)):.1%}, "
+          f"{result.candidates} pairs compared")  # fmt: skip
+    print(*wrong, *(f"missed: {name}" for name in sorted(set(origins) - found)), sep="\n")
+
+
+def propose_among_a_million() -> None:
+    """Prints what pairs of 5,000 images with a million take."""
+    rng = np.random.default_rng(0)
+    database = np.empty((1_000_000, 128), np.float16)
+    for part in range(0, len(database), 10_000):
+        rows = rng.standard_normal((10_000, 128), np.float32)
+        database[part : part + 10_000] = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    planted = rng.choice(len(database), 5000, replace=False)
+    queries = database[planted].astype(np.float32)
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    pairs = copies.copy_candidates(queries, queries[:, ::-1].copy(), database, count=10)
+    seconds = time.process_time() - began
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    own = pairs[pairs[:, 2] == 0]
+    hits = len({(a, b) for a, b in own[:, :2].tolist()} & set(enumerate(planted.tolist())))
+    print(f"5,000 of a million: {hits} found, {seconds:.0f} s of processor time, {peak:.0f} MiB")
+
+
+def main() -> None:
+    """Plants, audits, prints."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("folders", nargs="*", type=Path)
+    parser.add_argument("--copies", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--million", action="store_true")
+    options = parser.parse_args()
+    if options.million:
+        return propose_among_a_million()
+    folders = options.folders or [runs.resolve("third_party/landmarks")]
+    run = runs.run_folder("audit")
+    models = own_models(run)
+    settings = models.complete(read_settings(dict(DEMO_VALUES)))
+    describer = Describer(run, models.describing, models.suited(settings.describing))
+    kinds = PLANTED + FURTHER * options.all
+    with tempfile.TemporaryDirectory() as scratch:
+        top = Path(scratch)
+        for folder in folders:
+            (top / folder.name).symlink_to(folder.resolve(), target_is_directory=True)
+        listing = list_photographs(folders[0])
+        sources = [(listing.folder / name).resolve() for name in listing.names]
+        (top / "planted").mkdir()
+        kinds = [kinds[number % len(kinds)] for number in range(options.copies)]
+        origins = plant(sources, top / "planted", kinds, options.seed)
+        began = time.process_time()
+        result = audits.audit(top, describer=describer, store=run / "descriptors")
+        print(f"{len(result.names[0])} images, {time.process_time() - began:.0f} s of processor "
+              f"time; {models.reason.split(';')[0]}")  # fmt: skip
+        scores(result, origins)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""`vitgal audit`: the stage, its files and its page."""
+
+from pathlib import Path
+
+from vitgal import runs
+from vitgal.data import gldv2
+from vitgal.data.photographs import PhotographError
+
+RUN = "audit"  # below runs/ or $VITGAL_RUNS: descriptions, and results without --to
+SHOWN = 10  # pairs and landmarks that are printed
+
+
+def audit_folders(
+    folder: Path,
+    other: Path | None = None,
+    *,
+    to: Path | None = None,
+    table: Path | None = None,
+    weights: str | None = None,
+    neighbours: int = 10,
+) -> str:
+    """Finds the copies within a folder or between two, writes files and page, and reports.
+
+    to: receives copies.csv, leave_out.txt, index.html and, between two folders, overlap.csv. table:
+    of GLDv2, see `read_landmark_table`; adds the landmarks of `folder` that `other` shows. weights:
+    as for `own_models`. Raises PhotographError for folders that cannot be compared.
+    """
+    from vitgal import stages
+    from vitgal.settings import read_settings
+    from vitgal.stages.model_choice import DEMO_VALUES
+    from vitgal.viz.audit_page import write_audit_page
+
+    if table is not None and other is None:
+        raise PhotographError("--table needs OTHER, the test images whose landmarks are looked for")
+    landmarks = None if table is None else gldv2.read_landmark_table(table)
+    run = runs.run_folder(RUN)
+    target = run / (Path(folder).resolve().name or "folder") if to is None else Path(to)
+    for part in filter(None, (folder, other)):
+        if target.resolve().is_relative_to(part.resolve()):
+            raise PhotographError(
+                f"{target} lies in {part}, whose images would then be audited with the results: "
+                "name another folder by --to"
+            )
+    models = stages.own_models(run, weights)
+    settings = models.complete(read_settings(dict(DEMO_VALUES)))
+    describer = stages.Describer(
+        run, models.describing, models.suited(settings.describing), machine=settings.machine
+    )
+    result = stages.audit(
+        folder, other, describer=describer, store=run / "descriptors", neighbours=neighbours
+    )
+    stages.write_audit(result, target)
+    write_audit_page(result, target / "index.html")
+    lines = [models.reason.split(";")[0], result.report()]
+    for row in result.copies.head(SHOWN).itertuples():
+        pair = result.path(0, row.first), result.path(1, row.second)
+        names = " and ".join(runs.printable(f"{p.parent.name}/{p.name}") for p in pair)
+        lines.append(f"  {names}: {row.change}")
+    if landmarks is not None:
+        overlap = gldv2.overlap_audit(landmarks, result.overlap())
+        lines.append(
+            f"{len(overlap):,} of {landmarks['landmark_id'].nunique():,} landmarks have images of "
+            f"places that {other} shows"
+        )
+        lines += overlap.head(SHOWN).to_string(index=False).split("\n") if len(overlap) else []
+        runs.write_text(target / "landmarks.csv", overlap.to_csv(index=False))
+    return "\n".join([*lines, f"pictures: {target / 'index.html'}", f"lists: {target}"])

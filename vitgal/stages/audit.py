@@ -1,0 +1,395 @@
+"""An audit of data sets: copies and near copies within a folder of images, or between two.
+
+Global descriptors propose pairs, `retrieval.compare_views` decides. Descriptors are stored by the
+sha256 of a file's bytes, in blocks, so that a killed audit goes on and a renamed image is known:
+
+    <store>/<fingerprint of the settings>/00000.npz    keys (n, 33) uint8, descriptors (n, D) float16
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from vitgal import runs
+from vitgal.data import gldv2
+from vitgal.data.images import resize
+from vitgal.data.photographs import (
+    PhotographError,
+    file_digest,
+    list_photographs,
+    read_upright,
+)
+from vitgal.features.files import read_arrays
+from vitgal.models import inference
+from vitgal.models.descriptors import describe
+from vitgal.retrieval.copies import (
+    Comparison,
+    View,
+    compare_views,
+    copy_candidates,
+    group_pairs,
+)
+from vitgal.stages.own import Describer
+
+BLOCK = 256  # images that are described between two writes
+KEPT_VIEWS = 1000  # in memory: about 0.6 MB each
+THREADS = 4
+SAME_BYTES = Comparison(0, 1.0, (1.0, 1.0), ("the same file",))
+PLAIN, MIRRORED = "00", "01"  # end the key of an image's and of its mirror image's descriptor
+
+
+@dataclass(frozen=True, eq=False)
+class Audit:
+    """The copies of a folder, or between it and another.
+
+    folders: one or two. names: of the images of each folder, sorted. pairs: a row a pair of copies,
+    or of images of one place: group (-1: no copies), first and second (indices into names[0] and
+    into names[-1]), copy (bool), change, shared_first, shared_second, agreement, inliers. keys: of
+    the images, their sha256. left_out: images that could not be compared, each with the reason.
+    candidates: pairs that were compared.
+    """
+
+    folders: list[Path]
+    names: list[list[str]]
+    pairs: pd.DataFrame
+    left_out: dict[str, str]
+    candidates: int
+
+    @property
+    def copies(self) -> pd.DataFrame:
+        """The pairs of copies."""
+        return self.pairs[self.pairs["copy"]]
+
+    def path(self, side: int, index: int) -> Path:
+        """Returns the file of an image: side 0 of `first`, 1 of `second`."""
+        return self.folders[-side] / self.names[-side][index]
+
+    def leave_out(self) -> list[str]:
+        """Returns the images of the first folder to leave out, as notebook 01's `exclude` reads.
+
+        Between two folders every image with a copy in the other; within one all of a group but the
+        largest in pixels of the file. An image at GLDv2's place in the folder is named by its id.
+        """
+        names, copies = self.names[0], self.copies
+        chosen = set(copies["first"])
+        if len(self.folders) == 1:
+            chosen |= set(copies["second"])
+            for _, group in copies.groupby("group"):
+                images = sorted({*group["first"], *group["second"]})
+                chosen.discard(max(images, key=lambda image: (self._pixels(image), -image)))
+        ids = {name: Path(name).stem for name in names}
+        return [
+            ids[name] if name == gldv2.image_path(ids[name].ljust(3)) else name
+            for name in (names[image] for image in sorted(chosen))
+        ]
+
+    def _pixels(self, image: int) -> int:
+        return int(np.prod(read_upright(self.path(0, image)).shape[:2]))
+
+    def overlap(self) -> pd.DataFrame:
+        """Lists the first folder's images that show a place of the second's, as 01 reads them.
+
+        `id`, `test_set` (the second image's folder, `jpg` passed over), `copy`, `inliers`: of GLDv2
+        the `overlap_table`.
+        """
+        rows = []
+        for row in self.pairs.itertuples():
+            parts = [part for part in self.path(1, row.second).parent.parts if part != "jpg"]
+            name = Path(self.names[0][row.first]).stem
+            rows.append((name, parts[-1], bool(row.copy), row.inliers))
+        table = pd.DataFrame(rows, columns=["id", "test_set", "copy", "inliers"])
+        table = table.groupby(["id", "test_set"], as_index=False).max()
+        return table.astype({"copy": int})
+
+    def report(self) -> str:
+        """Returns the counts in words."""
+        groups, copies = self.copies["group"].nunique(), self.copies
+        images = " and ".join(f"{len(names):,}" for names in self.names)
+        where = "between two folders of" if len(self.folders) == 2 else "among"
+        lines = [
+            f"{len(copies):,} pairs of copies in {groups:,} groups {where} {images} images; "
+            f"{self.candidates:,} pairs compared"
+        ]
+        lines += [
+            f"left out: {runs.printable(name)}: {runs.printable(reason)}"
+            for name, reason in sorted(self.left_out.items())
+        ]
+        return "\n".join(lines)
+
+
+def audit(
+    folder: Path,
+    other: Path | None = None,
+    *,
+    describer: Describer,
+    store: Path,
+    neighbours: int = 10,
+    progress: bool = True,
+) -> Audit:
+    """Finds the copies within a folder and its sub-folders, or between it and another.
+
+    describer: its settings of global descriptors alone are used. store: keeps the descriptors.
+    neighbours: most similar images that an image is compared with, as it is and mirrored; between
+    two folders those of the smaller one's images. An image that cannot be read is named and left
+    out. Raises PhotographError where a folder has no photograph or the two are or hold each other.
+    """
+    if neighbours < 1:
+        raise PhotographError(f"--neighbours is {neighbours}: an image has one at least")
+    folders = [Path(folder)] if other is None else [Path(folder), Path(other)]
+    listings = [list_photographs(part) for part in folders]
+    _refuse_nested(folders)
+    descriptors = GlobalStore(store, describer)
+    left_out: dict[str, str] = {}
+    for listing in listings:
+        left_out |= {str(listing.folder / n): reason for n, reason in listing.unsupported.items()}
+    sides = [_keyed(listing.folder, listing.names, left_out) for listing in listings]
+    unique = [dict(zip(keys, paths, strict=True)) for keys, paths in sides]
+    query = 1 if len(sides) == 2 and len(unique[1]) < len(unique[0]) else 0
+    for side, images in enumerate(unique):
+        described = descriptors.describe(images, mirrored=side == query, progress=progress)
+        left_out |= {str(images[key]): reason for key, reason in described.items()}
+    keys = [[key for key in images if key + PLAIN in descriptors] for images in unique]
+    database = (
+        None if len(sides) == 1 else descriptors.rows([key + PLAIN for key in keys[1 - query]])
+    )
+    plain, mirror = (
+        descriptors.rows([key + end for key in keys[query]]).astype(np.float32)
+        for end in (PLAIN, MIRRORED)
+    )
+    candidates = copy_candidates(plain, mirror, database, count=neighbours)
+    if query == 1:
+        candidates = candidates[:, [1, 0, 2]]
+    files = [[images[key] for key in part] for images, part in zip(unique, keys, strict=True)]
+    compared = _compared(files[0], files[-1], candidates, progress)
+    found = {(keys[0][a], keys[-1][b]): comparison for a, b, comparison in compared}
+    names = [[p.relative_to(f).as_posix() for p in paths]
+             for f, (_, paths) in zip(folders, sides, strict=True)]  # fmt: skip
+    pairs = _pair_table([keys for keys, _ in sides], found)
+    return Audit(folders, names, pairs, left_out, len(candidates))
+
+
+def _refuse_nested(folders: list[Path]) -> None:
+    resolved = [folder.resolve() for folder in folders]
+    if len(resolved) == 2 and any(a.is_relative_to(b) for a, b in (resolved, resolved[::-1])):
+        same = "both are one folder" if resolved[0] == resolved[1] else "one holds the other"
+        raise PhotographError(
+            f"{folders[0]} and {folders[1]}: {same}, and every image would be a copy of itself: "
+            "name one folder to find the copies within it"
+        )
+
+
+def _keyed(
+    folder: Path, names: Sequence[str], left_out: dict[str, str]
+) -> tuple[list[str], list[Path]]:
+    """Returns the sha256 and file of each readable image; adds the others to `left_out`."""
+    keys, paths = [], []
+    for path in (folder / name for name in names):
+        try:
+            keys.append(file_digest(path))
+            paths.append(path)
+        except PhotographError as error:
+            left_out[str(path)] = str(error)
+    return keys, paths
+
+
+class GlobalStore:
+    """Global descriptors of images and of their mirror images by content, in blocks on disk."""
+
+    def __init__(self, folder: Path, describer: Describer) -> None:
+        settings = describer.describing
+        self.describer = describer
+        device = inference.pick_device(describer.machine.device)
+        self.precision = inference.resolve_precision(settings.precision, device)
+        parameters = runs.plain({
+            "format": 1,
+            "weights": inference.weights_fingerprint(describer.model),
+            "settings": [settings.size, settings.resize, settings.scales, settings.multiple],
+            "pooling": settings.pooling,
+            "precision": self.precision,
+        })  # fmt: skip
+        self.folder = folder / runs.fingerprint(parameters)[:12]
+        runs.refuse_links([folder, self.folder])
+        if not (self.folder / "settings.json").exists():
+            runs.write_json(self.folder / "settings.json", parameters)
+        self.places: dict[str, tuple[Path, int]] = {}
+        for file in sorted(self.folder.glob("*.npz")):
+            self._open(file)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.places
+
+    def _open(self, file: Path) -> None:
+        try:
+            keys = read_arrays(file, ("keys", "descriptors"))["keys"]
+        except (OSError, ValueError):  # damaged: its images are described again
+            return
+        self.places |= {bytes(key).hex(): (file, row) for row, key in enumerate(keys)}
+
+    def rows(self, keys: Sequence[str]) -> np.ndarray:
+        """Returns the descriptors (len(keys), D) float16 of images that are stored."""
+        rows: np.ndarray | None = None
+        by_file: dict[Path, list[int]] = {}
+        for index, key in enumerate(keys):
+            by_file.setdefault(self.places[key][0], []).append(index)
+        for file, indices in by_file.items():
+            block = read_arrays(file, ("keys", "descriptors"))["descriptors"]
+            if rows is None:
+                rows = np.empty((len(keys), block.shape[1]), np.float16)
+            rows[indices] = block[[self.places[keys[index]][1] for index in indices]]
+        return np.zeros((0, 1), np.float16) if rows is None else rows
+
+    def describe(
+        self, images: dict[str, Path], *, mirrored: bool, progress: bool = True
+    ) -> dict[str, str]:
+        """Describes the images that are not stored, keyed by content, and their mirror images.
+
+        Returns the keys of images that cannot be read, each with the reason.
+        """
+        ends = (PLAIN, MIRRORED) if mirrored else (PLAIN,)
+        missing = [key for key in images if any(key + end not in self.places for end in ends)]
+        failures: dict[str, str] = {}
+        with (
+            runs.locked(self.folder),
+            tqdm(total=len(missing), desc="describing", unit="image", disable=not progress) as bar,
+            ThreadPoolExecutor(THREADS) as pool,
+        ):
+            number = len(list(self.folder.glob("*.npz")))
+            for start in range(0, len(missing), BLOCK):
+                block = missing[start : start + BLOCK]
+                inputs = list(pool.map(self._input, [images[key] for key in block]))
+                pairs = list(zip(block, inputs, strict=True))
+                failures |= {key: input for key, input in pairs if isinstance(input, str)}
+                whole = [(key, input) for key, input in pairs if not isinstance(input, str)]
+                keys, vectors = self._vectors(whole, ends)
+                if keys:
+                    file = self.folder / f"{number:05}.npz"
+                    runs.write_arrays(file, keys=_bytes(keys), descriptors=vectors)
+                    self._open(file)
+                    number += 1
+                bar.update(len(block))
+        return failures
+
+    def _input(self, path: Path) -> np.ndarray | str:
+        """Returns an image as the network takes it, (h, w, 3) uint8, or why it cannot be read."""
+        settings = self.describer.describing
+        try:
+            image = read_upright(path)
+        except PhotographError as error:
+            return str(error).removeprefix(f"{path.name}: ")
+        return resize(image, settings.size, settings.resize, settings.multiple)
+
+    def _vectors(
+        self, inputs: Iterable[tuple[str, np.ndarray]], ends: Sequence[str]
+    ) -> tuple[list[str], np.ndarray]:
+        network, settings = self.describer.network, self.describer.describing
+        keys, vectors = [], []
+        flipped = {PLAIN: slice(None), MIRRORED: slice(None, None, -1)}
+        every = [(key + end, np.ascontiguousarray(image[:, flipped[end]]))
+                 for key, image in inputs for end in ends]  # fmt: skip
+        with (
+            inference.limited_threads(self.describer.machine.threads),
+            inference.inference(network, self.precision),
+        ):
+            for labels, images in inference.batches(every, self.describer.machine.batch_size):
+                vectors.append(describe(network, np.stack(images), settings.scales))
+                keys += labels
+        stacked = np.concatenate(vectors) if vectors else np.zeros((0, 1))
+        return keys, stacked.astype(np.float16)
+
+
+def _bytes(keys: Sequence[str]) -> np.ndarray:
+    return np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(len(keys), -1)
+
+
+def _compared(
+    first: Sequence[Path], second: Sequence[Path], candidates: np.ndarray, progress: bool
+) -> Iterator[tuple[int, int, Comparison]]:
+    """Yields pairs of files that are copies or show one place; the better of plain and mirrored."""
+
+    @functools.lru_cache(KEPT_VIEWS)
+    def view(path: Path) -> View | None:
+        """Returns an image's view, None where the file has vanished or changed."""
+        try:
+            return View.of(read_upright(path))
+        except PhotographError:
+            return None
+
+    def compare(pair: np.ndarray) -> Comparison | None:
+        """Compares one candidate pair."""
+        one, other = view(first[pair[0]]), view(second[pair[1]])
+        if one is None or other is None:
+            return None
+        return compare_views(one, other, mirrored=bool(pair[2]))
+
+    best: dict[tuple[int, int], Comparison] = {}
+    with ThreadPoolExecutor(THREADS) as pool:
+        parts = range(0, len(candidates), BLOCK)
+        for start in tqdm(parts, desc="comparing", unit="block", disable=not progress):
+            block = candidates[start : start + BLOCK]
+            for pair, comparison in zip(block, pool.map(compare, block), strict=True):
+                if comparison is None or not comparison.is_place:
+                    continue
+                key = int(pair[0]), int(pair[1])
+                best[key] = max(
+                    (best.get(key, comparison), comparison),
+                    key=lambda found: (found.is_copy, found.agreement, found.inliers),
+                )
+    yield from ((*key, comparison) for key, comparison in sorted(best.items()))
+
+
+def _pair_table(keys: list[list[str]], found: dict[tuple[str, str], Comparison]) -> pd.DataFrame:
+    """Returns `Audit.pairs`: what was found of contents, for every file with such a content."""
+    places: list[dict[str, list[int]]] = []
+    for side in keys:
+        places.append({})
+        for index, key in enumerate(side):
+            places[-1].setdefault(key, []).append(index)
+    same = {(key, key): SAME_BYTES for key in places[0] if key in places[-1]}
+    rows = []
+    for (one, other), comparison in (found | same).items():
+        for first in places[0][one]:
+            for second in places[-1][other]:
+                if len(keys) == 2 or one != other or first < second:
+                    rows.append((first, second, comparison))
+    rows.sort(key=lambda row: row[:2])
+    copies = np.array([row[:2] for row in rows if row[2].is_copy], np.int64).reshape(-1, 2)
+    copies += [0, len(keys[0]) if len(keys) == 2 else 0]
+    groups = group_pairs(copies, sum(map(len, keys)))
+    numbers = {label: n for n, label in enumerate(dict.fromkeys(groups[copies[:, 0]].tolist()))}
+    table = pd.DataFrame({
+        "group": [numbers[groups[a]] if c.is_copy else -1 for a, _, c in rows],
+        "first": [row[0] for row in rows],
+        "second": [row[1] for row in rows],
+        "copy": np.array([c.is_copy for *_, c in rows], bool),
+        "change": ["; ".join(c.changes) or "recompressed" * c.is_copy for *_, c in rows],
+        "shared_first": [c.shared[0] for *_, c in rows],
+        "shared_second": [c.shared[1] for *_, c in rows],
+        "agreement": [c.agreement for *_, c in rows],
+        "inliers": [c.inliers for *_, c in rows],
+    })  # fmt: skip
+    return table.sort_values(["group", "first", "second"], ignore_index=True)
+
+
+def write_audit(result: Audit, folder: Path) -> Path:
+    """Writes copies.csv, leave_out.txt and, between two folders, overlap.csv; returns the folder.
+
+    copies.csv has the names of the pairs of copies and the columns of `Audit.pairs`. A name that
+    a spreadsheet would run as a formula, as `=x.jpg`, is written as `./=x.jpg`.
+    """
+    table = result.copies.drop(columns="copy")
+    for side, column in enumerate(("first", "second")):
+        names = pd.Series([result.names[-side][i] for i in table[column]], table.index, object)
+        table[column] = names.str.replace(r"^(?=[=+\-@\t\r＝＋－＠])", "./", regex=True)
+    runs.write_text(folder / "copies.csv", table.to_csv(index=False, float_format="%.3f"))
+    lines = ["# images to leave out, one a line: `exclude` of notebook 01", *result.leave_out()]
+    runs.write_text(folder / "leave_out.txt", "".join(f"{line}\n" for line in lines))
+    if len(result.folders) == 2:
+        overlap = result.overlap()
+        runs.write_text(folder / "overlap.csv", overlap.to_csv(index=False))
+    return folder
