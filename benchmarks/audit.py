@@ -21,7 +21,7 @@ from vitgal import runs
 from vitgal.data.photographs import list_photographs, read_upright
 from vitgal.retrieval import copies
 from vitgal.settings import read_settings
-from vitgal.stages import Describer, audit as audits, own_models
+from vitgal.stages import Audit, Describer, find_copies, own_models
 from vitgal.stages.model_choice import DEMO_VALUES
 
 PLANTED = ("crop", "resize", "recompression", "mirror")
@@ -80,7 +80,7 @@ def plant(sources: list[Path], folder: Path, kinds: list[str], seed: int) -> dic
     return origins
 
 
-def scores(result: audits.Audit, origins: dict[str, Path]) -> None:
+def scores(result: Audit, origins: dict[str, Path]) -> None:
     """Prints recall and precision, and every miss and wrong pair."""
     found = set()
     pairs = [(result.path(0, row.first), result.path(1, row.second), row.change)
@@ -142,7 +142,7 @@ def main() -> None:
         kinds = [kinds[number % len(kinds)] for number in range(options.copies)]
         origins = plant(sources, top / "planted", kinds, options.seed)
         began = time.process_time()
-        result = audits.audit(top, describer=describer, store=run / "descriptors")
+        result = find_copies(top, describer=describer, store=run / "descriptors")
         print(f"{len(result.names[0])} images, {time.process_time() - began:.0f} s of processor "
               f"time; {models.reason.split(';')[0]}")  # fmt: skip
         scores(result, origins)

@@ -46,7 +46,7 @@ def audit_folders(
     describer = stages.Describer(
         run, models.describing, models.suited(settings.describing), machine=settings.machine
     )
-    result = stages.audit(
+    result = stages.find_copies(
         folder, other, describer=describer, store=run / "descriptors", neighbours=neighbours
     )
     stages.write_audit(result, target)

@@ -5,6 +5,7 @@ of one landmark fit one homography on its facade alone; copies agree wherever th
 passers-by included.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 import cv2
@@ -102,8 +103,9 @@ class View:
         sums = np.maximum(histograms.sum(axis=1, keepdims=True), 1)
         return cls(pixels, points, np.sqrt(histograms / sums), image.shape[:2])
 
+    @functools.cached_property
     def mirrored(self) -> "View":
-        """Returns the view of the image mirrored left to right."""
+        """The view of the image mirrored left to right."""
         view = View.of(np.ascontiguousarray(self.pixels[:, ::-1]))
         return View(view.pixels, view.points, view.descriptors, self.size)
 
@@ -143,7 +145,7 @@ def compare_views(first: View, second: View, *, mirrored: bool = False) -> Compa
     First without features, the one stretched over the other, then under the homography of matched
     features. Images that share nothing give no agreement.
     """
-    second = second.mirrored() if mirrored else second
+    second = second.mirrored if mirrored else second
     stretched = np.diag([*np.divide(second.pixels.shape[1::-1], first.pixels.shape[1::-1]), 1.0])
     best = _overlap(first, second, stretched, mirrored, inliers=0)
     if best.is_copy:

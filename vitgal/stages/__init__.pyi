@@ -1,6 +1,6 @@
 from .audit import (
     Audit as Audit,
-    audit as audit,
+    find_copies as find_copies,
     write_audit as write_audit,
 )
 from .benchmark import (

@@ -3,7 +3,7 @@
 Global descriptors propose pairs, `retrieval.compare_views` decides. Descriptors are stored by the
 sha256 of a file's bytes, in blocks, so that a killed audit goes on and a renamed image is known:
 
-    <store>/<fingerprint of the settings>/00000.npz    keys (n, 33) uint8, descriptors (n, D) float16
+    <store>/<fingerprint of settings>/00000.npz   keys (n, 33) uint8, descriptors (n, D) float16
 """
 
 import functools
@@ -38,7 +38,7 @@ from vitgal.retrieval.copies import (
 from vitgal.stages.own import Describer
 
 BLOCK = 256  # images that are described between two writes
-KEPT_VIEWS = 1000  # in memory: about 0.6 MB each
+KEPT_VIEWS = 500  # in memory: with their mirror images up to 1.3 MB each
 THREADS = 4
 SAME_BYTES = Comparison(0, 1.0, (1.0, 1.0), ("the same file",))
 PLAIN, MIRRORED = "00", "01"  # end the key of an image's and of its mirror image's descriptor
@@ -123,7 +123,7 @@ class Audit:
         return "\n".join(lines)
 
 
-def audit(
+def find_copies(
     folder: Path,
     other: Path | None = None,
     *,
@@ -266,8 +266,8 @@ class GlobalStore:
                 pairs = list(zip(block, inputs, strict=True))
                 failures |= {key: input for key, input in pairs if isinstance(input, str)}
                 whole = [(key, input) for key, input in pairs if not isinstance(input, str)]
-                keys, vectors = self._vectors(whole, ends)
-                if keys:
+                if whole:
+                    keys, vectors = self._vectors(whole, ends)
                     file = self.folder / f"{number:05}.npz"
                     runs.write_arrays(file, keys=_bytes(keys), descriptors=vectors)
                     self._open(file)
@@ -299,8 +299,7 @@ class GlobalStore:
             for labels, images in inference.batches(every, self.describer.machine.batch_size):
                 vectors.append(describe(network, np.stack(images), settings.scales))
                 keys += labels
-        stacked = np.concatenate(vectors) if vectors else np.zeros((0, 1))
-        return keys, stacked.astype(np.float16)
+        return keys, np.concatenate(vectors).astype(np.float16)
 
 
 def _bytes(keys: Sequence[str]) -> np.ndarray:

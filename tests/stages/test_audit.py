@@ -1,0 +1,157 @@
+"""The audit: files, what a second one costs, two folders, GLDv2's landmarks, bad input."""
+
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.retrieval.test_copies import picture
+from vitgal import viz
+from vitgal.app import command_line
+from vitgal.data import gldv2
+from vitgal.data.photographs import PhotographError
+from vitgal.models.network import build_model
+from vitgal.models.weights import save_model
+from vitgal.settings import GlobalSettings, MachineSettings
+from vitgal.stages import audit as audits
+from vitgal.stages.own import Describer
+
+
+def write(path: Path, image: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(path), np.ascontiguousarray(image[..., ::-1]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
+    save_model(build_model("xcit_nano_12_p16_224", code_dim=8, seed=0), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture
+def describer(weights, tmp_path) -> Describer:
+    return Describer(tmp_path / "run", weights, GlobalSettings(size=32), None,
+                     MachineSettings(threads=1))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Three photographs; of the first a larger copy and a mirrored one, of the second its bytes."""
+    top = tmp_path_factory.mktemp("audited") / "photos"
+    for number in range(3):
+        write(top / f"{number}.png", picture(number))
+    write(top / "more/large.png", cv2.resize(picture(0), (640, 480)))
+    write(top / "more/mirror.jpg", picture(0)[:, ::-1])
+    shutil.copy(top / "1.png", top / "more/=<i>1.png")
+    (top / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    return top
+
+
+def audit(describer, store, *folders, **options):
+    return audits.find_copies(*folders, describer=describer, store=store, progress=False, **options)
+
+
+def test_within_a_folder(folder, describer, store, tmp_path):
+    result = audit(describer, store, folder)
+    assert list(map(Path, result.left_out)) == [folder / "cut.jpg"]
+    audits.write_audit(result, tmp_path)
+    table = pd.read_csv(tmp_path / "copies.csv")
+    assert table[["group", "first", "second", "change"]].to_numpy().tolist() == [
+        [0, "0.png", "more/large.png", "2.00 times the size"],
+        [0, "0.png", "more/mirror.jpg", "mirrored"],
+        [0, "more/large.png", "more/mirror.jpg", "mirrored; 0.50 times the size"],
+        [1, "1.png", "more/=<i>1.png", "the same file"],
+    ]
+    # Of the first group the largest stays, of the second the first.
+    entries = gldv2.read_exclusions(tmp_path / "leave_out.txt")
+    assert entries == ["0.png", "more/=<i>1.png", "more/mirror.jpg"]
+    page = viz.write_audit_page(result, tmp_path / "index.html").read_text()
+    assert page.count("<img ") == 8 and "=&lt;i&gt;1.png" in page and "<i>" not in page
+
+
+def test_what_is_described_is_not_described_again(folder, describer, store, tmp_path):
+    first = audit(describer, store, folder)
+    moved = shutil.copytree(folder, tmp_path / "moved")
+    describer.__dict__["network"] = None  # a description would fail
+    again = audit(describer, store, moved)
+    pd.testing.assert_frame_equal(again.pairs, first.pairs)
+    (block,) = [path for path in store.glob("*/*.npz") if path.name == "00000.npz"]
+    block.write_bytes(block.read_bytes()[:100])
+    del describer.__dict__["network"]
+    pd.testing.assert_frame_equal(audit(describer, store, moved).pairs, first.pairs)
+
+
+def test_between_two_folders_the_landmarks_of_gldv2(folder, describer, store, tmp_path):
+    """Two images of landmark 5 are copies of test images, one of landmark 6 is none."""
+    crop = picture(2)[50:190, 60:250]
+    train = tmp_path / "train"
+    for name, image in (("abc1", picture(0)), ("abd2", crop), ("abe3", picture(8))):
+        write(train / gldv2.image_path(name), image)
+    for name, part in (("roxford5k", 0), ("rparis6k", 2)):
+        write(tmp_path / "test" / name / "jpg" / f"{name}.png", picture(part))
+    result = audit(describer, store, train, tmp_path / "test")
+    assert result.leave_out() == ["abc1", "abd2"]
+    audits.write_audit(result, tmp_path / "out")
+    overlap = gldv2.read_overlap(tmp_path / "out/overlap.csv")
+    assert overlap.to_numpy().tolist() == [["abc1", "roxford5k"], ["abd2", "rparis6k"]]
+    table = pd.DataFrame({"id": ["abc1", "abd2", "abe3"], "landmark_id": [5, 5, 6]})
+    (row,) = gldv2.overlap_audit(table, overlap).to_numpy().tolist()
+    assert row == [5, 2, 2, "roxford5k rparis6k"]
+    # As notebook 01 leaves them out.
+    kept = gldv2.exclude_images(table, gldv2.read_exclusions(tmp_path / "out/leave_out.txt"))
+    assert kept["id"].tolist() == ["abe3"]
+    larger = audit(describer, store, tmp_path / "test", train)
+    pairs = result.pairs[["second", "first"]].to_numpy().tolist()
+    assert sorted(larger.pairs[["first", "second"]].to_numpy().tolist()) == sorted(pairs)
+
+
+def test_no_copies_and_a_single_image(describer, store, tmp_path):
+    write(tmp_path / "one/1.png", picture(4))
+    result = audit(describer, store, tmp_path / "one")
+    assert result.pairs.empty and result.leave_out() == []
+    audits.write_audit(result, tmp_path / "out")
+    with pytest.raises(ValueError, match="lists no image"):
+        gldv2.read_exclusions(tmp_path / "out/leave_out.txt")
+    assert "<img" not in viz.write_audit_page(result, tmp_path / "index.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("other", "sentence"),
+    [("", "both are one folder"), ("more", "one holds the other"), ("..", "one holds the other")],
+)
+def test_a_folder_with_itself_is_refused(folder, describer, store, other, sentence):
+    with pytest.raises(PhotographError, match=sentence):
+        audit(describer, store, folder, folder / other)
+
+
+def test_the_command_line_refuses_in_a_sentence(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("VITGAL_RUNS", str(tmp_path))
+    for arguments, sentence in (
+        ([tmp_path / "none"], "is not a folder"),
+        ([folder, "--to", folder / "out"], "name another folder by --to"),
+        ([folder, "--table", folder / "train.csv"], "--table needs OTHER"),
+        ([folder, folder], "both are one folder"),
+        ([folder, "--neighbours", 0], "--neighbours is 0"),
+    ):
+        assert command_line.main(["audit", *map(str, arguments)]) == 1
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1
+
+
+def test_the_command_line_writes_lists_and_page(folder, weights, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("VITGAL_RUNS", str(tmp_path / "runs"))
+    assert command_line.main(["audit", str(folder), "--weights", str(weights)]) == 0
+    printed = capsys.readouterr().out
+    assert "4 pairs of copies in 2 groups among 7 images" in printed
+    names = {path.name for path in (tmp_path / "runs/audit/photos").iterdir()}
+    assert names == {"copies.csv", "leave_out.txt", "index.html"}
