@@ -416,3 +416,34 @@ def test_another_process_in_the_folder_is_refused(site, tmp_path):
     with runs.locked(tmp_path / "data" / "things" / ".download-thing"):
         with pytest.raises(runs.StageError, match="another process .*things"):
             bring("thing", tmp_path, sources)
+
+
+def test_a_mirror_answers_where_the_source_does_not(site, tmp_path):
+    summed = f'sha256 = "{hashlib.sha256(b"thing").hexdigest()}"\n'
+    mirrors = f'mirrors = ["{site.root}/gone.bin", "{site.root}/copy.bin"]\n'
+    sources = one_file(tmp_path, site, b"thing", summed + mirrors)
+    site.files["copy.bin"] = site.files.pop("thing.bin")
+    folder = bring("thing", tmp_path, sources)
+    assert (folder / "thing.bin").read_bytes() == b"thing"
+    assert [name for name, _ in site.requests] == ["thing.bin", "gone.bin", "copy.bin"]
+    site.files.clear()
+    (folder / "thing.bin").unlink()
+    with pytest.raises(ConnectionError, match=r"/thing\.bin.*; nor its mirror: .*/copy\.bin"):
+        bring("thing", tmp_path, sources)
+    sources = one_file(tmp_path, site, b"thing", mirrors)
+    with pytest.raises(ValueError, match="a file with mirrors needs a sha256 or md5"):
+        bring("thing", tmp_path, sources)
+
+
+def test_a_file_behind_a_web_form_says_what_to_click(site, tmp_path):
+    sources = one_file(tmp_path, site, extra='form = "accept the terms, choose ViT-S"\n')
+    place = tmp_path / "data" / "things" / "thing.bin"
+    clicks = (
+        rf"open {site.root}/thing\.bin, accept the terms, choose ViT-S, save the file as {place}"
+    )
+    with pytest.raises(ConnectionError, match=clicks):
+        bring("thing", tmp_path, sources)
+    assert site.requests == []
+    place.write_bytes(b"by hand")
+    bring("thing", tmp_path, sources)
+    assert place.read_bytes() == b"by hand"

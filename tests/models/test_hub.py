@@ -24,6 +24,17 @@ except Exception as error:
 """
 
 
+MODEL = """
+import vitgal
+model = vitgal.build_model("xcit_nano_12_p16_224", seed=0)
+for call in (vitgal.ViTGaL.from_pretrained, model.push_to_hub):
+    try:
+        call("me/vitgal", token=False)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}")
+"""
+
+
 class Hub(BaseHTTPRequestHandler):
     """Answers as the hub does; `server.mode` is "gated" or "whole"."""
 
@@ -32,6 +43,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.answer(with_body=True)
+
+    def do_POST(self):
+        self.send_error(401, "Unauthorized")
 
     def answer(self, with_body):
         mode, body = self.server.mode, self.server.body
@@ -71,12 +85,12 @@ def hub():
     server.server_close()
 
 
-def run(folder, endpoint, *names, **environment):
+def run(folder, endpoint, *names, script=SCRIPT, **environment):
     import os
 
     variables = os.environ | {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder)} | environment
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *names], capture_output=True, text=True, env=variables
+        [sys.executable, "-c", script, *names], capture_output=True, text=True, env=variables
     )
     return done.stdout.splitlines()
 
@@ -104,3 +118,16 @@ def test_a_hub_that_cannot_give_the_weights_is_answered_with_the_remedy(hub, tmp
     hub.mode = "gated"
     (line,) = run(tmp_path / "b", endpoint, "timm:test_resnet")
     assert "given out under a licence: accept it at https://huggingface.co/timm/test_resnet" in line
+
+
+@pytest.mark.slow
+def test_a_model_that_the_hub_keeps_back_is_answered_with_the_remedy(hub, tmp_path):
+    endpoint = f"http://127.0.0.1:{hub.server_port}"
+    hub.mode = "gated"
+    gated, refused = run(tmp_path, endpoint, script=MODEL)
+    assert gated == (
+        "HubError: me/vitgal is given out on conditions: accept them at "
+        "https://huggingface.co/me/vitgal, then log in with `hf auth login`"
+    )
+    assert refused.startswith("HubError: the hub does not take me/vitgal (")
+    assert refused.endswith("log in by `hf auth login` with a token that may write there")

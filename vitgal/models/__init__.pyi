@@ -24,6 +24,7 @@ from .descriptors import (
     token_scores as token_scores,
 )
 from .heads import ArcFace as ArcFace, LinearClassifier as LinearClassifier
+from .hub import HubError as HubError, HubModel as HubModel
 from .inference import (
     BatchLimit as BatchLimit,
     batches as batches,

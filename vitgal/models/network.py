@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from vitgal.data.images import MEAN, PATCH, STD
 from vitgal.models.backbones import Backbone
+from vitgal.models.hub import HubModel
 from vitgal.models.timm_networks import PREFIX, NetworkError, TimmSource
 from vitgal.settings import TrainingSettings
 
@@ -192,7 +193,7 @@ class TimmBackbone(nn.Module):
         return class_token[:, None], tokens, found.grid
 
 
-class ViTGaL(nn.Module):
+class ViTGaL(nn.Module, HubModel):
     """XCiT with a multi-atrous block before its class attention, and an optional autoencoder.
 
     Images are (B, 3, H, W) float32, normalised as `inference.normalise` does, of any size; another

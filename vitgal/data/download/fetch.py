@@ -64,18 +64,39 @@ class Fetcher:
     def fetch(self, file: RemoteFile, checksum: Checksum | None, *, label: str) -> Path:
         """Fetches one file, or the rest of it, and returns its path in the work folder.
 
+        Its mirrors are tried in turn where an address cannot be reached.
+
         Raises:
             ValueError: it has another checksum, is larger than listed, or is a web page; it is
                 deleted.
-            ConnectionError: the address cannot be reached, or refuses.
+            ConnectionError: no address can be reached, each refuses, or a web form gives it out.
             OSError: the disk is full.
         """
         path = self.work / file.name
         if path.is_file() and matches(path, checksum):
             return path
+        if file.form:
+            raise ConnectionError(
+                f"{file.name} is given out by a web form, which no program may fill in: open "
+                f"{file.url}, {file.form}, save the file as {self.work.parent / (file.to or '')} "
+                "and run the same command again"
+            )
+        failures = []
+        for address in (file.address, *file.mirrors):
+            try:
+                return self._fetch(path, file, address, checksum, runs.printable(label))
+            except ConnectionError as error:
+                failures.append(error)
+        if len(failures) == 1:
+            raise failures[0]
+        raise ConnectionError("; nor its mirror: ".join(map(str, failures))) from failures[-1]
+
+    def _fetch(
+        self, path: Path, file: RemoteFile, address: str, checksum: Checksum | None, label: str
+    ) -> Path:
         part = self.work / f"{file.name}.part"
-        transfer = Transfer(file.address, part, file.limit, runs.printable(label), self.progress)
-        if file.drive:
+        transfer = Transfer(address, part, file.limit, label, self.progress)
+        if file.drive and address == file.address:
             transfer.from_drive()
         else:
             transfer.over_http(patient=self.reached)

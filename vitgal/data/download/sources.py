@@ -30,7 +30,8 @@ class RemoteFile:
     The fields are those of sources.toml: `bytes`, the size, is rounded where no sha256 is known;
     `drive` is an id on Google Drive in place of `url`; `to` is the path below the source's folder,
     None for an archive; `arrange` says how an archive is unpacked; `md5` is the address of a text
-    file with the sum.
+    file with the sum; `mirrors` are further addresses of the same bytes, tried in turn; `form` says
+    what to click on the page `url`, where a web form gives the file out.
     """
 
     bytes: int = 0
@@ -40,6 +41,8 @@ class RemoteFile:
     arrange: Literal["flat", "tree", "by_id"] | None = None
     sha256: str | None = None
     md5: str | None = None
+    mirrors: tuple[str, ...] = ()
+    form: str = ""
 
     @property
     def name(self) -> str:
@@ -82,6 +85,8 @@ class Source:
 
     def check(self) -> None:
         """Raises ValueError for a path outside the folder, or a file without path or address."""
+        if any(f.mirrors and not (f.sha256 or f.md5) for f in (*self.files, *self.archives)):
+            raise ValueError(f"{self.name}: a file with mirrors needs a sha256 or md5")
         if any(file.to is None for file in self.files):
             raise ValueError(f"{self.name}: `to` is missing")
         if self.archives and (not self.image_folder or not all(a.arrange for a in self.archives)):
@@ -92,7 +97,8 @@ class Source:
         for path in paths:
             if path is not None:
                 runs.inside(self.folder, path)
-        for address in (*(file.address for file in remote), *(file.md5 for file in remote)):
+        mirrors = [address for file in remote for address in file.mirrors]
+        for address in (*(f.address for f in remote), *(f.md5 for f in remote), *mirrors):
             if address is not None and not address.startswith(("https://", "http://")):
                 raise ValueError(f"{self.name}: {runs.short(address)} is no web address")
 
@@ -147,7 +153,9 @@ def _number(part: dict[str, Any]) -> list[dict[str, Any]]:
     if last - first >= MAX_NUMBERS:
         raise ValueError(f"numbers = [{first}, {last}] are more than {MAX_NUMBERS:,}")
     return [
-        part | {key: _fill_in(part[key], number) for key in ("url", "md5") if key in part}
+        part
+        | {key: _fill_in(part[key], number) for key in ("url", "md5") if key in part}
+        | {"mirrors": [_fill_in(mirror, number) for mirror in part.get("mirrors", ())]}
         for number in range(first, last + 1)
     ]
 
