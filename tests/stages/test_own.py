@@ -514,7 +514,7 @@ def test_figures(folder, describer):
     axes = run_figures.ranking_figure(result, columns=2)
     assert axes.shape == (2, 3)
     assert axes[1, 1].get_title().startswith("1   a/2.png\n")
-    assert run_figures.pair_figure(result, "a/2.png").get_title().endswith("matches")
+    assert run_figures.pair_figure(result, "a/2.png")[0].get_title().endswith("matches")
     plt.close("all")
 
 
