@@ -175,6 +175,7 @@ def test_the_user_style_does_not_change_figures(tmp_path):
     code = (
         "import sys; from pathlib import Path; import matplotlib; matplotlib.use('agg')\n"
         "from tests.viz.drawn_samples import log; from tests.viz.test_labels import *\n"
+        "from vitgal.viz import charts\n"
         "assert str(matplotlib.rcParams['text.usetex']) == sys.argv[2]\n"
         "drawn = [score_dots(), charts.training_curves(log()), match_lines('a', 'b'),\n"
         "  galleries.ranking_rows([QUERY], [ranked()[:3]], columns=3),\n"

@@ -166,13 +166,7 @@ def flow_figure(
             lines(side * number - 0.5, color="white", linewidth=0.7)
     draw_photograph(axes[2], np.repeat(np.repeat(component_colours([tokens])[0], 16, 0), 16, 1), 2)
     draw_photograph(axes[3], mix_heat(crop, heat, (0, 0, crop.shape[1], crop.shape[0])), 2)
-    side = -(-len(descriptor) // 8)
-    cells = np.pad(
-        descriptor.astype(float), (0, 8 * side - len(descriptor)), constant_values=np.nan
-    )
-    reach = np.abs(descriptor).max() or 1
-    axes[4].imshow(cells.reshape(side, 8), cmap="PuOr", vmin=-reach, vmax=reach, aspect=8 / side)
-    hide_frame(axes[4])
+    _draw_vector(axes[4], descriptor)
     shape = f"{rows} × {columns}"
     captions = (
         ("photograph", "and the query's box"),
@@ -197,6 +191,17 @@ def flow_figure(
         figure.add_artist(arrow)
     figure.get_layout_engine().set(w_pad=0.12)
     return axes
+
+
+def _draw_vector(axes: Axes, descriptor: np.ndarray) -> None:
+    """Draws a vector (D,) as rows of eight cells, coloured by sign and size."""
+    side = -(-len(descriptor) // 8)
+    cells = np.pad(
+        descriptor.astype(float), (0, 8 * side - len(descriptor)), constant_values=np.nan
+    )
+    reach = np.abs(descriptor).max() or 1
+    axes.imshow(cells.reshape(side, 8), cmap="PuOr", vmin=-reach, vmax=reach, aspect=8 / side)
+    hide_frame(axes)
 
 
 def reranking_diagram(

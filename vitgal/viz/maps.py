@@ -162,7 +162,7 @@ def attention_heads(
         return np.array([[drawing.sentence_figure("no scale")]])
     columns = 1 + len(next(iter(attention.values())))
     ratio, inches = picture.shape[0] / picture.shape[1], 10 / columns
-    height = min(0.9, ratio) * inches
+    height = min(0.7, ratio) * inches
     inches = max(height / ratio, 0.5 * inches)  # the titles need half of it
     size = (columns * inches, len(attention) * (height + 0.08) + 0.3)
     figure, axes = plt.subplots(len(attention), columns, figsize=size, squeeze=False)
