@@ -13,7 +13,7 @@ def lay_out(folder: Path) -> list[Path]:
     where the folder cannot be written.
     """
     brought, kept = runs.brought(), []
-    for pattern in ("notebooks/*.ipynb", "params/**/*.yaml"):
+    for pattern in ("notebooks/*.ipynb", "params/**/*.yaml", "params/**/*.sh"):
         for source in sorted(brought.glob(pattern)):
             target = Path(folder) / source.relative_to(brought)
             content = source.read_bytes()

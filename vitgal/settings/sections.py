@@ -446,6 +446,9 @@ class MachineSettings(Section):
     checkpoint_minutes: float = neutral(10.0, "between two saved states within an epoch", low=0)
     timeout_minutes: float = neutral(30.0, "after which a silent process is given up", above=0)
     dry_run: bool = neutral(True, "on a GPU: measure first whether the batch fits")
+    tracker: str | None = neutral(
+        None, "further tracker of training, by accelerate's name, such as wandb; None: none"
+    )
 
     def check(self) -> None:
         """Raises SettingsError for a worker out of range, and for an address without Ray."""

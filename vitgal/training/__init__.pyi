@@ -47,3 +47,4 @@ from .samples import (
     TrainingImages as TrainingImages,
     read_data as read_data,
 )
+from .trackers import open_trackers as open_trackers

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import TensorBoardTracker
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import gather_object
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ from vitgal.training.processes import (
     read_batches,
 )
 from vitgal.training.samples import Batches, Sample, SplitData
+from vitgal.training.trackers import open_trackers
 
 LOG_EVERY = 50  # steps between two rows of the log
 NAMED = 8  # images that an error names
@@ -86,7 +87,7 @@ class Trainer:
         self.termination = Termination()
         self.stop = False  # whether any rank received an ending signal
         self.seconds_per_validation_image = 0.0
-        self.board: TensorBoardTracker | None = None
+        self.boards: list[GeneralTracker] = []
         self._prepare(network)
         parts = {
             "network": self.bare,
@@ -180,7 +181,7 @@ class Trainer:
         check_shared_memory(self.machine, self.settings.batch_size * picture, local)
         if show and self.accelerator.is_main_process:
             tqdm.write(self.plan())
-        with self.termination, self._tensorboard(), self._bar(show) as bar:
+        with self.termination, self._trackers(), self._bar(show) as bar:
             if self.finished_steps == 0 and self.machine.dry_run:
                 self.dry_run()
             while self.progress.epoch < self.settings.epochs:
@@ -473,34 +474,32 @@ class Trainer:
         )
 
     @contextlib.contextmanager
-    def _tensorboard(self) -> Iterator[None]:
-        """Writes the log as TensorBoard's files too, anew in a resumed run."""
+    def _trackers(self) -> Iterator[None]:
+        """Writes the log as TensorBoard's files and to `tracker`, anew in a resumed run."""
         if not self.accelerator.is_main_process:
             yield
             return
         if (self.folder / "tensorboard").exists():
             shutil.rmtree(self.folder / "tensorboard")  # it may be ahead of the state
-        self.board = TensorBoardTracker("tensorboard", self.folder)
-        self.board.start()
+        self.boards = open_trackers(self.machine.tracker, self.folder)
         for row in self.progress.rows:
             self._draw(row, row["step"])
         try:
             yield
         finally:
-            if self.board is not None:
-                with contextlib.suppress(OSError):  # log and state report a full disk
-                    self.board.finish()
-            self.board = None
+            for board in self.boards:
+                with contextlib.suppress(Exception):  # log and state report a full disk
+                    board.finish()
+            self.boards = []
 
     def _draw(self, row: dict[str, float], step: int) -> None:
-        if self.board is None:
-            return
         values = {key: value for key, value in row.items() if key not in ("epoch", "step")}
-        try:
-            self.board.log(values, step)
-        except OSError as error:
-            warnings.warn(f"TensorBoard's files are no longer written: {error}", stacklevel=2)
-            self.board = None
+        for board in list(self.boards):
+            try:
+                board.log(values, step=step)
+            except Exception as error:  # each tracker raises its own errors
+                warnings.warn(f"{board.name} gets no more rows: {error}", stacklevel=2)
+                self.boards.remove(board)
 
     # What stops a run
 

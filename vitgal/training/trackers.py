@@ -1,0 +1,40 @@
+"""Where training's rows go beside log.jsonl: TensorBoard, and any tracker of accelerate."""
+
+from pathlib import Path
+
+from accelerate.tracking import (
+    LOGGER_TYPE_TO_CLASS,
+    GeneralTracker,
+    TensorBoardTracker,
+    get_available_trackers,
+)
+
+from vitgal import runs
+from vitgal.training.errors import TrainingError
+
+
+def open_trackers(name: str | None, folder: Path) -> list[GeneralTracker]:
+    """Starts TensorBoard's files in `folder` and the tracker of this name, None for no other.
+
+    Raises TrainingError for a tracker that accelerate does not know, that is not installed, or
+    that does not start.
+    """
+    board = TensorBoardTracker("tensorboard", folder)
+    board.start()
+    if name in (None, board.name):
+        return [board]
+    if name not in LOGGER_TYPE_TO_CLASS:
+        known = ", ".join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
+        raise TrainingError(f"tracker {runs.short(name)} is none of {known}")
+    kind = LOGGER_TYPE_TO_CLASS[name]
+    if name not in map(str, get_available_trackers()):
+        raise TrainingError(f"tracker: {name} is not installed: `pip install {name}`")
+    try:
+        further = kind("vitgal", folder) if kind.requires_logging_directory else kind("vitgal")
+        further.start()
+    except Exception as error:  # each tracker raises its own errors
+        text = runs.printable(str(error))[:200]
+        raise TrainingError(
+            f"tracker: {name} does not start ({text}): log in, or leave tracker out"
+        ) from error
+    return [board, further]
