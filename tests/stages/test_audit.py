@@ -1,22 +1,26 @@
-"""The audit: files, what a second one costs, two folders, GLDv2's landmarks, bad input."""
+"""Commands on folders. The audit: files, what a second one costs, two folders, GLDv2's landmarks,
+bad input. The export of a folder.
+"""
 
 import shutil
+import sqlite3
 from pathlib import Path
 
 import cv2
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
 
 from tests.retrieval.test_copies import picture
-from vitgal import viz
+from vitgal import stages, viz
 from vitgal.app import command_line
 from vitgal.data import gldv2
 from vitgal.data.photographs import PhotographError
 from vitgal.models.network import build_model
 from vitgal.models.weights import save_model
-from vitgal.settings import GlobalSettings, MachineSettings
-from vitgal.stages import audit as audits
+from vitgal.settings import GlobalSettings, MachineSettings, read_settings
+from vitgal.stages import audit as audits, model_choice
 from vitgal.stages.own import Describer
 
 
@@ -155,3 +159,54 @@ def test_the_command_line_writes_lists_and_page(folder, weights, tmp_path, capsy
     assert "4 pairs of copies in 2 groups among 7 images" in printed
     names = {path.name for path in (tmp_path / "runs/audit/photos").iterdir()}
     assert names == {"copies.csv", "leave_out.txt", "index.html"}
+
+
+def test_a_folder_goes_to_other_programs(tmp_path, weights, capsys, monkeypatch):
+    """Two crops of one picture, 40 pixels apart: COLMAP's verified matches are by so much apart."""
+    monkeypatch.setenv("VITGAL_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr("vitgal.app.folder_commands.own_network", with_sift(weights))
+    wide = picture(5, 240, 360)
+    write(tmp_path / "photos/1.png", wide[:, :320])
+    write(tmp_path / "photos/sub/2.png", wide[:, 40:])
+    write(tmp_path / "photos/other.png", picture(6))
+    for target in ("colmap", "hloc", "kapture"):
+        assert command_line.main(["export", str(tmp_path / "photos"), "--to", target]) == 0
+    top = tmp_path / "runs/export"
+    with sqlite3.connect(top / "photos-colmap/database.db") as file:
+        points = [
+            np.frombuffer(data, np.float32).reshape(-1, 2)
+            for (data,) in file.execute("SELECT data FROM keypoints ORDER BY image_id")
+        ]
+        ((key, data),) = file.execute("SELECT pair_id, data FROM two_view_geometries").fetchall()
+    assert key == 2147483647 * 1 + 3  # 1.png, other.png, sub/2.png
+    first, second = np.frombuffer(data, np.uint32).reshape(-1, 2).T
+    moved = points[0][first] - points[2][second]
+    assert len(moved) >= 15 and np.abs(np.median(moved, axis=0) - [40, 0]).max() < 0.5
+    assert (top / "photos-colmap/pairs.txt").read_text() == "1.png sub/2.png\n"
+    with h5py.File(top / "photos-hloc/matches.h5") as file:
+        assert (file["1.png/sub-2.png/matches0"][:] >= 0).sum() == len(first)
+    matches = top / "photos-kapture/reconstruction/matches/vitgal/1.png.overlapping/sub"
+    assert len(np.fromfile(matches / "2.png.matches")) == 3 * len(first)
+    capsys.readouterr()
+    write(tmp_path / "photos/1 2.png", wide[:, 20:340])
+    assert command_line.main(["export", str(tmp_path / "photos"), "--to", "hloc"]) == 1
+    assert "has a blank in it" in capsys.readouterr().err
+    assert command_line.main(["export", str(tmp_path / "none"), "--to", "hloc"]) == 1
+    assert "is not a folder" in capsys.readouterr().err
+
+
+def with_sift(weights: Path):
+    """As the command chooses where EfficientNet-Lite0 is installed, but a small network."""
+
+    def own_network(run: Path, _: str | None):
+        models = stages.own_models(run, str(weights))
+        values = model_choice.BASELINE_VALUES | {"global_size": 32, "global_scales": (1.0,)}
+        settings = read_settings({n: list(v) if isinstance(v, tuple) else v
+                                  for n, v in values.items()})  # fmt: skip
+        return (
+            models,
+            Describer(run, weights, settings.describing, settings.local, settings.machine),
+            settings,
+        )
+
+    return own_network

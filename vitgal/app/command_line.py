@@ -1,6 +1,6 @@
 """The command line.
 
-`vitgal run | own | audit | notebooks | download | weights | compare | table | report`.
+`vitgal run | own | audit | export | notebooks | download | weights | compare | table | report`.
 
 Also `python -m vitgal`.
 """
@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     notebooks.set_defaults(command=_notebooks)
 
     _add_audit(commands)
+    _add_export(commands)
     weights = commands.add_parser("weights", help="convert a published .pth to .safetensors")
     weights.add_argument(
         "source", type=Path, metavar="SOURCE.pth", help="or a model of vitgal, .safetensors"
@@ -146,8 +147,35 @@ def _add_audit(commands: argparse._SubParsersAction) -> None:
     audit.set_defaults(command=_audit)
 
 
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    export = commands.add_parser("export", help="features and matches for other programs")
+    export.add_argument("folder", type=Path, metavar="FOLDER", help="your own photographs")
+    export.add_argument("--to", required=True, choices=("hloc", "colmap", "kapture"))
+    output = "default: runs/export/<its name>-<program>"
+    export.add_argument("--output", type=Path, metavar="FOLDER", help=output)
+    export.add_argument("--weights", metavar="FILE", help="describe with this model, or timm:NAME")
+    count = "similar photographs that each is matched with"
+    export.add_argument("--neighbours", type=int, default=20, metavar="20", help=count)
+    export.set_defaults(command=_export)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from vitgal.app.folder_commands import export_folder
+
+    say(
+        export_folder(
+            options.folder,
+            options.to,
+            output=options.output,
+            weights=options.weights,
+            neighbours=options.neighbours,
+        )
+    )
+    return 0
+
+
 def _audit(options: argparse.Namespace) -> int:
-    from vitgal.app.audit_command import audit_folders
+    from vitgal.app.folder_commands import audit_folders
 
     say(
         audit_folders(

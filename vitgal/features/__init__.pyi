@@ -9,3 +9,9 @@ from .interchange import (
     import_published as import_published,
 )
 from .local import LocalFeatures as LocalFeatures
+from .reconstruction import (
+    VerifiedMatches as VerifiedMatches,
+    export_colmap as export_colmap,
+    export_hloc_matches as export_hloc_matches,
+    export_kapture as export_kapture,
+)

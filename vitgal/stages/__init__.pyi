@@ -64,7 +64,9 @@ from .own_describer import Describer as Describer, Description as Description
 from .own_export import (
     export_features as export_features,
     export_pairs as export_pairs,
+    export_photographs as export_photographs,
     retrieval_pairs as retrieval_pairs,
+    verified_matches as verified_matches,
 )
 from .presence import (
     fit_benchmark as fit_benchmark,

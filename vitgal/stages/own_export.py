@@ -1,17 +1,29 @@
-"""Own photographs for other tools: similar pairs and local features for hloc and COLMAP."""
+"""Own photographs for hloc, COLMAP and kapture: similar pairs, local features, matches."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 
 from vitgal import runs
 from vitgal.data.photographs import PhotographError
 from vitgal.features.interchange import export_hloc
 from vitgal.features.local import LocalFeatures
+from vitgal.features.reconstruction import (
+    VerifiedMatches,
+    export_colmap,
+    export_hloc_matches,
+    export_kapture,
+)
 from vitgal.retrieval.exact_search import search
+from vitgal.retrieval.verification import inspect_shortlist
+from vitgal.settings import RerankingSettings
 from vitgal.stages.own import Photographs
+
+LEAST_INLIERS = 15  # of a pair that is written, as COLMAP's default asks
 
 
 def retrieval_pairs(photographs: Photographs, count: int = 20) -> list[tuple[str, str]]:
@@ -55,6 +67,54 @@ def export_features(photographs: Photographs, path: Path) -> Path:
     hloc and COLMAP read them.
     """
     return export_hloc(_StoredFeatures(photographs), path, suffix="")
+
+
+def verified_matches(
+    photographs: Photographs, pairs: Sequence[tuple[str, str]], settings: RerankingSettings
+) -> Iterator[VerifiedMatches]:
+    """Matches and verifies pairs of photographs; yields those with LEAST_INLIERS inliers."""
+    stored = _StoredFeatures(photographs)
+    for first, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+        seconds = [second for _, second in group]
+        features = map(photographs.features, seconds)
+        found = inspect_shortlist(photographs.features(first), features, settings)
+        for second, pair in zip(seconds, found, strict=True):
+            inliers = pair.verification.inliers
+            if inliers.sum() < LEAST_INLIERS:
+                continue
+            points = [stored[name].original_keypoints()[pair.matches[inliers, side]]
+                      for side, name in enumerate((first, second))]  # fmt: skip
+            homography = cv2.findHomography(*points)[0]
+            if homography is not None:
+                yield VerifiedMatches(first, second, pair.matches, inliers, homography)
+
+
+def export_photographs(
+    photographs: Photographs,
+    target: str,
+    folder: Path,
+    settings: RerankingSettings,
+    *,
+    neighbours: int = 20,
+) -> Path:
+    """Writes a folder's features and verified matches for another program; returns the folder.
+
+    target: "hloc" (features.h5, pairs.txt, matches.h5), "colmap" (database.db, pairs.txt) or
+    "kapture". neighbours: of each photograph that are matched. Raises as `export_pairs` and
+    `export_kapture`.
+    """
+    pairs = retrieval_pairs(photographs, neighbours)
+    matches = list(verified_matches(photographs, pairs, settings))
+    stored = _StoredFeatures(photographs)
+    if target == "kapture":
+        return export_kapture(stored, matches, folder)
+    export_pairs([(pair.first, pair.second) for pair in matches], folder / "pairs.txt")
+    if target == "colmap":
+        export_colmap(stored, matches, folder / "database.db")
+    else:
+        export_features(photographs, folder / "features.h5")
+        export_hloc_matches(matches, folder / "matches.h5")
+    return folder
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,13 +1,65 @@
-"""`vitgal audit`: the stage, its files and its page."""
+"""`vitgal audit` and `vitgal export`: commands on folders that execute no notebook."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vitgal import runs
 from vitgal.data import gldv2
 from vitgal.data.photographs import PhotographError
 
+if TYPE_CHECKING:
+    from vitgal import stages
+    from vitgal.settings import Settings
+
 RUN = "audit"  # below runs/ or $VITGAL_RUNS: descriptions, and results without --to
 SHOWN = 10  # pairs and landmarks that are printed
+
+
+def own_network(
+    run: Path, weights: str | None
+) -> tuple["stages.OwnModels", "stages.Describer", "Settings"]:
+    """Returns the models for a folder of photographs, what describes with them, and the settings.
+
+    As notebook 08 chooses them; weights: as for `own_models`.
+    """
+    from vitgal import stages
+    from vitgal.settings import read_settings
+    from vitgal.stages.model_choice import DEMO_VALUES
+
+    models = stages.own_models(run, weights)
+    settings = models.complete(read_settings(dict(DEMO_VALUES)))
+    describing = models.suited(settings.describing)
+    describer = stages.Describer(
+        run, models.describing, describing, settings.local, settings.machine,
+        local_model=models.local,
+    )  # fmt: skip
+    return models, describer, settings
+
+
+def export_folder(
+    folder: Path,
+    target: str,
+    *,
+    output: Path | None = None,
+    weights: str | None = None,
+    neighbours: int = 20,
+) -> str:
+    """Describes a folder of photographs and writes features and verified matches for a program.
+
+    target: see `stages.export_photographs`. output: None is `runs/export/<name>-<target>`. Raises
+    PhotographError for a folder or a name that cannot be used.
+    """
+    from vitgal import stages
+
+    run = runs.run_folder("export")
+    name = Path(folder).resolve().name or "folder"
+    output = run / f"{name}-{target}" if output is None else Path(output)
+    models, describer, settings = own_network(run, weights)
+    photographs = stages.describe_folder(folder, describer)
+    stages.export_photographs(
+        photographs, target, output, settings.reranking, neighbours=neighbours
+    )
+    return "\n".join([models.reason, photographs.report(), f"for {target}: {output}"])
 
 
 def audit_folders(
@@ -26,8 +78,6 @@ def audit_folders(
     as for `own_models`. Raises PhotographError for folders that cannot be compared.
     """
     from vitgal import stages
-    from vitgal.settings import read_settings
-    from vitgal.stages.model_choice import DEMO_VALUES
     from vitgal.viz.audit_page import write_audit_page
 
     if table is not None and other is None:
@@ -41,11 +91,7 @@ def audit_folders(
                 f"{target} lies in {part}, whose images would then be audited with the results: "
                 "name another folder by --to"
             )
-    models = stages.own_models(run, weights)
-    settings = models.complete(read_settings(dict(DEMO_VALUES)))
-    describer = stages.Describer(
-        run, models.describing, models.suited(settings.describing), machine=settings.machine
-    )
+    models, describer, _ = own_network(run, weights)
     result = stages.find_copies(
         folder, other, describer=describer, store=run / "descriptors", neighbours=neighbours
     )
