@@ -97,7 +97,7 @@ def _settings(
     folder: Path, box: str | None, overrides: dict[str, Any] | None, output: Path | None
 ) -> tuple[Path, Settings, str | None]:
     """Returns the run, the settings of notebook 08 and its `weights`."""
-    notebook = runs.checkout() / "notebooks" / pipeline.OWN
+    notebook = runs.resolve("notebooks") / pipeline.OWN
     texts = dict(overrides or {}) | {"photographs_folder": str(folder)}
     if box is not None:
         texts["query_box"] = box
