@@ -103,8 +103,8 @@ def describe_folder(folder: Path, describer: Describer, *, progress: bool = True
     one photograph. Raises PhotographError where none can be used, StageError where another process
     describes with the same settings.
     """
-    runs.refuse_links([describer.folder.parent])
     listing = list_photographs(folder, without=(describer.run, describer.run / "own"))
+    runs.refuse_links([describer.folder.parent])
     extracted_before = describer.extracted
     left_out = dict(listing.unsupported)
     found: dict[str, Glance] = {}
