@@ -70,7 +70,7 @@ def test_the_same_command_gives_the_same_bytes(tiny_run, tmp_path):
 
 
 def test_plain_papermill_works(tiny_run, tmp_path):
-    # 07 has the browser with most widgets; none of them answers on the socket of the cell's end.
+    # 07 has a widget; it does not answer on the socket of the cell's end.
     command = [sys.executable, "-m", "papermill", str(CHAIN[6]), str(tmp_path / "out.ipynb")]
     options = ["-f", "params/tiny.yaml", "-p", "run_dir", str(tiny_run)]
     command += [*options, "--cwd", "notebooks", "-k", "python3", "--no-progress-bar"]

@@ -1,12 +1,12 @@
 """The notebooks as a person uses them: JupyterLab in a real browser, on the finished demo run.
 
-Each notebook is opened, all its cells are run, another query is chosen, a slider is moved, and the
-picture must change without an error on the page. Every wait is for a state of the page; limits only
-end a test that would never end. Screenshots are left in the folder VITGAL_SCREENSHOTS, if set.
+Each notebook is opened, all its cells are run, and its view is used: queries, knobs, patches, boxes
+and pairs must change the picture without an error on the page. Every wait is for a state of the
+page; limits only end a test that would never end. Screenshots are left in the folder
+VITGAL_SCREENSHOTS, if set.
 """
 
 import contextlib
-import hashlib
 import os
 import shutil
 import socket
@@ -169,61 +169,6 @@ class Notebook:
         assert self.page.locator(".jp-Dialog").count() == 0
         assert self.errors == []
 
-    def browser(self):
-        """The notebook's browser: the output with widgets that holds pictures."""
-        result = self.page.locator(".jp-OutputArea-output:has(img.widget-image)")
-        result.last.scroll_into_view_if_needed()
-        return result.last
-
-    def pictures(self) -> list[str]:
-        """A fingerprint of every picture that the browser shows, as the page has decoded it."""
-        sources = (
-            self.browser()
-            .locator("img.widget-image")
-            .evaluate_all(
-                """images => Promise.all(images.map(async image => {
-                const bytes = new Uint8Array(await (await fetch(image.src)).arrayBuffer());
-                return image.complete && image.naturalWidth ? String(bytes) : null;
-            }))"""
-            )
-        )
-        return [hashlib.sha256(str(source).encode()).hexdigest() for source in sources]
-
-    def changes(self, act) -> None:
-        """`act` changes a picture: waits until the page shows another one, and the kernel rests."""
-        before = self.pictures()
-        sources = "image => image.src"
-        visible = (
-            self.browser()
-            .locator("img.widget-image")
-            .evaluate_all(f"images => images.map({sources})")
-        )
-        act()
-        self.wait(
-            """([shown]) => {
-                const found = [...document.querySelectorAll(
-                    '.jp-OutputArea-output:has(img.widget-image)')].at(-1);
-                const images = [...found.querySelectorAll('img.widget-image')];
-                return images.some(image => !shown.includes(image.src))
-                    && images.every(image => image.complete && image.naturalWidth > 0);
-            }""",
-            [visible],
-        )
-        self.await_idle()
-        assert self.pictures() != before
-
-    def choose(self, label: str, place: int) -> None:
-        """Chooses another entry of a list, by hand."""
-        box = self.browser().locator(".widget-dropdown", has_text=label).first
-        self.changes(lambda: box.locator("select").select_option(index=place))
-
-    def slide(self, label: str, key: str = "ArrowLeft", times: int = 1) -> None:
-        """Moves a slider's (first) handle with the keyboard."""
-        handle = self.browser().locator(".widget-slider", has_text=label).locator(".noUi-handle")
-        handle.first.focus()
-        for _ in range(times):
-            self.changes(lambda: self.page.keyboard.press(key))
-
     def keep(self, note: str = "") -> None:
         """Leaves a screenshot where VITGAL_SCREENSHOTS says."""
         if folder := os.environ.get("VITGAL_SCREENSHOTS"):
@@ -261,37 +206,99 @@ def test_queries_are_explored(lab, name):
     notebook.keep("-pair")
 
 
+def changed(canvas, act) -> None:
+    """`act` redraws a canvas: waits for another picture."""
+    before = canvas.evaluate("canvas => canvas.toDataURL()")
+    act()
+    arguments = [before]
+    canvas.page.wait_for_function(
+        "([before]) => document.querySelector('.vitgal canvas.pair').toDataURL() !== before",
+        arg=arguments,
+    )
+
+
 def test_matches_are_inspected(lab):
     notebook = lab("07_match_visualization")
+    root = notebook.page.locator(".vitgal")
+    root.locator("p", has_text="inliers on").first.wait_for()
+    root.scroll_into_view_if_needed()
     notebook.keep("-opened")
-    notebook.choose("query", 3)
-    notebook.choose("image", 1)
-    notebook.slide("threshold", times=2)
-    notebook.choose("estimator", 1)
+    canvas = root.locator("canvas.pair")
+    changed(canvas, lambda: root.get_by_label("matching", exact=True).select_option("one_way"))
+    changed(canvas, lambda: root.get_by_label("threshold").fill("3"))
+    changed(canvas, lambda: root.get_by_label("max_distance").fill("0.5"))
+    root.get_by_label("estimator").select_option("magsac")
+    changed(canvas, lambda: root.get_by_label("max_distance").fill("1.0"))
+    changed(canvas, lambda: root.get_by_label("features", exact=False).first.fill("50"))
+    changed(canvas, lambda: root.get_by_label("scale 1", exact=False).first.click())
     notebook.keep("-knobs")
-    notebook.slide("features", "Home")
-    notebook.slide("features", "End")
-    notebook.slide("max_distance", "Home")
-    look = notebook.browser().get_by_role("button", name="look with the network")
-    notebook.changes(look.click)
-    notebook.choose("attention", 3)
-    notebook.slide("max_distance", "End")
-    hidden = notebook.browser().locator(".widget-select-multiple", has_text="hidden").first
-    notebook.changes(lambda: hidden.locator("select").select_option(index=0))
-    assert "not extracted anew" in notebook.browser().inner_text()
+    changed(canvas, lambda: root.get_by_label("overlay", exact=True).select_option("0"))
+    changed(root.locator("canvas.pair"), lambda: overlay(root, "2"))
+    notebook.keep("-overlay")
+    box = root.locator("canvas.pair").bounding_box()
+    place = {"x": box["width"] / 4, "y": box["height"] / 2}
+    root.locator("canvas.pair").click(position=place)
+    root.locator("p", has_text="Most similar patches").wait_for()
+    notebook.keep("-patch")
+    root.get_by_label("display").select_option("checkerboard")
+    notebook.keep("-warped")
     notebook.check()
-    notebook.keep("-looked")
+
+
+def overlay(root, layer: str) -> None:
+    root.get_by_label("overlay", exact=True).select_option(layer)
 
 
 def test_own_photographs_are_searched(lab):
     notebook = lab("08_own_photos")
+    page, root = notebook.page, notebook.page.locator(".vitgal")
+    root.locator(".own .tile").first.wait_for()
+    root.scroll_into_view_if_needed()
     notebook.keep("-opened")
-    notebook.slide("left, right", "PageUp", times=2)
-    notebook.slide("top, bottom", "ArrowRight")
-    search = notebook.browser().get_by_role("button", name="search with this box")
-    notebook.changes(search.click)
-    notebook.choose("matches with", 2)
-    notebook.choose("query", 5)
-    notebook.changes(search.click)
-    notebook.check()
+    photograph = root.locator("svg.boxed")
+    photograph.scroll_into_view_if_needed()
+    frame = photograph.bounding_box()
+    middle = frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2
+    page.mouse.move(middle[0] - 50, middle[1] - 40)
+    page.mouse.down()
+    page.mouse.move(middle[0] + 60, middle[1] + 50)
+    page.mouse.up()
+    page.wait_for_function(
+        "() => +document.querySelector('[aria-label=\"left of the box\"]').value > 0"
+    )
+    notebook.keep("-box")
+    root.locator(".own").nth(1).get_by_text("+ pair").click()
+    root.locator("li").wait_for()
+    with page.expect_download() as download:
+        root.get_by_role("button", name="pairs.txt").click()
+    assert len(Path(download.value.path()).read_text().split()) == 2
+    root.locator(".own .tile").first.click()
+    root.locator("p", has_text="inliers on").wait_for()
+    notebook.keep("-pair")
+    root.locator("canvas.pair").focus()
+    page.keyboard.press("Escape")
+    root.get_by_label("query", exact=True).select_option(index=5)
+    page.wait_for_function(
+        "() => +document.querySelector('[aria-label=\"left of the box\"]').value === 0"
+    )
     notebook.keep("-searched")
+    notebook.check()
+
+
+def test_a_kernel_that_dies_is_said_and_the_picture_stays(lab):
+    notebook = lab("07_match_visualization")
+    page, root = notebook.page, notebook.page.locator(".vitgal")
+    root.locator("p", has_text="inliers on").first.wait_for()
+    canvas = root.locator("canvas.pair")
+    page.evaluate(
+        """() => new Promise(done => {
+            const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+            kernel.statusChanged.connect((_, status) => status === 'autorestarting' && done());
+            kernel.requestExecute({code: 'import os; os._exit(1)'});
+        })"""
+    )
+    before = canvas.evaluate("canvas => canvas.toDataURL()")
+    root.get_by_label("max_distance").fill("0.5")
+    root.locator("p", has_text="The kernel has ended").wait_for()
+    assert canvas.evaluate("canvas => canvas.toDataURL()") == before
+    notebook.keep("-dead")

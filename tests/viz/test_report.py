@@ -289,14 +289,14 @@ def test_the_page_of_the_demo(finished_run, browser, tmp_path):
 def instrument(run):
     dataset = revisited.open_dataset("tiny", run.parent / "data")
     widget = Instrument(run, dataset, view="pair", query=0)
-    widget.answers = []
-    widget.send = lambda content, buffers=None: widget.answers.append((content, buffers))
+    widget.received = []
+    widget.send = lambda content, buffers=None: widget.received.append((content, buffers))
     return widget
 
 
 def ask(widget, **question) -> tuple[dict, list]:
     widget._answer(widget, {"id": 7, **question}, [])
-    content, buffers = widget.answers.pop()
+    content, buffers = widget.received.pop()
     assert content["id"] == 7
     return content, buffers
 

@@ -33,6 +33,7 @@ from .inspection import (
     explain_selection as explain_selection,
     matching_fraction as matching_fraction,
     query_flow as query_flow,
+    similar_patches as similar_patches,
     sweep as sweep,
     without_scales as without_scales,
 )

@@ -135,6 +135,7 @@ class TokenSelection:
         kept: the features, as extraction returns them.
         dropped: tokens above the threshold that are not kept, best first.
         reasons: (len(dropped),) strings, keys of REASONS.
+        codes: scale -> (h, w, D) float32, the code of every token, of length 1.
     """
 
     attention: dict[float, np.ndarray]
@@ -142,11 +143,35 @@ class TokenSelection:
     kept: LocalFeatures
     dropped: LocalFeatures
     reasons: np.ndarray
+    codes: dict[float, np.ndarray]
 
     def heat(self, scale: float, head: int | None = None) -> np.ndarray:
         """Returns the map of a head, or the scores, of shape (h, w) at the nearest scale."""
-        nearest = min(self.scores, key=lambda candidate: abs(candidate - scale))
+        nearest = self.nearest_scale(scale)
         return self.scores[nearest] if head is None else self.attention[nearest][head]
+
+    def nearest_scale(self, scale: float) -> float:
+        """Returns the scale of the selection that is nearest to one."""
+        return min(self.scores, key=lambda candidate: abs(candidate - scale))
+
+    def patch_box(self, scale: float, row: int, column: int) -> tuple[float, ...]:
+        """Returns a token's patch (x0, y0, x1, y1) in pixels of the photograph."""
+        (x0, y0, x1, y1), (height, width) = self.kept.box, self.scores[scale].shape
+        across, down = (x1 - x0) / width, (y1 - y0) / height
+        left, top = x0 + column * across, y0 + row * down
+        return left, top, left + across, top + down
+
+    def patch_at(self, x: float, y: float, scale: float) -> tuple[float, int, int]:
+        """Returns nearest scale, row and column of the token at a pixel of the photograph.
+
+        Raises InspectionError for a pixel outside the described box.
+        """
+        scale = self.nearest_scale(scale)
+        (x0, y0, x1, y1), (height, width) = self.kept.box, self.scores[scale].shape
+        row, column = (y + 0.5 - y0) / (y1 - y0) * height, (x + 0.5 - x0) / (x1 - x0) * width
+        if not (0 <= row < height and 0 <= column < width):
+            raise InspectionError("this place is outside the part of the photograph described")
+        return scale, int(row), int(column)
 
 
 class _Recorder:
@@ -197,17 +222,38 @@ def explain_selection(
         survivors = extract(replace(settings, max_keypoints=UNLIMITED))
         unlimited = replace(settings, max_keypoints=UNLIMITED, nms_candidates=UNLIMITED)
         everything = extract(replace(unlimited, nms_overlap=1.0))
-        attention, scores = {}, {}
+        attention, scores, codes = {}, {}, {}
         for scale, output in zip(settings.scales, recorder.outputs, strict=True):
             heads = output.attention[0].float()
             heads = (heads / heads.amax(dim=1, keepdim=True)).cpu().numpy()
             attention[scale] = heads.reshape(len(heads), *output.grid)
             scores[scale] = token_scores(output.attention)[0].cpu().numpy().reshape(output.grid)
+            unit = output.codes[0].float().cpu().numpy()
+            unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
+            codes[scale] = unit.reshape(*output.grid, -1)
     reasons = np.full(len(everything), "overlap", dtype="<U10")
     reasons[settings.nms_candidates :] = "candidates"
     reasons[_among(everything, survivors)] = "keypoints"
     dropped = ~_among(everything, kept)
-    return TokenSelection(attention, scores, kept, everything.subset(dropped), reasons[dropped])
+    dropped_features = everything.subset(dropped)
+    return TokenSelection(attention, scores, kept, dropped_features, reasons[dropped], codes)
+
+
+def similar_patches(
+    code: np.ndarray, other: TokenSelection, *, count: int = 3
+) -> tuple[dict[float, np.ndarray], list[tuple[float, int, int]]]:
+    """Compares a token's code (D,) of length 1 with every token of another photograph.
+
+    Returns scale -> (h, w) float32 similarities, and scale, row and column of the most similar
+    tokens over all scales, best first.
+    """
+    maps = {scale: codes @ code for scale, codes in other.codes.items()}
+    flat = np.concatenate([values.ravel() for values in maps.values()])
+    places = [
+        (scale, *place) for scale, values in maps.items() for place in np.ndindex(values.shape)
+    ]
+    best = np.argsort(-flat, kind="stable")[:count]
+    return maps, [places[index] for index in best]
 
 
 def matching_fraction(extracted: LocalFeatures, stored: LocalFeatures) -> float:

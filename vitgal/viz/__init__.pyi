@@ -1,9 +1,4 @@
 from .audit_page import write_audit_page as write_audit_page
-from .browsers import (
-    PhotographBrowser as PhotographBrowser,
-    browse_photographs as browse_photographs,
-    live_curves as live_curves,
-)
 from .charts import (
     parameter_curves as parameter_curves,
     split_statistics as split_statistics,
@@ -31,7 +26,8 @@ from .galleries import (
     ranking_rows as ranking_rows,
     stacked_rankings as stacked_rankings,
 )
-from .instrument import Instrument as Instrument
+from .instrument import Instrument as Instrument, InstrumentWidget as InstrumentWidget
+from .live_curves import live_curves as live_curves
 from .maps import (
     attention_heads as attention_heads,
     attention_maps as attention_maps,
@@ -40,8 +36,6 @@ from .maps import (
 )
 from .match_inspector import (
     Layers as Layers,
-    MatchInspector as MatchInspector,
-    inspect_matches as inspect_matches,
     inspected_matches as inspected_matches,
 )
 from .matching import (
@@ -51,6 +45,7 @@ from .matching import (
     match_lines as match_lines,
 )
 from .own_document import own_document as own_document
+from .photograph_instrument import PhotographInstrument as PhotographInstrument
 from .report import write_page as write_page, write_report as write_report
 from .run_figures import (
     existing_queries as existing_queries,

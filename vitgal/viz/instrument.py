@@ -2,41 +2,56 @@
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import anywidget
 import matplotlib.pyplot as plt
+import numpy as np
 import traitlets
 from matplotlib.figure import Figure
 
 from vitgal import runs
-from vitgal.data.images import read_image
+from vitgal.data.images import read_image, stored_size
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.settings import RerankingSettings
-from vitgal.stages.inspection import Inspector
+from vitgal.stages.inspection import Inspector, similar_patches
 from vitgal.viz.report import ENLARGED, THUMBNAIL, jpeg
-from vitgal.viz.run_document import RERANK_NOTEBOOK, dataset_document, pair_document
+from vitgal.viz.run_document import (
+    NOTES,
+    RERANK_NOTEBOOK,
+    Images,
+    dataset_document,
+    pair_document,
+    read_notes,
+)
 
 FRONTEND = Path(__file__).with_name("frontend")
-KNOBS = {"max_distance": "matching", "threshold": "verification", "estimator": "verification"}
+KNOBS = {
+    "method": "matching",
+    "max_distance": "matching",
+    "max_keypoints": "matching",
+    "threshold": "verification",
+    "estimator": "verification",
+}
+LONGEST_NOTE = 2000  # characters
+Question = Mapping[str, Any]
+Answer = tuple[dict[str, Any], list[bytes]]  # plain values, and bytes beside them
 
 
-class Instrument(anywidget.AnyWidget):
-    """The interactive viewer of one data set of a run.
+class InstrumentWidget(anywidget.AnyWidget):
+    """A widget of the front end; a subclass answers the questions of its views.
 
-    Where no widget can be shown, as on GitHub, the output is the picture of `figure`.
+    Where no widget can be shown, as on GitHub, the output is the picture of `figure`, or a text.
 
     Args:
-        run: the run's folder, whose notebook 04 is finished for this data set.
-        dataset: the opened benchmark.
+        run: the run's folder, which keeps stars and notes.
+        document: what the front end draws, as of `run_document`.
+        images: those that the document numbers.
         figure: what is stored with the notebook in place of the widget; None: a line of text.
-        start: what is shown first, any of `view` ("overview", "ranking" or "pair"), `query` (its
-            index) and `protocol`.
-    Raises:
-        StageError: notebook 04 has not been run.
+        start: see State in instrument.js.
     """
 
     _esm = FRONTEND / "instrument.js"
@@ -46,64 +61,187 @@ class Instrument(anywidget.AnyWidget):
     def __init__(
         self,
         run: Path,
-        dataset: RetrievalDataset,
-        *,
-        figure: Figure | None = None,
-        **start: Any,
+        document: dict[str, Any],
+        images: Images,
+        figure: Figure | None,
+        start: Mapping[str, Any],
     ) -> None:
-        self._run, self._dataset = Path(run), dataset
-        self._document, self._images = dataset_document(run, dataset)
-        self._inspector = Inspector(self._run, dataset)
+        self.document, self.images = document, images
+        self._run = Path(run)
         self._picture = None if figure is None else _png(figure)
-        super().__init__(start=start)
+        super().__init__(start=dict(start))
         self.on_msg(self._answer)
 
     def _repr_mimebundle_(self, **options: Any) -> Any:
         bundle = super()._repr_mimebundle_(**options)
         data = bundle[0] if isinstance(bundle, tuple) else bundle
-        data["text/plain"] = (
-            f"the instrument on {runs.printable(self._dataset.name)}: run this cell"
-        )
+        title = self.document["entries"][0]["dataset"]
+        data["text/plain"] = f"the instrument on {title}: run this cell"
         if self._picture is not None:
             data["image/png"] = self._picture
         return bundle
 
-    def _answer(self, _: Any, question: Mapping[str, Any], buffers: Any) -> None:
-        """Answers a question of the front end; its errors are shown there."""
+    def answers(self) -> dict[str, Callable[[Question, Sequence[bytes]], Answer]]:
+        """Returns the function that answers each kind of question."""
+        return {
+            "document": lambda *_: ({"document": self.document}, []),
+            "image": lambda question, _: (
+                {},
+                [self.image(question["image"], large=bool(question["large"]))],
+            ),
+            "note": self._keep_note,
+        }
+
+    def _answer(self, _: Any, question: Question, buffers: Sequence[Any]) -> None:
+        """Answers a question of the front end; errors are shown there."""
         reply: dict[str, Any] = {"id": question.get("id")}
         attached: list[bytes] = []
         try:
-            if question["kind"] == "document":
-                reply["document"] = self._document
-            elif question["kind"] == "image":
-                attached = [self.image(question["image"], large=bool(question["large"]))]
-            else:
-                chosen = question["query"], question["image"], question["settings"]
-                reply["pair"] = self.pair(*chosen)
-        except (ValueError, OSError, KeyError, runs.StageError) as error:
+            found, attached = self.answers()[question["kind"]](question, buffers)
+            reply |= found
+        except runs.UserError as error:
             reply["error"] = runs.printable(error)
+        except Exception as error:  # whatever it is, the view has to say it
+            reply["error"] = runs.printable(f"{type(error).__name__}: {error}")
         self.send(reply, attached)
+
+    def read(self, path: Path) -> np.ndarray:
+        """Reads an image of the document as (H, W, 3) uint8 RGB."""
+        return read_image(path)
 
     def image(self, number: int, *, large: bool = False) -> bytes:
         """Returns an image of the document as JPEG, of at most 160 or 800 pixels a side."""
-        size = ENLARGED if large else THUMBNAIL
-        return jpeg(read_image(self._images.paths[number]), size)
+        return jpeg(self.read(self.images.paths[number]), ENLARGED if large else THUMBNAIL)
+
+    def _keep_note(self, question: Question, _: Sequence[bytes]) -> Answer:
+        name, value = str(question["name"]), question["value"]
+        note = {"star": bool(value["star"]), "note": str(value["note"])[:LONGEST_NOTE]}
+        notes = read_notes(self._run) | {name: note}
+        kept = {key: entry for key, entry in sorted(notes.items()) if any(entry.values())}
+        runs.write_json(self._run / NOTES, kept)
+        self.document["notes"] = kept
+        return {}, []
+
+
+class Instrument(InstrumentWidget):
+    """The interactive viewer of one data set of a run.
+
+    Args:
+        run: the run's folder, whose notebook 04 is finished for this data set.
+        dataset: the opened benchmark.
+        figure: what is stored with the notebook in place of the widget; None: a line of text.
+        inspector: reads features and runs the network; None: one with the run's own model.
+        start: what is shown first, any of `view` ("overview", "ranking" or "pair"), `query` and
+            `image` (indices) and `protocol`.
+    Raises:
+        StageError: notebook 04 has not been run.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        dataset: RetrievalDataset,
+        *,
+        figure: Figure | None = None,
+        inspector: Inspector | None = None,
+        **start: Any,
+    ) -> None:
+        self._dataset, self._inspector = dataset, inspector or Inspector(Path(run), dataset)
+        document, images = dataset_document(run, dataset)
+        if start.get("image") is not None:
+            start["image"] = _mention(document, images, dataset, start["image"])
+        super().__init__(run, document, images, figure, start)
+
+    def answers(self) -> dict[str, Callable[[Question, Sequence[bytes]], Answer]]:
+        """Returns the function that answers each kind of question."""
+        return super().answers() | {
+            "pair": self._match,
+            "tokens": self._show_tokens,
+            "patch": self._compare_patch,
+        }
+
+    def _sides(self, question: Question) -> tuple[tuple[str, int], tuple[str, int]]:
+        image = self._dataset.database_paths.index(self.images.paths[question["image"]])
+        return ("query", question["query"]), ("database", image)
+
+    def _match(self, question: Question, _: Sequence[bytes]) -> Answer:
+        return {"pair": self.pair(*(question[name] for name in ("query", "image", "settings")))}, []
 
     def pair(self, query: int, number: int, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Matches a query and an image of the document; `settings` replace the run's.
 
-        settings: any of max_distance, threshold, estimator. Returns as `pair_document`. Raises
-        InspectionError where a photograph has no local features, SettingsError for other settings.
+        settings: any of KNOBS, and `hidden`: scales that are left out. The network describes an
+        image of no short list. Returns as `pair_document`. Raises InspectionError where a
+        photograph has no local features, SettingsError for other settings.
         """
         manifest = runs.read_stage(self._run / self._dataset.name / "rerank", RERANK_NOTEBOOK)
-        chosen = RerankingSettings.from_manifest(manifest["parameters"])
-        for name, value in settings.items():
-            section = KNOBS[name]
-            changed = replace(getattr(chosen, section), **{name: value})
-            chosen = replace(chosen, **{section: changed})
-        image = self._dataset.database_paths.index(self._images.paths[number])
-        pair = self._inspector.pair(query, image, chosen)
+        chosen = changed_settings(RerankingSettings.from_manifest(manifest["parameters"]), settings)
+        sides = self._sides({"query": query, "image": number})
+        inspector = self._inspector
+        for side in sides:
+            name = inspector.name(*side)
+            known = name in inspector.features or name in inspector.features.failures
+            if not known and inspector.shows_tokens:
+                inspector.selection(*side)
+        (_, query), (_, image) = sides
+        pair = inspector.pair(query, image, chosen, hidden_scales=settings.get("hidden", ()))
         return pair_document(pair.query, pair.database, pair.result)
+
+    def _show_tokens(self, question: Question, _: Sequence[bytes]) -> Answer:
+        """Both photographs' scores and attention at a scale, as (1 + heads, h, w) bytes each."""
+        grids, boxes, attached = [], [], []
+        for side in self._sides(question):
+            selection = self._inspector.selection(*side)
+            scale = selection.nearest_scale(float(question["scale"]))
+            scores = selection.scores[scale]
+            layers = [scores / max(scores.max(), 1e-9), *selection.attention[scale]]
+            attached.append(np.rint(255 * np.stack(layers)).astype(np.uint8).tobytes())
+            grids.append([len(layers), *scores.shape])
+            boxes.append([float(value) for value in selection.kept.box])
+        return {"grids": grids, "boxes": boxes}, attached
+
+    def _compare_patch(self, question: Question, _: Sequence[bytes]) -> Answer:
+        """The patch at a pixel, and its similarity (h, w) to every patch of the other photograph.
+
+        Similarities of 0 to 1 are sent as bytes, negative ones as 0.
+        """
+        sides, own = self._sides(question), int(question["side"])
+        first, other = (self._inspector.selection(*sides[index]) for index in (own, 1 - own))
+        place = first.patch_at(question["x"], question["y"], float(question["scale"]))
+        scale, row, column = place
+        maps, best = similar_patches(first.codes[scale][row, column], other)
+        shown = maps[other.nearest_scale(scale)]
+        nearest = [
+            {"box": list(other.patch_box(*found)), "scale": found[0]}
+            | {"similarity": round(float(maps[found[0]][found[1:]]), 3)}
+            for found in best
+        ]
+        described = {"patch": list(first.patch_box(*place)), "nearest": nearest}
+        described |= {"grid": shown.shape, "box": [float(value) for value in other.kept.box]}
+        return described, [np.rint(255 * shown.clip(0, 1)).astype(np.uint8).tobytes()]
+
+
+def changed_settings(settings: RerankingSettings, knobs: Mapping[str, Any]) -> RerankingSettings:
+    """Returns reranking settings with those of KNOBS replaced that `knobs` holds.
+
+    Raises SettingsError for a value that is not allowed.
+    """
+    for name in KNOBS.keys() & knobs.keys():
+        section = KNOBS[name]
+        changed = replace(getattr(settings, section), **{name: knobs[name]})
+        settings = replace(settings, **{section: changed})
+    return settings
+
+
+def _mention(
+    document: dict[str, Any], images: Images, dataset: RetrievalDataset, index: int
+) -> int:
+    """Returns the number of a database image, which the document then lists if it did not."""
+    number = images.number(dataset.database_paths[index], dataset.database[index])
+    if number == len(document["names"]):
+        document["names"].append(images.names[number])
+        document["sizes"].append(list(stored_size(images.paths[number]))[::-1])
+    return number
 
 
 def _png(figure: Figure) -> str:

@@ -24,11 +24,12 @@ from vitgal.retrieval.evidence import weigh
 from vitgal.retrieval.ranking import Ranking
 from vitgal.retrieval.verification import PairInspection, inspect_shortlist
 from vitgal.runs import printable
-from vitgal.settings import RerankingSettings
+from vitgal.settings import LocalSettings, RerankingSettings
 from vitgal.stages import rerank
 from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries
 
 RERANK_NOTEBOOK = "notebook 06_rerank"
+NOTES = "notes.json"  # of a run: stars and remarks on queries and pairs
 MOST_MAPPED = 8000  # database images on the map and with neighbours: t-SNE takes minutes for more
 MOST_MAPPED_AT_ONCE = 1000  # the same in a notebook, where a cell may take seconds
 NEIGHBOURS = 24  # of a database image
@@ -113,8 +114,12 @@ def dataset_document(
 def _document(
     entries: Sequence["_Entry"], images: Images, pairs: int, *, progress: bool
 ) -> dict[str, Any]:
+    notes: dict[str, Any] = {}
+    for run in dict.fromkeys(entry.run for entry in entries):
+        notes |= read_notes(run)
     document = {
         "entries": [entry.document(pairs, progress=progress) for entry in entries],
+        "notes": notes,
         "comparisons": _comparisons([entry.newest for entry in entries]),
         "names": images.names,
         "sizes": images.sizes(),
@@ -198,7 +203,8 @@ class _Entry:
             "settings": [[k, str(v)] for k, v in comparison.settings_of(self.newest).items()],
             "scores": {name: _result(values) for name, values in self.scores.items()},
             "tests": _sentences(self.newest),
-            "matching": self._knobs(),
+            "matching": knobs(self._settings) if self.reranked else None,
+            "features": self._extraction(),
             "queries": [self._query(query, pairs) for query in queries],
             "map": self._map(),
             "neighbours": self._neighbours(),
@@ -279,16 +285,14 @@ class _Entry:
         parameters = runs.read_stage(self.folder / "rerank", RERANK_NOTEBOOK)["parameters"]
         return RerankingSettings.from_manifest(parameters)
 
-    def _knobs(self) -> dict[str, Any] | None:
-        """The settings that can be turned in a notebook; None without reranking."""
-        if not self.reranked:
+    def _extraction(self) -> dict[str, Any] | None:
+        """What the local features are, for the knobs; None where the run keeps none."""
+        if not self.reranked or not (self.folder / "local" / runs.MANIFEST).exists():
             return None
-        matching, verification = self._settings.matching, self._settings.verification
-        return {
-            "max_distance": matching.max_distance,
-            "threshold": verification.threshold,
-            "estimator": verification.estimator,
-        }
+        manifest = runs.read_stage(self.folder / "local", rerank.LOCAL_NOTEBOOK)
+        settings = LocalSettings.from_manifest(manifest["parameters"])
+        tokens = settings.own_tokens and "local features" not in manifest["inputs"]
+        return extraction_document(settings, tokens=tokens)
 
     def _pairs(self, query: int, chosen: Sequence[int]) -> list[dict[str, Any]]:
         store, dataset = self._features, self.dataset
@@ -347,6 +351,39 @@ class _Entry:
         }
 
 
+def knobs(settings: RerankingSettings) -> dict[str, Any]:
+    """Returns the settings of matching that can be turned in a notebook; None: no limit."""
+    matching, verification = settings.matching, settings.verification
+    return {
+        "method": matching.method,
+        "max_distance": matching.max_distance,
+        "threshold": verification.threshold,
+        "estimator": verification.estimator,
+        "max_keypoints": matching.max_keypoints,
+    }
+
+
+def extraction_document(settings: LocalSettings, *, tokens: bool) -> dict[str, Any]:
+    """Describes the local features: most of a photograph, scales, whether they are tokens."""
+    scales = list(settings.scales) if tokens else []
+    return {"most": settings.max_keypoints, "scales": scales, "tokens": tokens}
+
+
+def read_notes(run: Path) -> dict[str, dict[str, Any]]:
+    """Returns a run's stars and notes by query or pair; empty where it has no notes.json."""
+    path = Path(run) / NOTES
+    if not path.exists():
+        return {}
+    notes = runs.read_json(path)
+    if not isinstance(notes, dict):
+        raise runs.StageError(f"{path} holds no notes: move it away")
+    return {
+        name: {"star": bool(value.get("star")), "note": str(value.get("note", ""))}
+        for name, value in notes.items()
+        if isinstance(value, dict)
+    }
+
+
 def _result(scores: Scores) -> dict[str, Any]:
     return {
         protocol: {part: scores[protocol].get(part) for part in SCORE_PARTS}
@@ -386,7 +423,8 @@ def pair_document(
     """Describes the matches of one pair in plain values.
 
     Returns:
-        `matches`, `count`: the numbers of matches and of inliers. `doubt`: why the homography is
+        `matches`, `count`, `features`: the numbers of matches, of inliers, and of the different
+        features among these. `doubt`: why the homography is
         implausible (`Evidence.doubt`). `points`: x and y in the query and x and y in the database
         image of each of M stored matches, in pixels of the stored photographs; (0, 0) is the centre
         of the top-left one. The first MOST_INLIERS inliers and MOST_REJECTED others are stored, in
@@ -401,13 +439,15 @@ def pair_document(
     points = np.hstack([query.original_keypoints()[first], database.original_keypoints()[second]])
     between = query.descriptors[first] - database.descriptors[second]
     homography = inspection.verification.homography
+    evidence = weigh(query, database, inspection)
     if homography is not None:
         homography = _to_photograph(database) @ homography @ np.linalg.inv(_to_photograph(query))
         homography = (homography / np.linalg.norm(homography)).ravel().tolist()
     return {
         "matches": len(inliers),
         "count": inspection.verification.count,
-        "doubt": weigh(query, database, inspection).doubt,
+        "features": evidence.features,
+        "doubt": evidence.doubt,
         "points": np.round(points.astype(float), 1).ravel().tolist(),
         "inlier": inliers[kept].astype(int).tolist(),
         "distance": np.round(np.linalg.norm(between, axis=1).astype(float), 3).tolist(),

@@ -9,6 +9,7 @@ const POSITIVES = { easy: ["easy"], medium: ["easy", "hard"], hard: ["hard"] };
 const IGNORED = { easy: ["hard", "junk"], medium: ["junk"], hard: ["easy", "junk"] };
 const LETTERS = { easy: "E", hard: "H", junk: "J", negative: "N" };
 const VIEWS = ["overview", "ranking", "pair", "compare"];
+const SEARCH_VIEWS = ["own", "pair"]; // of a search among photographs without labels
 const COLOURS = {
   easy: "#009E73",
   hard: "#F2A100",
@@ -29,6 +30,7 @@ const KEYS = [
   ["p", "next protocol"],
   ["s", "star the query, or the pair in the pair view"],
   ["0", "pair view: show both photographs whole"],
+  ["a", "own photographs: add the pair to the list"],
   ["?", "this list"],
 ];
 const SVG = "http://www.w3.org/2000/svg";
@@ -78,6 +80,24 @@ function option(text, checked, change) {
   return element("label", { class: "option" }, input, text);
 }
 
+function save(name, text) {
+  const link = element("a", { href: URL.createObjectURL(new Blob([text])), download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+function choice(label, [options, value], change) {
+  const select = element(
+    "select",
+    { "aria-label": label, onchange: () => change(select.value) },
+    ...options.map((one) => {
+      const [name, text] = Array.isArray(one) ? one : [one, one];
+      return element("option", { value: name, selected: name === value }, text);
+    }),
+  );
+  return select;
+}
+
 function slider(text, [low, high, step, value], change) {
   const shown = element("output", {}, String(value));
   const input = element("input", {
@@ -122,7 +142,8 @@ class Entry {
     this.title = `${this.run} · ${this.dataset}`;
     this.stages = Object.keys(this.scores);
     this.reranked = this.stages.includes("reranked");
-    this.own = this.kind === "own"; // own photographs: no labels, but probabilities and places
+    this.searched = this.kind === "search"; // own photographs with a kernel that searches
+    this.own = this.kind === "own" || this.searched; // own photographs: no labels, but probabilities and places
     this.labels = this.queries.map((query) => {
       const labels = new Map();
       for (const label of ["easy", "hard", "junk"])
@@ -130,6 +151,11 @@ class Entry {
       return labels;
     });
     this.byImage = new Map(this.queries.map((query, index) => [query.image, index]));
+  }
+
+  get views() {
+    if (this.searched) return SEARCH_VIEWS;
+    return this.own ? VIEWS.filter((name) => name !== "compare") : VIEWS;
   }
 
   protocols() {
@@ -159,7 +185,7 @@ class Entry {
     let rank = 0;
     return images.map((image) => {
       const label = this.label(query, image);
-      const ignored = IGNORED[protocol].includes(label);
+      const ignored = (IGNORED[protocol] ?? []).includes(label);
       return { image, label, ignored, rank: ignored ? null : ++rank };
     });
   }
@@ -187,6 +213,9 @@ class Entry {
 
 // ---------------------------------------------------------------- sources of images and pairs
 
+const STAYS = "What is shown stays as it was.";
+const GONE = `The kernel has ended: run the notebook's cells again. ${STAYS}`;
+
 // A page: `data.thumbs` has an address or null for each image, `data.photos` image number -> address.
 class StoredSource {
   constructor(data) {
@@ -199,6 +228,8 @@ class StoredSource {
   }
 }
 
+const PATIENCE = { tokens: 120, patch: 120, pair: 20, search: 120, drop: 120 }; // seconds
+
 // A notebook: everything is requested from the kernel; images are cached.
 class KernelSource {
   constructor(model) {
@@ -207,19 +238,44 @@ class KernelSource {
     this.waiting = new Map();
     this.addresses = new Map();
     this.count = 0;
+    // Every view of one widget receives all answers: an id says whose they are.
+    this.name = Math.random().toString(36).slice(2);
     model.on("msg:custom", (content, buffers) => {
       const answer = this.waiting.get(content.id);
+      if (!answer) return;
       this.waiting.delete(content.id);
-      if (content.error) answer?.fail(new Error(content.error));
-      else answer?.done([content, buffers]);
+      clearTimeout(answer.timer);
+      if (content.error) answer.fail(new Error(content.error));
+      else answer.done([content, buffers]);
+    });
+    // Where the kernel's state is known, as in JupyterLab, its end is noticed at once.
+    model.on("comm_live_update", () => this.end());
+    model.widget_manager?.kernel?.statusChanged?.connect((_, status) => {
+      if (["autorestarting", "restarting", "terminating", "dead"].includes(status)) this.end();
     });
   }
 
-  ask(question) {
-    const id = ++this.count;
+  end() {
+    this.ended = true;
+    for (const { fail, timer } of this.waiting.values()) {
+      clearTimeout(timer);
+      fail(new Error(GONE));
+    }
+    this.waiting.clear();
+  }
+
+  ask(question, buffers = []) {
+    if (this.ended) return Promise.reject(new Error(GONE));
+    const id = `${this.name} ${++this.count}`;
     return new Promise((done, fail) => {
-      this.waiting.set(id, { done, fail });
-      this.model.send({ ...question, id });
+      const seconds = PATIENCE[question.kind] ?? 60;
+      const silent = new Error(`The kernel has not answered for ${seconds} seconds. ${STAYS}`);
+      const timer = setTimeout(() => {
+        this.waiting.delete(id);
+        fail(silent);
+      }, 1000 * seconds);
+      this.waiting.set(id, { done, fail, timer });
+      this.model.send({ ...question, id }, undefined, buffers);
     });
   }
 
@@ -266,8 +322,11 @@ class State {
     this.display = { ...DISPLAY }; // what the pair view shows
     this.knobs = {}; // settings of matching that were turned, in place of the run's
     this.blinker = null; // the timer of the pair view
+    this.asking = 0;
     this.listeners = [];
-    this.notes = new Notes(data);
+    this.notes = new Notes(data, source);
+    this.list = []; // pairs of own photographs, each two image numbers
+    this.patch = null; // the patch whose similarities are shown: its side, x and y
     Object.assign(this, start);
     if (this.addressed) this.readAddress();
     else this.check();
@@ -290,7 +349,7 @@ class State {
     this.number = valid(this.number, this.entries.length);
     this.other = valid(this.other, this.entries.length);
     this.query = valid(this.query, this.entry.queries.length);
-    if (!VIEWS.includes(this.view)) this.view = "overview";
+    if (!this.entry.views.includes(this.view)) this.view = this.entry.views[0];
     if (!this.entry.protocols().includes(this.protocol)) this.protocol = this.entry.protocols()[0];
     if (!(this.image in this.data.names)) this.image = null;
   }
@@ -338,15 +397,19 @@ class State {
   }
 }
 
-// Stars and remarks on queries and pairs; kept by the browser and exported as notes.json.
+// Stars and remarks on queries and pairs: the run's notes.json. A kernel keeps them there; a page
+// keeps them in the browser and exports them.
 class Notes {
-  constructor(data) {
+  constructor(data, source) {
+    this.source = source;
+    this.fault = null;
     const text = data.entries.map(({ run, dataset }) => `${run}/${dataset}`).join(" ");
     this.key = `vitgal notes ${text}`;
-    this.values = {};
+    this.values = { ...data.notes };
+    if (source.live) return;
     try {
       const stored = JSON.parse(localStorage.getItem(this.key) ?? "{}");
-      if (stored && typeof stored === "object") this.values = stored;
+      if (stored && typeof stored === "object") Object.assign(this.values, stored);
     } catch {
       // Without storage the notes last as long as the page is open.
     }
@@ -362,8 +425,14 @@ class Notes {
   }
 
   set(name, value) {
-    if (value.star || value.note) this.values[name] = value;
-    else delete this.values[name];
+    this.values[name] = value;
+    if (this.source.live) {
+      this.source.ask({ kind: "note", name, value }).then(
+        () => (this.fault = null),
+        (fault) => (this.fault = fault.message),
+      );
+      return;
+    }
     try {
       localStorage.setItem(this.key, JSON.stringify(this.values));
     } catch {
@@ -372,10 +441,8 @@ class Notes {
   }
 
   download() {
-    const blob = new Blob([JSON.stringify(this.values, null, 1)], { type: "application/json" });
-    const link = element("a", { href: URL.createObjectURL(blob), download: "notes.json" });
-    link.click();
-    setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+    const kept = Object.entries(this.values).filter(([, { star, note }]) => star || note);
+    save("notes.json", JSON.stringify(Object.fromEntries(kept), null, 1));
   }
 }
 
@@ -429,6 +496,11 @@ function parametersButton(state) {
   lines.push(`dataset: ${JSON.stringify(state.entry.dataset)}`);
   lines.push(`query_index: ${state.query}`);
   const pair = state.image === null ? null : state.entry.pair(state.query, state.image);
+  if (state.entry.searched) {
+    const { image, box } = state.entry.queries[0];
+    lines.splice(1, 2, `query_image: ${JSON.stringify(state.data.names[image])}`);
+    if (box) lines.push(`query_box: [${box.join(", ")}]`);
+  }
   if (pair) lines.push(`image_index: ${pair.index}`);
   return button("copy as parameters", () => {
     const text = element("textarea", {
@@ -439,7 +511,11 @@ function parametersButton(state) {
     const dialog = element(
       "dialog",
       { class: "vitgal-dialog", "aria-label": "parameters", onclose: () => dialog.remove() },
-      element("p", {}, "For notebook 07, as a params file or by -p NAME VALUE:"),
+      element(
+        "p",
+        {},
+        `For notebook ${state.entry.searched ? "08" : "07"}, as a params file or by -p NAME VALUE:`,
+      ),
       text,
       button("close", () => dialog.close()),
     );
@@ -800,25 +876,30 @@ function queryTable(state) {
     ["inliers", (query) => entry.inliers(query, best(query))],
     ["shows it", (query) => whole(entry.probability(query, best(query)))],
   ];
-  const columns = entry.own ? ownColumns : [
-    ["query", (query) => state.data.names[entry.queries[query].image]],
-    [entry.reranked ? "AP before" : "AP", (query) => entry.ap("global", protocol, query)],
-    ...(entry.reranked
-      ? [
-          ["AP after", (query) => entry.last(protocol, query)],
-          ["change", (query) => entry.last(protocol, query) - entry.ap("global", protocol, query)],
-        ]
-      : []),
-    [
-      "positives",
-      (query) =>
-        POSITIVES[protocol].reduce(
-          (sum, label) => sum + entry.queries[query].labels[label].length,
-          0,
-        ),
-    ],
-    ["last positive at rank", (query) => entry.queries[query].worst[protocol]?.[2] ?? null],
-  ];
+  const columns = entry.own
+    ? ownColumns
+    : [
+        ["query", (query) => state.data.names[entry.queries[query].image]],
+        [entry.reranked ? "AP before" : "AP", (query) => entry.ap("global", protocol, query)],
+        ...(entry.reranked
+          ? [
+              ["AP after", (query) => entry.last(protocol, query)],
+              [
+                "change",
+                (query) => entry.last(protocol, query) - entry.ap("global", protocol, query),
+              ],
+            ]
+          : []),
+        [
+          "positives",
+          (query) =>
+            POSITIVES[protocol].reduce(
+              (sum, label) => sum + entry.queries[query].labels[label].length,
+              0,
+            ),
+        ],
+        ["last positive at rank", (query) => entry.queries[query].worst[protocol]?.[2] ?? null],
+      ];
   const queries = [...(state.chosen ?? entry.queries.keys())];
   if (sorting.column !== null && sorting.column < columns.length) {
     const value = columns[sorting.column][1];
@@ -890,7 +971,9 @@ function ranking(state) {
       element(
         "p",
         {},
-        entry.own ? entry.queries[query].verdict : `Query ${query} of ${entry.queries.length}. AP ${percent(entry.ap("global", protocol, query))}${after} (${protocol}).`,
+        entry.own
+          ? entry.queries[query].verdict
+          : `Query ${query} of ${entry.queries.length}. AP ${percent(entry.ap("global", protocol, query))}${after} (${protocol}).`,
       ),
       entry.own ? null : worstLine(state),
       element(
@@ -1042,9 +1125,14 @@ const DISPLAY = {
   number: 200,
   mode: "matches",
   fade: 0.5,
+  overlay: "",
+  scale: null, // of the overlay; null: the nearest to 1
 };
 const MODES = ["matches", "fade", "blink", "checkerboard"];
 const CROP = 64; // stored pixels of an enlarged patch's side
+
+// A patch with its surroundings: alone it is a few pixels.
+const widened = ([x0, y0, x1, y1]) => [2 * x0 - x1, 2 * y0 - y1, 2 * x1 - x0, 2 * y1 - y0];
 
 const project = (h, x, y) => {
   const w = h[6] * x + h[7] * y + h[8];
@@ -1062,6 +1150,8 @@ class PairCanvas {
     this.pictures = [null, null];
     this.highlight = -1;
     this.blinking = true;
+    this.layers = null; // scores and attention of both photographs, as the kernel sends them
+    this.patch = null; // a clicked patch, its map and its nearest patches
     const names = this.images.map((number) => state.data.names[number]);
     this.canvas = element("canvas", {
       class: "pair",
@@ -1091,6 +1181,78 @@ class PairCanvas {
     this.highlight = -1;
     this.draw();
     if (this.pictures.every(Boolean)) this.drawCrops(this.strongest());
+  }
+
+  overlay(layers) {
+    this.layers = layers;
+    this.draw();
+  }
+
+  // Asks the kernel for the similarity of the clicked patch to all patches of the other photograph.
+  async comparePatch(chosen = this.patch?.chosen) {
+    if (!chosen) return;
+    const { state } = this;
+    const question = { kind: "patch", query: state.query, image: state.image, ...chosen };
+    this.hint.textContent = "The patch is compared …";
+    try {
+      const scale = state.display.scale;
+      const [answer, [map]] = await state.source.ask({ ...question, scale });
+      this.patch = { ...answer, map, chosen };
+      const values = answer.nearest.map(
+        ({ similarity, scale }) => `${similarity} at scale ${scale}`,
+      );
+      this.hint.textContent = `Most similar patches: ${values.join(", ")}. Esc ends it.`;
+    } catch (fault) {
+      this.patch = null;
+      this.hint.textContent = fault.message;
+    }
+    this.drawCrops(this.strongest());
+    this.draw();
+  }
+
+  endPatch() {
+    if (!this.patch) return false;
+    this.patch = null;
+    this.drawCrops(this.strongest());
+    this.draw();
+    return true;
+  }
+
+  // A map (h, w) of bytes over a box of a photograph: more is brighter.
+  drawMap(context, side, bytes, [height, width], [x0, y0, x1, y1]) {
+    const small = element("canvas", { width, height });
+    const pixels = new ImageData(width, height);
+    bytes.forEach((value, index) => {
+      pixels.data.set([255, 255 - value / 3, 40, 0.8 * value], 4 * index);
+    });
+    small.getContext("2d").putImageData(pixels, 0, 0);
+    const { scale, x, y } = this.frames[side];
+    const target = [x + x0 * scale, y + y0 * scale, (x1 - x0) * scale, (y1 - y0) * scale];
+    context.imageSmoothingEnabled = false;
+    context.fillStyle = "rgba(0, 0, 0, 0.45)";
+    context.fillRect(...target);
+    context.drawImage(small, ...target);
+    context.imageSmoothingEnabled = true;
+  }
+
+  drawOverlay(context, side) {
+    const bytes = (view) => new Uint8Array(view.buffer, view.byteOffset, view.byteLength);
+    if (this.patch) {
+      const { patch, map, grid, box, chosen, nearest } = this.patch;
+      if (side !== chosen.side) this.drawMap(context, side, bytes(map), grid, box);
+      const { scale, x, y } = this.frames[side];
+      context.strokeStyle = side === chosen.side ? COLOURS.box : COLOURS.inlier;
+      context.lineWidth = 2;
+      for (const [x0, y0, x1, y1] of side === chosen.side ? [patch] : nearest.map(({ box }) => box))
+        context.strokeRect(x + x0 * scale, y + y0 * scale, (x1 - x0) * scale, (y1 - y0) * scale);
+      return;
+    }
+    if (!this.layers || this.state.display.overlay === "") return;
+    const [, height, width] = this.layers.grids[side];
+    const start = Number(this.state.display.overlay) * height * width;
+    const all = bytes(this.layers.buffers[side]);
+    const map = all.subarray(start, start + height * width);
+    this.drawMap(context, side, map, [height, width], this.layers.boxes[side]);
   }
 
   // The width and height of a photograph in stored pixels.
@@ -1158,6 +1320,7 @@ class PairCanvas {
 
   listen() {
     let last = null;
+    let moved = 0; // a press without movement is a click
     const place = (event) => {
       const box = this.canvas.getBoundingClientRect();
       return [event.clientX - box.left, event.clientY - box.top];
@@ -1168,20 +1331,36 @@ class PairCanvas {
     });
     this.canvas.addEventListener("pointerdown", (event) => {
       last = place(event);
+      moved = 0;
       this.canvas.setPointerCapture(event.pointerId);
     });
     this.canvas.addEventListener("pointermove", (event) => {
       const [x, y] = place(event);
       if (last) {
+        moved += Math.abs(x - last[0]) + Math.abs(y - last[1]);
         this.pan(last[0], x - last[0], y - last[1]);
         last = [x, y];
       } else this.hover(x, y);
     });
-    this.canvas.addEventListener("pointerup", () => (last = null));
+    this.canvas.addEventListener("pointerup", (event) => {
+      last = null;
+      if (moved < 4) this.click(...place(event));
+    });
     this.canvas.addEventListener("keydown", (event) => {
+      if (event.key === "Escape" && this.endPatch()) event.stopPropagation();
       const factor = { "+": 1.25, "=": 1.25, "-": 0.8 }[event.key];
       if (factor) this.zoom(this.width / 2, this.canvas.clientHeight / 2, factor);
     });
+  }
+
+  click(x, y) {
+    if (this.single || !this.state.source.live || !this.state.entry.features?.tokens) return;
+    const side = x < this.width ? 0 : 1;
+    const frame = this.frames[side];
+    const at = [(x - frame.x) / frame.scale - 0.5, (y - frame.y) / frame.scale - 0.5];
+    const [width, height] = this.size(side);
+    if (at[0] < 0 || at[1] < 0 || at[0] >= width || at[1] >= height) this.endPatch();
+    else this.comparePatch({ side, x: at[0], y: at[1] });
   }
 
   // Indices of the matches that are drawn, inliers last and so on top.
@@ -1214,6 +1393,7 @@ class PairCanvas {
 
   hover(x, y) {
     let [best, least] = [-1, 100];
+    if (this.patch) return;
     if (this.pair && !this.single)
       for (const index of this.drawn())
         for (const [px, py] of this.ends(index)) {
@@ -1249,26 +1429,49 @@ class PairCanvas {
     return all.slice(0, 3);
   }
 
+  // Enlarged patches: of the given matches, or of the clicked patch and those nearest to it.
   drawCrops(matches) {
+    const around = (index, side) => {
+      const [x, y] = this.pair.points.slice(4 * index + 2 * side, 4 * index + 2 * side + 2);
+      return [x - CROP / 2, y - CROP / 2, x + CROP / 2, y + CROP / 2];
+    };
+    if (this.patch) {
+      const { patch, nearest, chosen } = this.patch;
+      const crops = nearest.map(({ box, similarity }) => {
+        const sides = (chosen.side ? [box, patch] : [patch, box]).map(widened);
+        return this.crop(
+          sides,
+          `the chosen patch and one of similarity ${similarity}`,
+          COLOURS.inlier,
+        );
+      });
+      this.crops.replaceChildren(...crops);
+      return;
+    }
     this.crops.replaceChildren(
-      ...matches.map((index) => {
-        const canvas = element("canvas", { width: 196, height: 96, role: "img" });
-        canvas.setAttribute("aria-label", `the two patches of match ${index}`);
-        const context = canvas.getContext("2d");
-        for (const side of [0, 1]) {
-          const picture = this.pictures[side];
-          if (!picture) continue;
-          const factor = picture.naturalWidth / this.size(side)[0];
-          const [x, y] = this.pair.points.slice(4 * index + 2 * side, 4 * index + 2 * side + 2);
-          const half = CROP / 2;
-          const source = [(x - half) * factor, (y - half) * factor, CROP * factor, CROP * factor];
-          context.drawImage(picture, ...source, 100 * side, 0, 96, 96);
-          context.strokeStyle = this.pair.inlier[index] ? COLOURS.inlier : COLOURS.rejected;
-          context.strokeRect(100 * side + 0.5, 0.5, 95, 95);
-        }
-        return canvas;
-      }),
+      ...matches.map((index) =>
+        this.crop(
+          [around(index, 0), around(index, 1)],
+          `the two patches of match ${index}`,
+          this.pair.inlier[index] ? COLOURS.inlier : COLOURS.rejected,
+        ),
+      ),
     );
+  }
+
+  crop(boxes, label, colour) {
+    const canvas = element("canvas", { width: 196, height: 96, role: "img", "aria-label": label });
+    const context = canvas.getContext("2d");
+    context.strokeStyle = colour;
+    boxes.forEach(([x0, y0, x1, y1], side) => {
+      const picture = this.pictures[side];
+      if (!picture) return;
+      const factor = picture.naturalWidth / this.size(side)[0];
+      const source = [x0, y0, x1 - x0, y1 - y0].map((value) => value * factor);
+      context.drawImage(picture, ...source, 100 * side, 0, 96, 96);
+      context.strokeRect(100 * side + 0.5, 0.5, 95, 95);
+    });
+    return canvas;
   }
 
   draw() {
@@ -1287,8 +1490,10 @@ class PairCanvas {
       context.rect(side * this.width, 0, this.width, this.canvas.clientHeight);
       context.clip();
       this.drawPhotograph(context, side);
+      this.drawOverlay(context, side);
       context.restore();
     }
+    if (this.patch) return;
     if (this.state.display.outline) this.drawOutline(context);
     this.drawMatches(context);
   }
@@ -1453,31 +1658,89 @@ class PairCanvas {
 }
 
 const ESTIMATORS = ["degensac", "magsac", "poselib"];
+const MATCHINGS = ["one_way", "mutual", "ratio", "mutual_ratio"];
 
+// Settings of matching, recomputed by the kernel; turned values stay until the cell is run again.
 function knobControls({ entry, knobs }, match) {
   if (!entry.matching) return null;
   let waiting = null;
   const turn = (name) => (value) => {
     knobs[name] = value;
     clearTimeout(waiting);
-    waiting = setTimeout(match, 60); // one question for a slider in motion
+    waiting = setTimeout(match, 30); // one question for a slider in motion
   };
   const value = (name) => knobs[name] ?? entry.matching[name];
-  const estimator = element(
-    "select",
-    { "aria-label": "estimator", onchange: () => turn("estimator")(estimator.value) },
-    ...ESTIMATORS.map((name) =>
-      element("option", { value: name, selected: name === value("estimator") }, name),
-    ),
-  );
+  const { most = 1000, scales = [] } = entry.features ?? {};
+  const hidden = new Set(knobs.hidden ?? []);
   return element(
     "div",
-    { class: "controls" },
+    { class: "controls", role: "group", "aria-label": "settings of matching" },
+    choice("matching", [MATCHINGS, value("method")], turn("method")),
     slider("max_distance", [0.1, 1.4, 0.01, value("max_distance")], turn("max_distance")),
     slider("threshold (pixels)", [1, 64, 1, value("threshold")], turn("threshold")),
-    estimator,
+    choice("estimator", [ESTIMATORS, value("estimator")], turn("estimator")),
+    slider("features", [5, most, 5, value("max_keypoints") ?? most], turn("max_keypoints")),
+    ...scales.map((scale) =>
+      option(`scale ${scale}`, !hidden.has(scale), (on) => {
+        if (on) hidden.delete(scale);
+        else hidden.add(scale);
+        turn("hidden")([...hidden]);
+      }),
+    ),
   );
 }
+
+// What the network sees, over both photographs; a click on a patch compares it with all others.
+function overlayControls(state, view, report) {
+  const { features } = state.entry;
+  if (!state.source.live || !features?.tokens) return null;
+  const display = state.display;
+  const heads = state.heads ?? 0;
+  const layers = [
+    ["", "no overlay"],
+    ["0", "feature scores"],
+  ];
+  for (let head = 1; head <= heads; head++) layers.push([String(head), `attention, head ${head}`]);
+  const nearest = features.scales.reduce((a, b) => (Math.abs(b - 1) < Math.abs(a - 1) ? b : a));
+  display.scale ??= nearest;
+  const show = async () => {
+    if (display.overlay === "") return view.overlay(null);
+    report(null, "The network is looking at both photographs …");
+    const question = { kind: "tokens", query: state.query, image: state.image };
+    const [answer, buffers] = await state.source.ask({ ...question, scale: display.scale });
+    const known = state.heads;
+    state.heads = answer.grids[0][0] - 1;
+    view.overlay({ ...answer, buffers });
+    if (known === undefined && view.canvas.isConnected) state.set({});
+    else report(view.pair);
+  };
+  const shown = () => show().catch((fault) => report(null, fault.message));
+  if (display.overlay !== "") shown();
+  return element(
+    "div",
+    { class: "controls", role: "group", "aria-label": "overlays" },
+    choice("overlay", [layers, display.overlay], (value) => {
+      display.overlay = value;
+      shown();
+    }),
+    choice(
+      "scale of the overlay",
+      [features.scales.map(String), String(display.scale)],
+      (value) => {
+        display.scale = Number(value);
+        shown();
+        view.comparePatch();
+      },
+    ),
+    element(
+      "span",
+      { class: "small" },
+      "Click on a photograph: the patch is compared with all of the other.",
+    ),
+  );
+}
+
+const onFeatures = ({ features }) => (features > 0 ? `on ${features} features ` : "");
 
 function pair(state) {
   const { entry, query, image } = state;
@@ -1500,23 +1763,11 @@ function pair(state) {
     state.display[name] = value;
     view.draw();
   };
-  const mode = element(
-    "select",
-    {
-      "aria-label": "display",
-      onchange: () => {
-        state.display.mode = mode.value;
-        state.set({});
-      },
-    },
-    ...MODES.map((name) =>
-      element(
-        "option",
-        { value: name, selected: name === state.display.mode },
-        name === "matches" ? "matches" : `warped query: ${name}`,
-      ),
-    ),
-  );
+  const modes = MODES.map((name) => [name, name === "matches" ? name : `warped query: ${name}`]);
+  const mode = choice("display", [modes, state.display.mode], (name) => {
+    state.display.mode = name;
+    state.set({});
+  });
   clearInterval(state.blinker);
   if (state.display.mode === "blink" && stored?.homography)
     state.blinker = setInterval(() => {
@@ -1528,7 +1779,7 @@ function pair(state) {
   const place = item
     ? item.rank === null
       ? "ignored"
-      : `rank ${item.rank} ${state.after && entry.reranked ? "after reranking" : "of the global ranking"}`
+      : `rank ${item.rank} ${entry.searched ? "of the results" : state.after && entry.reranked ? "after reranking" : "of the global ranking"}`
     : "not in the shown ranking";
   const similarity = entry.similarity(query, image);
   const shows = entry.own && whole(entry.probability(query, image));
@@ -1543,7 +1794,8 @@ function pair(state) {
     const parts = [...known];
     let remark = fault ?? "";
     if (result) {
-      const inliers = result.count === undefined ? "" : `${result.count} inliers of `;
+      const inliers =
+        result.count === undefined ? "" : `${result.count} inliers ${onFeatures(result)}of `;
       const cut =
         result.inlier.length === result.matches
           ? ""
@@ -1560,8 +1812,10 @@ function pair(state) {
   report(stored);
   const match = () => {
     const settings = { ...entry.matching, ...state.knobs };
+    const asked = ++state.asking; // an older answer never replaces a newer one
     state.source.pair(query, image, settings).then(
       (result) => {
+        if (asked !== state.asking) return;
         view.show(result);
         report(result);
       },
@@ -1579,6 +1833,7 @@ function pair(state) {
     ),
     facts,
     state.source.live ? knobControls(state, match) : null,
+    overlayControls(state, view, report),
     element(
       "div",
       { class: "controls" },
@@ -1596,11 +1851,216 @@ function pair(state) {
         : null,
       button("whole (0)", () => view.fit()),
       noteControls(state, image),
+      entry.searched ? listButton(state, image) : null,
       parametersButton(state),
     ),
     view.canvas,
     hint,
     crops,
+  );
+}
+
+// ---------------------------------------------------------------- own photographs
+
+const LARGEST_DROPPED = 9 * 2 ** 20; // bytes: a Jupyter server takes messages of 10 MiB
+
+// Asks the kernel for a search; what is shown stays where it fails.
+function search(state, question, buffers) {
+  state.busy = "Searching …";
+  state.set({});
+  state.source.ask(question, buffers).then(
+    ([{ query, name, size }]) => {
+      state.data.names[query.image] = name;
+      state.data.sizes[query.image] = size;
+      Object.assign(state.entry.queries, [query]);
+      state.entry.labels = [new Map()];
+      state.busy = null;
+      state.set({ image: null, query: 0 });
+    },
+    (fault) => {
+      state.busy = fault.message;
+      state.set({});
+    },
+  );
+}
+
+async function drop(state, file) {
+  if (!file) return;
+  if (file.size > LARGEST_DROPPED) {
+    state.busy = "The photograph is larger than 9 MB: put it into the folder.";
+    state.set({});
+    return;
+  }
+  search(state, { kind: "drop", name: file.name }, [await file.arrayBuffer()]);
+}
+
+function ownPhotographs(state) {
+  const { entry, data } = state;
+  const { image, box, before, verdict } = entry.queries[0];
+  const names = entry.photographs.map((number) => [String(number), data.names[number]]);
+  if (!entry.photographs.includes(image)) names.unshift([String(image), data.names[image]]);
+  const ask = (number, drawn) => search(state, { kind: "search", image: number, box: drawn });
+  const file = element("input", {
+    type: "file",
+    accept: "image/*",
+    "aria-label": "another photograph as the query",
+    onchange: () => drop(state, file.files[0]),
+  });
+  const sides = box ?? [0, 0, ...data.sizes[image]];
+  const typed = ["left", "top", "right", "bottom"].map((name, index) =>
+    element("input", {
+      type: "number",
+      min: 0,
+      value: sides[index],
+      "aria-label": `${name} of the box`,
+    }),
+  );
+  return element(
+    "div",
+    {
+      class: "ranking",
+      ondragover: (event) => event.preventDefault(),
+      ondrop: (event) => {
+        event.preventDefault();
+        drop(state, event.dataTransfer.files[0]);
+      },
+    },
+    element(
+      "aside",
+      {},
+      choice("query", [names, String(image)], (value) => ask(Number(value), null)),
+      drawnBox(state, image, box, (drawn) => ask(image, drawn)),
+      element(
+        "p",
+        { class: "small" },
+        "Drag on the photograph to search with a box; a click searches with all of it. Or drop another photograph here: ",
+        file,
+      ),
+      element(
+        "p",
+        { class: "sides", role: "group", "aria-label": "box in pixels" },
+        ...typed,
+        button("search with this box", () =>
+          ask(
+            image,
+            typed.map((side) => Number(side.value)),
+          ),
+        ),
+      ),
+      element("p", { role: "status" }, state.busy ?? ""),
+      element("p", {}, verdict),
+      pairList(state),
+      parametersButton(state),
+    ),
+    element(
+      "section",
+      {},
+      element("h3", {}, `${before.length} photographs, best first`),
+      element(
+        "div",
+        { class: "grid results" },
+        ...before.map((number, index) => ownTile(state, number, index)),
+      ),
+    ),
+  );
+}
+
+// The query with its box; a rectangle drawn by the mouse is reported in pixels of the photograph.
+function drawnBox(state, image, box, chosen) {
+  const chart = boxedQuery(state, image, box);
+  const [width, height] = state.data.sizes[image];
+  if (!width) return chart;
+  const drawn = svg("rect", { class: "box", width: 0, height: 0 });
+  chart.append(drawn);
+  const inside = (area) => {
+    const frame = chart.getBoundingClientRect();
+    const scale = Math.min(frame.width / width, frame.height / height);
+    const margins = [(frame.width - width * scale) / 2, (frame.height - height * scale) / 2];
+    return area.map((side, index) =>
+      clamp(Math.round((side - margins[index % 2]) / scale), 0, index % 2 ? height : width),
+    );
+  };
+  brush(
+    chart,
+    (area) => {
+      const [x0, y0, x1, y1] = inside(area);
+      for (const [name, value] of Object.entries({ x: x0, y: y0, width: x1 - x0, height: y1 - y0 }))
+        drawn.setAttribute(name, value);
+    },
+    (area) => chosen(area && inside(area)),
+  );
+  return chart;
+}
+
+function ownTile(state, image, index) {
+  const { entry, data } = state;
+  const { similarity } = entry.queries[0];
+  const inliers = entry.inliers(0, image);
+  const shows = whole(entry.probability(0, image));
+  const parts = [`similarity ${similarity[index].toFixed(3)}`];
+  if (inliers !== null) parts.push(`${inliers} inliers`);
+  if (shows) parts.push(`shows it with ${shows}`);
+  return element(
+    "span",
+    { class: "own" },
+    element(
+      "button",
+      {
+        type: "button",
+        class: `tile${image === state.image ? " current" : ""}`,
+        title: data.names[image],
+        "aria-label": `${data.names[image]}, rank ${index + 1}, ${parts.join(", ")}`,
+        onclick: (event) =>
+          event.shiftKey
+            ? search(state, { kind: "search", image, box: null })
+            : state.set({ image, view: "pair" }),
+      },
+      picture(state, image),
+      element(
+        "span",
+        { class: "caption" },
+        element("b", {}, `${index + 1}`),
+        `\n${parts.join("\n")}`,
+      ),
+    ),
+    listButton(state, image),
+  );
+}
+
+const listed = (state, image) => {
+  const query = state.entry.queries[0].image;
+  return state.list.findIndex(([a, b]) => a === query && b === image);
+};
+
+function toggleListed(state, image) {
+  if (image === null) return;
+  const position = listed(state, image);
+  if (position < 0) state.list.push([state.entry.queries[0].image, image]);
+  else state.list.splice(position, 1);
+  state.set({});
+}
+
+function listButton(state, image) {
+  const on = listed(state, image) >= 0;
+  return button(on ? "✓ in the list" : "+ pair", () => toggleListed(state, image), {
+    "aria-pressed": String(on),
+    "aria-label": `${state.data.names[image]} in the list of pairs`,
+  });
+}
+
+// Pairs to take away, a line each, as hloc and COLMAP read them; both end a name at a blank.
+function pairList(state) {
+  const names = state.list.map((pair) => pair.map((image) => state.data.names[image]));
+  const unreadable = names.flat().find((name) => /\s|^#/.test(name));
+  const text = names.map((pair) => `${pair.join(" ")}\n`).join("");
+  return element(
+    "details",
+    { open: names.length > 0 },
+    element("summary", {}, `${names.length} pairs in the list`),
+    element("ul", {}, ...names.map((pair) => element("li", {}, pair.join(" – ")))),
+    unreadable
+      ? element("p", {}, `pairs.txt cannot hold the name ${unreadable}: rename it.`)
+      : button("pairs.txt", () => save("pairs.txt", text), { disabled: !names.length }),
   );
 }
 
@@ -1751,25 +2211,26 @@ function header(state) {
       element("option", { value: number, selected: number === state.number }, title),
     ),
   );
-  const { own } = state.entry;
-  const tabs = VIEWS.filter((name) => !own || name !== "compare").map((name) =>
-    button(capital(name), () => state.set({ view: name }), {
+  const titles = { own: "Own photographs" };
+  const tabs = state.entry.views.map((name) =>
+    button(titles[name] ?? capital(name), () => state.set({ view: name }), {
       "aria-current": state.view === name ? "page" : null,
     }),
   );
-  const protocols = (own ? [] : state.entry.protocols())
-    .map((name) =>
-      button(capital(name), () => state.set({ protocol: name }), {
-        "aria-pressed": String(state.protocol === name),
-      }),
-    );
+  const protocols = (state.entry.own ? [] : state.entry.protocols()).map((name) =>
+    button(capital(name), () => state.set({ protocol: name }), {
+      "aria-pressed": String(state.protocol === name),
+    }),
+  );
   return element(
     "header",
     {},
     element("h1", {}, "vitgal"),
     select,
     element("nav", { "aria-label": "views" }, ...tabs),
-    element("span", { role: "group", "aria-label": "protocol" }, ...protocols),
+    protocols.length
+      ? element("span", { role: "group", "aria-label": "protocol" }, ...protocols)
+      : null,
     button("notes.json", () => state.notes.download(), { title: "save stars and notes" }),
     button("?", help, { "aria-label": "keys" }),
   );
@@ -1798,7 +2259,11 @@ function onKey(state, event) {
   if (within && (event.key !== "Escape" || event.target.tagName === "SELECT")) return;
   const onButton = event.target.closest?.("button") && event.key === "Enter";
   if (onButton) return;
-  const back = { pair: "ranking", ranking: "overview", compare: "overview" };
+  const back = {
+    pair: state.entry.searched ? "own" : "ranking",
+    ranking: "overview",
+    compare: "overview",
+  };
   const actions = {
     ArrowUp: () => state.step(-1, 0),
     ArrowDown: () => state.step(1, 0),
@@ -1809,16 +2274,20 @@ function onKey(state, event) {
       back[state.view]
         ? state.set({ view: back[state.view] })
         : state.set({ chosen: null, region: null }),
+    a: () => state.entry.searched && toggleListed(state, state.image),
     p: () => {
       const names = state.entry.protocols();
-      state.set({ protocol: names[(names.indexOf(state.protocol) + 1) % names.length] });
+      if (names.length)
+        state.set({ protocol: names[(names.indexOf(state.protocol) + 1) % names.length] });
     },
-    n: () => state.set({ asked: state.image, view: "ranking" }),
+    n: () => state.entry.searched || state.set({ asked: state.image, view: "ranking" }),
     s: () => toggleStar(state, state.view === "pair" ? state.image : null),
     0: () => state.set({}),
     "?": help,
   };
-  VIEWS.forEach((name, index) => (actions[String(index + 1)] = () => state.set({ view: name })));
+  state.entry.views.forEach(
+    (name, index) => (actions[String(index + 1)] = () => state.set({ view: name })),
+  );
   const action = Object.hasOwn(actions, event.key) ? actions[event.key] : null;
   if (!action) return;
   event.preventDefault();
@@ -1840,7 +2309,7 @@ export function mount(root, data, { source = new StoredSource(data), start = {} 
     const focus = document.activeElement?.getAttribute?.("aria-label");
     const inside = root.contains(document.activeElement);
     const top = [root.querySelector(".scroll")?.scrollTop ?? 0, window.scrollY];
-    const view = { overview, ranking, pair, compare }[state.view](state);
+    const view = { overview, ranking, pair, compare, own: ownPhotographs }[state.view](state);
     const changed = root.dataset.view !== state.view;
     root.dataset.view = state.view;
     root.replaceChildren(header(state), element("main", {}, view));

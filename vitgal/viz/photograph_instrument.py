@@ -1,0 +1,194 @@
+"""The front end over one's own photographs: a query, a box drawn on it, results and pairs."""
+
+import contextlib
+import hashlib
+import io
+import re
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from vitgal import runs
+from vitgal.data.photographs import PhotographError, read_upright
+from vitgal.retrieval.presence import Presence
+from vitgal.settings import RerankingSettings
+from vitgal.stages.inspection import compare
+from vitgal.viz.instrument import Answer, InstrumentWidget, Question, changed_settings
+from vitgal.viz.run_document import Images, extraction_document, knobs, pair_document
+
+if TYPE_CHECKING:  # the stage imports torch; it is imported where it is used
+    from vitgal.stages.own import Photographs, SearchResult
+
+LARGEST_DROPPED = 9 << 20  # bytes: a Jupyter server takes messages of 10 MiB
+RESULTS = 300  # photographs of a ranking, at most
+LABELS = ("easy", "hard", "junk")
+
+
+class PhotographInstrument(InstrumentWidget):
+    """The viewer of a search in a described folder of photographs.
+
+    A query is chosen or dropped, a box drawn on it; results open as pairs with live matching.
+
+    Args:
+        photographs: the described folder.
+        query: the first one, as `search_folder` takes it.
+        box: its box (x0, y0, x1, y1) in pixels of the upright photograph; None: all of it.
+        settings: of every search.
+        presence: gives results their probabilities; None: none.
+        figure: what is stored with the notebook in place of the widget; None: a line of text.
+    Raises:
+        PhotographError: the first search fails.
+    """
+
+    def __init__(
+        self,
+        photographs: "Photographs",
+        query: str,
+        box: Sequence[int] | None,
+        settings: RerankingSettings,
+        presence: Presence | None = None,
+        *,
+        figure: Figure | None = None,
+    ) -> None:
+        self._photographs, self._settings, self._presence = photographs, settings, presence
+        self._dropped = tempfile.TemporaryDirectory(prefix="vitgal-query-")
+        images, self._numbers, sizes = Images(upright=True), {}, []
+        for name in photographs.names:
+            path = photographs.path(name)
+            self._numbers[name] = images.number(path, name)
+            sizes.append(_size(photographs, path))
+        describer = photographs.describer
+        features = extraction_document(
+            describer.local_settings, tokens=describer.local_settings.own_tokens
+        )
+        entry: dict[str, Any] = {
+            "kind": "search",
+            "threshold": None if presence is None else presence.threshold,
+            "run": runs.printable(describer.run.name),
+            "dataset": runs.printable(photographs.folder.name),
+            "database": len(photographs.names),
+            "photographs": list(self._numbers.values()),
+            "settings": [],
+            "scores": {"global": {}},
+            "tests": {},
+            "matching": knobs(settings),
+            "features": features | {"tokens": False},  # no overlay: nothing but features is kept
+            "map": None,
+            "neighbours": {},
+        }
+        document = {
+            "entries": [entry],
+            "comparisons": [],
+            "names": images.names,
+            "sizes": sizes,
+            "notes": {},
+        }
+        self.document, self.images = document, images
+        self._result: SearchResult
+        self.search(query, box)
+        super().__init__(describer.run, runs.plain(document), images, figure, {"view": "own"})
+
+    def answers(self) -> dict[str, Callable[[Question, Sequence[bytes]], Answer]]:
+        """Returns the function that answers each kind of question."""
+        return super().answers() | {
+            "search": self._search_again,
+            "drop": self._search_dropped,
+            "pair": self._match,
+        }
+
+    def read(self, path: Path) -> np.ndarray:
+        """Reads a photograph upright."""
+        return read_upright(path)
+
+    def search(self, query: str, box: Sequence[int] | None) -> dict[str, Any]:
+        """Searches, and describes the result as `queries` of a document's entry.
+
+        Raises PhotographError as `search_folder` does.
+        """
+        from vitgal.stages.own import search_folder
+
+        with contextlib.redirect_stdout(io.StringIO()) as words:
+            self._result = search_folder(
+                self._photographs, query, box, self._settings, self._presence
+            )
+        described = self._describe(self._result, words.getvalue().strip())
+        self.document["entries"][0]["queries"] = [described]
+        return described
+
+    def _describe(self, result: "SearchResult", remark: str) -> dict[str, Any]:
+        table = result.table.head(RESULTS)
+        numbers = [self._numbers[name] for name in table["photograph"]]
+        verified = table["inliers"].notna().to_numpy()
+        shown = table.get("probability", pd.Series(np.nan, table.index))[verified]
+        return runs.plain({
+            "image": self._number(result),
+            "box": None if result.box is None else list(result.box),
+            "labels": {label: [] for label in LABELS},
+            "before": numbers,
+            "similarity": table["similarity"].astype(float).round(4).tolist(),
+            "global": table["global_rank"].tolist(),
+            "probability": [None if pd.isna(p) else round(float(p), 3) for p in shown],
+            "after": {},
+            "verified": np.array(numbers, int)[verified].tolist(),
+            "inliers": [int(count) for count in table["inliers"][verified]],
+            "worst": {},
+            "pairs": [],
+            "verdict": " ".join(filter(None, [result.verdict(), remark])),
+        })  # fmt: skip
+
+    def _number(self, result: "SearchResult") -> int:
+        """Returns the number of the query, which the document lists from now on."""
+        for name, number in self._numbers.items():
+            if self.images.paths[number] == result.path or name == result.query:
+                return number
+        number = self.images.number(result.path, result.query)
+        if number == len(self.document["sizes"]):
+            height, width = read_upright(result.path).shape[:2]
+            self.document["sizes"].append([width, height])
+            if len(self.document["names"]) == number:  # a copy, which the front end was sent
+                self.document["names"].append(runs.printable(result.query))
+        return number
+
+    def _reply(self, described: dict[str, Any]) -> Answer:
+        number = described["image"]
+        name, size = (self.document[part][number] for part in ("names", "sizes"))
+        return {"query": described, "name": name, "size": size}, []
+
+    def _search_again(self, question: Question, _: Sequence[bytes]) -> Answer:
+        path, box = self.images.paths[question["image"]], question["box"]
+        return self._reply(self.search(str(path.absolute()), box))
+
+    def _search_dropped(self, question: Question, buffers: Sequence[bytes]) -> Answer:
+        """Searches with a photograph that the front end sends; it is kept while the kernel runs."""
+        data = bytes(buffers[0])
+        if len(data) > LARGEST_DROPPED:
+            raise PhotographError("the photograph is larger than 9 MB: put it into the folder")
+        shown = str(question["name"])
+        suffix = re.fullmatch(r".*(\.[A-Za-z0-9]{1,5})", shown, re.DOTALL)
+        name = hashlib.sha256(data).hexdigest()[:16] + (suffix[1] if suffix else "")
+        path = Path(self._dropped.name) / name
+        path.write_bytes(data)
+        return self._reply(self.search(str(path), None))
+
+    def _match(self, question: Question, _: Sequence[bytes]) -> Answer:
+        """Matches the searched query and a photograph under the settings of the knobs."""
+        path, chosen = self.images.paths[question["image"]], question["settings"]
+        settings = changed_settings(self._settings, chosen)
+        features = self._photographs.features(path.relative_to(self._photographs.folder).as_posix())
+        query = self._result.description.features
+        pair = compare(query, features, settings, hidden_scales=chosen.get("hidden", ()))
+        return {"pair": pair_document(pair.query, pair.database, pair.result)}, []
+
+
+def _size(photographs: "Photographs", path: Path) -> list[int]:
+    """Returns [width, height] of an upright photograph; [0, 0] where it has gone."""
+    try:
+        glance = photographs.describer.glance(path)
+    except PhotographError:
+        return [0, 0]
+    return [0, 0] if glance is None else list(glance.image_size)[::-1]
