@@ -3,10 +3,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-# Threads that wait asleep: with the default, spinning, two busy processes slow each other tenfold.
+# Threads that wait asleep: with the default, spinning, two busy processes slow each other a lot.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test check lab docs
+.PHONY: demo test check bench lab docs
 
 # The main job: notebooks 01 to 07 on the bundled photographs, about ten minutes on two cores.
 demo: $(STAMP)
@@ -23,6 +23,10 @@ check: $(STAMP)
 # The site, in build/site: chapters, how-tos and reference; with the page of the demo run, if there is one.
 docs: $(STAMP)
 	$(BIN)/python -m sphinx -q -W -c docs -b html . build/site
+
+# Speeds beside the published way; what is printed goes into benchmarks/README.md.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/record.py --all
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=.

@@ -1,6 +1,7 @@
 """Runs a benchmark and puts what it prints into benchmarks/README.md, word for word.
 
     python benchmarks/record.py rerank.py --queries 24
+    python benchmarks/record.py --all        # `make bench`: the commands of SUITE, one by one
 
 The block stands under "As printed", with its command, the day and the machine; the block of the
 same command is replaced. A script that fails leaves the page as it is.
@@ -13,15 +14,27 @@ import re
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
 PAGE = FOLDER / "README.md"
 HEADING = "## As printed"
+# Needs no data but what comes along; under fifteen minutes on two quiet cores.
+SUITE = (
+    "extraction.py --images 3 --batch 8 --part local",
+    "training.py --architecture xcit_nano_12_p16_224 --size 112 --batch 48 --classes 1000",
+    "rerank.py --queries 24",
+    "search.py",
+    "store.py --images 96 --reads 300",
+)
 
 
 def main(arguments: list[str], page: Path = PAGE, folder: Path = FOLDER) -> int:
     """Runs `arguments`, a script of `folder` and its options; returns its exit status."""
+    if arguments == ["--all"]:
+        return run_all(page, folder)
     names = sorted(path.name for path in folder.glob("*.py") if path.name != Path(__file__).name)
     if not arguments or arguments[0] not in names:
         print(f"{__doc__}\nscripts: {', '.join(names)}")
@@ -36,6 +49,19 @@ def main(arguments: list[str], page: Path = PAGE, folder: Path = FOLDER) -> int:
         command = f"python benchmarks/{shlex.join(arguments)}"
         page.write_text(placed(page.read_text(), command, machine(), "\n".join(lines).strip("\n")))
     return running.returncode
+
+
+def run_all(page: Path, folder: Path, commands: Sequence[str] = SUITE) -> int:
+    """Records each command; goes on where one fails. Returns 1 where any failed, else 0."""
+    began, failed = time.monotonic(), []
+    for command in commands:
+        print(f"\n== {command}", flush=True)
+        if main(shlex.split(command), page, folder):
+            failed.append(command)
+    print(f"\n{len(commands)} benchmarks in {(time.monotonic() - began) / 60:.1f} minutes")
+    for command in failed:
+        print(f"failed: {command}")
+    return int(bool(failed))
 
 
 def placed(page: str, command: str, where: str, printed: str) -> str:

@@ -47,3 +47,40 @@ def test_a_script_that_fails_leaves_the_page(record, tmp_path, capfd):
         assert record.main(arguments, page, tmp_path) == 2
     assert page.read_text() == "as it was\n"
     assert "scripts: a.py" in capfd.readouterr().out
+
+
+def test_all_goes_on_after_a_failure(record, tmp_path, capfd):
+    page = tmp_path / "README.md"
+    page.write_text("# Measurements\n")
+    (tmp_path / "a.py").write_text("raise SystemExit(1)")
+    (tmp_path / "b.py").write_text("print('measured')")
+    assert record.run_all(page, tmp_path, ["a.py --n 1", "b.py"]) == 1
+    assert "measured" in page.read_text() and "a.py" not in page.read_text()
+    assert capfd.readouterr().out.endswith("failed: a.py --n 1\n")
+    assert record.run_all(page, tmp_path, ["b.py"]) == 0
+
+
+def test_what_make_bench_runs_is_there_and_printed(record):
+    for command in record.SUITE:
+        assert (record.FOLDER / command.split()[0]).is_file()
+        assert f"\n`python benchmarks/{command}`, " in record.PAGE.read_text()
+
+
+NUMBER = r"(?:\d[\d.,]*|two|three|four|five|six|seven|eight|nine|ten|twice|half)"
+SPEED = (
+    rf"{NUMBER} (?:times )?(?:%|percent)? ?(?:as fast|faster|slower|sooner)|\w+fold faster|tenfold"
+)
+
+
+def test_how_fast_stands_on_the_page_of_measurements_alone(record):
+    """A speed beside another is true of one machine and one day, which that page names."""
+    assert re.search(SPEED, "is 2.2 times as fast") and re.search(SPEED, "up to 18 % faster")
+    top = record.FOLDER.parent
+    pages = [top / "README.md", *top.glob("docs/**/*.md"), *top.glob("vitgal/**/*.py")]
+    assert len(pages) > 100
+    found = [
+        f"{page.relative_to(top)}: {match[0]}"
+        for page in pages
+        for match in re.finditer(SPEED, re.sub(r"\s+", " ", page.read_text()))
+    ]
+    assert not found, "state it in benchmarks/README.md, with its run"

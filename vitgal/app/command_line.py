@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     escape_output()
     # Set before torch is loaded and inherited by the kernels: waiting threads sleep. By default
-    # they spin, which slows two busy processes on one machine tenfold.
+    # they spin, which slows two busy processes on one machine a lot.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = _parser().parse_args(arguments)
     try:

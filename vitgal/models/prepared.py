@@ -6,7 +6,8 @@ The prepared network is a copy that shares the parameters. Its heavy modules are
 * GELU is computed with the product before it, and the residual is added in the product;
 * layer scale is multiplied into the weights before it, and BatchNorm after a convolution too;
 * XCiT's queries and keys are normalised after their product, where the matrix is small, and its
-  projection is multiplied with the attention, once an image in place of once a token.
+  projection is multiplied with the attention, once an image in place of once a token; in float32,
+  and with more tokens than channels, so are the values' weights.
 
 The affine part of LayerNorm stays: its kernel computes it at no cost. In bf16 the sums of residual
 branches stay float32, and GELU is a pass of its own, which is faster there.
@@ -73,8 +74,8 @@ def is_prepared(model: nn.Module) -> bool:
 def keep_memory() -> bool:
     """Keeps freed memory for the next tensors, up to 1 GiB; returns whether the machine can.
 
-    glibc maps every large block anew, and to touch new memory takes up to a fifth of the time of a
-    batch. No result depends on it. Elsewhere than on Linux with glibc it does nothing.
+    glibc maps every large block anew, and to touch new memory takes long: batches were slower an
+    image than single images. No result depends on it. It does nothing without glibc.
     """
     try:
         library = ctypes.CDLL("libc.so.6")
@@ -102,9 +103,7 @@ def _lacking(dtype: torch.dtype) -> str | None:
 def _sums_right(dtype: torch.dtype) -> bool:
     """Whether the operations compute what PyTorch's own do; they are undocumented."""
     inputs = torch.linspace(-1, 1, 3 * 16).reshape(1, 3, 16).to(dtype)
-    layer = nn.Linear(16, 16, device="meta")
-    layer.weight = nn.Parameter(torch.linspace(0.3, -0.7, 256).reshape(16, 16), False)
-    layer.bias = nn.Parameter(torch.linspace(1, 2, 16), False)
+    layer = _linear(torch.linspace(0.3, -0.7, 256).reshape(16, 16), torch.linspace(1, 2, 16))
     weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
     packed = PackedLinear(layer, dtype)
     plain = F.linear(inputs, weight, bias)
@@ -215,7 +214,12 @@ class FusedBlock(_Fused):
         super().__init__(plain, dtype)
         attention, maps = plain.attn, plain.local_mp
         self.heads = attention.num_heads
-        self.qkv = PackedLinear(attention.qkv, dtype)
+        weight, bias = attention.qkv.weight.detach(), attention.qkv.bias.detach()
+        size = len(weight) // 3
+        self.pair, self.values = PackedLinear(attention.qkv, dtype), None
+        if dtype == torch.float32:  # in bf16 one product is faster than two
+            self.pair = PackedLinear(_linear(weight[: 2 * size], bias[: 2 * size]), dtype)
+            self.values = PackedLinear(_linear(weight[2 * size :], bias[2 * size :]), dtype)
         self.temperature = attention.temperature.detach()
         scaled = (plain.gamma1[:, None] * attention.proj.weight).detach().T
         self.projection = scaled.unflatten(0, (self.heads, -1)).to(dtype).contiguous()
@@ -239,9 +243,9 @@ class FusedBlock(_Fused):
         return self.reduce.add(self.expand.gelu(plain.norm2(tokens)), tokens)
 
     def _attended(self, tokens: Tensor) -> Tensor:
-        width = tokens.shape[2]
-        joined = self.qkv(self.plain.norm1(tokens))
-        pair, values = joined[..., : 2 * width], joined[..., 2 * width :]
+        width, normed = tokens.shape[2], self.plain.norm1(tokens)
+        joined = self.pair(normed)
+        pair = joined[..., : 2 * width]
         # F.normalize's bound
         norms = (
             (pair * pair).sum(1).float().sqrt().clamp(min=1e-12).unflatten(1, (2, self.heads, -1))
@@ -251,9 +255,19 @@ class FusedBlock(_Fused):
         scores = scores / (norms[:, 0, :, :, None] * norms[:, 1, :, None]) * self.temperature
         attention = scores.softmax(-1).transpose(2, 3).to(self.dtype)
         mixed = (attention @ self.projection).flatten(1, 2)  # (B, D, D): one matrix an image
-        if self.dtype == tokens.dtype:
-            return torch.baddbmm(tokens, values, mixed).add_(self.offset)
-        return (tokens + self.offset).add_(values @ mixed)
+        if self.values is None:
+            return (tokens + self.offset).add_(joined[..., 2 * width :] @ mixed)
+        if tokens.shape[1] > width:
+            # More tokens than channels: values are not computed, their weights are in the matrix.
+            offset = (self.values.bias @ mixed).unsqueeze(1) + self.offset
+            return torch.baddbmm(tokens, normed, self.values.weight.T @ mixed).add_(offset)
+        return torch.baddbmm(tokens, self.values(normed), mixed).add_(self.offset)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    layer = nn.Linear(*weight.T.shape, device="meta")
+    layer.weight, layer.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
+    return layer
 
 
 class FusedAtrous(_Fused):
