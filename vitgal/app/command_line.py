@@ -117,18 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     weights.add_argument("--half", action="store_true", help="float16: half the size")
     weights.set_defaults(command=_weights)
 
-    compare = commands.add_parser("compare", help="test two runs against each other")
     level = "a run, or the folder of a data set or stage in it, such as runs/demo/demo/global"
-    compare.add_argument("first", metavar="runs/A", help=level)
-    compare.add_argument("second", metavar="runs/B", help="the same kind, compared with the first")
-    compare.add_argument(
-        "--queries", type=int, default=5, metavar="5", help="number of queries listed"
-    )
-    plain = "adds the tests over single queries"
-    compare.add_argument("--by-query", action="store_true", help=plain)
-    compare.add_argument("--seed", type=int, default=0, metavar="0", help="seed of the resampling")
-    compare.set_defaults(command=_compare)
-
+    _add_compare(commands, level)
     _add_table(commands, level)
     _add_report(commands)
     return parser
@@ -188,6 +178,19 @@ def _audit(options: argparse.Namespace) -> int:
         )
     )
     return 0
+
+
+def _add_compare(commands: argparse._SubParsersAction, level: str) -> None:
+    compare = commands.add_parser("compare", help="test two runs against each other")
+    compare.add_argument("first", metavar="runs/A", help=level)
+    compare.add_argument("second", metavar="runs/B", help="the same kind, compared with the first")
+    compare.add_argument(
+        "--queries", type=int, default=5, metavar="5", help="number of queries listed"
+    )
+    plain = "adds the tests over single queries"
+    compare.add_argument("--by-query", action="store_true", help=plain)
+    compare.add_argument("--seed", type=int, default=0, metavar="0", help="seed of the resampling")
+    compare.set_defaults(command=_compare)
 
 
 def _add_table(commands: argparse._SubParsersAction, level: str) -> None:
