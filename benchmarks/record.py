@@ -24,6 +24,7 @@ HEADING = "## As printed"
 # Needs no data but what comes along; under fifteen minutes on two quiet cores.
 SUITE = (
     "extraction.py --images 3 --batch 8 --part local",
+    "extraction.py --images 8 --batch 8 --part global",
     "training.py --architecture xcit_nano_12_p16_224 --size 112 --batch 48 --classes 1000",
     "rerank.py --queries 24",
     "search.py",
