@@ -325,6 +325,7 @@ class State {
     this.asking = 0;
     this.listeners = [];
     this.notes = new Notes(data, source);
+    this.notes.failed = () => this.set({});
     this.list = []; // pairs of own photographs, each two image numbers
     this.patch = null; // the patch whose similarities are shown: its side, x and y
     Object.assign(this, start);
@@ -429,7 +430,10 @@ class Notes {
     if (this.source.live) {
       this.source.ask({ kind: "note", name, value }).then(
         () => (this.fault = null),
-        (fault) => (this.fault = fault.message),
+        (fault) => {
+          this.fault = fault.message;
+          this.failed();
+        },
       );
       return;
     }
@@ -481,7 +485,9 @@ function noteControls(state, image) {
     "aria-label": image === null ? "note on this query" : "note on this pair",
     onchange: () => state.notes.set(name, { ...state.notes.get(name), note: note.value }),
   });
-  return element("span", { class: "notes" }, star, note);
+  const { fault } = state.notes;
+  const said = fault && element("span", { role: "alert" }, `The note is not kept: ${fault}`);
+  return element("span", { class: "notes" }, star, note, said);
 }
 
 function toggleStar(state, image) {
