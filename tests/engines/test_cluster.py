@@ -17,6 +17,9 @@ import joblib
 import numpy as np
 import psutil
 import pytest
+import timm
+import torch
+from safetensors.torch import save_file
 
 from tests import mini_benchmark
 from vitgal import engines, runs
@@ -230,6 +233,18 @@ class TestTwoNodes:
         assert contents(folder) == contents(local / "mini/global")
         recorded = runs.read_json(folder / "stage.json")["recorded"]
         assert (recorded["engine"], recorded["actors"], recorded["failed"]) == ("ray", 2, 1)
+
+    def test_a_network_of_timm(self, two, data, tmp_path):
+        torch.manual_seed(0)
+        save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "net.safetensors")
+        weights = f"timm:test_resnet@{tmp_path / 'net.safetensors'}"
+        options = dict(top=10, max_failed_share=0.1, size=None, resize="area")
+        ray = dict(engine="ray", ray_address=two.address)
+        folders = [
+            mini_benchmark.evaluate(tmp_path / name, data, weights, **options, **engine)
+            for name, engine in {"local": {}, "ray": ray}.items()
+        ]
+        assert contents(folders[0]) == contents(folders[1])
 
     def test_a_node_lost_while_extracting(self, two, local, run, data, tmp_path, monkeypatch):
         """The other node is killed while it describes its second shard."""

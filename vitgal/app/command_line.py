@@ -111,10 +111,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     weights = commands.add_parser("weights", help="convert a published .pth to .safetensors")
     weights.add_argument(
-        "source", type=Path, metavar="SOURCE.pth", help="or a model of vitgal, .safetensors"
+        "source",
+        type=Path,
+        metavar="SOURCE.pth",
+        help="or a model of vitgal, .safetensors; or timm:NAME@FILE",
     )
     weights.add_argument("target", type=Path, metavar="TARGET.safetensors")
-    weights.add_argument("--half", action="store_true", help="float16: half the size")
+    size = weights.add_mutually_exclusive_group()
+    size.add_argument("--half", action="store_true", help="float16: half the size")
+    size.add_argument("--int8", action="store_true", help="8 bits: a quarter of the size")
     weights.set_defaults(command=_weights)
 
     level = "a run, or the folder of a data set or stage in it, such as runs/demo/demo/global"
@@ -304,7 +309,7 @@ def _notebooks(options: argparse.Namespace) -> int:
 def _weights(options: argparse.Namespace) -> int:
     from vitgal.models import weights as models_weights
 
-    dtype = "float16" if options.half else "float32"
+    dtype = "int8" if options.int8 else "float16" if options.half else "float32"
     say(models_weights.convert(options.source, options.target, dtype=dtype))
     return 0
 

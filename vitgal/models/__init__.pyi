@@ -2,6 +2,7 @@ from .backbones import (
     Backbone as Backbone,
     BackboneFeatures as BackboneFeatures,
     build_backbone as build_backbone,
+    generalised_mean as generalised_mean,
     open_backbone as open_backbone,
 )
 from .baselines import baseline_network as baseline_network
@@ -10,7 +11,6 @@ from .describers import (
     Describer as Describer,
     InputFacts as InputFacts,
     TimmDescriber as TimmDescriber,
-    generalised_mean as generalised_mean,
     input_facts as input_facts,
     open_timm as open_timm,
     sized as sized,

@@ -23,6 +23,8 @@ from vitgal.models.timm_networks import (
     open_network,
 )
 
+GEM = 3.0  # exponent of generalised mean pooling
+TINY = 1e-6
 SIZES_KEPT = 4  # copies of a network of one size, for the sizes that were used last
 # How timm makes a transformer take any size, in the order of preference.
 ANY_SIZE = ({"dynamic_img_size": True}, {"strict_img_size": False})
@@ -255,6 +257,13 @@ class Backbone(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_sizes": OrderedDict()}  # copies are not copied
+
+
+def generalised_mean(tokens: Tensor, exponent: float = GEM) -> Tensor:
+    """Pools tokens (B, N, D) to (B, D) float32 by the generalised mean; signs are kept."""
+    values = tokens.float()
+    powers = (values.sign() * values.abs().pow(exponent)).mean(1)
+    return powers.sign() * powers.abs().clamp(min=TINY**exponent).pow(1 / exponent)
 
 
 def open_backbone(source: str, *, size: tuple[int, int] | None = None, **options: Any) -> Backbone:

@@ -19,6 +19,7 @@ from torch import Tensor
 from vitgal import runs
 from vitgal.features.files import FileError
 
+SCALES = ".scales"  # after the name of a tensor of 8 bits
 NAMED = 4  # tensors that an error lists of each kind
 REMEDY = "of a network of your own, save the state dict alone: torch.save(net.state_dict(), path)"
 # Names under which checkpoints hold a state dict, and words that wrappers put before its names.
@@ -222,9 +223,38 @@ def open_safetensors(path: Path) -> Any:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
-    """Reads the tensors of a `.safetensors` by name, and its metadata."""
+    """Reads the tensors of a `.safetensors` by name, `rounded` ones as float32, and its metadata.
+
+    Raises FileError where the scales of a rounded tensor do not fit it.
+    """
     with open_safetensors(path) as handle:
-        return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata()
+        tensors, metadata = (
+            {key: handle.get_tensor(key) for key in handle.keys()},
+            handle.metadata(),
+        )
+    for key in [key for key in tensors if key.endswith(SCALES)]:
+        scales, name = tensors.pop(key), key.removesuffix(SCALES)
+        whole = tensors.get(name, scales)
+        rows = (*whole.shape[:1], *(1,) * (whole.ndim - 1))
+        if whole.dtype != torch.int8 or scales.shape != rows:
+            raise FileError(f"{path}: {abridged([key])} fits no 8-bit tensor; write it again")
+        tensors[name] = whole * scales
+    return tensors, metadata
+
+
+def rounded(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rounds matrices and kernels (C, ...) to 8 bits, a scale per row under the name + SCALES.
+
+    The largest value of a row becomes 127 or -127, so that the error is at most 1/254 of it.
+    Vectors and integers stay as they are.
+    """
+    result = dict(tensors)
+    for key, value in tensors.items():
+        if value.is_floating_point() and value.ndim > 1:
+            largest = value.float().abs().amax(tuple(range(1, value.ndim)), keepdim=True)
+            scales = largest.clamp(min=torch.finfo(torch.float32).tiny) / 127
+            result[key], result[key + SCALES] = (value / scales).round().to(torch.int8), scales
+    return result
 
 
 def abridged(names: Iterable[str]) -> str:

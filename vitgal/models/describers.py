@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vitgal import runs
 from vitgal.data.images import MEAN, STD
 from vitgal.models import weights
-from vitgal.models.backbones import Backbone
+from vitgal.models.backbones import Backbone, generalised_mean
 from vitgal.models.network import TokenFeatures
 from vitgal.models.timm_networks import NetworkError, TimmSource, fingerprint_tensors
 from vitgal.settings import POOLINGS, GlobalSettings
@@ -20,8 +20,6 @@ from vitgal.settings import POOLINGS, GlobalSettings
 VITGAL_SIZE = 512  # pixels, as published
 # Sizes in place of the training size, as benchmarks/README.md measures them.
 SIZES = {"tf_efficientnet_lite0": 192}
-GEM = 3.0  # exponent of generalised mean pooling
-TINY = 1e-6
 
 
 class Describer(Protocol):
@@ -124,13 +122,6 @@ class TimmDescriber(nn.Module):
     def _renormalised(self, images: Tensor) -> Tensor:
         inputs = images * self.factor + self.offset
         return inputs.contiguous(memory_format=torch.channels_last)
-
-
-def generalised_mean(tokens: Tensor, exponent: float = GEM) -> Tensor:
-    """Pools tokens (B, N, D) to (B, D) float32 by the generalised mean; signs are kept."""
-    values = tokens.float()
-    powers = (values.sign() * values.abs().pow(exponent)).mean(1)
-    return powers.sign() * powers.abs().clamp(min=TINY**exponent).pow(1 / exponent)
 
 
 def _own_pooling(backbone: Backbone) -> str:

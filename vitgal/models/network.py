@@ -28,10 +28,11 @@ from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
 
 from vitgal.data.images import MEAN, PATCH, STD
-from vitgal.models.backbones import Backbone
+from vitgal.models.backbones import Backbone, generalised_mean
 from vitgal.models.hub import HubModel
 from vitgal.models.timm_networks import PREFIX, NetworkError, TimmSource
 from vitgal.settings import TrainingSettings
+from vitgal.settings.training import CLASS_TOKENS
 
 # Name -> width, number of blocks. The two small ones are the paper's, nano is for the demo.
 ARCHITECTURES = {
@@ -42,6 +43,7 @@ ARCHITECTURES = {
 DILATIONS = (1, 3, 6, 9, 12)
 LAYER_NORM_EPS = 1e-6  # XCiT's, not torch's 1e-5
 HEAD_WIDTH = 48  # of a head of class attention on a network of timm; XCiT-small's
+GEM_TOKEN = "gem"  # of CLASS_TOKENS
 ETA = 0.1  # first scale of its new residual branches, as in CaiT (Touvron et al., 2021)
 
 
@@ -140,15 +142,24 @@ class TimmBackbone(nn.Module):
     are normalised as for XCiT; the network's own mean and deviation are applied here. A side that
     is no multiple of a transformer's patch is padded with zeros, as XCiT does.
 
+    With `class_token` "gem" the class token is the generalised mean of the tokens, of length
+    sqrt(D), and `gate` is the factor (D,) of what class attention adds to it: 0 before training.
+
     embed_dim: width of the tokens; None: the network's.  num_heads: of the class attention; None:
-    heads of about HEAD_WIDTH.  drop_path: as `build_model`.
+    heads of about HEAD_WIDTH.  drop_path, class_token: as `build_model`.
 
     Raises NetworkError for a network that timm does not have or that has no spatial features, and
     ValueError for heads that do not divide the width.
     """
 
     def __init__(
-        self, name: str, *, embed_dim: int | None, num_heads: int | None, drop_path: float
+        self,
+        name: str,
+        *,
+        embed_dim: int | None,
+        num_heads: int | None,
+        drop_path: float,
+        class_token: str,
     ):
         super().__init__()
         options = {"drop_path_rate": drop_path} if drop_path else {}
@@ -168,7 +179,10 @@ class TimmBackbone(nn.Module):
             nn.init.zeros_(self.projection.bias)
             if not self.projection.weight.is_meta:
                 nn.init.orthogonal_(self.projection.weight)
-        if not self.trunk.has_class_token:
+        self.gate = None
+        if class_token == GEM_TOKEN:
+            self.gate = nn.Parameter(torch.zeros(self.embed_dim))
+        elif not self.trunk.has_class_token:
             self.cls_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
             nn.init.trunc_normal_(self.cls_token, std=0.02)
         block = _class_attention_block(self.embed_dim, num_heads, eta=ETA)
@@ -187,6 +201,9 @@ class TimmBackbone(nn.Module):
             images = F.pad(images, (0, -width % step, 0, -height % step))
         found = self.trunk(images * self.factor + self.offset)
         tokens = self.projection(self.token_norm(found.tokens))
+        if self.gate is not None:
+            pooled = F.normalize(self.projection(generalised_mean(found.tokens)), dim=1)
+            return pooled[:, None] * math.sqrt(self.embed_dim), tokens, found.grid
         if not self.trunk.has_class_token:
             return self.cls_token, tokens, found.grid
         class_token = self.projection(self.token_norm(found.class_token))
@@ -214,6 +231,7 @@ class ViTGaL(nn.Module, HubModel):
         dilations: Sequence[int] = DILATIONS,
         embed_dim: int | None = None,
         num_heads: int | None = None,
+        class_token: str = TrainingSettings.class_token,
     ):
         super().__init__()
         self.architecture = architecture
@@ -224,6 +242,7 @@ class ViTGaL(nn.Module, HubModel):
                 embed_dim=embed_dim,
                 num_heads=num_heads,
                 drop_path=drop_path,
+                class_token=class_token,
             )
             eta = ETA
         else:
@@ -248,6 +267,11 @@ class ViTGaL(nn.Module, HubModel):
     def on_timm(self) -> bool:
         """Whether the backbone is any network of timm and not the published XCiT."""
         return self.architecture.startswith(PREFIX)
+
+    @property
+    def class_token(self) -> str:
+        """The class token's kind, see `build_model`."""
+        return "own" if getattr(self.backbone, "gate", None) is None else GEM_TOKEN
 
     @property
     def patch(self) -> int:
@@ -338,10 +362,16 @@ class ViTGaL(nn.Module, HubModel):
         return self.global_features(images)
 
     def global_features(self, images: Tensor) -> Tensor:
-        """Computes the class token after the last norm (B, D), not normalised."""
+        """Computes the class token after the last norm (B, D), not normalised.
+
+        With the class token "gem": the generalised mean plus `gate` times that.
+        """
         joined, _ = self._joined(images)
         (block,) = self.backbone.cls_attn_blocks
-        return self.backbone.norm(block(block(joined))[:, 0]).float()
+        added = self.backbone.norm(block(block(joined))[:, 0]).float()
+        if self.class_token == GEM_TOKEN:
+            return joined[:, 0].float() + self.backbone.gate * added
+        return added
 
     def token_features(self, images: Tensor) -> TokenFeatures:
         """Computes tokens, codes and attention of images (B, 3, H, W)."""
@@ -431,6 +461,7 @@ def build_model(
     dilations: Sequence[int] = DILATIONS,
     embed_dim: int | None = None,
     num_heads: int | None = None,
+    class_token: str = TrainingSettings.class_token,
 ) -> ViTGaL:
     """Builds a ViTGaL network with random weights, in eval mode.
 
@@ -440,8 +471,10 @@ def build_model(
         seed: the same seed gives the same weights bit by bit and leaves torch's random state alone.
         drop_path: fraction of residual branches dropped in training (published: 0.1).
         embed_dim, num_heads: of a network of timm, see `TimmBackbone`.
+        class_token: of a network of timm, "own": the network's, or a learnt one where it has none;
+            "gem": the generalised mean of its tokens, to which class attention adds.
     Raises:
-        ValueError: an unknown architecture, or a number that is not possible.
+        ValueError: an unknown architecture or class token, or a number that is not possible.
     """
     if architecture not in ARCHITECTURES:
         if not architecture.startswith(PREFIX):
@@ -449,8 +482,13 @@ def build_model(
                 f"unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}, and "
                 f"{PREFIX}NAME for any network of timm"
             )
-    elif embed_dim or num_heads:
-        raise ValueError(f"{architecture} has a fixed width: embed_dim is for {PREFIX}NAME")
+    elif embed_dim or num_heads or class_token != "own":
+        raise ValueError(
+            f"{architecture} has a fixed width and class token: embed_dim and class_token are for "
+            f"{PREFIX}NAME"
+        )
+    if class_token not in CLASS_TOKENS:
+        raise ValueError(f"unknown class token {class_token!r}; known: {', '.join(CLASS_TOKENS)}")
     with seeded(seed):
         model = ViTGaL(
             architecture,
@@ -459,6 +497,7 @@ def build_model(
             dilations=dilations,
             embed_dim=embed_dim,
             num_heads=num_heads,
+            class_token=class_token,
         )
     return model.eval()
 

@@ -31,6 +31,7 @@ from vitgal.models.checkpoint_files import (
     is_safetensors,
     open_safetensors,
     read_safetensors,
+    rounded,
     use_tensors,
 )
 from vitgal.models.layouts import fill, make_layout, refuse_misfits
@@ -38,7 +39,9 @@ from vitgal.models.network import ARCHITECTURES, ViTGaL, build_model, outline
 from vitgal.models.timm_networks import PREFIX, PRETRAINED, NetworkError, TimmSource, open_network
 
 FORMAT = 1
-BUILT_FROM = ("architecture", "code_dim", "dilations", "embed_dim", "num_heads")
+BUILT_FROM = ("architecture", "code_dim", "dilations", "embed_dim", "num_heads", "class_token")
+DTYPES = ("float32", "float16", "int8")
+NETWORK = "network"  # the metadata entry that names a network of timm
 CONFIGURATION = "vitgal"  # the metadata entry that holds the configuration
 BACKBONE_PREFIX = "retrieval_back_bone."
 TRUNK_PREFIX = "backbone.trunk.network."
@@ -133,21 +136,14 @@ def save_model(model: ViTGaL, path: str | Path, *, dtype: str = "float32", **met
     """Writes a model with its configuration as `.safetensors`, reproducibly, and returns the path.
 
     Args:
-        dtype: "float32", or "float16" for half the size; both load as float32.
+        dtype: "float32", "float16" for half the size, or "int8" for a quarter, as `rounded`; all
+            load as float32.
         metadata: plain values kept beside the configuration (`read_configuration` returns them).
     Raises:
         ValueError: another dtype, or a path that does not end in `.safetensors`.
         OSError: the file cannot be written; an older one at `path` is kept.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path}: models are written as .safetensors")
-    if dtype not in ("float32", "float16"):
-        raise ValueError(f"dtype must be float32 or float16, got {dtype!r}")
-    tensors = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-    for key, value in tensors.items():
-        if value.is_floating_point():
-            tensors[key] = value.to(getattr(torch, dtype)).contiguous()
     configuration = {
         "format": FORMAT,
         "architecture": model.architecture,
@@ -157,11 +153,30 @@ def save_model(model: ViTGaL, path: str | Path, *, dtype: str = "float32", **met
     }
     if model.on_timm:
         configuration |= {"embed_dim": model.embed_dim, "num_heads": model.num_heads}
+        if model.class_token != "own":
+            configuration["class_token"] = model.class_token
+    return _write(path, model.state_dict(), dtype, {CONFIGURATION: configuration})
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], dtype: str, entry: dict[str, Any]) -> Path:
+    """Writes tensors with one entry of metadata."""
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path}: models are written as .safetensors")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    tensors = {key: value.detach().cpu() for key, value in tensors.items()}
+    if dtype == "int8":
+        tensors = rounded(tensors)
+    else:
+        for key, value in tensors.items():
+            if value.is_floating_point():
+                tensors[key] = value.to(getattr(torch, dtype)).contiguous()
     # A single entry: safetensors writes several in an order that changes from run to run.
-    text = json.dumps(runs.plain(configuration), sort_keys=True)
+    ((key, value),) = entry.items()
+    metadata = {key: json.dumps(runs.plain(value), sort_keys=True)}
     try:
         with runs.atomic(path) as temporary:
-            save_file(tensors, temporary, metadata={CONFIGURATION: text})
+            save_file(tensors, temporary, metadata=metadata)
     except SafetensorError as error:
         raise OSError(f"{path} could not be written ({error}); an older file is kept") from error
     return path
@@ -170,8 +185,12 @@ def save_model(model: ViTGaL, path: str | Path, *, dtype: str = "float32", **met
 def convert(source: str | Path, target: str | Path, *, dtype: str = "float32") -> Path:
     """Writes a published checkpoint, or a model of ours in another dtype, as our `.safetensors`.
 
-    Raises as `load_model` and `save_model` do.
+    Of "timm:NAME@FILE" timm's network is written, without its classifier, for use under that name.
+    Raises as `load_model` and `save_model` do, and for a network of timm as `open_network`.
     """
+    if network := TimmSource.parse(source):
+        tensors = open_network(network, num_classes=0).state_dict()
+        return _write(Path(target), tensors, dtype, {NETWORK: network.name})
     model = load_model(source)
     sha256 = runs.fingerprint_file(Path(source))
     return save_model(model, target, dtype=dtype, source_sha256=sha256)
@@ -184,7 +203,7 @@ def read_configuration(path: str | Path) -> dict[str, Any]:
     """Reads the configuration in our `.safetensors`.
 
     It is a dict of format, architecture, code_dim, dilations, and metadata as `save_model` got it;
-    for a network of timm also embed_dim and num_heads.
+    for a network of timm also embed_dim, num_heads and, where it is gem, class_token.
     Raises FileNotFoundError, and ValueError where the file is not one of ours.
     """
     path = Path(path)

@@ -14,6 +14,7 @@ CHANGEABLE = (
     *("accumulate", "batch_size", "num_processes", "threads"),
 )
 CODE_LOSSES = ("published", "whitened", "contrastive")
+CLASS_TOKENS = ("own", "gem")
 AUGMENTATIONS = ("published", "fast", "none")
 TRAINING_PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
@@ -112,6 +113,12 @@ class TrainingSettings(Recipe):
     embed_dim: int | None = setting(
         None, "width of tokens and descriptors on timm:NAME; None: the network's", low=8, later=True
     )
+    class_token: str = setting(
+        "own",
+        '"gem": the mean of a timm network\'s tokens, to which class attention adds',
+        choices=CLASS_TOKENS,
+        later=True,
+    )
     freeze_backbone: bool = setting(
         False, "train only what ViTGaL adds to the backbone", later=True
     )
@@ -153,6 +160,8 @@ class TrainingSettings(Recipe):
             )
         if self.embed_dim is not None and self.of_sixteens:
             raise SettingsError("embed_dim is for an architecture timm:NAME; XCiT's is fixed")
+        if self.class_token != "own" and self.of_sixteens:
+            raise SettingsError("class_token gem is for an architecture timm:NAME")
         if self.freeze_backbone and self.layer_decay is not None:
             raise SettingsError("set freeze_backbone or layer_decay, not both")
         if self.freeze_backbone and self.initial_weights is None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vitgal import runs
-from vitgal.models.baselines import INSTALL, baseline_network
+from vitgal.models.baselines import INSTALL, baseline_network, rounded_network
 from vitgal.models.timm_networks import TimmSource
 from vitgal.settings import GlobalSettings, Settings, Values
 
@@ -66,7 +66,8 @@ class OwnModels:
         They replace what was not set or still has the demo's value, which suits its small model
         alone. With any other model nothing changes.
         """
-        if str(self.describing) != str(baseline_network()):
+        known = {str(network) for network in (baseline_network(), rounded_network())}
+        if str(self.describing) not in known:
             return settings
         given = settings.values
         kept = {name for name in given if name in BASELINE_VALUES}
@@ -112,8 +113,9 @@ def own_models(run: Path, weights: str | None = None) -> OwnModels:
     """Chooses the models for a folder of photographs.
 
     A model that is set, or the run's own, describes and gives local features. A run without one
-    takes EfficientNet-Lite0 of the extra `baselines`, else the small weights. A network of timm
-    has no local features of its own: they are the run's, else those of the small weights.
+    takes EfficientNet-Lite0: of the extra `baselines`, else the weights of 8 bits that come along;
+    without either the small weights. A network of timm has no local features of its own: they are
+    the run's, else those of the small weights.
 
     Raises StageError where the run's training is unfinished.
     """
@@ -126,10 +128,11 @@ def own_models(run: Path, weights: str | None = None) -> OwnModels:
             return OwnModels(model, model, f"model: {model}, as set")
         local = runs.model_file(run, None) if trained else small
         return OwnModels(model, local, f"model: {model}, as set; local features: {local.name}")
-    baseline = None if trained else baseline_network()
+    baseline = None if trained else baseline_network() or rounded_network()
     if baseline is not None:
+        bits = " (8 bits)" if baseline == rounded_network() else ""
         reason = (
-            f"model: {BASELINE}, trained on ImageNet, since {name} has no model of its own; "
+            f"model: {BASELINE}{bits}, trained on ImageNet, since {name} has no model of its own; "
             "local features: RootSIFT, unless local is set"
         )
         return OwnModels(str(baseline), small, reason)

@@ -67,7 +67,8 @@ def fit_retrieval(
     for name in ("initial_weights", "teacher_weights"):
         if source := getattr(settings, name):
             inputs[name] = _fingerprint(source)
-    _check_size(outline(settings.architecture, embed_dim=settings.embed_dim), settings)
+    built = {"embed_dim": settings.embed_dim, "class_token": settings.class_token}
+    _check_size(outline(settings.architecture, **built), settings)
     build = functools.partial(_retrieval_network, settings)
     fit = Fit(build, settings, machine, run / "retrieval", run / "split", image_folder)
     return _fit_stage(replace(fit, watch=watch, progress=progress), inputs, overwrite)
@@ -119,7 +120,8 @@ def _check_size(model: ViTGaL, settings: Recipe) -> None:
         try:
             _pass(model, size)
         except Exception:  # some operations need numbers, which the meta device has not
-            _pass(build_model(model.architecture, seed=0, embed_dim=model.embed_dim), size)
+            options = {"embed_dim": model.embed_dim, "class_token": model.class_token}
+            _pass(build_model(model.architecture, seed=0, **options), size)
     except ValueError as error:
         raise SettingsError(f"{name}: {error}") from error
 
@@ -173,6 +175,7 @@ def _retrieval_network(settings: TrainingSettings, classes: int) -> RetrievalNet
         seed=settings.seed,
         drop_path=settings.drop_path,
         embed_dim=settings.embed_dim,
+        class_token=settings.class_token,
     )
     if settings.initial_weights is not None:
         weights.initial_weights(model, runs.resolve_source(settings.initial_weights))
