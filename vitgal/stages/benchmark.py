@@ -200,6 +200,20 @@ def _link(link: Path, image: Path, run: Path) -> None:
     link.symlink_to(target)
 
 
+def _refuse_made_elsewhere(like: str, manifests: dict[str, Any]) -> None:
+    """Raises TuningError where descriptors or features of a data set are a file's."""
+    if "descriptors" in manifests["global"]["inputs"]:
+        raise TuningError(
+            f"{like} was ranked by descriptors made elsewhere, and there are none of {VALIDATION}: "
+            "set tune to False, or tune in a run of our own model"
+        )
+    if "local features" in manifests["local"]["inputs"]:
+        raise TuningError(
+            f"{like} has local features of a file, and there are none of {VALIDATION}: set tune to "
+            "False, or tune in a run whose features are extracted here"
+        )
+
+
 def prepare_validation(
     run: Path,
     machine: MachineSettings,
@@ -225,16 +239,7 @@ def prepare_validation(
         "global": runs.read_stage(run / like / "global", GLOBAL_NOTEBOOK),
         "local": runs.read_stage(run / like / "local", LOCAL_NOTEBOOK),
     }
-    if "descriptors" in manifests["global"]["inputs"]:
-        raise TuningError(
-            f"{like} was ranked by descriptors made elsewhere, and there are none of {VALIDATION}: "
-            "set tune to False, or tune in a run of our own model"
-        )
-    if "local features" in manifests["local"]["inputs"]:
-        raise TuningError(
-            f"{like} has local features of a file, and there are none of {VALIDATION}: set tune to "
-            "False, or tune in a run whose features are extracted here"
-        )
+    _refuse_made_elsewhere(like, manifests)
     dataset = revisited.open_dataset(VALIDATION, validation_benchmark(run, image_folder))
     from vitgal.models import inference  # imports torch
     from vitgal.stages import describe, extract
