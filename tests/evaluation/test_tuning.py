@@ -227,7 +227,7 @@ def test_figure_shows_what_was_found(described):
     assert drawn["not reranked: 41.7"].get_ydata()[0] == pytest.approx(500 / 12)
     # Rows: distances 0.7 and 1.0; columns: thresholds. Three candidates, as chosen.
     assert [text.get_text() for text in thresholds.texts] == ["100.0", "100.0", "41.7", "41.7"]
-    assert thresholds.get_title("left") == "mAP (%); white: not reranked, 41.7"
+    assert thresholds.get_title("left") == "mAP (%); white: as not reranked, 41.7"
     below = curve.figure.get_supxlabel()
     assert below == tuning.HARMLESS
     plt.close("all")
