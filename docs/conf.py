@@ -32,7 +32,11 @@ include_patterns = [
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 
 nb_execution_mode = "off"  # the outputs are those of the demo run, which the tests hold
-nb_mime_priority_overrides = [("html", "image/png", 5), ("html", "text/plain", 10)]
+nb_mime_priority_overrides = [
+    ("html", "image/png", 5),
+    ("html", "image/jpeg", 5),
+    ("html", "text/plain", 10),
+]
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 4
 napoleon_use_ivar = True

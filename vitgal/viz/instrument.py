@@ -1,7 +1,5 @@
 """The front end in a notebook: a widget whose kernel reads images and matches pairs on demand."""
 
-import base64
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +25,7 @@ from vitgal.viz.run_document import (
     pair_document,
     read_notes,
 )
+from vitgal.viz.style import stored_picture
 
 FRONTEND = Path(__file__).with_name("frontend")
 KNOBS = {
@@ -37,6 +36,7 @@ KNOBS = {
     "estimator": "verification",
 }
 LONGEST_NOTE = 2000  # characters
+PICTURE_DPI = 110  # of the picture that stands in for the widget
 Question = Mapping[str, Any]
 Answer = tuple[dict[str, Any], list[bytes]]  # plain values, and bytes beside them
 
@@ -68,7 +68,7 @@ class InstrumentWidget(anywidget.AnyWidget):
     ) -> None:
         self.document, self.images = document, images
         self._run = Path(run)
-        self._picture = None if figure is None else _png(figure)
+        self._picture = {} if figure is None else _picture(figure)
         super().__init__(start=dict(start))
         self.on_msg(self._answer)
 
@@ -77,8 +77,7 @@ class InstrumentWidget(anywidget.AnyWidget):
         data = bundle[0] if isinstance(bundle, tuple) else bundle
         title = self.document["entries"][0]["dataset"]
         data["text/plain"] = f"the instrument on {title}: run this cell"
-        if self._picture is not None:
-            data["image/png"] = self._picture
+        data.update(self._picture)
         return bundle
 
     def answers(self) -> dict[str, Callable[[Question, Sequence[bytes]], Answer]]:
@@ -244,9 +243,10 @@ def _mention(
     return number
 
 
-def _png(figure: Figure) -> str:
-    """Returns a figure's picture in base64, and closes it."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+def _picture(figure: Figure) -> dict[str, str]:
+    """Returns a figure's picture in base64 by its media type, and closes the figure."""
+    stored = {
+        f"image/{kind}": stored_picture(figure, kind, PICTURE_DPI) for kind in ("jpeg", "png")
+    }
     plt.close(figure)
-    return base64.b64encode(buffer.getvalue()).decode()
+    return {kind: picture[0] for kind, picture in stored.items() if picture is not None}
