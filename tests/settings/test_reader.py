@@ -462,3 +462,15 @@ def test_a_name_shared_by_sections_has_one_default_and_one_type():
         entries = [kind.flat()[name] for kind in sections.SECTIONS if name in kind.flat()]
         assert len({repr(entry.default) for entry in entries}) == 1 or name in apart, name
         assert len({entry.type for entry in entries}) == 1, name
+
+
+def test_cells_are_run_again_in_one_kernel():
+    """What later cells left is no setting; a changed parameters cell is."""
+    cell, setup = "top: int = 5\nseed = 3", "settings = read_settings(globals())"
+    first = {"In": ["", cell, setup], "top": 5, "seed": 3}
+    assert reader.read_settings(first).values == {"top": 5, "seed": 3}
+    history = [*first["In"], "hard = 4\nfor query, name in []: pass", "top: int = 9", setup]
+    again = {"In": history, "top": 9, "seed": 3, "hard": 4, "query": 1}
+    assert reader.read_settings(again).values == {"top": 9, "seed": 3}
+    with pytest.raises(SettingsError, match="hard"):
+        reader.read_settings({"In": ["", "hard = 4", setup], "hard": 4})

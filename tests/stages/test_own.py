@@ -661,7 +661,7 @@ def test_the_finished_run_searches_the_bundled_photographs(finished_run, tmp_pat
     lines = capsys.readouterr().out.splitlines()
     (first,) = (line for line in lines if line.split()[:1] == ["1"])
     assert "neuschwanstein/2.jpg" in first
-    (kept,) = (path for path in (tmp_path / "run/own").iterdir() if path.is_dir())
+    (kept,) = (path for path in (tmp_path / "run/own").iterdir() if list(path.glob("*/*.npz")))
     assert len(list(kept.glob("*/*-200-60-620-400.npz"))) == 1
     assert len([path for path in kept.glob("*/*.npz") if "-" not in path.stem]) == 85
 

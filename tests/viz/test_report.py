@@ -242,7 +242,10 @@ def test_the_page_in_a_browser(run, own, browser, tmp_path):
     assert "Nearest to" in view.text("main")
     page.keyboard.press("Enter")
     assert page.evaluate("location.hash").startswith("#view=pair&protocol=hard")
-    assert "30 inliers as counted by reranking, 30 inliers of 30 matches" in view.text("main")
+    assert (
+        "30 inliers as counted by reranking, 30 inliers on 30 features of 30 matches"
+        in view.text("main")
+    )
     canvas = page.locator("canvas.pair")
     canvas.evaluate("node => new Promise(done => requestAnimationFrame(done))")
     before = canvas.screenshot()

@@ -33,6 +33,7 @@ NOTEBOOK_RANGE = "notebooks"  # a file's line `notebooks: 04-07`: the notebooks 
 FOLDERS = {"recipe": "recipes", "machine": "machines"}  # below params/
 INJECTED = "# Parameters"  # first line of the cell that papermill injects
 KERNEL_NAMES = ("In", "Out", "exit", "quit")  # IPython's names in a notebook
+READING = "read_settings(globals())"
 
 LARGEST = 100_000  # bytes of a YAML file; PyYAML takes a second for them
 DEPTH = 4  # the document, its value, a list in it, an entry
@@ -279,17 +280,21 @@ def settings_of(values: Values) -> Settings:
 def read_settings(namespace: Mapping[str, Any]) -> Settings:
     """Reads a notebook's settings: `settings = read_settings(globals())` after its parameters cell.
 
-    Every plain value in the namespace must be a setting. Injected values override the files that an
-    injected `extends` names; these override the notebook's cell. Raises SettingsError.
+    Every plain value that the parameters cell set must be a setting; what later cells have left in
+    the kernel is not looked at, so that cells can be run again. Injected values override the files
+    that an injected `extends` names; these override the notebook's cell. Raises SettingsError.
     """
+    history = namespace.get("In", [])
+    declared = _declared_names(history)
     plain = {
         name: value
         for name, value in namespace.items()
         if not name.startswith("_")
         and name not in KERNEL_NAMES
+        and (declared is None or name in declared)
         and isinstance(value, (bool, int, float, str, list, type(None)))
     }
-    injected = _injected_names(namespace.get("In", []))
+    injected = _injected_names(history)
     cell = {name: value for name, value in plain.items() if name not in injected}
     values = {name: value for name, value in plain.items() if name in injected}
     values.pop(NOTEBOOK_RANGE, None)
@@ -299,6 +304,28 @@ def read_settings(namespace: Mapping[str, Any]) -> Settings:
         for name in [extends] if isinstance(extends, str) else extends:
             layers |= read_file(runs.resolve("params") / name).without(NOTEBOOK_RANGE)
     return settings_of(checked(layers | Values.of(values, "the injected parameters")))
+
+
+def _declared_names(history: list[str]) -> set[str] | None:
+    """The names that cells of parameters assigned; None where the kernel keeps no history.
+
+    Such a cell was run before settings were first read, has a typed value, or was injected.
+    """
+    if not any(READING in source for source in history):
+        return None
+    names: set[str] = set()
+    before = True
+    for source in history:
+        before = before and READING not in source
+        try:
+            body = ast.parse(source).body
+        except SyntaxError:
+            continue
+        typed = {getattr(line.target, "id", "") for line in body if isinstance(line, ast.AnnAssign)}
+        if before or typed or source.startswith(INJECTED):
+            plain = (line for line in body if isinstance(line, ast.Assign))
+            names |= typed | {t.id for line in plain for t in line.targets if hasattr(t, "id")}
+    return names
 
 
 def _injected_names(history: list[str]) -> set[str]:
