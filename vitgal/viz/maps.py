@@ -53,7 +53,8 @@ def token_figure(
     ValueError where the maps are not (h, w) and finite, or a number differs from the images'.
     """
     pictures = [drawing.read_pixels(image) for image in images]
-    errors = _check_maps(errors, len(pictures), "error maps")
+    # Rounded, here and below, so that last digits, which depend on the threads, change no pixel.
+    errors = [error.round(2) for error in _check_maps(errors, len(pictures), "error maps")]
     if not pictures:
         return np.array([[drawing.sentence_figure("no photographs")]])
     if len(tokens) != len(pictures):
@@ -78,8 +79,8 @@ def component_colours(tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Returns the first three principal components of tokens as colours.
 
     tokens: maps (h, w, D). The components are those of all maps together; each is stretched from
-    its 2nd to its 98th percentile. Returns maps (h, w, 3) uint8. The sign of a component is that of
-    its largest weight.
+    its 2nd to its 98th percentile, in 32 levels. Returns maps (h, w, 3) uint8. The sign is that of
+    a component's largest weight.
     """
     rows = np.concatenate([np.asarray(part, float).reshape(-1, part.shape[2]) for part in tokens])
     rows -= rows.mean(axis=0)
@@ -90,7 +91,7 @@ def component_colours(tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
     levels = np.clip((values - low) / np.maximum(high - low, 1e-9), 0, 1)
     levels = np.pad(levels, ((0, 0), (0, 3 - levels.shape[1])))  # tokens of one or two values
     ends = np.cumsum([part.shape[0] * part.shape[1] for part in tokens])[:-1]
-    parts = np.split((255 * levels).round().astype(np.uint8), ends)
+    parts = np.split((8 * (31 * levels).round()).astype(np.uint8), ends)
     return [row.reshape(*part.shape[:2], 3) for row, part in zip(parts, tokens, strict=True)]
 
 
