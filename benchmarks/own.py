@@ -220,7 +220,7 @@ def print_places(
     photographs: own.Photographs, settings: RerankingSettings, presence: Presence
 ) -> None:
     """Prints how well the folder is grouped into places, over pairs of photographs."""
-    asked = own_answers.questions(photographs)
+    asked = own_answers.named_queries(photographs)
     answers = own_answers.answer(photographs, asked, settings, presence)
     places = own_answers.find_places(answers)
     found = np.full(len(photographs.names), -1)

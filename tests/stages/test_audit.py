@@ -13,28 +13,14 @@ import pandas as pd
 import pytest
 
 from tests.retrieval.test_copies import picture
+from tests.stages.test_own import write
 from vitgal import stages, viz
 from vitgal.app import command_line
 from vitgal.data import gldv2
 from vitgal.data.photographs import PhotographError
-from vitgal.models.network import build_model
-from vitgal.models.weights import save_model
 from vitgal.settings import GlobalSettings, MachineSettings, read_settings
 from vitgal.stages import audit as audits, model_choice
 from vitgal.stages.own import Describer
-
-
-def write(path: Path, image: np.ndarray) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    assert cv2.imwrite(str(path), np.ascontiguousarray(image[..., ::-1]))
-    return path
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_model(build_model("xcit_nano_12_p16_224", code_dim=8, seed=0), path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +29,8 @@ def store(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def describer(weights, tmp_path) -> Describer:
-    return Describer(tmp_path / "run", weights, GlobalSettings(size=32), None,
+def describer(weight_file, tmp_path) -> Describer:
+    return Describer(tmp_path / "run", weight_file, GlobalSettings(size=32), None,
                      MachineSettings(threads=1))  # fmt: skip
 
 
@@ -152,19 +138,19 @@ def test_the_command_line_refuses_in_a_sentence(folder, tmp_path, capsys, monkey
         assert sentence in error and error.count("\n") == 1
 
 
-def test_the_command_line_writes_lists_and_page(folder, weights, tmp_path, capsys, monkeypatch):
+def test_the_command_line_writes_lists_and_page(folder, weight_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("VITGAL_RUNS", str(tmp_path / "runs"))
-    assert command_line.main(["audit", str(folder), "--weights", str(weights)]) == 0
+    assert command_line.main(["audit", str(folder), "--weights", str(weight_file)]) == 0
     printed = capsys.readouterr().out
     assert "4 pairs of copies in 2 groups among 7 images" in printed
     names = {path.name for path in (tmp_path / "runs/audit/photos").iterdir()}
     assert names == {"copies.csv", "leave_out.txt", "index.html"}
 
 
-def test_a_folder_goes_to_other_programs(tmp_path, weights, capsys, monkeypatch):
+def test_a_folder_goes_to_other_programs(tmp_path, weight_file, capsys, monkeypatch):
     """Two crops of one picture, 40 pixels apart: COLMAP's verified matches are by so much apart."""
     monkeypatch.setenv("VITGAL_RUNS", str(tmp_path / "runs"))
-    monkeypatch.setattr("vitgal.app.folder_commands.own_network", with_sift(weights))
+    monkeypatch.setattr("vitgal.app.folder_commands.own_network", with_sift(weight_file))
     wide = picture(5, 240, 360)
     write(tmp_path / "photos/1.png", wide[:, :320])
     write(tmp_path / "photos/sub/2.png", wide[:, 40:])
@@ -195,17 +181,17 @@ def test_a_folder_goes_to_other_programs(tmp_path, weights, capsys, monkeypatch)
     assert "is not a folder" in capsys.readouterr().err
 
 
-def with_sift(weights: Path):
+def with_sift(weight_file: Path):
     """As the command chooses where EfficientNet-Lite0 is installed, but a small network."""
 
     def own_network(run: Path, _: str | None):
-        models = stages.own_models(run, str(weights))
+        models = stages.own_models(run, str(weight_file))
         values = model_choice.BASELINE_VALUES | {"global_size": 32, "global_scales": (1.0,)}
         settings = read_settings({n: list(v) if isinstance(v, tuple) else v
                                   for n, v in values.items()})  # fmt: skip
         return (
             models,
-            Describer(run, weights, settings.describing, settings.local, settings.machine),
+            Describer(run, weight_file, settings.describing, settings.local, settings.machine),
             settings,
         )
 

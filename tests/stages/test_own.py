@@ -25,8 +25,6 @@ from vitgal.data import images, photographs as data_photographs
 from vitgal.features import store
 from vitgal.features.local import LocalFeatures
 from vitgal.models import descriptors, inference
-from vitgal.models.network import build_model
-from vitgal.models.weights import save_model
 from vitgal.retrieval import verification
 from vitgal.settings import (
     GlobalSettings,
@@ -59,22 +57,15 @@ def write(path: Path, image: np.ndarray) -> Path:
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_model(build_model("xcit_nano_12_p16_224", code_dim=8, seed=0), path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def describer(weights, tmp_path_factory) -> Describer:
+def describer(weight_file, tmp_path_factory) -> Describer:
     """Shared by the tests that do not count descriptions: equal photographs are described once."""
-    return describer_of(weights, tmp_path_factory.mktemp("run"))
+    return describer_of(weight_file, tmp_path_factory.mktemp("run"))
 
 
-def describer_of(weights: Path, run: Path, local_size: int = 96) -> Describer:
+def describer_of(weight_file: Path, run: Path, local_size: int = 96) -> Describer:
     return Describer(
         run,
-        weights,
+        weight_file,
         GlobalSettings(size=64),
         LocalSettings(size=local_size, scales=(1.0,)),
         MachineSettings(threads=1),
@@ -249,9 +240,9 @@ def test_a_notebook_shows_the_message_alone():
 # Descriptions
 
 
-def test_descriptions_are_those_of_extraction(folder, describer, weights):
+def test_descriptions_are_those_of_extraction(folder, describer, weight_file):
     result = describe(folder, describer)
-    model = inference.open_model(weights)
+    model = inference.open_model(weight_file)
     image = images.read_image(folder / "a/1.png")
     with inference.limited_threads(1):
         row = descriptors.extract_global(model, [image], size=64)[0]
@@ -266,63 +257,63 @@ def test_descriptions_are_those_of_extraction(folder, describer, weights):
     )
 
 
-def test_only_new_photographs_are_extracted(folder, weights, tmp_path):
-    first = describe(folder, describer_of(weights, tmp_path))
+def test_only_new_photographs_are_extracted(folder, weight_file, tmp_path):
+    first = describe(folder, describer_of(weight_file, tmp_path))
     assert first.extracted == 3
-    again = describe(folder, describer_of(weights, tmp_path))
+    again = describe(folder, describer_of(weight_file, tmp_path))
     assert again.extracted == 0
     np.testing.assert_array_equal(again.descriptors, first.descriptors)
     write(folder / "c/new.png", texture(9))  # one is added, one moved, one changed
     (folder / "b/1.JPG").rename(folder / "moved.jpg")
     write(folder / "a/2.png", texture(11))
-    later = describe(folder, describer_of(weights, tmp_path))
+    later = describe(folder, describer_of(weight_file, tmp_path))
     assert later.extracted == 2
     assert later.names == ["a/1.png", "a/2.png", "c/new.png", "moved.jpg"]
     np.testing.assert_array_equal(later.descriptors[3], first.descriptors[2])
     assert (later.descriptors[1] != first.descriptors[1]).any()
 
 
-def test_nothing_new_needs_no_network(folder, weights, tmp_path):
-    describe(folder, describer_of(weights, tmp_path))
-    other = describer_of(weights, tmp_path)
+def test_nothing_new_needs_no_network(folder, weight_file, tmp_path):
+    describe(folder, describer_of(weight_file, tmp_path))
+    other = describer_of(weight_file, tmp_path)
     describe(folder, other)
     assert "network" not in vars(other)  # a cached property: never asked for
 
 
-def test_other_settings_and_weights_are_kept_apart(folder, weights, tmp_path):
-    single = describer_of(weights, tmp_path)
+def test_other_settings_and_weights_are_kept_apart(folder, weight_file, tmp_path):
+    single = describer_of(weight_file, tmp_path)
     describe(folder, single)
-    other = describer_of(weights, tmp_path, local_size=128)
+    other = describer_of(weight_file, tmp_path, local_size=128)
     assert describe(folder, other).extracted == 3
     assert single.folder != other.folder
     assert runs.read_json(other.folder / "settings.json")["local_size"] == 128
-    assert describe(folder, describer_of(weights, tmp_path)).extracted == 0
+    assert describe(folder, describer_of(weight_file, tmp_path)).extracted == 0
 
 
-def test_descriptions_are_not_written_through_a_link(folder, weights, tmp_path):
+def test_descriptions_are_not_written_through_a_link(folder, weight_file, tmp_path):
     (tmp_path / "victim").mkdir()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "own").symlink_to(tmp_path / "victim", target_is_directory=True)
     with pytest.raises(ValueError, match="own is a link"):
-        describe(folder, describer_of(weights, tmp_path / "run"))
+        describe(folder, describer_of(weight_file, tmp_path / "run"))
     assert not list((tmp_path / "victim").iterdir())
 
 
-def test_a_killed_run_goes_on(folder, weights, tmp_path):
-    describer = describer_of(weights, tmp_path)
+def test_a_killed_run_goes_on(folder, weight_file, tmp_path):
+    describer = describer_of(weight_file, tmp_path)
     describer.describe(folder / "a/1.png")
-    assert describe(folder, describer_of(weights, tmp_path)).extracted == 2
+    assert describe(folder, describer_of(weight_file, tmp_path)).extracted == 2
 
 
-def test_a_damaged_description_is_made_again(folder, weights, tmp_path):
-    describer = describer_of(weights, tmp_path)
+def test_a_damaged_description_is_made_again(folder, weight_file, tmp_path):
+    describer = describer_of(weight_file, tmp_path)
     first = describe(folder, describer)
     files = sorted(describer.folder.glob("*/*.npz"))
     wanted = [file.read_bytes() for file in files]
     files[0].write_bytes(wanted[0][: len(wanted[0]) // 2])
     at = wanted[1].index(b"descriptor.npy") + 200  # within the array, which its CRC covers
     files[1].write_bytes(wanted[1][:at] + bytes([wanted[1][at] ^ 1]) + wanted[1][at + 1 :])
-    again = describe(folder, describer_of(weights, tmp_path))
+    again = describe(folder, describer_of(weight_file, tmp_path))
     assert again.extracted == 2
     np.testing.assert_array_equal(again.descriptors, first.descriptors)
     assert [file.read_bytes() for file in files] == wanted
@@ -373,8 +364,8 @@ def test_beyond_the_short_list_nothing_is_verified(folder, describer):
     assert result.table["global_rank"].tolist() == [1, 2]
 
 
-def test_a_query_from_elsewhere_and_with_a_box(folder, weights, tmp_path):
-    describer = describer_of(weights, tmp_path)
+def test_a_query_from_elsewhere_and_with_a_box(folder, weight_file, tmp_path):
+    describer = describer_of(weight_file, tmp_path)
     photographs = describe(folder, describer)
     outside = write(tmp_path / "query.png", texture(0, (96, 144)))
     result = own.search_folder(photographs, str(outside), None, reranking())

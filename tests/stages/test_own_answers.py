@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from tests.stages.test_own import describe, folder as two_places, texture, weights, write
+from tests.stages.test_own import describe, folder as two_places, texture, write
 from tests.stages.test_own_presence import RERANKING, places as four_places, sift_describer
 from vitgal import runs
 from vitgal.app import command_line
@@ -20,18 +20,18 @@ from vitgal.stages import known_files, own, own_answers, verified_pairs
 from vitgal.viz.own_document import own_document
 from vitgal.viz.report import write_page
 
-__all__ = ["four_places", "two_places", "weights"]  # fixtures
+__all__ = ["four_places", "two_places"]  # fixtures
 
 PRESENCE = Presence(-4.0, 0.0, 2.0, 0.6, 1.0, 1.0, 10, 5)  # 0.5 at 6.4 inliers
 
 
 @pytest.fixture
-def described(four_places, weights, tmp_path) -> own.Photographs:
-    return describe(four_places, sift_describer(weights, tmp_path / "run"))
+def described(four_places, weight_file, tmp_path) -> own.Photographs:
+    return describe(four_places, sift_describer(weight_file, tmp_path / "run"))
 
 
 def answers_to(photographs, *queries, presence=PRESENCE, **options) -> own_answers.Answers:
-    asked = own_answers.questions(photographs, queries, **options)
+    asked = own_answers.named_queries(photographs, queries, **options)
     return own_answers.answer(photographs, asked, RERANKING, presence, progress=False)
 
 
@@ -39,23 +39,23 @@ def answers_to(photographs, *queries, presence=PRESENCE, **options) -> own_answe
 
 
 def test_what_is_asked(described, tmp_path):
-    every = own_answers.questions(described)
-    assert [question.name for question in every] == described.names
+    every = own_answers.named_queries(described)
+    assert [query.name for query in every] == described.names
     outside = write(tmp_path / "more/0/1.png", texture(50))
     shutil.copy(outside, tmp_path / "more/1.png")
-    listed = own_answers.questions(described, ["0/2.png", "0/2.png"], tmp_path / "more")
+    listed = own_answers.named_queries(described, ["0/2.png", "0/2.png"], tmp_path / "more")
     # "0/1.png" of the folder of queries is another file than that of the photographs
-    assert [question.name for question in listed] == ["0/2.png", "0/1.png", "1.png"]
+    assert [query.name for query in listed] == ["0/2.png", "0/1.png", "1.png"]
     assert listed[1].path == outside
-    twice = own_answers.questions(described, [str(tmp_path / "more/1.png"), str(outside)])
-    assert [question.name for question in twice] == ["1.png", str(outside)]
+    twice = own_answers.named_queries(described, [str(tmp_path / "more/1.png"), str(outside)])
+    assert [query.name for query in twice] == ["1.png", str(outside)]
     with pytest.raises(PhotographError, match="a box belongs to one query, and there are 12"):
-        own_answers.questions(described, box=(0, 0, 20, 20))
+        own_answers.named_queries(described, box=(0, 0, 20, 20))
     with pytest.raises(PhotographError, match="there is no query z.png"):
-        own_answers.questions(described, ["0/1.png", "z.png"])
+        own_answers.named_queries(described, ["0/1.png", "z.png"])
     (tmp_path / "none").mkdir()
     with pytest.raises(PhotographError, match="holds no photograph"):
-        own_answers.questions(described, (), tmp_path / "none")
+        own_answers.named_queries(described, (), tmp_path / "none")
 
 
 def test_answers_are_those_of_single_searches(described, tmp_path):
@@ -76,21 +76,21 @@ def test_answers_are_those_of_single_searches(described, tmp_path):
     assert text.splitlines()[1].endswith(",")  # no probability
 
 
-def test_a_query_that_cannot_be_asked_is_named(described, tmp_path):
+def test_a_query_that_cannot_be_read_is_named(described, tmp_path):
     write(tmp_path / "more/b.png", texture(0))
     (tmp_path / "more/a.png").write_text("no image")
     answers = answers_to(described, folder=tmp_path / "more")
-    assert [question.name for question in answers.questions] == ["b.png"]
+    assert [query.name for query in answers.queries] == ["b.png"]
     assert answers.left_out == {"a.png": "not an image that OpenCV can decode"}
     (tmp_path / "more/b.png").unlink()
-    with pytest.raises(PhotographError, match="none of the 1 queries can be asked; a.png: not an"):
+    with pytest.raises(PhotographError, match="none of the 1 queries can be read; a.png: not an"):
         answers_to(described, folder=tmp_path / "more")
 
 
 # Nothing twice
 
 
-def test_pairs_are_verified_once(described, weights, monkeypatch):
+def test_pairs_are_verified_once(described, weight_file, monkeypatch):
     compared = []
     inspect = verified_pairs.inspect_shortlist
 
@@ -216,42 +216,42 @@ def test_the_page_shows_answers_and_places(described, tmp_path):
 # Bad input
 
 
-def test_the_run_inside_the_folder_is_passed_over(two_places, weights):
+def test_the_run_inside_the_folder_is_passed_over(two_places, weight_file):
     """The page's own pictures would be photographs of the folder at the next search."""
     run = two_places / "runs/mine"
-    photographs = describe(two_places, sift_describer(weights, run))
+    photographs = describe(two_places, sift_describer(weight_file, run))
     document, images = own_document(answers_to(photographs), progress=False)
     write_page(document, images, run / "own" / "report")
-    assert describe(two_places, sift_describer(weights, run)).names == photographs.names
-    inside = describe(run, sift_describer(weights, two_places / "runs/other"))  # inside a run
+    assert describe(two_places, sift_describer(weight_file, run)).names == photographs.names
+    inside = describe(run, sift_describer(weight_file, two_places / "runs/other"))  # inside a run
     assert inside.names and all(name.startswith("own/report/") for name in inside.names)
     with pytest.raises(PhotographError, match="holds no photograph"):
-        describe(run, sift_describer(weights, run))
+        describe(run, sift_describer(weight_file, run))
 
 
-def command(folder, weights, tmp_path) -> list[str]:
+def command(folder, weight_file, tmp_path) -> list[str]:
     return [
-        *("own", str(folder), "--output", str(tmp_path / "run"), "-p", "weights", str(weights)),
+        *("own", str(folder), "--output", str(tmp_path / "run"), "-p", "weights", str(weight_file)),
         *("-p", "local", "sift", "-p", "global_size", "64"),
     ]
 
 
-def test_two_processes_on_one_folder(two_places, weights, tmp_path, capsys):
+def test_two_processes_on_one_folder(two_places, weight_file, tmp_path, capsys):
     """The lock is that of another open file, as another process has it."""
-    describer = sift_describer(weights, tmp_path / "run")
+    describer = sift_describer(weight_file, tmp_path / "run")
     with runs.locked(describer.folder):
         with pytest.raises(runs.StageError, match="another process is working in .*wait for it"):
             describe(two_places, describer)
     assert describe(two_places, describer).extracted == 3
     with runs.locked(tmp_path / "run/own"):
-        assert command_line.main(command(two_places, weights, tmp_path)) == 1
+        assert command_line.main(command(two_places, weight_file, tmp_path)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("vitgal: another process is working in") and "/run/own;" in error
 
 
-def test_a_full_disk_is_one_sentence_and_what_is_whole_stays(two_places, weights, tmp_path):
+def test_a_full_disk_is_one_sentence_and_what_is_whole_stays(two_places, weight_file, tmp_path):
     """A real process that may write no file of more than 60 kB, as a full disk allows none."""
-    describer = sift_describer(weights, tmp_path / "run")
+    describer = sift_describer(weight_file, tmp_path / "run")
     describer.describe(two_places / "b/1.JPG")
     (kept,) = describer.folder.glob("*/*.npz")
     code = """
@@ -267,7 +267,7 @@ try:
 except OSError as error:
     sys.exit(f"vitgal: {error}")
 """
-    command = [sys.executable, "-c", code, two_places, weights, tmp_path / "run"]
+    command = [sys.executable, "-c", code, two_places, weight_file, tmp_path / "run"]
     child = subprocess.run(command, capture_output=True, text=True)
     assert child.returncode == 1, child.stderr
     message = child.stderr.splitlines()[-1]
@@ -283,9 +283,9 @@ def test_a_photograph_that_vanishes_between_description_and_answer(described):
     answers = answers_to(described, "1/1.png")
     assert "0/1.png" in answers.table["image"].tolist()
     every = own_answers.answer(
-        described, own_answers.questions(described), RERANKING, PRESENCE, progress=False
+        described, own_answers.named_queries(described), RERANKING, PRESENCE, progress=False
     )
-    assert list(every.left_out) == ["0/1.png"] and len(every.questions) == 11
+    assert list(every.left_out) == ["0/1.png"] and len(every.queries) == 11
     described.path("1/1.png").unlink()
     document, images = own_document(answers, progress=False)
     write_page(document, images, described.describer.run / "own/report")
@@ -293,7 +293,7 @@ def test_a_photograph_that_vanishes_between_description_and_answer(described):
 
 
 @pytest.mark.slow
-def test_three_photographs_among_200_000_files(two_places, weights, tmp_path):
+def test_three_photographs_among_200_000_files(two_places, weight_file, tmp_path):
     """Links to one small file: 200,000 entries of a folder, as of a programmer's home."""
     (two_places / "code").mkdir()
     for number in range(200_000):
@@ -302,7 +302,7 @@ def test_three_photographs_among_200_000_files(two_places, weights, tmp_path):
             part.mkdir()
             (part / "0.py").write_text("x")
         os.link(part / "0.py", part / f"{number + 1}.py")
-    photographs = describe(two_places, sift_describer(weights, tmp_path / "run"))
+    photographs = describe(two_places, sift_describer(weight_file, tmp_path / "run"))
     assert photographs.names == ["a/1.png", "a/2.png", "b/1.JPG"]
     assert photographs.report() == "3 photographs described, 200011 other files passed over"
 
@@ -317,20 +317,20 @@ def test_three_photographs_among_200_000_files(two_places, weights, tmp_path):
         (["--box", "0,0,40,40"], "a box belongs to one query, and there are 3"),
     ],
 )
-def test_the_command_refuses(two_places, weights, tmp_path, capsys, options, message):
-    assert command_line.main([*command(two_places, weights, tmp_path), *options]) in (1, 2)
+def test_the_command_refuses(two_places, weight_file, tmp_path, capsys, options, message):
+    assert command_line.main([*command(two_places, weight_file, tmp_path), *options]) in (1, 2)
     error = capsys.readouterr().err
     assert message in error.splitlines()[-1] and "Traceback" not in error
 
 
-def test_the_command_asks_every_photograph(two_places, weights, tmp_path, capsys):
-    assert command_line.main(command(two_places, weights, tmp_path)) == 0
+def test_the_command_asks_every_photograph(two_places, weight_file, tmp_path, capsys):
+    assert command_line.main(command(two_places, weight_file, tmp_path)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2] == f"3 queries answered: {tmp_path}/run/own/results.csv"
     assert lines[-1] == f"page: {tmp_path}/run/own/report/index.html"
     first = (tmp_path / "run/own/results.csv").read_bytes()
     assert len(first.splitlines()) == 1 + 3 * 2
-    assert command_line.main(command(two_places, weights, tmp_path)) == 0
+    assert command_line.main(command(two_places, weight_file, tmp_path)) == 0
     assert (tmp_path / "run/own/results.csv").read_bytes() == first
 
 

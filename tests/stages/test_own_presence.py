@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.stages.test_own import describe, folder as two_places, texture, weights, write
+from tests.stages.test_own import describe, folder as two_places, texture, write
 from tests.stages.test_rerank import TOP, make_run, rerank_run
 from vitgal import runs
 from vitgal.data.photographs import PhotographError
@@ -22,7 +22,7 @@ from vitgal.settings import (
 from vitgal.stages import model_choice, own, presence
 from vitgal.stages.own import Describer
 
-__all__ = ["two_places", "weights"]  # fixtures
+__all__ = ["two_places"]  # fixtures
 
 RERANKING = RerankingSettings.build({
     "matching": "mutual_ratio", "match_ratio": 0.85, "order": "fused", "top": 20,
@@ -30,9 +30,9 @@ RERANKING = RerankingSettings.build({
 })  # fmt: skip
 
 
-def sift_describer(weights, run, **changed) -> Describer:
+def sift_describer(weight_file, run, **changed) -> Describer:
     local = LocalSettings(**{"local": "sift", "size": 96} | changed)
-    return Describer(run, weights, GlobalSettings(size=64), local, MachineSettings(threads=1))
+    return Describer(run, weight_file, GlobalSettings(size=64), local, MachineSettings(threads=1))
 
 
 @pytest.fixture
@@ -46,8 +46,8 @@ def places(tmp_path):
     return tmp_path / "places"
 
 
-def test_own_photographs_with_sift(two_places, weights, tmp_path):
-    describer = sift_describer(weights, tmp_path / "run", max_keypoints=200)
+def test_own_photographs_with_sift(two_places, weight_file, tmp_path):
+    describer = sift_describer(weight_file, tmp_path / "run", max_keypoints=200)
     photographs = describe(two_places, describer)
     assert photographs.features("a/1.png").code_dim == 128
     settings = runs.read_json(describer.folder / "settings.json")
@@ -60,21 +60,21 @@ def test_own_photographs_with_sift(two_places, weights, tmp_path):
     np.testing.assert_allclose(homography @ (60, 40, 1), (48, 40, 1), atol=0.5)
     assert "probability" not in result.table
     assert result.verdict().startswith("how probable it is that any of these shows it is unknown")
-    assert describe(two_places, sift_describer(weights, tmp_path / "run")).extracted == 3
+    assert describe(two_places, sift_describer(weight_file, tmp_path / "run")).extracted == 3
     with pytest.raises(SettingsError, match="local_features is for benchmarks"):
-        _ = sift_describer(weights, tmp_path, local="tokens", local_features="x.h5").folder
+        _ = sift_describer(weight_file, tmp_path, local="tokens", local_features="x.h5").folder
 
 
-def test_the_fused_order_of_own_photographs(two_places, weights, tmp_path):
+def test_the_fused_order_of_own_photographs(two_places, weight_file, tmp_path):
     """similarity + 0.02 * min(evidence, 60), worked out from the table's own columns."""
-    photographs = describe(two_places, sift_describer(weights, tmp_path / "run"))
+    photographs = describe(two_places, sift_describer(weight_file, tmp_path / "run"))
     table = own.search_folder(photographs, "b/1.JPG", None, RERANKING).table
     scores = table["similarity"] + 0.02 * table["evidence"].clip(upper=60).astype(float)
     assert (np.diff(scores) <= 0).all() and len(table) == 2
 
 
-def test_a_fit_to_known_places_tells_what_is_there(places, two_places, weights, tmp_path):
-    describer = sift_describer(weights, tmp_path / "run")
+def test_a_fit_to_known_places_tells_what_is_there(places, two_places, weight_file, tmp_path):
+    describer = sift_describer(weight_file, tmp_path / "run")
     assert presence.known_presence(describer, RERANKING) is None
     fitted = presence.fit_places(describe(places, describer), RERANKING)
     assert (fitted.pairs, fitted.positives) == (12 * 11, 8)
@@ -96,8 +96,8 @@ def test_a_fit_to_known_places_tells_what_is_there(places, two_places, weights, 
     assert header.endswith("matches,inliers,evidence,probability")
 
 
-def test_places_that_fix_nothing_are_refused(two_places, weights, tmp_path):
-    describer = sift_describer(weights, tmp_path / "run")
+def test_places_that_fix_nothing_are_refused(two_places, weight_file, tmp_path):
+    describer = sift_describer(weight_file, tmp_path / "run")
     write(tmp_path / "one/a.png", texture(0))
     write(tmp_path / "one/b.png", texture(1))
     with pytest.raises(PresenceError, match="of which none show one place .* with two photographs"):
@@ -107,15 +107,15 @@ def test_places_that_fix_nothing_are_refused(two_places, weights, tmp_path):
         presence.fit_places(describe(tmp_path / "one", describer), RERANKING)
 
 
-def test_places_that_are_one(places, weights, tmp_path):
-    photographs = describe(places, sift_describer(weights, tmp_path / "run"))
+def test_places_that_are_one(places, weight_file, tmp_path):
+    photographs = describe(places, sift_describer(weight_file, tmp_path / "run"))
     every = [(str(seed), "0") for seed in range(1, 8)]
     with pytest.raises(PresenceError, match="of which all show one place"):
         presence.fit_places(photographs, RERANKING, every)
 
 
-def test_a_damaged_fit_is_named(weights, tmp_path):
-    describer = sift_describer(weights, tmp_path / "run")
+def test_a_damaged_fit_is_named(weight_file, tmp_path):
+    describer = sift_describer(weight_file, tmp_path / "run")
     (describer.folder / "presence.json").write_text('{"x": {"bias": "high"}}')
     with pytest.raises(PresenceError, match="presence.json holds other entries .* delete it"):
         presence.known_presence(describer, RERANKING)

@@ -60,7 +60,7 @@ class Interrupted(NotebookError):
 def _working_folder(notebook: Path) -> Path:
     """Returns the notebook's folder; for an installed wheel's own notebooks the user's."""
     here = runs.checkout()
-    installed = here != runs.brought() and notebook.is_relative_to(runs.brought())
+    installed = here != runs.bundled_folder() and notebook.is_relative_to(runs.bundled_folder())
     return here if installed else notebook.parent
 
 

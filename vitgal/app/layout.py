@@ -12,10 +12,10 @@ def lay_out(folder: Path) -> list[Path]:
     photographs stay in the wheel. Raises StageError where the installation lacks its files, OSError
     where the folder cannot be written.
     """
-    brought, kept = runs.brought(), []
+    bundled, kept = runs.bundled_folder(), []
     for pattern in ("notebooks/*.ipynb", "params/**/*.yaml", "params/**/*.sh"):
-        for source in sorted(brought.glob(pattern)):
-            target = Path(folder) / source.relative_to(brought)
+        for source in sorted(bundled.glob(pattern)):
+            target = Path(folder) / source.relative_to(bundled)
             content = source.read_bytes()
             if target.exists():
                 kept += [target] if target.read_bytes() != content else []

@@ -1,4 +1,4 @@
-"""`vitgal own`: a folder of photographs, its questions, answers, places and page."""
+"""`vitgal own`: a folder of photographs, the queries, their answers, places and page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +64,7 @@ def search_own(
             own_answers.require_presence(presence)
         photographs = stages.describe_folder(Path(folder), describer, progress=progress)
         named = [str(_typed(photographs.folder, query)) for query in queries]
-        asked = own_answers.questions(photographs, named, query_folder, settings.own.query_box)
+        asked = own_answers.named_queries(photographs, named, query_folder, settings.own.query_box)
         answers = own_answers.answer(
             photographs, asked, settings.reranking, presence, progress=progress
         )
@@ -90,7 +90,7 @@ def _write(answers: "Answers", places: bool, progress: bool) -> list[str]:
     document, images = own_document(answers, found, progress=progress)
     page = write_page(document, images, folder / "report")
     lines += [f"not asked: {name}: {reason}" for name, reason in answers.left_out.items()]
-    return [*lines, f"{len(answers.questions)} queries answered: {results}", f"page: {page}"]
+    return [*lines, f"{len(answers.queries)} queries answered: {results}", f"page: {page}"]
 
 
 def _settings(
@@ -116,7 +116,7 @@ def _typed(folder: Path, query: str) -> Path | str:
 
 
 def _answer_lines(table: pd.DataFrame, most: int = 20) -> list[str]:
-    """The first answer to each of the first questions."""
+    """The first answer to each of the first queries."""
     first = table.groupby("query", sort=False).head(1)
     lines = []
     for row in first.head(most).itertuples():

@@ -45,8 +45,8 @@ def prepare(model: Network, precision: str = GlobalSettings.precision) -> Networ
 
     Later changes of the model's weights do not reach the prepared network. A prepared network is
     returned as it is, as is every network on a GPU. So is one on a CPU without AVX-512, without
-    bf16 where that is asked for, or with a PyTorch that lacks oneDNN's operations; this is said
-    once.
+    bf16 where that is asked for, or with a PyTorch that lacks oneDNN's operations; a warning says
+    which.
 
     precision: "fp32", "bf16" or "auto", in which the network will run on its device.
     """

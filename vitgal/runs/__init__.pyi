@@ -59,7 +59,7 @@ from .paths import (
     SMALL_WEIGHTS as SMALL_WEIGHTS,
     TIMM as TIMM,
     UNTRAINED as UNTRAINED,
-    brought as brought,
+    bundled_folder as bundled_folder,
     checkout as checkout,
     data_folder as data_folder,
     model_file as model_file,

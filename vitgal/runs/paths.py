@@ -16,8 +16,8 @@ PARTS = ("notebooks", "params", "weights", "third_party")  # that a wheel brings
 FIRST_NOTEBOOK = "notebooks/01_data_split.ipynb"
 
 
-def brought() -> Path:
-    """Returns the folder of the notebooks, params, weights and sources that vitgal brings.
+def bundled_folder() -> Path:
+    """Returns the folder of the notebooks, params, weights and sources that come with vitgal.
 
     Raises StageError where an installation lacks them.
     """
@@ -37,7 +37,7 @@ def checkout() -> Path:
     With an installed wheel it is the nearest folder, from the current one upwards, where `vitgal
     notebooks` laid out the notebooks, else the current folder.
     """
-    top = brought()
+    top = bundled_folder()
     if top.name != "project":
         return top
     here = Path.cwd()
@@ -52,7 +52,7 @@ def resolve(path: str | os.PathLike) -> Path:
     relative = Path(path).expanduser()
     resolved = checkout() / relative
     if relative.parts[:1] and relative.parts[0] in PARTS and not resolved.exists():
-        packaged = brought() / relative
+        packaged = bundled_folder() / relative
         return packaged if ".." not in relative.parts and packaged.exists() else resolved
     return resolved
 

@@ -159,7 +159,7 @@ def _portable(run: Path, path: Path | str) -> str | None:
     if path.is_relative_to(run.absolute()):
         return None
     with contextlib.suppress(runs.StageError):  # an installation without notebooks
-        for top in (runs.checkout(), runs.brought()):
+        for top in (runs.checkout(), runs.bundled_folder()):
             if path.is_relative_to(top):
                 return str(path.relative_to(top))
     return str(path)

@@ -15,7 +15,7 @@ import pandas as pd
 
 from vitgal import runs
 from vitgal.data.images import crop_box, read_image, resize
-from vitgal.data.revisited import RetrievalDataset, relevance_labels
+from vitgal.data.revisited import RetrievalDataset
 from vitgal.features.files import map_array
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store import FeatureStore
@@ -425,10 +425,6 @@ class Inspector:
     def counts(self, query: int) -> dict[int, int]:
         """Returns the inlier counts of a query's verified images, by database index."""
         return inlier_counts(self.run / self.dataset.name / "rerank", query)
-
-    def relevance(self, query: int, image: int) -> str:
-        """Returns the label of the pair: "easy", "hard", "junk" or "negative"."""
-        return relevance_labels(self.dataset.ground_truth, query, [image])[0]
 
 
 def query_flow(

@@ -1,4 +1,4 @@
-"""Many questions to a folder of one's own photographs, and the places that it shows.
+"""Many queries in a folder of one's own photographs, and the places that it shows.
 
 <run>/own/results.csv    query, rank, image, similarity, inliers, probability
 <run>/own/places.csv     place, photograph, best, links, probability
@@ -23,7 +23,7 @@ COLUMNS = ("query", "rank", "image", "similarity", "inliers", "probability")
 
 
 @dataclass(frozen=True)
-class Question:
+class NamedQuery:
     """A query by its name, which no other one has, and its file; box: in pixels, or None."""
 
     name: str
@@ -33,20 +33,20 @@ class Question:
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """The answers to the questions to a folder.
+    """The rankings of a folder for several queries.
 
     Attributes:
-        questions: those that could be answered. verdicts: a sentence for each. files: where their
+        queries: those that could be answered. verdicts: a sentence for each. files: where their
             descriptions are stored.
-        table: COLUMNS, the verified photographs of each question in their final order, in whose
+        table: COLUMNS, the verified photographs of each query in their final order, in whose
             `rank` others count as well; `image` is a name in the folder, `probability` is missing
             where no model of presence is known. In addition `global_rank`, from 1.
-        left_out: questions that could not be asked, each with the reason.
+        left_out: queries that could not be searched for, each with the reason.
         settings, presence: of all of them.
     """
 
     photographs: Photographs
-    questions: list[Question]
+    queries: list[NamedQuery]
     verdicts: list[str]
     files: list[Path]
     table: pd.DataFrame
@@ -55,69 +55,69 @@ class Answers:
     presence: Presence | None
 
 
-def questions(
+def named_queries(
     photographs: Photographs,
     queries: Sequence[str] = (),
     folder: Path | None = None,
     box: tuple[int, ...] | None = None,
-) -> list[Question]:
-    """Returns the questions that a user names; without any, every photograph of the folder.
+) -> list[NamedQuery]:
+    """Returns the queries that a user names; without any, every photograph of the folder.
 
     queries: as `find_query` takes them. folder: all photographs in it. box: of a single query.
     Raises PhotographError for a query that does not exist, for a folder without photographs, and
     for a box of several queries.
     """
     if not queries and folder is None:
-        every = [Question(name, photographs.path(name)) for name in photographs.names]
+        every = [NamedQuery(name, photographs.path(name)) for name in photographs.names]
     else:
         named = [find_query(photographs, query) for query in queries]
         if folder is not None:
             listing = list_photographs(folder)
             named += [(name, listing.folder / name) for name in listing.names]
-        every = [Question(name, path, box) for name, path in dict.fromkeys(named)]
+        every = [NamedQuery(name, path, box) for name, path in dict.fromkeys(named)]
     if box is not None and len(every) != 1:
         raise PhotographError(f"a box belongs to one query, and there are {len(every)}")
     taken: set[str] = set()
-    for index, question in enumerate(every):
-        if question.name in taken:  # two files of one name: their paths differ
-            every[index] = Question(str(question.path), question.path, box)
+    for index, query in enumerate(every):
+        if query.name in taken:  # two files of one name: their paths differ
+            every[index] = NamedQuery(str(query.path), query.path, box)
         taken.add(every[index].name)
     return every
 
 
 def answer(
     photographs: Photographs,
-    asked: Sequence[Question],
+    queries: Sequence[NamedQuery],
     settings: RerankingSettings,
     presence: Presence | None = None,
     *,
     progress: bool = True,
 ) -> Answers:
-    """Searches the folder for each question; pairs that were verified once are not verified again.
+    """Searches the folder for each query; pairs that were verified once are not verified again.
 
-    The first `top` photographs of each are in the answers. A question that cannot be asked is left
-    out and named; a stopped run loses at most one. Raises PhotographError where none can be asked.
+    The first `top` photographs of each are in the answers. A query that cannot be read is left
+    out and named; a stopped run loses at most one. Raises PhotographError where none can be read.
     """
     tables, verdicts, files, answered, left_out = [], [], [], [], {}
-    for question in tqdm(asked, desc="searching", unit="query", disable=not progress):
+    for query in tqdm(queries, desc="searching", unit="query", disable=not progress):
         try:
-            query = question.name, question.path
-            result = search_photograph(photographs, query, question.box, settings, presence)
+            named = query.name, query.path
+            result = search_photograph(photographs, named, query.box, settings, presence)
         except PhotographError as error:
-            left_out[question.name] = str(error).removeprefix(f"{question.path.name}: ")
+            left_out[query.name] = str(error).removeprefix(f"{query.path.name}: ")
             continue
         table = result.table.dropna(subset="inliers")
         if presence is None:
             table = table.assign(probability=np.nan)
-        table = table.rename(columns={"photograph": "image"}).assign(query=question.name)
+        table = table.rename(columns={"photograph": "image"}).assign(query=query.name)
         tables.append(table[[*COLUMNS, "global_rank"]])
         verdicts.append(result.verdict())
         files.append(result.description.file)
-        answered.append(question)
+        answered.append(query)
     if not tables:
         name, reason = next(iter(left_out.items()))
         raise PhotographError(
-            f"none of the {len(asked)} queries can be asked; {runs.printable(name)}: {reason}"
+            f"none of the {len(queries)} queries can be read; {runs.printable(name)}: {reason}"
         )
     table = pd.concat(tables, ignore_index=True)
     return Answers(photographs, answered, verdicts, files, table, left_out, settings, presence)

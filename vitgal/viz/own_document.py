@@ -15,7 +15,7 @@ from vitgal.runs import printable
 from vitgal.viz.run_document import Images, pair_document
 
 if TYPE_CHECKING:
-    from vitgal.stages.own_answers import Answers, Question
+    from vitgal.stages.own_answers import Answers, NamedQuery
 
 MOST_QUERIES = 1000  # in a page: with 20 images each it has some 10 MB
 PROTOCOL = "medium"  # without labels there is one ranking; the front end asks it by this name
@@ -41,19 +41,19 @@ def own_document(
     Args:
         ranks: images of each ranking, at most. pairs: those whose matches are in the document.
     Returns:
-        The document of the first MOST_QUERIES questions, and the images whose numbers it uses.
+        The document of the first MOST_QUERIES queries, and the images whose numbers it uses.
     """
     from tqdm.auto import tqdm
 
     photographs, images, sizes = answers.photographs, Images(upright=True), {}
     groups = {name: rows for name, rows in answers.table.groupby("query", sort=False)}
-    asked = list(zip(answers.questions, answers.files, answers.verdicts, strict=True))
+    asked = list(zip(answers.queries, answers.files, answers.verdicts, strict=True))
     asked = asked[:MOST_QUERIES]
     bar = tqdm(asked, desc="matching pairs", unit="query", disable=not progress)
     entry = _Entry(answers, images, sizes, ranks, pairs)
     queries = [
-        entry.query(question, file, groups[question.name]) | {"verdict": verdict}
-        for question, file, verdict in bar
+        entry.query(query, file, groups[query.name]) | {"verdict": verdict}
+        for query, file, verdict in bar
     ]
     empty = NO_SCORES | {"ap": [None] * len(queries)}
     left_out = answers.left_out | photographs.left_out
@@ -104,8 +104,8 @@ class _Entry:
             "probability": np.round(place.support / place.links, 4).tolist(),
         }
 
-    def query(self, question: "Question", file: Path, table: pd.DataFrame) -> dict[str, Any]:
-        """Returns the plain values of a question.
+    def query(self, query: "NamedQuery", file: Path, table: pd.DataFrame) -> dict[str, Any]:
+        """Returns the plain values of a query.
 
         file: its description; its photograph may have vanished since. table: its answers in their
         final order.
@@ -114,16 +114,16 @@ class _Entry:
 
         before = table.sort_values("global_rank").head(self.ranks)
         after = table.head(self.ranks)
-        number = self.images.number(question.path, question.name)
+        number = self.images.number(query.path, query.name)
         description = read_description(file) or self.photographs.describer.describe(
-            question.path, question.box
+            query.path, query.box
         )
         height, width = description.features.image_size
         self.sizes.setdefault(number, [width, height])
         shown = table[table["image"].isin([*before["image"], *after["image"]])]
         return {
             "image": number,
-            "box": None if question.box is None else list(question.box),
+            "box": None if query.box is None else list(query.box),
             "labels": {"easy": [], "hard": [], "junk": []},
             "before": [self.image(name) for name in before["image"]],
             "similarity": before["similarity"].astype(float).round(4).tolist(),
