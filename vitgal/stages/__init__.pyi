@@ -54,10 +54,10 @@ from .own import (
 )
 from .own_answers import (
     Answers as Answers,
-    Question as Question,
+    NamedQuery as NamedQuery,
     answer as answer,
     find_places as find_places,
-    questions as questions,
+    named_queries as named_queries,
     write_answers as write_answers,
     write_places as write_places,
 )
