@@ -5,8 +5,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from tests.timm_models import build_backbone, open_backbone
 from vitgal.features.files import FileError
-from vitgal.models.backbones import build_backbone, open_backbone
 from vitgal.models.timm_networks import NetworkError, TimmSource, check_name, fingerprint_tensors
 
 VIT = dict(depth=4, embed_dim=48, num_heads=3)

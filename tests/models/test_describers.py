@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.timm_models import build_backbone
 from vitgal.data.images import MEAN, STD
 from vitgal.models import describers
-from vitgal.models.backbones import build_backbone, generalised_mean
+from vitgal.models.backbones import generalised_mean
 from vitgal.models.describers import TimmDescriber, input_facts, sized
 from vitgal.models.descriptors import extract_global
 from vitgal.models.network import build_model

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from tests.mini_benchmark import NANO
+from tests.timm_models import build_backbone
 from vitgal.features.selection import Frame
 from vitgal.models import inference
-from vitgal.models.backbones import build_backbone
 from vitgal.models.descriptors import local_features
 from vitgal.models.network import build_model
 from vitgal.models.prepared import PackedLinear, is_prepared, keep_memory, prepare

@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.timm_models import build_backbone
 from vitgal.features import CodeError, Codes
 from vitgal.models import NetworkError, TokenNetwork, local_network
-from vitgal.models.backbones import build_backbone
 from vitgal.models.describers import TimmDescriber
 from vitgal.models.descriptors import local_features
 from vitgal.models.network import build_model

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 
 from tests.mini_benchmark import contents, evaluate, extract, noise
+from tests.timm_models import build_backbone
 from vitgal import runs
 from vitgal.data import read_image, revisited
 from vitgal.data.images import resize
 from vitgal.features import CodeError, Codes
 from vitgal.features.store import FeatureStore
 from vitgal.models import NetworkError, inference
-from vitgal.models.backbones import build_backbone
 from vitgal.models.descriptors import local_features
 from vitgal.models.token_network import local_network
 from vitgal.settings import LocalSettings

@@ -1,9 +1,7 @@
 from .backbones import (
     Backbone as Backbone,
     BackboneFeatures as BackboneFeatures,
-    build_backbone as build_backbone,
     generalised_mean as generalised_mean,
-    open_backbone as open_backbone,
 )
 from .baselines import baseline_network as baseline_network
 from .checkpoint_files import read_checkpoint as read_checkpoint, use_tensors as use_tensors

@@ -4,8 +4,10 @@ Each position of a convolutional network's feature map counts as a token. Featur
 timm's `forward_intermediates`, which nearly all of its networks have.
 """
 
+import contextlib
 import inspect
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vitgal import runs
-from vitgal.models.timm_networks import (
-    NetworkError,
-    TimmSource,
-    for_size,
-    open_network,
-)
+from vitgal.data.images import MEAN, STD
+from vitgal.models.timm_networks import NetworkError, TimmSource, for_size, open_network
 
 GEM = 3.0  # exponent of generalised mean pooling
 TINY = 1e-6
@@ -58,15 +56,10 @@ class Backbone(nn.Module):
         multiple: number of which an image's sides should be multiples: a transformer's patch.
     """
 
-    def __init__(self, source: TimmSource, *, size: tuple[int, int] | None = None, **options: Any):
-        """Opens the network.
+    def __init__(self, source: TimmSource, **options: Any):
+        """Opens the network; options are those of `timm.create_model`, such as drop_path_rate.
 
-        Args:
-            size: (height, width) to build it for, in place of any size: for training.
-            options: of `timm.create_model`, such as drop_path_rate.
-        Raises:
-            FileNotFoundError, NetworkError, FileError: as `open_network`, and NetworkError for a
-                network without spatial features.
+        Raises as `open_network`, and NetworkError for a network without spatial features.
         """
         super().__init__()
         self.name = source.name
@@ -89,8 +82,6 @@ class Backbone(nn.Module):
             for module in self.network.modules():
                 if isinstance(getattr(module, "fused_attn", None), bool):
                     module.fused_attn = True  # the call that `_AttentionRecorder` sees
-        if size is not None:
-            self.network = for_size(self.network, self.name, size, self._options)
         self.eval()
 
     def _open(self, source: TimmSource) -> nn.Module:
@@ -168,26 +159,18 @@ class Backbone(nn.Module):
             options |= {"stop_early": True, "intermediates_only": True}
             if not self.hierarchical:
                 options["norm"] = True
-                if self.has_class_token and _takes_argument(network, "return_prefix_tokens"):
+                taken = inspect.signature(network.forward_intermediates).parameters
+                if self.has_class_token and "return_prefix_tokens" in taken:
                     options["return_prefix_tokens"] = True
         recorder = _AttentionRecorder()
-        try:
-            if attention and self.has_class_token:
-                with recorder:
-                    result = network.forward_intermediates(images, **options)
-            else:
-                result = network.forward_intermediates(images, **options)
-        except torch.OutOfMemoryError:
-            raise
-        except (AssertionError, RuntimeError) as error:  # of networks that take few sizes
-            raise self._refusal(images, error) from error
+        recording = recorder if attention and self.has_class_token else contextlib.nullcontext()
+        with self._refusing_sizes(images), recording:
+            result = network.forward_intermediates(images, **options)
         if block is None:
             last, (spatial,) = result
             return self._last(last, spatial, recorder)
         (spatial,) = result
-        prefix = None
-        if isinstance(spatial, tuple):
-            spatial, prefix = spatial
+        spatial, prefix = spatial if isinstance(spatial, tuple) else (spatial, None)
         grid = tuple(spatial.shape[-2:])
         tokens = spatial.flatten(2).transpose(1, 2)
         if prefix is None:  # the block's attention, if any, is none of a class token
@@ -198,38 +181,28 @@ class Backbone(nn.Module):
         self, last: Tensor, spatial: Tensor, recorder: "_AttentionRecorder"
     ) -> BackboneFeatures:
         """Features of the network's last output: tokens, or a map with channels first or last."""
-        if not isinstance(last, Tensor):
-            raise self._without_tokens()
-        if last.ndim == 4:
+        ndim = last.ndim if isinstance(last, Tensor) else 0
+        if ndim == 4:
             if getattr(self.network, "output_fmt", "NCHW") == "NHWC":
                 last = last.permute(0, 3, 1, 2)
-            return BackboneFeatures(
-                tuple(last.shape[-2:]), last.flatten(2).transpose(1, 2), None, None
-            )
+            grid = tuple(last.shape[-2:])
+            return BackboneFeatures(grid, last.flatten(2).transpose(1, 2), None, None)
         grid = tuple(spatial.shape[-2:])
         count = grid[0] * grid[1]
-        if last.ndim != 3 or last.shape[1] < count:
-            raise self._without_tokens()
+        if ndim != 3 or last.shape[1] < count:
+            raise NetworkError(
+                f"the last output of {self.name} has no spatial tokens; take a named block: "
+                + ", ".join(self.blocks)
+            )
+        tokens = last[:, last.shape[1] - count :]
         class_token = last[:, 0] if self.has_class_token else None
-        return BackboneFeatures(
-            grid, last[:, last.shape[1] - count :], class_token, recorder.attention(count)
-        )
-
-    def _without_tokens(self) -> NetworkError:
-        return NetworkError(
-            f"the last output of {self.name} has no spatial tokens; take a named block: "
-            + ", ".join(self.blocks)
-        )
+        return BackboneFeatures(grid, tokens, class_token, recorder.attention(count))
 
     def pooled(self, images: Tensor) -> Tensor:
         """Computes what timm pools for the classifier, (B, D): of the tokens, their mean, a map."""
         network = self._sized(images)
-        try:
+        with self._refusing_sizes(images):
             return network.forward_head(network.forward_features(images), pre_logits=True)
-        except torch.OutOfMemoryError:
-            raise
-        except (AssertionError, RuntimeError) as error:
-            raise self._refusal(images, error) from error
 
     def _sized(self, images: Tensor) -> nn.Module:
         """The network for the images' size."""
@@ -247,13 +220,20 @@ class Backbone(nn.Module):
         self._sizes.move_to_end(size)
         return self._sizes[size]
 
-    def _refusal(self, images: Tensor, error: Exception) -> NetworkError:
-        height, width = images.shape[-2:]
-        own = "{1} x {0}".format(*self.native_size)
-        return NetworkError(
-            f"{self.name} takes no images of {width} x {height} pixels "
-            f"({runs.printable(error)[:100]}); it was made for {own}"
-        )
+    @contextlib.contextmanager
+    def _refusing_sizes(self, images: Tensor) -> Iterator[None]:
+        """Raises NetworkError for what networks that take few sizes raise."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError) as error:
+            height, width = images.shape[-2:]
+            own = "{1} x {0}".format(*self.native_size)
+            raise NetworkError(
+                f"{self.name} takes no images of {width} x {height} pixels "
+                f"({runs.printable(error)[:100]}); it was made for {own}"
+            ) from error
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_sizes": OrderedDict()}  # copies are not copied
@@ -266,17 +246,12 @@ def generalised_mean(tokens: Tensor, exponent: float = GEM) -> Tensor:
     return powers.sign() * powers.abs().clamp(min=TINY**exponent).pow(1 / exponent)
 
 
-def open_backbone(source: str, *, size: tuple[int, int] | None = None, **options: Any) -> Backbone:
-    """Opens "timm:NAME" (timm's own weights) or "timm:NAME@FILE". Raises as `Backbone`."""
-    parsed = TimmSource.parse(source)
-    if parsed is None:
-        raise NetworkError(f"{runs.short(source)} names no network of timm; write timm:NAME")
-    return Backbone(parsed, size=size, **options)
-
-
-def build_backbone(name: str, *, size: tuple[int, int] | None = None, **options: Any) -> Backbone:
-    """Builds a network of timm with random weights. Raises as `Backbone`."""
-    return Backbone(TimmSource(name, None), size=size, **options)
+def renormalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Returns factor and offset, (3, 1, 1) each, from our normalisation to another mean and std."""
+    ours_mean, ours_std, mean, std = (
+        torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (MEAN, STD, mean, std)
+    )
+    return ours_std / std, (ours_mean - mean) / std
 
 
 class _AttentionRecorder(TorchFunctionMode):
@@ -311,7 +286,3 @@ class _AttentionRecorder(TorchFunctionMode):
         if self.mask is not None:
             logits = logits + self.mask.float()
         return logits.softmax(-1)[:, :, 0, -count:]
-
-
-def _takes_argument(network: nn.Module, name: str) -> bool:
-    return name in inspect.signature(network.forward_intermediates).parameters

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitgal import runs
-from vitgal.data.images import MEAN, STD
 from vitgal.models import weights
-from vitgal.models.backbones import Backbone, generalised_mean
+from vitgal.models.backbones import Backbone, generalised_mean, renormalisation
 from vitgal.models.network import TokenFeatures
 from vitgal.models.timm_networks import NetworkError, TimmSource, fingerprint_tensors
 from vitgal.settings import POOLINGS, GlobalSettings
@@ -65,15 +64,10 @@ class TimmDescriber(nn.Module):
             raise NetworkError(
                 f"{backbone.name} has no class token: set pooling to gem, or to null for its own"
             )
-        self.mean, self.std = backbone.mean, backbone.std
         self._pool = pooling or _own_pooling(backbone)
-        # From our normalisation to the network's.
-        mean, std, own_mean, own_std = (
-            torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
-            for values in (MEAN, STD, self.mean, self.std)
-        )
-        self.register_buffer("factor", std / own_std, persistent=False)
-        self.register_buffer("offset", (mean - own_mean) / own_std, persistent=False)
+        factor, offset = renormalisation(backbone.mean, backbone.std)
+        self.register_buffer("factor", factor, persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
         self.eval()
 
     @functools.cached_property
@@ -113,11 +107,11 @@ class TimmDescriber(nn.Module):
         The attention is the class token's in that block; where there is none it is the norm of
         each token, as of one head, (B, 1, N).
         """
-        found = self.backbone(self._renormalised(images), block, attention=True)
-        tokens, attention = found.tokens.float(), found.attention
+        features = self.backbone(self._renormalised(images), block, attention=True)
+        tokens, attention = features.tokens.float(), features.attention
         if attention is None:
             attention = tokens.norm(dim=2)[:, None]
-        return TokenFeatures(found.grid, tokens, attention, None, None, attention)
+        return TokenFeatures(features.grid, tokens, attention, None, None, attention)
 
     def _renormalised(self, images: Tensor) -> Tensor:
         inputs = images * self.factor + self.offset
@@ -210,16 +204,12 @@ def _untrained(name: str) -> Backbone:
         return Backbone(TimmSource(name, None))
 
 
-def open_timm(source: TimmSource, pooling: str | None = None, **options: Any) -> TimmDescriber:
+def open_timm(source: TimmSource, pooling: str | None = None) -> TimmDescriber:
     """Opens a network of timm as a describer. Raises as `Backbone` and `TimmDescriber`."""
-    return TimmDescriber(Backbone(source, **options), pooling)
-
-
-def fingerprint_hub(source: TimmSource) -> str:
-    """Returns the sha256 of the tensors of timm's own weights; they are read once per process."""
-    return _hub_fingerprint(source.name)
+    return TimmDescriber(Backbone(source), pooling)
 
 
 @functools.lru_cache(maxsize=16)
-def _hub_fingerprint(name: str) -> str:
+def fingerprint_hub(name: str) -> str:
+    """Returns the sha256 of the tensors of timm's own weights; they are read once per process."""
     return fingerprint_tensors(Backbone(TimmSource(name)).network)

@@ -110,7 +110,7 @@ def weights_input(model: str | Path, *, seed: int = 0) -> str | runs.Input:
     if timms is not None:
         check_name(timms.name)
         if path is None:
-            return f"{model}, tensors {describers.fingerprint_hub(timms)}"
+            return f"{model}, tensors {describers.fingerprint_hub(timms.name)}"
     if not path.is_file():
         from vitgal.data.download import sources  # slow to import, and needed for this error alone
 

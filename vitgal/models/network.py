@@ -27,8 +27,8 @@ from timm.layers import Mlp
 from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
 
-from vitgal.data.images import MEAN, PATCH, STD
-from vitgal.models.backbones import Backbone, generalised_mean
+from vitgal.data.images import PATCH
+from vitgal.models.backbones import Backbone, generalised_mean, renormalisation
 from vitgal.models.hub import HubModel
 from vitgal.models.timm_networks import PREFIX, NetworkError, TimmSource
 from vitgal.settings import TrainingSettings
@@ -188,10 +188,9 @@ class TimmBackbone(nn.Module):
         block = _class_attention_block(self.embed_dim, num_heads, eta=ETA)
         self.cls_attn_blocks = nn.ModuleList([block.apply(initialise)])
         self.norm = nn.LayerNorm(self.embed_dim, eps=LAYER_NORM_EPS)
-        statistics = (MEAN, self.trunk.mean, STD, self.trunk.std)
-        mean, own_mean, std, own_std = (torch.tensor(v).view(3, 1, 1) for v in statistics)
-        self.register_buffer("factor", std / own_std, persistent=False)
-        self.register_buffer("offset", (mean - own_mean) / own_std, persistent=False)
+        factor, offset = renormalisation(self.trunk.mean, self.trunk.std)
+        self.register_buffer("factor", factor, persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Computes the class token (B or 1, 1, D), the tokens (B, N, D), and their grid."""
@@ -199,15 +198,15 @@ class TimmBackbone(nn.Module):
         height, width = images.shape[-2:]
         if height % step or width % step:
             images = F.pad(images, (0, -width % step, 0, -height % step))
-        found = self.trunk(images * self.factor + self.offset)
-        tokens = self.projection(self.token_norm(found.tokens))
+        features = self.trunk(images * self.factor + self.offset)
+        tokens = self.projection(self.token_norm(features.tokens))
         if self.gate is not None:
-            pooled = F.normalize(self.projection(generalised_mean(found.tokens)), dim=1)
-            return pooled[:, None] * math.sqrt(self.embed_dim), tokens, found.grid
+            pooled = F.normalize(self.projection(generalised_mean(features.tokens)), dim=1)
+            return pooled[:, None] * math.sqrt(self.embed_dim), tokens, features.grid
         if not self.trunk.has_class_token:
-            return self.cls_token, tokens, found.grid
-        class_token = self.projection(self.token_norm(found.class_token))
-        return class_token[:, None], tokens, found.grid
+            return self.cls_token, tokens, features.grid
+        class_token = self.projection(self.token_norm(features.class_token))
+        return class_token[:, None], tokens, features.grid
 
 
 class ViTGaL(nn.Module, HubModel):
@@ -220,6 +219,16 @@ class ViTGaL(nn.Module, HubModel):
 
     In the place of XCiT there can be a network of timm, "timm:NAME" (`TimmBackbone`), which takes
     at least one image. Few of them take one size only, and then raise NetworkError.
+
+    Args:
+        architecture: one of ARCHITECTURES, or "timm:NAME".
+        code_dim: dimension of the autoencoder's codes (published: 128); None: no autoencoder.
+        drop_path: fraction of residual branches dropped in training (published: 0.1).
+        embed_dim, num_heads: of a network of timm, see `TimmBackbone`.
+        class_token: of a network of timm, "own": the network's, or a learnt one where it has none;
+            "gem": the generalised mean of its tokens, to which class attention adds.
+    Raises:
+        ValueError: an unknown architecture or class token, or a number that is not possible.
     """
 
     def __init__(
@@ -234,6 +243,10 @@ class ViTGaL(nn.Module, HubModel):
         class_token: str = TrainingSettings.class_token,
     ):
         super().__init__()
+        if class_token not in CLASS_TOKENS:
+            raise ValueError(
+                f"unknown class token {class_token!r}; known: {', '.join(CLASS_TOKENS)}"
+            )
         self.architecture = architecture
         self.dilations = tuple(dilations)
         if self.on_timm:
@@ -245,6 +258,16 @@ class ViTGaL(nn.Module, HubModel):
                 class_token=class_token,
             )
             eta = ETA
+        elif architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}, and "
+                f"{PREFIX}NAME for any network of timm"
+            )
+        elif embed_dim or num_heads or class_token != "own":
+            raise ValueError(
+                f"{architecture} has a fixed width and class token: embed_dim and class_token are "
+                f"for {PREFIX}NAME"
+            )
         else:
             # The published network has one class-attention block and normalised tokens; timm's nano
             # does not normalise tokens.
@@ -453,53 +476,14 @@ class ViTGaL(nn.Module, HubModel):
 
 
 def build_model(
-    architecture: str = TrainingSettings.architecture,
-    *,
-    code_dim: int | None = None,
-    seed: int | None = None,
-    drop_path: float = 0.0,
-    dilations: Sequence[int] = DILATIONS,
-    embed_dim: int | None = None,
-    num_heads: int | None = None,
-    class_token: str = TrainingSettings.class_token,
+    architecture: str = TrainingSettings.architecture, *, seed: int | None = None, **options: Any
 ) -> ViTGaL:
-    """Builds a ViTGaL network with random weights, in eval mode.
+    """Builds a network with random weights, in eval mode; options and errors are `ViTGaL`'s.
 
-    Args:
-        architecture: one of ARCHITECTURES, or "timm:NAME".
-        code_dim: dimension of the autoencoder's codes (published: 128); None: no autoencoder.
-        seed: the same seed gives the same weights bit by bit and leaves torch's random state alone.
-        drop_path: fraction of residual branches dropped in training (published: 0.1).
-        embed_dim, num_heads: of a network of timm, see `TimmBackbone`.
-        class_token: of a network of timm, "own": the network's, or a learnt one where it has none;
-            "gem": the generalised mean of its tokens, to which class attention adds.
-    Raises:
-        ValueError: an unknown architecture or class token, or a number that is not possible.
+    seed: the same seed gives the same weights bit by bit and leaves torch's random state alone.
     """
-    if architecture not in ARCHITECTURES:
-        if not architecture.startswith(PREFIX):
-            raise ValueError(
-                f"unknown architecture {architecture!r}; known: {', '.join(ARCHITECTURES)}, and "
-                f"{PREFIX}NAME for any network of timm"
-            )
-    elif embed_dim or num_heads or class_token != "own":
-        raise ValueError(
-            f"{architecture} has a fixed width and class token: embed_dim and class_token are for "
-            f"{PREFIX}NAME"
-        )
-    if class_token not in CLASS_TOKENS:
-        raise ValueError(f"unknown class token {class_token!r}; known: {', '.join(CLASS_TOKENS)}")
     with seeded(seed):
-        model = ViTGaL(
-            architecture,
-            code_dim=code_dim,
-            drop_path=drop_path,
-            dilations=dilations,
-            embed_dim=embed_dim,
-            num_heads=num_heads,
-            class_token=class_token,
-        )
-    return model.eval()
+        return ViTGaL(architecture, **options).eval()
 
 
 def outline(architecture: str = TrainingSettings.architecture, **options: Any) -> ViTGaL:
@@ -509,12 +493,11 @@ def outline(architecture: str = TrainingSettings.architecture, **options: Any) -
     """
     try:
         with torch.device("meta"):
-            # Any seed: it leaves torch's random state unchanged.
-            return build_model(architecture, **options, seed=0)
+            return build_model(architecture, seed=0, **options)
     except (NotImplementedError, RuntimeError):
         if not architecture.startswith(PREFIX):
             raise
-    return build_model(architecture, **options, seed=0)
+    return build_model(architecture, seed=0, **options)
 
 
 def class_attention(block: ClassAttentionBlock, joined: Tensor) -> Tensor:

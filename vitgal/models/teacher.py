@@ -6,11 +6,8 @@ import timm
 import torch
 from torch import Tensor
 
-from vitgal.data import images
+from vitgal.models.backbones import GEM, TINY, renormalisation
 from vitgal.models.timm_networks import timm_network
-
-GEM = 3.0  # exponent of generalised mean pooling
-TINY = 1e-6
 
 
 class Teacher:
@@ -27,13 +24,8 @@ class Teacher:
     def __init__(self, name: str, source: Path, size: tuple[int, int]):
         network = timm_network(name, size, source)
         self.network = network.requires_grad_(False).to(memory_format=torch.channels_last)
-        # From our normalisation to the teacher's.
         config = timm.data.resolve_model_data_config(network)
-        mean, std, own_mean, own_std = (
-            torch.tensor(values, dtype=torch.float32).view(3, 1, 1)
-            for values in (images.MEAN, images.STD, config["mean"], config["std"])
-        )
-        self.factor, self.offset = std / own_std, (mean - own_mean) / own_std
+        self.factor, self.offset = renormalisation(config["mean"], config["std"])
         self.dim = self.describe(torch.zeros(1, 3, *size)).shape[1]
 
     @torch.no_grad()
@@ -41,9 +33,8 @@ class Teacher:
         """Computes descriptors (B, dim) float32 of (B, 3, H, W) with our normalisation."""
         if self.factor.device != pictures.device:
             self.network = self.network.to(pictures.device)
-            self.factor, self.offset = (
-                part.to(pictures.device) for part in (self.factor, self.offset)
-            )
+            self.factor = self.factor.to(pictures.device)
+            self.offset = self.offset.to(pictures.device)
         inputs = (pictures * self.factor + self.offset).to(memory_format=torch.channels_last)
         features = self.network.forward_features(inputs)
         if features.ndim == 4 and features.shape[1] == self.network.num_features:
