@@ -19,6 +19,13 @@ def test_network_input_by_hand():
     np.testing.assert_allclose(batch[:, 0, 0, 0], -0.485 / 0.229, rtol=1e-6)
 
 
+def test_network_input_of_images_and_of_arrays():
+    image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
+    listed = inference.network_input([image, image[:, ::-1]], "cpu")
+    assert torch.equal(listed, inference.network_input(np.stack([image, image[:, ::-1]]), "cpu"))
+    assert inference.network_input(np.zeros((0, 2, 4, 3), np.uint8), "cpu").shape == (0, 3, 2, 4)
+
+
 def test_batches():
     """Sizes a, b: a full batch leaves at once, the rest at the end in order of appearance."""
     a, b = np.zeros((1, 2, 3)), np.zeros((2, 1, 3))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from vitgal.features import selection
 from vitgal.models import descriptors
@@ -51,9 +52,11 @@ class TestScores:
         attention = torch.rand(3, 8, 77, generator=torch.Generator().manual_seed(0))
         np.testing.assert_allclose(descriptors.token_scores(attention).mean(dim=1), 1, rtol=1e-5)
 
-    def test_nan_is_refused(self):
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_attention_that_is_not_finite_is_refused(self, bad):
+        tokens = Tokens(((3, 4), [1.0] * 11 + [bad]), ((3, 4), [1.0] * 12))
         with pytest.raises(ValueError, match="not finite"):
-            descriptors.token_scores(torch.full((1, 2, 3), float("nan")))
+            one(tokens, scales=(1.0, 1.0))
 
 
 class TestSelection:
@@ -299,6 +302,45 @@ class TestLocalFeatures:
         ):
             with pytest.raises(ValueError, match=message):
                 one(Tokens(), **options)
+
+
+class HostReads(TorchFunctionMode):
+    """Counts what makes the processor wait for a GPU: tensors and numbers that are read back."""
+
+    WAITS = {"cpu", "item", "tolist", "__bool__", "__float__", "__int__", "nonzero"}
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += getattr(function, "__name__", "") in self.WAITS
+        return function(*args, **(kwargs or {}))
+
+
+class TestOnAGpu:
+    """What keeps a GPU busy, counted on a processor: read back is once a batch and stage."""
+
+    @pytest.mark.parametrize("images", [1, 4])
+    def test_a_batch_is_read_back_twice(self, images):
+        model = build_model("xcit_nano_12_p16_224", code_dim=8, seed=0).eval()
+        batch = [np.full((64, 48, 3), 9 * at, np.uint8) for at in range(images)]
+        settings = SelectionSettings(scales=(0.5, 0.7071, 1.0, 1.4142, 2.0))
+        with torch.inference_mode(), HostReads() as launching:
+            inputs = network_input(batch, "cpu")
+            tokens = descriptors.compute_tokens(model, inputs, settings)
+        with torch.inference_mode(), HostReads() as selecting:
+            features = descriptors.select_features(tokens, [FRAME] * images, settings)
+        assert len(features) == images
+        # The first is a copy that is not waited for (`_to_host`); nothing else until all is sent.
+        assert (launching.count, selecting.count) == (1, 1)
+
+    def test_global_descriptors_wait_for_nothing(self):
+        model = build_model("xcit_nano_12_p16_224", seed=0).eval()
+        batch = [np.zeros((64, 48, 3), np.uint8)] * 2
+        with torch.inference_mode(), HostReads() as launching:
+            rows = descriptors.global_descriptors(model, batch, (1.0, 0.7071))
+        assert rows.shape == (2, model.embed_dim) and launching.count == 0
 
 
 def test_one_image_has_the_layout_of_a_batch():

@@ -15,8 +15,8 @@ from vitgal.stages import local_describer
 
 CALLS = {
     "load": (local_describer, "load_image"),
-    "network": (local_describer, "local_features"),
-    "describe": (local_describer, "describe"),
+    "network": (local_describer, "select_features"),
+    "describe": (local_describer, "global_descriptors"),
     "write": (np, "save"),
     "replace": (os, "replace"),
 }

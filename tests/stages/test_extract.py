@@ -124,13 +124,13 @@ def test_a_torn_shard_is_mended(local_run, benchmark, weight_file, monkeypatch, 
     wanted = contents(folder)
     torn = folder / "shard-00" / "descriptors.npy"
     torn.write_bytes(torn.read_bytes()[:-1])  # the last of three images
-    described, real = [], local_describer.local_features
+    described, real = [], local_describer.select_features
 
-    def counted(model, images, frames, settings):
+    def counted(tokens, frames, settings):
         described.append(len(frames))
-        return real(model, images, frames, settings)
+        return real(tokens, frames, settings)
 
-    monkeypatch.setattr(local_describer, "local_features", counted)
+    monkeypatch.setattr(local_describer, "select_features", counted)
     assert contents(extract(local_run, benchmark, weight_file)) == wanted
     assert 0 < sum(described) <= 2  # the batch that the torn image belongs to, and no other
     assert "2 of 3 images are kept" in capsys.readouterr().out

@@ -1,6 +1,8 @@
 """Images on their way to the network: decoded ahead, counted, in batches that fit."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -128,3 +130,21 @@ def test_one_image_that_does_not_fit(model, finished):
     task = ImageTask("a", finished / "benchmark/jpg/image0.jpg")
     with pytest.raises(RuntimeError, match="one image alone does not fit"):
         list(describer.describe_blocks([[task]], HIDDEN))
+
+
+def test_selection_in_threads_gives_the_same(model, finished):
+    """As on a GPU, where tokens are selected while the next batches run."""
+    folder = finished / "benchmark" / "jpg"
+    images = [ImageTask(f"{at}", folder / f"image{at % 6}.jpg") for at in range(9)]
+    keys = [task.key for task in images]
+    machine = MachineSettings(local_batch_size=1, read_threads=0)
+    alone = LocalDescriber(model, LOCAL, machine, "fp32")
+    with ThreadPoolExecutor(2) as selectors:
+        results = []
+        for describer in (alone, replace(alone, selectors=selectors, graphs=None)):
+            with describer.stream(images, HIDDEN) as loaded:
+                results.append(describer.local_items(loaded, keys, {}))
+    for (key, first), (other, second) in zip(results[0][0], results[1][0], strict=True):
+        assert key == other and len(first) > 0
+        for name in ("keypoints", "descriptors", "scores", "scales"):
+            np.testing.assert_array_equal(getattr(first, name), getattr(second, name))

@@ -6,7 +6,8 @@ corner at (0, 0).
 """
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from vitgal.features.selection import (
     suppress,
 )
 from vitgal.models.describers import VITGAL_SIZE, Describer, facts_of
+from vitgal.models.graphs import Graphs
 from vitgal.models.inference import batches, device_of, inference, network_input
 from vitgal.models.network import ViTGaL
 from vitgal.models.prepared import prepare
@@ -69,14 +71,33 @@ def extract_global(
     prepared = prepare(model, precision)
     with inference(prepared, precision):
         for positions, batch in batches(inputs, batch_size):
-            rows[positions] = describe(prepared, np.stack(batch), settings.scales)
+            rows[positions] = describe(prepared, batch, settings.scales)
     return rows
 
 
 def describe(
-    model: Describer, batch: np.ndarray, scales: Sequence[float] = GlobalSettings.scales
+    model: Describer, batch: Sequence[np.ndarray], scales: Sequence[float] = GlobalSettings.scales
 ) -> np.ndarray:
-    """Computes the global descriptors (B, D) of a batch (B, H, W, 3); call it in `inference`."""
+    """Computes the global descriptors of images of one size; call it in `inference`.
+
+    batch: (H, W, 3) uint8 RGB each, at least one. Returns (B, D) float32; raises ValueError where
+    one is not finite.
+    """
+    return finite_rows(global_descriptors(model, batch, scales))
+
+
+def finite_rows(descriptors: Tensor) -> np.ndarray:
+    """Copies descriptors (B, D) to the host; ValueError where one is not finite."""
+    rows = descriptors.cpu().numpy()
+    if not np.isfinite(rows).all():
+        raise ValueError("a global descriptor is not finite: use precision fp32, or other weights")
+    return rows
+
+
+def global_descriptors(
+    model: Describer, batch: Sequence[np.ndarray], scales: Sequence[float]
+) -> Tensor:
+    """Computes what `describe` does, (B, D) on the model's device, without waiting for a GPU."""
     images = network_input(batch, device_of(model))
     total = torch.zeros(len(batch), model.embed_dim, device=images.device)
     multiple = facts_of(model).multiple
@@ -90,10 +111,7 @@ def describe(
             # As published: sides rounded down, no smoothing.
             scaled = F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
         total += F.normalize(model.global_features(scaled).float(), dim=1)
-    rows = F.normalize(total, dim=1).cpu().numpy()
-    if not np.isfinite(rows).all():
-        raise ValueError("a global descriptor is not finite: use precision fp32, or other weights")
-    return rows
+    return F.normalize(total, dim=1)
 
 
 def extract_local(
@@ -146,29 +164,159 @@ def local_features(
     Raises:
         ValueError: the model has no autoencoder, or the attention is not finite.
     """
+    return select_features(compute_tokens(model, images, selection), frames, selection)
+
+
+class ScaleLayout(NamedTuple):
+    """How the tokens of a batch lie in the images at one scale.
+
+    factors: height and width of the scaled input over those at scale 1. columns: tokens in a row.
+    count: tokens of an image.
+    """
+
+    scale: float
+    factors: tuple[float, float]
+    columns: int
+    count: int
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """The tokens of images of one size at all scales, one scale after the other.
+
+    Attributes:
+        size: (h, w) of the network inputs in pixels.
+        patch: distance of two tokens in pixels of a scaled input.
+        layouts: one a scale.
+        scores: (B, N) float32 on the host. On a GPU they are being copied until `copied`.
+        codes: (B, N, C) on the model's device.
+        copied: the event on a GPU after which `scores` may be read; None on a CPU.
+    """
+
+    size: tuple[int, int]
+    patch: int
+    layouts: Sequence[ScaleLayout]
+    scores: Tensor
+    codes: Tensor
+    copied: torch.cuda.Event | None
+
+
+def compute_tokens(
+    model: ViTGaL | TokenNetwork,
+    images: Tensor,
+    selection: SelectionSettings,
+    graphs: Graphs | None = None,
+) -> TokenBatch:
+    """Runs the network at all scales; on a GPU without waiting for it.
+
+    The other arguments are those of `local_features`. graphs: of `run_scales` with this model and
+    selection. Raises ValueError where the model has no autoencoder.
+    """
     require_codes(model)
-    candidates: list[list[tuple]] = [[] for _ in frames]
-    codes, count = [], 0  # of the scales so far: the codes, and the number of tokens
+    results = graphs(images) if graphs else run_scales(model, images, selection)
+    scores, codes, layouts = results
+    scores, copied = _to_host(scores)
+    return TokenBatch(tuple(images.shape[-2:]), model.patch, layouts, scores, codes, copied)
+
+
+def run_scales(
+    model: ViTGaL | TokenNetwork, images: Tensor, selection: SelectionSettings
+) -> tuple[Tensor, Tensor, list[ScaleLayout]]:
+    """Computes scores (B, N), codes (B, N, C) and layouts, see `TokenBatch`, on the device."""
+    scores, codes, layouts = [], [], []
     for scale in selection.scales:
         resized, factors = rescale(images, scale, selection.interpolation, model.multiple)
         features = model.token_codes(resized)
         # NOTE the published code takes the row's length from the input, see `rescale`.
         published = selection.interpolation == "published"
         columns = resized.shape[-1] // model.patch if published else features.grid[1]
-        target = selection.target_per_scale * factors[0] * factors[1]
-        scores = token_scores(features.attention).cpu().numpy()
-        for parts, row in zip(candidates, scores, strict=True):
-            tokens = select_tokens(row, target, selection.ladder)
-            nominal = np.full(len(tokens), scale, np.float32)
-            boxes = patch_boxes(tokens, columns, factors, model.patch)
-            parts.append((boxes, row[tokens], nominal, count + tokens))
+        scores.append(token_scores(features.attention))
         codes.append(features.codes)
-        count += scores.shape[1]
-    size = tuple(images.shape[-2:])
+        layouts.append(ScaleLayout(scale, factors, columns, scores[-1].shape[1]))
+    return torch.cat(scores, dim=1), torch.cat(codes, dim=1), layouts
+
+
+def _to_host(values: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Starts to copy a tensor from a GPU to the host; returns the copy and when it is complete."""
+    if values.device.type != "cuda":
+        return values.cpu(), None
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+    return host, copied
+
+
+def select_features(
+    batch: TokenBatch, frames: Sequence[Frame], selection: SelectionSettings
+) -> list[LocalFeatures]:
+    """Selects the tokens that become local features; see `local_features`.
+
+    On a GPU it waits for the batch alone, not for what was launched after it, and may run in
+    another thread.
+    """
+    if batch.copied is not None:
+        batch.copied.synchronize()
+    scores = batch.scores.numpy()
+    if not np.isfinite(scores).all():
+        raise ValueError("the class attention is not finite: use precision fp32, or other weights")
+    kept = [_select_best(row, batch, selection) for row in scores]
+    codes = _gather(batch.codes, [tokens for tokens, *_ in kept], batch.copied is not None)
     return [
-        _select_best(parts, row, selection, size, frame)
-        for parts, row, frame in zip(candidates, torch.cat(codes, dim=1), frames, strict=True)
+        LocalFeatures(
+            keypoints=centres(boxes),
+            descriptors=F.normalize(rows.float(), dim=1).numpy(),
+            scores=row[tokens],
+            scales=scales,
+            input_size=batch.size,
+            box=frame[0],
+            image_size=frame[1],
+        )
+        for (tokens, boxes, scales), rows, row, frame in zip(
+            kept, codes, scores, frames, strict=True
+        )
     ]
+
+
+def _select_best(
+    scores: np.ndarray, batch: TokenBatch, selection: SelectionSettings
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Selects the tokens of one image: those above the thresholds of each scale, less the overlaps.
+
+    scores: (N,). Returns (K,) int64 tokens, their (K, 4) boxes as `patch_boxes` and (K,) float32
+    scales, best first.
+    """
+    tokens, boxes, scales, start = [], [], [], 0
+    for scale, factors, columns, count in batch.layouts:
+        target = selection.target_per_scale * factors[0] * factors[1]
+        above = select_tokens(scores[start : start + count], target, selection.ladder)
+        tokens.append(start + above)
+        boxes.append(patch_boxes(above, columns, factors, batch.patch))
+        scales.append(np.full(len(above), scale, np.float32))
+        start += count
+    tokens, boxes, scales = (np.concatenate(parts) for parts in (tokens, boxes, scales))
+    kept = suppress(
+        boxes,
+        scores[tokens],
+        overlap=selection.nms_overlap,
+        candidates=selection.nms_candidates,
+        keep=selection.max_keypoints,
+    )
+    return tokens[kept], boxes[kept], scales[kept]
+
+
+def _gather(codes: Tensor, tokens: Sequence[np.ndarray], beside: bool) -> Sequence[Tensor]:
+    """Copies the codes of each image's tokens to the host, all images at once.
+
+    codes: (B, N, C). beside: on a stream of its own, so that it need not wait for later batches.
+    Returns B tensors (K, C).
+    """
+    rows = [image * codes.shape[1] + kept for image, kept in enumerate(tokens)]
+    stream = torch.cuda.Stream(codes.device) if beside else None
+    with torch.cuda.stream(stream):
+        index = torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *rows])).to(codes.device)
+        gathered = codes.flatten(0, 1)[index].cpu()
+    return gathered.split([len(kept) for kept in tokens])
 
 
 def require_codes(model: ViTGaL | TokenNetwork) -> int:
@@ -179,34 +327,6 @@ def require_codes(model: ViTGaL | TokenNetwork) -> int:
             "03_train_autoencoder or a published autoencoder checkpoint"
         )
     return model.code_dim
-
-
-def _select_best(
-    parts: list[tuple],
-    codes: Tensor,
-    selection: SelectionSettings,
-    size: tuple[int, int],
-    frame: Frame,
-) -> LocalFeatures:
-    """One image's features and codes after suppression over all scales."""
-    boxes, scores, nominal, tokens = (np.concatenate(part) for part in zip(*parts, strict=True))
-    kept = suppress(
-        boxes,
-        scores,
-        overlap=selection.nms_overlap,
-        candidates=selection.nms_candidates,
-        keep=selection.max_keypoints,
-    )
-    kept_codes = codes[torch.from_numpy(tokens[kept]).to(codes.device)].float()
-    return LocalFeatures(
-        keypoints=centres(boxes[kept]),
-        descriptors=F.normalize(kept_codes, dim=1).cpu().numpy(),
-        scores=scores[kept],
-        scales=nominal[kept],
-        input_size=size,
-        box=frame[0],
-        image_size=frame[1],
-    )
 
 
 def rescale(
@@ -232,12 +352,11 @@ def rescale(
 
 
 def token_scores(attention: Tensor) -> Tensor:
-    """Turns class attention (B, heads, N), which must be finite, into scores (B, N) of mean 1.
+    """Turns class attention (B, heads, N) into scores (B, N) of mean 1.
 
-    Every head is divided by its peak before the mean over heads, as published.
+    Every head is divided by its peak before the mean over heads, as published. Attention that is
+    not finite gives scores that are not.
     """
-    if not bool(torch.isfinite(attention).all()):
-        raise ValueError("the class attention is not finite: use precision fp32, or other weights")
     heads = attention.float()
     mean = (heads / heads.amax(dim=2, keepdim=True)).mean(dim=1)
     return mean / mean.sum(dim=1, keepdim=True) * mean.shape[1]

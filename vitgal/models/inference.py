@@ -1,6 +1,7 @@
 """Runs networks: device, precision, threads, batches."""
 
 import contextlib
+import functools
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -160,21 +161,33 @@ def limited_threads(threads: int | None) -> Iterator[None]:
 
 def normalise(pixels: Tensor) -> Tensor:
     """Normalises uint8 pixels (B, 3, H, W) or (3, H, W) by ImageNet's mean and deviation."""
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
-        for values in (MEAN, STD)
-    )
+    mean, std = _mean_and_deviation(pixels.device)
     # A new tensor: a single image may have a stride of 0, which changes the order of sums in
     # convolutions. Then in place: touching new memory takes most of the time.
     return pixels.to(torch.float32).div(255).sub_(mean).div_(std)
 
 
-def network_input(batch: np.ndarray, device: torch.device | str) -> Tensor:
-    """Moves a batch (B, H, W, 3) uint8 RGB to the device, as (B, 3, H, W) float32, normalised."""
+@functools.cache
+def _mean_and_deviation(device: torch.device) -> tuple[Tensor, Tensor]:
+    """ImageNet's, (3, 1, 1) float32 each; kept, because copying them waits for a GPU."""
+    with torch.inference_mode(False):  # for gradients too
+        mean, std = (torch.tensor(v, dtype=torch.float32, device=device) for v in (MEAN, STD))
+    return mean.view(3, 1, 1), std.view(3, 1, 1)
+
+
+def network_input(batch: Sequence[np.ndarray], device: torch.device | str) -> Tensor:
+    """Moves images of one size to the device, as (B, 3, H, W) float32, normalised.
+
+    batch: (H, W, 3) uint8 RGB each, or an array (B, H, W, 3), which may be empty.
+    """
+    shape = np.shape(batch) if len(batch) < 1 else (len(batch), *batch[0].shape)
+    on_gpu = torch.device(device).type == "cuda"
+    # Pinned memory is copied while the GPU computes.
+    pixels = torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu)
+    if len(batch):
+        np.stack(batch, out=pixels.numpy())
     # Channels last in memory: convolutions on a CPU are faster.
-    if not batch.strides[0]:  # of `image[None]`; torch would round differently
-        batch = batch.copy()
-    return normalise(torch.from_numpy(batch).to(device).permute(0, 3, 1, 2))
+    return normalise(pixels.to(device, non_blocking=True).permute(0, 3, 1, 2))
 
 
 def batches(

@@ -433,6 +433,9 @@ class MachineSettings(Section):
         16, "images at once in the global stage", flat="batch_size_inference", low=1
     )
     local_batch_size: int = neutral(8, "images at once in the local stage", low=1)
+    cuda_graphs: bool = neutral(
+        False, "on a GPU, in the local stage: launch the kernels of a shape together"
+    )
     worker: int = neutral(0, "number of this process, where several extract together", low=0)
     worker_count: int = neutral(1, "processes that extract together", low=1)
     workers: int | None = neutral(None, "processes that verify; None: one a core", low=1)

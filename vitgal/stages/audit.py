@@ -297,7 +297,7 @@ class GlobalStore:
             inference.inference(network, self.precision),
         ):
             for labels, images in inference.batches(every, self.describer.machine.batch_size):
-                vectors.append(describe(network, np.stack(images), settings.scales))
+                vectors.append(describe(network, images, settings.scales))
                 keys += labels
         return keys, np.concatenate(vectors).astype(np.float16)
 

@@ -2,8 +2,10 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,15 @@ from vitgal.features.codes import Codes
 from vitgal.features.local import LocalFeatures
 from vitgal.features.selection import Frame
 from vitgal.models.describers import Describer
-from vitgal.models.descriptors import describe, local_features, require_codes
+from vitgal.models.descriptors import (
+    compute_tokens,
+    finite_rows,
+    global_descriptors,
+    require_codes,
+    run_scales,
+    select_features,
+)
+from vitgal.models.graphs import Graphs
 from vitgal.models.inference import (
     BatchLimit,
     batches,
@@ -45,6 +55,8 @@ from vitgal.stages.images import (
 )
 
 StageSettings = GlobalSettings | LocalSettings
+BATCHES_AHEAD = 2  # on a GPU, whose tokens are not yet selected
+SELECTORS = 2  # threads; more wait for Python's lock
 
 
 def load_images(
@@ -70,7 +82,8 @@ class LocalDescriber:
 
     model: the network; None for an `extractor` alone. precision: "fp32" or "bf16". memory: a batch
     that does not fit the device is halved, as are all after it. extractor: finds local features in
-    place of the network's tokens.
+    place of the network's tokens. selectors: threads that select tokens while a GPU computes; None
+    on a CPU, which has nothing else to do. graphs: of the network at all scales.
     """
 
     model: Describer | TokenNetwork | None
@@ -79,6 +92,8 @@ class LocalDescriber:
     precision: str
     memory: BatchLimit = field(default_factory=BatchLimit)
     extractor: LocalExtractor | None = None
+    selectors: ThreadPoolExecutor | None = None
+    graphs: Graphs | None = None
 
     @property
     def code_dim(self) -> int:
@@ -111,16 +126,20 @@ class LocalDescriber:
                 yield self.global_rows(itertools.islice(images, len(block)), len(block))
 
     def write_shards(self, shards: Sequence[ShardTask], bar: tqdm) -> Iterator[list[Failure]]:
-        """Writes one shard after the other and yields the failures of each."""
+        """Writes one shard after the other, while the next is described; yields their failures."""
         tasks = itertools.chain.from_iterable(shard.images for shard in shards)
-        with self.stream(tasks, bar) as images:
+        writing: deque[Future[list[Failure]]] = deque()
+        with ThreadPoolExecutor(1) as writer, self.stream(tasks, bar) as images:
             for shard in shards:
                 kept = shard.salvage()
                 block = itertools.islice(images, len(shard.images))
                 items, failures = self.local_items(block, shard.keys, kept)
                 shard.refuse_failed_query(failures)
-                store.write_shard(shard.folder, items, shard.format, failures=failures)
-                yield failures
+                if writing:
+                    yield writing.popleft().result()
+                writing.append(writer.submit(_write_shard, shard, items, failures))
+            while writing:
+                yield writing.popleft().result()
 
     def recorded(self) -> dict[str, Any]:
         """Returns the machine's entries for a stage's manifest; no result depends on them."""
@@ -150,11 +169,15 @@ class LocalDescriber:
         rows = np.zeros((count, self.model.embed_dim), np.float32)
         scales = self.settings.scales
         inputs = ((position, image.pixels) for position, image in _readable(images, failures))
+        order, computed = [], []
         for positions, batch in batches(inputs, self.batch_size):
-            rows[positions] = self.memory.run(
-                lambda part, batch=batch: describe(self.model, np.stack(batch[part]), scales),
+            order += positions
+            computed += self.memory.run(
+                lambda part, batch=batch: global_descriptors(self.model, batch[part], scales),
                 len(batch),
             )
+        if computed:  # read once, so that a GPU need not be waited for between batches
+            rows[order] = finite_rows(torch.stack(computed))
         return rows, failures
 
     def local_items(
@@ -168,6 +191,14 @@ class LocalDescriber:
         """
         failures: list[Failure] = []
         features: dict[int, LocalFeatures | store.EncodedFeatures] = {}
+        running: deque[tuple[Sequence[int], list]] = deque()
+
+        def settle() -> None:
+            """Waits for the oldest batch."""
+            positions, items = running.popleft()
+            ready = (item() if callable(item) else item for item in items)
+            features.update(zip(positions, ready, strict=True))
+
         inputs = (
             ((position, image.frame), image.pixels)
             for position, image in _readable(images, failures)
@@ -181,14 +212,33 @@ class LocalDescriber:
                     len(batch),
                 )
                 items = [old or new for old, new in zip(items, computed, strict=True)]
-            features.update(zip(positions, items, strict=True))
+            running.append((positions, items))
+            if len(running) > BATCHES_AHEAD:
+                settle()
+        while running:
+            settle()
         return [(keys[position], features[position]) for position in sorted(features)], failures
 
-    def _local(self, batch: list[np.ndarray], frames: Sequence[Frame]) -> list[LocalFeatures]:
+    def _local(
+        self, batch: list[np.ndarray], frames: Sequence[Frame]
+    ) -> Sequence[LocalFeatures | Callable[[], LocalFeatures]]:
+        """Computes the features of a batch; on a GPU returns, for each image, how to wait for them.
+
+        There the network is launched here, and selection runs in other threads.
+        """
         if self.extractor:
             return self.extractor.extract(batch, frames)
-        pixels = network_input(np.stack(batch), device_of(self.model))
-        return local_features(self.model, pixels, frames, self.settings)
+        pixels = network_input(batch, device_of(self.model))
+        tokens = compute_tokens(self.model, pixels, self.settings, self.graphs)
+        if self.selectors is None:
+            return select_features(tokens, frames, self.settings)
+        selected = self.selectors.submit(select_features, tokens, frames, self.settings)
+        return [lambda at=at: selected.result()[at] for at in range(len(batch))]
+
+
+def _write_shard(shard: ShardTask, items: Iterable, failures: list[Failure]) -> list[Failure]:
+    store.write_shard(shard.folder, items, shard.format, failures=failures)
+    return failures
 
 
 def _counted(images: LoadedImages, bar: tqdm) -> LoadedImages:
@@ -229,4 +279,11 @@ def open_local(
         if isinstance(settings, LocalSettings):
             model = local_network(model, settings, codes)
         precision = resolve_precision(settings.precision, device)
-        yield LocalDescriber(prepare(model, precision), settings, machine, precision)
+        describer = LocalDescriber(prepare(model, precision), settings, machine, precision)
+        if device.type != "cuda" or isinstance(settings, GlobalSettings):
+            yield describer
+            return
+        scales = partial(run_scales, model, selection=settings)
+        graphs = Graphs(scales) if machine.cuda_graphs else None
+        with ThreadPoolExecutor(SELECTORS) as selectors:
+            yield replace(describer, selectors=selectors, graphs=graphs)
