@@ -29,6 +29,7 @@ SUITE = (
     "rerank.py --queries 24",
     "search.py",
     "store.py --images 96 --reads 300",
+    "gpu.py --images 512",
 )
 
 
