@@ -30,7 +30,7 @@ def test_sources_files_that_are_none(tmp_path):
         download_sources.read_sources(tmp_path / "bad.toml")
     (tmp_path / "bad.toml").write_text("[a\n")
     with pytest.raises(ValueError, match=r"bad\.toml is not a list of sources"):
-        download_sources.list_sources(tmp_path / "bad.toml")
+        download_sources.read_sources(tmp_path / "bad.toml")
 
 
 GOOD = """

@@ -263,8 +263,8 @@ def crop_box(
     if box is None:
         box = (0, 0, width, height)
     if len(box) != 4 or not all(abs(value) < 1e18 for value in box):
-        shown = runs.short(tuple(box))
-        raise ValueError(f"a box is four finite numbers (x0, y0, x1, y1), got {shown}")
+        wrong = runs.short(tuple(box))
+        raise ValueError(f"a box is four finite numbers (x0, y0, x1, y1), got {wrong}")
     x0, y0, x1, y1 = (int(value) for value in box)
     described = f"box {tuple(float(value) for value in box)} of a {width} x {height} image"
     if min(box) < 0:
@@ -285,24 +285,23 @@ def resized_shape(
         raise ValueError(f"an image of {width} x {height} pixels is empty")
     if size < PATCH:
         raise ValueError(f"size must be at least {PATCH} pixels (one patch), got {size}")
-    longest = max(height, width)
+    if mode not in RESIZE_MODES:
+        raise ValueError(f"unknown resize mode {mode!r}; choose {', '.join(RESIZE_MODES)}")
     if mode == "squash":
         return size, size
+    longest = max(height, width)
     if mode == "longest":
         # Integers: in floating point the longer side itself can come out one pixel short.
         sides = (size * height // longest, size * width // longest)
         step = multiple or 1
-        tall, wide = (max(step, side - side % step) for side in sides)
-        return tall, wide
-    if mode == "area":
+    else:
         # In the published order of operations: where the exact side is a multiple of 16, as for
         # 16:9 photographs, the last bit decides whether a row of patches is lost.
         stretch = longest / math.sqrt(height * width)
         sides = (int(size * stretch * side / longest) for side in (height, width))
         step = multiple or PATCH
-        tall, wide = (max(step, side - side % step) for side in sides)
-        return tall, wide
-    raise ValueError(f"unknown resize mode {mode!r}; choose {', '.join(RESIZE_MODES)}")
+    tall, wide = (max(step, side - side % step) for side in sides)
+    return tall, wide
 
 
 def resize(image: np.ndarray, size: int, mode: str, multiple: int | None = None) -> np.ndarray:

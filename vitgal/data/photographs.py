@@ -120,9 +120,7 @@ def _inspect(path: Path) -> tuple[bool, str | None]:
 
 
 def visible_files(
-    folder: Path,
-    not_listed: Callable[[OSError], None] | None = None,
-    without: Iterable[Path] = (),
+    folder: Path, not_listed: Callable[[OSError], None] | None = None, without: Iterable[Path] = ()
 ) -> Iterator[str]:
     """Yields every file below a folder that is not hidden, relative to it, with forward slashes.
 

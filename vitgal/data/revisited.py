@@ -57,10 +57,6 @@ class GroundTruth:
         )
 
 
-def _texts(paths: Sequence[Path]) -> Sequence[Path | str]:
-    return paths.texts if isinstance(paths, ImagePaths) else paths
-
-
 class ImagePaths(Sequence[Path]):
     """Paths (N,) that are made when they are asked for: a million of them would take 400 MB."""
 
@@ -72,8 +68,8 @@ class ImagePaths(Sequence[Path]):
 
     def __getitem__(self, index: Any) -> Any:
         """Returns one path; for a slice a list of them."""
-        found = self.texts[index]
-        return Path(found) if isinstance(found, str) else [*map(Path, found)]
+        texts = self.texts[index]
+        return Path(texts) if isinstance(texts, str) else [*map(Path, texts)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +100,7 @@ class RetrievalDataset:
         names = [*self.ground_truth.queries, *self.database]
         images = runs.images_input(
             names,
-            [*self.query_paths, *_texts(self.database_paths)],
+            [*self.query_paths, *getattr(self.database_paths, "texts", self.database_paths)],
             verify=self.verify,
             known=lambda: self.facts.pop() if self.facts else None,
         )

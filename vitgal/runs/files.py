@@ -84,19 +84,12 @@ def inside(folder: str | os.PathLike, name: str) -> Path:
 def all_inside(folder: str | os.PathLike, names: Sequence[str]) -> list[str]:
     """Returns `inside` of many names (N,), as text; raises PathError as `inside` does."""
     joined = "\0".join(["", *names, ""])
+    # All at once, and one by one only where a name may be bad: "a..b" is legal, "ä" nearly always.
     doubtful = any(part in joined for part in ("..", "\0/", "\0\0", "\0.\0"))
-    if doubtful or joined.count("\0") != len(names) + 1 or not _is_unicode(joined):
-        for name in names:  # few lists have such a name, which may be legal: "a..b"
+    if doubtful or joined.count("\0") != len(names) + 1 or not joined.isascii():
+        for name in names:
             inside(folder, name)
     return [f"{folder}/{name}" for name in names]
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def refuse_links(paths: Iterable[Path]) -> None:

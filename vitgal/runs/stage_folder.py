@@ -137,12 +137,16 @@ def stage(
                     raise
                 opened.reopen()
         if not opened.finished:
-            refuse_links(folder.rglob("*"))
-            if slot == ALONE:  # else a temporary file may be another worker's
-                for path in sorted(folder.rglob(f"{TEMPORARY}*")):  # left by a killed process
-                    _remove(path)
-            write_json(folder / STARTED, settings)
+            _start(folder, settings, slot)
         yield opened
+
+
+def _start(folder: Path, settings: dict, slot: WorkerSlot) -> None:
+    refuse_links(folder.rglob("*"))
+    if slot == ALONE:  # else a temporary file may be another worker's
+        for path in sorted(folder.rglob(f"{TEMPORARY}*")):  # left by a killed process
+            _remove(path)
+    write_json(folder / STARTED, settings)
 
 
 def _unchanged_inputs(folder: Path, stamps: dict[str, str]) -> dict[str, str]:

@@ -317,23 +317,26 @@ def _declared_names(history: list[str]) -> set[str] | None:
     before = True
     for source in history:
         before = before and READING not in source
-        try:
-            body = ast.parse(source).body
-        except SyntaxError:
-            continue
-        typed = {getattr(line.target, "id", "") for line in body if isinstance(line, ast.AnnAssign)}
+        typed, untyped = _assigned_names(source)
         if before or typed or source.startswith(INJECTED):
-            plain = (line for line in body if isinstance(line, ast.Assign))
-            names |= typed | {t.id for line in plain for t in line.targets if hasattr(t, "id")}
+            names |= typed | untyped
     return names
 
 
 def _injected_names(history: list[str]) -> set[str]:
-    for source in reversed(history):
-        if source.startswith(INJECTED):
-            body = ast.parse(source).body
-            return {t.id for line in body if isinstance(line, ast.Assign) for t in line.targets}
-    return set()
+    injected = (source for source in reversed(history) if source.startswith(INJECTED))
+    return _assigned_names(next(injected, ""))[1]
+
+
+def _assigned_names(source: str) -> tuple[set[str], set[str]]:
+    """The names that a cell assigns with a type and without; none of a cell with a magic."""
+    try:
+        body = ast.parse(source).body
+    except SyntaxError:
+        return set(), set()
+    typed = [line.target for line in body if isinstance(line, ast.AnnAssign)]
+    untyped = [target for line in body if isinstance(line, ast.Assign) for target in line.targets]
+    return tuple({t.id for t in part if isinstance(t, ast.Name)} for part in (typed, untyped))
 
 
 # The command line

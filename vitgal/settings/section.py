@@ -49,8 +49,10 @@ def setting(default: Any, meaning: str, **facts: Any) -> Any:
     return field(default=default, metadata={"fact": Fact(meaning, **facts)})
 
 
-# Declares a field as `setting` does; results do not depend on it, only speed or display.
+# Declare a field as `setting` does. `neutral`: results do not depend on it, only speed or display.
 neutral = functools.partial(setting, result=False)
+# `later`: at its default it is left out of manifests, so that older runs stay valid.
+later = functools.partial(setting, later=True)
 
 
 def path(meaning: str, default: str | None = None) -> Any:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from vitgal.runs.errors import short
 from vitgal.settings.refinement import Step, read_chain
-from vitgal.settings.section import Section, SettingsError, fact, neutral, path, setting
+from vitgal.settings.section import Section, SettingsError, fact, later, neutral, path, setting
 from vitgal.settings.training import SEED_MEANING, AutoencoderSettings, TrainingSettings
 
 
@@ -106,33 +106,27 @@ class GlobalSettings(Section):
     scales: tuple[float, ...] = setting(
         (1.0,), "of the network input", above=0, high=16, filled=True
     )
-    multiple: int | None = setting(
+    multiple: int | None = later(
         None,
         "number of which the network input's sides are multiples; None: the network's own",
         flat="size_multiple",
         unit="pixels",
         low=1,
-        later=True,
     )
-    pooling: str | None = setting(
+    pooling: str | None = later(
         None,
         "of a timm network: class token, GeM of its tokens, or both; None: as it was trained",
         choices=POOLINGS,
-        later=True,
     )
     crop_queries: bool = setting(True, "describe only the query's box, as in the protocol")
     precision: str = setting("fp32", "of inference", flat="inference_precision", choices=PRECISIONS)
     top: int = setting(100, "length of the short list", low=1)
     display: int = setting(1000, "ranks kept for display", low=1)
-    index: str | None = setting(
-        None, 'faiss index, "IVF1024,PQ64; nprobe=32"; None: exact search', later=True
+    index: str | None = later(None, 'faiss index, "IVF1024,PQ64; nprobe=32"; None: exact search')
+    refine: tuple[str, ...] = later(
+        (), 'steps that refine the ranking, such as "expansion" (docs/refinement.md)'
     )
-    refine: tuple[str, ...] = setting(
-        (), 'steps that refine the ranking, such as "expansion" (docs/refinement.md)', later=True
-    )
-    refine_images: int = setting(
-        20_000, "images from which a whitening is learnt, at most", low=2, later=True
-    )
+    refine_images: int = later(20_000, "images from which a whitening is learnt, at most", low=2)
 
     max_failed_share: float = neutral(
         0.001, "fraction of the images that may be unreadable", low=0, high=1
@@ -193,23 +187,20 @@ class LocalSettings(SelectionSettings):
 
     PREFIXED: ClassVar[frozenset[str]] = SelectionSettings.PREFIXED | {"block"}
 
-    local: str = setting(
+    local: str = later(
         "tokens",
         '"tokens" of the model; "sift": RootSIFT; "xfeat" needs the extra baselines',
         choices=LOCAL_METHODS,
-        later=True,
     )
     local_features: str | None = path("local features of another system (hloc's .h5)")
-    block: str | None = setting(
+    block: str | None = later(
         None,
         "block of a timm network that gives the tokens; None: the last but two, or of stride 16",
-        later=True,
     )
-    code_dim: int = setting(
+    code_dim: int = later(
         128,
         "dimension of a timm network's codes; the default is lowered to that of its tokens",
         low=1,
-        later=True,
     )
     code_images: str | None = path(
         "photographs that a timm network's codes are fitted to; None: the run's training split"
@@ -272,20 +263,18 @@ class MatchingSettings(Section):
         flat="match_keypoints",
         low=1,
     )
-    method: str = setting(
+    method: str = later(
         "one_way",
         '"mutual": nearest both ways; "ratio": Lowe\'s test; "mutual_ratio": both',
         flat="matching",
         choices=MATCHINGS,
-        later=True,
     )
-    ratio: float = setting(
+    ratio: float = later(
         0.95,
         "distance to the nearest over that to the second nearest, below which Lowe's test passes",
         flat="match_ratio",
         above=0,
         high=1,
-        later=True,
     )
 
     def compared(self) -> dict[str, Any]:
@@ -331,23 +320,19 @@ class RerankingSettings(Section):
     )
     verification: VerificationSettings = VerificationSettings()
     matching: MatchingSettings = MatchingSettings()
-    count: str = setting(
+    count: str = later(
         "inliers",
         '"features": different features among the inliers, on the side with fewer',
         choices=COUNTS,
-        later=True,
     )
-    order: str = setting(
+    order: str = later(
         "inliers",
         '"fused": similarity + fused_weight * max(min(count, fused_cap) - 4, 0), where an '
         "implausible homography counts 0",
         choices=ORDERS,
-        later=True,
     )
-    fused_weight: float = setting(
-        0.02, "similarity that one inlier or feature is worth", low=0, later=True
-    )
-    fused_cap: int = setting(60, "count above which no more is added", low=1, later=True)
+    fused_weight: float = later(0.02, "similarity that one inlier or feature is worth", low=0)
+    fused_cap: int = later(60, "count above which no more is added", low=1)
 
     def compared(self) -> dict[str, Any]:
         """Returns the parameters, without those of an order that is not used."""
@@ -378,28 +363,22 @@ class TuningSettings(Section):
         (4.0, 8.0, 24.0, 32.0), "values of threshold", flat="tune_thresholds", above=0
     )
     tops: tuple[int, ...] = setting((10, 25, 50, 75), "values of top", flat="tune_tops", low=1)
-    matchings: tuple[str, ...] = setting(
-        ("one_way", "mutual"),
-        "values of matching",
-        flat="tune_matchings",
-        choices=MATCHINGS,
-        later=True,
+    matchings: tuple[str, ...] = later(
+        ("one_way", "mutual"), "values of matching", flat="tune_matchings", choices=MATCHINGS
     )
-    estimators: tuple[str, ...] = setting(
-        (), "values of estimator", flat="tune_estimators", choices=ESTIMATORS, later=True
+    estimators: tuple[str, ...] = later(
+        (), "values of estimator", flat="tune_estimators", choices=ESTIMATORS
     )
-    counts: tuple[str, ...] = setting(
-        ("inliers", "features"), "values of count", flat="tune_counts", choices=COUNTS, later=True
+    counts: tuple[str, ...] = later(
+        ("inliers", "features"), "values of count", flat="tune_counts", choices=COUNTS
     )
-    orders: tuple[str, ...] = setting(
-        ("inliers", "fused"), "values of order", flat="tune_orders", choices=ORDERS, later=True
+    orders: tuple[str, ...] = later(
+        ("inliers", "fused"), "values of order", flat="tune_orders", choices=ORDERS
     )
-    weights: tuple[float, ...] = setting(
-        (0.002, 0.005, 0.01, 0.04), "values of fused_weight", flat="tune_weights", low=0, later=True
+    weights: tuple[float, ...] = later(
+        (0.002, 0.005, 0.01, 0.04), "values of fused_weight", flat="tune_weights", low=0
     )
-    caps: tuple[int, ...] = setting(
-        (15, 30), "values of fused_cap", flat="tune_caps", low=1, later=True
-    )
+    caps: tuple[int, ...] = later((15, 30), "values of fused_cap", flat="tune_caps", low=1)
 
 
 @dataclass(frozen=True)
@@ -497,13 +476,8 @@ NOTEBOOKS: dict[str, tuple[type[Section], ...]] = {
     "06_rerank": (RunSettings, RerankingSettings, TuningSettings, MachineSettings, ShowSettings),
     "07_match_visualization": (RunSettings, RerankingSettings, MachineSettings, ShowSettings),
     "08_own_photos": (
-        RunSettings,
-        OwnSettings,
-        GlobalSettings,
-        LocalSettings,
-        RerankingSettings,
-        MachineSettings,
-        ShowSettings,
+        *(RunSettings, OwnSettings, GlobalSettings, LocalSettings, RerankingSettings),
+        *(MachineSettings, ShowSettings),
     ),
 }
 SECTIONS = tuple(dict.fromkeys(section for used in NOTEBOOKS.values() for section in used))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vitgal.runs.errors import short
-from vitgal.settings.section import Section, SettingsError, path, setting
+from vitgal.settings.section import Section, SettingsError, later, path, setting
 
 SEED_MEANING = "seed of all random draws"
 # The settings that `may_change` may name.
@@ -40,27 +40,23 @@ class Recipe(Section):
     seed: int = setting(0, SEED_MEANING, low=0)
     validate_every: int = setting(1, "epochs between two validations", published=4, low=1)
     sync_batchnorm: bool = setting(True, "BatchNorm over the batches of all GPUs", published=False)
-    accumulate: int = setting(1, "batches whose gradients make one step", low=1, later=True)
-    ema_decay: float | None = setting(
-        None,
-        "decay of an averaged model, which is validated and written",
-        above=0,
-        below=1,
-        later=True,
+    accumulate: int = later(1, "batches whose gradients make one step", low=1)
+    ema_decay: float | None = later(
+        None, "decay of an averaged model, which is validated and written", above=0, below=1
     )
-    rand_augment: int = setting(0, "RandAugment's operations per image", low=0, later=True)
-    rand_augment_magnitude: int = setting(9, "strength of RandAugment", low=0, high=30, later=True)
-    balanced: bool = setting(False, "sample all classes equally often", later=True)
-    label_smoothing: float = setting(
-        0.0, "fraction of the target spread over all classes", low=0, below=1, later=True
+    rand_augment: int = later(0, "RandAugment's operations per image", low=0)
+    rand_augment_magnitude: int = later(9, "strength of RandAugment", low=0, high=30)
+    balanced: bool = later(False, "sample all classes equally often")
+    label_smoothing: float = later(
+        0.0, "fraction of the target spread over all classes", low=0, below=1
     )
-    channels_last: bool = setting(False, "channels-last memory format", later=True)
-    compile: bool = setting(False, "compile the network with torch.compile", later=True)
-    skip_bad_batches: int = setting(
-        0, "steps of a run that may be skipped for a loss that is not finite", low=0, later=True
+    channels_last: bool = later(False, "channels-last memory format")
+    compile: bool = later(False, "compile the network with torch.compile")
+    skip_bad_batches: int = later(
+        0, "steps of a run that may be skipped for a loss that is not finite", low=0
     )
-    skip_images: tuple[str, ...] = setting(
-        (), "training images (names as in train.csv) to replace by the next one", later=True
+    skip_images: tuple[str, ...] = later(
+        (), "training images (names as in train.csv) to replace by the next one"
     )
     step_images: int | None = setting(
         None,
@@ -68,9 +64,7 @@ class Recipe(Section):
         low=1,
         result=False,
     )
-    scale_lr: bool = setting(
-        False, "scale the rates by images per step over step_images", later=True
-    )
+    scale_lr: bool = later(False, "scale the rates by images per step over step_images")
     may_change: tuple[str, ...] = setting(
         (), "settings that a resumed run may change: " + ", ".join(CHANGEABLE), result=False
     )
@@ -110,40 +104,31 @@ class TrainingSettings(Recipe):
     initial_weights: str | None = path(
         "the backbone's weights or a ViTGaL model; pretrained: timm's; timm:NAME@FILE; None: random"
     )
-    embed_dim: int | None = setting(
-        None, "width of tokens and descriptors on timm:NAME; None: the network's", low=8, later=True
+    embed_dim: int | None = later(
+        None, "width of tokens and descriptors on timm:NAME; None: the network's", low=8
     )
-    class_token: str = setting(
+    class_token: str = later(
         "own",
         '"gem": the mean of a timm network\'s tokens, to which class attention adds',
         choices=CLASS_TOKENS,
-        later=True,
     )
-    freeze_backbone: bool = setting(
-        False, "train only what ViTGaL adds to the backbone", later=True
-    )
+    freeze_backbone: bool = later(False, "train only what ViTGaL adds to the backbone")
     drop_path: float = setting(0.1, "stochastic depth", low=0, below=1)
     margin: float = setting(0.15, "ArcFace's angle; paper: 0.1", unit="radians", low=0)
     scale: float = setting(30.0, "ArcFace's factor", above=0)
-    layer_decay: float | None = setting(
-        None,
-        "factor of the learning rate from a block to the one below",
-        above=0,
-        below=1,
-        later=True,
+    layer_decay: float | None = later(
+        None, "factor of the learning rate from a block to the one below", above=0, below=1
     )
-    sub_centres: int = setting(1, "sub-centres of a class in ArcFace", low=1, later=True)
-    class_chunk: int | None = setting(
-        None, "classes per chunk of ArcFace's logits; None: all", low=1, later=True
-    )
-    sampled_classes: int | None = setting(
-        None, "classes that ArcFace samples per batch; None: all", low=1, later=True
+    sub_centres: int = later(1, "sub-centres of a class in ArcFace", low=1)
+    class_chunk: int | None = later(None, "classes per chunk of ArcFace's logits; None: all", low=1)
+    sampled_classes: int | None = later(
+        None, "classes that ArcFace samples per batch; None: all", low=1
     )
     teacher: str | None = setting(None, "timm network to distil from; None: no distillation")
     teacher_weights: str | None = path("weights of the teacher")
     distill_weight: float = setting(0.8, "the teacher's fraction of the loss", above=0, high=1)
-    teacher_size: int | None = setting(
-        None, "side of the teacher's view; None: image_size", unit="pixels", low=32, later=True
+    teacher_size: int | None = later(
+        None, "side of the teacher's view; None: image_size", unit="pixels", low=32
     )
 
     @property
@@ -205,13 +190,10 @@ class AutoencoderSettings(Recipe):
     reconstruction_weight: float = setting(
         10.0, "weight of the reconstruction error beside the cross-entropy", low=0
     )
-    code_loss: str = setting(
+    code_loss: str = later(
         "published",
         '"whitened": codes spread over all directions; "contrastive": codes of a place agree '
         "in two views",
         choices=CODE_LOSSES,
-        later=True,
     )
-    code_loss_weight: float = setting(
-        1.0, "weight of code_loss beside the published loss", above=0, later=True
-    )
+    code_loss_weight: float = later(1.0, "weight of code_loss beside the published loss", above=0)

@@ -60,14 +60,13 @@ def check(
     *,
     folder: str | os.PathLike,
     progress: bool = True,
-    threads: int | None = None,
     sources: Path | None = None,
 ) -> Report:
     """Checks a folder without changing it: checksums, counts, layout, every image decoded.
 
     Args:
         folder: the target folder of `download`, or the source's own folder.
-        threads: number of threads that decode images; by default one a processor.
+
     Raises:
         ValueError: an unknown name. The folder's faults are in the report.
     """
@@ -88,7 +87,7 @@ def check(
     if source.tables:
         _check_tables(own, report)
     if source.image_folder:
-        _check_images(own, report, threads=threads, progress=progress)
+        _check_images(own, report, progress)
     return report
 
 
@@ -137,9 +136,7 @@ def _check_tables(folder: SourceFolder, report: Report) -> None:
             )
 
 
-def _check_images(
-    folder: SourceFolder, report: Report, *, threads: int | None, progress: bool
-) -> None:
+def _check_images(folder: SourceFolder, report: Report, progress: bool) -> None:
     name, count = f"{folder.source.image_folder}/", folder.source.images
     if not folder.images.is_dir():
         report.images = 0
@@ -173,7 +170,7 @@ def _check_images(
             return error.reason
         return None
 
-    reasons = runs.threaded(failure, images, threads)
+    reasons = runs.threaded(failure, images)
     bar = tqdm(reasons, "reading", total=len(images), unit=" images", disable=not progress)
     for path, reason in zip(images, bar, strict=True):
         if reason is not None:

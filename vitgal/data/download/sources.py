@@ -174,7 +174,7 @@ def select_sources(names: str | Iterable[str], sources: dict[str, Source]) -> li
     return [sources[name] for name in names]
 
 
-def list_sources(sources: Path | None = None) -> pd.DataFrame:
+def list_sources() -> pd.DataFrame:
     """Returns a table of the sources: one row a name, with GB of disk space, folder and about."""
     rows = {
         name: {
@@ -182,12 +182,12 @@ def list_sources(sources: Path | None = None) -> pd.DataFrame:
             "folder": source.folder,
             "about": source.about,
         }
-        for name, source in read_sources(sources).items()
+        for name, source in read_sources().items()
     }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("name")
 
 
-def source_of(path: str | os.PathLike, *, sources: Path | None = None) -> str | None:
+def source_of(path: str | os.PathLike) -> str | None:
     """Returns the name of the source that a path belongs to, None where there is none.
 
     Only the path's parts are compared (`.../roxford5k/jpg` belongs to roxford5k), so the target
@@ -196,7 +196,7 @@ def source_of(path: str | os.PathLike, *, sources: Path | None = None) -> str | 
     parts = Path(path).parts
     matches = [
         (len(location), start, name)
-        for name, location in _locations(read_sources(sources))
+        for name, location in _locations(read_sources())
         for start in range(len(parts) - len(location) + 1)
         if parts[start : start + len(location)] == location
     ]
