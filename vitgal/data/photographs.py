@@ -154,7 +154,7 @@ def read_upright(path: Path) -> np.ndarray:
 
 
 def read_oriented(path: Path) -> tuple[np.ndarray, int]:
-    """Reads a photograph as `read_upright`, and the EXIF orientation, 1 to 8, of the stored one."""
+    """Reads (H, W, 3) uint8 RGB as `read_upright`, and the stored EXIF orientation, 1 to 8."""
     try:
         image, orientation, _ = read_photograph(path)
     except FileNotFoundError:

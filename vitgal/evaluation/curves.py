@@ -12,7 +12,7 @@ from vitgal.retrieval.ranking import Positions, Ranking
 def positive_ranks(
     ranking: Ranking | Positions, truth: GroundTruth, protocol: str
 ) -> list[np.ndarray]:
-    """Returns per query the rising zero-based ranks (n,) of its right images.
+    """Returns per query the rising zero-based ranks (R,) of its right images.
 
     Ranks do not count the images that the protocol ignores. Queries without a right image are
     left out.

@@ -48,7 +48,7 @@ class Landmarks:
 
     @property
     def clusters(self) -> np.ndarray | None:
-        """The groups for `bootstrap_interval` and `paired_test`; None: each query is its own."""
+        """The groups (Q,) for `bootstrap_interval` and `paired_test`; None: a query is its own."""
         return None if self.source == "queries" else self.groups
 
     @property

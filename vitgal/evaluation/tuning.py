@@ -129,8 +129,8 @@ def _reranked_ap(
 def best_point(ap: np.ndarray) -> Point:
     """Returns the point of the highest mean AP; of equal ones the first.
 
-    ap: (..., Q) float64, an axis a setting of the grid. Means that differ only by rounding count as
-    equal.
+    ap: float64 of shape (..., Q), an axis a setting of the grid. Means that differ only by rounding
+    count as equal.
     """
     means = ap.mean(axis=-1)
     best = np.argmax(means >= means.max() - 1e-12)
@@ -188,7 +188,7 @@ class Tuning:
         return point_values(self.grid, point)
 
     def curve(self, *names: str, **fixed: int) -> np.ndarray:
-        """Returns AP over the values of some parameters, an axis each, and the queries.
+        """Returns AP of shape (..., Q): an axis each for the named parameters' values, and queries.
 
         names: in the grid's order. fixed: parameter -> index of its value; all others as chosen.
         """

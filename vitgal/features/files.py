@@ -60,7 +60,7 @@ def _without_waiting(path: str, flags: int) -> int:
 
 
 def read_arrays(path: Path, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Reads arrays of an `.npz` that `runs.write_arrays` wrote; they are read-only.
+    """Reads arrays of any shape from an `.npz` that `runs.write_arrays` wrote; they are read-only.
 
     Raises FileNotFoundError, or FileError where one is missing or not a whole array of numbers.
     """
@@ -108,7 +108,7 @@ def _array(data: Any, start: int, dtype: np.dtype, shape: tuple[int, ...], order
 
 
 def divides(offsets: np.ndarray, size: int) -> bool:
-    """Returns whether offsets rise from 0 to a size: (n + 1,) for n parts."""
+    """Returns whether offsets (N + 1,) of N parts rise from 0 to a size."""
     rising = offsets.ndim == 1 and offsets.size and (offsets[1:] >= offsets[:-1]).all()
     return bool(rising and offsets[0] == 0 and offsets[-1] == size)
 

@@ -83,7 +83,7 @@ class TimmDescriber(nn.Module):
             return self.backbone.pooled(image).shape[1]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Computes `global_features`."""
+        """Computes `global_features` (B, D) of images (B, 3, H, W)."""
         return self.global_features(images)
 
     def global_features(self, images: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ def compute_tokens(
     selection: SelectionSettings,
     graphs: Graphs | None = None,
 ) -> TokenBatch:
-    """Runs the network at all scales; on a GPU without waiting for it.
+    """Runs the network on images (B, 3, H, W) at all scales; on a GPU without waiting for it.
 
     The other arguments are those of `local_features`. graphs: of `run_scales` with this model and
     selection. Raises ValueError where the model has no autoencoder.

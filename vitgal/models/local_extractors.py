@@ -35,7 +35,7 @@ class LocalExtractor(Protocol):
     def extract(self, batch: Sequence[np.ndarray], frames: Sequence[Frame]) -> list[LocalFeatures]:
         """Finds the features of inputs of one size.
 
-        batch: (h, w, 3) uint8 RGB each. frames: per input the box that was cut out of the
+        batch: (H, W, 3) uint8 RGB each. frames: per input the box that was cut out of the
         photograph and the photograph's size. Returns one LocalFeatures an input, perhaps empty.
         """
 
@@ -55,7 +55,7 @@ class RootSift:
         self.detector = cv2.SIFT_create(max_keypoints, enable_precise_upscale=True)
 
     def extract(self, batch: Sequence[np.ndarray], frames: Sequence[Frame]) -> list[LocalFeatures]:
-        """Finds the keypoints of greatest contrast in each input; see `LocalExtractor`."""
+        """Finds the keypoints of greatest contrast in inputs (H, W, 3); see `LocalExtractor`."""
         return [self._features(*item) for item in zip(batch, frames, strict=True)]
 
     def _features(self, image: np.ndarray, frame: Frame) -> LocalFeatures:
@@ -100,7 +100,7 @@ class XFeat:
         self.network.to(self.device)
 
     def extract(self, batch: Sequence[np.ndarray], frames: Sequence[Frame]) -> list[LocalFeatures]:
-        """Finds the most reliable keypoints of each input; see `LocalExtractor`."""
+        """Finds the most reliable keypoints of inputs (H, W, 3); see `LocalExtractor`."""
         height, width = batch[0].shape[:2]
         size = max(width, XFEAT_STEP), max(height, XFEAT_STEP)
         pixels = np.stack([cv2.resize(image, size) for image in batch])

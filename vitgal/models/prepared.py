@@ -153,17 +153,17 @@ class PackedLinear(nn.Linear):
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Computes (..., out_features)."""
+        """Computes outputs of the shape (..., out_features)."""
         return self._product(inputs, "none", "")
 
     def gelu(self, inputs: Tensor) -> Tensor:
-        """Computes GELU of the outputs."""
+        """Computes GELU of the outputs, of the shape (..., out_features)."""
         if self.dtype == torch.bfloat16:
             return F.gelu(self(inputs))
         return self._product(inputs, "gelu", "none")
 
     def add(self, inputs: Tensor, others: Tensor) -> Tensor:
-        """Adds the outputs to `others` (..., out_features), in their dtype."""
+        """Adds the outputs to `others`, of the shape (..., out_features), in their dtype."""
         if others.dtype != self.dtype or not inputs.numel():
             return others + self(inputs)
         return torch.ops.mkldnn._linear_pointwise.binary(
@@ -186,7 +186,7 @@ class _Fused(nn.Module):
         self.plain, self.dtype = plain, dtype
 
     def forward(self, inputs: Tensor, *grid: object) -> Tensor | tuple:
-        """Computes what the plain module does."""
+        """Computes what the plain module does, of the same shape."""
         return self.fused(inputs, *grid) if len(inputs) else self.plain(inputs, *grid)
 
 

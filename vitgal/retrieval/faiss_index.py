@@ -118,7 +118,9 @@ def build(
 
 
 def read(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Index:
-    """Opens an index that `build` stored, memory-mapped; the arguments are those of `build`.
+    """Opens an index of a database (N, D) that `build` stored; the arguments are those of `build`.
+
+    The index is memory-mapped.
 
     Raises StageError where there is no whole index, or one of other descriptors or settings.
     """

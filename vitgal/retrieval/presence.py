@@ -100,7 +100,7 @@ def fit_presence(
     rows, signs = (inputs - centre) / scale, np.where(shown, 1.0, -1.0)
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
-        """Penalised negative log-likelihood and its gradient."""
+        """The penalised negative log-likelihood of parameters (1 + D,) and its gradient."""
         margins = signs * (parameters[0] + rows @ parameters[1:])
         pulls = -weights * signs * expit(-margins)
         value = weights @ np.logaddexp(0, -margins) + RIDGE / 2 * parameters[1:] @ parameters[1:]

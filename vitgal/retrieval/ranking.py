@@ -326,7 +326,7 @@ class Ranking:
         return order, positions
 
     def rank(self, query: int, images: np.ndarray, ignored: np.ndarray | None = None) -> np.ndarray:
-        """Returns ranks as `Positions.rank`, also of unlabelled images among the first K."""
+        """Returns ranks (M,) as `Positions.rank`, also of unlabelled images among the first K."""
         images = np.asarray(images, np.int64)
         ranks = self.positions.rank(query, images)
         column = np.asarray(self.order[:, query])

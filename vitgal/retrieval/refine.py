@@ -268,11 +268,12 @@ def expand_queries(
 def augmented_blocks(
     database: np.ndarray, find: NeighbourSearch, *, neighbours: int, alpha: float
 ) -> Iterator[np.ndarray]:
-    """Yields the database in blocks, each image with its neighbours added as in `expand_queries`.
+    """Yields a database (N, D) in blocks, each image with its neighbours added to it.
 
     Database augmentation: Turcot and Lowe, ICCV workshop 2009; Arandjelovic and Zisserman, "Three
     things everyone should know to improve object retrieval", CVPR 2012; with weights by Gordo et
-    al., IJCV 2017. Neighbours are those of the database as it was, whatever the blocks.
+    al., IJCV 2017. Neighbours are those of the database as it was, whatever the blocks, and are
+    added as in `expand_queries`.
 
     find: `exact_neighbours(database)` or another search. Raises as `expand_queries`.
     """
@@ -305,7 +306,7 @@ def exact_neighbours(database: np.ndarray) -> NeighbourSearch:
     """Returns exact search in a database (N, D) as a `NeighbourSearch`; N² x D products in all."""
 
     def find(queries: np.ndarray, k: int) -> Hits:
-        """Searches the whole database."""
+        """Searches the whole database for queries (Q, D)."""
         similarities, images = search(queries, database, k=k)
         return similarities.T, images.T
 

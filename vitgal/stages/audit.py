@@ -232,7 +232,7 @@ class GlobalStore:
         self.places |= {bytes(key).hex(): (file, row) for row, key in enumerate(keys)}
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
-        """Returns the descriptors (len(keys), D) float16 of images that are stored."""
+        """Returns the descriptors (K, D) float16 of K images that are stored."""
         rows: np.ndarray | None = None
         by_file: dict[Path, list[int]] = {}
         for index, key in enumerate(keys):
@@ -320,7 +320,7 @@ def _compared(
             return None
 
     def compare(pair: np.ndarray) -> Comparison | None:
-        """Compares one candidate pair."""
+        """Compares a candidate pair (2,)."""
         one, other = view(first[pair[0]]), view(second[pair[1]])
         if one is None or other is None:
             return None

@@ -161,9 +161,9 @@ class LocalDescriber:
             yield _counted(images, bar)
 
     def global_rows(self, images: LoadedImages, count: int) -> tuple[np.ndarray, list[Failure]]:
-        """Computes the global descriptors of `count` images, within `running`.
+        """Computes the global descriptors of N images, the `count`, within `running`.
 
-        Returns (count, D) float32, zero where an image failed, and the failures.
+        Returns (N, D) float32, zero where an image failed, and the failures.
         """
         failures: list[Failure] = []
         rows = np.zeros((count, self.model.embed_dim), np.float32)

@@ -274,7 +274,7 @@ def _neighbour_search(
     shutil.rmtree(temporary)  # it stays mapped
 
     def find(queries: np.ndarray, k: int) -> Hits:
-        """Searches the index, and ranks what it proposes exactly."""
+        """Searches the index for queries (Q, D), and ranks what it proposes exactly."""
         similarities, images, _ = faiss_index.find(index, queries, k=k)
         return similarities.T, images.T
 

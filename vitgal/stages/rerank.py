@@ -193,7 +193,7 @@ def count_queries(
     journal: Path,
     label: str | None,
 ) -> list[np.ndarray]:
-    """Returns per query the result of `count`, which must be picklable: int32 (..., C).
+    """Returns per query the result of `count`, which must be picklable: int32 of shape (..., C).
 
     journal: folder of the finished queries, from which an interrupted run goes on. label: of the
     progress bar; None: none. The result does not depend on the machine's engine and workers.

@@ -169,7 +169,7 @@ def count_grid(
     """Counts the evidence for one query's candidates at every point of the grid.
 
     names: C database names; one that is not in the store could not be read and counts 0. settings:
-    all that the grid does not vary. Returns (..., C) int32, the axes of `pair_counts`.
+    all that the grid does not vary. Returns int32 of shape (..., C), the axes of `pair_counts`.
     """
     features = store[query]
     counts = np.zeros((*_counted_shape(grid), len(names)), np.int32)
@@ -191,9 +191,9 @@ def pair_counts(
     Equal to `inspect_pair` and `weigh` at each point. Features are matched once per method, at the
     greatest distance; a smaller one keeps the nearer matches, and equal matches are verified once.
 
-    settings: all that the grid does not vary. Returns (...) int32, one axis per setting of the grid
-    in COUNTED: the count that orders the candidates; for the order "fused" 0 where the homography
-    is implausible.
+    settings: all that the grid does not vary. Returns int32 of shape (...), one axis per setting
+    of the grid in COUNTED: the count that orders the candidates; for the order "fused" 0 where the
+    homography is implausible.
     """
     kept = slice(settings.matching.max_keypoints)
     query, database = query.subset(kept), database.subset(kept)

@@ -189,7 +189,7 @@ def draw_hole(size: int, rng: np.random.Generator) -> tuple[int, int, int]:
 
 
 def scaled_hole(hole: Tensor, factor: float) -> Tensor:
-    """Scales holes (..., 3) int64 to an image `factor` times as large, rounded to pixels."""
+    """Scales holes, int64 of shape (..., 3), to an image `factor` times as large, rounded."""
     return (hole * factor).round().long()
 
 

@@ -17,7 +17,7 @@ TEMPERATURE = 0.1
 
 
 def spread(codes: Tensor) -> Tensor:
-    """Computes how unevenly codes (..., C) spread over directions, a scalar in [0, C - 1].
+    """Computes how unevenly codes of shape (..., C) spread over directions, from 0 to C - 1.
 
     It is C times the mean squared cosine of two random codes, less 1: 0 where the normalised codes'
     second moment is the identity over C (whitened), C - 1 where all have one direction.

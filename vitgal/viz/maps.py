@@ -78,8 +78,8 @@ def token_figure(
 def component_colours(tokens: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Returns the first three principal components of tokens as colours.
 
-    tokens: maps (h, w, D). The components are those of all maps together; each is stretched from
-    its 2nd to its 98th percentile, in 32 levels. Returns maps (h, w, 3) uint8. The sign is that of
+    tokens: maps (H, W, D). The components are those of all maps together; each is stretched from
+    its 2nd to its 98th percentile, in 32 levels. Returns maps (H, W, 3) uint8. The sign is that of
     a component's largest weight.
     """
     rows = np.concatenate([np.asarray(part, float).reshape(-1, part.shape[2]) for part in tokens])

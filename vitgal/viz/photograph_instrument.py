@@ -102,7 +102,7 @@ class PhotographInstrument(InstrumentWidget):
         }
 
     def read(self, path: Path) -> np.ndarray:
-        """Reads a photograph upright."""
+        """Reads a photograph upright, (H, W, 3) uint8 RGB."""
         return read_upright(path)
 
     def search(self, query: str, box: Sequence[int] | None) -> dict[str, Any]:

@@ -308,7 +308,7 @@ class Index:
         return shard_folder(self.store, number, self.header["folders"])
 
     def ends(self, number: int) -> np.ndarray:
-        """Returns the end of each item's rows in a shard, (items,) int64."""
+        """Returns the end of each of a shard's N items, (N,) int64, as a row number."""
         first, end = self.arrays["firsts"][number : number + 2]
         return self.arrays["rows"][first:end, 1]
 
