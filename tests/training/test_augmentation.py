@@ -171,6 +171,15 @@ def test_rand_augment_follows_its_generator_alone():
 # Decoding at a reduced scale
 
 
+@pytest.mark.parametrize("quality", [99, 100])
+def test_jpeg_round_trips_are_those_of_opencv(photograph, quality):
+    for shape in ((60, 90), (59, 83), (17, 3), (1, 1)):
+        image = photograph[: shape[0], : shape[1]]
+        _, coded = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+        expected = cv2.imdecode(coded, cv2.IMREAD_COLOR)[..., ::-1]
+        np.testing.assert_array_equal(augmentation.through_jpeg(image, quality), expected)
+
+
 @pytest.fixture
 def jpeg(tmp_path, photograph):
     path = tmp_path / "a.jpg"
