@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands."""
+"""The README's Python runs as it stands; speeds name their measurement."""
 
 import re
 from pathlib import Path
@@ -19,3 +19,18 @@ def test_the_python_in_the_readme_runs(monkeypatch, capsys):
     assert names["ranks"].shape == (2, 1)
     assert 0 < names["result"].count <= len(names["matches"])
     assert capsys.readouterr().out.endswith("inliers\n")
+
+
+SPEED = re.compile(
+    r"\d (ms|µs)\b|\d times (as fast|faster|sooner|slower)|\d (images|frames) (a|per) second"
+)
+
+
+def test_speeds_stand_where_their_measurement_is_named():
+    """A speed is true of one machine: the package states none, a page names the benchmark."""
+    package = sorted((TOP / "vitgal").rglob("*.py"))
+    assert [str(path) for path in package if SPEED.search(path.read_text(encoding="utf-8"))] == []
+    pages = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in pages}
+    stated = {name for name, text in texts.items() if SPEED.search(text)}
+    assert stated and all("benchmarks/" in texts[name] for name in stated)
