@@ -28,6 +28,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pandas as pd
+from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 from vitgal import runs
@@ -35,8 +36,7 @@ from vitgal.data.images import resize
 from vitgal.data.photographs import read_upright
 from vitgal.evaluation.protocol import average_precision
 from vitgal.evaluation.statistics import bootstrap_interval
-from vitgal.retrieval.places import pair_scores
-from vitgal.retrieval.presence import Presence, calibration_error, ranking_area
+from vitgal.retrieval.presence import Presence
 from vitgal.retrieval.verification import verify
 from vitgal.settings import RerankingSettings, Values, reader, settings_of
 from vitgal.stages import own, own_answers
@@ -120,6 +120,21 @@ def timed(queries: list[str], rank: Callable[[str], list[str]]) -> tuple[dict, f
     return rankings, 1000 * (time.process_time() - start) / max(1, len(queries))
 
 
+def calibration_error(probabilities: np.ndarray, shown: np.ndarray) -> float:
+    """Returns the expected calibration error over ten bins (Naeini et al., AAAI 2015)."""
+    bins = np.minimum((np.asarray(probabilities) * 10).astype(int), 9)
+    return np.abs(np.bincount(bins, probabilities - np.asarray(shown, float))).sum() / len(bins)
+
+
+def pair_scores(groups: np.ndarray, true: np.ndarray) -> tuple[float, float, float]:
+    """Returns precision, recall and F1 of the pairs in one group (N,); -1 is in none."""
+    pairs = np.triu_indices(len(groups), 1)
+    ends = [(labels[pairs[0]], labels[pairs[1]]) for labels in (groups, true)]
+    named, wanted = ((first == second) & (first >= 0) for first, second in ends)
+    both = (named & wanted).sum()
+    return both / named.sum(), both / wanted.sum(), 2 * both / (named.sum() + wanted.sum())
+
+
 def print_presence(tables: dict[str, pd.DataFrame], presence: Presence) -> None:
     """Prints how well probabilities tell whether a query's place is there; tables: by query."""
     best, right, there, pairs, shown = [], [], [], [], []
@@ -137,7 +152,7 @@ def print_presence(tables: dict[str, pd.DataFrame], presence: Presence) -> None:
     called = best >= presence.threshold
     print(
         f"is it there: {there.sum()} queries of places, {(~there).sum()} of none: AUROC "
-        f"{ranking_area(best, there):.4f}, calibration error {calibration_error(best, right):.3f} "
+        f"{roc_auc_score(there, best):.4f}, calibration error {calibration_error(best, right):.3f} "
         f"of the best result, {calibration_error(pairs, shown):.3f} of all {len(pairs)} verified; "
         f"threshold {presence.threshold:.2f}: precision {right[called].mean():.3f}, recall "
         f"{(right & called).sum() / there.sum():.3f} (fit: {presence.precision:.3f}, "

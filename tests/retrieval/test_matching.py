@@ -118,7 +118,7 @@ def test_match_with_the_shorter_product_first(kind):
     near = gallery[rng.integers(500, size=300)]
     query = near + (rng.random((300, 1)) * rng.standard_normal((300, 128))).astype("f4") / 6
     prepared = [matching.Descriptors.read(item, "one") for item in (query, gallery)]
-    left = matching.sieved_pairs(*prepared, slice(0, 300), 0.82)
+    left = matching.NearestSearch(*prepared, 0.82).sieved(slice(0, 300))
     assert (left is None) == (kind != "strangers")
     matches = match(query, gallery)
     assert 50 < len(matches) <= 300
@@ -343,19 +343,19 @@ def test_match_refuses_invalid_descriptors():
 
 def test_a_device_without_memory_matches_in_parts(monkeypatch):
     """As a GPU that has room for three query descriptors at a time, or for none."""
-    space, real = 3, matching._closest_on
+    space, real = 3, matching.NearestSearch.closest_by_torch
     asked = []
 
-    def cramped(device, query, gallery, block, *options):
+    def cramped(search, block):
         asked.append(block.stop - block.start)
         if asked[-1] > space:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(device, query, gallery, block, *options)
+        return real(search, block)
 
     rng = np.random.default_rng(0)
     query, gallery = (unit(rng.standard_normal((n, 16))) for n in (25, 40))
     wanted = matching.match(query, gallery, 1.2)
-    monkeypatch.setattr(matching, "_closest_on", cramped)
+    monkeypatch.setattr(matching.NearestSearch, "closest_by_torch", cramped)
     np.testing.assert_array_equal(matching.match(query, gallery, 1.2, device="cpu"), wanted)
     assert len(wanted) > 10 and max(asked) == 25 and asked.count(3) > 5
     space = 0

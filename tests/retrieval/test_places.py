@@ -1,11 +1,11 @@
-"""Places: the rule by which pairs connect, worked out by hand, and the scores of a grouping."""
+"""Places: the rule by which pairs connect, worked out by hand."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from vitgal.retrieval.places import group_places, pair_scores
+from vitgal.retrieval.places import group_places
 
 TRIANGLES = [(0, 1), (1, 2), (0, 2), (3, 4), (4, 5), (3, 5)]
 
@@ -58,15 +58,3 @@ def test_no_pair_and_wrong_input():
     assert groups([(3, 3)]) == []  # a photograph and itself
     with pytest.raises(ValueError, match="1 pairs and 2 probabilities"):
         group_places([(0, 1)], [0.5, 0.6])
-
-
-def test_pair_scores_against_all_pairs():
-    rng = np.random.default_rng(0)
-    found, true = rng.integers(-1, 4, 30), rng.integers(-1, 4, 30)
-    pairs = list(itertools.combinations(range(30), 2))
-    named = {(i, j) for i, j in pairs if found[i] == found[j] >= 0}
-    wanted = {(i, j) for i, j in pairs if true[i] == true[j] >= 0}
-    both = len(named & wanted)
-    expected = both / len(named), both / len(wanted), 2 * both / (len(named) + len(wanted))
-    np.testing.assert_allclose(pair_scores(found, true), expected)
-    assert np.isnan(pair_scores([-1, -1], [-1, -1])).all()

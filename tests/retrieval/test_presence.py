@@ -1,4 +1,4 @@
-"""Probability that a result shows the place: fit, threshold and calibration, by hand."""
+"""Probability that a result shows the place: fit and threshold, by hand."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,7 @@ from vitgal.retrieval.presence import (
     Presence,
     PresenceError,
     best_threshold,
-    calibration_error,
     fit_presence,
-    ranking_area,
 )
 
 
@@ -42,7 +40,6 @@ def test_the_fit_is_that_of_scikit_learn():
         other.predict_proba(scaled)[:, 1],
         atol=1e-4,
     )
-    assert calibration_error(model.probabilities(similarities, evidence), shown) < 0.03
 
 
 def test_a_weight_counts_as_so_many_pairs():
@@ -69,22 +66,6 @@ def test_threshold_by_hand():
     shown = np.array([True, True, False, True, False])
     threshold, precision, recall = best_threshold(probabilities, shown)
     assert (threshold, precision, recall) == (pytest.approx(0.65), 1.0, pytest.approx(2 / 3))
-
-
-def test_calibration_error_by_hand():
-    """0.05 (false) and 0.15 (true) in two bins, 0.95 and 1 (true) in the last: 0.95 / 4."""
-    found = calibration_error(np.array([0.05, 0.15, 0.95, 1.0]), [False, True, True, True])
-    assert found == pytest.approx((0.05 + 0.85 + 0.05) / 4)
-    assert np.isnan(calibration_error(np.zeros(0), np.zeros(0)))
-
-
-def test_area_under_the_curve():
-    scores = np.random.default_rng(0).integers(0, 9, 60)
-    shown = np.random.default_rng(1).random(60) < 0.4
-    pairs = scores[shown][:, None], scores[~shown][None]
-    expected = (pairs[0] > pairs[1]).mean() + 0.5 * (pairs[0] == pairs[1]).mean()
-    assert ranking_area(scores, shown) == pytest.approx(expected)
-    assert np.isnan(ranking_area(scores, np.ones(60, bool)))
 
 
 @pytest.mark.parametrize(

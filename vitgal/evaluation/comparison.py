@@ -61,8 +61,7 @@ class Comparison:
 
     def table(self, protocol: str) -> pd.DataFrame:
         """Returns one protocol's queries with the columns before, after and change."""
-        names = {"first": "before", "second": "after"}
-        return self.changes[protocol].rename(columns=names)
+        return self.changes[protocol].rename(columns={"first": "before", "second": "after"})
 
 
 def find_results(path: str | Path) -> dict[str, Path]:
@@ -147,22 +146,20 @@ def compare_results(
     protocols = [p for p in PROTOCOLS if p in first and p in second]
     if not protocols:
         raise ValueError(f"{names[0]} and {names[1]} share no protocol of {', '.join(PROTOCOLS)}")
-    shown = resampled(first, second)
+    landmarks = resampled(first, second)
     tests, intervals, plain, columns = {}, {}, {}, {}
     for protocol in protocols:
         before, after = (np.array(x[protocol]["ap"], np.float64) for x in (first, second))
+        clusters = landmarks.clusters
         plain[protocol] = paired_test(before, after, seed=seed)
-        tests[protocol] = paired_test(before, after, shown.clusters, seed=seed)
-        intervals[protocol] = [
-            mean_and_interval(ap, shown.clusters, seed) for ap in (before, after)
-        ]
-        columns[protocol, "first"] = before
-        columns[protocol, "second"] = after
+        tests[protocol] = paired_test(before, after, clusters, seed=seed)
+        intervals[protocol] = [mean_and_interval(ap, clusters, seed) for ap in (before, after)]
+        columns |= {(protocol, "first"): before, (protocol, "second"): after}
         columns[protocol, "change"] = after - before
     queries = first.get("queries") or second.get("queries") or range(len(before))
     changes = pd.DataFrame(columns, index=pd.Index(queries, name="query"))
     settings = setting_table(first, second, names)
-    return Comparison(names, settings, shown, tests, intervals, plain, changes)
+    return Comparison(names, settings, landmarks, tests, intervals, plain, changes)
 
 
 def check_comparable(first: Scores, second: Scores, names: tuple[str, str]) -> None:
@@ -213,13 +210,11 @@ def settings_of(scores: Scores) -> dict[str, Any]:
         nested = {**scores.get("earlier", {}), stage: scores["parameters"]}
     nested |= {key: scores[key] for key in SETTINGS if key in scores}
     flat = {key: value for key, value in _flat(nested).items() if not key.endswith(DERIVED)}
-    # A protocol's entry may only repeat a parameter of the global stage.
-    parameters = {key: f"global.{key.removeprefix('protocol.')}" for key in flat}
-    return {
-        key: value
-        for key, value in flat.items()
-        if not (key.startswith("protocol.") and flat.get(parameters[key], ABSENT) == value)
-    }
+    for key in [key for key in flat if key.startswith("protocol.")]:
+        # It may only repeat a parameter of the global stage.
+        if flat.get(f"global.{key.removeprefix('protocol.')}", ABSENT) == flat[key]:
+            del flat[key]
+    return flat
 
 
 def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -34,8 +34,8 @@ def mean_precision(ranks: Sequence[np.ndarray], levels: int = 101) -> np.ndarray
     """
     curves = np.full((len(ranks), levels), np.nan)
     for curve, row in zip(curves, ranks, strict=True):
-        found = np.arange(1, len(row) + 1)
-        best = np.maximum.accumulate((found / (row + 1))[::-1])[::-1]
+        precision = np.arange(1, len(row) + 1) / (row + 1)
+        best = np.maximum.accumulate(precision[::-1])[::-1]
         needed = np.ceil(np.linspace(0, 1, levels) * len(row) - 1e-9).astype(int)
         curve[:] = best[np.maximum(needed, 1) - 1]
     return curves.mean(axis=0) if len(ranks) else np.full(levels, np.nan)

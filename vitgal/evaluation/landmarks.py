@@ -58,9 +58,8 @@ class Landmarks:
 
     def __str__(self) -> str:
         """States how many landmarks are resampled, where they come from, and if they are few."""
-        kind = "query" if self.source == "queries" else "landmark"
-        plural = {"query": "queries"}.get(kind, f"{kind}s")
-        number = f"{self.count} {kind if self.count == 1 else plural}"
+        kinds = ("query", "queries") if self.source == "queries" else ("landmark", "landmarks")
+        number = f"{self.count} {kinds[self.count != 1]}"
         text = f"intervals and tests resample {number} ({SOURCES[self.source]})"
         if self.count == 1:
             return f"{text}: one alone has no interval"
@@ -80,16 +79,15 @@ def find_landmarks(ground_truth: GroundTruth) -> Landmarks:
     sizes = np.array([each.size for each in images], np.int64)
     if not sizes.sum():
         return Landmarks(np.arange(len(images)), "queries")
-    place = np.concatenate(images), np.cumsum([0, *sizes])
-    shape = len(images), len(ground_truth.database)
-    incidence = sparse.csr_array((np.ones(sizes.sum()), *place), shape)
+    entries = np.ones(sizes.sum()), np.concatenate(images), np.cumsum([0, *sizes])
+    incidence = sparse.csr_array(entries, (len(images), len(ground_truth.database)))
     common = (incidence @ incidence.T).tocoo()
     union = sizes[common.row] + sizes[common.col] - common.data
     linked = common.data >= OVERLAP * union
     ends = common.row[linked], common.col[linked]
     graph = sparse.csr_array((np.ones(len(ends[0])), ends), (len(images), len(images)))
-    found = Landmarks.numbered(connected_components(graph, directed=False)[1].tolist(), "labels")
-    return found if found.count < len(images) else Landmarks(found.groups, "queries")
+    count, groups = connected_components(graph, directed=False)
+    return Landmarks.numbered(groups.tolist(), "labels" if count < len(images) else "queries")
 
 
 def landmarks_by_names(queries: Sequence[str]) -> Landmarks:

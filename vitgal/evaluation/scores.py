@@ -127,16 +127,14 @@ def score_table(
 
 
 def _row(scores: Mapping[str, Any], clusters: np.ndarray | None, plain: bool) -> dict[str, float]:
-    def percent(value: float | None) -> float:
-        """Converts a fraction to percent; None, a score without a query, to nan."""
-        return float("nan") if value is None else 100 * value
-
     _, low, high = mean_and_interval(scores["ap"], clusters)
-    row = {"mAP": percent(scores["map"]), "low": 100 * low, "high": 100 * high}
+    row = {"mAP": scores["map"], "low": low, "high": high}
     if plain:
         _, low, high = mean_and_interval(scores["ap"])
-        row |= {"low by query": 100 * low, "high by query": 100 * high}
-    row |= {f"mP@{k}": percent(value) for k, value in scores["mp_at"].items()}
+        row |= {"low by query": low, "high by query": high}
+    row |= {f"mP@{k}": value for k, value in scores["mp_at"].items()}
+    # None is the score of no query.
+    row = {name: np.nan if value is None else 100 * value for name, value in row.items()}
     return row | {"queries": np.count_nonzero(~np.isnan(np.array(scores["ap"], np.float64)))}
 
 
@@ -167,8 +165,8 @@ def scores_document(
     """
     bootstrap, clusters = BOOTSTRAP, None
     if ground_truth is not None:
-        shown = find_landmarks(ground_truth)
-        bootstrap, clusters = BOOTSTRAP | shown.recorded, shown.clusters
+        landmarks = find_landmarks(ground_truth)
+        bootstrap, clusters = BOOTSTRAP | landmarks.recorded, landmarks.clusters
     document = {
         **_with_intervals(result, clusters),
         "protocol": protocol,

@@ -85,8 +85,8 @@ def system_table(
             distractors, or no published results.
         FileNotFoundError, ValueError: as `find_results` and `check_comparable` raise them.
     """
-    found = _find_systems([*paths], dataset)
-    folders, scores = ({name: pair[i] for name, pair in found.items()} for i in range(2))
+    in_order = _find_systems([*paths], dataset)
+    folders, scores = ({name: pair[i] for name, pair in in_order.items()} for i in range(2))
     names, (first, *others) = [*scores], [*scores.values()]
     for name, other in zip(names[1:], others, strict=True):
         check_comparable(first, other, (names[0], name))
@@ -95,9 +95,9 @@ def system_table(
                 f"{names[0]} is ranked among {_distractors(first):,} distractors and {name} among "
                 f"{_distractors(other):,}: name runs with the same"
             )
-    shown = resampled(*scores.values())
-    tests = _tests([*scores.values()], shown, seed)
-    rows = [_row(name, folders[name], single, shown, seed) for name, single in scores.items()]
+    landmarks = resampled(*scores.values())
+    tests = _tests([*scores.values()], landmarks, seed)
+    rows = [_row(name, folders[name], single, landmarks, seed) for name, single in scores.items()]
     for protocol in PROTOCOLS:
         for number, row in enumerate(rows, start=1):
             row[f"{protocol} better than"] = _worse(tests, protocol, number)
@@ -108,7 +108,7 @@ def system_table(
     systems["source"] = systems["source"].fillna("") if published else ""
     title = f"{name} + {distractors:,} distractors" if distractors else name
     counted = next((len(first[p]["ap"]) for p in PROTOCOLS if p in first), 0)
-    return SystemTable(title, counted, shown, systems, tests)
+    return SystemTable(title, counted, landmarks, systems, tests)
 
 
 def _find_systems(
@@ -117,14 +117,14 @@ def _find_systems(
     """Returns the name of each system with its folder and scores, in the order of the paths."""
     if not paths:
         raise TableError("no run is named: a table needs one or more")
-    found = [{stage: read_scores(stage) for stage in find_results(path).values()} for path in paths]
-    stages = [stage for results in found for stage in results]
+    of_each = [{stage: read_scores(stage) for stage in find_results(p).values()} for p in paths]
+    stages = [stage for results in of_each for stage in results]
     if twice := next((stage for stage in stages if stages.count(stage) > 1), None):
         raise TableError(f"{twice} is named twice: name each run or stage once")
     if dataset is None:
-        dataset = _common_dataset(paths, found)
+        dataset = _common_dataset(paths, of_each)
     systems = {}
-    for path, results in zip(paths, found, strict=True):
+    for path, results in zip(paths, of_each, strict=True):
         own = {s: scores for s, scores in results.items() if _dataset(scores, s) == dataset}
         if not own:
             known = ", ".join({_dataset(scores, s): None for s, scores in results.items()})
@@ -138,19 +138,19 @@ def _find_systems(
     }
 
 
-def _common_dataset(paths: Sequence[str | Path], found: Sequence[dict[Path, Scores]]) -> str:
+def _common_dataset(paths: Sequence[str | Path], of_each: Sequence[dict[Path, Scores]]) -> str:
     sets = [
-        {_dataset(scores, stage): None for stage, scores in results.items()} for results in found
+        {_dataset(scores, stage): None for stage, scores in results.items()} for results in of_each
     ]
     common = [name for name in sets[0] if all(name in single for single in sets)]
     if len(common) > 1 and VALIDATION in common:
         common.remove(VALIDATION)
     if not common:
-        of_each = "; ".join(
+        known = "; ".join(
             f"{path}: {', '.join(names)}" for path, names in zip(paths, sets, strict=True)
         )
         raise TableError(
-            f"the runs have no data set in common ({of_each}): results on different data sets "
+            f"the runs have no data set in common ({known}): results on different data sets "
             "cannot stand in one table"
         )
     if len(common) > 1:
@@ -158,7 +158,9 @@ def _common_dataset(paths: Sequence[str | Path], found: Sequence[dict[Path, Scor
     return common[0]
 
 
-def _row(name: str, folder: Path, scores: Scores, shown: Landmarks, seed: int) -> dict[str, Any]:
+def _row(
+    name: str, folder: Path, scores: Scores, landmarks: Landmarks, seed: int
+) -> dict[str, Any]:
     """Returns a system's row without the tests, as `SystemTable.systems` describes it."""
     earlier = scores.get("earlier", {})
     settings = [earlier.get("global", scores.get("parameters", {})), earlier.get("local", {})]
@@ -168,7 +170,7 @@ def _row(name: str, folder: Path, scores: Scores, shown: Landmarks, seed: int) -
     row: dict[str, Any] = {"system": name, "size": " / local ".join(sizes)}
     for protocol in PROTOCOLS:
         result = scores.get(protocol, {"ap": [np.nan], "mp_at": {}})
-        clusters = shown.clusters if protocol in scores else None
+        clusters = landmarks.clusters if protocol in scores else None
         values = [100 * value for value in mean_and_interval(result["ap"], clusters, seed)]
         row |= zip((protocol, f"{protocol} low", f"{protocol} high"), values, strict=True)
         precision = result["mp_at"].get("10")
@@ -223,7 +225,7 @@ def _network(stage: Path, manifest: dict[str, Any]) -> str:
     return f"ViTGaL, {facts['architecture']}" if "architecture" in facts else "ViTGaL"
 
 
-def _tests(scores: Sequence[Scores], shown: Landmarks, seed: int) -> pd.DataFrame:
+def _tests(scores: Sequence[Scores], landmarks: Landmarks, seed: int) -> pd.DataFrame:
     """Tests each pair of systems under each protocol, see `SystemTable.tests`."""
     columns = ["protocol", "first", "second", "difference", "low", "high", "p", "p Holm"]
     rows = []
@@ -234,9 +236,8 @@ def _tests(scores: Sequence[Scores], shown: Landmarks, seed: int) -> pd.DataFram
             if protocol in single
         }
         pairs = [*itertools.combinations(ap, 2)]
-        tests = [
-            paired_test(ap[first], ap[second], shown.clusters, seed=seed) for first, second in pairs
-        ]
+        clusters = landmarks.clusters
+        tests = [paired_test(ap[one], ap[two], clusters, seed=seed) for one, two in pairs]
         corrected = holm([test.p_value for test in tests])
         for pair, test, p_value in zip(pairs, tests, corrected, strict=True):
             points = (100 * value for value in (test.difference, test.low, test.high))

@@ -1,6 +1,7 @@
 """Settings of reranking: mAP over a grid of them, and the choice on the validation set."""
 
 import itertools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,12 +174,12 @@ class Tuning:
         points = [tuple(record[key]) for key in ("chosen", "current")]
         known = [name for name in NAMES if name in grid]
         fits = list(grid) == known and all(conforms(grid[name], VALUES[name]) for name in known)
-        fits = fits and all(len(point) == len(grid) for point in points)
         fits = fits and conforms(queries, [str]) and len(queries) in (0, len(before))
-        if not fits or len(groups) != len(before):
-            raise FileError(f"{path} is damaged: make the stage again")
-        shape = tuple(map(len, grid.values()))
-        if any(at >= size for point in points for at, size in zip(point, shape, strict=True)):
+        fits = fits and len(groups) == len(before)
+        shape = tuple(map(len, grid.values())) if fits else ()
+        for point in points:
+            fits = fits and len(point) == len(shape) and all(map(operator.lt, point, shape))
+        if not fits:
             raise FileError(f"{path} is damaged: make the stage again")
         ap = map_array(Path(folder) / "ap.npy", np.dtype(np.float64), (*shape, len(before)))
         return cls(grid, ap, *points, np.array(before, np.float64), np.array(groups), queries)

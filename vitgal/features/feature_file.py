@@ -51,8 +51,8 @@ class FeatureFile:
         if not path.is_file():
             raise FileNotFoundError(f"there are no local features {path}: hloc's .h5")
         with opened_hdf5(path) as file:
-            found = find_datasets(file, path, ("keypoints", "descriptors"))
-            stored = sorted({name for name, _ in found})
+            datasets = find_datasets(file, path, ("keypoints", "descriptors"))
+            stored = sorted({name for name, _ in datasets})
             positions = find_names(stored, names, path, "local features")
             groups = {name: stored[at] for name, at in zip(names, positions, strict=True)}
             width = 0

@@ -14,7 +14,6 @@ import numpy as np
 
 from vitgal import runs
 
-MAGIC = b"\x93NUMPY\x01\x00v\x00"  # of `.npy` format 1.0 with a header of 128 bytes
 INT32 = range(-(2**31), 2**31)
 
 
@@ -36,13 +35,9 @@ def map_array(
     """
     try:
         with open(path, "rb", buffering=0, opener=_without_waiting) as handle:
-            if dtype is not None and (start := _stated_as(handle, dtype, shape)):
-                stated = dtype, shape, "C"
-            else:
-                handle.seek(0)
-                stated, start = _read_header(handle), handle.tell()
-                if dtype is not None and stated != (dtype, shape, "C"):
-                    raise ValueError(f"an array of shape {stated[1]} and type {stated[0]}")
+            stated, start = _read_header(handle), handle.tell()
+            if dtype is not None and stated != (dtype, shape, "C"):
+                raise ValueError(f"an array of shape {stated[1]} and type {stated[0]}")
             file = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         return _array(file, start, *stated)
     except Exception as error:  # NumPy raises errors of many types for a damaged header
@@ -92,13 +87,6 @@ def _read_header(file: BinaryIO) -> tuple[np.dtype, tuple[int, ...], str]:
     if dtype.kind not in "biuf" or dtype.itemsize > 8 or min(shape, default=0) < 0:
         raise ValueError(f"an array of shape {shape} and type {dtype}")
     return dtype, shape, "F" if is_fortran else "C"
-
-
-def _stated_as(file: BinaryIO, dtype: np.dtype, shape: tuple[int, ...]) -> int:
-    """Returns the header's length if the header is what NumPy writes; faster than parsing."""
-    head = file.read(128)
-    text = f"{{'descr': {dtype.str!r}, 'fortran_order': False, 'shape': {shape}, }}"
-    return 128 if head == MAGIC + text.encode().ljust(117) + b"\n" else 0
 
 
 def _array(data: Any, start: int, dtype: np.dtype, shape: tuple[int, ...], order: str):

@@ -15,13 +15,11 @@ from .matching import (
     match_squares as match_squares,
     matching_device as matching_device,
 )
-from .places import Place as Place, group_places as group_places, pair_scores as pair_scores
+from .places import Place as Place, group_places as group_places
 from .presence import (
     Presence as Presence,
     PresenceError as PresenceError,
-    calibration_error as calibration_error,
     fit_presence as fit_presence,
-    ranking_area as ranking_area,
 )
 from .ranking import (
     Fusion as Fusion,

@@ -96,8 +96,8 @@ class View:
         pixels = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
         grey = cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY)
         detector = cv2.SIFT_create(FEATURES, contrastThreshold=0.01, enable_precise_upscale=True)
-        found, histograms = detector.detectAndCompute(grey, None)
-        points = np.array([point.pt for point in found], np.float32).reshape(-1, 2)
+        keypoints, histograms = detector.detectAndCompute(grey, None)
+        points = np.array([keypoint.pt for keypoint in keypoints], np.float32).reshape(-1, 2)
         if histograms is None:
             histograms = np.zeros((0, 128), np.float32)
         sums = np.maximum(histograms.sum(axis=1, keepdims=True), 1)
@@ -151,12 +151,11 @@ def compare_views(first: View, second: View, *, mirrored: bool = False) -> Compa
     if best.is_copy:
         return best
     matches = _match(first.descriptors, second.descriptors)
-    found = verify(
-        first.points[matches[:, 0]], second.points[matches[:, 1]], "magsac", THRESHOLD, 2000, 0.999
-    )
-    if found.count < LEAST_INLIERS // 2 or not _plausible(found.homography, first.pixels.shape):
+    points = first.points[matches[:, 0]], second.points[matches[:, 1]]
+    fit = verify(*points, "magsac", THRESHOLD, 2000, 0.999)
+    if fit.count < LEAST_INLIERS // 2 or not _plausible(fit.homography, first.pixels.shape):
         return NOTHING
-    return _overlap(first, second, found.homography, mirrored, inliers=found.count)
+    return _overlap(first, second, fit.homography, mirrored, inliers=fit.count)
 
 
 def _match(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -173,11 +172,14 @@ def _match(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.stack([rows[kept], nearest[kept]], axis=1)
 
 
+def _corners(shape: tuple[int, ...]) -> np.ndarray:
+    height, width = shape[:2]
+    return np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float64)
+
+
 def _plausible(homography: np.ndarray, shape: tuple[int, ...]) -> bool:
     """Whether a homography keeps the outline of an image (h, w) convex and unmirrored."""
-    height, width = shape[:2]
-    corners = np.array([[0, 0, 1], [width, 0, 1], [width, height, 1], [0, height, 1]], float)
-    moved = corners @ homography.T
+    moved = np.column_stack([_corners(shape), np.ones(4)]) @ homography.T
     if (moved[:, 2] <= 1e-6).any():
         return False
     moved = moved[:, :2] / moved[:, 2:]
@@ -230,7 +232,7 @@ def _extent_changes(
     views: tuple[View, View], masks: tuple[np.ndarray, np.ndarray], shared: tuple[float, float]
 ) -> list[str]:
     """Says in words which part of the first image the second shows, and what it adds."""
-    whole = [share >= 1 - SAME for share in shared]
+    whole = [part >= 1 - SAME for part in shared]
     border = [
         mask.any() and not mask.all() and view.pixels[~mask].std(axis=0).max() < FLAT
         for view, mask in zip(views, masks, strict=True)
@@ -257,9 +259,7 @@ def _bent(homography: np.ndarray, shape: tuple[int, ...]) -> bool:
 
     A copy is turned, moved and scaled, both sides by a factor of their own.
     """
-    height, width = shape[:2]
-    corners = np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float64)
-    moved = cv2.perspectiveTransform(corners[None], homography)[0]
+    moved = cv2.perspectiveTransform(_corners(shape)[None], homography)[0]
     across = (moved[1] + moved[2] - moved[0] - moved[3]) / 2
     down = (moved[2] + moved[3] - moved[0] - moved[1]) / 2
     diagonal = np.hypot(*(moved[2] - moved[0]))

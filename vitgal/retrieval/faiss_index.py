@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from vitgal import runs
 from vitgal.retrieval.exact_search import check_descriptors, rank_images, search, similarities
@@ -104,7 +105,7 @@ def build(
 
     index = new_index(text, database.shape[1])
     set_seeds(index, seed)
-    with _threads(1 if re.search("HNSW|NSG", text) else None):
+    with threadpool_limits(1 if re.search("HNSW|NSG", text) else None, "openmp"):
         with _explained_errors(text, len(database)):
             index.train(_training_sample(database, index, seed))
             for first in range(0, len(database), rows):
@@ -290,18 +291,6 @@ def _explained_errors(text: str, images: int | None = None) -> Iterator[None]:
         raise ValueError(
             f"no index {text!r}{size}: faiss reports {reason!r}; for example {EXAMPLES}"
         ) from error
-
-
-@contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    import faiss
-
-    before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)
 
 
 def new_index(text: str, width: int) -> Any:

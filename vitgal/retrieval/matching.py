@@ -21,6 +21,7 @@ BLOCK = 1 << 22  # similarities in memory at once: 16 MiB
 SIEVE_LIMIT = 1 / 500  # fraction of pairs; if more pass the sieve, the whole product is faster
 SAMPLE = 64  # query descriptors on which the sieve is tried first
 PAIRS = 1 << 13  # descriptor pairs measured at once in float64: 8 MiB at 128 dimensions
+PUBLISHED = MatchingSettings()
 
 Pairs = tuple[np.ndarray, np.ndarray]  # query and gallery indices, by rising query index
 
@@ -139,13 +140,13 @@ def match_prepared(
     gallery: Descriptors,
     max_distance: float,
     device: str | None = None,
-    settings: MatchingSettings | None = None,
+    settings: MatchingSettings = PUBLISHED,
 ) -> np.ndarray:
     """Matches prepared descriptors as `match` does, (K, 2) int64.
 
-    device: of `matching_device`. settings: method and ratio; None: one way. Whatever the method,
-    one block of similarities is in memory; beyond one way each test takes one more product, of
-    those descriptors alone that have a match.
+    device: of `matching_device`. settings: method and ratio. Whatever the method, one block of
+    similarities is in memory; beyond one way each test takes one more product, of those descriptors
+    alone that have a match.
     """
     if not max_distance >= 0:
         raise ValueError(f"max_distance is {max_distance}, not a distance")
@@ -154,188 +155,144 @@ def match_prepared(
         return np.empty((0, 2), np.int64)
     if width != gallery_width:
         raise ValueError(f"query descriptors are {width} wide, gallery descriptors {gallery_width}")
-    matches, squares = _nearest_pairs(query, gallery, max_distance, device)
-    method = "one_way" if settings is None or not len(matches) else settings.method
+    matches, squares = NearestSearch(query, gallery, max_distance, device).run()
+    method = settings.method if len(matches) else "one_way"
     if method in ("mutual", "mutual_ratio"):
-        kept = _mutual(query, gallery, matches, max_distance, device)
-        matches, squares = matches[kept], squares[kept]
+        images = np.unique(matches[:, 1])
+        back, _ = NearestSearch(gallery.subset(images), query, max_distance, device).run()
+        mutual = back[np.searchsorted(images, matches[:, 1]), 1] == matches[:, 0]
+        matches, squares = matches[mutual], squares[mutual]
     if method in ("ratio", "mutual_ratio"):
-        kept = _distinct(query, gallery, (matches, squares), max_distance, settings.ratio, device)
-        matches = matches[kept]
+        # A second nearest beyond this is far enough for every match; the factor covers rounding.
+        limit = max_distance / settings.ratio * (1 + 1e-9)
+        matched = query.subset(matches[:, 0])
+        second, second_squares = NearestSearch(
+            matched, gallery, limit, device, excluded=matches[:, 1]
+        ).run()
+        least = np.full(len(matches), np.inf)
+        least[second[:, 0]] = second_squares
+        matches = matches[squares < settings.ratio * settings.ratio * least]
     return matches
-
-
-def _mutual(
-    query: Descriptors,
-    gallery: Descriptors,
-    matches: np.ndarray,
-    max_distance: float,
-    device: str | None,
-) -> np.ndarray:
-    """(K,) bool: the matches whose gallery descriptor has the query descriptor as its nearest."""
-    images = np.unique(matches[:, 1])
-    back, _ = _nearest_pairs(gallery.subset(images), query, max_distance, device)
-    return back[np.searchsorted(images, matches[:, 1]), 1] == matches[:, 0]
-
-
-def _distinct(
-    query: Descriptors,
-    gallery: Descriptors,
-    matched: tuple[np.ndarray, np.ndarray],
-    max_distance: float,
-    ratio: float,
-    device: str | None,
-) -> np.ndarray:
-    """(K,) bool: the matches (K, 2), with squares (K,), that pass the ratio test."""
-    matches, squares = matched
-    # A second nearest beyond this is far enough for every match; the factor covers rounding.
-    limit = max_distance / ratio * (1 + 1e-9)
-    second, second_squares = _nearest_pairs(
-        query.subset(matches[:, 0]), gallery, limit, device, excluded=matches[:, 1]
-    )
-    least = np.full(len(matches), np.inf)
-    least[second[:, 0]] = second_squares
-    return squares < ratio * ratio * least
-
-
-def _nearest_pairs(
-    query: Descriptors,
-    gallery: Descriptors,
-    max_distance: float,
-    device: str | None,
-    excluded: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Each query descriptor's nearest gallery descriptor, if near enough, and its squared distance.
-
-    excluded: (N,) integers, a gallery index for each query descriptor that is passed over; None:
-    none. Returns (K, 2) int64 by rising query index and (K,) float64.
-    """
-    count, size = len(query.values), len(gallery.values)
-    candidates = []
-    sieve = math.isfinite(max_distance) and device is None
-    step = max(1, BLOCK // size)
-    sample = min(SAMPLE, step, count)  # for the sieve
-    for first, last in pairwise([0, *range(sample, count, step), count]):
-        block = slice(first, last)
-        pairs = sieved_pairs(query, gallery, block, max_distance) if sieve else None
-        sieve = pairs is not None
-        if pairs is None and device is None:
-            pairs = _closest(query, gallery, block, max_distance, excluded)
-        elif pairs is None:
-            pairs = _closest_in_parts(device, query, gallery, block, max_distance, excluded)
-        candidates.append(pairs)
-    pairs = tuple(map(np.concatenate, zip(*candidates, strict=True)))
-    if excluded is not None:  # the sieve returns these as well
-        allowed = pairs[1] != excluded[pairs[0]]
-        pairs = pairs[0][allowed], pairs[1][allowed]
-    return _nearest(_squared_distances(query.values, gallery.values, pairs), pairs, max_distance)
 
 
 def match_squares(
     query_descriptors: np.ndarray, gallery_descriptors: np.ndarray, matches: np.ndarray
 ) -> np.ndarray:
-    """Computes the squared distances (K,) float64 of matches (K, 2), as `match` compares them.
-
-    A match lies within `max_distance` exactly where its value is below the square of that.
-    """
+    """Computes the squared distances (K,) float64 of matches (K, 2), as `match` compares them."""
     query = Descriptors.read(query_descriptors, "query").values
     gallery = Descriptors.read(gallery_descriptors, "gallery").values
     return _squared_distances(query, gallery, (matches[:, 0], matches[:, 1]))
 
 
-def sieved_pairs(
-    query: Descriptors, gallery: Descriptors, block: slice, max_distance: float
-) -> Pairs | None:
-    """Returns all pairs that may lie within the distance; None where these are many.
+@dataclass(frozen=True, eq=False)
+class NearestSearch:
+    """The search for each query descriptor's nearest gallery descriptor within a distance.
 
-    By Cauchy-Schwarz, u.v is at most the product of the first values of u and v plus the product of
-    the lengths of their rests, so a shorter product rules out most pairs. It bounds -|u - v|^2 / 2,
-    which needs only one threshold for all rows.
+    excluded: (N,) integers, a gallery index for each query descriptor that is passed over; None:
+    none. A block is a slice of the query descriptors.
     """
-    bounds = query.short_as_query[block] @ gallery.short_as_gallery.T  # (N, M) float32
-    halves = query.halves[block].max(), gallery.halves.max()
-    slack = _rounding(*halves, query.values.shape[1])
-    floor = -max_distance * max_distance / 2 - slack
-    floor = np.nextafter(np.float32(max(floor, -FLOAT32_LIMIT)), np.float32(-np.inf))
-    hits = np.flatnonzero(bounds >= floor)
-    if hits.size > SIEVE_LIMIT * bounds.size:
-        return None
-    rows, columns = np.divmod(hits, bounds.shape[1])
-    return rows + block.start, columns
 
+    query: Descriptors
+    gallery: Descriptors
+    max_distance: float
+    device: str | None = None
+    excluded: np.ndarray | None = None
 
-def _closest(
-    query: Descriptors,
-    gallery: Descriptors,
-    block: slice,
-    max_distance: float,
-    excluded: np.ndarray | None,
-) -> Pairs:
-    """Returns all pairs within rounding error of their row's nearest, if near enough."""
-    closeness = query.as_query[block] @ gallery.as_gallery.T  # (N, M) float32
-    if excluded is not None:
-        closeness[np.arange(len(closeness)), excluded[block]] = -np.inf
-    floor = _floors(closeness.max(axis=1), query, gallery, block, max_distance)
-    rows = np.flatnonzero(floor < np.inf)
-    if len(rows) < len(closeness):  # fewer to compare
-        closeness = closeness[rows]
-    hits = np.flatnonzero(closeness >= floor[rows, None])
-    row, column = np.divmod(hits, closeness.shape[1])
-    return rows[row] + block.start, column
+    def run(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns (K, 2) int64 by rising query index, and the squared distances (K,) float64."""
+        count, size = len(self.query.values), len(self.gallery.values)
+        candidates = []
+        sieve = math.isfinite(self.max_distance) and self.device is None
+        step = max(1, BLOCK // size)
+        sample = min(SAMPLE, step, count)  # for the sieve
+        for first, last in pairwise([0, *range(sample, count, step), count]):
+            block = slice(first, last)
+            pairs = self.sieved(block) if sieve else None
+            sieve = pairs is not None
+            if pairs is None:
+                pairs = self.closest(block) if self.device is None else self.closest_on(block)
+            candidates.append(pairs)
+        pairs = tuple(map(np.concatenate, zip(*candidates, strict=True)))
+        if self.excluded is not None:  # the sieve returns these as well
+            allowed = pairs[1] != self.excluded[pairs[0]]
+            pairs = pairs[0][allowed], pairs[1][allowed]
+        squares = _squared_distances(self.query.values, self.gallery.values, pairs)
+        return _nearest(squares, pairs, self.max_distance)
 
+    def sieved(self, block: slice) -> Pairs | None:
+        """Returns all pairs that may lie within the distance; None where these are many.
 
-def _closest_in_parts(
-    device: str,
-    query: Descriptors,
-    gallery: Descriptors,
-    block: slice,
-    max_distance: float,
-    excluded: np.ndarray | None,
-) -> Pairs:
-    """`_closest_on` with the block halved until the device's memory suffices."""
-    import torch
+        By Cauchy-Schwarz, u.v is at most the product of the first values of u and v plus the
+        product of the lengths of their rests, so a shorter product rules out most pairs. It bounds
+        -|u - v|^2 / 2, which needs only one threshold for all rows.
+        """
+        bounds = self.query.short_as_query[block] @ self.gallery.short_as_gallery.T  # (N, M)
+        halves = self.query.halves[block].max(), self.gallery.halves.max()
+        slack = _rounding(*halves, self.query.values.shape[1])
+        floor = -self.max_distance * self.max_distance / 2 - slack
+        floor = np.nextafter(np.float32(max(floor, -FLOAT32_LIMIT)), np.float32(-np.inf))
+        hits = np.flatnonzero(bounds >= floor)
+        if hits.size > SIEVE_LIMIT * bounds.size:
+            return None
+        rows, columns = np.divmod(hits, bounds.shape[1])
+        return rows + block.start, columns
 
-    try:
-        return _closest_on(device, query, gallery, block, max_distance, excluded)
-    except torch.OutOfMemoryError as error:
-        if block.stop - block.start == 1:
-            raise RuntimeError(
-                f"{device} has no memory left to match one descriptor with {len(gallery.values)}: "
-                "close other programs that use it, use fewer workers, or set match_device: null"
-            ) from error
-    # Outside the handler: the exception references the tensors that were too large.
-    torch.cuda.empty_cache()  # does nothing where there is no GPU
-    middle = (block.start + block.stop) // 2
-    halves = slice(block.start, middle), slice(middle, block.stop)
-    parts = [
-        _closest_in_parts(device, query, gallery, half, max_distance, excluded) for half in halves
-    ]
-    return tuple(map(np.concatenate, zip(*parts, strict=True)))
+    def closest(self, block: slice) -> Pairs:
+        """Returns all pairs within rounding error of their row's nearest, if near enough."""
+        closeness = self.query.as_query[block] @ self.gallery.as_gallery.T  # (N, M) float32
+        if self.excluded is not None:
+            closeness[np.arange(len(closeness)), self.excluded[block]] = -np.inf
+        floor = self._floors(closeness.max(axis=1), block)
+        rows = np.flatnonzero(floor < np.inf)
+        if len(rows) < len(closeness):  # fewer to compare
+            closeness = closeness[rows]
+        hits = np.flatnonzero(closeness >= floor[rows, None])
+        row, column = np.divmod(hits, closeness.shape[1])
+        return rows[row] + block.start, column
 
+    def closest_on(self, block: slice) -> Pairs:
+        """`closest` on the device, the block halved until its memory suffices."""
+        import torch
 
-def _closest_on(
-    device: str,
-    query: Descriptors,
-    gallery: Descriptors,
-    block: slice,
-    max_distance: float,
-    excluded: np.ndarray | None,
-) -> Pairs:
-    """`_closest` by torch; the device returns one number a row, then the few pairs."""
-    import torch
+        try:
+            return self.closest_by_torch(block)
+        except torch.OutOfMemoryError as error:
+            if block.stop - block.start == 1:
+                raise RuntimeError(
+                    f"{self.device} has no memory left to match one descriptor with "
+                    f"{len(self.gallery.values)}: close other programs that use it, use fewer "
+                    "workers, or set match_device: null"
+                ) from error
+        # Outside the handler: the exception references the tensors that were too large.
+        torch.cuda.empty_cache()  # does nothing where there is no GPU
+        middle = (block.start + block.stop) // 2
+        halves = slice(block.start, middle), slice(middle, block.stop)
+        return tuple(map(np.concatenate, zip(*map(self.closest_on, halves), strict=True)))
 
-    left, right = (
-        torch.from_numpy(array).to(device) for array in (query.as_query[block], gallery.as_gallery)
-    )
-    with float32_products():
-        closeness = left @ right.T
-    if excluded is not None:
-        columns = torch.from_numpy(excluded[block]).to(device)
-        closeness[torch.arange(len(columns), device=device), columns] = -torch.inf
-    best = closeness.amax(dim=1).cpu().numpy()
-    floor = torch.from_numpy(_floors(best, query, gallery, block, max_distance)).to(device)
-    row, column = torch.nonzero(closeness >= floor[:, None], as_tuple=True)  # by rising row
-    return row.cpu().numpy() + block.start, column.cpu().numpy()
+    def closest_by_torch(self, block: slice) -> Pairs:
+        """`closest` by torch: the device returns one number a row, then the few pairs."""
+        import torch
+
+        arrays = self.query.as_query[block], self.gallery.as_gallery
+        left, right = (torch.from_numpy(array).to(self.device) for array in arrays)
+        with float32_products():
+            closeness = left @ right.T
+        if self.excluded is not None:
+            columns = torch.from_numpy(self.excluded[block]).to(self.device)
+            closeness[torch.arange(len(columns), device=self.device), columns] = -torch.inf
+        best = closeness.amax(dim=1).cpu().numpy()
+        floor = torch.from_numpy(self._floors(best, block)).to(self.device)
+        row, column = torch.nonzero(closeness >= floor[:, None], as_tuple=True)  # by rising row
+        return row.cpu().numpy() + block.start, column.cpu().numpy()
+
+    def _floors(self, best: np.ndarray, block: slice) -> np.ndarray:
+        """Each row's least closeness (N,) that may be its nearest; inf beyond the distance."""
+        best, halves = best.astype(np.float64), self.query.halves[block]
+        slack = _rounding(halves, self.gallery.halves.max(), self.query.values.shape[1])
+        # Rounded down, so that float32 loses no candidate.
+        floor = np.nextafter((best - 2 * slack).astype(np.float32), np.float32(-np.inf))
+        floor[best + slack < halves - self.max_distance * self.max_distance / 2] = np.inf
+        return floor
 
 
 @contextlib.contextmanager
@@ -357,18 +314,6 @@ def float32_products() -> Iterator[None]:
             stack.callback(torch.set_float32_matmul_precision, before)
             torch.set_float32_matmul_precision("highest")
         yield
-
-
-def _floors(
-    best: np.ndarray, query: Descriptors, gallery: Descriptors, block: slice, max_distance: float
-) -> np.ndarray:
-    """Returns each row's least closeness (N,) that may be its nearest; inf beyond the distance."""
-    best = best.astype(np.float64)
-    slack = _rounding(query.halves[block], gallery.halves.max(), query.values.shape[1])
-    # Rounded down, so that float32 loses no candidate.
-    floor = np.nextafter((best - 2 * slack).astype(np.float32), np.float32(-np.inf))
-    floor[best + slack < query.halves[block] - max_distance * max_distance / 2] = np.inf
-    return floor
 
 
 def _nearest(

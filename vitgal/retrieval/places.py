@@ -51,7 +51,7 @@ def group_places(
     bridges = {frozenset(bridge) for bridge in networkx.bridges(graph)}
     firm = graph.edge_subgraph([link[:2] for link in links if frozenset(link[:2]) not in bridges])
     places = [set(component) for component in networkx.connected_components(firm)]
-    place_of = {image: place for place in places for image in place}
+    place_of = {image: members for members in places for image in members}
     firmly = set(place_of)
     for first, second, _ in links:  # the strongest first
         inside = [image in place_of for image in (first, second)]
@@ -62,8 +62,8 @@ def group_places(
             joining = first if inside[1] else second
             place_of[known].add(joining)
             place_of[joining] = place_of[known]
-    places.sort(key=lambda place: (-len(place), min(place)))
-    return [_place(graph.subgraph(place)) for place in places]
+    places.sort(key=lambda members: (-len(members), min(members)))
+    return [_place(graph.subgraph(members)) for members in places]
 
 
 def _place(graph) -> Place:
@@ -74,26 +74,4 @@ def _place(graph) -> Place:
         members=np.array(members, np.int64),
         support=np.array([support[image] for image in members]),
         links=np.array([graph.degree(image) for image in members], np.int64),
-    )
-
-
-def pair_scores(found: np.ndarray, true: np.ndarray) -> tuple[float, float, float]:
-    """Returns precision, recall and F1 of the pairs that a grouping puts together.
-
-    found, true: (N,) int, the group of each of N images; -1: none. A score without pairs is nan.
-    """
-    found, true = np.asarray(found), np.asarray(true)
-
-    def count(*labels: np.ndarray) -> int:
-        """Returns the number of pairs with equal labels, none of them -1."""
-        whole = np.stack(labels, axis=1)[np.all(np.stack(labels) >= 0, axis=0)]
-        _, sizes = np.unique(whole, axis=0, return_counts=True)
-        return int((sizes * (sizes - 1) // 2).sum())
-
-    right, named, wanted = count(found, true), count(found), count(true)
-    total = named + wanted
-    return (
-        right / named if named else float("nan"),
-        right / wanted if wanted else float("nan"),
-        2 * right / total if total else float("nan"),
     )

@@ -4,7 +4,6 @@ A logistic model of two numbers of a pair: the similarity of the global descript
 evidence of verification. Evidence enters by its logarithm, as each further inlier adds less.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +16,6 @@ from vitgal import runs
 # Weight of the squares of the coefficients, for standardised inputs: without it classes that can be
 # separated completely have no best fit.
 RIDGE = 1.0
-CALIBRATION_BINS = 10
 
 
 class PresenceError(runs.UserError, ValueError):
@@ -132,37 +130,3 @@ def best_threshold(probabilities: np.ndarray, shown: np.ndarray) -> tuple[float,
     steps = np.append(probabilities[order][ends], 0.0)
     threshold = (steps[best] + steps[best + 1]) / 2
     return float(threshold), float(precision[best]), float(recall[best])
-
-
-def calibration_error(
-    probabilities: np.ndarray, shown: np.ndarray, bins: int = CALIBRATION_BINS
-) -> float:
-    """Returns the expected calibration error: by how much probabilities differ from frequencies.
-
-    The mean over equal bins of [0, 1], weighted by their number of pairs, of the difference between
-    mean probability and fraction of true answers. Source: Naeini et al., AAAI 2015.
-
-    probabilities: (P,) in [0, 1]. shown: (P,) bool. No pair gives nan.
-    """
-    probabilities, shown = np.asarray(probabilities, np.float64), np.asarray(shown, bool)
-    if not len(probabilities):
-        return float("nan")
-    place = np.minimum((probabilities * bins).astype(int), bins - 1)
-    differences = np.bincount(place, probabilities - shown, minlength=bins)
-    return float(np.abs(differences).sum() / len(probabilities))
-
-
-def ranking_area(scores: np.ndarray, shown: np.ndarray) -> float:
-    """Returns the area under the ROC curve: how often a true pair scores above a false one.
-
-    Equal scores count half. scores: (P,) real numbers. shown: (P,) bool; pairs of one kind alone
-    give nan.
-    """
-    from scipy.stats import rankdata
-
-    shown = np.asarray(shown, bool)
-    true, false = int(shown.sum()), int((~shown).sum())
-    if not true or not false:
-        return float("nan")
-    ranks: Sequence[float] = rankdata(scores)
-    return float((ranks[shown].sum() - true * (true + 1) / 2) / (true * false))

@@ -98,10 +98,7 @@ class Reranking:
         exchanges = []
         for q, images in enumerate(lists):
             ranks = np.flatnonzero(np.isin(order[:, q], images))
-            counts = self._counts(q, images)
-            if self.protocol == PUBLISHED:
-                counts[np.isin(images, self.ground_truth.junk[q])] = 0
-            scores = self._scores(q, images, counts)
+            scores = self._scores(q, images)
             if self.ties == "global":
                 sorter = np.argsort(-scores, kind="stable")
             else:
@@ -116,30 +113,29 @@ class Reranking:
             reranked[ranks, q] = images
         return reranked
 
-    def _scores(self, query: int, images: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Returns what the images (M,) with these counts (M,) are sorted by, falling."""
-        if self.fusion is None:
-            return counts
-        row = self.candidates[query].tolist(), self.fusion.similarities[query].tolist()
-        known = dict(zip(*row, strict=True))
-        similarities = np.array([known[image] for image in images.tolist()], np.float64)
-        if np.isnan(similarities).any():
-            name = self.ground_truth.queries[query]
-            raise ValueError(f"a similarity of query {name} is not a number")
-        return fused_scores(similarities, counts, self.fusion.weight, self.fusion.cap)
-
-    def _counts(self, query: int, images: np.ndarray) -> np.ndarray:
-        row = zip(self.candidates[query].tolist(), self.inliers[query].tolist(), strict=True)
-        verified = dict(row)
-        counts = [verified.get(image, NOT_VERIFIED) for image in images.tolist()]
-        counts = np.array(counts, np.int64)
+    def _scores(self, query: int, images: np.ndarray) -> np.ndarray:
+        """Returns what candidates (M,) are sorted by, falling: (M,) counts or fused scores."""
+        name = self.ground_truth.queries[query]
+        counts = self._entries(self.inliers, query, images).astype(np.int64)
         missing = images[counts == NOT_VERIFIED]
         if missing.size:
             raise ValueError(
-                f"database image {missing[0]} is on the short list of query "
-                f"{self.ground_truth.queries[query]}, but was not verified"
+                f"database image {missing[0]} is on the short list of query {name}, but was not "
+                "verified"
             )
-        return counts
+        if self.protocol == PUBLISHED:
+            counts[np.isin(images, self.ground_truth.junk[query])] = 0
+        if self.fusion is None:
+            return counts
+        similarities = self._entries(self.fusion.similarities, query, images).astype(np.float64)
+        if np.isnan(similarities).any():
+            raise ValueError(f"a similarity of query {name} is not a number")
+        return fused_scores(similarities, counts, self.fusion.weight, self.fusion.cap)
+
+    def _entries(self, table: np.ndarray, query: int, images: np.ndarray) -> np.ndarray:
+        """Looks images (M,) up in a table (Q, C) of values of the candidates; -1 for others."""
+        entries = dict(zip(self.candidates[query].tolist(), table[query].tolist(), strict=True))
+        return np.array([entries.get(image, NOT_VERIFIED) for image in images.tolist()])
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,13 +175,13 @@ class Positions:
         """Reads the ranks of labelled images off a ranking.
 
         Args:
-            ranks: (K, Q) integers, database indices, best first, one column a query.
+            ranks: (K, Q) database indices, best first, one column a query.
             labelled: per query the wanted indices (`revisited.labelled`).
             database_size: None: K.
             truncated: leave out labelled images that the ranking does not reach.
         Raises:
             ValueError: an index is out of range or repeated in its column, a labelled image is
-                missing and `truncated` is not set, or the number of columns is not len(labelled).
+                missing, or the number of columns is not len(labelled).
         """
         ranks = np.asarray(ranks)
         if ranks.ndim != 2 or ranks.dtype.kind not in "iu" or ranks.shape[1] != len(labelled):
@@ -220,16 +216,14 @@ class Positions:
         labelled = np.isin(images, index)
         result = np.full(images.shape, -1, np.int64)
         result[labelled] = ranks[np.searchsorted(index, images[labelled])]
-        return result - self.ignored_before(query, result, ignored)
+        return self.without(query, result, ignored)
 
-    def ignored_before(
-        self, query: int, ranks: np.ndarray, ignored: np.ndarray | None
-    ) -> np.ndarray:
-        """Returns the number of ignored images before each of the zero-based ranks (M,)."""
+    def without(self, query: int, ranks: np.ndarray, ignored: np.ndarray | None) -> np.ndarray:
+        """Returns zero-based ranks (M,) less the number of ignored images before each."""
         if ignored is None:
-            return np.zeros(ranks.shape, np.int64)
+            return ranks
         of_ignored = self.ranks[query][np.isin(self.indices[query], ignored)]
-        return np.searchsorted(np.sort(of_ignored), ranks)
+        return ranks - np.searchsorted(np.sort(of_ignored), ranks)
 
     def select(self, queries: Sequence[int]) -> "Positions":
         """Returns the positions of some queries, given by index, in this order."""
@@ -273,9 +267,7 @@ class Positions:
                 raise ValueError("no integers")
             if flat[0].ndim != 1 or not divides(offsets, flat[0].size):
                 raise ValueError("its offsets")
-            pairs = zip(offsets[:-1], offsets[1:], strict=True)
-            cuts = [slice(start, stop) for start, stop in pairs]
-            return cls(*([array[cut] for cut in cuts] for array in flat), int(number))
+            return cls(*(np.split(array, offsets[1:])[:-1] for array in flat), int(number))
         except (TypeError, ValueError) as error:
             raise FileError(f"{path} does not hold positions ({error}); make it again") from error
 
@@ -333,7 +325,7 @@ class Ranking:
         unlabelled = np.flatnonzero((ranks < 0) & np.isin(images, column))
         sorter = np.argsort(column)
         ranks[unlabelled] = sorter[np.searchsorted(column, images[unlabelled], sorter=sorter)]
-        return ranks - self.positions.ignored_before(query, ranks, ignored)
+        return self.positions.without(query, ranks, ignored)
 
     def select(self, queries: Sequence[int]) -> "Ranking":
         """Returns the rankings of some queries, given by index, in this order."""

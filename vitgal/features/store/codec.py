@@ -1,6 +1,5 @@
 """Encodes local features for storage, and predicts the space they take."""
 
-import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -46,7 +45,7 @@ def encode(descriptors: np.ndarray, dtype: str) -> np.ndarray:
 def decode(stored: np.ndarray, dtype: str, code_dim: int) -> np.ndarray:
     """Decodes the result of `encode` to (N, code_dim) float32 of length 1; zero stays zero."""
     if dtype == "bit":
-        decoded = _signs()[stored].reshape(len(stored), 8 * stored.shape[1])[:, :code_dim]
+        decoded = np.unpackbits(stored, axis=1, count=code_dim) * np.float32(2) - np.float32(1)
     elif dtype == "float16":
         decoded = _half_to_single(stored)
     else:
@@ -54,13 +53,6 @@ def decode(stored: np.ndarray, dtype: str, code_dim: int) -> np.ndarray:
     length = np.linalg.norm(decoded, axis=1, keepdims=True)
     decoded /= np.where(length > 0, length, 1)
     return decoded
-
-
-@functools.cache
-def _signs() -> np.ndarray:
-    """(256, 8) float32: the bits of every byte, the highest first, as 1 and -1."""
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
-    return np.where(bits, np.float32(1), np.float32(-1))
 
 
 def _half_to_single(half: np.ndarray) -> np.ndarray:
@@ -77,7 +69,7 @@ def encode_features(features: LocalFeatures, dtype: str) -> dict[str, np.ndarray
     """Encodes the arrays of one image's features; `LocalFeatures.sizes` are stored beside them.
 
     Returns FEATURE_ARRAYS: "descriptors" as `encode` gives them, all others float32 of the same
-    shapes. Raises ValueError where keypoints or descriptors are not finite.
+    shape. Raises ValueError where keypoints or descriptors are not finite.
     """
     if not np.isfinite(features.keypoints).all():
         raise ValueError("keypoints hold nan or infinity")
