@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,13 +22,17 @@ hypothesis.settings.load_profile("repeatable")
 
 
 # Files that take minutes. They begin first, so that all workers end at about the same time.
-LONG = ("test_tiny_run.py", "test_real_params.py", "test_training_launch.py", "test_cluster.py")
+LONG = (
+    *("test_tiny_run.py", "test_real_params.py", "test_cluster.py", "test_rparis_mini.py"),
+    *("test_training_launch.py", "test_training_faults.py"),
+)
 
 
 @functools.cache
 def needs_notebooks(path: Path) -> bool:
     """Whether a file is a notebook, or has tests that use the run which the notebooks leave."""
-    return path.suffix == ".ipynb" or "finished_run" in path.read_text(encoding="utf-8")
+    text = "" if path.suffix == ".ipynb" else path.read_text(encoding="utf-8")
+    return path.suffix == ".ipynb" or re.search(r"\bfinished_run\b", text) is not None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -62,15 +62,21 @@ def all_tests() -> bool:
     return passed
 
 
-OPTIONS = "-rfEs --durations=20 -n logical --maxprocesses 4"
+WORKERS = 4  # at most
+OPTIONS = f"-rfEs --durations=20 -n logical --maxprocesses {WORKERS}"
 PYTEST = [sys.executable, "-m", "pytest", *OPTIONS.split()]
+# Threads that wait asleep, or two busy processes slow each other tenfold; and no more of them than
+# there are cores for all workers.
+THREADS = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // WORKERS)),
+}
 
 
 def call(name: str, command: list[str], environment: dict[str, str] | None = None) -> bool:
     """Runs one step in the checkout's top folder; says so, and whether it passed."""
     print(f"--- {name}", flush=True)
-    # OMP_WAIT_POLICY: threads that wait asleep, or two busy processes slow each other tenfold
-    options = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ | (environment or {})
+    options = THREADS | os.environ | (environment or {})
     return subprocess.run(command, cwd=TOP, env=options).returncode == 0
 
 

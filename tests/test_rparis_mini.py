@@ -1,4 +1,4 @@
-"""Notebooks 04 to 07 on real photographs under the official protocol, with the demo's model."""
+"""Notebooks 04 to 07 on real photographs under the official protocol, with the small weights."""
 
 from pathlib import Path
 
@@ -17,13 +17,14 @@ DATA = HERE.parents[1] / "shared" / "data" / "rparis_mini"
 
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not here: its photographs are not free")
-def test_the_notebooks_run_on_real_photographs(finished_run, tmp_path):
+def test_the_notebooks_run_on_real_photographs(tmp_path):
     run = pipeline.run(
         HERE / "rparis_mini.yaml",
         first="04",
         overrides={
-            "weights": str(finished_run / "autoencoder" / "model.safetensors"),
+            "weights": str(runs.checkout() / runs.SMALL_WEIGHTS),
             "dataset_dir": str(DATA),
+            "top": "10",  # a short list of the whole database takes minutes
         },
         output=tmp_path / "rparis_mini",
         progress=False,

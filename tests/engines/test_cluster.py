@@ -111,7 +111,7 @@ class Two:
         args = dict(num_cpus=1, object_store_memory=STORE, include_dashboard=False)
         self.nodes = Cluster(initialize_head=True, head_node_args=args)
         self.other = self.nodes.add_node(num_cpus=1, object_store_memory=STORE)
-        self.nodes.wait_for_nodes()
+        self.nodes.wait_for_nodes(timeout=120)
         self.address = self.nodes.address
 
 
@@ -234,18 +234,6 @@ class TestTwoNodes:
         recorded = runs.read_json(folder / "stage.json")["recorded"]
         assert (recorded["engine"], recorded["actors"], recorded["failed"]) == ("ray", 2, 1)
 
-    def test_a_network_of_timm(self, two, data, tmp_path):
-        torch.manual_seed(0)
-        save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "net.safetensors")
-        weights = f"timm:test_resnet@{tmp_path / 'net.safetensors'}"
-        options = dict(top=10, max_failed_share=0.1, size=None, resize="area")
-        ray = dict(engine="ray", ray_address=two.address)
-        folders = [
-            mini_benchmark.evaluate(tmp_path / name, data, weights, **options, **engine)
-            for name, engine in {"local": {}, "ray": ray}.items()
-        ]
-        assert contents(folders[0]) == contents(folders[1])
-
     def test_a_node_lost_while_extracting(self, two, local, run, data, tmp_path, monkeypatch):
         """The other node is killed while it describes its second shard."""
         locks = partial(_held, ray_describer._describe_shard, two.other.node_id, tmp_path)
@@ -269,11 +257,23 @@ class TestTwoNodes:
         opened = FeatureStore.open(folder, verify=True)
         assert len(opened) == 11 and list(opened.failures) == ["image9"]
 
+    def test_a_network_of_timm(self, two, data, tmp_path):
+        torch.manual_seed(0)
+        save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "net.safetensors")
+        weights = f"timm:test_resnet@{tmp_path / 'net.safetensors'}"
+        options = dict(top=10, max_failed_share=0.1, size=None, resize="area")
+        ray = dict(engine="ray", ray_address=two.address)
+        folders = [
+            mini_benchmark.evaluate(tmp_path / name, data, weights, **options, **engine)
+            for name, engine in {"local": {}, "ray": ray}.items()
+        ]
+        assert contents(folders[0]) == contents(folders[1])
+
     def test_a_finished_stage_is_the_same_for_both(self, two, run, data):
         assert extract(run, data) == extract(run, data, engine="ray") == run / "mini/local"
 
     def test_reranking(self, two, local, run, data):
-        """On two processes of the machine that is left; the driver's own is not one of them."""
+        """On two processes of the node that is left; the driver's own is not one of them."""
         with engines.parallel("ray", two.address, workers=9, tasks=9) as pool:
             assert sorted(pool(joblib.delayed(abs)(-i) for i in range(9))) == list(range(9))
         folder = rerank(run, data, engine="ray", ray_address=two.address)

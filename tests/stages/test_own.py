@@ -683,8 +683,7 @@ def test_names_outside_the_terminals_encoding_are_escaped(tmp_path):
         "own.search_own = lambda *_, **__: (None, ['page: report/index.html'])\n"
         "sys.exit(command_line.main(['own', 'photos', '--query', 'a.jpg']))"
     )
-    for encoding, name in (("ascii", r"Caf\xe9 \u6771"), ("latin-1", "Caf\xe9 \\u6771")):
-        environment = os.environ | {"PYTHONIOENCODING": encoding, "LC_ALL": "C"}
-        child = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
-        assert child.returncode == 0, child.stderr
-        assert name in child.stdout.decode(encoding)
+    environment = os.environ | {"PYTHONIOENCODING": "latin-1", "LC_ALL": "C"}
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert child.returncode == 0, child.stderr
+    assert "Caf\xe9 \\u6771" in child.stdout.decode("latin-1")

@@ -1,12 +1,13 @@
-"""Fixtures of the training tests: photographs, a run with their split, a free accelerate."""
+"""Fixtures of the training tests: photographs, their split, a finished fit, a free accelerate."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
 
-from tests.training_runs import split, write_images
+from tests.training_runs import fit, split, write_images
 
 
 @pytest.fixture
@@ -19,6 +20,24 @@ def images(tmp_path: Path) -> Path:
 def run(tmp_path: Path, images: Path) -> Path:
     """A run folder that holds the split of the photographs."""
     return split(tmp_path / "run", images)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`<run>/retrieval` of a finished fit with SETTINGS on such photographs, to read alone."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    images = write_images(folder / "images")
+    retrieval = fit(split(folder / "run", images), images)
+    for state in (retrieval / "state").glob("*.pt"):
+        state.unlink()  # 60 MB that no test reads
+    return retrieval
+
+
+@pytest.fixture
+def trained(run: Path, uninterrupted: Path) -> Path:
+    """A run folder that holds the split and a copy of the finished fit."""
+    shutil.copytree(uninterrupted, run / "retrieval")
+    return run
 
 
 @pytest.fixture

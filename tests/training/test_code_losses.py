@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.training_runs import AUTOENCODER, fit, fit_autoencoder, rows
+from tests.training_runs import AUTOENCODER, fit_autoencoder, rows
 from vitgal import runs
 from vitgal.models import weights
 from vitgal.settings import AutoencoderSettings
@@ -91,16 +91,15 @@ def test_other_pictures_of_a_landmark_are_no_wrong_answer():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["whitened", "contrastive"])
-def test_a_run_lowers_the_loss_of_its_codes(name, run, images):
-    fit(run, images)
+def test_a_run_lowers_the_loss_of_its_codes(name, trained, images):
     settings = replace(AUTOENCODER, code_loss=name, code_loss_weight=2.0, image_size=64, epochs=8)
-    folder = fit_autoencoder(run, images, settings)
+    folder = fit_autoencoder(trained, images, settings)
     log = rows(folder)
     assert log[-1]["codes"] < log[0]["codes"]
     parameters = runs.read_json(folder / "stage.json")["parameters"]
     assert (parameters["code_loss"], parameters["code_loss_weight"]) == (name, 2.0)
     model = weights.load_model(folder / "model.safetensors")
-    before = weights.load_model(run / "retrieval" / "model.safetensors").state_dict()
+    before = weights.load_model(trained / "retrieval" / "model.safetensors").state_dict()
     assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
 
 

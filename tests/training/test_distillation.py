@@ -220,11 +220,13 @@ def test_the_teacher_stays_as_it_is_and_out_of_every_file(file, run, images):
     again = Teacher(SMALL, file, SIZE)
     assert not any(parameter.requires_grad for parameter in again.network.parameters())
     assert not again.network.training
+    with pytest.raises(runs.StageError, match="distill_weight: 0.8 there, 0.5 now"):
+        fit(run, images, replace(taught(file), distill_weight=0.5))
 
 
 @pytest.mark.slow
-def test_without_a_teacher_nothing_is_recorded_of_it(run, images):
-    recorded = runs.read_json(fit(run, images) / "stage.json")
+def test_without_a_teacher_nothing_is_recorded_of_it(uninterrupted):
+    recorded = runs.read_json(uninterrupted / "stage.json")
     assert not {"teacher", "distill_weight"} & recorded["parameters"].keys()
     assert "teacher_weights" not in recorded["inputs"]
 
@@ -245,13 +247,6 @@ def test_a_killed_run_ends_in_the_same_bytes(file, tmp_path, images):
     assert torch.equal(
         single["network"]["projection.weight"], other["network"]["projection.weight"]
     )
-
-
-@pytest.mark.slow
-def test_another_teacher_is_another_run(file, run, images):
-    fit(run, images, taught(file))
-    with pytest.raises(runs.StageError, match="distill_weight: 0.8 there, 0.5 now"):
-        fit(run, images, replace(taught(file), distill_weight=0.5))
 
 
 @pytest.mark.slow

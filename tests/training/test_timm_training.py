@@ -98,13 +98,11 @@ def test_a_killed_run_ends_in_the_same_bytes(files, tmp_path, images):
     )
 
 
-@pytest.mark.slow
-def test_another_architecture_is_another_run(run, images):
-    fit(run, images, VIT)
+def test_another_architecture_is_another_run(trained, images):
     with pytest.raises(
-        runs.StageError, match='architecture: "timm:test_vit" there, "timm:test_vit3" now'
+        runs.StageError, match='architecture: "xcit_nano_12_p16_224" there, "timm:test_vit" now'
     ):
-        fit(run, images, replace(VIT, architecture="timm:test_vit3"))
+        fit(trained, images, VIT)
 
 
 # What is refused before anything starts

@@ -56,6 +56,11 @@ def test_the_environment_changes_no_weight(processes, images, run, tmp_path, mon
         ({"MV2_COMM_WORLD_SIZE": "2"}, "MV2_COMM_WORLD_SIZE is 2"),
         ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4 .* but RANK is not set: unset WORLD_SIZE"),
         ({"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}, "but MASTER_ADDR is not set"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"},
+            "2 processes were launched, but num_processes is 1",
+        ),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE in the environment is 'two', not a number"),
     ],
 )

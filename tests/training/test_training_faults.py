@@ -185,11 +185,12 @@ def preempted(
 @pytest.mark.parametrize(
     ("workers", "number"), [(0, signal.SIGTERM), (1, signal.SIGTERM), (1, signal.SIGHUP)]
 )
-def test_sigterm_saves_the_state_for_a_restart(workers, number, images, run, tmp_path, monkeypatch):
+def test_sigterm_saves_the_state_for_a_restart(
+    workers, number, images, run, uninterrupted, monkeypatch
+):
     # The workers would end by themselves only after the test's own time-out.
     monkeypatch.setattr(processes, "GRACE_SECONDS", 10_000)
     machine = replace(MACHINE, data_workers=workers)
-    uninterrupted = fit(split(tmp_path / "other", images), images, machine=machine)
     assert exit_code(lambda: preempted(run, images, machine, 1, number)) == 75
     folder = run / "retrieval"
     state = torch.load(folder / "state" / "last.pt", weights_only=True)
@@ -201,13 +202,6 @@ def test_sigterm_saves_the_state_for_a_restart(workers, number, images, run, tmp
         uninterrupted / "model.safetensors"
     ).read_bytes()
     assert rows(folder) == rows(uninterrupted)
-
-
-@pytest.mark.slow
-def test_sigterm_is_the_processs_own_again_after_a_fit(images, run):
-    before = signal.getsignal(signal.SIGTERM)
-    fit(run, images)
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_lost_terminal_does_not_end_a_run_under_nohup(images, run):
@@ -234,8 +228,7 @@ def test_the_command_line_ends_with_75(monkeypatch, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_keeps_the_state_before(images, run, tmp_path, monkeypatch):
-    uninterrupted = fit(split(tmp_path / "other", images), images)
+def test_a_loss_that_is_not_finite_keeps_the_state_before(images, run, uninterrupted, monkeypatch):
     forward, seen = networks.RetrievalNetwork.forward, []
 
     def broken(self, pictures, labels):
@@ -340,8 +333,7 @@ def test_a_worker_that_dies_during_a_step_is_reported(images, run, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_slow_disk_and_a_clock_that_jumps_change_nothing(images, run, tmp_path, monkeypatch):
-    uninterrupted = fit(split(tmp_path / "other", images), images)
+def test_a_slow_disk_and_a_clock_that_jumps_change_nothing(images, run, uninterrupted, monkeypatch):
     read, hours = samples.TrainingImages.read, itertools.count(start=500_000, step=-1)
 
     def late(self, index):
@@ -360,8 +352,7 @@ def test_a_slow_disk_and_a_clock_that_jumps_change_nothing(images, run, tmp_path
 
 
 @pytest.mark.slow
-def test_a_torn_log_of_tomorrow_is_written_anew(images, run, tmp_path):
-    uninterrupted = fit(split(tmp_path / "other", images), images)
+def test_a_torn_log_of_tomorrow_is_written_anew(images, run, uninterrupted):
     state = interrupted(run, images)
     log = run / "retrieval" / "log.jsonl"
     whole = log.read_text()
@@ -386,8 +377,8 @@ def test_the_rows_of_a_torn_log(tmp_path):
     assert checkpoints.read_rows(log)["step"].tolist() == [7]
 
 
-def test_a_finished_run_s_damaged_log_is_named(images, run):
-    folder = fit(run, images)
+def test_a_finished_run_s_damaged_log_is_named(trained):
+    folder = trained / "retrieval"
     log = folder / "log.jsonl"
     log.write_text(log.read_text()[:-20])
     with pytest.raises(runs.StageError, match=r"log\.jsonl is damaged .*overwrite: true"):
@@ -413,7 +404,7 @@ def test_a_full_disk_before_the_first_state(size, images, run):
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_the_state_before(images, run, tmp_path):
+def test_a_full_disk_leaves_the_state_before(images, run, uninterrupted):
     limit = 1_000_000  # less than a state
     output = "the one before it is whole"
     assert exit_code(lambda: full_disk(run, images, STEPS + 1, limit, output)) == 41
@@ -422,7 +413,6 @@ def test_a_full_disk_leaves_the_state_before(images, run, tmp_path):
         state = torch.load(folder / "state" / f"{name}.pt", weights_only=True)
         assert state["progress"]["epoch"] <= 1
     assert not list(folder.rglob(f"{runs.TEMPORARY}*"))
-    uninterrupted = fit(split(tmp_path / "other", images), images)
     assert (fit(run, images) / "model.safetensors").read_bytes() == (
         uninterrupted / "model.safetensors"
     ).read_bytes()
@@ -435,8 +425,7 @@ def interrupted(run: Path, images: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_damaged_state_is_passed_over_for_the_one_before(images, run, tmp_path):
-    uninterrupted = fit(split(tmp_path / "other", images), images)
+def test_a_damaged_state_is_passed_over_for_the_one_before(images, run, uninterrupted):
     state = interrupted(run, images)
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.warns(UserWarning, match="last.pt cannot be read.*continuing from previous.pt"):
