@@ -233,7 +233,7 @@ def test_matches_are_inspected(lab):
     changed(canvas, lambda: root.get_by_label("scale 1", exact=False).first.click())
     notebook.keep("-knobs")
     changed(canvas, lambda: root.get_by_label("overlay", exact=True).select_option("0"))
-    changed(root.locator("canvas.pair"), lambda: overlay(root, "2"))
+    changed(root.locator("canvas.pair"), lambda: overlay(root, "3"))
     notebook.keep("-overlay")
     box = root.locator("canvas.pair").bounding_box()
     place = {"x": box["width"] / 4, "y": box["height"] / 2}

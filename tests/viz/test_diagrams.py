@@ -10,11 +10,8 @@ from vitgal.viz import diagrams
 
 
 def test_a_diagram_keeps_every_word_in_its_box_and_its_box_in_the_figure():
-    steps = [
-        diagrams.Step("name " * (1 + i % 3), f"{i} × 128", "a note of some words")
-        for i in range(11)
-    ]
-    axes = diagrams.step_diagram(steps, width=8)
+    steps = [("name " * (1 + i % 3), f"{i} × 128", "a note of some words") for i in range(11)]
+    axes = diagrams.step_diagram(steps)
     axes.figure.draw_without_rendering()
     boxes = [patch.get_window_extent() for patch in axes.patches if isinstance(patch, Rectangle)]
     assert len(boxes) == 11

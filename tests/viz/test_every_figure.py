@@ -40,7 +40,7 @@ def match_lines(
     ]
     inliers = np.arange(count) == 0
     pairs = np.column_stack([np.arange(count)] * 2)
-    return draw(*sides, PairInspection(pairs, Verification(inliers, np.eye(3))))
+    return draw(*sides, PairInspection(pairs, Verification(inliers, np.eye(3))), max_lines=60)
 
 
 def corners(image: np.ndarray, count: int) -> LocalFeatures:
@@ -63,16 +63,19 @@ CALLS = {
     "ranking_rows": lambda: galleries.ranking_rows(
         [QUERY, QueryImage(picture(80, 60))], [ranked("abcdef", LABELS, LONG)] * 2, columns=5
     ),
-    "before_after": lambda: galleries.before_after(
-        QUERY, ranked("abcdef", LABELS), ranked("fedcba", LABELS[::-1], LONG)
+    "stacked": lambda: galleries.stacked_rankings(
+        QUERY,
+        {"before": ranked("abcdef", LABELS), "after": ranked("fedcba", LABELS[::-1], LONG)},
+        columns=6,
     ),
     "reasons": lambda: galleries.stacked_rankings(
         QUERY,
         {"before": ranked("a", ["easy"], ["1   0.71"])},
         pd.DataFrame({"image": [LONG[0] * 4], "why": ["no local features " * 6]}),
+        columns=1,
     ),
     "unlabelled": lambda: galleries.stacked_rankings(
-        QUERY, {"by similarity": ranked("ab", [None] * 2, LONG), "by inliers": []}
+        QUERY, {"by similarity": ranked("ab", [None] * 2, LONG), "by inliers": []}, columns=2
     ),
     "ap_change": lambda: scores.ap_change(
         pd.DataFrame({"before": [0.1, 0.5, np.nan], "after": [0.9, 0.2, np.nan]}, index=LONG[:3])
@@ -100,14 +103,17 @@ CALLS = {
     "match_lines": lambda: match_lines(picture(60, 80), picture(90, 40)),
 }
 EMPTY = {
-    "contact_sheet": (lambda: galleries.contact_sheet([]), "no images"),
+    "contact_sheet": (lambda: galleries.contact_sheet([], []), "no images"),
     "training_curves": (lambda: charts.training_curves(pd.DataFrame()), "no values"),
     "tokens": (lambda: maps.token_figure([], [], []), "no photographs"),
     "attention": (lambda: maps.attention_maps([], [], []), "no photographs"),
     "attention_heads": (lambda: maps.attention_heads(picture(9, 9), {}, {}), "no scale"),
     "ranking_rows": (lambda: galleries.ranking_rows([], []), "no queries"),
     "one query": (lambda: galleries.ranking_rows([QUERY], [[]], columns=2), "no image\nranked"),
-    "before_after": (lambda: galleries.before_after(QUERY, [], []), "no image\nranked"),
+    "stacked": (
+        lambda: galleries.stacked_rankings(QUERY, {"before": [], "after": []}, columns=1),
+        "no image\nranked",
+    ),
     "ap_change": (
         lambda: scores.ap_change(pd.DataFrame({"before": [np.nan], "after": [np.nan]})),
         "no query",
@@ -179,7 +185,7 @@ def test_any_aspect_can_be_drawn(sides):
 )
 def test_invalid_photographs_are_refused_and_no_figure_is_left(wrong):
     with pytest.raises(ValueError, match="a photograph must be"):
-        galleries.contact_sheet([wrong])
+        galleries.contact_sheet([wrong], [""])
     with pytest.raises(ValueError, match="a photograph must be"):
         galleries.ranking_rows([QUERY], [[galleries.RankedImage(0, wrong)]])
     assert not plt.get_fignums()

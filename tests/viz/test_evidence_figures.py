@@ -10,13 +10,14 @@ from vitgal.viz.matching import MatchedImage
 
 
 def test_inlier_rates_are_counted_by_score():
-    # Ranks of the scores: feature 1 lowest, then 3, 0, 2: two groups of two
+    # Ranks of the scores: feature 1 lowest, then 3, 0, 2: in tenths 0, 2, 5 and 7
     scores = np.array([0.3, 0.1, 0.9, 0.2])
     matches = np.array([[0, 5], [1, 5], [3, 0], [2, 1]])
     shares, numbers = evidence_figures.inlier_rate_by_score(
-        scores, matches, np.array([True, False, True, True]), groups=2
+        scores, matches, np.array([True, False, True, True])
     )
-    assert shares.tolist() == [0.5, 1.0] and numbers.tolist() == [2, 2]
+    assert numbers.tolist() == [1, 0, 1, 0, 0, 1, 0, 1, 0, 0]
+    assert shares[[0, 2, 5, 7]].tolist() == [0, 1, 1, 1] and np.isnan(shares[numbers == 0]).all()
     shares, numbers = evidence_figures.inlier_rate_by_score(
         np.zeros(0), np.zeros((0, 2), int), np.zeros(0, bool)
     )
@@ -51,11 +52,12 @@ def test_a_pair_without_inliers_has_its_matches_alone():
     image = picture(40, 60)
     side = MatchedImage(image, points_of(image, [[3, 3], [20, 9]]), "a")
     pair = compared([[0, 0], [1, 1]], [False, False], None)
-    assert len(evidence_figures.match_figure(side, side, pair)) == 1
+    assert len(evidence_figures.match_figure(side, side, pair, max_lines=9)) == 1
     inlying = compared([[0, 0], [1, 1]], [True, False], np.eye(3))
-    assert len(evidence_figures.match_figure(side, side, inlying)) == 3
+    assert len(evidence_figures.match_figure(side, side, inlying, max_lines=9)) == 3
+    wrong = compared([[0, 0], [1, 1]], [True], None)
     with pytest.raises(ValueError, match="2 matches, but inliers of shape"):
-        evidence_figures.match_figure(side, side, compared([[0, 0], [1, 1]], [True], None))
+        evidence_figures.match_figure(side, side, wrong, max_lines=9)
 
 
 def test_sky_is_the_smooth_area_that_reaches_the_upper_edge():

@@ -94,15 +94,6 @@ def test_failure_figure_of_an_unknown_query_states_the_range(failing, query):
         failures.failure_figure(*failing, query)
 
 
-def test_failure_figure_opens_a_run_of_its_own_benchmark_by_name(failing, tmp_path):
-    run, _ = failing
-    (run / "data").mkdir()
-    (tmp_path / "jpg").rename(run / "data" / "jpg")
-    shutil.copytree(run / "data", run / "data" / "benchmark")
-    shutil.move(tmp_path / "gnd_tiny.pkl", run / "data" / "benchmark")
-    assert failures.failure_table(run, "tiny").loc[0, "query"] == "q"
-
-
 def test_failures_of_the_global_ranking_alone(failing):
     run, benchmark = failing
     table = failures.failure_table(run, benchmark, reranked=False)

@@ -101,9 +101,11 @@ def test_scores_and_attention_are_maps_over_the_box(instrument):
     assert reply["boxes"][0] == [0, 0, 128, 96]
     layers, height, width = reply["grids"][0]
     maps = np.frombuffer(attached[0], np.uint8).reshape(layers, height, width)
-    assert layers == 1 + 4 and maps[0].max() == 255  # the scores, and four heads
+    assert layers == 2 + 4 and maps[0].max() == 255  # scores, norms, and four heads
+    norms = selection.norms[1.0]
+    assert np.abs(maps[1] / 255 - norms / norms.max()).max() < 0.003
     expected = selection.attention[1.0][2]
-    assert np.abs(maps[3] / 255 - expected).max() < 0.003
+    assert np.abs(maps[4] / 255 - expected).max() < 0.003
 
 
 def test_a_patch_is_compared_with_every_other(instrument):

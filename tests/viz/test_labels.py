@@ -51,10 +51,6 @@ def stacked_rankings():
     return galleries.stacked_rankings(QUERY, rows, reasons, columns=len(NAMES))
 
 
-def before_after():
-    return galleries.before_after(QUERY, ranked(), ranked()[::-1], columns=len(NAMES))
-
-
 def score_dots():
     return scores.score_dots({name: {"easy": 0.5, "hard": 0.2} for name in NAMES})
 
@@ -71,7 +67,7 @@ def dropped_features():
 
 
 def step_diagram():
-    return diagrams.step_diagram([diagrams.Step(name, name[:20], name[::-1]) for name in NAMES])
+    return diagrams.step_diagram([(name, name[:20], name[::-1]) for name in NAMES])
 
 
 def match_lines(first: str, second: str) -> plt.Axes:
@@ -80,7 +76,7 @@ def match_lines(first: str, second: str) -> plt.Axes:
     return matching.match_lines(*sides, PairInspection(pairs, Verification(np.ones(2, bool), None)))
 
 
-FIGURES = [contact_sheet, ranking_rows, stacked_rankings, before_after, score_dots, ap_change]
+FIGURES = [contact_sheet, ranking_rows, stacked_rankings, score_dots, ap_change]
 FIGURES += [dropped_features, step_diagram]
 
 

@@ -28,11 +28,7 @@ def test_keypoints_are_squares_of_a_patch():
     assert axes.child_axes  # the scale of the scores
 
 
-def test_keypoints_draw_the_best_and_cope_with_unknowns():
-    several = features([(8, 8), (24, 8), (40, 8)])
-    axes = matching.keypoints(picture(150, 240), several, max_keypoints=2)
-    assert axes.get_title().startswith("2 of 3 local features; ")
-    assert len(axes.collections[-1].get_paths()) == 2
+def test_keypoints_cope_with_unknowns():
     nans = np.full(3, np.nan, np.float32)
     axes = matching.keypoints(picture(150, 240), features([(8, 8)] * 3, scores=nans, scales=nans))
     assert axes.collections[-1].get_paths()[0].get_extents().width == pytest.approx(8)
@@ -53,6 +49,9 @@ def test_feature_counts_are_counted():
     assert matching.feature_counts([], [])[1].get_title("left").startswith("0 features")
 
 
+INCHES = 8.42 / 150  # of a pixel, where photographs of 100 and 50 columns lie side by side
+
+
 def points_of(image: np.ndarray, points: list, box: tuple | None = None) -> LocalFeatures:
     """Features at these pixels of a photograph that the network saw in its own size."""
     height, width = image.shape[:2]
@@ -70,7 +69,7 @@ def compared(pairs: object, inliers: object, homography: np.ndarray | None) -> P
     return PairInspection(np.array(pairs, int).reshape(-1, 2), verification)
 
 
-def draw_matches(homography: np.ndarray | None = None, box=None, **options) -> plt.Axes:
+def draw_matches(homography: np.ndarray | None = None, box=None) -> plt.Axes:
     """A photograph of 100 x 50 pixels beside one of 50 x 50, at one height."""
     first, second = picture(50, 100), picture(50, 50)
     query = points_of(first, [[0, 0], [99, 49], [49.5, 24.5]], box)
@@ -79,21 +78,23 @@ def draw_matches(homography: np.ndarray | None = None, box=None, **options) -> p
         MatchedImage(first, query, "query"),
         MatchedImage(second, database, "database image"),
         compared([[2, 0], [1, 1]], [True, False], homography),
-        width=6.08,
-        **options,
     )
 
 
 def test_matches_join_the_right_places():
-    axes = draw_matches(outline=False)
-    # 6 inches for 150 columns: 0.04 inches a pixel; the second photograph starts at 4.08
-    extents = [image.get_extent() for image in axes.images]
-    assert np.array(extents) == pytest.approx(np.array([[0, 4, 2, 0], [4.08, 6.08, 2, 0]]))
+    axes = draw_matches()
+    extents = np.array([image.get_extent() for image in axes.images])
+    second = 100 * INCHES + 0.08
+    assert extents[0] == pytest.approx([0, 100 * INCHES, 50 * INCHES, 0])
+    assert extents[1] == pytest.approx([second, second + 50 * INCHES, 50 * INCHES, 0])
     rejected, accepted = (np.array(lines.get_segments()) for lines in axes.collections[:2])
-    assert accepted == pytest.approx(np.array([[[2, 1], [5.08, 1]]]))  # centre to centre
-    assert rejected == pytest.approx(np.array([[[3.98, 1.98], [4.1, 0.02]]]))
+    assert accepted[0] == pytest.approx(  # centre to centre
+        np.array([[50, 25], [125, 25]]) * INCHES + [[0, 0], [0.08, 0]]
+    )
+    assert rejected[0] == pytest.approx(
+        np.array([[99.5, 49.5], [100.5, 0.5]]) * INCHES + [[0, 0], [0.08, 0]]
+    )
     assert axes.get_title() == "1 inliers of 2 matches"
-    assert not axes.patches
     assert texts(axes) == ["query", "database image"]
 
 
@@ -101,17 +102,20 @@ def test_matches_project_the_box():
     # From the input frame of the box, whose corner is (0, 0), to half its coordinates
     halve = np.array([[0.5, 0, 5], [0, 0.5, 5], [0, 0, 1]])
     query, database = draw_matches(halve, box=(10, 10, 50, 30)).patches
-    expected = np.array([[10, 10], [50, 10], [50, 30], [10, 30], [10, 10]]) * 0.04
+    expected = np.array([[10, 10], [50, 10], [50, 30], [10, 30], [10, 10]]) * INCHES
+    second = 100 * INCHES + 0.08  # the left edge of the second photograph
     assert query.get_xy() == pytest.approx(expected)
-    assert database.get_xy() == pytest.approx(expected / 2 + [4.08, 0])
+    assert database.get_xy() == pytest.approx(expected / 2 + [second, 0])
     axes = draw_matches(np.eye(3))
     whole, cut = axes.patches
-    assert whole.get_xy().max(axis=0) == pytest.approx([3.98, 1.98])  # drawn within the edges
+    ends = np.array([100, 50]) * INCHES  # of the first photograph
+    assert whole.get_xy().max(axis=0) == pytest.approx(ends - 0.02)  # drawn within the edges
     # twice as wide as the database image: its edges are drawn there
-    assert cut.get_xy().min(axis=0) == pytest.approx([4.1, 0.02])
-    assert cut.get_xy().max(axis=0) == pytest.approx([6.06, 1.98])
+    corner, opposite = np.array([second, 0]), np.array([second, 0]) + 50 * INCHES
+    assert cut.get_xy().min(axis=0) == pytest.approx(corner + 0.02)
+    assert cut.get_xy().max(axis=0) == pytest.approx(opposite - 0.02)
     edges = axes.transData.inverted().transform(cut.get_clip_box().corners()[[0, 3]])
-    assert np.sort(edges, axis=0) == pytest.approx(np.array([[4.08, 0], [6.08, 2]]))
+    assert np.sort(edges, axis=0) == pytest.approx(np.array([corner, opposite]))
 
 
 def test_matches_without_a_sensible_outline():
@@ -128,11 +132,11 @@ def test_matches_beside_a_panorama_stay_legible():
         MatchedImage(first, points_of(first, []), "a"),
         MatchedImage(second, points_of(second, []), "b"),
         compared([], [], None),
-        width=10.08,
     )
     assert axes.get_title() == "0 inliers of 0 matches"
     widths = [image.get_extent()[1] - image.get_extent()[0] for image in axes.images]
-    assert widths == pytest.approx([8, 2])  # at one height it would be 9.9 and 0.1
+    # of 8.42 inches; at one height the second would have one hundredth
+    assert widths == pytest.approx([0.8 * 8.42, 0.2 * 8.42])
     top, bottom = (image.get_extent()[2:] for image in axes.images)
     assert sum(top) == pytest.approx(sum(bottom))  # centred on one line
 
@@ -152,7 +156,7 @@ def test_matches_are_thinned_evenly_and_checked():
         matching.match_lines(side, side, compared(pairs, np.ones(29), None))
 
 
-def test_layers_are_drawn_on_request():
+def test_an_outline_and_attention_are_drawn():
     photo = np.full((48, 64, 3), 200, np.uint8)
     side = MatchedImage(photo, points_of(photo, [[8, 8], [24, 24], [40, 8]]), "a")
     pair = compared([[0, 0], [1, 1], [2, 2]], [True, True, False], np.eye(3))
@@ -160,12 +164,7 @@ def test_layers_are_drawn_on_request():
     assert axes.get_title() == "2 inliers of 3 matches"
     assert len(axes.patches) == 2  # the box, and its image under the homography
     assert len(axes.collections) == 3  # rejected, inliers and their ends
-    bare = matching.match_lines(side, side, pair, outline=False, rejected=False)
-    assert len(bare.patches) == 0 and len(bare.collections) == 2
-    heat = np.array([[1.0, 0.0]])
-    crossed = MatchedImage(photo, side.features, "a", dropped=side.features, heat=heat)
-    axes = matching.match_lines(crossed, side, pair)
-    (marks,) = [line for line in axes.lines if line.get_marker() == "x"]
-    assert len(marks.get_xdata()) == 3
+    heated = MatchedImage(photo, side.features, "a", heat=np.array([[1.0, 0.0]]))
+    axes = matching.match_lines(heated, side, pair)
     heated, plain = (image.get_array() for image in axes.images)
     assert (plain == 200).all() and not (heated == 200).any()

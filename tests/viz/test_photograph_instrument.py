@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 
 from tests.viz.test_instrument_answers import ask
@@ -68,6 +69,28 @@ def test_a_pair_is_matched_under_the_knobs(instrument):
     assert pair["pair"]["matches"] == pair["pair"]["count"] > 20
     few, _ = ask(instrument, "pair", query=0, image=number, settings={"max_keypoints": 10})
     assert few["pair"]["matches"] == 10
+
+
+def test_overlays_and_patches_are_those_of_the_searched_box(instrument, describer):
+    number = instrument.document["names"].index("a.jpg")
+    assert instrument.document["entries"][0]["features"]["tokens"]
+    ask(
+        instrument, "search", image=instrument.document["names"].index("q.jpg"), box=[10, 0, 90, 96]
+    )
+    question = dict(query=0, image=number, scale=1.0)
+    reply, attached = ask(instrument, "tokens", **question)
+    assert reply["boxes"] == [[10, 0, 90, 96], [0, 0, 128, 96]]
+    expected = describer.selection(instrument.images.paths[number]).scores[1.0]
+    layers, height, width = reply["grids"][1]
+    scores = np.frombuffer(attached[1], np.uint8).reshape(layers, height, width)[0]
+    assert np.abs(scores / 255 - expected / expected.max()).max() < 0.003
+    # q and a are one photograph, but other surroundings reach the patches of a box.
+    patch, (data,) = ask(instrument, "patch", **question, side=1, x=50.0, y=40.0)
+    x0, y0, x1, y1 = patch["patch"]
+    assert x0 <= 50.5 < x1 and y0 <= 40.5 < y1 and patch["box"] == [10, 0, 90, 96]
+    assert len(data) == patch["grid"][0] * patch["grid"][1]
+    outside, _ = ask(instrument, "patch", **question, side=0, x=5.0, y=40.0)
+    assert "outside the part" in outside["error"]
 
 
 def test_a_dropped_photograph_is_the_query(instrument, inspected_run):

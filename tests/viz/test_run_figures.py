@@ -18,10 +18,10 @@ def written(axes: np.ndarray) -> str:
 
 
 def test_rankings_match_the_ground_truth(benchmark):
-    axes = run_figures.ranking_gallery(benchmark, np.array([[3], [1], [0], [2]]), [0], columns=4)
-    assert axes.shape == (1, 5)
+    axes = run_figures.ranking_gallery(benchmark, np.array([[3], [1], [0], [2]]), [0])
+    assert axes.shape == (1, 9)
     letters = [
-        next(t.get_text() for t in cell.texts if t.get_text() in "EHJN") for cell in axes[0, 1:]
+        next(t.get_text() for t in cell.texts if t.get_text() in "EHJN") for cell in axes[0, 1:5]
     ]
     assert letters == ["N", "H", "E", "J"]
 
@@ -37,10 +37,17 @@ def test_an_unknown_query_is_an_error(benchmark):
 
 
 def test_reranked_leaves_out_ignored_images(benchmark, finished):
-    text = written(run_figures.reranked_gallery(benchmark, finished, 0, columns=4))
-    # Hard ignores the easy a (0 inliers) and the junk c (7)
-    assert "9 inliers" in text and "5 inliers" in text
-    assert "0 inliers" not in text and "7 inliers" not in text
+    before, after = run_figures.reranked_gallery(benchmark, finished, 0)[:, 1:]
+    # Hard ignores the easy a (0 inliers) and the junk c (7): d b, then b d.
+    assert [cell.get_title() for cell in before[:3]] == ["1", "2", ""]
+    captions = [cell.get_xlabel() for cell in after[:3]]
+    assert captions == ["1 ▲ from 2\n9 inliers", "2 ▼ from 1\n5 inliers", ""]
+
+
+def test_images_that_leave_or_enter_the_drawn_ranks_are_marked(benchmark, finished, monkeypatch):
+    monkeypatch.setattr(run_figures, "COLUMNS", 1)
+    axes = run_figures.reranked_gallery(benchmark, finished, 0)
+    assert axes.shape == (2, 2) and axes[0, 1].get_title() == "1   ▼ to 2"
 
 
 def test_a_pair_is_drawn_with_its_counts_and_saved_inside_its_folder(benchmark, tmp_path):

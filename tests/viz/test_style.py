@@ -57,14 +57,14 @@ def test_frames_differ_without_red_green_vision():
 def test_a_file_and_grey_pixels_are_drawn_as_their_pixels(tmp_path):
     grey = np.arange(48, dtype=np.uint8).reshape(6, 8)
     cv2.imwrite(str(tmp_path / "grey.png"), grey)
-    axes = galleries.contact_sheet([tmp_path / "grey.png", grey, np.dstack([grey] * 3)])
+    axes = galleries.contact_sheet([tmp_path / "grey.png", grey, np.dstack([grey] * 3)], [""] * 3)
     for cell in axes[0, :3]:
         assert np.array_equal(cell.images[0].get_array(), np.dstack([grey] * 3))
         assert cell.images[0].get_extent() == [-0.5, 7.5, 5.5, -0.5]
 
 
 def test_photographs_are_kept_no_larger_than_they_are_drawn():
-    axes = galleries.contact_sheet([picture(1200, 1600)], columns=4, width=8)[0, 0]
+    axes = galleries.contact_sheet([picture(1200, 1600)], [""], columns=5)[0, 0]
     # a cell of 2 inches at 80 dots an inch, three pixels a dot
     assert axes.images[0].get_array().shape == (360, 480, 3)
     assert axes.images[0].get_extent() == [-0.5, 1599.5, 1199.5, -0.5]
@@ -95,9 +95,9 @@ def test_saving_twice_gives_the_same_bytes(tmp_path, suffix):
 
 
 def test_saving_an_array_of_axes_keeps_the_figure_open(tmp_path):
-    axes = galleries.contact_sheet(photographs(2), columns=2, width=4)
+    axes = galleries.contact_sheet(photographs(2), ["", ""], columns=2)
     saved = cv2.imread(str(style.save_figure(axes, tmp_path / "sheet.png", dpi=100)))
-    assert 350 < saved.shape[1] <= 420  # 4 inches, less the margin
+    assert 800 < saved.shape[1] <= 1010  # 10 inches, less the margin
     assert len(plt.get_fignums()) == 1
     with pytest.raises(ValueError, match=r"sheet\.nope: no format"):
         style.save_figure(axes, tmp_path / "sheet.nope")
@@ -126,7 +126,7 @@ def test_notebooks_store_charts_as_png_and_photographs_as_jpeg():
     pixels = cv2.imdecode(np.frombuffer(base64.b64decode(first[0]), np.uint8), cv2.IMREAD_COLOR)
     # stored at 200 dots an inch, shown at 80
     assert first[1]["width"] == pytest.approx(pixels.shape[1] * 0.4, abs=0.5)
-    sheet = galleries.contact_sheet(photographs(2), columns=2, width=4)[0, 0].figure
+    sheet = galleries.contact_sheet(photographs(2), ["", ""], columns=5)[0, 0].figure
     assert style.stored_picture(sheet, "png") is None
     assert base64.b64decode(style.stored_picture(sheet, "jpeg")[0]).startswith(b"\xff\xd8")
     with pytest.raises(RuntimeError, match="for notebooks"):

@@ -136,6 +136,7 @@ class TokenSelection:
         dropped: tokens above the threshold that are not kept, best first.
         reasons: (len(dropped),) strings, keys of REASONS.
         codes: scale -> (h, w, D) float32, the code of every token, of length 1.
+        norms: scale -> (h, w) float32, the lengths that the codes had.
     """
 
     attention: dict[float, np.ndarray]
@@ -144,6 +145,7 @@ class TokenSelection:
     dropped: LocalFeatures
     reasons: np.ndarray
     codes: dict[float, np.ndarray]
+    norms: dict[float, np.ndarray]
 
     def heat(self, scale: float, head: int | None = None) -> np.ndarray:
         """Returns the map of a head, or the scores, of shape (h, w) at the nearest scale."""
@@ -222,21 +224,22 @@ def explain_selection(
         survivors = extract(replace(settings, max_keypoints=UNLIMITED))
         unlimited = replace(settings, max_keypoints=UNLIMITED, nms_candidates=UNLIMITED)
         everything = extract(replace(unlimited, nms_overlap=1.0))
-        attention, scores, codes = {}, {}, {}
+        attention, scores, codes, norms = {}, {}, {}, {}
         for scale, output in zip(settings.scales, recorder.outputs, strict=True):
             heads = output.attention[0].float()
             heads = (heads / heads.amax(dim=1, keepdim=True)).cpu().numpy()
             attention[scale] = heads.reshape(len(heads), *output.grid)
             scores[scale] = token_scores(output.attention)[0].cpu().numpy().reshape(output.grid)
             unit = output.codes[0].float().cpu().numpy()
-            unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
-            codes[scale] = unit.reshape(*output.grid, -1)
+            length = np.linalg.norm(unit, axis=1, keepdims=True)
+            unit /= np.maximum(length, 1e-12)
+            codes[scale], norms[scale] = unit.reshape(*output.grid, -1), length.reshape(output.grid)
     reasons = np.full(len(everything), "overlap", dtype="<U10")
     reasons[settings.nms_candidates :] = "candidates"
     reasons[_among(everything, survivors)] = "keypoints"
     dropped = ~_among(everything, kept)
     dropped_features = everything.subset(dropped)
-    return TokenSelection(attention, scores, kept, dropped_features, reasons[dropped], codes)
+    return TokenSelection(attention, scores, kept, dropped_features, reasons[dropped], codes, norms)
 
 
 def similar_patches(
@@ -249,11 +252,10 @@ def similar_patches(
     """
     maps = {scale: codes @ code for scale, codes in other.codes.items()}
     flat = np.concatenate([values.ravel() for values in maps.values()])
-    places = [
-        (scale, *place) for scale, values in maps.items() for place in np.ndindex(values.shape)
-    ]
+    scales = np.repeat(list(maps), [values.size for values in maps.values()])
+    cells = np.concatenate([np.indices(values.shape).reshape(2, -1) for values in maps.values()], 1)
     best = np.argsort(-flat, kind="stable")[:count]
-    return maps, [places[index] for index in best]
+    return maps, [(float(scales[index]), *cells[:, index].tolist()) for index in best]
 
 
 def matching_fraction(extracted: LocalFeatures, stored: LocalFeatures) -> float:

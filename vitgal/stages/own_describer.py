@@ -12,9 +12,9 @@ All coordinates are pixels of the upright photograph, turned by its EXIF orienta
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,6 +38,9 @@ from vitgal.settings import (
     SettingsError,
 )
 from vitgal.stages.known_files import KnownFiles
+
+if TYPE_CHECKING:
+    from vitgal.stages.inspection import TokenSelection
 
 # Settings of reranking that do not change the counts of a pair.
 UNCOUNTED = ("top", "ties", "order", "fused_weight", "fused_cap")
@@ -211,6 +214,19 @@ class Describer:
             self.extracted += 1
             description = read_description(file)
         return description
+
+    def selection(self, path: Path, box: Sequence[int] | None = None) -> "TokenSelection":
+        """Returns kept and dropped tokens of a photograph, or of a box in it, by one pass.
+
+        box: as for `describe`. Raises PhotographError where the photograph cannot be read, and
+        ValueError where its local features are no tokens.
+        """
+        from vitgal.stages.inspection import explain_selection
+
+        image, _ = read_oriented(path)
+        settings = replace(self.local_settings, precision=self._precision(self.local_settings))
+        with inference.limited_threads(self.machine.threads):
+            return explain_selection(self.local_network, image, box, settings)
 
     def pair_key(self, settings: RerankingSettings) -> str:
         """Returns a hash of all that the counts of a pair depend on."""

@@ -1,11 +1,11 @@
 from .audit_page import write_audit_page as write_audit_page
 from .charts import (
+    live_curves as live_curves,
     parameter_curves as parameter_curves,
     split_statistics as split_statistics,
     training_curves as training_curves,
 )
 from .diagrams import (
-    Step as Step,
     flow_figure as flow_figure,
     global_diagram as global_diagram,
     reranking_diagram as reranking_diagram,
@@ -21,22 +21,16 @@ from .failures import failure_figure as failure_figure, failure_table as failure
 from .galleries import (
     QueryImage as QueryImage,
     RankedImage as RankedImage,
-    before_after as before_after,
     contact_sheet as contact_sheet,
     ranking_rows as ranking_rows,
     stacked_rankings as stacked_rankings,
 )
 from .instrument import Instrument as Instrument, InstrumentWidget as InstrumentWidget
-from .live_curves import live_curves as live_curves
 from .maps import (
     attention_heads as attention_heads,
     attention_maps as attention_maps,
     dropped_features as dropped_features,
     token_figure as token_figure,
-)
-from .match_inspector import (
-    Layers as Layers,
-    inspected_matches as inspected_matches,
 )
 from .matching import (
     MatchedImage as MatchedImage,

@@ -1,8 +1,6 @@
 """The page of an audit: every pair of copies side by side, to judge by."""
 
 import base64
-from collections.abc import Iterable
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -21,39 +19,23 @@ figure div { max-width: 320px } img { max-width: 100% } p { margin: 0.2rem 0 }
 """
 
 
-@dataclass(frozen=True)
-class CopyPair:
-    """Two files with what to say of them, and the number of their group."""
-
-    group: int
-    first: Path
-    second: Path
-    text: str
-
-
-def copy_pairs(result: object) -> Iterable[CopyPair]:
-    """Yields the pairs of copies of a `stages.Audit` with their evidence in words."""
-    for row in result.copies.itertuples():
-        text = f"{row.change}: shared {row.shared_first:.0%} of the first, "
-        text += f"{row.shared_second:.0%} of the second; {row.agreement:.0%} of it agree"
-        yield CopyPair(row.group, result.path(0, row.first), result.path(1, row.second), text)
-
-
 def write_audit_page(result: object, path: Path) -> Path:
     """Writes the first 500 pairs of copies of a `stages.Audit` as one HTML file; returns its path.
 
     Pictures are inside. Names and texts are data, never markup. A file that has vanished since is
     named without a picture.
     """
-    pairs = list(copy_pairs(result))
     parts, group = [], None
-    for pair in pairs[:PAIRS]:
-        if pair.group != group:
-            group = pair.group
+    for row in result.copies.head(PAIRS).itertuples():
+        if row.group != group:
+            group = row.group
             parts.append(f"<h2>Group {group + 1}</h2>")
-        pictures = "".join(_picture(file) for file in (pair.first, pair.second))
-        parts.append(f"<p>{escape(pair.text)}</p><figure>{pictures}</figure>")
-    beyond = len(pairs) - PAIRS
+        text = f"{row.change}: shared {row.shared_first:.0%} of the first, "
+        text += f"{row.shared_second:.0%} of the second; {row.agreement:.0%} of it agree"
+        files = result.path(0, row.first), result.path(1, row.second)
+        pictures = "".join(map(_picture, files))
+        parts.append(f"<p>{escape(text)}</p><figure>{pictures}</figure>")
+    beyond = len(result.copies) - PAIRS
     summary = result.report().split("\n")[0] + (f"; {beyond} more in copies.csv" * (beyond > 0))
     return runs.write_text(
         path,

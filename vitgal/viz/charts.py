@@ -1,7 +1,7 @@
 """Charts of the split, of training and of the settings of matching."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -94,7 +94,11 @@ def training_curves(log: pd.DataFrame, *, width: float = 10.0) -> np.ndarray:
     if "reconstruction" in log and "val_accuracy_margin" not in log:
         # The autoencoder's classifier has no margin.
         panels = PANELS | {"accuracy (%)": PANELS["accuracy (%)"] | {"accuracy": "training"}}
-    titles = [title for title, columns in panels.items() if filled_columns(log, columns)]
+    if len(log) and not {"step", "epoch"} & set(log.columns):
+        names = ", ".join(map(str, log.columns))
+        raise ValueError(f"the log has no column step and no epoch, only {names}")
+    filled = log.columns[log.notna().any()]
+    titles = [title for title, columns in panels.items() if filled.isin(columns).any()]
     if not titles:
         return np.array([sentence_figure("the log holds no values yet")])
     rows = [titles] if len(titles) <= 3 else np.array_split(titles, 2)
@@ -106,7 +110,8 @@ def training_curves(log: pd.DataFrame, *, width: float = 10.0) -> np.ndarray:
         wide = grid.ncols // len(row)
         for place, title in enumerate(row):
             panel = figure.add_subplot(grid[number, place * wide : (place + 1) * wide])
-            draw_curves(panel, log, panels[title], percent=title.endswith("(%)"))
+            columns = {name: text for name, text in panels[title].items() if name in filled}
+            _draw_curves(panel, log, columns, 100 if title.endswith("(%)") else 1)
             panel.set_title(title, loc="left")
             axes.append(panel)
     every = [line for panel in axes for line in panel.lines]
@@ -118,31 +123,21 @@ def training_curves(log: pd.DataFrame, *, width: float = 10.0) -> np.ndarray:
     return np.array(axes)
 
 
-def filled_columns(log: pd.DataFrame, columns: Mapping[str, str]) -> list[str]:
-    """Returns the columns for which the log holds a value; ValueError without `step` or `epoch`."""
-    if len(log) and not {"step", "epoch"} & set(log.columns):
-        names = ", ".join(map(str, log.columns))
-        raise ValueError(f"the log has no column step and no epoch, only {names}")
-    return [column for column in columns if column in log and log[column].notna().any()]
+def _draw_curves(axes: Axes, log: pd.DataFrame, columns: Mapping[str, str], factor: int) -> None:
+    """Draws the finite values of some columns of a log, times `factor`, over its epochs or steps.
 
-
-def draw_curves(
-    axes: Axes, log: pd.DataFrame, columns: Mapping[str, str], *, percent: bool
-) -> None:
-    """Draws the finite values of some columns of a log over the epochs.
-
-    A log without epochs is drawn over its steps. columns: of the log -> name in the legend.
-    percent: whether values are fractions, to be drawn as percent.
+    columns: of the log -> name in the legend.
     """
-    factor, positions = 100 if percent else 1, _positions(log)
-    for column in filled_columns(log, columns):
-        name, values = columns[column], factor * log[column].to_numpy(float)
+    positions = _positions(log)
+    for column, name in columns.items():
+        values = factor * log[column].to_numpy(float)
         part = 2 if name == "validation (margin)" else int(name.startswith("validation"))
         finite = np.isfinite(values)
         ends = [f"{column}_low", f"{column}_high"]
         if all(end in log for end in ends):
             low, high = (factor * log[end].to_numpy(float)[finite] for end in ends)
-            _draw_band(axes, positions[finite], low, high, PARTS[part])
+            band = axes.fill_between(positions[finite], low, high, color=PARTS[part], linewidth=0)
+            band.set_alpha(style.BAND_OPACITY)
         (curve,) = axes.plot(positions[finite], values[finite], LINE_STYLES[part], label=name)
         curve.set(color=PARTS[part], marker="o" if finite.sum() <= 40 else "None", markersize=3)
     axes.set_xlabel("epoch" if "epoch" in log else "step")
@@ -150,6 +145,24 @@ def draw_curves(
     axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.grid(axis="y")
+
+
+def live_curves() -> Callable[[pd.DataFrame], None]:
+    """Returns a function that draws training curves into this cell; pass it to a fit as `watch`.
+
+    It updates one output, which holds the last state after a headless run.
+    """
+    from IPython.display import display
+
+    handle = display(display_id=True)
+
+    def watch(log: pd.DataFrame) -> None:
+        """Draws the log in place of the previous drawing."""
+        figure = training_curves(log)[0].figure
+        plt.close(figure)  # otherwise the inline backend shows it twice
+        handle.update(figure)
+
+    return watch
 
 
 def _positions(log: pd.DataFrame) -> np.ndarray:
@@ -162,12 +175,6 @@ def _positions(log: pd.DataFrame) -> np.ndarray:
     steps = log["step"].to_numpy(float)
     an_epoch = steps.max() / (epochs.max() + 1)
     return steps / an_epoch if an_epoch else epochs
-
-
-def _draw_band(
-    axes: Axes, positions: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str
-) -> None:
-    axes.fill_between(positions, low, high, color=colour, alpha=style.BAND_OPACITY, linewidth=0)
 
 
 @styled

@@ -1,7 +1,6 @@
 """Diagrams of a computation: its steps as boxes, or one photograph on its way."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -20,19 +19,25 @@ from vitgal.retrieval.verification import inspect_pair
 from vitgal.settings import GlobalSettings, RerankingSettings
 from vitgal.viz.drawing import (
     ImageSource,
+    draw_box,
     draw_photograph,
     drawable,
     hide_frame,
-    outlined,
     read_pixels,
     sentence_figure,
     text_width,
 )
 from vitgal.viz.maps import component_colours, mix_heat
-from vitgal.viz.style import BOX_COLOUR, CAPTION_SIZE, INK, OURS_COLOUR, STEP_COLOUR, styled
+from vitgal.viz.style import CAPTION_SIZE, INK, OURS_COLOUR, STEP_COLOUR, styled
 
+WIDTH = 10.0  # inches
 ROW = 0.95  # inches from one row of boxes to the next
 GAP = 0.28  # inches between two boxes
+STEP_LINES = (  # name, shape and note: inches below the middle, size, weight, colour
+    (-0.19, CAPTION_SIZE, "bold", INK),
+    (0.0, 9, "normal", OURS_COLOUR),
+    (0.19, CAPTION_SIZE, "normal", INK),
+)
 MATCHED = {  # in a diagram's words, by `matching`
     "one_way": "nearest",
     "mutual": "nearest both ways",
@@ -41,64 +46,44 @@ MATCHED = {  # in a diagram's words, by `matching`
 }
 
 
-@dataclass(frozen=True)
-class Step:
-    """A step of a diagram: its name, the shape of the result, and a short note."""
-
-    name: str
-    shape: str
-    note: str
-
-    @property
-    def width(self) -> float:
-        """The inches that the longest line needs; bold letters are a sixth wider."""
-        widths = (
-            1.17 * text_width(drawable(self.name), CAPTION_SIZE),
-            text_width(drawable(self.shape), 9),
-            text_width(drawable(self.note), CAPTION_SIZE),
-        )
-        return max(widths) / 72 + 0.16
-
-
 @styled
-def step_diagram(steps: Sequence[Step], *, width: float = 10.0) -> Axes:
-    """Draws steps as boxes with arrows between them, row by row as `width` inches allow.
+def step_diagram(steps: Sequence[tuple[str, str, str]]) -> Axes:
+    """Draws steps as boxes with arrows between them, row by row as WIDTH inches allow.
 
-    Returns the axes, in inches; a sentence where there is no step.
+    steps: of each its name, the shape of the result, and a short note. Returns the axes, in inches;
+    a sentence where there is no step.
     """
     if not steps:
         return sentence_figure("no steps")
-    placed, left, row = [], 0.05, 0
+    corners, left, row = [], 0.05, 0
     for step in steps:
-        if placed and left + step.width > width - 0.05:
+        wide = _step_width(*step)
+        if corners and left + wide > WIDTH - 0.05:
             left, row = 0.05, row + 1
-        placed.append((step, left, row))
-        left += step.width + GAP
+        corners.append((left, ROW * row + 0.12, wide))
+        left += wide + GAP
     height = ROW * (row + 1)
-    _, axes = plt.subplots(figsize=(width, height))
+    _, axes = plt.subplots(figsize=(WIDTH, height))
     hide_frame(axes)
-    axes.set(xlim=(0, width), ylim=(height, 0))
-    for step, left, row in placed:
-        middle = ROW * row + 0.47
-        _draw_step(axes, step, left, middle)
+    axes.set(xlim=(0, WIDTH), ylim=(height, 0))
+    for step, (left, top, wide) in zip(steps, corners, strict=True):
+        box = Rectangle((left, top), wide, 0.7, facecolor=STEP_COLOUR, linewidth=1)
+        box.set_edgecolor(OURS_COLOUR)
+        axes.add_patch(box)
+        middle = top + 0.35
+        for text, (down, size, weight, colour) in zip(step, STEP_LINES, strict=True):
+            line = axes.text(left + wide / 2, middle + down, drawable(text), fontsize=size)
+            line.set(weight=weight, color=colour, ha="center", va="center")
         if left > 0.05:
             arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.0}
             axes.annotate("", (left, middle), (left - GAP, middle), arrowprops=arrow)
     return axes
 
 
-def _draw_step(axes: Axes, step: Step, left: float, middle: float) -> None:
-    corner, blue = (left, middle - 0.35), OURS_COLOUR
-    axes.add_patch(
-        Rectangle(corner, step.width, 0.7, facecolor=STEP_COLOUR, edgecolor=blue, linewidth=1)
-    )
-    for down, text, size, weight, colour in (
-        (-0.19, step.name, CAPTION_SIZE, "bold", INK),
-        (0.0, step.shape, 9, "normal", blue),
-        (0.19, step.note, CAPTION_SIZE, "normal", INK),
-    ):
-        line = axes.text(left + step.width / 2, middle + down, drawable(text), fontsize=size)
-        line.set(weight=weight, color=colour, ha="center", va="center")
+def _step_width(name: str, shape: str, note: str) -> float:
+    """The inches that the longest line needs; bold letters are a sixth wider."""
+    lines = ((name, 1.17 * CAPTION_SIZE), (shape, 9), (note, CAPTION_SIZE))
+    return max(text_width(drawable(text), size) for text, size in lines) / 72 + 0.16
 
 
 def global_diagram(folder: Path) -> Axes:
@@ -131,7 +116,7 @@ def global_diagram(folder: Path) -> Axes:
         ("similarities", f"{images:,}", "inner products with the database"),
         ("ranking", f"{images:,}", "sorted; ties by index"),
     ]
-    return step_diagram([Step(*step) for step in steps])
+    return step_diagram(steps)
 
 
 @styled
@@ -157,9 +142,7 @@ def flow_figure(
         picture[y0:y1, x0:x1], (16 * columns, 16 * rows), interpolation=cv2.INTER_AREA
     )
     draw_photograph(axes[0], picture, 2)
-    frame = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, linewidth=2)
-    frame.set(edgecolor=BOX_COLOUR, path_effects=outlined("black", 3.2))
-    axes[0].add_patch(frame)
+    draw_box(axes[0], (x0, y0, x1, y1))
     draw_photograph(axes[1], crop, 2)
     for lines, count, side in ((axes[1].axvline, columns, 16), (axes[1].axhline, rows, 16)):
         for number in range(1, count):
@@ -233,4 +216,4 @@ def reranking_diagram(
         ("inliers", f"{pair.verification.count} of {matches}", "mapped within the threshold"),
         ("short list", f"{len(ranked):,} ranks", f"first {settings.top} by {order}"),
     ]
-    return step_diagram([Step(*step) for step in steps])
+    return step_diagram(steps)

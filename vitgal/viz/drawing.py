@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+from collections.abc import Sequence
 
 import cv2
 import matplotlib.pyplot as plt
@@ -12,10 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager
 from matplotlib.ft2font import FT2Font
+from matplotlib.patches import Rectangle
 
 from vitgal.data.images import read_image
 from vitgal.runs import printable
-from vitgal.viz.style import BOXES_FONT, CAPTION_SIZE, DETAIL, FONT, STYLE, styled
+from vitgal.viz.style import BOX_COLOUR, BOXES_FONT, CAPTION_SIZE, DETAIL, FONT, STYLE, styled
 
 ImageSource = np.ndarray | str | os.PathLike  # pixels, or a file
 
@@ -71,6 +73,14 @@ def hide_frame(axes: Axes) -> None:
     """Removes ticks and frame; photographs of one row share their upper edge."""
     axes.set(xticks=[], yticks=[], anchor="N")
     axes.spines[:].set_visible(False)
+
+
+def draw_box(axes: Axes, box: Sequence[int]) -> None:
+    """Frames a box (x0, y0, x1, y1) of pixels of a drawn photograph in yellow."""
+    x0, y0, x1, y1 = box
+    frame = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, linewidth=2)
+    frame.set(edgecolor=BOX_COLOUR, path_effects=outlined("black", 3.2))
+    axes.add_patch(frame)
 
 
 def write_sentence(axes: Axes, text: str) -> None:

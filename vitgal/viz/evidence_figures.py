@@ -12,11 +12,18 @@ from vitgal.features.local import LocalFeatures
 from vitgal.retrieval.verification import PairInspection
 from vitgal.viz import drawing, style
 from vitgal.viz.maps import mix_heat
-from vitgal.viz.matching import MatchedImage, match_lines, patch_squares, position_colours
+from vitgal.viz.matching import (
+    WIDTH,
+    MatchedImage,
+    match_lines,
+    patch_squares,
+    position_colours,
+)
 
 CROPS = 3  # matches that are enlarged
 AROUND = 3.0  # sides of a crop, in sides of the patch
 PIXELS = 1000  # the longer side of the warped photographs
+GROUPS = 10  # of features, by score
 SQUARES = 8  # of the checkerboard, along the longer side
 
 
@@ -26,8 +33,7 @@ def match_figure(
     database: MatchedImage,
     pair: PairInspection,
     *,
-    max_lines: int = 60,
-    width: float = 8.5,
+    max_lines: int,
 ) -> np.ndarray:
     """Draws the matches of a pair, three of them enlarged, and the query warped as a proof.
 
@@ -40,39 +46,37 @@ def match_figure(
     rows = 1 + bool(pair.verification.count) + bool(warps)
     figure, axes = plt.subplots(rows, 1, squeeze=False)
     axes = axes[:, 0]
-    match_lines(query, database, pair, max_lines=max_lines, width=width, axes=axes[0])
+    match_lines(query, database, pair, max_lines=max_lines, axes=axes[0])
     heights = [figure.get_figheight()]
     if pair.verification.count:
         inliers = pair.matches[pair.verification.inliers]
-        heights.append(_draw_crops(axes[1], (query, database), inliers, width) + 0.25)
+        heights.append(_draw_crops(axes[1], (query, database), inliers) + 0.25)
     if warps:
-        heights.append(_draw_row(axes[-1], warps, width) + 0.25)
+        heights.append(_draw_row(axes[-1], warps) + 0.25)
     axes[0].get_gridspec().set_height_ratios(heights)
-    figure.set_size_inches(width + 0.1, sum(heights))
+    figure.set_size_inches(WIDTH + 0.1, sum(heights))
     drawing.tighten(figure)
     return axes
 
 
-def spread_matches(matches: np.ndarray, features: LocalFeatures, count: int = CROPS) -> np.ndarray:
-    """Returns `count` of the matches (M, 2), or all: the query's best feature in each part of it.
+def spread_matches(matches: np.ndarray, features: LocalFeatures) -> np.ndarray:
+    """Returns CROPS of the matches (M, 2), or all: the query's best feature in each part of it.
 
     The parts lie from left to right, with as many matches in each.
     """
     order = np.argsort(features.keypoints[matches[:, 0], 0], kind="stable")
-    parts = [part for part in np.array_split(matches[order], count) if len(part)]
+    parts = [part for part in np.array_split(matches[order], CROPS) if len(part)]
     best = [part[np.argmax(np.nan_to_num(features.scores[part[:, 0]]))] for part in parts]
     return np.array(best, int).reshape(-1, 2)
 
 
-def _draw_crops(
-    axes: Axes, sides: Sequence[MatchedImage], inliers: np.ndarray, width: float
-) -> float:
+def _draw_crops(axes: Axes, sides: Sequence[MatchedImage], inliers: np.ndarray) -> float:
     """Draws crops around both ends of some matches; returns the height in inches."""
     chosen = spread_matches(inliers, sides[0].features)
     gap, between = 0.04, 0.3
-    inches = (width - 2 * between - 3 * gap) / 6
-    places, size = sides[0].features.keypoints[chosen[:, 0]], sides[0].features.input_size
-    colours = position_colours(places, size)
+    inches = (WIDTH - 2 * between - 3 * gap) / 6
+    query = sides[0].features
+    colours = position_colours(query.keypoints[chosen[:, 0]], query.input_size)
     for number, (match, colour) in enumerate(zip(chosen, colours, strict=True)):
         for column, side in enumerate(sides):
             left = number * (2 * inches + gap + between) + column * (inches + gap)
@@ -93,7 +97,7 @@ def _draw_crops(
                     Rectangle(corner, length, length, fill=False, edgecolor=edge, linewidth=line)
                 )
     drawing.hide_frame(axes)
-    axes.set(xlim=(-0.03, width), ylim=(inches + 0.03, -0.03), aspect="equal")
+    axes.set(xlim=(-0.03, WIDTH), ylim=(inches + 0.03, -0.03), aspect="equal")
     axes.set_title("three of the inliers, enlarged (query left; the square is the patch)")
     return inches
 
@@ -109,12 +113,12 @@ def _warps(
     )
     whole = _to_pixels(database.features, second_scale) @ homography
     whole = whole @ np.linalg.inv(_to_pixels(query.features, first_scale))
-    shown = np.zeros(first.shape[:2], np.uint8)
+    inside = np.zeros(first.shape[:2], np.uint8)
     x0, y0, x1, y1 = (round(side * first_scale) for side in query.features.box)
-    shown[y0:y1, x0:x1] = 1
+    inside[y0:y1, x0:x1] = 1
     size = second.shape[1::-1]
     warped = cv2.warpPerspective(first, whole, size, borderMode=cv2.BORDER_REPLICATE)
-    covered = cv2.warpPerspective(shown, whole, size, flags=cv2.INTER_NEAREST)[..., None] > 0
+    covered = cv2.warpPerspective(inside, whole, size, flags=cv2.INTER_NEAREST)[..., None] > 0
     side = max(1, max(size) // SQUARES)
     rows, columns = np.indices(second.shape[:2]) // side
     odd = ((rows + columns) % 2 == 1)[..., None]
@@ -131,15 +135,13 @@ def _to_pixels(features: LocalFeatures, scale: float) -> np.ndarray:
     matrix = np.array(
         [[right - left, 0, left + 0.5], [0, bottom - top, top + 0.5], [0, 0, 1 / scale]]
     )
-    matrix = matrix * scale
-    matrix[:2, 2] -= 0.5
-    return matrix
+    return matrix * scale - [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]
 
 
-def _draw_row(axes: Axes, pictures: dict[str, np.ndarray], width: float) -> float:
+def _draw_row(axes: Axes, pictures: dict[str, np.ndarray]) -> float:
     """Draws pictures of one size side by side; returns the height in inches."""
     gap = 0.08
-    inches = (width - gap * (len(pictures) - 1)) / len(pictures)
+    inches = (WIDTH - gap * (len(pictures) - 1)) / len(pictures)
     rows, columns = next(iter(pictures.values())).shape[:2]
     height = min(inches * rows / columns, 2.0)
     wide = height * columns / rows
@@ -150,7 +152,7 @@ def _draw_row(axes: Axes, pictures: dict[str, np.ndarray], width: float) -> floa
         note = axes.annotate(name, (left + wide / 2, height), (0, -4), fontsize=8)
         note.set(anncoords="offset points", ha="center", va="top")
     drawing.hide_frame(axes)
-    axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+    axes.set(xlim=(0, WIDTH), ylim=(height, 0), aspect="equal")
     return height
 
 
@@ -195,19 +197,19 @@ def attention_and_inliers(query: MatchedImage, pair: PairInspection) -> np.ndarr
 
 
 def inlier_rate_by_score(
-    scores: np.ndarray, matches: np.ndarray, inliers: np.ndarray, groups: int = 10
+    scores: np.ndarray, matches: np.ndarray, inliers: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the share of a query's matches that are inliers, by score, and the matches' number.
 
     scores: (N,) of the query's features. matches: (M, 2). inliers: (M,) bool. The features are
-    divided by rank into `groups`, the lowest scores first; ties keep their order. Returns shares
-    and numbers, shape (groups,); nan where a group has no match.
+    divided by rank into GROUPS, the lowest scores first; ties keep their order. Returns shares and
+    numbers, shape (GROUPS,); nan where a group has no match.
     """
     ranks = np.argsort(np.argsort(scores, kind="stable"), kind="stable")
-    group = (ranks * groups // max(1, len(scores)))[matches[:, 0]]
-    number = np.bincount(group, minlength=groups)
-    right = np.bincount(group[np.asarray(inliers, bool)], minlength=groups)
-    shares = np.divide(right, number, out=np.full(groups, np.nan), where=number > 0)
+    group = (ranks * GROUPS // max(1, len(scores)))[matches[:, 0]]
+    number = np.bincount(group, minlength=GROUPS)
+    right = np.bincount(group[np.asarray(inliers, bool)], minlength=GROUPS)
+    shares = np.divide(right, number, out=np.full(GROUPS, np.nan), where=number > 0)
     return shares, number
 
 

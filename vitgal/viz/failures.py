@@ -38,7 +38,7 @@ PASSING = {  # faults of images that pass another, by `Evidence.kind`: of one, o
 
 def failure_table(
     run: Path,
-    dataset: RetrievalDataset | str,
+    benchmark: RetrievalDataset,
     by: str = "ap",
     protocol: str = "medium",
     *,
@@ -48,7 +48,7 @@ def failure_table(
 
     Args:
         run: the run's folder.
-        dataset: an opened benchmark, or the name of the run's own.
+        benchmark: the data set, opened.
         by: "ap", the lowest AP after reranking; "change", the most AP lost by reranking; "miss",
             the positive image that ranks last. Ties keep the queries' order.
         protocol: "easy", "medium" or "hard".
@@ -65,7 +65,7 @@ def failure_table(
     """
     if by not in SORTS:
         raise ValueError(f"by is {by!r}; a failure table is sorted by {', '.join(SORTS)}")
-    benchmark, rankings = _open(run, dataset, protocol, reranked)
+    rankings = _rankings(run / benchmark.name, protocol, reranked)
     truth = benchmark.ground_truth
     scores = [
         evaluate({protocol: ranking.positions}, truth)[protocol]["ap"] for ranking in rankings
@@ -89,7 +89,7 @@ def failure_table(
 
 def failure_figure(
     run: Path,
-    dataset: RetrievalDataset | str,
+    benchmark: RetrievalDataset,
     query_index: int,
     protocol: str = "medium",
     *,
@@ -106,7 +106,7 @@ def failure_figure(
     columns: images in a row. Others and errors: as for `failure_table`; ValueError also for a query
     that does not exist.
     """
-    benchmark, rankings = _open(run, dataset, protocol, reranked)
+    rankings = _rankings(run / benchmark.name, protocol, reranked)
     folder, truth = run / benchmark.name, benchmark.ground_truth
     query = revisited.check_query(truth, query_index)
     positives = revisited.positives(truth, protocol)[query]
@@ -138,12 +138,8 @@ def failure_figure(
     return axes.flat[0].figure
 
 
-def _open(
-    run: Path, dataset: RetrievalDataset | str, protocol: str, reranked: bool
-) -> tuple[RetrievalDataset, list[Ranking]]:
-    if not isinstance(dataset, RetrievalDataset):
-        dataset = revisited.open_dataset(dataset, runs.data_folder(run, None, "benchmark"))
-    folder = run / dataset.name
+def _rankings(folder: Path, protocol: str, reranked: bool) -> list[Ranking]:
+    """The global ranking and, where there is one and it is asked for, the reranked one."""
     runs.read_stage(folder / "global", GLOBAL_NOTEBOOK)
     if protocol not in revisited.PROTOCOLS:
         names = ", ".join(revisited.PROTOCOLS)
@@ -151,7 +147,7 @@ def _open(
     rankings = [Ranking.load(folder / "global")]
     if reranked and (folder / "rerank" / runs.MANIFEST).exists():
         rankings.append(Ranking.load(folder / "rerank", protocol))
-    return dataset, rankings
+    return rankings
 
 
 def _worst_positive(
@@ -188,10 +184,9 @@ def _describe(
 
 def _explain(table: pd.DataFrame, reasons: "_Reasons") -> None:
     """Adds matches, inliers and the reason of each move."""
-    known = {image: reasons.evidence.get(image) for image in table.index}
-    matches = {image: found.matches if found else 0 for image, found in reasons.evidence.items()}
+    matches = {image: seen.matches if seen else 0 for image, seen in reasons.evidence.items()}
     for name, counts in (("matches", matches), ("inliers", reasons.inliers)):
-        table[name] = pd.array([counts.get(image, pd.NA) for image in known], dtype="Int64")
+        table[name] = pd.Series(counts, dtype="Int64").reindex(table.index)
     moves = zip(table.index, table["rank before"], table["rank after"], strict=True)
     table["why"] = [reasons.reason(*move) for move in moves]
 

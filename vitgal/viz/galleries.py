@@ -52,28 +52,23 @@ class RankedImage:
 
 @styled
 def contact_sheet(
-    images: Sequence[drawing.ImageSource],
-    titles: Sequence[object] | None = None,
-    *,
-    columns: int = 8,
-    width: float = 10.0,
+    images: Sequence[drawing.ImageSource], titles: Sequence[str], *, columns: int = 8
 ) -> np.ndarray:
     """Draws small pictures of many photographs, row by row.
 
     images: of any aspect. titles: one an image; may hold line breaks. A title wider than its
-    picture loses its middle. width: of the figure, in inches. Returns the axes, shape (rows,
-    columns), blank after the last image; a sentence without images. Raises ValueError where an
-    array is no photograph or the number of titles differs.
+    picture loses its middle. Returns the axes, shape (rows, columns), blank after the last image;
+    a sentence without images. Raises ValueError where an array is no photograph or the number of
+    titles differs.
     """
-    titles = [""] * len(images) if titles is None else [str(title) for title in titles]
     if len(titles) != len(images):
-        raise ValueError(f"{len(titles)} titles for {len(images)} images: give one each, or None")
+        raise ValueError(f"{len(titles)} titles for {len(images)} images: give one each")
     pictures = [drawing.read_pixels(image) for image in images]
-    rows, inches = -(-len(pictures) // columns), width / columns
+    rows, inches = -(-len(pictures) // columns), 10 / columns
     if not pictures:
         return np.array([[drawing.sentence_figure("no images")]])
     lines = max((title.count("\n") + 1 for title in titles if title), default=0)
-    size = (width, rows * (0.75 * inches + 0.135 * lines + 0.1) + 0.1)
+    size = (10, rows * (0.75 * inches + 0.135 * lines + 0.1) + 0.1)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
     drawing.tighten(figure)
     for cell in axes.flat:
@@ -115,18 +110,17 @@ def stacked_rankings(
     rankings: dict[str, Sequence[RankedImage]],
     reasons: pd.DataFrame | None = None,
     *,
-    columns: int | None = None,
+    columns: int,
 ) -> np.ndarray:
     """Draws rankings of one query above each other, with a text table below.
 
     Arrows lead from a labelled image's position in the first ranking to that in the second.
     rankings: one or two of name -> images, best first; an empty one gets a note. reasons: the
-    table that is written below. columns: images drawn of each ranking; None: all. Returns the axes,
-    shape (rankings, 1 + columns), the query's in each row. Raises ValueError where an array is no
+    table that is written below. columns: images drawn of each ranking. Returns the axes, shape
+    (rankings, 1 + columns), the query's in each row. Raises ValueError where an array is no
     photograph.
     """
     rows = [_with_pixels(images[:columns]) for images in rankings.values()]
-    columns = columns or max([1, *map(len, rows)])
     lines = 0 if reasons is None else len(reasons)
     labelled = any(image.label for row in rows for image in row) or not any(rows)
     extra = 0.75 if not labelled else 0.4 if lines else 0.45
@@ -141,42 +135,10 @@ def stacked_rankings(
         _draw_arrows(axes[:, 1:], rows)
     if lines:
         grid = axes[0, 0].get_gridspec()
-        _write_table(figure.add_subplot(grid[len(rows), :]), reasons, WIDTH)
+        _write_table(figure.add_subplot(grid[len(rows), :]), reasons)
     if labelled:
         _add_legend(figure, rows)
     return axes
-
-
-def before_after(
-    query: QueryImage,
-    before: Sequence[RankedImage],
-    after: Sequence[RankedImage],
-    *,
-    columns: int = 8,
-) -> np.ndarray:
-    """Draws a ranking before and after reranking, with arrows between an image's two positions.
-
-    The first `columns` images of each are drawn; the others give the ranks that images came from
-    or went to. A caption of `after` is written below the rank. Returns the axes, shape
-    (2, 1 + columns), the query's in both rows. Raises ValueError where a ranking holds an image
-    twice or an array is no photograph.
-    """
-    old, new = (
-        {image.key: rank for rank, image in enumerate(images, 1)} for images in (before, after)
-    )
-    if len(old) < len(before) or len(new) < len(after):
-        raise ValueError("a ranking before or after holds an image more than once")
-    upper, lower = [], []
-    for image in before[:columns]:
-        rank = new.get(image.key)
-        left = "   ▼ out" if rank is None else f"   ▼ to {rank}" if rank > columns else ""
-        upper.append(replace(image, caption=f"{old[image.key]}{left}"))
-    for image in after[:columns]:
-        rank, origin = new[image.key], old.get(image.key)
-        moved = "=" if origin == rank else f"{'▲' if (origin or 0) > rank else '▼'} from {origin}"
-        caption = f"{rank} {moved if origin else 'new'}\n{image.caption}".strip()
-        lower.append(replace(image, caption=caption))
-    return stacked_rankings(query, {"before": upper, "after": lower}, columns=columns)
 
 
 def _with_pixels(images: Sequence[Any]) -> list[Any]:
@@ -272,15 +234,15 @@ def _add_legend(figure: Figure, rankings: Sequence[Sequence[RankedImage]]) -> No
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
 
 
-def _write_table(axes: Axes, table: pd.DataFrame, width: float) -> None:
-    """Writes a table as text; the first column is shortened to fit `width` inches."""
+def _write_table(axes: Axes, table: pd.DataFrame) -> None:
+    """Writes a table as text; the first column is shortened to fit WIDTH inches."""
     drawing.hide_frame(axes)
-    axes.set(xlim=(0, 72 * width), ylim=(len(table) + 0.5, -0.5))
+    axes.set(xlim=(0, 72 * WIDTH), ylim=(len(table) + 0.5, -0.5))
     columns = {name: [name, *map(_cell_text, table[name])] for name in table}
     widths = [max(drawing.text_width(t, CAPTION_SIZE) for t in texts) for texts in columns.values()]
     gap, left = 14.0, 4.0
     rest = sum(widths[1:]) + gap * len(widths)
-    widths[0] = min(widths[0], max(60.0, 72 * width - rest - left))
+    widths[0] = min(widths[0], max(60.0, 72 * WIDTH - rest - left))
     for (name, texts), wide in zip(columns.items(), widths, strict=True):
         number = pd.api.types.is_numeric_dtype(table[name])
         for line, text in enumerate(texts):

@@ -12,10 +12,10 @@ import traitlets
 from matplotlib.figure import Figure
 
 from vitgal import runs
-from vitgal.data.images import read_image, stored_size
+from vitgal.data.images import read_image
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.settings import RerankingSettings
-from vitgal.stages.inspection import Inspector, similar_patches
+from vitgal.stages.inspection import Inspector, TokenSelection, similar_patches
 from vitgal.viz.report import ENLARGED, THUMBNAIL, jpeg
 from vitgal.viz.run_document import (
     NOTES,
@@ -89,15 +89,21 @@ class InstrumentWidget(anywidget.AnyWidget):
                 [self.image(question["image"], large=bool(question["large"]))],
             ),
             "note": self._keep_note,
+            "tokens": self._show_tokens,
+            "patch": self._compare_patch,
         }
+
+    def selections(self, question: Question) -> list[TokenSelection]:
+        """Returns the tokens of both photographs of a pair, by one pass of the network each."""
+        raise NotImplementedError
 
     def _answer(self, _: Any, question: Question, buffers: Sequence[Any]) -> None:
         """Answers a question of the front end; errors are shown there."""
         reply: dict[str, Any] = {"id": question.get("id")}
         attached: list[bytes] = []
         try:
-            found, attached = self.answers()[question["kind"]](question, buffers)
-            reply |= found
+            answer, attached = self.answers()[question["kind"]](question, buffers)
+            reply |= answer
         except runs.UserError as error:
             reply["error"] = runs.printable(error)
         except Exception as error:  # whatever it is, the view has to say it
@@ -111,6 +117,39 @@ class InstrumentWidget(anywidget.AnyWidget):
     def image(self, number: int, *, large: bool = False) -> bytes:
         """Returns an image of the document as JPEG, of at most 160 or 800 pixels a side."""
         return jpeg(self.read(self.images.paths[number]), ENLARGED if large else THUMBNAIL)
+
+    def _show_tokens(self, question: Question, _: Sequence[bytes]) -> Answer:
+        """Both photographs' scores and attention at a scale, as (1 + heads, h, w) bytes each."""
+        grids, boxes, attached = [], [], []
+        for selection in self.selections(question):
+            scale = selection.nearest_scale(float(question["scale"]))
+            scores = selection.scores[scale]
+            norms = selection.norms[scale]
+            layers = [scores / max(scores.max(), 1e-9), norms / max(norms.max(), 1e-9)]
+            layers += list(selection.attention[scale])
+            attached.append(np.rint(255 * np.stack(layers)).astype(np.uint8).tobytes())
+            grids.append([len(layers), *scores.shape])
+            boxes.append([float(value) for value in selection.kept.box])
+        return {"grids": grids, "boxes": boxes}, attached
+
+    def _compare_patch(self, question: Question, _: Sequence[bytes]) -> Answer:
+        """The patch at a pixel, and its similarity (h, w) to every patch of the other photograph.
+
+        Similarities of 0 to 1 are sent as bytes, negative ones as 0.
+        """
+        first, other = self.selections(question)[:: -1 if question["side"] else 1]
+        token = first.patch_at(question["x"], question["y"], float(question["scale"]))
+        scale, row, column = token
+        maps, best = similar_patches(first.codes[scale][row, column], other)
+        similarity = maps[other.nearest_scale(scale)]
+        nearest = [
+            {"box": list(other.patch_box(*patch)), "scale": patch[0]}
+            | {"similarity": round(float(maps[patch[0]][patch[1:]]), 3)}
+            for patch in best
+        ]
+        described = {"patch": list(first.patch_box(*token)), "nearest": nearest}
+        described |= {"grid": similarity.shape, "box": [float(value) for value in other.kept.box]}
+        return described, [np.rint(255 * similarity.clip(0, 1)).astype(np.uint8).tobytes()]
 
     def _keep_note(self, question: Question, _: Sequence[bytes]) -> Answer:
         name, value = str(question["name"]), question["value"]
@@ -148,16 +187,17 @@ class Instrument(InstrumentWidget):
         self._dataset, self._inspector = dataset, inspector or Inspector(Path(run), dataset)
         document, images = dataset_document(run, dataset)
         if start.get("image") is not None:
-            start["image"] = _mention(document, images, dataset, start["image"])
+            index = start["image"]
+            start["image"] = images.number(dataset.database_paths[index], dataset.database[index])
         super().__init__(run, document, images, figure, start)
 
     def answers(self) -> dict[str, Callable[[Question, Sequence[bytes]], Answer]]:
         """Returns the function that answers each kind of question."""
-        return super().answers() | {
-            "pair": self._match,
-            "tokens": self._show_tokens,
-            "patch": self._compare_patch,
-        }
+        return super().answers() | {"pair": self._match}
+
+    def selections(self, question: Question) -> list[TokenSelection]:
+        """Returns the tokens of a pair's query and database image."""
+        return [self._inspector.selection(*side) for side in self._sides(question)]
 
     def _sides(self, question: Question) -> tuple[tuple[str, int], tuple[str, int]]:
         image = self._dataset.database_paths.index(self.images.paths[question["image"]])
@@ -186,39 +226,6 @@ class Instrument(InstrumentWidget):
         pair = inspector.pair(query, image, chosen, hidden_scales=settings.get("hidden", ()))
         return pair_document(pair.query, pair.database, pair.result)
 
-    def _show_tokens(self, question: Question, _: Sequence[bytes]) -> Answer:
-        """Both photographs' scores and attention at a scale, as (1 + heads, h, w) bytes each."""
-        grids, boxes, attached = [], [], []
-        for side in self._sides(question):
-            selection = self._inspector.selection(*side)
-            scale = selection.nearest_scale(float(question["scale"]))
-            scores = selection.scores[scale]
-            layers = [scores / max(scores.max(), 1e-9), *selection.attention[scale]]
-            attached.append(np.rint(255 * np.stack(layers)).astype(np.uint8).tobytes())
-            grids.append([len(layers), *scores.shape])
-            boxes.append([float(value) for value in selection.kept.box])
-        return {"grids": grids, "boxes": boxes}, attached
-
-    def _compare_patch(self, question: Question, _: Sequence[bytes]) -> Answer:
-        """The patch at a pixel, and its similarity (h, w) to every patch of the other photograph.
-
-        Similarities of 0 to 1 are sent as bytes, negative ones as 0.
-        """
-        sides, own = self._sides(question), int(question["side"])
-        first, other = (self._inspector.selection(*sides[index]) for index in (own, 1 - own))
-        place = first.patch_at(question["x"], question["y"], float(question["scale"]))
-        scale, row, column = place
-        maps, best = similar_patches(first.codes[scale][row, column], other)
-        shown = maps[other.nearest_scale(scale)]
-        nearest = [
-            {"box": list(other.patch_box(*found)), "scale": found[0]}
-            | {"similarity": round(float(maps[found[0]][found[1:]]), 3)}
-            for found in best
-        ]
-        described = {"patch": list(first.patch_box(*place)), "nearest": nearest}
-        described |= {"grid": shown.shape, "box": [float(value) for value in other.kept.box]}
-        return described, [np.rint(255 * shown.clip(0, 1)).astype(np.uint8).tobytes()]
-
 
 def changed_settings(settings: RerankingSettings, knobs: Mapping[str, Any]) -> RerankingSettings:
     """Returns reranking settings with those of KNOBS replaced that `knobs` holds.
@@ -230,17 +237,6 @@ def changed_settings(settings: RerankingSettings, knobs: Mapping[str, Any]) -> R
         changed = replace(getattr(settings, section), **{name: knobs[name]})
         settings = replace(settings, **{section: changed})
     return settings
-
-
-def _mention(
-    document: dict[str, Any], images: Images, dataset: RetrievalDataset, index: int
-) -> int:
-    """Returns the number of a database image, which the document then lists if it did not."""
-    number = images.number(dataset.database_paths[index], dataset.database[index])
-    if number == len(document["names"]):
-        document["names"].append(images.names[number])
-        document["sizes"].append(list(stored_size(images.paths[number]))[::-1])
-    return number
 
 
 def _picture(figure: Figure) -> dict[str, str]:

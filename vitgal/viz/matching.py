@@ -19,63 +19,62 @@ from vitgal.retrieval.verification import PairInspection
 from vitgal.viz import drawing, style
 from vitgal.viz.maps import mix_heat, percentile_range
 
+WIDTH = 8.5  # inches, of matches
+SMOOTH = 3.0  # grey levels a pixel
+LEAST_SKY = 0.01  # of the image, the least area of a part of the sky
+MOST_SCALES = 16  # bars of `feature_counts`
+
 
 @style.styled
-def keypoints(
-    image: drawing.ImageSource, features: LocalFeatures, *, max_keypoints: int | None = None
-) -> Axes:
+def keypoints(image: drawing.ImageSource, features: LocalFeatures) -> Axes:
     """Draws local features on their photograph: a square a patch, coloured by its score.
 
     A feature of scale s covers 16 / s pixels of the network's input, which the square shows in
     the photograph (unknown: s = 1). Colours span the 2nd to the 98th percentile of the
     scores; low scores are faint. Unknown scores have one colour. The yellow frame is the box that
     the network saw; the title says how much of it is sky, and how many of the features lie there
-    (see `sky`). Without features the photograph alone is drawn. max_keypoints: draws the best ones
-    alone; None: all.
+    (see `sky`). Without features the photograph alone is drawn.
     """
-    picture, drawn = drawing.read_pixels(image), features.subset(slice(max_keypoints))
+    picture = drawing.read_pixels(image)
     height = 5 * min(1.3, picture.shape[0] / picture.shape[1])
     _, axes = plt.subplots(figsize=(5.7, height + 0.3))
     drawing.draw_photograph(axes, picture, 5)
-    count = f"{len(drawn)} of {len(features)} local features"
-    axes.set_title(count if len(drawn) < len(features) else f"{len(drawn)} local features")
-    if not len(drawn):
+    axes.set_title(f"{len(features)} local features")
+    if not len(features):
         return axes
-    _draw_sky(axes, picture, drawn)
-    scores = np.nan_to_num(drawn.scores)
+    _draw_sky(axes, picture, features)
+    scores = np.nan_to_num(features.scores)
     norm = percentile_range([scores], 2)
     # The darkest part of the colour map cannot be seen on photographs.
     bright = plt.get_cmap(style.SCORE_MAP)(np.linspace(0.2, 1, 256))
     colours = LinearSegmentedColormap.from_list(style.SCORE_MAP, bright)
     edges = colours(norm(scores))
     edges[:, 3] = 0.25 + 0.75 * np.clip(norm(scores), 0, 1)
-    squares = patch_squares(drawn)[::-1]  # the best on top
-    width = 1.0 if len(drawn) <= 150 else 0.7
+    squares = patch_squares(features)[::-1]  # the best on top
+    width = 1.0 if len(features) <= 150 else 0.7
     collection = PatchCollection(squares, facecolor="none", edgecolor=edges[::-1], linewidth=width)
     axes.add_collection(collection, autolim=False)
-    if np.isfinite(drawn.scores).all():
+    if np.isfinite(features.scores).all():
         beside = axes.inset_axes([1.02, 0.1, 0.025, 0.8])
         scale = ScalarMappable(norm, colours)
         axes.figure.colorbar(scale, cax=beside, extend="both", label="score")
     return axes
 
 
-def _draw_sky(axes: Axes, picture: np.ndarray, drawn: LocalFeatures) -> None:
+def _draw_sky(axes: Axes, picture: np.ndarray, features: LocalFeatures) -> None:
     """Frames the box that the network saw, outlines the sky in it, and counts what lies there."""
-    x0, y0, x1, y1 = drawn.box
-    frame = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, linewidth=2)
-    frame.set(edgecolor=style.BOX_COLOUR, path_effects=drawing.outlined("black", 3.2))
-    axes.add_patch(frame)
+    x0, y0, x1, y1 = features.box
+    drawing.draw_box(axes, features.box)
     mask = sky(picture[y0:y1, x0:x1])
     if not mask.any():
         return
     extent = (x0 - 0.5, x1 - 0.5, y0 - 0.5, y1 - 0.5)
     if not mask.all():
         axes.contour(mask.astype(float), [0.5], extent=extent, colors="white", linewidths=0.9)
-    columns, rows = (drawn.original_keypoints() - (x0, y0)).round().astype(int).T
+    columns, rows = (features.original_keypoints() - (x0, y0)).round().astype(int).T
     rows, columns = np.clip(rows, 0, mask.shape[0] - 1), np.clip(columns, 0, mask.shape[1] - 1)
-    share = f"; sky (white line): {mask.mean():.0%} of the box, {mask[rows, columns].mean():.0%}"
-    axes.set_title(f"{axes.get_title()}{share} of them")
+    fractions = f"{mask.mean():.0%} of the box, {mask[rows, columns].mean():.0%} of them"
+    axes.set_title(f"{axes.get_title()}; sky (white line): {fractions}")
 
 
 def sky(image: np.ndarray) -> np.ndarray:
@@ -103,11 +102,6 @@ def patch_squares(features: LocalFeatures) -> list[Rectangle]:
     sides = PATCH / np.nan_to_num(features.scales, nan=1.0)[:, None] * ratio  # (N, 2)
     corners = features.original_keypoints() - sides / 2
     return [Rectangle(corner, *side) for corner, side in zip(corners, sides, strict=True)]
-
-
-SMOOTH = 3.0  # grey levels a pixel
-LEAST_SKY = 0.01  # of the image, the least area of a part of the sky
-MOST_SCALES = 16  # bars of `feature_counts`
 
 
 @style.styled
@@ -145,7 +139,6 @@ class MatchedImage:
         image: the photograph.
         features: the local features that the matches point into.
         title: drawn under it.
-        dropped: features to mark with crosses; None: none.
         heat: (h, w) >= 0 over the crop that the features were extracted from, drawn over a grey
             copy of it, each map relative to its own peak; None: none.
     """
@@ -153,7 +146,6 @@ class MatchedImage:
     image: drawing.ImageSource
     features: LocalFeatures
     title: str
-    dropped: LocalFeatures | None = None
     heat: np.ndarray | None = None
 
     def pixels(self) -> np.ndarray:
@@ -168,23 +160,20 @@ def match_lines(
     database: MatchedImage,
     pair: PairInspection,
     *,
-    outline: bool = True,
-    rejected: bool = True,
     max_lines: int = 100,
-    width: float = 8.5,
     axes: Axes | None = None,
 ) -> Axes:
     """Draws two photographs with their matches: inliers coloured by position, others dashed.
 
+    The outline is the box that the query's features were extracted from, and its image under the
+    homography unless part of it falls behind the horizon.
+
     Args:
         query, database: the two images.
         pair: matches of their features and the verification of these matches; may be empty.
-        outline: draws the box that the query's features were extracted from, and its image under
-            the homography unless part of it falls behind the horizon.
-        rejected: draws also the matches that are no inliers.
         max_lines: most lines of each kind, spread evenly over the list.
-        width: of the figure, in inches, which are the units of the axes.
-        axes: to draw into, alone in a figure, which takes their size; None: new ones.
+        axes: to draw into, alone in a figure, which takes their size; their units are inches.
+            None: new ones.
     Raises:
         ValueError: inliers do not fit the matches, or a heat map is not (h, w) and finite.
     """
@@ -194,28 +183,22 @@ def match_lines(
         raise ValueError(f"{len(matches)} matches, but inliers of shape {inliers.shape}")
     pictures = [side.pixels() for side in sides]
     axes = plt.subplots()[1] if axes is None else axes
-    panels = _draw_side_by_side(axes, pictures, width)
+    panels = _draw_side_by_side(axes, pictures)
     for side, panel in zip(sides, panels, strict=True):
         panel.write_title(axes, side.title)
-        if side.dropped is not None:
-            (marks,) = axes.plot(*panel.inches(side.dropped.original_keypoints()).T, "x", zorder=2)
-            marks.set(color=style.DROPPED_COLOURS[0], markersize=3.2, markeredgewidth=0.8)
-            marks.set_path_effects(drawing.outlined("black", 1.6))
     ends = [
         panel.inches(side.features.original_keypoints()[matches[:, column]])
         for column, (side, panel) in enumerate(zip(sides, panels, strict=True))
     ]
     lines = np.stack(ends, axis=1)  # (M, 2 ends, 2)
-    if rejected:
-        drawn = LineCollection(_spread(lines[~inliers], max_lines), linewidths=0.5, alpha=0.6)
-        drawn.set(color=style.REJECTED_COLOUR, linestyle=(0, (4, 3)))
-        axes.add_collection(drawn, autolim=False)
+    rejected = LineCollection(_spread(lines[~inliers], max_lines), linewidths=0.5, alpha=0.6)
+    rejected.set(color=style.REJECTED_COLOUR, linestyle=(0, (4, 3)))
+    axes.add_collection(rejected, autolim=False)
     kept = query.features.keypoints[matches[inliers, 0]]
     colours = position_colours(kept, query.features.input_size)
     _draw_inliers(axes, _spread(lines[inliers], max_lines), _spread(colours, max_lines))
-    if outline:
-        homography = pair.verification.homography
-        _draw_outlines(axes, query.features, database.features, panels, homography)
+    homography = pair.verification.homography
+    _draw_outlines(axes, query.features, database.features, panels, homography)
     drawn = f" ({max_lines} drawn)" if inliers.sum() > max_lines else ""
     axes.set_title(f"{inliers.sum()} inliers{drawn} of {len(inliers)} matches")
     return axes
@@ -245,13 +228,13 @@ class _Panel:
         name.set(anncoords="offset points", ha="center", va="top")
 
 
-def _draw_side_by_side(axes: Axes, pictures: Sequence[np.ndarray], width: float) -> list[_Panel]:
+def _draw_side_by_side(axes: Axes, pictures: Sequence[np.ndarray]) -> list[_Panel]:
     """Draws two photographs side by side in axes of inches, at one height if possible."""
     gap = 0.08
     aspects = np.array([picture.shape[1] / picture.shape[0] for picture in pictures])
     fractions = np.clip(aspects / aspects.sum(), 0.2, 0.8)
-    widths = fractions / fractions.sum() * (width - gap)
-    height = min((widths / aspects).max(), 0.55 * width)
+    widths = fractions / fractions.sum() * (WIDTH - gap)
+    height = min((widths / aspects).max(), 0.55 * WIDTH)
     widths = np.minimum(widths, aspects * height)
     panels, left = [], 0.0
     for picture, inches in zip(pictures, widths, strict=True):

@@ -1,34 +1,30 @@
 """Answers of one's own photographs as the JSON document that the front end draws."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from vitgal import runs
 from vitgal.data.photographs import PhotographError
 from vitgal.retrieval.places import Place
-from vitgal.retrieval.verification import inspect_shortlist
 from vitgal.runs import printable
-from vitgal.viz.run_document import Images, pair_document
+from vitgal.viz.run_document import Images, pair_documents
 
 if TYPE_CHECKING:
     from vitgal.stages.own_answers import Answers, NamedQuery
 
 MOST_QUERIES = 1000  # in a page: with 20 images each it has some 10 MB
+RANKS = 20  # images of each ranking
+PAIRS = 2  # of each query, with their matches
 PROTOCOL = "medium"  # without labels there is one ranking; the front end asks it by this name
-NO_SCORES = {"map": None, "interval": None, "mp_at": None}
 
 
 def own_document(
-    answers: "Answers",
-    places: Sequence[Place] | None = None,
-    *,
-    ranks: int = 20,
-    pairs: int = 2,
-    progress: bool = True,
+    answers: "Answers", places: Sequence[Place] | None = None, *, progress: bool = True
 ) -> tuple[dict[str, Any], Images]:
     """Describes answers and places as plain values, with one entry as `run_document` has it.
 
@@ -38,32 +34,28 @@ def own_document(
     first, and `links` and `probability` as in places.csv. A query has in addition `probability` of
     each of its `verified` images, None where it is unknown, and `verdict`, a sentence.
 
-    Args:
-        ranks: images of each ranking, at most. pairs: those whose matches are in the document.
     Returns:
         The document of the first MOST_QUERIES queries, and the images whose numbers it uses.
     """
     from tqdm.auto import tqdm
 
-    photographs, images, sizes = answers.photographs, Images(upright=True), {}
-    groups = {name: rows for name, rows in answers.table.groupby("query", sort=False)}
+    photographs, entry = answers.photographs, _Entry(answers, Images(upright=True))
+    groups = dict(list(answers.table.groupby("query", sort=False)))
     asked = list(zip(answers.queries, answers.files, answers.verdicts, strict=True))
-    asked = asked[:MOST_QUERIES]
-    bar = tqdm(asked, desc="matching pairs", unit="query", disable=not progress)
-    entry = _Entry(answers, images, sizes, ranks, pairs)
+    bar = tqdm(asked[:MOST_QUERIES], desc="matching pairs", unit="query", disable=not progress)
     queries = [
         entry.query(query, file, groups[query.name]) | {"verdict": verdict}
         for query, file, verdict in bar
     ]
-    empty = NO_SCORES | {"ap": [None] * len(queries)}
+    scores = {PROTOCOL: dict.fromkeys(("map", "interval", "mp_at")) | {"ap": [None] * len(queries)}}
     left_out = answers.left_out | photographs.left_out
-    document = {
+    described = {
         "kind": "own",
         "run": printable(photographs.describer.run.name),
         "dataset": printable(photographs.folder.name),
         "database": len(photographs.names),
         "settings": [[name, str(v)] for name, v in answers.settings.compared().items()],
-        "scores": {"global": {PROTOCOL: empty}, "reranked": {PROTOCOL: empty}},
+        "scores": {"global": scores, "reranked": scores},
         "tests": {},
         "matching": None,
         "queries": queries,
@@ -73,33 +65,33 @@ def own_document(
         "left_out": [[printable(name), printable(text)] for name, text in left_out.items()],
         "places": None if places is None else [entry.place(place) for place in places],
     }
-    shown = [sizes[number] for number in range(len(images.paths))]
-    whole = {"entries": [document], "comparisons": [], "names": images.names, "sizes": shown}
-    return runs.plain(whole), images
+    return entry.images.document([described]), entry.images
 
 
+@dataclass(eq=False)
 class _Entry:
     """The queries and places of a document, and the images that they mention."""
 
-    def __init__(
-        self, answers: "Answers", images: Images, sizes: dict[int, list[int]], *limits: int
-    ) -> None:
-        self.answers, self.photographs = answers, answers.photographs
-        self.images, self.sizes = images, sizes
-        self.ranks, self.pairs = limits
-        self.indices = {name: index for index, name in enumerate(self.photographs.names)}
+    answers: "Answers"
+    images: Images
 
-    def image(self, name: str) -> int:
-        """Returns the number of a photograph of the folder."""
-        number = self.images.number(self.photographs.path(name), name)
-        height, width = self.photographs.sizes[self.indices[name]].tolist()
-        self.sizes.setdefault(number, [width, height])
-        return number
+    @functools.cached_property
+    def indices(self) -> dict[str, int]:
+        """The index of each photograph of the folder."""
+        return {name: index for index, name in enumerate(self.answers.photographs.names)}
+
+    def numbers(self, names: Iterable[str]) -> list[int]:
+        """Returns the numbers of photographs of the folder."""
+        photographs = self.answers.photographs
+        return [
+            self.images.number(photographs.path(name), name, photographs.sizes[self.indices[name]])
+            for name in names
+        ]
 
     def place(self, place: Place) -> dict[str, Any]:
         """Returns a place's plain values."""
         return {
-            "images": [self.image(self.photographs.names[index]) for index in place.members],
+            "images": self.numbers(self.answers.photographs.names[i] for i in place.members),
             "links": place.links.tolist(),
             "probability": np.round(place.support / place.links, 4).tolist(),
         }
@@ -112,47 +104,34 @@ class _Entry:
         """
         from vitgal.stages.own_describer import read_description
 
-        before = table.sort_values("global_rank").head(self.ranks)
-        after = table.head(self.ranks)
-        number = self.images.number(query.path, query.name)
-        description = read_description(file) or self.photographs.describer.describe(
+        before, after = table.sort_values("global_rank").head(RANKS), table.head(RANKS)
+        description = read_description(file) or self.answers.photographs.describer.describe(
             query.path, query.box
         )
-        height, width = description.features.image_size
-        self.sizes.setdefault(number, [width, height])
-        shown = table[table["image"].isin([*before["image"], *after["image"]])]
+        number = self.images.number(query.path, query.name, description.features.image_size)
+        verified = table[table["image"].isin([*before["image"], *after["image"]])]
         return {
             "image": number,
             "box": None if query.box is None else list(query.box),
             "labels": {"easy": [], "hard": [], "junk": []},
-            "before": [self.image(name) for name in before["image"]],
+            "before": self.numbers(before["image"]),
             "similarity": before["similarity"].astype(float).round(4).tolist(),
-            "after": {PROTOCOL: [self.image(name) for name in after["image"]]},
-            "verified": [self.image(name) for name in shown["image"]],
-            "inliers": shown["inliers"].astype(int).tolist(),
-            "probability": [
-                None if np.isnan(value) else round(value, 4) for value in shown["probability"]
-            ],
+            "after": {PROTOCOL: self.numbers(after["image"])},
+            "verified": self.numbers(verified["image"]),
+            "inliers": verified["inliers"].astype(int).tolist(),
+            "probability": verified["probability"].astype(float).round(4).tolist(),
             "worst": {},
-            "pairs": self.matches(number, description.features, after["image"][: self.pairs]),
+            "pairs": self.pairs(number, description.features, after["image"][:PAIRS]),
         }
 
-    def matches(self, number: int, query: Any, names: Sequence[str]) -> list[dict[str, Any]]:
+    def pairs(self, number: int, query: Any, names: Iterable[str]) -> list[dict[str, Any]]:
         """Returns the pairs of a query's features and the named photographs."""
-        features, machine = [], self.photographs.describer.machine
+        photographs, others = self.answers.photographs, {}
         for name in names:
             try:
-                features.append((name, self.photographs.features(name)))
+                features = photographs.features(name)
             except PhotographError:  # it has changed since
                 continue
-        others = [other for _, other in features]
-        settings, device = self.answers.settings, machine.match_device
-        found = inspect_shortlist(query, others, settings, device=device)
-        documents = []
-        for (name, other), pair in zip(features, found, strict=True):
-            image = self.image(name)
-            self.images.enlarged |= {number, image}
-            documents.append(
-                {"image": image, "index": self.indices[name]} | pair_document(query, other, pair)
-            )
-        return documents
+            others[self.indices[name]] = (*self.numbers([name]), features)
+        device = photographs.describer.machine.match_device
+        return pair_documents(self.images, (number, query), others, self.answers.settings, device)

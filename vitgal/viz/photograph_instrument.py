@@ -1,6 +1,7 @@
 """The front end over one's own photographs: a query, a box drawn on it, results and pairs."""
 
 import contextlib
+import functools
 import hashlib
 import io
 import re
@@ -17,7 +18,7 @@ from vitgal import runs
 from vitgal.data.photographs import PhotographError, read_upright
 from vitgal.retrieval.presence import Presence
 from vitgal.settings import RerankingSettings
-from vitgal.stages.inspection import compare
+from vitgal.stages.inspection import TokenSelection, compare
 from vitgal.viz.instrument import Answer, InstrumentWidget, Question, changed_settings
 from vitgal.viz.run_document import Images, extraction_document, knobs, pair_document
 
@@ -57,11 +58,10 @@ class PhotographInstrument(InstrumentWidget):
     ) -> None:
         self._photographs, self._settings, self._presence = photographs, settings, presence
         self._dropped = tempfile.TemporaryDirectory(prefix="vitgal-query-")
-        images, self._numbers, sizes = Images(upright=True), {}, []
-        for name in photographs.names:
+        images = Images(upright=True)
+        for name, size in zip(photographs.names, photographs.sizes, strict=True):
             path = photographs.path(name)
-            self._numbers[name] = images.number(path, name)
-            sizes.append(_size(photographs, path))
+            images.number(path, name, size if path.exists() else (0, 0))
         describer = photographs.describer
         features = extraction_document(
             describer.local_settings, tokens=describer.local_settings.own_tokens
@@ -72,26 +72,19 @@ class PhotographInstrument(InstrumentWidget):
             "run": runs.printable(describer.run.name),
             "dataset": runs.printable(photographs.folder.name),
             "database": len(photographs.names),
-            "photographs": list(self._numbers.values()),
+            "photographs": list(range(len(photographs.names))),
             "settings": [],
             "scores": {"global": {}},
             "tests": {},
             "matching": knobs(settings),
-            "features": features | {"tokens": False},  # no overlay: nothing but features is kept
+            "features": features,
             "map": None,
             "neighbours": {},
         }
-        document = {
-            "entries": [entry],
-            "comparisons": [],
-            "names": images.names,
-            "sizes": sizes,
-            "notes": {},
-        }
-        self.document, self.images = document, images
+        self.document, self.images = images.document([entry]), images
         self._result: SearchResult
         self.search(query, box)
-        super().__init__(describer.run, runs.plain(document), images, figure, {"view": "own"})
+        super().__init__(describer.run, self.document, images, figure, {"view": "own"})
 
     def answers(self) -> dict[str, Callable[[Question, Sequence[bytes]], Answer]]:
         """Returns the function that answers each kind of question."""
@@ -100,6 +93,15 @@ class PhotographInstrument(InstrumentWidget):
             "drop": self._search_dropped,
             "pair": self._match,
         }
+
+    def selections(self, question: Question) -> list[TokenSelection]:
+        """Returns the tokens of the query and a photograph, by one pass of the network each."""
+        other = self.images.paths[question["image"]]
+        return [self._selection(self._result.path, self._result.box), self._selection(other, None)]
+
+    @functools.cached_property
+    def _selection(self) -> Callable[..., TokenSelection]:
+        return functools.lru_cache(maxsize=8)(self._photographs.describer.selection)
 
     def read(self, path: Path) -> np.ndarray:
         """Reads a photograph upright, (H, W, 3) uint8 RGB."""
@@ -122,9 +124,10 @@ class PhotographInstrument(InstrumentWidget):
 
     def _describe(self, result: "SearchResult", remark: str) -> dict[str, Any]:
         table = result.table.head(RESULTS)
-        numbers = [self._numbers[name] for name in table["photograph"]]
+        indices = {name: index for index, name in enumerate(self._photographs.names)}
+        numbers = [indices[name] for name in table["photograph"]]
         verified = table["inliers"].notna().to_numpy()
-        shown = table.get("probability", pd.Series(np.nan, table.index))[verified]
+        probability = table.get("probability", pd.Series(np.nan, table.index))[verified]
         return runs.plain({
             "image": self._number(result),
             "box": None if result.box is None else list(result.box),
@@ -132,7 +135,7 @@ class PhotographInstrument(InstrumentWidget):
             "before": numbers,
             "similarity": table["similarity"].astype(float).round(4).tolist(),
             "global": table["global_rank"].tolist(),
-            "probability": [None if pd.isna(p) else round(float(p), 3) for p in shown],
+            "probability": probability.astype(float).round(3).tolist(),
             "after": {},
             "verified": np.array(numbers, int)[verified].tolist(),
             "inliers": [int(count) for count in table["inliers"][verified]],
@@ -143,20 +146,15 @@ class PhotographInstrument(InstrumentWidget):
 
     def _number(self, result: "SearchResult") -> int:
         """Returns the number of the query, which the document lists from now on."""
-        for name, number in self._numbers.items():
-            if self.images.paths[number] == result.path or name == result.query:
-                return number
-        number = self.images.number(result.path, result.query)
-        if number == len(self.document["sizes"]):
-            height, width = read_upright(result.path).shape[:2]
-            self.document["sizes"].append([width, height])
-            if len(self.document["names"]) == number:  # a copy, which the front end was sent
-                self.document["names"].append(runs.printable(result.query))
-        return number
+        same = np.flatnonzero(~self._photographs.others(result.path))
+        if len(same):
+            return int(same[0])
+        size = result.description.features.image_size
+        return self.images.number(result.path, result.query, size)
 
     def _reply(self, described: dict[str, Any]) -> Answer:
         number = described["image"]
-        name, size = (self.document[part][number] for part in ("names", "sizes"))
+        name, size = self.images.names[number], self.images.sizes[number]
         return {"query": described, "name": name, "size": size}, []
 
     def _search_again(self, question: Question, _: Sequence[bytes]) -> Answer:
@@ -168,8 +166,7 @@ class PhotographInstrument(InstrumentWidget):
         data = bytes(buffers[0])
         if len(data) > LARGEST_DROPPED:
             raise PhotographError("the photograph is larger than 9 MB: put it into the folder")
-        shown = str(question["name"])
-        suffix = re.fullmatch(r".*(\.[A-Za-z0-9]{1,5})", shown, re.DOTALL)
+        suffix = re.fullmatch(r".*(\.[A-Za-z0-9]{1,5})", str(question["name"]), re.DOTALL)
         name = hashlib.sha256(data).hexdigest()[:16] + (suffix[1] if suffix else "")
         path = Path(self._dropped.name) / name
         path.write_bytes(data)
@@ -183,12 +180,3 @@ class PhotographInstrument(InstrumentWidget):
         query = self._result.description.features
         pair = compare(query, features, settings, hidden_scales=chosen.get("hidden", ()))
         return {"pair": pair_document(pair.query, pair.database, pair.result)}, []
-
-
-def _size(photographs: "Photographs", path: Path) -> list[int]:
-    """Returns [width, height] of an upright photograph; [0, 0] where it has gone."""
-    try:
-        glance = photographs.describer.glance(path)
-    except PhotographError:
-        return [0, 0]
-    return [0, 0] if glance is None else list(glance.image_size)[::-1]

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,27 +41,34 @@ SCORE_PARTS = ("map", "interval", "mp_at", "ap")
 class Images:
     """The images that a document shows, each file once, numbered in the order of their mention.
 
-    paths: the files. names: as they are printed. enlarged: numbers of those that a pair shows.
-    upright: whether all are turned by their EXIF orientation.
+    paths: the files. names: as they are printed. sizes: [width, height] of each in pixels, [0, 0]
+    where it is unreadable. enlarged: numbers of those that a pair shows. upright: whether all are
+    turned by their EXIF orientation. A document shares the lists of names and sizes.
     """
 
     paths: list[Path] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    sizes: list[list[int]] = field(default_factory=list)
     enlarged: set[int] = field(default_factory=set)
     upright: bool = False
     _numbers: dict[Path, int] = field(default_factory=dict)
 
-    def number(self, path: Path, name: str) -> int:
-        """Returns the number of an image; the first mention adds it."""
+    def number(self, path: Path, name: str, size: Sequence[int] | None = None) -> int:
+        """Returns the number of an image; the first mention adds it.
+
+        size: (height, width) in pixels; None: as the file is stored.
+        """
         if path not in self._numbers:
             self._numbers[path] = len(self.paths)
             self.paths.append(path)
             self.names.append(printable(name))
+            self.sizes.append(_size(path) if size is None else [int(size[1]), int(size[0])])
         return self._numbers[path]
 
-    def sizes(self) -> list[list[int]]:
-        """Returns [width, height] in stored pixels of each image; [0, 0] where it is unreadable."""
-        return [_size(path) for path in self.paths]
+    def document(self, entries: Sequence[dict[str, Any]], **parts: Any) -> dict[str, Any]:
+        """Returns a document of these entries and further parts in plain values."""
+        whole = runs.plain({"entries": entries, "comparisons": [], "notes": {}} | parts)
+        return whole | {"names": self.names, "sizes": self.sizes}
 
 
 def _size(path: Path) -> list[int]:
@@ -93,12 +100,10 @@ def run_document(
         for run in run_folders
         for dataset in _datasets(Path(run))
     ]
-    return _document(entries, images, pairs, progress=progress), images
+    return _document(entries, pairs, progress=progress)
 
 
-def dataset_document(
-    run: Path, dataset: RetrievalDataset, *, ranks: int = 100
-) -> tuple[dict[str, Any], Images]:
+def dataset_document(run: Path, dataset: RetrievalDataset) -> tuple[dict[str, Any], Images]:
     """Describes a run's results on one opened data set as `run_document`, without pairs.
 
     With more than MOST_MAPPED_AT_ONCE database images it has no neighbours, and no map unless a
@@ -106,25 +111,22 @@ def dataset_document(
     Raises StageError where the run has no global stage of this data set.
     """
     runs.read_stage(Path(run) / dataset.name / "global", GLOBAL_NOTEBOOK)
-    images = Images()
-    entry = _Entry(Path(run), dataset, images, ranks, at_once=True)
-    return _document([entry], images, 0, progress=False), images
+    return _document([_Entry(Path(run), dataset, Images(), at_once=True)], 0, progress=False)
 
 
 def _document(
-    entries: Sequence["_Entry"], images: Images, pairs: int, *, progress: bool
-) -> dict[str, Any]:
+    entries: Sequence["_Entry"], pairs: int, *, progress: bool
+) -> tuple[dict[str, Any], Images]:
     notes: dict[str, Any] = {}
     for run in dict.fromkeys(entry.run for entry in entries):
         notes |= read_notes(run)
-    document = {
-        "entries": [entry.document(pairs, progress=progress) for entry in entries],
-        "notes": notes,
-        "comparisons": _comparisons([entry.newest for entry in entries]),
-        "names": images.names,
-        "sizes": images.sizes(),
-    }
-    return runs.plain(document)
+    images = entries[0].images
+    document = images.document(
+        [entry.document(pairs, progress=progress) for entry in entries],
+        notes=notes,
+        comparisons=_comparisons([entry.newest for entry in entries]),
+    )
+    return document, images
 
 
 def _datasets(run: Path) -> list[RetrievalDataset]:
@@ -153,7 +155,7 @@ class _Entry:
     run: Path
     dataset: RetrievalDataset
     images: Images
-    ranks: int
+    ranks: int = 100
     at_once: bool = False  # only what takes seconds, for a notebook's cell
 
     @property
@@ -216,34 +218,31 @@ class _Entry:
     def _query(self, query: int, pairs: int) -> dict[str, Any]:
         dataset, truth = self.dataset, self.dataset.ground_truth
         order = self.before.order[: self.ranks, query]
-        similarities = self._similarities[: self.ranks, query]
+        similarities = map_array(self.folder / "global" / "similarities.npy")
+        similarities = similarities[: self.ranks, query].astype(float)
         afters = {name: ranking.order[: self.ranks, query] for name, ranking in self.after.items()}
         labels = {
             label: [self._image(image) for image in getattr(truth, label)[query].tolist()]
             for label in revisited.LABELS
         }
         counts = rerank.inlier_counts(self.folder / "rerank", query) if self.reranked else {}
-        shown = {image for column in (order, *afters.values()) for image in column.tolist()}
-        shown = {image: count for image, count in counts.items() if image in shown}
+        drawn = {image for column in (order, *afters.values()) for image in column.tolist()}
+        counts = {image: count for image, count in counts.items() if image in drawn}
         return {
             "image": self.images.number(dataset.query_paths[query], truth.queries[query]),
             "box": truth.boxes[query].tolist() if self._cropped else None,
             "labels": labels,
             "before": [self._image(image) for image in order.tolist() if image >= 0],
-            "similarity": np.round(similarities.astype(float), 4).tolist(),
+            "similarity": np.round(similarities, 4).tolist(),
             "after": {
                 name: [self._image(image) for image in column.tolist() if image >= 0]
                 for name, column in afters.items()
             },
-            "verified": [self._image(image) for image in shown],
-            "inliers": list(shown.values()),
+            "verified": [self._image(image) for image in counts],
+            "inliers": list(counts.values()),
             "worst": self._worst(query),
             "pairs": self._pairs(query, self._chosen(query, pairs)),
         }
-
-    @functools.cached_property
-    def _similarities(self) -> np.ndarray:
-        return map_array(self.folder / "global" / "similarities.npy")
 
     @functools.cached_property
     def _cropped(self) -> bool:
@@ -299,20 +298,13 @@ class _Entry:
         name = dataset.ground_truth.queries[query]
         if store is None or name not in store:
             return []
-        chosen = [image for image in chosen if dataset.database[image] in store]
-        first, others = store[name], [store[dataset.database[image]] for image in chosen]
-        inspections = inspect_shortlist(first, others, self._settings)
-        documents = []
-        for image, features, inspection in zip(chosen, others, inspections, strict=True):
-            number = self._image(image)
-            self.images.enlarged |= {
-                number,
-                self.images.number(dataset.query_paths[query], name),
-            }
-            documents.append(
-                {"image": number, "index": image} | pair_document(first, features, inspection)
-            )
-        return documents
+        others = {
+            image: (self._image(image), store[dataset.database[image]])
+            for image in chosen
+            if dataset.database[image] in store
+        }
+        number = self.images.number(dataset.query_paths[query], name)
+        return pair_documents(self.images, (number, store[name]), others, self._settings)
 
     def _map(self) -> dict[str, Any] | None:
         """Positions of queries and database images in the plane, the queries first."""
@@ -417,6 +409,28 @@ def _comparisons(scores: Sequence[Scores]) -> list[dict[str, Any]]:
     return results
 
 
+def pair_documents(
+    images: Images,
+    query: tuple[int, LocalFeatures],
+    others: Mapping[int, tuple[int, LocalFeatures]],
+    settings: RerankingSettings,
+    device: str | None = None,
+) -> list[dict[str, Any]]:
+    """Matches a query with other images, describes the pairs, and has their images enlarged.
+
+    query, others: numbers in the document, and features; others by their index in the database or
+    folder. device: as for `inspect_shortlist`.
+    """
+    number, first = query
+    candidates = [features for _, features in others.values()]
+    inspections = inspect_shortlist(first, candidates, settings, device=device)
+    documents = []
+    for (index, (image, features)), pair in zip(others.items(), inspections, strict=True):
+        images.enlarged |= {number, image}
+        documents.append({"image": image, "index": index} | pair_document(first, features, pair))
+    return documents
+
+
 def pair_document(
     query: LocalFeatures, database: LocalFeatures, inspection: PairInspection
 ) -> dict[str, Any]:
@@ -424,12 +438,12 @@ def pair_document(
 
     Returns:
         `matches`, `count`, `features`: the numbers of matches, of inliers, and of the different
-        features among these. `doubt`: why the homography is
-        implausible (`Evidence.doubt`). `points`: x and y in the query and x and y in the database
-        image of each of M stored matches, in pixels of the stored photographs; (0, 0) is the centre
-        of the top-left one. The first MOST_INLIERS inliers and MOST_REJECTED others are stored, in
-        the order of the query's features. `inlier`: M times 0 or 1. `distance`, `scale`, `score`:
-        of each match; scale and score of the query's feature, None where unknown. `homography`:
+        features among these. `doubt`: why the homography is implausible (`Evidence.doubt`).
+        `points`: x and y in the query and x and y in the database image of each of M stored
+        matches, in pixels of the stored photographs; (0, 0) is the centre of the top-left one. The
+        first MOST_INLIERS inliers and MOST_REJECTED others are stored, in the order of the query's
+        features. `inlier`: M times 0 or 1. `distance`, `scale`, `score`: of each match; scale and
+        score of the query's feature, None where unknown. `homography`:
         nine numbers from query to database pixels, or None.
     """
     inliers = inspection.verification.inliers
@@ -464,7 +478,7 @@ def _to_photograph(features: LocalFeatures) -> np.ndarray:
     return np.vstack([affine, [0, 0, 1]])
 
 
-def descriptor_map(descriptors: np.ndarray, *, seed: int = 0) -> np.ndarray:
+def descriptor_map(descriptors: np.ndarray) -> np.ndarray:
     """Places descriptors (N, D) in the plane by PCA, then t-SNE (van der Maaten & Hinton, 2008).
 
     Returns (N, 2) float32 within the unit square. N is at least 4. The same input gives the same
@@ -474,9 +488,9 @@ def descriptor_map(descriptors: np.ndarray, *, seed: int = 0) -> np.ndarray:
     from sklearn.manifold import TSNE
 
     count, width = descriptors.shape
-    reduced = PCA(min(50, count - 1, width), random_state=seed).fit_transform(descriptors)
+    reduced = PCA(min(50, count - 1, width), random_state=0).fit_transform(descriptors)
     perplexity = min(30.0, (count - 1) / 3)
-    tsne = TSNE(perplexity=perplexity, init="random", random_state=seed, n_jobs=1)
+    tsne = TSNE(perplexity=perplexity, init="random", random_state=0, n_jobs=1)
     points = tsne.fit_transform(reduced)
     low, high = points.min(axis=0), points.max(axis=0)
     return ((points - low) / np.maximum(high - low, 1e-9)).astype(np.float32)

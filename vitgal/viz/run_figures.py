@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -31,6 +31,9 @@ if TYPE_CHECKING:  # the stage needs torch, its figures do not
     from vitgal.stages.own import SearchResult
 
 GLOBAL_NOTEBOOK = "notebook 04_global_evaluation"
+COLUMNS = 8  # images of a ranking
+OWN_COLUMNS = 7  # the same, of one's own photographs
+MOST_LINES = 60  # inliers, and rejected matches, of a drawn pair
 THUMBNAIL = 1200  # pixels, the longer side of one's own photograph in a ranking
 
 
@@ -49,47 +52,52 @@ def ranking_gallery(
     ranks: np.ndarray,
     queries: Sequence[int],
     *,
-    columns: int = 8,
     crop: bool = True,
 ) -> np.ndarray:
-    """Draws the first images of some queries' rankings, a row a query.
+    """Draws the first COLUMNS images of some queries' rankings, a row a query.
 
     ranks: (K, Q) database indices, best first. queries: their indices. crop: draws the query's
-    box, as it was searched with. Returns the axes, shape (queries, 1 + columns). Raises
+    box, as it was searched with. Returns the axes, shape (queries, 1 + COLUMNS). Raises
     IndexError for a query that does not exist.
     """
     rankings = [
-        ranked_images(benchmark, query, ranks[:columns, query], range(1, columns + 1))
+        ranked_images(benchmark, query, ranks[:COLUMNS, query], range(1, COLUMNS + 1))
         for query in queries
     ]
     images = [query_image(benchmark, query, crop=crop) for query in queries]
-    return galleries.ranking_rows(images, rankings, columns=columns)
+    return galleries.ranking_rows(images, rankings, columns=COLUMNS)
 
 
-def reranked_gallery(
-    benchmark: RetrievalDataset,
-    folder: Path,
-    query: int,
-    *,
-    protocol: str = "hard",
-    columns: int = 8,
-) -> np.ndarray:
-    """Draws one query's ranking before and after reranking, without ignored images.
+def reranked_gallery(benchmark: RetrievalDataset, folder: Path, query: int) -> np.ndarray:
+    """Draws one query's ranking before and after reranking under Hard, without ignored images.
 
-    The note under an image of the second row is its number of inliers. folder:
-    `<run>/<dataset>`, with its stages global and rerank. Returns the axes, shape (2, 1 +
-    columns). Raises StageError where notebook 06 has not been run.
+    Captions give the ranks that images went to or came from, and the number of inliers. folder:
+    `<run>/<dataset>`, with its stages global and rerank. Returns the axes, shape (2, 1 + COLUMNS).
+    Raises StageError where notebook 06 has not been run.
     """
-    ignored = revisited.ignored(benchmark.ground_truth, protocol)[query]
+    ignored = revisited.ignored(benchmark.ground_truth, "hard")[query]
     counts = rerank.inlier_counts(folder / "rerank", query)
-    rankings = []
-    for ranking in (Ranking.load(folder / "global"), Ranking.load(folder / "rerank", protocol)):
-        images = ranking.order[:, query]
-        images = images[~np.isin(images, ignored) & (images >= 0)].tolist()
-        notes = [f"{counts[image]} inliers" if image in counts else "" for image in images]
-        rankings.append(ranked_images(benchmark, query, images, notes))
+    before, after = (
+        ranking.order[~np.isin(ranking.order[:, query], [*ignored, -1]), query].tolist()
+        for ranking in (Ranking.load(folder / "global"), Ranking.load(folder / "rerank", "hard"))
+    )
+    old, new = ({image: rank for rank, image in enumerate(row, 1)} for row in (before, after))
+    upper, lower = [], []
+    for image in before[:COLUMNS]:
+        rank = new.get(image)
+        left = "   ▼ out" if rank is None else f"   ▼ to {rank}" if rank > COLUMNS else ""
+        upper.append(f"{old[image]}{left}")
+    for image in after[:COLUMNS]:
+        rank, origin = new[image], old.get(image)
+        moved = "=" if origin == rank else f"{'▲' if (origin or 0) > rank else '▼'} from {origin}"
+        note = f"{counts[image]} inliers" if image in counts else ""
+        lower.append(f"{rank} {moved if origin else 'new'}\n{note}".strip())
+    rankings = {
+        "before": ranked_images(benchmark, query, before, upper),
+        "after": ranked_images(benchmark, query, after, lower),
+    }
     first = query_image(benchmark, query, crop=crops_queries(folder))
-    return galleries.before_after(first, *rankings, columns=columns)
+    return galleries.stacked_rankings(first, rankings, columns=COLUMNS)
 
 
 def retrieval_figure(benchmark: RetrievalDataset, folder: Path, *, top: int) -> np.ndarray:
@@ -153,7 +161,7 @@ def pair_matches(
     image: int,
     settings: RerankingSettings,
     *,
-    max_lines: int = 60,
+    max_lines: int = MOST_LINES,
 ) -> np.ndarray:
     """Draws a query and a database image as `match_figure` does, matched as reranking does it.
 
@@ -206,45 +214,46 @@ def safe_file_name(name: str) -> str:
     return f"{safe.encode()[:180].decode(errors='ignore')}-{digest}"
 
 
-def ranking_figure(result: "SearchResult", *, columns: int = 7) -> np.ndarray:
+def ranking_figure(result: "SearchResult") -> np.ndarray:
     """Draws the query with the first photographs by similarity, and below after reranking.
 
-    Returns the axes (2, 1 + columns).
+    Returns the axes, shape (2, 1 + OWN_COLUMNS).
     """
     thumbnail, factor = reduce_image(read_upright(result.path), THUMBNAIL)
     box = None if result.box is None else [side * factor for side in result.box]
-    before = result.table.sort_values("global_rank").head(columns)
-    after = result.table.head(columns)
+    before = result.table.sort_values("global_rank").head(OWN_COLUMNS)
+    after = result.table.head(OWN_COLUMNS)
     thumbnails = {
         name: reduce_image(read_upright(result.photographs.path(name)), THUMBNAIL)[0]
         for name in {*before["photograph"], *after["photograph"]}
     }
     fused = result.settings.order == "fused"
     reranked = "by similarity and inliers" if fused else f"by {result.settings.count}"
+
+    def ranked(row: Any, rank: int, note: str) -> RankedImage:
+        """Returns a photograph with its rank, name and note."""
+        caption = f"{rank}   {printable(row.photograph)}{note}"
+        return RankedImage(row.photograph, thumbnails[row.photograph], None, caption)
+
     rankings = {"by similarity": [], reranked: []}
     for row in before.itertuples():
-        caption = (
-            f"{row.global_rank}   {printable(row.photograph)}\nsimilarity {row.similarity:.2f}"
-        )
-        image = RankedImage(row.photograph, thumbnails[row.photograph], None, caption)
-        rankings["by similarity"].append(image)
+        note = f"\nsimilarity {row.similarity:.2f}"
+        rankings["by similarity"].append(ranked(row, row.global_rank, note))
     for row in after.itertuples():
-        counts = "" if pd.isna(row.inliers) else f"\n{row.inliers} inliers of {row.matches}"
+        note = "" if pd.isna(row.inliers) else f"\n{row.inliers} inliers of {row.matches}"
         if not pd.isna(getattr(row, "probability", np.nan)):
-            counts += f", {100 * row.probability:.0f} %"
-        caption = f"{row.rank}   {printable(row.photograph)}{counts}"
-        image = RankedImage(row.photograph, thumbnails[row.photograph], None, caption)
-        rankings[reranked].append(image)
+            note += f", {100 * row.probability:.0f} %"
+        rankings[reranked].append(ranked(row, row.rank, note))
     query = QueryImage(thumbnail, box, result.query)
-    return galleries.stacked_rankings(query, rankings, columns=columns)
+    return galleries.stacked_rankings(query, rankings, columns=OWN_COLUMNS)
 
 
-def pair_figure(result: "SearchResult", name: str, *, max_lines: int = 60) -> np.ndarray:
+def pair_figure(result: "SearchResult", name: str) -> np.ndarray:
     """Draws the query and one photograph as `match_figure` does; returns the axes."""
     query, (features, pair) = result.description.features, result.pair(name)
     return match_figure(
         MatchedImage(read_upright(result.path), query, result.query),
         MatchedImage(read_upright(result.photographs.path(name)), features, name),
         pair,
-        max_lines=max_lines,
+        max_lines=MOST_LINES,
     )

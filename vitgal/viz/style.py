@@ -39,11 +39,9 @@ SYSTEM_COLOURS = {  # by name; other systems take OTHER_COLOURS in their order
 OTHER_COLOURS = ("#6B6B6B", "#14304D", "#D55E00", "#7A3B5E", "#8A6D3B")
 QUERY_COLOUR = "#0072B2"
 BOX_COLOUR = "#FFE14D"  # the query's box, and its outline in other images
-BOX_RGB = (255, 225, 77)  # the same
 INLIER_COLOUR, INLIER_EDGE_COLOUR, REJECTED_COLOUR = "#00D5E5", "#00454D", "#F0606E"
 MATCH_COLOUR, INLIER_CURVE_COLOUR = "#8A8A8A", "#008C99"  # in charts
 DROPPED_COLOURS = ("#FFD23F", "#FF6F91", "#7FDBFF")  # crosses on photographs, one a reason
-ERROR_COLOUR = "#A31621"
 TRAINING_COLOUR, VALIDATION_COLOUR, MARGIN_COLOUR = "#333333", "#C2478F", "#7B5EA7"
 LINE_STYLES = ("-", "--", "-.", ":")
 STEP_COLOUR = "#EAF3FA"  # the boxes of a diagram
@@ -56,6 +54,7 @@ CAPTION_SIZE = 7.5  # points, text beside photographs
 # Pixels of a photograph that are kept for each drawn pixel: exported figures stay sharp and
 # notebooks small.
 DETAIL = 3
+DPI = 200  # of saved figures, and of those in notebooks
 JPEG_QUALITY = 70  # of pictures in notebooks
 FONT = "DejaVu Sans"
 BOXES_FONT = "Last Resort High-Efficiency"  # of matplotlib: boxes for letters that no font has
@@ -103,7 +102,7 @@ def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def save_figure(
-    axes: Axes | np.ndarray, path: str | os.PathLike, *, dpi: int = 200, close: bool = False
+    axes: Axes | np.ndarray, path: str | os.PathLike, *, dpi: int = DPI, close: bool = False
 ) -> Path:
     """Writes the figure of these axes, and returns the path.
 
@@ -129,8 +128,8 @@ def save_figure(
     return path
 
 
-def sharpen_figures(dpi: int = 200) -> None:
-    """Stores this notebook's figures at `dpi`: charts as PNG, those with photographs as JPEG.
+def sharpen_figures() -> None:
+    """Stores this notebook's figures at DPI: charts as PNG, those with photographs as JPEG.
 
     Call it once, after `%matplotlib inline`. Figures are shown at their size in inches, times 80
     pixels; the same figure gives the same bytes. Raises RuntimeError outside IPython.
@@ -142,11 +141,11 @@ def sharpen_figures(dpi: int = 200) -> None:
         raise RuntimeError("sharpen_figures is for notebooks; elsewhere use save_figure")
     formatters = shell.display_formatter.formatters
     for kind in ("png", "jpeg"):
-        write = functools.partial(stored_picture, kind=kind, dpi=dpi)
+        write = functools.partial(stored_picture, kind=kind)
         formatters[f"image/{kind}"].for_type(Figure, write)
 
 
-def stored_picture(figure: Figure, kind: str, dpi: int = 200) -> tuple[str, dict[str, int]] | None:
+def stored_picture(figure: Figure, kind: str, dpi: int = DPI) -> tuple[str, dict[str, int]] | None:
     """Returns a figure as a notebook stores it: base64, with the shown width and height in pixels.
 
     kind: "jpeg" for figures that hold a photograph, "png" of at most 256 colours for the others;
@@ -163,8 +162,8 @@ def stored_picture(figure: Figure, kind: str, dpi: int = 200) -> tuple[str, dict
         picture.save(stored, "JPEG", quality=JPEG_QUALITY, optimize=True)
     else:
         picture.quantize(256, dither=Image.Dither.NONE).save(stored, "PNG", optimize=True)
-    shown = [round(side * STYLE["figure.dpi"] / dpi) for side in picture.size]
-    return base64.b64encode(stored.getvalue()).decode(), {"width": shown[0], "height": shown[1]}
+    width, height = (round(side * STYLE["figure.dpi"] / dpi) for side in picture.size)
+    return base64.b64encode(stored.getvalue()).decode(), {"width": width, "height": height}
 
 
 @dataclass(frozen=True)

@@ -1705,8 +1705,10 @@ function overlayControls(state, view, report) {
   const layers = [
     ["", "no overlay"],
     ["0", "feature scores"],
+    ["1", "code norm"],
   ];
-  for (let head = 1; head <= heads; head++) layers.push([String(head), `attention, head ${head}`]);
+  for (let head = 1; head <= heads; head++)
+    layers.push([String(head + 1), `attention, head ${head}`]);
   const nearest = features.scales.reduce((a, b) => (Math.abs(b - 1) < Math.abs(a - 1) ? b : a));
   display.scale ??= nearest;
   const show = async () => {
@@ -1715,7 +1717,7 @@ function overlayControls(state, view, report) {
     const question = { kind: "tokens", query: state.query, image: state.image };
     const [answer, buffers] = await state.source.ask({ ...question, scale: display.scale });
     const known = state.heads;
-    state.heads = answer.grids[0][0] - 1;
+    state.heads = answer.grids[0][0] - 2;
     view.overlay({ ...answer, buffers });
     if (known === undefined && view.canvas.isConnected) state.set({});
     else report(view.pair);
