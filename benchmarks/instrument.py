@@ -4,8 +4,8 @@
 
 A page of so many queries with 300 ranks and 5,000 thumbnails (the bundled photographs, repeated) is
 written to a temporary folder and opened from disk; frames are counted by requestAnimationFrame
-while the mouse moves. Parts that a kernel computes are timed on a finished run (--run), without a
-browser.
+while the mouse moves. On a finished run (--run) the kernel's answers are timed without a browser,
+and knobs and patches in JupyterLab, from the event to the drawn picture. --live: these alone.
 """
 
 import argparse
@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import nbformat
 import numpy as np
 from playwright.sync_api import Page, sync_playwright
 
-from tests.viz.test_browser import ARGUMENTS, executable
+from tests.viz.test_browser import ARGUMENTS, Notebook, executable, fresh_browser, jupyterlab
 from vitgal import runs, stages, viz
 from vitgal.data import revisited
 from vitgal.data.images import read_image
@@ -174,6 +175,83 @@ def kernel(name: str, dataset: str, turns: int) -> None:
         print(f"{title}: {statistics.median(times):.0f} ms, at most {max(times):.0f}")
 
 
+CELL = """
+from vitgal import runs, stages, viz
+from vitgal.data import revisited
+run = runs.run_folder({name!r})
+benchmark = revisited.open_dataset({dataset!r}, run / "data" / "benchmark")
+inspector = stages.Inspector(run, benchmark)
+viz.Instrument(
+    run, benchmark, inspector=inspector, view="pair", query=0, image=inspector.choose(0)
+)
+"""
+TIMES = """async (turns) => {
+    const root = document.querySelector('.vitgal');
+    const kernel = jupyterapp.shell.currentWidget.sessionContext.session.kernel;
+    const drawn = (node, done) => new Promise((resolve) => {
+        const watcher = new MutationObserver(() => {
+            if (!done(node.textContent)) return;
+            watcher.disconnect();
+            requestAnimationFrame(() => setTimeout(() => resolve(performance.now())));
+        });
+        watcher.observe(node, { childList: true });
+    });
+    const [knob, facts] = ['[aria-label="settings of matching"] input', 'p[aria-live]']
+        .map((selector) => root.querySelector(selector));
+    const [canvas, hint] = ['canvas.pair', 'p.small[aria-live]']
+        .map((selector) => root.querySelector(selector));
+    const box = canvas.getBoundingClientRect();
+    const acts = {
+        'an empty cell': async () => {
+            await kernel.requestExecute({ code: '' }).done;
+            return performance.now();
+        },
+        'knob': (turn) => {
+            knob.value = turn % 2 ? 0.6 : 0.9;
+            knob.dispatchEvent(new Event('input'));
+            return drawn(facts, (text) => text.includes('inliers on'));
+        },
+        'patch': (turn) => {
+            const [x, y] = [box.x + box.width / 5 + 4 * turn, box.y + box.height / 2];
+            for (const kind of ['pointerdown', 'pointerup'])
+                canvas.dispatchEvent(new PointerEvent(kind, { clientX: x, clientY: y }));
+            return drawn(hint, (text) => text.startsWith('Most similar'));
+        },
+    };
+    canvas.setPointerCapture = () => {};  // there is no real pointer
+    await acts.patch(0);  // the network looks once
+    const times = { 'an empty cell': [], 'knob': [], 'patch': [] };
+    for (let turn = 0; turn < turns; turn++)
+        for (const [name, act] of Object.entries(acts)) {
+            const began = performance.now();
+            times[name].push(await act(turn) - began);
+        }
+    return times;
+}"""
+
+
+def interaction(name: str, dataset: str, turns: int) -> None:
+    """Times a knob and a click on a patch in JupyterLab, from the event to the drawn picture.
+
+    The answer to an empty cell, in the same session, is what the kernel's channel takes at least.
+    """
+    cell = nbformat.v4.new_code_cell(CELL.format(name=name, dataset=dataset))
+    spec = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+    notebook = nbformat.v4.new_notebook(cells=[cell], metadata={"kernelspec": spec})
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "notebooks").mkdir()
+        nbformat.write(notebook, folder / "notebooks" / "timed.ipynb")
+        with jupyterlab(folder, {}) as address, fresh_browser(folder / "profile") as context:
+            opened = Notebook(context, address, "timed")
+            opened.run_all()
+            opened.page.locator("p", has_text="inliers on").first.wait_for()
+            times = opened.page.evaluate(TIMES, turns)
+    for title, values in times.items():
+        low, median, high = np.percentile(values, (10, 50, 90))
+        print(f"{title}: {median:.0f} ms (the middle 80 %: {low:.0f} to {high:.0f})")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--queries", type=int, default=70)
@@ -181,9 +259,19 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=40)
     parser.add_argument("--run", help="a finished run for the kernel's part")
     parser.add_argument("--dataset", default="demo")
+    parser.add_argument("--live", action="store_true", help="only what needs a kernel")
     options = parser.parse_args()
+    if not options.live:
+        large_page(options.queries, options.database)
+    if options.run:
+        kernel(options.run, options.dataset, options.turns)
+        interaction(options.run, options.dataset, options.turns)
+
+
+def large_page(queries: int, database: int) -> None:
+    """Writes and opens a page, and moves its plots and pairs."""
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as engine:
-        document = large_document(options.queries, options.database)
+        document = large_document(queries, database)
         index = write_page(Path(folder), document, 5000)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*.*"))
         print(f"page: {size / 1e6:.1f} MB, index.html {index.stat().st_size / 1e6:.1f} MB")
@@ -200,8 +288,6 @@ def main() -> None:
         brush(page)
         pair(page)
         browser.close()
-    if options.run:
-        kernel(options.run, options.dataset, options.turns)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The page of `vitgal report`, and the document that it draws from."""
 
 import base64
+import dataclasses
 import json
 import re
 import shutil
@@ -15,9 +16,11 @@ from tests.viz.test_browser import ARGUMENTS, executable
 from vitgal import runs
 from vitgal.app import command_line
 from vitgal.data import revisited
+from vitgal.settings import GlobalSettings
+from vitgal.stages.describe import evaluate_descriptors
 from vitgal.viz import report
 from vitgal.viz.instrument import Instrument
-from vitgal.viz.run_document import descriptor_map, run_document
+from vitgal.viz.run_document import Images, descriptor_map, run_document
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,53 @@ def test_a_run_without_reranking_has_its_global_ranking_alone(own):
     assert list(entry["scores"]) == ["global"]
     assert entry["tests"] == {}
     assert (entry["queries"][0]["after"], entry["queries"][0]["pairs"]) == ({}, [])
+
+
+def test_a_run_whose_local_features_were_removed_has_its_rankings(own):
+    shutil.rmtree(own / "tiny" / "local")
+    (entry,) = run_document([own], progress=False)[0]["entries"]
+    assert list(entry["scores"]) == ["global", "reranked"] and entry["features"] is None
+    assert [query["pairs"] for query in entry["queries"]] == [[], []]
+    assert max(entry["queries"][0]["inliers"]) == 30
+
+
+def test_runs_of_different_data_sets_are_not_compared(run, own):
+    data = own.parent / "data"
+    truth = dataclasses.replace(revisited.load_ground_truth(data / "gnd_tiny.pkl"), name="other")
+    truth.easy[1] = np.array([4])
+    revisited.write_ground_truth(data / "gnd_other.pkl", truth)
+    described = own.parent / "descriptors.npy"
+    other = own.parent / "other"
+    evaluate_descriptors(
+        other, revisited.open_dataset("other", data), GlobalSettings(top=6), descriptors=described
+    )
+    document, _ = run_document([run, other], progress=False)
+    assert [entry["dataset"] for entry in document["entries"]] == ["tiny", "other"]
+    (comparison,) = document["comparisons"]
+    assert "tests" not in comparison and "tiny" in comparison["reason"]
+
+
+NAMES = [
+    "</script><script>window.bad=1</script>",
+    "<!--",
+    "a\u202eb",
+    "🏰",
+    "'\"&amp;",
+    "caf\udce9",
+]
+
+
+def test_names_of_any_kind_are_data_of_the_page(tmp_path):
+    images = Images()
+    for name in NAMES:
+        images.number(tmp_path / name.replace("/", "_"), name)
+    assert images.sizes == [[0, 0]] * len(NAMES)  # no such file
+    text = report.page(images.document([]))
+    text.encode()
+    assert text.count("</script>") == 2 and text.count("<!--") == 0
+    data = json.loads(re.search(r'id="document">(.*?)</script>', text, re.DOTALL)[1])
+    assert data["names"] == [runs.printable(name) for name in NAMES]
+    assert data["names"][:2] == NAMES[:2] and all(name.isprintable() for name in data["names"])
 
 
 def test_two_runs_on_one_data_set_are_compared(run, own):
@@ -269,6 +319,59 @@ def test_the_page_in_a_browser(run, own, browser, tmp_path):
     page.wait_for_selector("main")
     assert "What was set differently" in view.text("main")
     assert page.evaluate("window.bad") is None
+    assert view.faults == []
+
+
+@pytest.fixture(scope="module")
+def document(run) -> dict:
+    document, images = run_document([run], progress=False)
+    return document | {"thumbs": [None] * len(images.paths), "photos": {}}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_page_of_one_query_or_none(document, browser, tmp_path, count):
+    """Without thumbnails, as where all photographs have gone: tiles are grey and have names."""
+    document = json.loads(json.dumps(document))
+    (entry,) = document["entries"]
+    entry["queries"] = entry["queries"][:count]
+    for scores in (scores for stage in entry["scores"].values() for scores in stage.values()):
+        scores["ap"] = scores["ap"][:count]
+    entry["map"] = None
+    path = tmp_path / "index.html"
+    path.write_text(report.page(document))
+    view = Page(browser, path)
+    words = {"1": "Queries", "2": "no query", "3": "no query", "4": "One run is in this page"}
+    if count:
+        words |= {"2": "30 inliers", "3": "30 inliers on 30 features of 30 matches"}
+    for key, word in words.items():
+        view.page.keyboard.press(key)
+        assert word in view.text("main")
+        assert view.contrast_and_names() == []
+        if count and key == "2":
+            missing = view.page.locator("section .tile .missing")
+            assert sorted(set(missing.all_inner_texts())) == sorted(DATABASE)
+    for key in ("ArrowUp", "ArrowRight", "Enter", "s", "n", "p", "Escape", "Escape"):
+        view.page.keyboard.press(key)
+    assert view.page.evaluate("window.bad") is None
+    assert view.faults == []
+
+
+@pytest.mark.slow
+def test_the_page_of_runs_of_different_data_sets_says_why_it_compares_nothing(
+    document, browser, tmp_path
+):
+    document = json.loads(json.dumps(document))
+    other = document["entries"][0] | {"dataset": "</script>", "queries": [], "map": None}
+    document["entries"].append(other)
+    document["comparisons"] = [{"first": 0, "second": 1, "reason": "<b>not one data set"}]
+    path = tmp_path / "index.html"
+    path.write_text(report.page(document))
+    view = Page(browser, path)
+    view.page.keyboard.press("4")
+    assert "<b>not one data set" in view.text("main")
+    view.page.get_by_label("run and data set").select_option("1")
+    assert "<b>not one data set" in view.text("main")
     assert view.faults == []
 
 

@@ -187,8 +187,7 @@ class Instrument(InstrumentWidget):
         self._dataset, self._inspector = dataset, inspector or Inspector(Path(run), dataset)
         document, images = dataset_document(run, dataset)
         if start.get("image") is not None:
-            index = start["image"]
-            start["image"] = images.number(dataset.database_paths[index], dataset.database[index])
+            start["image"] = images.database_image(dataset, start["image"])
         super().__init__(run, document, images, figure, start)
 
     def answers(self) -> dict[str, Callable[[Question, Sequence[bytes]], Answer]]:
@@ -200,8 +199,7 @@ class Instrument(InstrumentWidget):
         return [self._inspector.selection(*side) for side in self._sides(question)]
 
     def _sides(self, question: Question) -> tuple[tuple[str, int], tuple[str, int]]:
-        image = self._dataset.database_paths.index(self.images.paths[question["image"]])
-        return ("query", question["query"]), ("database", image)
+        return ("query", question["query"]), ("database", self.images.indices[question["image"]])
 
     def _match(self, question: Question, _: Sequence[bytes]) -> Answer:
         return {"pair": self.pair(*(question[name] for name in ("query", "image", "settings")))}, []

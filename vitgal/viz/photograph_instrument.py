@@ -4,7 +4,6 @@ import contextlib
 import functools
 import hashlib
 import io
-import re
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from vitgal.settings import RerankingSettings
 from vitgal.stages.inspection import TokenSelection, compare
 from vitgal.viz.instrument import Answer, InstrumentWidget, Question, changed_settings
 from vitgal.viz.run_document import Images, extraction_document, knobs, pair_document
+from vitgal.viz.run_figures import safe_file_name
 
 if TYPE_CHECKING:  # the stage imports torch; it is imported where it is used
     from vitgal.stages.own import Photographs, SearchResult
@@ -166,9 +166,9 @@ class PhotographInstrument(InstrumentWidget):
         data = bytes(buffers[0])
         if len(data) > LARGEST_DROPPED:
             raise PhotographError("the photograph is larger than 9 MB: put it into the folder")
-        suffix = re.fullmatch(r".*(\.[A-Za-z0-9]{1,5})", str(question["name"]), re.DOTALL)
-        name = hashlib.sha256(data).hexdigest()[:16] + (suffix[1] if suffix else "")
-        path = Path(self._dropped.name) / name
+        folder = Path(self._dropped.name) / hashlib.sha256(data).hexdigest()[:16]
+        folder.mkdir(exist_ok=True)
+        path = folder / safe_file_name(str(question["name"]).rpartition("/")[2])
         path.write_bytes(data)
         return self._reply(self.search(str(path), None))
 

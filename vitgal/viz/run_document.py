@@ -42,14 +42,16 @@ class Images:
     """The images that a document shows, each file once, numbered in the order of their mention.
 
     paths: the files. names: as they are printed. sizes: [width, height] of each in pixels, [0, 0]
-    where it is unreadable. enlarged: numbers of those that a pair shows. upright: whether all are
-    turned by their EXIF orientation. A document shares the lists of names and sizes.
+    where it is unreadable. enlarged: numbers of those that a pair shows. indices: number -> index
+    in the database. upright: whether all are turned by their EXIF orientation. A document shares
+    the lists of names and sizes.
     """
 
     paths: list[Path] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     sizes: list[list[int]] = field(default_factory=list)
     enlarged: set[int] = field(default_factory=set)
+    indices: dict[int, int] = field(default_factory=dict)
     upright: bool = False
     _numbers: dict[Path, int] = field(default_factory=dict)
 
@@ -64,6 +66,12 @@ class Images:
             self.names.append(printable(name))
             self.sizes.append(_size(path) if size is None else [int(size[1]), int(size[0])])
         return self._numbers[path]
+
+    def database_image(self, dataset: RetrievalDataset, index: int) -> int:
+        """Returns the number of a database image, as `number` does."""
+        number = self.number(dataset.database_paths[index], dataset.database[index])
+        self.indices[number] = index
+        return number
 
     def document(self, entries: Sequence[dict[str, Any]], **parts: Any) -> dict[str, Any]:
         """Returns a document of these entries and further parts in plain values."""
@@ -213,7 +221,7 @@ class _Entry:
         }
 
     def _image(self, image: int) -> int:
-        return self.images.number(self.dataset.database_paths[image], self.dataset.database[image])
+        return self.images.database_image(self.dataset, image)
 
     def _query(self, query: int, pairs: int) -> dict[str, Any]:
         dataset, truth = self.dataset, self.dataset.ground_truth
@@ -277,7 +285,9 @@ class _Entry:
 
     @functools.cached_property
     def _features(self) -> FeatureStore | None:
-        return FeatureStore.open(self.folder / "local") if self.reranked else None
+        """The local features; None where nothing was reranked or they were removed since."""
+        kept = self.reranked and (self.folder / "local" / runs.MANIFEST).exists()
+        return FeatureStore.open(self.folder / "local") if kept else None
 
     @functools.cached_property
     def _settings(self) -> RerankingSettings:
@@ -286,7 +296,7 @@ class _Entry:
 
     def _extraction(self) -> dict[str, Any] | None:
         """What the local features are, for the knobs; None where the run keeps none."""
-        if not self.reranked or not (self.folder / "local" / runs.MANIFEST).exists():
+        if self._features is None:
             return None
         manifest = runs.read_stage(self.folder / "local", rerank.LOCAL_NOTEBOOK)
         settings = LocalSettings.from_manifest(manifest["parameters"])
@@ -321,13 +331,8 @@ class _Entry:
             runs.refuse_links([file.parent])
             runs.write_array(file, descriptor_map(np.concatenate([queries, database])))
         points = map_array(file)
-        numbers = [
-            self.images.number(path, name)
-            for path, name in itertools.chain(
-                zip(self.dataset.query_paths, truth.queries, strict=True),
-                zip(self.dataset.database_paths, self.dataset.database, strict=True),
-            )
-        ][: len(points)]
+        numbers = map(self.images.number, self.dataset.query_paths, truth.queries)
+        numbers = [*numbers, *(self._image(index) for index in range(len(database)))]
         return {"images": numbers, "points": np.round(points, 3).ravel().tolist()}
 
     def _neighbours(self) -> dict[str, list[int]]:

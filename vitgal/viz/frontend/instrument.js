@@ -491,6 +491,7 @@ function noteControls(state, image) {
 }
 
 function toggleStar(state, image) {
+  if (!state.entry.queries.length) return;
   const name = Notes.name(state.entry, state.query, image, state.data.names);
   const value = state.notes.get(name);
   state.notes.set(name, { ...value, star: !value.star });
@@ -1669,11 +1670,9 @@ const MATCHINGS = ["one_way", "mutual", "ratio", "mutual_ratio"];
 // Settings of matching, recomputed by the kernel; turned values stay until the cell is run again.
 function knobControls({ entry, knobs }, match) {
   if (!entry.matching) return null;
-  let waiting = null;
   const turn = (name) => (value) => {
     knobs[name] = value;
-    clearTimeout(waiting);
-    waiting = setTimeout(match, 30); // one question for a slider in motion
+    match();
   };
   const value = (name) => knobs[name] ?? entry.matching[name];
   const { most = 1000, scales = [] } = entry.features ?? {};
@@ -1818,17 +1817,23 @@ function pair(state) {
     facts.textContent = `${parts.join(", ")}. ${remark}`;
   };
   report(stored);
-  const match = () => {
-    const settings = { ...entry.matching, ...state.knobs };
-    const asked = ++state.asking; // an older answer never replaces a newer one
-    state.source.pair(query, image, settings).then(
-      (result) => {
-        if (asked !== state.asking) return;
+  const asked = ++state.asking; // an answer to an older view is not drawn
+  let [busy, again] = [false, false]; // a slider in motion asks anew when the last answer is there
+  const match = async () => {
+    again = busy;
+    if (busy) return;
+    busy = true;
+    try {
+      const result = await state.source.pair(query, image, { ...entry.matching, ...state.knobs });
+      if (asked === state.asking) {
         view.show(result);
         report(result);
-      },
-      (fault) => report(null, fault.message), // the last picture stays
-    );
+      }
+    } catch (fault) {
+      report(null, fault.message); // the last picture stays
+    }
+    busy = false;
+    if (again && asked === state.asking) match();
   };
   if (state.source.live) match();
   return element(
@@ -1963,7 +1968,7 @@ function ownPhotographs(state) {
     element(
       "section",
       {},
-      element("h3", {}, `${before.length} photographs, best first`),
+      element("h2", {}, `${before.length} photographs, best first`),
       element(
         "div",
         { class: "grid results" },
