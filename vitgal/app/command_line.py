@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vitgal import runs
 
@@ -69,16 +69,28 @@ class _Parser(argparse.ArgumentParser):
         super().error(runs.printable(message))
 
 
+class _Commands(argparse._SubParsersAction):
+    """Commands whose own help begins with the line that the list of commands shows."""
+
+    def add_parser(self, name: str, *, help: str, **options: Any) -> argparse.ArgumentParser:
+        """Adds a command; `help` is its line."""
+        text = f"{help[0].upper()}{help[1:]}."
+        return super().add_parser(name, help=help, description=text, **options)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="vitgal", description="Landmark image retrieval: see README.md.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    about = "Landmark image retrieval. Begin with `vitgal run params/demo.yaml`; see README.md."
+    parser = _Parser(prog="vitgal", description=about)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", action=_Commands)
 
     run = commands.add_parser("run", help="execute the notebooks 01 to 07 in order")
-    run.add_argument("params", type=Path, metavar="PARAMS.yaml", help="see params/")
-    run.add_argument("--only", metavar="04,05", help="just these notebooks")
+    run.add_argument(
+        "params", type=Path, metavar="PARAMS.yaml", help="the settings: a file of params/"
+    )
+    run.add_argument("--only", metavar="04,05", help="only these notebooks")
     run.add_argument("--from", dest="first", metavar="02", help="begin with this notebook")
     run.add_argument("--to", dest="last", metavar="06", help="end with this notebook")
-    relative = "overrides a parameter of the file; relative paths start in the current folder"
+    relative = "a setting in place of the file's; relative paths start in the current folder"
     _add_run(run, _run, relative, "the run folder")
 
     download = commands.add_parser("download", help="fetch data sets and weights")
@@ -90,18 +102,27 @@ def _parser() -> argparse.ArgumentParser:
     download.set_defaults(command=_download)
 
     own = commands.add_parser("own", help="search a folder of your own photographs")
-    own.add_argument("folder", type=Path, metavar="FOLDER", help="photographs, any sub-folders")
+    own.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="photographs, with all sub-folders"
+    )
     own.add_argument(
         "--query",
         action="append",
         default=[],
         metavar="IMAGE",
-        help="one of them, or any file; may be repeated; without any each photograph is one",
+        help="a photograph of it, or any file; may be repeated; without: every photograph",
     )
-    own.add_argument("--queries", type=Path, metavar="FOLDER", help="all photographs in it")
+    own.add_argument(
+        "--queries", type=Path, metavar="FOLDER", help="every photograph in it is a query"
+    )
     own.add_argument("--box", metavar="x0,y0,x1,y1", help="part of a single query, in pixels")
     own.add_argument("--places", action="store_true", help="group the folder into places")
-    _add_run(own, _own, "another parameter of notebook 08, such as weights", "the model's run")
+    _add_run(
+        own,
+        _own,
+        "another parameter of notebook 08, such as weights",
+        "the run of the model; results go there",
+    )
 
     notebooks = commands.add_parser("notebooks", help="lay out notebooks and params to work with")
     notebooks.add_argument("folder", type=Path, nargs="?", default=Path(), metavar="FOLDER")
@@ -188,7 +209,7 @@ def _audit(options: argparse.Namespace) -> int:
 def _add_compare(commands: argparse._SubParsersAction, level: str) -> None:
     compare = commands.add_parser("compare", help="test two runs against each other")
     compare.add_argument("first", metavar="runs/A", help=level)
-    compare.add_argument("second", metavar="runs/B", help="the same kind, compared with the first")
+    compare.add_argument("second", metavar="runs/B", help="the same, to compare with the first")
     compare.add_argument(
         "--queries", type=int, default=5, metavar="5", help="number of queries listed"
     )
