@@ -78,16 +78,16 @@ def _write(answers: "Answers", places: bool, progress: bool) -> list[str]:
     from vitgal.viz.own_document import own_document
     from vitgal.viz.report import write_page
 
-    photographs, found, lines = answers.photographs, None, []
+    photographs, found_places, lines = answers.photographs, None, []
     folder = photographs.describer.run / "own"
     results = own_answers.write_answers(answers, folder / "results.csv")
     if places:
-        found = own_answers.find_places(answers)
-        table = own_answers.write_places(photographs, found, folder / "places.csv")
-        lines += [*_place_lines(photographs.names, found), f"places: {table}"]
+        found_places = own_answers.find_places(answers)
+        table = own_answers.write_places(photographs, found_places, folder / "places.csv")
+        lines += [*_place_lines(photographs.names, found_places), f"places: {table}"]
     else:
         lines += _answer_lines(answers.table)
-    document, images = own_document(answers, found, progress=progress)
+    document, images = own_document(answers, found_places, progress=progress)
     page = write_page(document, images, folder / "report")
     lines += [f"not asked: {name}: {reason}" for name, reason in answers.left_out.items()]
     return [*lines, f"{len(answers.queries)} queries answered: {results}", f"page: {page}"]
@@ -120,11 +120,11 @@ def _answer_lines(table: pd.DataFrame, most: int = 20) -> list[str]:
     first = table.groupby("query", sort=False).head(1)
     lines = []
     for row in first.head(most).itertuples():
-        shown = (
+        percent = (
             "" if np.isnan(row.probability) else f", shows it with {100 * row.probability:.0f} %"
         )
         names = f"{runs.printable(row.query)}: {runs.printable(row.image)}"
-        lines.append(f"{names} (similarity {row.similarity:.2f}, {row.inliers} inliers{shown})")
+        lines.append(f"{names} (similarity {row.similarity:.2f}, {row.inliers} inliers{percent})")
     return [*lines, *(["…"] if len(first) > most else [])]
 
 

@@ -33,8 +33,8 @@ def own_summary(run: Path, lines: int = 10) -> str:
     for row, name in zip(rows, names, strict=False):
         values = f"{float(row['similarity']):>10.2f}  {row['inliers'] or '-':>7}"
         if probable:
-            shown = f"{100 * float(row['probability']):.0f} %" if row["probability"] else "-"
-            values += f"  {shown:>8}"
+            percent = f"{100 * float(row['probability']):.0f} %" if row["probability"] else "-"
+            values += f"  {percent:>8}"
         table.append(f"{row['rank']:>4}  {name:<{width}}  {values}")
     model = Path(run) / "own" / "model.txt"
     if model.is_file():

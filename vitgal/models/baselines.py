@@ -21,8 +21,8 @@ def baseline_network() -> TimmSource | None:
 
     The package's folder is looked up; none of its code runs.
     """
-    found = find_spec(PACKAGE)
-    for folder in found.submodule_search_locations or () if found else ():
+    spec = find_spec(PACKAGE)
+    for folder in spec.submodule_search_locations or () if spec else ():
         if (file := Path(folder) / FILE).is_file():
             return TimmSource(NETWORK, file)
     return None

@@ -104,7 +104,7 @@ class XFeat:
         height, width = batch[0].shape[:2]
         size = max(width, XFEAT_STEP), max(height, XFEAT_STEP)
         pixels = np.stack([cv2.resize(image, size) for image in batch])
-        found = self.network.detectAndCompute(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        outputs = self.network.detectAndCompute(torch.from_numpy(pixels).permute(0, 3, 1, 2))
         factor = np.array((width, height)) / size
         # The network's own resizing moves the centre of pixel 0 to half of its step.
         half = [side / (side // XFEAT_STEP * XFEAT_STEP) / 2 for side in size]
@@ -118,7 +118,7 @@ class XFeat:
                 box=frame[0],
                 image_size=frame[1],
             )
-            for part, frame in zip(found, frames, strict=True)
+            for part, frame in zip(outputs, frames, strict=True)
         ]
 
 

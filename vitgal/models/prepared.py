@@ -123,8 +123,8 @@ def _sums_right(dtype: torch.dtype) -> bool:
 def _copied(module: nn.Module, dtype: torch.dtype, done: dict[nn.Module, nn.Module]) -> nn.Module:
     """A copy of the tree of modules with replacements; parameters are shared."""
     if module not in done:
-        if made := _REPLACED.get(type(module)):
-            done[module] = made(module, dtype)
+        if replacement := _REPLACED.get(type(module)):
+            done[module] = replacement(module, dtype)
         else:
             done[module] = twin = copy.copy(module)
             twin._modules = {

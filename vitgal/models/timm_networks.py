@@ -108,7 +108,7 @@ def open_network(source: TimmSource, **options: Any) -> nn.Module:
         return network
     config = timm.get_pretrained_cfg(source.name)
     places = ("url", "hf_hub_id", "file", "state_dict")
-    if not any(getattr(config, place, None) for place in places):
+    if not any(getattr(config, key, None) for key in places):
         raise NetworkError(
             f"timm has no weights for {source.name}: name a file, {PREFIX}{source.name}@FILE"
         )
@@ -125,17 +125,17 @@ def _hub_errors(name: str, config: Any) -> Iterator[None]:
         raise
     except Exception as error:  # of requests, httpx, huggingface_hub, urllib or timm
         repository = getattr(config, "hf_hub_id", None)
-        place = f"https://huggingface.co/{repository}" if repository else config.url
+        url = f"https://huggingface.co/{repository}" if repository else config.url
         kinds = {kind.__name__ for part in _chain(error) for kind in type(part).__mro__}
         if kinds & {"GatedRepoError"} or "401 Client" in str(error) or "403 Client" in str(error):
             raise NetworkError(
-                f"the weights of {name} are given out under a licence: accept it at {place}, then "
+                f"the weights of {name} are given out under a licence: accept it at {url}, then "
                 "log in with `hf auth login`, or download model.safetensors there and name it, "
                 f"{PREFIX}{name}@FILE"
             ) from error
         raise NetworkError(
             f"the weights of {name} cannot be fetched ({runs.printable(error)[:150]}): download "
-            f"{'model.safetensors from ' if repository else ''}{place} elsewhere, copy it here and "
+            f"{'model.safetensors from ' if repository else ''}{url} elsewhere, copy it here and "
             f"name it, {PREFIX}{name}@FILE; nothing unfinished in timm's cache is used"
         ) from error
 

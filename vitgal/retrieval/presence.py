@@ -68,7 +68,7 @@ class Presence:
 def fit_presence(
     similarities: np.ndarray,
     evidence: np.ndarray,
-    shown: np.ndarray,
+    same: np.ndarray,
     weights: np.ndarray | None = None,
 ) -> Presence:
     """Fits a model to pairs whose answer is known.
@@ -78,24 +78,24 @@ def fit_presence(
 
     Args:
         similarities: (P,) real numbers. evidence: (P,) counts, at least 0.
-        shown: (P,) bool, whether the pair shows one place.
+        same: (P,) bool, whether the pair shows one place.
         weights: (P,) of the pairs, positive; None: all equal.
     Raises:
         PresenceError: shapes that differ, numbers that are not finite, or pairs of one kind alone.
     """
-    shown = np.asarray(shown, bool)
+    same = np.asarray(same, bool)
     inputs = np.column_stack([similarities, np.log1p(np.asarray(evidence, np.float64))])
-    weights = np.ones(len(shown)) if weights is None else np.asarray(weights, np.float64)
-    if len(inputs) != len(shown) or len(weights) != len(shown) or not np.isfinite(inputs).all():
+    weights = np.ones(len(same)) if weights is None else np.asarray(weights, np.float64)
+    if len(inputs) != len(same) or len(weights) != len(same) or not np.isfinite(inputs).all():
         raise PresenceError("similarities, evidence and answers do not fit together")
-    if shown.all() or not shown.any():
+    if same.all() or not same.any():
         raise PresenceError(
-            f"{len(shown)} pairs of which {'all' if shown.any() else 'none'} show one place fix no "
+            f"{len(same)} pairs of which {'all' if same.any() else 'none'} show one place fix no "
             "probability: both kinds are needed"
         )
     centre, scale = inputs.mean(axis=0), inputs.std(axis=0)
     scale[scale == 0] = 1
-    rows, signs = (inputs - centre) / scale, np.where(shown, 1.0, -1.0)
+    rows, signs = (inputs - centre) / scale, np.where(same, 1.0, -1.0)
 
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         """The penalised negative log-likelihood of parameters (1 + D,) and its gradient."""
@@ -110,9 +110,9 @@ def fit_presence(
     slopes = result.x[1:] / scale
     bias = float(result.x[0] - slopes @ centre)
     probabilities = expit(bias + inputs @ slopes)
-    threshold, precision, recall = best_threshold(probabilities, shown)
+    threshold, precision, recall = best_threshold(probabilities, same)
     return Presence(
-        bias, *map(float, slopes), threshold, precision, recall, len(shown), int(shown.sum())
+        bias, *map(float, slopes), threshold, precision, recall, len(same), int(same.sum())
     )
 
 

@@ -148,8 +148,8 @@ def _stamp(names: Sequence[str], paths: Sequence[Path | str], known: array | Non
     facts = file_facts(texts) if known is None else known
     for index, size in enumerate(facts[::3]):
         if size < 0:  # a missing file raises here
-            found = os.stat(texts[index])
-            values = (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+            status = os.stat(texts[index])
+            values = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
             facts[3 * index : 3 * index + 3] = array("q", values)
     digest = hashlib.sha256()
     text, separator = itertools.chain([folder], names, [""], texts), ""

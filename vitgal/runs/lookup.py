@@ -73,15 +73,15 @@ def _look_up(paths: Iterable[str]) -> array:
     append = facts.append
     for path in paths:
         try:
-            found = os.stat(path)
+            status = os.stat(path)
         except (OSError, ValueError):
             facts.extend(ABSENT)
             continue
-        if stat.S_ISREG(found.st_mode):
-            append(found.st_size)
-            append(found.st_mtime_ns)
+        if stat.S_ISREG(status.st_mode):
+            append(status.st_size)
+            append(status.st_mtime_ns)
             # The kernel sets ctime: it changes even where a new file keeps an old file's mtime.
-            append(found.st_ctime_ns)
+            append(status.st_ctime_ns)
         else:
             facts.extend(ABSENT)
     return facts

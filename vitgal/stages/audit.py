@@ -167,10 +167,10 @@ def find_copies(
         candidates = candidates[:, [1, 0, 2]]
     files = [[images[key] for key in part] for images, part in zip(unique, keys, strict=True)]
     compared = _compared(files[0], files[-1], candidates, progress)
-    found = {(keys[0][a], keys[-1][b]): comparison for a, b, comparison in compared}
+    comparisons = {(keys[0][a], keys[-1][b]): comparison for a, b, comparison in compared}
     names = [[p.relative_to(f).as_posix() for p in paths]
              for f, (_, paths) in zip(folders, sides, strict=True)]  # fmt: skip
-    pairs = _pair_table([keys for keys, _ in sides], found)
+    pairs = _pair_table([keys for keys, _ in sides], comparisons)
     return Audit(folders, names, pairs, left_out, len(candidates))
 
 

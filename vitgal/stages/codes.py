@@ -77,16 +77,16 @@ def dataset_codes(
 def refuse_benchmark(tasks: Sequence[ImageTask], dataset: RetrievalDataset) -> None:
     """Raises CodeError where an image to fit is one of a benchmark's, as a file or by content."""
     labelled = len(dataset.ground_truth.database)
-    shown = {*dataset.query_paths, *dataset.database_paths[:labelled]}
-    shown = {Path(path).resolve() for path in shown}
-    sizes = {path.stat().st_size for path in shown}
+    benchmark_files = {*dataset.query_paths, *dataset.database_paths[:labelled]}
+    benchmark_files = {Path(path).resolve() for path in benchmark_files}
+    sizes = {path.stat().st_size for path in benchmark_files}
     same_size = [task for task in tasks if task.path.stat().st_size in sizes]
     contents: set[str] = set()
     if same_size:
         wanted = {task.path.stat().st_size for task in same_size}
-        contents = {runs.fingerprint_file(p) for p in shown if p.stat().st_size in wanted}
+        contents = {runs.fingerprint_file(p) for p in benchmark_files if p.stat().st_size in wanted}
     for task in same_size:
-        if task.path.resolve() in shown or runs.fingerprint_file(task.path) in contents:
+        if task.path.resolve() in benchmark_files or runs.fingerprint_file(task.path) in contents:
             raise CodeError(
                 f"{task.path} is an image of {dataset.name}: codes must not be fitted to the "
                 "images that they are tested on; set code_images to another folder"
@@ -180,8 +180,8 @@ def _report(folder: Path) -> None:
 
 def read_codes(run: Path, fingerprint: str) -> Codes:
     """Reads the codes of a run; StageError where they are others than those of `fingerprint`."""
-    found = runs.output_fingerprint(run / "codes", FILE, "05_local_extraction")
-    if found != fingerprint:
+    current = runs.output_fingerprint(run / "codes", FILE, "05_local_extraction")
+    if current != fingerprint:
         raise runs.StageError(
             f"{run / 'codes'} holds other codes than the local features were made with: run "
             "05_local_extraction with overwrite, or use another run_dir"

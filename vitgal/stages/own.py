@@ -107,7 +107,7 @@ def describe_folder(folder: Path, describer: Describer, *, progress: bool = True
     runs.refuse_links([describer.folder.parent])
     extracted_before = describer.extracted
     left_out = dict(listing.unsupported)
-    found: dict[str, Glance] = {}
+    glances: dict[str, Glance] = {}
 
     def look(names: Sequence[str], task: str, new: bool) -> Iterator[str]:
         """Looks for descriptions, and makes them with `new`; yields names without one."""
@@ -118,7 +118,7 @@ def describe_folder(folder: Path, describer: Describer, *, progress: bool = True
                 if new:
                     describer.describe(path)
                 if glance := describer.glance(path):
-                    found[name] = glance
+                    glances[name] = glance
                 else:
                     yield name
             except PhotographError as error:
@@ -131,7 +131,7 @@ def describe_folder(folder: Path, describer: Describer, *, progress: bool = True
         finally:
             describer.known_files.save()
     left_out |= dict.fromkeys(missing, "it changed while it was read: run this again")
-    return _described(listing, describer, found, left_out, describer.extracted - extracted_before)
+    return _described(listing, describer, glances, left_out, describer.extracted - extracted_before)
 
 
 def _described(
@@ -364,12 +364,12 @@ def _expand(
     Where nothing reaches the threshold the order stays. Source: Chum et al., Total Recall, ICCV
     2007, average query expansion by verified results.
     """
-    found = (table["probability"] >= threshold).to_numpy()
-    if not found.any():
+    confirmed = (table["probability"] >= threshold).to_numpy()
+    if not confirmed.any():
         return table
     indices = pd.Index(photographs.names).get_indexer(table["photograph"])
     rows = photographs.descriptors[indices]
-    mean = query.descriptor + rows[found].sum(axis=0)
+    mean = query.descriptor + rows[confirmed].sum(axis=0)
     similarities = rows @ (mean / np.linalg.norm(mean))
     evidence = table["evidence"].fillna(0).to_numpy(np.int64)
     scores = fused_scores(similarities, evidence, settings.fused_weight, settings.fused_cap)

@@ -77,8 +77,8 @@ def verified_matches(
     for first, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
         seconds = [second for _, second in group]
         features = map(photographs.features, seconds)
-        found = inspect_shortlist(photographs.features(first), features, settings)
-        for second, pair in zip(seconds, found, strict=True):
+        inspections = inspect_shortlist(photographs.features(first), features, settings)
+        for second, pair in zip(seconds, inspections, strict=True):
             inliers = pair.verification.inliers
             if inliers.sum() < LEAST_INLIERS:
                 continue

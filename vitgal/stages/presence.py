@@ -71,11 +71,11 @@ def fit_places(
     for name in photographs.names:
         result = own.search_folder(photographs, str(photographs.path(name)), None, settings)
         table = result.table[result.table["matches"].notna()]
-        shown = [places[other] == places[name] for other in table["photograph"]]
-        rows.append(table[["similarity", "evidence"]].assign(shown=shown).to_numpy(np.float64))
-    similarities, evidence, shown = np.concatenate(rows).T
+        same_place = [places[other] == places[name] for other in table["photograph"]]
+        rows.append(table[["similarity", "evidence"]].assign(same=same_place).to_numpy(np.float64))
+    similarities, evidence, same_place = np.concatenate(rows).T
     try:
-        presence = fit_presence(similarities, evidence, shown > 0)
+        presence = fit_presence(similarities, evidence, same_place > 0)
     except PresenceError as error:
         raise PresenceError(
             f"{photographs.folder}: {error}; name a folder with one sub-folder per place, some of "
@@ -101,11 +101,11 @@ def fit_benchmark(run: Path, truth: GroundTruth, settings: RerankingSettings) ->
     evidence = map_array(folder / "rerank" / f"{counted}.npy")
     similarities = candidate_similarities(folder / "global", lists)
     rows = zip(lists.candidates, positives(truth, "medium"), labelled(truth), strict=True)
-    shown, used = np.zeros(evidence.shape, bool), lists.candidates >= 0
+    same_place, used = np.zeros(evidence.shape, bool), lists.candidates >= 0
     for q, (images, right, named) in enumerate(rows):
-        shown[q] = np.isin(images, right)
-        used[q] &= shown[q] | ~np.isin(images, named)
-    return fit_presence(similarities[used], evidence[used], shown[used])
+        same_place[q] = np.isin(images, right)
+        used[q] &= same_place[q] | ~np.isin(images, named)
+    return fit_presence(similarities[used], evidence[used], same_place[used])
 
 
 def _fitted(describer: Describer) -> dict[str, Any]:

@@ -100,13 +100,15 @@ def write_rankings(
     """
     folder, truth = stage.folder, dataset.ground_truth
     database = map_array(folder / "database.npy")
-    shown = shortlists.shortlist_depth(truth, len(database), top=settings.top)
-    shown = max(settings.display, shown)
-    depth = max([shown, *(step.depth for step in settings.steps if isinstance(step, Reordering))])
+    displayed = shortlists.shortlist_depth(truth, len(database), top=settings.top)
+    displayed = max(settings.display, displayed)
+    depth = max(
+        [displayed, *(step.depth for step in settings.steps if isinstance(step, Reordering))]
+    )
     ranking = exact_ranking(queries, database, truth, depth)
     outputs, further, plain_queries = [*RANKING_OUTPUTS, "failures.json"], {}, queries
     if settings.steps:
-        outputs += _write_plain(folder, ranking.cut(shown))
+        outputs += _write_plain(folder, ranking.cut(displayed))
         further["plain"] = evaluate(ranking.ranking.positions, truth)
         queries, database, facts = _refined_descriptors(folder, settings, queries, database, learnt)
         further |= facts
@@ -117,7 +119,7 @@ def write_rankings(
         ranking, further["recall"] = _from_index(folder, settings.index, queries, database, ranking)
         outputs += faiss_index.OUTPUTS
     graph = functools.partial(_graph, folder, settings, database)
-    ranking = reordered(settings.steps, queries, database, ranking, graph).cut(shown)
+    ranking = reordered(settings.steps, queries, database, ranking, graph).cut(displayed)
     outputs += [name for name in REFINEMENT_OUTPUTS if (folder / name).exists()]
     runs.write_array(folder / "queries.npy", plain_queries)
     runs.write_json(folder / "names.json", {"queries": truth.queries, "database": dataset.database})

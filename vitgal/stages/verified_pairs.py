@@ -63,8 +63,13 @@ class VerifiedPairs:
         counts = {}
         for stem, other, pair in zip(missing, others, pairs, strict=True):
             evidence = weigh(query.features, other, pair)
-            found = evidence.matches, evidence.inliers, evidence.features, int(not evidence.kind)
-            counts[stem] = found
+            pair_counts = (
+                evidence.matches,
+                evidence.inliers,
+                evidence.features,
+                int(not evidence.kind),
+            )
+            counts[stem] = pair_counts
         return counts
 
     def _file(self, query: Description) -> Path:

@@ -256,8 +256,8 @@ class SplitData:
         )
         _, ranks = exact_search.search(queries, database, k=len(database))
         result = protocol.evaluate(ranks, self.ground_truth)["medium"]
-        shown = find_landmarks(self.ground_truth).clusters
-        low, high = statistics.bootstrap_interval(result["ap"], shown)
+        clusters = find_landmarks(self.ground_truth).clusters
+        low, high = statistics.bootstrap_interval(result["ap"], clusters)
         return {"val_map": result["map"], "val_map_low": low, "val_map_high": high}
 
     def refuse_missing(self) -> None:

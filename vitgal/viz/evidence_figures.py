@@ -216,8 +216,8 @@ def inlier_rate_by_score(
 def _draw_rates(axes: Axes, shares: np.ndarray, numbers: np.ndarray) -> None:
     positions = np.arange(1, len(shares) + 1)
     axes.bar(positions, 100 * shares, color=style.INLIER_CURVE_COLOUR, width=0.8)
-    for x, share, number in zip(positions, shares, numbers, strict=True):
-        text = axes.text(x, 2 + 100 * np.nan_to_num(share), number, ha="center", fontsize=7)
+    for x, rate, number in zip(positions, shares, numbers, strict=True):
+        text = axes.text(x, 2 + 100 * np.nan_to_num(rate), number, ha="center", fontsize=7)
         text.set_color(style.INK)
     axes.set(
         xlabel="tenth of the features, by score (10: highest)", ylabel="inliers of matches (%)"

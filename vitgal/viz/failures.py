@@ -303,5 +303,5 @@ def _inlier_caption(row: pd.Series) -> str:
     counts = "" if pd.isna(row["matches"]) else f"   {row['inliers']}/{row['matches']}"
     known = not pd.isna(old) and not pd.isna(new)
     moved = "" if not known else " =" if old == new else f" ▲{old}" if old > new else f" ▼{old}"
-    place = "–" if pd.isna(new) else f"{new} new" if pd.isna(old) else f"{new}{moved}"
-    return f"{place}{counts}\n{row['image']}"
+    rank_text = "–" if pd.isna(new) else f"{new} new" if pd.isna(old) else f"{new}{moved}"
+    return f"{rank_text}{counts}\n{row['image']}"
