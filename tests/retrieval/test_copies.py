@@ -88,6 +88,16 @@ def test_proposals_are_those_of_brute_force():
     assert copies.copy_candidates(plain[:1], mirrored[:1], count=3).shape == (0, 3)
 
 
+def test_proposals_for_more_images_than_are_searched_at_once():
+    rng = np.random.default_rng(4)
+    plain, other = rng.standard_normal((4100, 4)).astype("f2"), rng.standard_normal((5, 4))
+    pairs = copies.copy_candidates(plain, -plain, other.astype("f2"), count=1)
+    products = plain.astype("f8") @ other.astype("f2").astype("f8").T
+    for flag, nearest in enumerate((products.argmax(axis=1), products.argmin(axis=1))):
+        expected = [[image, at] for image, at in enumerate(nearest.tolist())]
+        assert pairs[pairs[:, 2] == flag, :2].tolist() == expected
+
+
 def test_groups_by_hand():
     assert copies.group_pairs(np.array([[1, 3], [3, 4]]), 6).tolist() == [0, 1, 2, 1, 1, 3]
     assert copies.group_pairs(np.zeros((0, 2), np.int64), 2).tolist() == [0, 1]

@@ -14,7 +14,7 @@ import pytest
 
 from tests.retrieval.test_copies import picture
 from tests.stages.test_own import write
-from vitgal import stages, viz
+from vitgal import runs, stages, viz
 from vitgal.app import command_line
 from vitgal.data import gldv2
 from vitgal.data.photographs import PhotographError
@@ -79,6 +79,24 @@ def test_what_is_described_is_not_described_again(folder, describer, store, tmp_
     block.write_bytes(block.read_bytes()[:100])
     del describer.__dict__["network"]
     pd.testing.assert_frame_equal(audit(describer, store, moved).pairs, first.pairs)
+
+
+def test_descriptors_are_read_in_slices_and_mapped(describer, tmp_path):
+    store = audits.GlobalStore(tmp_path, describer)
+    rng = np.random.default_rng(0)
+    keys = rng.integers(0, 256, (40_000, 33), np.uint8)
+    descriptors = rng.standard_normal((40_000, 2)).astype("f2")
+    for number, part in enumerate((slice(0, 15_000), slice(15_000, 40_000))):
+        runs.write_arrays(store.folder / f"{number:05}.npz", keys=keys[part],
+                          descriptors=descriptors[part])  # fmt: skip
+    order = rng.permutation(40_000)[:35_000]  # more than a slice, in another order than on disk
+    rows = audits.GlobalStore(tmp_path, describer).rows([bytes(keys[i]).hex() for i in order])
+    assert isinstance(rows, np.memmap) and not rows.flags.writeable
+    np.testing.assert_array_equal(rows, descriptors[order])
+    assert {path.name for path in store.folder.iterdir()} == {
+        "00000.npz", "00001.npz", "settings.json"
+    }  # fmt: skip
+    assert store.rows([]).shape == (0, 1)
 
 
 def test_between_two_folders_the_landmarks_of_gldv2(folder, describer, store, tmp_path):

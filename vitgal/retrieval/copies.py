@@ -13,7 +13,7 @@ import numpy as np
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from vitgal.retrieval.exact_search import search
+from vitgal.retrieval.exact_search import QUERIES, block_slices, search
 from vitgal.retrieval.verification import verify
 
 SIDE = 400  # pixels of the longer side at which two images are compared
@@ -44,21 +44,21 @@ def copy_candidates(
 ) -> np.ndarray:
     """Pairs images with their most similar ones, as they are and mirrored.
 
-    descriptors, mirrored: (N, D) float32 of the images and of their mirror images. database:
-    (M, D) of other images; None: these same. Returns (P, 3) int64: image, image of the database,
-    1 where one is mirrored; sorted, among the same images each pair once, the lower one first.
-    Memory as for `search`; no image gives (0, 3).
+    descriptors, mirrored: (N, D) floats of the images and of their mirror images. database: (M, D)
+    of other images; None: these same. All may be memory-mapped. Returns (P, 3) int64: image, image
+    of the database, 1 where one is mirrored; sorted, among the same images each pair once, the
+    lower one first. Memory as for `search`, and 100 bytes a pair; no image gives (0, 3).
     """
     same = database is None
     database = descriptors if same else database
-    parts = []
+    parts = [np.zeros((0, 3), np.int64)]
     for flag, queries in enumerate((descriptors, mirrored)):
-        if not len(queries) or not len(database):
-            continue
-        ranks = search(queries, database, k=count + same)[1]
-        images = np.tile(np.arange(len(queries)), len(ranks))
-        parts.append(np.stack([images, ranks.ravel(), np.full(images.size, flag)], axis=1))
-    pairs = np.concatenate(parts).astype(np.int64) if parts else np.zeros((0, 3), np.int64)
+        for part in block_slices(len(queries) if len(database) else 0, QUERIES):
+            rows = np.asarray(queries[part], np.float32)
+            ranks = search(rows, database, k=count + same)[1]
+            images = np.tile(np.arange(part.start, part.stop), len(ranks))
+            parts.append(np.stack([images, ranks.ravel(), np.full(images.size, flag)], axis=1))
+    pairs = np.concatenate(parts)
     if same:
         pairs[:, :2].sort(axis=1)
         pairs = pairs[pairs[:, 0] != pairs[:, 1]]

@@ -7,6 +7,7 @@ sha256 of a file's bytes, in blocks, so that a killed audit goes on and a rename
 """
 
 import functools
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,9 +36,11 @@ from vitgal.retrieval.copies import (
     copy_candidates,
     group_pairs,
 )
+from vitgal.retrieval.exact_search import block_slices
 from vitgal.stages.own import Describer
 
 BLOCK = 256  # images that are described between two writes
+ROWS = 1 << 15  # descriptors in memory at once: 84 MB of 1,280 values
 KEPT_VIEWS = 500  # in memory: with their mirror images up to 1.3 MB each
 THREADS = 4
 SAME_BYTES = Comparison(0, 1.0, (1.0, 1.0), ("the same file",))
@@ -155,13 +158,11 @@ def find_copies(
         described = descriptors.describe(images, mirrored=side == query, progress=progress)
         left_out |= {str(images[key]): reason for key, reason in described.items()}
     keys = [[key for key in images if key + PLAIN in descriptors] for images in unique]
-    database = (
-        None if len(sides) == 1 else descriptors.rows([key + PLAIN for key in keys[1 - query]])
-    )
     plain, mirror = (
-        descriptors.rows([key + end for key in keys[query]]).astype(np.float32)
-        for end in (PLAIN, MIRRORED)
+        descriptors.rows([key + end for key in keys[query]]) for end in (PLAIN, MIRRORED)
     )
+    others = keys[1 - query] if len(sides) == 2 else None
+    database = None if others is None else descriptors.rows([key + PLAIN for key in others])
     candidates = copy_candidates(plain, mirror, database, count=neighbours)
     if query == 1:
         candidates = candidates[:, [1, 0, 2]]
@@ -232,17 +233,30 @@ class GlobalStore:
         self.places |= {bytes(key).hex(): (file, row) for row, key in enumerate(keys)}
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
-        """Returns the descriptors (K, D) float16 of K images that are stored."""
-        rows: np.ndarray | None = None
+        """Returns the descriptors (K, D) float16 of K images that are stored, read-only.
+
+        They are mapped from a temporary file in the store, which has no name; no image gives
+        (0, 1). ROWS of them are in memory at once. OSError: the disk is full.
+        """
+        if not keys:
+            return np.zeros((0, 1), np.float16)
+        with tempfile.TemporaryFile(dir=self.folder) as handle:
+            for part in block_slices(len(keys), ROWS):
+                self._gather(keys[part]).tofile(handle)
+            handle.flush()
+            return np.memmap(handle, np.float16, "r").reshape(len(keys), -1)
+
+    def _gather(self, keys: Sequence[str]) -> np.ndarray:
+        """Reads descriptors (K, D) from their files, each of which is opened once."""
         by_file: dict[Path, list[int]] = {}
         for index, key in enumerate(keys):
             by_file.setdefault(self.places[key][0], []).append(index)
+        blocks, order = [], []
         for file, indices in by_file.items():
-            block = read_arrays(file, ("keys", "descriptors"))["descriptors"]
-            if rows is None:
-                rows = np.empty((len(keys), block.shape[1]), np.float16)
-            rows[indices] = block[[self.places[keys[index]][1] for index in indices]]
-        return np.zeros((0, 1), np.float16) if rows is None else rows
+            descriptors = read_arrays(file, ("keys", "descriptors"))["descriptors"]
+            blocks.append(descriptors[[self.places[keys[index]][1] for index in indices]])
+            order += indices
+        return np.concatenate(blocks)[np.argsort(order)]
 
     def describe(
         self, images: dict[str, Path], *, mirrored: bool, progress: bool = True
@@ -337,7 +351,7 @@ def _compared(
                 key = int(pair[0]), int(pair[1])
                 best[key] = max(
                     (best.get(key, comparison), comparison),
-                    key=lambda found: (found.is_copy, found.agreement, found.inliers),
+                    key=lambda each: (each.is_copy, each.agreement, each.inliers),
                 )
     yield from ((*key, comparison) for key, comparison in sorted(best.items()))
 
