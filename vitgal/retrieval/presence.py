@@ -116,14 +116,14 @@ def fit_presence(
     )
 
 
-def best_threshold(probabilities: np.ndarray, shown: np.ndarray) -> tuple[float, float, float]:
+def best_threshold(probabilities: np.ndarray, same: np.ndarray) -> tuple[float, float, float]:
     """Returns the threshold (P,) of greatest precision + recall, its precision and its recall.
 
-    It lies halfway between two probabilities of the pairs; of equal ones it is the highest. shown:
+    It lies halfway between two probabilities of the pairs; of equal ones it is the highest. same:
     (P,) bool, at least one true.
     """
     order = np.argsort(-probabilities, kind="stable")
-    right = np.cumsum(shown[order])
+    right = np.cumsum(same[order])
     ends = np.flatnonzero(np.diff(probabilities[order], append=-1.0))  # of runs of equal ones
     precision, recall = right[ends] / (ends + 1), right[ends] / right[-1]
     best = int(np.argmax(precision + recall))
