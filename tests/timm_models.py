@@ -8,7 +8,7 @@ from vitgal.models.timm_networks import TimmSource
 
 def build_backbone(name: str, **options: Any) -> Backbone:
     """A network of timm with random weights; options of `timm.create_model`."""
-    return Backbone(TimmSource(name, None), **options)
+    return Backbone(TimmSource(name, None), options)
 
 
 def open_backbone(source: str) -> Backbone:

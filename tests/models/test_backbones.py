@@ -122,6 +122,21 @@ def test_sizes_that_a_network_cannot_take_are_refused_with_those_that_it_can():
         mixer(images((192, 192)))
 
 
+class WithoutFeatures(torch.nn.Linear):
+    """A network that an extension of timm adds: it gives scores alone."""
+
+    pretrained_cfg = timm.models._pretrained.PretrainedCfg().to_dict()
+
+
+def test_networks_without_spatial_features_are_refused():
+    @timm.models.register_model
+    def network_of_scores(pretrained=False, **_):
+        return WithoutFeatures(3, 2)
+
+    with pytest.raises(NetworkError, match="network_of_scores has no spatial features.*take a tr"):
+        build_backbone("network_of_scores")
+
+
 def test_names_that_timm_does_not_have_are_refused_with_the_nearest():
     with pytest.raises(
         NetworkError,

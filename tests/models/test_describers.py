@@ -9,7 +9,7 @@ from tests.timm_models import build_backbone
 from vitgal.data.images import MEAN, STD
 from vitgal.models import describers
 from vitgal.models.backbones import generalised_mean
-from vitgal.models.describers import TimmDescriber, input_facts, sized
+from vitgal.models.describers import TimmDescriber, sized
 from vitgal.models.descriptors import extract_global
 from vitgal.models.network import build_model
 from vitgal.models.timm_networks import NetworkError
@@ -117,9 +117,7 @@ def test_tokens_are_chosen_by_attention_or_by_their_norm():
 
 def test_sizes_are_the_network_s_own_unless_one_is_set():
     vit = "timm:vit_small_patch14_reg4_dinov2"
-    assert (input_facts(vit).size, input_facts(vit).multiple) == (518, 14)
-    assert (input_facts("a.safetensors").size, input_facts("a.safetensors").multiple) == (512, None)
-    assert input_facts("timm:tf_efficientnet_lite0@a.pth").size == 192
+    assert sized(GlobalSettings(), "timm:tf_efficientnet_lite0@a.pth").size == 192
     own = sized(GlobalSettings(resize="area"), vit)
     assert (own.size, own.multiple) == (518, 14)
     # A published run's manifest is what it was: nothing new in it.

@@ -42,6 +42,11 @@ def test_precision():
         inference.resolve_precision("half")
 
 
+def test_a_processor_without_bf16_computes_in_fp32(monkeypatch):
+    monkeypatch.setattr(inference, "BF16_FLAGS", set())
+    assert inference.resolve_precision("auto") == "fp32"
+
+
 def test_threads_are_put_back():
     before = torch.get_num_threads()
     with inference.limited_threads(1):

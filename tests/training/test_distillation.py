@@ -23,7 +23,7 @@ from vitgal.models.teacher import Teacher
 from vitgal.settings import TrainingSettings
 from vitgal.stages import train
 from vitgal.training import fit as fits, loop, samples
-from vitgal.training.augmentation import scaled_hole
+from vitgal.training.augmentation import draw_hole, scaled_hole
 from vitgal.training.networks import DistilledNetwork, disagreement
 
 SMALL = "test_efficientnet"  # timm's: 0.4 million parameters, 256 numbers a picture
@@ -113,14 +113,14 @@ def test_a_transformer_teaches_by_its_own_pooling(tmp_path):
 def test_layers_have_the_names_of_both_kinds_of_efficientnet():
     made = timm.create_model(LITE)
     result = timm_networks.efficientnet_names(made)
-    assert NAMES.items() <= result.items()
-    assert set(result.values()) == {name.rpartition(".")[0] for name in made.state_dict()}
+    assert {timms: its for its, timms in NAMES.items()}.items() <= result.items()
+    assert set(result) == {name.rpartition(".")[0] for name in made.state_dict()}
     assert timm_networks.efficientnet_names(timm.create_model("test_resnet")) == {}
 
 
 def test_a_file_in_the_other_names_fills_the_network(tmp_path):
     own = network(LITE)
-    reference = {timms: its for its, timms in timm_networks.efficientnet_names(own).items()}
+    reference = timm_networks.efficientnet_names(own)
     tensors = {}
     for name, value in own.state_dict().items():
         layer, _, part = name.rpartition(".")
@@ -297,8 +297,9 @@ def test_a_hole_grows_with_the_view():
         holes = []
         for seed in range(30):
             draw = np.random.default_rng(seed)
-            view, hole = data._view(white, 64, draw)
-            teachers = data._teachers_view(white, np.random.default_rng(seed))
+            data.transform(white, 64, draw)
+            hole = draw_hole(64, draw)
+            teachers, _ = data.change(white, 192, np.random.default_rng(seed))
             assert teachers.shape == (3, 192, 192)
             if hole[2] and augment == "published":
                 top, left, side = (3 * value for value in hole)
@@ -329,7 +330,7 @@ def test_the_teacher_describes_the_larger_view(file, run, images, fresh_accelera
     torch.testing.assert_close(shown[0][0], expected, atol=1e-5, rtol=0)
     trainer.try_step(2)
     assert shown[-1].shape == (2, 3, 96, 96)
-    assert len(trainer.validate()) > 0  # validation asks no teacher
+    assert len(trainer.validate(trainer.due(1))) > 0  # validation asks no teacher
     assert len(shown) == 2
 
 

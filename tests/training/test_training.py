@@ -186,10 +186,8 @@ def test_the_published_hole_is_black_and_the_fast_one_of_the_mean_colour(images,
         train.transform = lambda image, size, rng: cv2.resize(
             image, (size, size)
         )  # only a hole is drawn
-        picture, hole = train.change(np.full((64, 64, 3), 255, np.uint8), HoleAt())
-        seen = augmentation.network_input(
-            torch.from_numpy(picture).permute(2, 0, 1)[None], torch.tensor([hole])
-        )[0, 0]
+        picture, hole = train.change(np.full((64, 64, 3), 255, np.uint8), 64, HoleAt())
+        seen = augmentation.network_input(picture[None], hole[None])[0, 0]
         dark = torch.zeros(64, 64, dtype=torch.bool)
         dark[3:19, 5:21] = True  # a quarter of the side, where the draw puts it
         assert seen[dark].numpy() == pytest.approx(np.full(256, wanted), abs=1e-4)
@@ -262,7 +260,7 @@ def test_a_replaced_validation_image_keeps_its_place(images, run, fresh_accelera
         places.extend(location for result, _ in parts for location in result.tolist())
 
     monkeypatch.setattr(samples.SplitData, "score", score)
-    single.validate()
+    single.validate(range(count))
     assert places == list(range(count))
 
 

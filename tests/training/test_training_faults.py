@@ -540,18 +540,14 @@ def test_a_batch_larger_than_the_data(images, run):
 # Memory
 
 
-def test_fitting_batch_follows_the_line():
-    # 100 bytes for the network and 10 an image: (500 - 100) / 10
-    assert memory.fitting_batch({2: 120, 4: 140}, 500) == 40
-    assert memory.fitting_batch({2: 120, 4: 140}, 509) == 40
-    assert memory.fitting_batch({2: 120, 4: 140}, 100) == 0
-    assert memory.fitting_batch({2: 120, 4: 140}, 10) == 0
+@pytest.mark.parametrize(("available", "fitting"), [(500, 40), (509, 40), (740, 64), (100, 0)])
+def test_the_dry_run_names_the_batch_that_fits(available, fitting):
+    def measure(count):  # bytes: 100 for the network and 10 an image
+        return 100 + 10 * count
 
-
-def test_the_dry_run_names_the_batch_that_fits():
-    with pytest.raises(errors.TrainingError, match="batch of 64 .* about 40 would fit"):
-        memory.check_batch_size(64, lambda count: 100 + 10 * count, 500)
-    memory.check_batch_size(64, lambda count: 100 + 10 * count, 740)  # 64 images exactly
+    with pytest.raises(errors.TrainingError, match=f"batch of 65 .* about {fitting} would fit"):
+        memory.check_batch_size(65, measure, available)
+    memory.check_batch_size(fitting, measure, available)
 
 
 def test_trying_a_step_leaves_no_trace(images, run, fresh_accelerate):

@@ -9,7 +9,6 @@ from .describers import (
     Describer as Describer,
     InputFacts as InputFacts,
     TimmDescriber as TimmDescriber,
-    input_facts as input_facts,
     open_timm as open_timm,
     sized as sized,
 )
@@ -67,7 +66,6 @@ from .timm_networks import (
     TimmSource as TimmSource,
     efficientnet_names as efficientnet_names,
     open_network as open_network,
-    timm_network as timm_network,
 )
 from .token_network import TokenNetwork as TokenNetwork, local_network as local_network
 from .weights import (

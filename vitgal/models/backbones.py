@@ -6,7 +6,6 @@ timm's `forward_intermediates`, which nearly all of its networks have.
 
 import contextlib
 import inspect
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -56,14 +55,14 @@ class Backbone(nn.Module):
         multiple: number of which an image's sides should be multiples: a transformer's patch.
     """
 
-    def __init__(self, source: TimmSource, **options: Any):
+    def __init__(self, source: TimmSource, options: dict[str, Any] | None = None):
         """Opens the network; options are those of `timm.create_model`, such as drop_path_rate.
 
         Raises as `open_network`, and NetworkError for a network without spatial features.
         """
         super().__init__()
         self.name = source.name
-        self._options = {"num_classes": 0} | options
+        self._options = {"num_classes": 0} | (options or {})
         self.network = self._open(source)
         if not hasattr(self.network, "forward_intermediates") or not self.network.feature_info:
             raise NetworkError(
@@ -77,7 +76,7 @@ class Backbone(nn.Module):
         self.embed_dim: int = self.network.num_features
         self._info = [dict(entry) for entry in self.network.feature_info]
         self.blocks = [entry["module"] for entry in self._info]
-        self._sizes: OrderedDict[tuple[int, int], nn.Module] = OrderedDict()
+        self._sizes: dict[tuple[int, int], nn.Module] = {}
         if self.has_class_token:
             for module in self.network.modules():
                 if isinstance(getattr(module, "fused_attn", None), bool):
@@ -87,12 +86,12 @@ class Backbone(nn.Module):
     def _open(self, source: TimmSource) -> nn.Module:
         for extra in ANY_SIZE:
             try:
-                network = open_network(source, **self._options, **extra)
+                network = open_network(source, self._options | extra)
             except TypeError:  # the network has no such argument
                 continue
             self._options |= extra
             return network
-        return open_network(source, **self._options)
+        return open_network(source, self._options)
 
     @property
     def has_class_token(self) -> bool:
@@ -213,12 +212,13 @@ class Backbone(nn.Module):
         if self._any_size or not fixed or size == self.native_size or self.training:
             self.check_size(*size)
             return self.network
-        if size not in self._sizes:
-            self._sizes[size] = for_size(self.network, self.name, size, self._options)
-            if len(self._sizes) > SIZES_KEPT:
-                self._sizes.popitem(last=False)
-        self._sizes.move_to_end(size)
-        return self._sizes[size]
+        resized = self._sizes.pop(size, None)
+        if resized is None:
+            resized = for_size(self.network, self.name, size, self._options)
+        self._sizes[size] = resized  # behind those that were used before
+        if len(self._sizes) > SIZES_KEPT:
+            del self._sizes[next(iter(self._sizes))]
+        return resized
 
     @contextlib.contextmanager
     def _refusing_sizes(self, images: Tensor) -> Iterator[None]:
@@ -236,14 +236,14 @@ class Backbone(nn.Module):
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_sizes": OrderedDict()}  # copies are not copied
+        return self.__dict__ | {"_sizes": {}}  # copies are not copied
 
 
-def generalised_mean(tokens: Tensor, exponent: float = GEM) -> Tensor:
+def generalised_mean(tokens: Tensor) -> Tensor:
     """Pools tokens (B, N, D) to (B, D) float32 by the generalised mean; signs are kept."""
     values = tokens.float()
-    powers = (values.sign() * values.abs().pow(exponent)).mean(1)
-    return powers.sign() * powers.abs().clamp(min=TINY**exponent).pow(1 / exponent)
+    powers = (values.sign() * values.abs().pow(GEM)).mean(1)
+    return powers.sign() * powers.abs().clamp(min=TINY**GEM).pow(1 / GEM)
 
 
 def renormalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Tensor, Tensor]:

@@ -228,10 +228,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | No
     Raises FileError where the scales of a rounded tensor do not fit it.
     """
     with open_safetensors(path) as handle:
-        tensors, metadata = (
-            {key: handle.get_tensor(key) for key in handle.keys()},
-            handle.metadata(),
-        )
+        tensors = {key: handle.get_tensor(key) for key in handle.keys()}
+        metadata = handle.metadata()
     for key in [key for key in tensors if key.endswith(SCALES)]:
         scales, name = tensors.pop(key), key.removesuffix(SCALES)
         whole = tensors.get(name, scales)

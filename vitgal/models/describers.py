@@ -142,33 +142,16 @@ class InputFacts:
     multiple: int | None = None
 
 
-def input_facts(source: str | Path) -> InputFacts:
-    """Returns the images that a network takes; `source` as for `inference.open_model`.
-
-    Raises NetworkError for a name that timm does not have.
-    """
-    name = _timm_name(source)
-    return InputFacts() if name is None else _backbone_facts(_untrained(name))
-
-
 def facts_of(model: Any) -> InputFacts:
     """Returns the images that an opened model takes."""
     if isinstance(model, TimmDescriber):
         return _backbone_facts(model.backbone)
-    return _backbone_facts(model.backbone.trunk) if model.on_timm else InputFacts()
+    return _backbone_facts(model.backbone.trunk if model.on_timm else None)
 
 
-def _timm_name(source: str | Path) -> str | None:
-    """The network of timm that is a model or below ViTGaL's head; None for the published XCiT."""
-    if parsed := TimmSource.parse(source):
-        return parsed.name
-    architecture, path = str(source).removeprefix(runs.UNTRAINED), Path(source)
-    if path.suffix == ".safetensors" and path.is_file():
-        architecture = str(weights.read_configuration(path).get("architecture"))
-    return architecture.removeprefix(runs.TIMM) if architecture.startswith(runs.TIMM) else None
-
-
-def _backbone_facts(backbone: Backbone) -> InputFacts:
+def _backbone_facts(backbone: Backbone | None) -> InputFacts:
+    if backbone is None:
+        return InputFacts()
     size = SIZES.get(backbone.name.partition(".")[0], max(backbone.native_size))
     # Convolutions take any side, so the photograph's aspect is kept to the pixel.
     fixed = backbone.network.pretrained_cfg.get("fixed_input_size", False)
@@ -178,10 +161,12 @@ def _backbone_facts(backbone: Backbone) -> InputFacts:
 def sized(settings: GlobalSettings, source: str | Path) -> GlobalSettings:
     """Returns the settings with size and multiple as numbers where they are the network's own.
 
-    Raises NetworkError, with the sizes that it takes, where the network cannot take the size, and
-    for a pooling of ViTGaL, which has its own.
+    source: as for `inference.open_model`. Raises NetworkError for a name that timm does not have,
+    for a size that the network cannot take, with those that it can, and for a pooling of ViTGaL,
+    which has its own.
     """
-    facts, name = input_facts(source), _timm_name(source)
+    backbone = _outlined_backbone(source)
+    facts = _backbone_facts(backbone)
     settings = replace(
         settings,
         size=settings.size or facts.size,
@@ -192,9 +177,18 @@ def sized(settings: GlobalSettings, source: str | Path) -> GlobalSettings:
             f"pooling {settings.pooling!r} is for networks of timm; ViTGaL's global descriptor is "
             "its class token: set pooling to null"
         )
-    if name is not None and settings.resize == "squash":
-        _untrained(name).check_size(settings.size, settings.size)
+    if backbone is not None and settings.resize == "squash":
+        backbone.check_size(settings.size, settings.size)
     return settings
+
+
+def _outlined_backbone(source: str | Path) -> Backbone | None:
+    """The network of timm that is a model or below ViTGaL's head; None for the published XCiT."""
+    architecture, path = str(source).removeprefix(runs.UNTRAINED), Path(source)
+    if path.suffix == ".safetensors" and path.is_file():
+        architecture = str(weights.read_configuration(path).get("architecture"))
+    timms = TimmSource.parse(architecture)
+    return None if timms is None else _untrained(timms.name)
 
 
 @functools.lru_cache(maxsize=4)

@@ -100,11 +100,10 @@ def global_descriptors(
     """Computes what `describe` does, (B, D) on the model's device, without waiting for a GPU."""
     images = network_input(batch, device_of(model))
     total = torch.zeros(len(batch), model.embed_dim, device=images.device)
-    multiple = facts_of(model).multiple
+    step = facts_of(model).multiple
     for scale in scales:
         scaled = images
-        if scale != 1 and multiple:
-            step = multiple
+        if scale != 1 and step:
             size = [max(step, round(side * scale / step) * step) for side in images.shape[-2:]]
             scaled = F.interpolate(images, size, mode="bilinear", align_corners=False)
         elif scale != 1:

@@ -52,19 +52,15 @@ class HubModel(ModelHubMixin, library_name="vitgal", tags=list(TAGS)):
         options: `token`, `cache_dir`, `force_download` and `local_files_only` of huggingface_hub.
         Raises HubError where the hub does not give it; otherwise as `load_model`.
         """
-        return cls._from_pretrained(
-            model_id=str(pretrained_model_name_or_path), revision=revision, **options
-        )
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Self:
         from vitgal.models.weights import load_model
 
-        if Path(model_id).expanduser().is_dir():
-            return load_model(Path(model_id).expanduser() / FILE)
+        folder = Path(pretrained_model_name_or_path).expanduser()
+        if folder.is_dir():
+            return load_model(folder / FILE)
+        model_id = str(pretrained_model_name_or_path)
         page = f"https://huggingface.co/{model_id}"
         try:
-            path = hf_hub_download(model_id, FILE, **options)
+            path = hf_hub_download(model_id, FILE, revision=revision, **options)
         except HFValidationError as error:
             raise HubError(
                 f"{runs.short(model_id)} is neither a folder here nor a name on the hub "

@@ -23,7 +23,7 @@ from vitgal.models.weights import load_model
 from vitgal.settings import PRECISIONS, TRAINING_PRECISIONS, GlobalSettings
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # Linux's names for native bf16 products
-UNTRAINED = runs.UNTRAINED
+SEED = 0  # of untrained networks
 
 
 def resolve_precision(
@@ -69,14 +69,13 @@ def open_model(
     model: str | Path,
     device: torch.device | str = "cpu",
     *,
-    seed: int = 0,
     pooling: str | None = None,
 ) -> ViTGaL | describers.TimmDescriber:
     """Opens a model for inference.
 
     Args:
         model: a weight file of ViTGaL, "timm:NAME" or "timm:NAME@FILE" (`TimmSource`), or
-            "untrained:<architecture>", which is built with random weights drawn from `seed`.
+            "untrained:<architecture>", which is built with random weights drawn from SEED.
         pooling: of a timm network, see `TimmDescriber`.
     Raises:
         FileNotFoundError, ValueError: see `load_model` and `open_timm`.
@@ -85,18 +84,18 @@ def open_model(
         return describers.open_timm(source, pooling).to(device)
     if pooling is not None:
         raise NetworkError("pooling is for networks of timm: set it to null")
-    if str(model).startswith(UNTRAINED):
-        return build_model(str(model).removeprefix(UNTRAINED), seed=seed).to(device)
+    if str(model).startswith(runs.UNTRAINED):
+        return build_model(str(model).removeprefix(runs.UNTRAINED), seed=SEED).to(device)
     return load_model(model, device)
 
 
-def weights_fingerprint(model: str | Path, *, seed: int = 0) -> str:
+def weights_fingerprint(model: str | Path) -> str:
     """Returns the sha256 of the file that `open_model` loads, or a name with what it stands for."""
-    weights = weights_input(model, seed=seed)
+    weights = weights_input(model)
     return weights if isinstance(weights, str) else weights.fingerprint()
 
 
-def weights_input(model: str | Path, *, seed: int = 0) -> str | runs.Input:
+def weights_input(model: str | Path) -> str | runs.Input:
     """Returns a model's weights as the input of a stage.
 
     Random weights are named by architecture and seed. A network of timm is its name with the
@@ -105,8 +104,8 @@ def weights_input(model: str | Path, *, seed: int = 0) -> str | runs.Input:
     Raises FileNotFoundError, with the command that downloads the file if there is one, and for a
     network of timm as `open_timm`.
     """
-    if str(model).startswith(UNTRAINED):
-        return f"{model}, seed {seed}"
+    if str(model).startswith(runs.UNTRAINED):
+        return f"{model}, seed {SEED}"
     path, timms = runs.weights_path(model), TimmSource.parse(model)
     if timms is not None:
         check_name(timms.name)

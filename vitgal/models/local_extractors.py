@@ -33,9 +33,9 @@ class LocalExtractor(Protocol):
     device: torch.device
 
     def extract(self, batch: Sequence[np.ndarray], frames: Sequence[Frame]) -> list[LocalFeatures]:
-        """Finds the features of inputs of one size.
+        """Finds the features of inputs (H, W, 3) uint8 RGB of one size.
 
-        batch: (H, W, 3) uint8 RGB each. frames: per input the box that was cut out of the
+        frames: per input the box that was cut out of the
         photograph and the photograph's size. Returns one LocalFeatures an input, perhaps empty.
         """
 

@@ -164,7 +164,7 @@ class TimmBackbone(nn.Module):
         super().__init__()
         options = {"drop_path_rate": drop_path} if drop_path else {}
         try:
-            self.trunk = Backbone(TimmSource(name, None), **options)
+            self.trunk = Backbone(TimmSource(name, None), options)
         except TypeError as error:
             raise NetworkError(f"{name} takes no drop_path: set drop_path 0.0") from error
         width = self.trunk.embed_dim
@@ -491,13 +491,14 @@ def outline(architecture: str = TrainingSettings.architecture, **options: Any) -
 
     Some networks of timm cannot be built on it and take memory.
     """
+    build = partial(build_model, architecture, seed=0, **options)
     try:
         with torch.device("meta"):
-            return build_model(architecture, seed=0, **options)
+            return build()
     except (NotImplementedError, RuntimeError):
         if not architecture.startswith(PREFIX):
             raise
-    return build_model(architecture, seed=0, **options)
+    return build()
 
 
 def class_attention(block: ClassAttentionBlock, joined: Tensor) -> Tensor:

@@ -57,7 +57,8 @@ def prepare(model: Network, precision: str = GlobalSettings.precision) -> Networ
     precision = resolve_precision(precision, device)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     if reason := _lacking(dtype):
-        warnings.warn(f"networks run unprepared and slower: {reason}", stacklevel=2)
+        # Placed here, not at the caller, so that Python shows it once a process.
+        warnings.warn(f"networks run unprepared and slower: {reason}", stacklevel=1)
         return model
     with torch.no_grad():
         prepared = _copied(model, dtype, {}).eval()
@@ -78,10 +79,8 @@ def keep_memory() -> bool:
     image than single images. No result depends on it. It does nothing without glibc.
     """
     try:
-        library = ctypes.CDLL("libc.so.6")
-        return bool(
-            library.mallopt(M_MMAP_MAX, 0) and library.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-        )
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        return bool(mallopt(M_MMAP_MAX, 0) and mallopt(M_TRIM_THRESHOLD, KEPT_BYTES))
     except (OSError, AttributeError):
         return False
 
@@ -135,9 +134,9 @@ def _copied(module: nn.Module, dtype: torch.dtype, done: dict[nn.Module, nn.Modu
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer with its weights, times `scale` (outputs,) if given, in oneDNN's order.
+    """A linear layer with its weights, times `scale` (C,) if given, in oneDNN's order.
 
-    It computes in `dtype` and returns it, for inputs (..., in_features) of any other.
+    It computes (..., C) in `dtype` from inputs (..., D) of any other.
     """
 
     def __init__(self, plain: nn.Linear, dtype: torch.dtype, scale: Tensor | None = None):
@@ -148,9 +147,8 @@ class PackedLinear(nn.Linear):
             weight, bias = weight * scale[:, None], bias * scale
         self.dtype = dtype
         self.addend = None if bias is None else bias.detach().to(dtype)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(
-            weight.to(dtype).contiguous(), PACKED_ROWS
-        )
+        weight = weight.to(dtype).contiguous()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Computes outputs of the shape (..., out_features)."""
@@ -224,10 +222,8 @@ class FusedBlock(_Fused):
         scaled = (plain.gamma1[:, None] * attention.proj.weight).detach().T
         self.projection = scaled.unflatten(0, (self.heads, -1)).to(dtype).contiguous()
         self.offset = (plain.gamma1 * attention.proj.bias).detach()
-        self.first, self.second = (
-            _kernel(maps.conv1, dtype),
-            _kernel(maps.conv2, dtype, plain.gamma3),
-        )
+        self.first = _kernel(maps.conv1, dtype)
+        self.second = _kernel(maps.conv2, dtype, plain.gamma3)
         self.expand = PackedLinear(plain.mlp.fc1, dtype)
         self.reduce = PackedLinear(plain.mlp.fc2, dtype, plain.gamma2.detach())
 
@@ -246,10 +242,8 @@ class FusedBlock(_Fused):
         width, normed = tokens.shape[2], self.plain.norm1(tokens)
         joined = self.pair(normed)
         pair = joined[..., : 2 * width]
-        # F.normalize's bound
-        norms = (
-            (pair * pair).sum(1).float().sqrt().clamp(min=1e-12).unflatten(1, (2, self.heads, -1))
-        )
+        norms = (pair * pair).sum(1).float().sqrt().clamp(min=1e-12)  # F.normalize's bound
+        norms = norms.unflatten(1, (2, self.heads, -1))
         query, key = pair.unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         scores = (query.transpose(2, 3) @ key).float()
         scores = scores / (norms[:, 0, :, :, None] * norms[:, 1, :, None]) * self.temperature

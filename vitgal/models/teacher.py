@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vitgal.models.backbones import GEM, TINY, renormalisation
-from vitgal.models.timm_networks import timm_network
+from vitgal.models.timm_networks import TimmSource, for_size, open_network
 
 
 class Teacher:
@@ -17,12 +17,12 @@ class Teacher:
     outputs as timm does. The class is no nn.Module, so that its tensors are not saved with the
     network that holds it.
 
-    name: timm's, as "tf_efficientnet_lite0".  source: its weights.  size: (height, width) of its
-    images; and errors: as `timm_network`.
+    name: timm's, as "tf_efficientnet_lite0".  source: the file of its weights.  size: (height,
+    width) of its images in pixels. Raises as `open_network` and `for_size`.
     """
 
     def __init__(self, name: str, source: Path, size: tuple[int, int]):
-        network = timm_network(name, size, source)
+        network = for_size(open_network(TimmSource(name, source), {}), name, size, {})
         self.network = network.requires_grad_(False).to(memory_format=torch.channels_last)
         config = timm.data.resolve_model_data_config(network)
         self.factor, self.offset = renormalisation(config["mean"], config["std"])

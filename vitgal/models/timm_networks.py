@@ -9,13 +9,14 @@ import difflib
 import functools
 import hashlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub.errors import GatedRepoError
 from timm.layers import PatchEmbed
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv
 from torch import Tensor, nn
@@ -89,10 +90,10 @@ def check_name(name: str) -> None:
         )
 
 
-def open_network(source: TimmSource, **options: Any) -> nn.Module:
+def open_network(source: TimmSource, options: Mapping[str, Any]) -> nn.Module:
     """Builds a network of timm for its own image size, with its weights, in eval mode.
 
-    options: of `timm.create_model`; `num_classes=0` leaves the classifier out.
+    options: of `timm.create_model`; `num_classes` 0 leaves the classifier out.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -107,8 +108,8 @@ def open_network(source: TimmSource, **options: Any) -> nn.Module:
             use_tensors(file, lambda tensors: _fill_timm(network, tensors, file))
         return network
     config = timm.get_pretrained_cfg(source.name)
-    places = ("url", "hf_hub_id", "file", "state_dict")
-    if not any(getattr(config, key, None) for key in places):
+    origins = ("url", "hf_hub_id", "file", "state_dict")
+    if not any(getattr(config, origin, None) for origin in origins):
         raise NetworkError(
             f"timm has no weights for {source.name}: name a file, {PREFIX}{source.name}@FILE"
         )
@@ -125,17 +126,17 @@ def _hub_errors(name: str, config: Any) -> Iterator[None]:
         raise
     except Exception as error:  # of requests, httpx, huggingface_hub, urllib or timm
         repository = getattr(config, "hf_hub_id", None)
-        url = f"https://huggingface.co/{repository}" if repository else config.url
-        kinds = {kind.__name__ for part in _chain(error) for kind in type(part).__mro__}
-        if kinds & {"GatedRepoError"} or "401 Client" in str(error) or "403 Client" in str(error):
+        page = f"https://huggingface.co/{repository}" if repository else config.url
+        gated = any(isinstance(part, GatedRepoError) for part in _chain(error))
+        if gated or "401 Client" in str(error) or "403 Client" in str(error):
             raise NetworkError(
-                f"the weights of {name} are given out under a licence: accept it at {url}, then "
+                f"the weights of {name} are given out under a licence: accept it at {page}, then "
                 "log in with `hf auth login`, or download model.safetensors there and name it, "
                 f"{PREFIX}{name}@FILE"
             ) from error
         raise NetworkError(
             f"the weights of {name} cannot be fetched ({runs.printable(error)[:150]}): download "
-            f"{'model.safetensors from ' if repository else ''}{url} elsewhere, copy it here and "
+            f"{'model.safetensors from ' if repository else ''}{page} elsewhere, copy it here and "
             f"name it, {PREFIX}{name}@FILE; nothing unfinished in timm's cache is used"
         ) from error
 
@@ -159,32 +160,12 @@ def fingerprint_tensors(network: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def timm_network(
-    name: str, size: tuple[int, int], source: Path | None = None, **options: Any
-) -> nn.Module:
-    """Builds a network of timm, in eval mode, for images of one size.
-
-    Many transformers take one size only. They are built for theirs, then their positions are
-    interpolated as timm does it; a network that cannot change is refused with the sizes it takes.
-
-    Args:
-        size: (height, width) in pixels.
-        source: weights: .safetensors or .pth in timm's names or, for an EfficientNet, in those of
-            efficientnet_pytorch; beside the network's tensors it may hold the classifier's.
-        options: of timm.create_model.
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: an unknown network, or a file or size that does not fit it.
-    """
-    pretrained = PRETRAINED if options.pop("pretrained", False) else None
-    network = open_network(TimmSource(name, source or pretrained), **options)
-    return for_size(network, name, size, options)
-
-
 def for_size(
-    network: nn.Module, name: str, size: tuple[int, int], options: Mapping[str, Any]
+    network: nn.Module, name: str, size: tuple[int, int], options: dict[str, Any]
 ) -> nn.Module:
     """Returns the network, or a copy with interpolated positions, for (height, width) in pixels.
+
+    Many transformers take one size only: their positions are interpolated as timm does it.
 
     name, options: with which timm built it. Raises NetworkError, with the sizes that it takes.
     """
@@ -212,13 +193,13 @@ def _takes(network: nn.Module, size: tuple[int, int]) -> bool:
 
 
 def _resized(
-    network: nn.Module, name: str, size: tuple[int, int], options: Mapping[str, Any]
+    network: nn.Module, name: str, size: tuple[int, int], options: dict[str, Any]
 ) -> nn.Module | None:
     """The network for another size, its positions interpolated; None where timm has none."""
     adapt = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     state = network.state_dict()
     try:
-        resized = timm.create_model(name, **{**options, "img_size": size}).eval()
+        resized = timm.create_model(name, **(options | {"img_size": size})).eval()
         resized.load_state_dict(adapt(state, resized) if adapt else state)
         resized.to(next(network.parameters()).device)
     except Exception:  # as above
@@ -228,54 +209,42 @@ def _resized(
 
 def _fill_timm(network: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
     names = efficientnet_names(network)
-    if not names.keys() & {key.rpartition(".")[0] for key in tensors}:
+    if not set(names.values()) & {key.rpartition(".")[0] for key in tensors}:
         names = {}  # the file uses timm's names
-    layout = layouts.make_layout(network.state_dict(), _renamer(names))
+
+    def rename(key: str) -> str:
+        """Returns the name in the file of the tensor that timm calls `key`."""
+        layer, _, part = key.rpartition(".")
+        return f"{names[layer]}.{part}" if layer in names else key
+
+    layout = layouts.make_layout(network.state_dict(), rename)
     classifiers = network.pretrained_cfg.get("classifier") or ()
     classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
     dropped = tuple(f"{layer}." for layer in (*classifiers, "_fc"))
     fill = functools.partial(layouts.fill, network, dropped=dropped, source=source)
     try:
         fill(tensors, layout)
-    except FileError:
+    except FileError as refusal:
         # Names of the network's authors, as DINOv2's, which timm knows how to read.
         adapt = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-        adapted = None
-        with contextlib.suppress(Exception):  # made for its own files; others raise anything
-            adapted = adapt(dict(tensors), network) if adapt and not names else None
-        if not adapted:
-            raise
         try:
-            fill(adapted, layout)
-        except FileError:
-            adapted = None
-        if adapted is None:
-            raise
+            fill(adapt(dict(tensors), network), layout)
+        except Exception:  # made for its own files; others raise anything
+            raise refusal from None
 
 
 def efficientnet_names(network: nn.Module) -> dict[str, str]:
-    """Maps efficientnet_pytorch's layers to timm's; empty for a network that is no EfficientNet."""
+    """Maps timm's layers to efficientnet_pytorch's; empty for a network that is no EfficientNet."""
     if not isinstance(network, timm.models.EfficientNet):
         return {}
-    names, number = dict(TRUNK), 0
-    for stage, blocks in enumerate(network.blocks):
-        for index, block in enumerate(blocks):
-            table = SEPARABLE if isinstance(block, DepthwiseSeparableConv) else INVERTED
-            names |= {
-                f"_blocks.{number}.{layer}": f"blocks.{stage}.{index}.{timm_layer}"
-                for layer, timm_layer in table.items()
-            }
-            number += 1
+    blocks = [
+        (f"blocks.{stage}.{index}", block)
+        for stage, stages in enumerate(network.blocks)
+        for index, block in enumerate(stages)
+    ]
+    names = {timm_layer: layer for layer, timm_layer in TRUNK.items()}
+    for number, (prefix, block) in enumerate(blocks):
+        table = SEPARABLE if isinstance(block, DepthwiseSeparableConv) else INVERTED
+        for layer, timm_layer in table.items():
+            names[f"{prefix}.{timm_layer}"] = f"_blocks.{number}.{layer}"
     return names
-
-
-def _renamer(names: dict[str, str]) -> Callable[[str], str]:
-    """Renames timm's tensors to the file's."""
-    in_file = {timm_layer: layer for layer, timm_layer in names.items()}
-
-    def rename(key: str) -> str:
-        """Returns the name in the file of the tensor that timm calls `key`."""
-        layer, _, part = key.rpartition(".")
-        return f"{in_file[layer]}.{part}" if layer in in_file else key
-
-    return rename

@@ -46,9 +46,8 @@ class TokenNetwork(nn.Module):
                 f"the codes are for tokens of {len(codes.mean)} values, and those of {self.block} "
                 f"of {backbone.name} have {width}: use a run_dir for each network and block"
             )
-        arrays = (None, None) if codes is None else (codes.mean, codes.projection)
-        for name, array in zip(("mean", "projection"), arrays, strict=True):
-            value = None if array is None else torch.tensor(array)
+        for name in ("mean", "projection"):
+            value = None if codes is None else torch.tensor(getattr(codes, name))
             self.register_buffer(name, value, persistent=False)
         self.eval()
 

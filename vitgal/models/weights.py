@@ -103,7 +103,7 @@ def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) ->
         fill_backbone(source)
     elif (of_timm := _timm_source(model, source)) is not None:
         name = str(of_timm)
-        fill_backbone(open_network(of_timm, num_classes=0).state_dict())
+        fill_backbone(open_network(of_timm, {"num_classes": 0}).state_dict())
     else:
         name = source
         use_tensors(source, fill_backbone)
@@ -189,7 +189,7 @@ def convert(source: str | Path, target: str | Path, *, dtype: str = "float32") -
     Raises as `load_model` and `save_model` do, and for a network of timm as `open_network`.
     """
     if network := TimmSource.parse(source):
-        tensors = open_network(network, num_classes=0).state_dict()
+        tensors = open_network(network, {"num_classes": 0}).state_dict()
         return _write(Path(target), tensors, dtype, {NETWORK: network.name})
     model = load_model(source)
     sha256 = runs.fingerprint_file(Path(source))
@@ -287,8 +287,12 @@ def load_outline(source: str | Path) -> ViTGaL:
     source = Path(source)
     if not is_safetensors(source):
         return outline()
-    configuration = read_configuration(source)
-    return _outlined(source, {k: configuration[k] for k in BUILT_FROM if k in configuration})
+    return _outlined(source, _options(read_configuration(source)))
+
+
+def _options(configuration: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that `build_model` takes."""
+    return {key: configuration[key] for key in BUILT_FROM if key in configuration}
 
 
 def _outlined(source: Path, options: dict[str, Any]) -> ViTGaL:
@@ -308,12 +312,11 @@ def _filled(
     dropped: tuple[str, ...] = (),
 ) -> ViTGaL:
     """Builds the network without memory for its tensors, and fills it if all of them fit."""
-    options = {key: configuration[key] for key in BUILT_FROM if key in configuration}
-    model = _outlined(source, options)
+    model = _outlined(source, _options(configuration))
     layout = make_layout(model.state_dict(), rename)
     if model.on_timm:  # it can have buffers that no file holds
         refuse_misfits(model, tensors, layout, dropped=dropped, source=source)
-        model = build_model(**options, seed=0)
+        model = build_model(**_options(configuration), seed=0)
     fill(model, tensors, layout, dropped=dropped, source=source)
     return model
 

@@ -31,7 +31,7 @@ from .errors import Preempted as Preempted, TrainingError as TrainingError
 from .fit import Fit as Fit
 from .launch import run_fit as run_fit
 from .loop import Trainer as Trainer, training_precision as training_precision
-from .memory import check_batch_size as check_batch_size, fitting_batch as fitting_batch
+from .memory import check_batch_size as check_batch_size
 from .networks import (
     AutoencoderNetwork as AutoencoderNetwork,
     DistilledNetwork as DistilledNetwork,

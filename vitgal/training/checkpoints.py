@@ -126,9 +126,8 @@ class Checkpoints:
         except (OSError, RuntimeError) as error:
             if is_worker_error(error):
                 raise
-            before = (
-                "the one before it is whole" if self.last.exists() else "there is none before it"
-            )
+            whole = self.last.exists()
+            before = "the one before it is whole" if whole else "there is none before it"
             raise TrainingError(
                 f"the state cannot be written to {self.last} ({error}); {before}: make room on the "
                 "disk and run the same again"

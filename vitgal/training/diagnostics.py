@@ -21,8 +21,8 @@ def schedule_table(settings: Recipe) -> pd.DataFrame:
     return pd.DataFrame({"epoch": range(len(rates)), "lr": rates})
 
 
-def epoch_table(log: pd.DataFrame, *, last: int = 5) -> pd.DataFrame:
-    """Formats the last validated epochs of a log as text: fractions in percent.
+def epoch_table(log: pd.DataFrame) -> pd.DataFrame:
+    """Formats the last five validated epochs of a log as text: fractions in percent.
 
     log: see `read_log`. A column that the log lacks is left out; an empty log gives no row.
     """
@@ -40,7 +40,7 @@ def epoch_table(log: pd.DataFrame, *, last: int = 5) -> pd.DataFrame:
         "hours_left": ("hours left", "{:.2f}"),
     }
     scored = [name for name in ("val_accuracy", "val_map") if name in log]
-    rows = log.dropna(subset=scored, how="all").tail(last) if scored else log[:0]
+    rows = log.dropna(subset=scored, how="all").tail(5) if scored else log[:0]
     columns = {}
     for name, (title, form) in formats.items():
         if name in rows:

@@ -149,6 +149,7 @@ def _run_fit(fit: Fit) -> None:
 
 def train(fit: Fit, *, forked: bool = False) -> None:
     """Trains as one process of the fit; rank 0 writes model.safetensors and failures.json."""
+    # Threads do not survive a fork; OpenMP would wait for them forever.
     threads = 1 if forked else fit.machine.threads or torch.get_num_threads()
     torch.set_num_threads(threads)
     data = fit.read_data()
@@ -163,7 +164,8 @@ def train(fit: Fit, *, forked: bool = False) -> None:
                 "ended by a signal after another process had died: nothing more was saved; "
                 "start the same again to continue from the last state"
             ) from error
-        if _is_silent_peer(error):
+        late = re.search("(?i)timed out|timeout", str(error)) is not None
+        if late and not isinstance(error, TrainingError):
             raise TrainingError(
                 f"another process was silent for {fit.machine.timeout_minutes:g} minutes "
                 "(timeout_minutes): it hangs or cannot be reached; end it, then start the "
@@ -197,8 +199,6 @@ def _check_fork(machine: MachineSettings) -> None:
 
 
 def _train_forked(fit: Fit) -> None:
-    # Threads do not survive a fork; OpenMP would wait for them forever.
-    torch.set_num_threads(1)
     cv2.setNumThreads(0)
     try:
         train(replace(fit, watch=None), forked=True)
@@ -211,11 +211,6 @@ def _train_forked(fit: Fit) -> None:
 def _is_lost_peer(error: RuntimeError) -> bool:
     messages = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
     return any(message in str(error) for message in messages)
-
-
-def _is_silent_peer(error: RuntimeError) -> bool:
-    late = re.search("(?i)timed out|timeout", str(error)) is not None
-    return late and not isinstance(error, TrainingError)
 
 
 def _await_launcher() -> None:

@@ -28,29 +28,25 @@ from tqdm.std import tqdm as text_bar
 from vitgal import runs
 from vitgal.models.inference import resolve_precision
 from vitgal.settings import Recipe
+from vitgal.training import processes
 from vitgal.training.augmentation import network_input, scaled_hole
 from vitgal.training.checkpoints import Checkpoints, Progress
 from vitgal.training.errors import Preempted, TrainingError, WorkerLost
 from vitgal.training.fit import Fit
 from vitgal.training.memory import measure_batch
 from vitgal.training.networks import build_optimizer, learning_rates
-from vitgal.training.processes import (
-    LOADER_SHARE,
-    Termination,
-    any_rank,
-    begin_agreement,
-    broadcast_buffers,
-    check_shared_memory,
-    is_worker_error,
-    process_options,
-    read_batches,
-)
 from vitgal.training.samples import Batches, Sample, SplitData
 from vitgal.training.trackers import open_trackers
 
 LOG_EVERY = 50  # steps between two rows of the log
 NAMED = 8  # images that an error names
 MAX_UNREADABLE = 0.001  # fraction of the training images that may be unreadable
+
+
+@torch.no_grad()
+def _restore_buffers(network: nn.Module, values: list[Tensor]) -> None:
+    for buffer, value in zip(network.buffers(), values, strict=True):
+        buffer.copy_(value)
 
 
 def _described(change: dict) -> str:
@@ -72,19 +68,19 @@ class Trainer:
         self.accelerator = Accelerator(
             mixed_precision="no" if precision == "fp32" else precision,
             cpu=torch.cuda.device_count() == 0,
-            kwargs_handlers=process_options(machine, network),
+            kwargs_handlers=processes.process_options(machine, network),
         )
         self.fit, self.data = fit, data
         self.settings, self.machine, self.folder = settings, machine, folder
-        processes = self.accelerator.num_processes
-        self.step_images = settings.batch_size * settings.accumulate * processes
+        batches = self.accelerator.num_processes * settings.accumulate
+        self.step_images = batches * settings.batch_size
         self.progress = Progress(images=self.step_images)
         factor = self.step_images / settings.step_images if settings.scale_lr else 1
         self.rates = [factor * rate for rate in learning_rates(settings)]
         self.steps = self.batches(0).steps
         self.pending: list[dict[str, Tensor]] = []  # scalars of the steps since the last row
         self.replaced: list[str] = []  # names of unreadable images that the log lacks
-        self.termination = Termination()
+        self.termination = processes.Termination()
         self.stop = False  # whether any rank received an ending signal
         self.seconds_per_validation_image = 0.0
         self.boards: list[GeneralTracker] = []
@@ -178,12 +174,13 @@ class Trainer:
             )
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.accelerator.num_processes))
         picture = 3 * (self.settings.image_size**2 + (self.settings.teacher_size or 0) ** 2)
-        check_shared_memory(self.machine, self.settings.batch_size * picture, local)
+        processes.check_shared_memory(self.machine, self.settings.batch_size * picture, local)
         if show and self.accelerator.is_main_process:
             tqdm.write(self.plan())
         with self.termination, self._trackers(), self._bar(show) as bar:
-            if self.finished_steps == 0 and self.machine.dry_run:
-                self.dry_run()
+            device = self.accelerator.device
+            if self.finished_steps == 0 and self.machine.dry_run and device.type == "cuda":
+                measure_batch(device, self.bare, self.try_step, self.settings.batch_size)
             while self.progress.epoch < self.settings.epochs:
                 try:
                     self.run_epoch(bar)
@@ -196,8 +193,8 @@ class Trainer:
 
     def plan(self) -> str:
         """Describes a step and the run, and warns of a batch size that does not fit the rates."""
-        settings, processes = self.settings, self.accelerator.num_processes
-        parts = f"{processes} x {settings.batch_size} x {settings.accumulate}"
+        settings, ranks = self.settings, self.accelerator.num_processes
+        parts = f"{ranks} x {settings.batch_size} x {settings.accumulate}"
         text = (
             f"{self.step_images} images a step (processes x batch_size x accumulate: {parts}), "
             f"{self.steps:,} steps an epoch, {self.steps * settings.epochs:,} in all, "
@@ -210,7 +207,7 @@ class Trainer:
         meant = settings.step_images
         if meant is None or meant == self.step_images or settings.scale_lr:
             return text
-        batch = meant / (processes * settings.accumulate)
+        batch = meant / (ranks * settings.accumulate)
         remedy = f"batch_size {batch:.0f}" if batch.is_integer() else "another batch_size"
         return (
             f"{text}\nNOTE the recipe's rates are meant for {meant} images a step: set {remedy}, "
@@ -270,8 +267,7 @@ class Trainer:
                 accelerator.backward(result["loss"] / len(batches))
         not_finite, self.stop = agreement()
         if not_finite:
-            for buffer, value in zip(self.bare.buffers(), buffers, strict=True):
-                buffer.copy_(value)  # BatchNorm's statistics already include the batch
+            _restore_buffers(self.bare, buffers)  # BatchNorm's already include the batch
             self._pass_over(self._images_not_finite(batches, results))
             return {}
         self._update()
@@ -292,7 +288,7 @@ class Trainer:
         losses = torch.stack([result["loss"] for result in results])
         not_finite = (~torch.isfinite(losses)).any().float()
         stop = torch.tensor(float(bool(self.termination.requested)), device=losses.device)
-        return begin_agreement(self.accelerator, torch.stack([not_finite, stop]))
+        return processes.begin_agreement(self.accelerator, torch.stack([not_finite, stop]))
 
     def _update(self) -> None:
         if self.settings.clip_grad is not None:
@@ -324,7 +320,7 @@ class Trainer:
         """Yields batches of training images, or of `dataset`, read by the data workers."""
         dataset = self.data.train if dataset is None else dataset
         pin_memory = self.accelerator.device.type == "cuda"
-        return read_batches(dataset, batches, self.machine, pin_memory=pin_memory)
+        return processes.read_batches(dataset, batches, self.machine, pin_memory=pin_memory)
 
     def to_device(self, batch: Sample) -> tuple[Tensor, ...]:
         """Returns a batch as network input (B, 3, S, S) float32 and labels (B,) on the device.
@@ -390,12 +386,10 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self.checkpoints.save_best(self.result.model)
 
-    def validate(self, images: Sequence[int] | None = None) -> dict[str, float]:
-        """Scores validation images, positions (V,), divided over the ranks; None: all of them."""
-        accelerator, data = self.accelerator, self.data
-        images = range(len(data.validation)) if images is None else images
-        network = self.result
-        broadcast_buffers(accelerator, network)
+    def validate(self, images: Sequence[int]) -> dict[str, float]:
+        """Scores validation images, positions (V,), divided over the ranks."""
+        accelerator, data, network = self.accelerator, self.data, self.result
+        processes.broadcast_buffers(accelerator, network)
         network.eval()
         own = images[accelerator.process_index :: accelerator.num_processes]
         size = self.settings.batch_size
@@ -421,7 +415,7 @@ class Trainer:
             positions = torch.where(batch.unreadable >= 0, batch.unreadable, batch.index)
             results.append((positions.numpy(), {key: value.cpu() for key, value in result.items()}))
             self._note_unreadable(batch, self.data.validation)
-        if any_rank(self.accelerator, bool(self.termination.requested)):
+        if processes.any_rank(self.accelerator, bool(self.termination.requested)):
             raise Preempted(
                 "ended by a signal while validating; the epoch is saved: start the same again"
             )
@@ -565,25 +559,19 @@ class Trainer:
                 f"which is the same step but for BatchNorm ({first})"
             ) from error
         # torch reports a dead worker in a signal handler, so any line can raise this.
-        if is_worker_error(error):
+        if processes.is_worker_error(error):
             kind = TrainingError if "timed out" in str(error) else WorkerLost
             raise kind(
                 f"the images are no longer read: {error}; a worker that dies without a message "
                 "was most likely killed for memory (lower data_workers), one silent for "
-                f"{LOADER_SHARE:g} of timeout_minutes {self.machine.timeout_minutes:g} waits for "
-                "the disk; run the same again to go on"
+                f"{processes.LOADER_SHARE:g} of timeout_minutes {self.machine.timeout_minutes:g} "
+                "waits for the disk; run the same again to go on"
             ) from error
-
-    def dry_run(self) -> None:
-        """Raises TrainingError with the batch size that fits a GPU, where the set one does not."""
-        device = self.accelerator.device
-        if device.type == "cuda":
-            measure_batch(device, self.bare, self.try_step, self.settings.batch_size)
 
     def try_step(self, count: int) -> None:
         """Runs forward and backward of `count` grey images; the network stays unchanged."""
         network, size = self.bare, self.settings.image_size
-        buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
+        buffers = [buffer.clone() for buffer in network.buffers()]
         network.train()
         zeros = torch.zeros(count, dtype=torch.int64)
         grey = torch.full((count, 3, size, size), 128, dtype=torch.uint8)
@@ -593,6 +581,4 @@ class Trainer:
         with self.accelerator.autocast():
             network(*self.to_device(batch))["loss"].backward()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, buffer in network.named_buffers():
-                buffer.copy_(buffers[name])
+        _restore_buffers(network, buffers)

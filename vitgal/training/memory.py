@@ -10,22 +10,15 @@ from vitgal.training.errors import TrainingError
 RESERVE = 0.06  # fraction of the memory that is left for fragments
 
 
-def fitting_batch(peaks: dict[int, int], available: int) -> int:
-    """Returns the largest batch whose step stays within `available` bytes; 0 where none does.
-
-    peaks: bytes at the peak of a step, for two batch sizes; memory is linear in the size.
-    """
-    (small, low), (large, high) = sorted(peaks.items())
-    bytes_per_image = max((high - low) / (large - small), 1)
-    return max(int((available - low) // bytes_per_image) + small, 0)
-
-
 def check_batch_size(size: int, measure: Callable[[int], int], available: int) -> None:
     """Raises TrainingError naming a batch size that fits, where `size` images do not.
 
-    measure: returns the bytes at the peak of a step with a number of images.
+    measure: returns the bytes at the peak of a step with a number of images, in which they are
+    linear. available: bytes that a step may take.
     """
-    largest = fitting_batch({count: measure(count) for count in (2, 4)}, available)
+    low, high = measure(2), measure(4)
+    bytes_per_image = max((high - low) / 2, 1)
+    largest = max(int((available - low) // bytes_per_image) + 2, 0)
     if size > largest:
         raise TrainingError(
             f"a batch of {size} images needs more memory than the {available / 2**30:.1f} GiB "

@@ -65,7 +65,9 @@ class RetrievalNetwork(TrainedNetwork):
 
         pictures: (B, 3, S, S) float32. labels: (B,) int64.
         """
-        features = self.model.global_features(pictures)
+        return self._classified(self.model.global_features(pictures), labels)
+
+    def _classified(self, features: Tensor, labels: Tensor) -> dict[str, Tensor]:
         loss, predicted = self.head.loss(features, labels, smoothing=self.label_smoothing)
         return {"loss": loss, "accuracy": (predicted == labels).float().mean()}
 
@@ -113,14 +115,11 @@ class DistilledNetwork(RetrievalNetwork):
         views: (B, 3, T, T) the pictures in the teacher's size; None: it sees the pictures.
         """
         features = self.model.global_features(pictures)
-        loss, predicted = self.head.loss(features, labels, smoothing=self.label_smoothing)
+        scalars = self._classified(features, labels)
         described = self.teacher.describe(pictures if views is None else views)
         distilled = disagreement(self.projection(features), described)
-        return {
-            "loss": (1 - self.weight) * loss + self.weight * distilled,
-            "accuracy": (predicted == labels).float().mean(),
-            "distilled": distilled,
-        }
+        loss = (1 - self.weight) * scalars["loss"] + self.weight * distilled
+        return scalars | {"loss": loss, "distilled": distilled}
 
 
 def disagreement(student: Tensor, teacher: Tensor) -> Tensor:
@@ -144,12 +143,7 @@ class AutoencoderNetwork(TrainedNetwork):
     Source: ViTGaL section 3 and published loss: CE of the autoencoder's own class token + 10 MSE.
     """
 
-    def __init__(
-        self,
-        model: ViTGaL,
-        classifier: nn.Module,
-        settings: AutoencoderSettings,
-    ):
+    def __init__(self, model: ViTGaL, classifier: nn.Module, settings: AutoencoderSettings):
         super().__init__(model, settings.label_smoothing)
         self.classifier, self.settings = classifier, settings
 

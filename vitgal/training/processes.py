@@ -116,8 +116,7 @@ def check_shared_memory(machine: MachineSettings, batch_bytes: int, processes: i
         raise TrainingError(
             f"the data workers need {needed / 1e9:.2f} GB of shared memory a process, "
             f"{total / 1e9:.2f} GB in all, and {SHARED_MEMORY} has {free / 1e9:.2f} GB left: start "
-            f"the container with --shm-size {math.ceil(total / 1e9) + 1}g, "
-            "or lower data_workers"
+            f"the container with --shm-size {math.ceil(total / 1e9) + 1}g, or lower data_workers"
         )
 
 

@@ -87,15 +87,11 @@ class TrainingImages(Dataset):
                 unreadable = index
                 continue
             same = copy.deepcopy(rng)
-            picture, hole = self.change(image, rng)
-            return Sample(
-                torch.from_numpy(picture).permute(2, 0, 1),
-                torch.tensor(hole),
-                int(self.labels[used]),
-                used,
-                unreadable,
-                self._teachers_view(image, same),
-            )
+            picture, hole = self.change(image, self.settings.image_size, rng)
+            view = torch.empty(0, dtype=torch.uint8)
+            if self.teacher_size is not None:
+                view, _ = self.change(image, self.teacher_size, same)
+            return Sample(picture, hole, int(self.labels[used]), used, unreadable, view)
         raise TrainingError(f"none of the {len(self)} images can be read, {self.path(0)} first")
 
     def read(self, index: int) -> np.ndarray:
@@ -107,46 +103,26 @@ class TrainingImages(Dataset):
         return images.read_image(self.path(index), least_side=least)
 
     def change(
-        self, image: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """Augments a photograph (H, W, 3) uint8 to (S, S, 3); returns its hole (top, left, side).
-
-        The hole is zeros where there is none, or where it is already cut (augment "published").
-        """
-        picture, hole = self._view(image, self.settings.image_size, rng)
-        if self.augment != "published":
-            return picture, hole
-        augmentation.cut_hole(picture, hole)
-        return picture, (0, 0, 0)
-
-    def _view(
         self, image: np.ndarray, size: int, rng: np.random.Generator
-    ) -> tuple[np.ndarray, tuple[int, int, int]]:
-        """The augmented photograph (size, size, 3) without its hole, and the hole of the student's.
+    ) -> tuple[Tensor, Tensor]:
+        """Augments a photograph (H, W, 3) uint8 to (3, size, size); returns its hole (3,) too.
 
-        What is drawn does not depend on the size.
+        What is drawn does not depend on the size. The hole is the one of a picture of `image_size`:
+        zeros where there is none, or where it is already cut (augment "published").
         """
         settings = self.settings
-        picture = self.transform(image, size, rng)
-        if self.augment == "none":
-            return picture, (0, 0, 0)
-        if settings.rand_augment:
-            picture = augmentation.rand_augment(
-                picture, settings.rand_augment, settings.rand_augment_magnitude, rng
-            )
-        return picture, augmentation.draw_hole(settings.image_size, rng)
-
-    def _teachers_view(self, image: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """The view (3, T, T) uint8 of an equal `rng` in the teacher's size; (0,) without one."""
-        if self.teacher_size is None:
-            return torch.empty(0, dtype=torch.uint8)
-        picture, hole = self._view(image, self.teacher_size, rng)
+        picture, hole = self.transform(image, size, rng), torch.zeros(3, dtype=torch.int64)
+        if self.augment != "none":
+            if settings.rand_augment:
+                picture = augmentation.rand_augment(
+                    picture, settings.rand_augment, settings.rand_augment_magnitude, rng
+                )
+            hole = torch.tensor(augmentation.draw_hole(settings.image_size, rng))
         if self.augment == "published":
-            scaled = augmentation.scaled_hole(
-                torch.tensor(hole), self.teacher_size / self.settings.image_size
-            )
+            scaled = augmentation.scaled_hole(hole, size / settings.image_size)
             augmentation.cut_hole(picture, tuple(scaled.tolist()))
-        return torch.from_numpy(picture).permute(2, 0, 1)
+            hole = torch.zeros_like(hole)
+        return torch.from_numpy(picture).permute(2, 0, 1), hole
 
 
 @dataclass(frozen=True)
