@@ -35,8 +35,8 @@ class LocalExtractor(Protocol):
     def extract(self, batch: Sequence[np.ndarray], frames: Sequence[Frame]) -> list[LocalFeatures]:
         """Finds the features of inputs (H, W, 3) uint8 RGB of one size.
 
-        frames: per input the box that was cut out of the
-        photograph and the photograph's size. Returns one LocalFeatures an input, perhaps empty.
+        frames: per input the box that was cut out of the photograph and the photograph's size.
+        Returns one LocalFeatures an input, perhaps empty.
         """
 
 
