@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace, top: Path) -> None:
 
     def describe() -> own.Photographs:
         """Looks through the folder."""
-        photographs = own.describe_folder(folder, describer, progress=False)
+        photographs = own.describe_folder(folder, describer)
         print(f"{photographs.extracted} described of {len(photographs.names)}: ", end="")
         return photographs
 

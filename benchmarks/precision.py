@@ -38,9 +38,9 @@ def describe(source: Path, run: Path, precision: str) -> None:
     settings = GlobalSettings(
         size=224, resize="area", scales=(0.5, 0.7071, 1.0), precision=precision
     )
-    stages_describe.evaluate_global(run, dataset, settings, machine, model=model, progress=False)
+    stages_describe.evaluate_global(run, dataset, settings, machine, model=model)
     local = LocalSettings(size=320, dtype="float32", precision=precision)
-    extract.extract_shortlist(run, dataset, local, machine, model=model, progress=False)
+    extract.extract_shortlist(run, dataset, local, machine, model=model)
 
 
 def stored_as(run: Path, source: Path, dtype: str) -> None:
@@ -85,7 +85,6 @@ def main() -> None:
                     truth,
                     RerankingSettings(matching=MatchingSettings(max_distance=0.95)),
                     MachineSettings(workers=options.workers),
-                    progress=False,
                 )
                 scores = runs.read_json(stage / "scores.json")
                 cells = [

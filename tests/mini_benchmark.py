@@ -75,7 +75,7 @@ def _divided(settings: Any, changed: dict) -> tuple[Any, MachineSettings, dict]:
         names = [field.name for field in dataclasses.fields(section) if field.name in options]
         return dataclasses.replace(section, **{name: options.pop(name) for name in names})
 
-    options = {"progress": False} | changed
+    options = dict(changed)
     return taken(settings), taken(MACHINE), options
 
 

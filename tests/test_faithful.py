@@ -77,5 +77,5 @@ def test_the_page_on_published_files_runs(finished_run, tmp_path, monkeypatch):
         matching=MatchingSettings(max_keypoints=40),
     )
     truth = load_ground_truth(finished_run / "data" / "benchmark" / "gnd_demo.pkl")
-    folder = rerank.rerank_shortlist(run, truth, quick, MachineSettings(workers=1), progress=False)
+    folder = rerank.rerank_shortlist(run, truth, quick, MachineSettings(workers=1))
     assert (np.load(folder / "inliers.npy") >= 0).any()

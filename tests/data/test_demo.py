@@ -400,9 +400,7 @@ def files(folder):
 def make(run, photographs, **changed):
     overwrite = changed.pop("overwrite", False)
     settings = DemoSettings(**{"view_size": 48, "train_views": 3} | changed)
-    return demo.make_demo(
-        run, settings, photographs=photographs, overwrite=overwrite, progress=False
-    )
+    return demo.make_demo(run, settings, photographs=photographs, overwrite=overwrite)
 
 
 def test_stage_has_the_real_data_sets_layouts(tmp_path, photographs):

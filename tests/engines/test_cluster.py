@@ -156,7 +156,7 @@ def rerank(run, data, **changed):
     truth = revisited.load_ground_truth(data / "gnd_mini.pkl")
     settings = RerankingSettings(top=10, matching=MatchingSettings(max_distance=1.0))
     machine = MachineSettings(**changed)
-    return stages_rerank.rerank_shortlist(run, truth, settings, machine, progress=False)
+    return stages_rerank.rerank_shortlist(run, truth, settings, machine)
 
 
 @pytest.fixture(scope="module")

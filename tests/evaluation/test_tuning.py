@@ -124,7 +124,6 @@ def tune(run: Path, *, workers=1, seed=0, overwrite=False, **changed) -> Path:
         ),
         MachineSettings(workers=workers),
         overwrite=overwrite,
-        progress=False,
     )
 
 

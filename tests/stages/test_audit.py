@@ -48,7 +48,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def audit(describer, store, *folders, **options):
-    return audits.find_copies(*folders, describer=describer, store=store, progress=False, **options)
+    return audits.find_copies(*folders, describer=describer, store=store, **options)
 
 
 def test_within_a_folder(folder, describer, store, tmp_path):

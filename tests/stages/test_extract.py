@@ -95,7 +95,7 @@ def test_no_images_at_all(model, tmp_path):
     describer = LocalDescriber(model, LOCAL, MACHINE, "fp32")
     shard_format = store.ShardFormat(code_dim=8, settings={"precision": "fp32"})
     shards = shard_tasks(tmp_path, [], 4, shard_format)
-    stages_extract.write_shards(describer, shards, runs.ALONE, 0, progress=False)
+    stages_extract.write_shards(describer, shards, runs.ALONE, 0)
     opened = FeatureStore.open(tmp_path, verify=True)
     assert (len(opened), opened.code_dim) == (0, 8)
 

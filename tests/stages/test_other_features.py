@@ -55,7 +55,7 @@ def test_another_method_is_reranked_and_inspected(global_run, benchmark):
     dataset = revisited.open_dataset("mini", benchmark)
     settings = RerankingSettings(top=2)
     folder = rerank_shortlist(
-        global_run, dataset.ground_truth, settings, MachineSettings(workers=1), progress=False
+        global_run, dataset.ground_truth, settings, MachineSettings(workers=1)
     )
     assert runs.read_json(folder / "scores.json")["parameters"]["top"] == 2
     inspector = Inspector(global_run, dataset)
@@ -124,9 +124,7 @@ def test_features_of_a_file_are_reranked_and_inspected(global_run, benchmark, fe
     extract(global_run, benchmark, "no model", local_features=str(feature_file), max_keypoints=50)
     dataset = revisited.open_dataset("mini", benchmark)
     settings = RerankingSettings(top=2)
-    rerank_shortlist(
-        global_run, dataset.ground_truth, settings, MachineSettings(workers=1), progress=False
-    )
+    rerank_shortlist(global_run, dataset.ground_truth, settings, MachineSettings(workers=1))
     inspector = Inspector(global_run, dataset)
     assert inspector.pair(0, 0, settings).result.verification.count == 10
     with pytest.raises(InspectionError, match="local is a file"):

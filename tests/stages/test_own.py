@@ -88,7 +88,7 @@ def folder(tmp_path) -> Path:
 
 
 def describe(folder: Path, describer: Describer) -> own.Photographs:
-    return own.describe_folder(folder, describer, progress=False)
+    return own.describe_folder(folder, describer)
 
 
 # The folder

@@ -32,7 +32,7 @@ def described(four_places, weight_file, tmp_path) -> own.Photographs:
 
 def answers_to(photographs, *queries, presence=PRESENCE, **options) -> own_answers.Answers:
     asked = own_answers.named_queries(photographs, queries, **options)
-    return own_answers.answer(photographs, asked, RERANKING, presence, progress=False)
+    return own_answers.answer(photographs, asked, RERANKING, presence)
 
 
 # Questions and answers
@@ -282,9 +282,7 @@ def test_a_photograph_that_vanishes_between_description_and_answer(described):
     (described.folder / "0/1.png").unlink()
     answers = answers_to(described, "1/1.png")
     assert "0/1.png" in answers.table["image"].tolist()
-    every = own_answers.answer(
-        described, own_answers.named_queries(described), RERANKING, PRESENCE, progress=False
-    )
+    every = own_answers.answer(described, own_answers.named_queries(described), RERANKING, PRESENCE)
     assert list(every.left_out) == ["0/1.png"] and len(every.queries) == 11
     described.path("1/1.png").unlink()
     document, images = own_document(answers, progress=False)

@@ -1,6 +1,7 @@
 """The reranking stage: its files, its resumption and its refusals."""
 
 import dataclasses
+import io
 import json
 import math
 import multiprocessing
@@ -8,6 +9,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +88,7 @@ def rerank_run(folder: Path, *, workers=1, match_device=None, overwrite=False, *
     settings = RerankingSettings.build({"top": TOP, "max_distance": 0.5} | values)
     truth = load_ground_truth(folder / "benchmark" / "gnd_random.pkl")
     machine = MachineSettings(workers=workers, match_device=match_device)
-    return rerank_shortlist(folder, truth, settings, machine, overwrite=overwrite, progress=False)
+    return rerank_shortlist(folder, truth, settings, machine, overwrite=overwrite)
 
 
 @pytest.fixture(scope="module")
@@ -423,6 +425,7 @@ def short_of_disk(folder: Path, writes: int) -> None:
         return done[-1]
 
     runs.write_array = filling
+    sys.stderr = io.StringIO()  # the bar's: pytest keeps it in a file
     try:
         rerank_run(folder, workers=1)
     except OSError as error:

@@ -51,7 +51,7 @@ def write_run(folder: Path) -> Path:
         store.write_shard(stage.folder / "shard-00", items, store.ShardFormat("float32"))
         stage.finish([])
     settings = RerankingSettings(top=6, matching=MatchingSettings(max_distance=0.1))
-    rerank_shortlist(run, truth, settings, MachineSettings(workers=1), progress=False)
+    rerank_shortlist(run, truth, settings, MachineSettings(workers=1))
     return run
 
 

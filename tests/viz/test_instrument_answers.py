@@ -32,7 +32,7 @@ def run(inspected_run, tmp_path_factory) -> Path:
     evaluate_descriptors(run, dataset, GlobalSettings(top=2), descriptors=run / "d.npy")
     settings = RerankingSettings.build({"top": 2, "max_distance": 1.0})
     machine = MachineSettings(workers=1)
-    rerank_shortlist(run, dataset.ground_truth, settings, machine, progress=False)
+    rerank_shortlist(run, dataset.ground_truth, settings, machine)
     return run
 
 

@@ -28,7 +28,7 @@ def describer(inspected_run, tmp_path_factory) -> Describer:
 
 @pytest.fixture(scope="module")
 def photographs(inspected_run, describer) -> own.Photographs:
-    return own.describe_folder(inspected_run / "jpg", describer, progress=False)
+    return own.describe_folder(inspected_run / "jpg", describer)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_photographs_of_any_name_are_searched(inspected_run, describer, tmp_path
     for name, letter in zip(names, "qabcde", strict=True):
         name = name.replace("/", "\u2215")
         shutil.copy(inspected_run / "jpg" / f"{letter}.jpg", tmp_path / f"{name}.jpg")
-    folder = own.describe_folder(tmp_path, describer, progress=False)
+    folder = own.describe_folder(tmp_path, describer)
     instrument = PhotographInstrument(folder, folder.names[0], None, SETTINGS)
     for number in range(len(folder.names)):
         reply, _ = ask(instrument, "search", image=number, box=None)
@@ -128,7 +128,7 @@ def test_photographs_of_any_name_are_searched(inspected_run, describer, tmp_path
 def test_a_photograph_that_has_gone_is_an_answer(inspected_run, describer, tmp_path):
     for letter in "qab":
         shutil.copy(inspected_run / "jpg" / f"{letter}.jpg", tmp_path / f"{letter}.jpg")
-    folder = own.describe_folder(tmp_path, describer, progress=False)
+    folder = own.describe_folder(tmp_path, describer)
     (tmp_path / "b.jpg").unlink()
     instrument = PhotographInstrument(folder, "q.jpg", None, SETTINGS)
     number = instrument.document["names"].index("b.jpg")

@@ -9,8 +9,9 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from vitgal import runs
 
@@ -69,80 +70,17 @@ class _Parser(argparse.ArgumentParser):
         super().error(runs.printable(message))
 
 
-class _Commands(argparse._SubParsersAction):
-    """Commands whose own help begins with the line that the list of commands shows."""
-
-    def add_parser(self, name: str, *, help: str, **options: Any) -> argparse.ArgumentParser:
-        """Adds a command; `help` is its line."""
-        text = f"{help[0].upper()}{help[1:]}."
-        return super().add_parser(name, help=help, description=text, **options)
-
-
 def _parser() -> argparse.ArgumentParser:
     about = "Landmark image retrieval. Begin with `vitgal run params/demo.yaml`; see README.md."
     parser = _Parser(prog="vitgal", description=about)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", action=_Commands)
-
-    run = commands.add_parser("run", help="execute the notebooks 01 to 07 in order")
-    run.add_argument(
-        "params", type=Path, metavar="PARAMS.yaml", help="the settings: a file of params/"
-    )
-    run.add_argument("--only", metavar="04,05", help="only these notebooks")
-    run.add_argument("--from", dest="first", metavar="02", help="begin with this notebook")
-    run.add_argument("--to", dest="last", metavar="06", help="end with this notebook")
-    relative = "a setting in place of the file's; relative paths start in the current folder"
-    _add_run(run, _run, relative, "the run folder")
-
-    download = commands.add_parser("download", help="fetch data sets and weights")
-    download.add_argument("names", nargs="*", metavar="NAME", help="from third_party/sources.toml")
-    where = "default: data/ of the checkout, or here"
-    download.add_argument("--to", type=Path, metavar="data/", help=where)
-    download.add_argument("--list", action="store_true", help="list what can be downloaded")
-    download.add_argument("--check", metavar="NAME", help="verify an existing folder")
-    download.set_defaults(command=_download)
-
-    own = commands.add_parser("own", help="search a folder of your own photographs")
-    own.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="photographs, with all sub-folders"
-    )
-    own.add_argument(
-        "--query",
-        action="append",
-        default=[],
-        metavar="IMAGE",
-        help="a photograph of it, or any file; may be repeated; without: every photograph",
-    )
-    own.add_argument(
-        "--queries", type=Path, metavar="FOLDER", help="every photograph in it is a query"
-    )
-    own.add_argument("--box", metavar="x0,y0,x1,y1", help="part of a single query, in pixels")
-    own.add_argument("--places", action="store_true", help="group the folder into places")
-    _add_run(
-        own,
-        _own,
-        "another parameter of notebook 08, such as weights",
-        "the run of the model; results go there",
-    )
-
-    notebooks = commands.add_parser("notebooks", help="lay out notebooks and params to work with")
-    notebooks.add_argument("folder", type=Path, nargs="?", default=Path(), metavar="FOLDER")
-    notebooks.set_defaults(command=_notebooks)
-
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands)
+    _add_download(commands)
+    _add_own(commands)
+    _add_notebooks(commands)
     _add_audit(commands)
     _add_export(commands)
-    weights = commands.add_parser("weights", help="convert a published .pth to .safetensors")
-    weights.add_argument(
-        "source",
-        type=Path,
-        metavar="SOURCE.pth",
-        help="or a model of vitgal, .safetensors; or timm:NAME@FILE",
-    )
-    weights.add_argument("target", type=Path, metavar="TARGET.safetensors")
-    size = weights.add_mutually_exclusive_group()
-    size.add_argument("--half", action="store_true", help="float16: half the size")
-    size.add_argument("--int8", action="store_true", help="8 bits: a quarter of the size")
-    weights.set_defaults(command=_weights)
-
+    _add_weights(commands)
     level = "a run, or the folder of a data set or stage in it, such as runs/demo/demo/global"
     _add_compare(commands, level)
     _add_table(commands, level)
@@ -150,117 +88,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_audit(commands: argparse._SubParsersAction) -> None:
-    audit = commands.add_parser("audit", help="find copies within a folder or between two")
-    audit.add_argument("folder", type=Path, metavar="FOLDER", help="such as training images")
-    audit.add_argument("other", type=Path, nargs="?", metavar="OTHER", help="such as test images")
-    audit.add_argument("--to", type=Path, metavar="FOLDER", help="default: runs/audit/<its name>")
-    table = "GLDv2's table: counts FOLDER's landmarks that OTHER shows"
-    audit.add_argument("--table", type=Path, metavar="train.csv", help=table)
-    audit.add_argument("--weights", metavar="FILE", help="describe with this model, or timm:NAME")
-    count = "similar images that each is compared with"
-    audit.add_argument("--neighbours", type=int, default=10, metavar="10", help=count)
-    audit.set_defaults(command=_audit)
+Commands = argparse._SubParsersAction  # argparse has no public name for it
+Command = Callable[[argparse.Namespace], int]
 
 
-def _add_export(commands: argparse._SubParsersAction) -> None:
-    export = commands.add_parser("export", help="features and matches for other programs")
-    export.add_argument("folder", type=Path, metavar="FOLDER", help="your own photographs")
-    export.add_argument("--to", required=True, choices=("hloc", "colmap", "kapture"))
-    output = "default: runs/export/<its name>-<program>"
-    export.add_argument("--output", type=Path, metavar="FOLDER", help=output)
-    export.add_argument("--weights", metavar="FILE", help="describe with this model, or timm:NAME")
-    count = "similar photographs that each is matched with"
-    export.add_argument("--neighbours", type=int, default=20, metavar="20", help=count)
-    export.set_defaults(command=_export)
-
-
-def _export(options: argparse.Namespace) -> int:
-    from vitgal.app.folder_commands import export_folder
-
-    say(
-        export_folder(
-            options.folder,
-            options.to,
-            output=options.output,
-            weights=options.weights,
-            neighbours=options.neighbours,
-        )
-    )
-    return 0
-
-
-def _audit(options: argparse.Namespace) -> int:
-    from vitgal.app.folder_commands import audit_folders
-
-    say(
-        audit_folders(
-            options.folder,
-            options.other,
-            to=options.to,
-            table=options.table,
-            weights=options.weights,
-            neighbours=options.neighbours,
-        )
-    )
-    return 0
-
-
-def _add_compare(commands: argparse._SubParsersAction, level: str) -> None:
-    compare = commands.add_parser("compare", help="test two runs against each other")
-    compare.add_argument("first", metavar="runs/A", help=level)
-    compare.add_argument("second", metavar="runs/B", help="the same, to compare with the first")
-    compare.add_argument(
-        "--queries", type=int, default=5, metavar="5", help="number of queries listed"
-    )
-    plain = "adds the tests over single queries"
-    compare.add_argument("--by-query", action="store_true", help=plain)
-    compare.add_argument("--seed", type=int, default=0, metavar="0", help="seed of the resampling")
-    compare.set_defaults(command=_compare)
-
-
-def _add_table(commands: argparse._SubParsersAction, level: str) -> None:
-    table = commands.add_parser("table", help="set systems side by side on one benchmark")
-    table.add_argument("runs", nargs="+", metavar="RUN", help=level)
-    table.add_argument("--dataset", metavar="NAME", help="where the runs have several in common")
-    table.add_argument(
-        "--published", action="store_true", help="add published results, in their own columns"
-    )
-    table.add_argument(
-        "--to",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="also write .md, .csv or .tex; may be repeated",
-    )
-    table.add_argument("--seed", type=int, default=0, metavar="0", help="seed of the resampling")
-    table.set_defaults(command=_table)
-
-
-def _add_report(commands: argparse._SubParsersAction) -> None:
-    report = commands.add_parser("report", help="write runs as a page to explore in a browser")
-    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its name")
-    report.add_argument("--to", type=Path, metavar="FOLDER", help="default: report/ in the first")
-    report.add_argument("--ranks", type=int, default=100, metavar="100", help="images per ranking")
-    matched = "matched images per query"
-    report.add_argument("--pairs", type=int, default=4, metavar="4", help=matched)
-    report.add_argument("--single-file", action="store_true", help="all images inside index.html")
-    report.set_defaults(command=_report)
-
-
-def _add_run(parser: argparse.ArgumentParser, command: object, override: str, run: str) -> None:
-    parser.add_argument(
-        "-p",
-        dest="overrides",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help=override,
-    )
-    parser.add_argument("--output", type=Path, metavar="runs/NAME", help=run)
+def _add(commands: Commands, name: str, about: str, command: Command) -> argparse.ArgumentParser:
+    """Adds a command, whose own help begins with the line that the list of commands shows."""
+    text = f"{about[0].upper()}{about[1:]}."
+    parser = commands.add_parser(name, help=about, description=text)
     parser.set_defaults(command=command)
+    return parser
+
+
+def _add_overrides(parser: argparse.ArgumentParser, override: str, output: str) -> None:
+    pair = ("NAME", "VALUE")
+    parser.add_argument(
+        "-p", dest="overrides", nargs=2, action="append", default=[], metavar=pair, help=override
+    )
+    parser.add_argument("--output", type=Path, metavar="runs/NAME", help=output)
+
+
+def _add_run(commands: Commands) -> None:
+    run = _add(commands, "run", "execute the notebooks 01 to 07 in order", _run)
+    run.add_argument("params", type=Path, metavar="PARAMS.yaml", help="a file of params/")
+    run.add_argument("--only", metavar="04,05", help="only these notebooks")
+    run.add_argument("--from", dest="first", metavar="02", help="begin with this notebook")
+    run.add_argument("--to", dest="last", metavar="06", help="end with this notebook")
+    relative = "a setting in place of the file's; relative paths start in the current folder"
+    _add_overrides(run, relative, "the run folder")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -278,24 +133,13 @@ def _run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _own(options: argparse.Namespace) -> int:
-    from vitgal.app import own, pipeline, summary
-
-    shared = {"overrides": dict(options.overrides), "output": options.output}
-    single = len(options.query) == 1 and not (options.queries or options.places)
-    if single:  # notebook 08 shows its answer
-        folder = pipeline.run_own(options.folder, options.query[0], options.box, **shared)
-        say(summary.own_summary(folder))
-    _, lines = own.search_own(
-        options.folder,
-        options.query,
-        options.queries,
-        box=options.box,
-        places=options.places,
-        **shared,
-    )
-    say("\n".join(lines[-1:] if single else lines))
-    return 0
+def _add_download(commands: Commands) -> None:
+    download = _add(commands, "download", "fetch data sets and weights", _download)
+    download.add_argument("names", nargs="*", metavar="NAME", help="from third_party/sources.toml")
+    where = "default: data/ of the checkout, or here"
+    download.add_argument("--to", type=Path, metavar="data/", help=where)
+    download.add_argument("--list", action="store_true", help="list what can be downloaded")
+    download.add_argument("--check", metavar="NAME", help="verify an existing folder")
 
 
 def _download(options: argparse.Namespace) -> int:
@@ -317,22 +161,136 @@ def _download(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_own(commands: Commands) -> None:
+    own = _add(commands, "own", "search a folder of your own photographs", _own)
+    own.add_argument("folder", type=Path, metavar="FOLDER", help="photographs, with sub-folders")
+    query = "a photograph of it, or any file; may be repeated; without: every photograph"
+    own.add_argument("--query", action="append", default=[], metavar="IMAGE", help=query)
+    own.add_argument("--queries", type=Path, metavar="FOLDER", help="every photograph in it")
+    own.add_argument("--box", metavar="x0,y0,x1,y1", help="part of a single query, in pixels")
+    own.add_argument("--places", action="store_true", help="group the folder into places")
+    run = "the run of the model; results go there"
+    _add_overrides(own, "another parameter of notebook 08, such as weights", run)
+
+
+def _own(options: argparse.Namespace) -> int:
+    from vitgal.app import own, pipeline, summary
+
+    overrides, output = dict(options.overrides), options.output
+    single = len(options.query) == 1 and not (options.queries or options.places)
+    if single:  # notebook 08 shows its answer
+        folder = pipeline.run_own(
+            options.folder, options.query[0], options.box, overrides=overrides, output=output
+        )
+        say(summary.own_summary(folder))
+    _, lines = own.search_own(
+        options.folder,
+        options.query,
+        options.queries,
+        box=options.box,
+        places=options.places,
+        overrides=overrides,
+        output=output,
+    )
+    say("\n".join(lines[-1:] if single else lines))
+    return 0
+
+
+def _add_notebooks(commands: Commands) -> None:
+    notebooks = _add(commands, "notebooks", "lay out notebooks and params to work with", _notebooks)
+    notebooks.add_argument("folder", type=Path, nargs="?", default=Path(), metavar="FOLDER")
+
+
 def _notebooks(options: argparse.Namespace) -> int:
     from vitgal.app.layout import lay_out
 
-    kept = lay_out(options.folder)
-    for path in kept:
+    for path in lay_out(options.folder):
         say(f"kept, it differs from the one that vitgal brings: {path}")
     say(f"notebooks/ and params/ are in {options.folder.absolute()}")
     return 0
 
 
+def _add_audit(commands: Commands) -> None:
+    audit = _add(commands, "audit", "find copies within a folder or between two", _audit)
+    audit.add_argument("folder", type=Path, metavar="FOLDER", help="such as training images")
+    audit.add_argument("other", type=Path, nargs="?", metavar="OTHER", help="such as test images")
+    audit.add_argument("--to", type=Path, metavar="FOLDER", help="default: runs/audit/<its name>")
+    table = "GLDv2's table: counts FOLDER's landmarks that OTHER shows"
+    audit.add_argument("--table", type=Path, metavar="train.csv", help=table)
+    _add_description(audit, 10, "similar images that each is compared with")
+
+
+def _add_description(parser: argparse.ArgumentParser, neighbours: int, count: str) -> None:
+    parser.add_argument("--weights", metavar="FILE", help="describe with this model, or timm:NAME")
+    number = str(neighbours)
+    parser.add_argument("--neighbours", type=int, default=neighbours, metavar=number, help=count)
+
+
+def _audit(options: argparse.Namespace) -> int:
+    from vitgal.app.folder_commands import audit_folders
+
+    report = audit_folders(
+        options.folder,
+        options.other,
+        to=options.to,
+        table=options.table,
+        weights=options.weights,
+        neighbours=options.neighbours,
+    )
+    say(report)
+    return 0
+
+
+def _add_export(commands: Commands) -> None:
+    export = _add(commands, "export", "features and matches for other programs", _export)
+    export.add_argument("folder", type=Path, metavar="FOLDER", help="your own photographs")
+    export.add_argument("--to", required=True, choices=("hloc", "colmap", "kapture"))
+    output = "default: runs/export/<its name>-<program>"
+    export.add_argument("--output", type=Path, metavar="FOLDER", help=output)
+    _add_description(export, 20, "similar photographs that each is matched with")
+
+
+def _export(options: argparse.Namespace) -> int:
+    from vitgal.app.folder_commands import export_folder
+
+    report = export_folder(
+        options.folder,
+        options.to,
+        output=options.output,
+        weights=options.weights,
+        neighbours=options.neighbours,
+    )
+    say(report)
+    return 0
+
+
+def _add_weights(commands: Commands) -> None:
+    weights = _add(commands, "weights", "convert a published .pth to .safetensors", _weights)
+    source = "or a model of vitgal, .safetensors; or timm:NAME@FILE"
+    weights.add_argument("source", type=Path, metavar="SOURCE.pth", help=source)
+    weights.add_argument("target", type=Path, metavar="TARGET.safetensors")
+    size = weights.add_mutually_exclusive_group()
+    size.add_argument("--half", action="store_true", help="float16: half the size")
+    size.add_argument("--int8", action="store_true", help="8 bits: a quarter of the size")
+
+
 def _weights(options: argparse.Namespace) -> int:
-    from vitgal.models import weights as models_weights
+    from vitgal.models.weights import convert
 
     dtype = "int8" if options.int8 else "float16" if options.half else "float32"
-    say(models_weights.convert(options.source, options.target, dtype=dtype))
+    say(convert(options.source, options.target, dtype=dtype))
     return 0
+
+
+def _add_compare(commands: Commands, level: str) -> None:
+    compare = _add(commands, "compare", "test two runs against each other", _compare)
+    compare.add_argument("first", metavar="runs/A", help=level)
+    compare.add_argument("second", metavar="runs/B", help="the same, to compare with the first")
+    number = "number of queries listed"
+    compare.add_argument("--queries", type=int, default=5, metavar="5", help=number)
+    plain = "adds the tests over single queries"
+    compare.add_argument("--by-query", action="store_true", help=plain)
+    compare.add_argument("--seed", type=int, default=0, metavar="0", help="seed of the resampling")
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -349,6 +307,17 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_table(commands: Commands, level: str) -> None:
+    table = _add(commands, "table", "set systems side by side on one benchmark", _table)
+    table.add_argument("runs", nargs="+", metavar="RUN", help=level)
+    table.add_argument("--dataset", metavar="NAME", help="where the runs have several in common")
+    published = "add published results, in their own columns"
+    table.add_argument("--published", action="store_true", help=published)
+    to = "also write .md, .csv or .tex; may be repeated"
+    table.add_argument("--to", type=Path, action="append", default=[], metavar="FILE", help=to)
+    table.add_argument("--seed", type=int, default=0, metavar="0", help="seed of the resampling")
+
+
 def _table(options: argparse.Namespace) -> int:
     from vitgal import evaluation
 
@@ -362,10 +331,25 @@ def _table(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_report(commands: Commands) -> None:
+    report = _add(commands, "report", "write runs as a page to explore in a browser", _report)
+    report.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, or its name")
+    report.add_argument("--to", type=Path, metavar="FOLDER", help="default: report/ in the first")
+    report.add_argument("--ranks", type=int, default=100, metavar="100", help="images per ranking")
+    matched = "matched images per query"
+    report.add_argument("--pairs", type=int, default=4, metavar="4", help=matched)
+    report.add_argument("--single-file", action="store_true", help="all images inside index.html")
+
+
 def _report(options: argparse.Namespace) -> int:
     from vitgal.viz.report import write_report
 
-    folders = [Path(run) if Path(run).is_dir() else runs.run_folder(run) for run in options.runs]
-    limits = {"ranks": max(1, options.ranks), "pairs": max(0, options.pairs)}
-    say(write_report(folders, options.to, **limits, single_file=options.single_file))
+    page = write_report(
+        [Path(run) if Path(run).is_dir() else runs.run_folder(run) for run in options.runs],
+        options.to,
+        ranks=max(1, options.ranks),
+        pairs=max(0, options.pairs),
+        single_file=options.single_file,
+    )
+    say(page)
     return 0

@@ -28,12 +28,7 @@ def own_network(
 
     models = stages.own_models(run, weights)
     settings = models.complete(read_settings(dict(DEMO_VALUES)))
-    describing = models.suited(settings.describing)
-    describer = stages.Describer(
-        run, models.describing, describing, settings.local, settings.machine,
-        local_model=models.local,
-    )  # fmt: skip
-    return models, describer, settings
+    return models, models.describer(run, settings), settings
 
 
 def export_folder(

@@ -24,7 +24,6 @@ def search_own(
     places: bool = False,
     overrides: dict[str, Any] | None = None,
     output: Path | None = None,
-    progress: bool = True,
 ) -> tuple[Path, list[str]]:
     """Searches a folder for photographs, writes results.csv and a page, and finds places.
 
@@ -49,45 +48,36 @@ def search_own(
         raise SettingsError("--places asks every photograph: leave out --query and --queries")
     models = stages.own_models(run, weights)
     settings = models.complete(settings)
-    describer = stages.Describer(
-        run,
-        models.describing,
-        models.suited(settings.describing),
-        settings.local,
-        settings.machine,
-        local_model=models.local,
-    )
+    describer = models.describer(run, settings)
     with runs.locked(run / "own"):
         lines = [models.announce(run)]
         presence = stages.known_presence(describer, settings.reranking)
         if places:
             own_answers.require_presence(presence)
-        photographs = stages.describe_folder(Path(folder), describer, progress=progress)
+        photographs = stages.describe_folder(Path(folder), describer)
         named = [str(_typed(photographs.folder, query)) for query in queries]
         asked = own_answers.named_queries(photographs, named, query_folder, settings.own.query_box)
-        answers = own_answers.answer(
-            photographs, asked, settings.reranking, presence, progress=progress
-        )
+        answers = own_answers.answer(photographs, asked, settings.reranking, presence)
         lines += photographs.report().split("\n")
-        return run, [*lines, *_write(answers, places, progress)]
+        return run, [*lines, *_write(answers, find_places=places)]
 
 
-def _write(answers: "Answers", places: bool, progress: bool) -> list[str]:
+def _write(answers: "Answers", *, find_places: bool) -> list[str]:
     """Writes the tables and the page of the answers; returns what is printed of them."""
     from vitgal.stages import own_answers
     from vitgal.viz.own_document import own_document
     from vitgal.viz.report import write_page
 
-    photographs, found_places, lines = answers.photographs, None, []
+    photographs, places, lines = answers.photographs, None, []
     folder = photographs.describer.run / "own"
     results = own_answers.write_answers(answers, folder / "results.csv")
-    if places:
-        found_places = own_answers.find_places(answers)
-        table = own_answers.write_places(photographs, found_places, folder / "places.csv")
-        lines += [*_place_lines(photographs.names, found_places), f"places: {table}"]
+    if find_places:
+        places = own_answers.find_places(answers)
+        table = own_answers.write_places(photographs, places, folder / "places.csv")
+        lines += [*_place_lines(photographs.names, places), f"places: {table}"]
     else:
         lines += _answer_lines(answers.table)
-    document, images = own_document(answers, found_places, progress=progress)
+    document, images = own_document(answers, places)
     page = write_page(document, images, folder / "report")
     lines += [f"not asked: {name}: {reason}" for name, reason in answers.left_out.items()]
     return [*lines, f"{len(answers.queries)} queries answered: {results}", f"page: {page}"]
@@ -120,11 +110,10 @@ def _answer_lines(table: pd.DataFrame, most: int = 20) -> list[str]:
     first = table.groupby("query", sort=False).head(1)
     lines = []
     for row in first.head(most).itertuples():
-        percent = (
-            "" if np.isnan(row.probability) else f", shows it with {100 * row.probability:.0f} %"
-        )
-        names = f"{runs.printable(row.query)}: {runs.printable(row.image)}"
-        lines.append(f"{names} (similarity {row.similarity:.2f}, {row.inliers} inliers{percent})")
+        facts = f"similarity {row.similarity:.2f}, {row.inliers} inliers"
+        if not np.isnan(row.probability):
+            facts += f", shows it with {100 * row.probability:.0f} %"
+        lines.append(f"{runs.printable(row.query)}: {runs.printable(row.image)} ({facts})")
     return [*lines, *(["…"] if len(first) > most else [])]
 
 

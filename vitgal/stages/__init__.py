@@ -1,4 +1,7 @@
-"""The stages of a run: each opens its inputs, calls the pure core and writes its folder."""
+"""The stages of a run: each opens its inputs, calls the pure core and writes its folder.
+
+Their progress bars are tqdm's: with TQDM_DISABLE=1 in the environment there are none.
+"""
 
 import lazy_loader
 

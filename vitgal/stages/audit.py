@@ -8,7 +8,7 @@ sha256 of a file's bytes, in blocks, so that a killed audit goes on and a rename
 
 import functools
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,24 +20,13 @@ from tqdm.auto import tqdm
 from vitgal import runs
 from vitgal.data import gldv2
 from vitgal.data.images import resize
-from vitgal.data.photographs import (
-    PhotographError,
-    file_digest,
-    list_photographs,
-    read_upright,
-)
+from vitgal.data.photographs import PhotographError, file_digest, list_photographs, read_upright
 from vitgal.features.files import read_arrays
 from vitgal.models import inference
 from vitgal.models.descriptors import describe
-from vitgal.retrieval.copies import (
-    Comparison,
-    View,
-    compare_views,
-    copy_candidates,
-    group_pairs,
-)
+from vitgal.retrieval.copies import Comparison, View, compare_views, copy_candidates, group_pairs
 from vitgal.retrieval.exact_search import block_slices
-from vitgal.stages.own import Describer
+from vitgal.stages.own import Describer, no_formulas
 
 BLOCK = 256  # images that are described between two writes
 ROWS = 1 << 15  # descriptors in memory at once: 84 MB of 1,280 values
@@ -133,7 +122,6 @@ def find_copies(
     describer: Describer,
     store: Path,
     neighbours: int = 10,
-    progress: bool = True,
 ) -> Audit:
     """Finds the copies within a folder and its sub-folders, or between it and another.
 
@@ -155,8 +143,8 @@ def find_copies(
     unique = [dict(zip(keys, paths, strict=True)) for keys, paths in sides]
     query = 1 if len(sides) == 2 and len(unique[1]) < len(unique[0]) else 0
     for side, images in enumerate(unique):
-        described = descriptors.describe(images, mirrored=side == query, progress=progress)
-        left_out |= {str(images[key]): reason for key, reason in described.items()}
+        failures = descriptors.describe(images, mirrored=side == query)
+        left_out |= {str(images[key]): reason for key, reason in failures.items()}
     keys = [[key for key in images if key + PLAIN in descriptors] for images in unique]
     plain, mirror = (
         descriptors.rows([key + end for key in keys[query]]) for end in (PLAIN, MIRRORED)
@@ -167,11 +155,13 @@ def find_copies(
     if query == 1:
         candidates = candidates[:, [1, 0, 2]]
     files = [[images[key] for key in part] for images, part in zip(unique, keys, strict=True)]
-    compared = _compared(files[0], files[-1], candidates, progress)
-    comparisons = {(keys[0][a], keys[-1][b]): comparison for a, b, comparison in compared}
+    compared = {
+        (keys[0][a], keys[-1][b]): comparison
+        for (a, b), comparison in _compared(files[0], files[-1], candidates).items()
+    }
     names = [[p.relative_to(f).as_posix() for p in paths]
              for f, (_, paths) in zip(folders, sides, strict=True)]  # fmt: skip
-    pairs = _pair_table([keys for keys, _ in sides], comparisons)
+    pairs = _pair_table([keys for keys, _ in sides], compared)
     return Audit(folders, names, pairs, left_out, len(candidates))
 
 
@@ -218,19 +208,19 @@ class GlobalStore:
         runs.refuse_links([folder, self.folder])
         if not (self.folder / "settings.json").exists():
             runs.write_json(self.folder / "settings.json", parameters)
-        self.places: dict[str, tuple[Path, int]] = {}
+        self.rows_of: dict[str, tuple[Path, int]] = {}  # by key: file and row
         for file in sorted(self.folder.glob("*.npz")):
             self._open(file)
 
     def __contains__(self, key: str) -> bool:
-        return key in self.places
+        return key in self.rows_of
 
     def _open(self, file: Path) -> None:
         try:
             keys = read_arrays(file, ("keys", "descriptors"))["keys"]
         except (OSError, ValueError):  # damaged: its images are described again
             return
-        self.places |= {bytes(key).hex(): (file, row) for row, key in enumerate(keys)}
+        self.rows_of |= {bytes(key).hex(): (file, row) for row, key in enumerate(keys)}
 
     def rows(self, keys: Sequence[str]) -> np.ndarray:
         """Returns the descriptors (K, D) float16 of K images that are stored, read-only.
@@ -250,27 +240,25 @@ class GlobalStore:
         """Reads descriptors (K, D) from their files, each of which is opened once."""
         by_file: dict[Path, list[int]] = {}
         for index, key in enumerate(keys):
-            by_file.setdefault(self.places[key][0], []).append(index)
+            by_file.setdefault(self.rows_of[key][0], []).append(index)
         blocks, order = [], []
         for file, indices in by_file.items():
             descriptors = read_arrays(file, ("keys", "descriptors"))["descriptors"]
-            blocks.append(descriptors[[self.places[keys[index]][1] for index in indices]])
+            blocks.append(descriptors[[self.rows_of[keys[index]][1] for index in indices]])
             order += indices
         return np.concatenate(blocks)[np.argsort(order)]
 
-    def describe(
-        self, images: dict[str, Path], *, mirrored: bool, progress: bool = True
-    ) -> dict[str, str]:
+    def describe(self, images: dict[str, Path], *, mirrored: bool) -> dict[str, str]:
         """Describes the images that are not stored, keyed by content, and their mirror images.
 
         Returns the keys of images that cannot be read, each with the reason.
         """
         ends = (PLAIN, MIRRORED) if mirrored else (PLAIN,)
-        missing = [key for key in images if any(key + end not in self.places for end in ends)]
+        missing = [key for key in images if any(key + end not in self for end in ends)]
         failures: dict[str, str] = {}
         with (
             runs.locked(self.folder),
-            tqdm(total=len(missing), desc="describing", unit="image", disable=not progress) as bar,
+            tqdm(total=len(missing), desc="describing", unit="image") as bar,
             ThreadPoolExecutor(THREADS) as pool,
         ):
             number = len(list(self.folder.glob("*.npz")))
@@ -283,7 +271,9 @@ class GlobalStore:
                 if whole:
                     keys, vectors = self._vectors(whole, ends)
                     file = self.folder / f"{number:05}.npz"
-                    runs.write_arrays(file, keys=_bytes(keys), descriptors=vectors)
+                    hashes = np.frombuffer(bytes.fromhex("".join(keys)), np.uint8)
+                    hashes = hashes.reshape(len(keys), -1)
+                    runs.write_arrays(file, keys=hashes, descriptors=vectors)
                     self._open(file)
                     number += 1
                 bar.update(len(block))
@@ -316,14 +306,13 @@ class GlobalStore:
         return keys, np.concatenate(vectors).astype(np.float16)
 
 
-def _bytes(keys: Sequence[str]) -> np.ndarray:
-    return np.frombuffer(bytes.fromhex("".join(keys)), np.uint8).reshape(len(keys), -1)
-
-
 def _compared(
-    first: Sequence[Path], second: Sequence[Path], candidates: np.ndarray, progress: bool
-) -> Iterator[tuple[int, int, Comparison]]:
-    """Yields pairs of files that are copies or show one place; the better of plain and mirrored."""
+    first: Sequence[Path], second: Sequence[Path], candidates: np.ndarray
+) -> dict[tuple[int, int], Comparison]:
+    """Returns pairs of files that are copies or show one place, the better of plain and mirrored.
+
+    candidates: (P, 3) integers, indices of both files and whether the first is mirrored.
+    """
 
     @functools.lru_cache(KEPT_VIEWS)
     def view(path: Path) -> View | None:
@@ -343,7 +332,7 @@ def _compared(
     best: dict[tuple[int, int], Comparison] = {}
     with ThreadPoolExecutor(THREADS) as pool:
         parts = range(0, len(candidates), BLOCK)
-        for start in tqdm(parts, desc="comparing", unit="block", disable=not progress):
+        for start in tqdm(parts, desc="comparing", unit="block"):
             block = candidates[start : start + BLOCK]
             for pair, comparison in zip(block, pool.map(compare, block), strict=True):
                 if comparison is None or not comparison.is_place:
@@ -353,21 +342,21 @@ def _compared(
                     (best.get(key, comparison), comparison),
                     key=lambda each: (each.is_copy, each.agreement, each.inliers),
                 )
-    yield from ((*key, comparison) for key, comparison in sorted(best.items()))
+    return dict(sorted(best.items()))
 
 
-def _pair_table(keys: list[list[str]], found: dict[tuple[str, str], Comparison]) -> pd.DataFrame:
-    """Returns `Audit.pairs`: what was found of contents, for every file with such a content."""
-    places: list[dict[str, list[int]]] = []
+def _pair_table(keys: list[list[str]], compared: dict[tuple[str, str], Comparison]) -> pd.DataFrame:
+    """Returns `Audit.pairs`: the comparisons of contents, for every file with such a content."""
+    files: list[dict[str, list[int]]] = []  # of each folder, by content
     for side in keys:
-        places.append({})
+        files.append({})
         for index, key in enumerate(side):
-            places[-1].setdefault(key, []).append(index)
-    same = {(key, key): SAME_BYTES for key in places[0] if key in places[-1]}
+            files[-1].setdefault(key, []).append(index)
+    same = {(key, key): SAME_BYTES for key in files[0] if key in files[-1]}
     rows = []
-    for (one, other), comparison in (found | same).items():
-        for first in places[0][one]:
-            for second in places[-1][other]:
+    for (one, other), comparison in (compared | same).items():
+        for first in files[0][one]:
+            for second in files[-1][other]:
                 if len(keys) == 2 or one != other or first < second:
                     rows.append((first, second, comparison))
     rows.sort(key=lambda row: row[:2])
@@ -398,7 +387,7 @@ def write_audit(result: Audit, folder: Path) -> Path:
     table = result.copies.drop(columns="copy")
     for side, column in enumerate(("first", "second")):
         names = pd.Series([result.names[-side][i] for i in table[column]], table.index, object)
-        table[column] = names.str.replace(r"^(?=[=+\-@\t\r＝＋－＠])", "./", regex=True)
+        table[column] = no_formulas(names)
     runs.write_text(folder / "copies.csv", table.to_csv(index=False, float_format="%.3f"))
     lines = ["# images to leave out, one a line: `exclude` of notebook 01", *result.leave_out()]
     runs.write_text(folder / "leave_out.txt", "".join(f"{line}\n" for line in lines))

@@ -4,7 +4,9 @@ They come from the settings or from the run's earlier stages. `val_retrieval` ha
 of val_retrieval.csv; every image of a query's landmark is easy.
 """
 
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,11 +177,10 @@ def validation_benchmark(run: Path, image_folder: Path) -> Path:
     for name, path in zip(names, table["path"], strict=True):
         _link(folder / "jpg" / f"{name}.jpg", image_folder / path, run)
     table = table.assign(path=names)
-    boxes = []
-    for name in table.loc[table["role"] == "query", "path"]:
-        height, width = images.stored_size(folder / "jpg" / f"{name}.jpg")
-        boxes.append((0.0, 0.0, float(width), float(height)))
-    truth = splits.validation_ground_truth(table, np.array(boxes))
+    queries = table.loc[table["role"] == "query", "path"]
+    sizes = [images.stored_size(folder / "jpg" / f"{name}.jpg") for name in queries]
+    boxes = np.array([(0, 0, width, height) for height, width in sizes], np.float64)
+    truth = splits.validation_ground_truth(table, boxes)
     target = folder / f"gnd_{VALIDATION}.pkl"
     if not target.exists() or revisited.load_ground_truth(target).fingerprint != truth.fingerprint:
         revisited.write_ground_truth(target, truth)
@@ -198,20 +199,6 @@ def _link(link: Path, image: Path, run: Path) -> None:
     link.parent.mkdir(parents=True, exist_ok=True)
     link.unlink(missing_ok=True)
     link.symlink_to(target)
-
-
-def _refuse_made_elsewhere(like: str, manifests: dict[str, Any]) -> None:
-    """Raises TuningError where descriptors or features of a data set are a file's."""
-    if "descriptors" in manifests["global"]["inputs"]:
-        raise TuningError(
-            f"{like} was ranked by descriptors made elsewhere, and there are none of {VALIDATION}: "
-            "set tune to False, or tune in a run of our own model"
-        )
-    if "local features" in manifests["local"]["inputs"]:
-        raise TuningError(
-            f"{like} has local features of a file, and there are none of {VALIDATION}: set tune to "
-            "False, or tune in a run whose features are extracted here"
-        )
 
 
 def prepare_validation(
@@ -235,37 +222,56 @@ def prepare_validation(
         TuningError: the data set was ranked by another system's descriptors or by other weights.
         StageError: the validation set was described otherwise, and `overwrite` is not set.
     """
-    manifests = {
-        "global": runs.read_stage(run / like / "global", GLOBAL_NOTEBOOK),
-        "local": runs.read_stage(run / like / "local", LOCAL_NOTEBOOK),
-    }
-    _refuse_made_elsewhere(like, manifests)
-    dataset = revisited.open_dataset(VALIDATION, validation_benchmark(run, image_folder))
-    from vitgal.models import inference  # imports torch
-    from vitgal.stages import describe, extract
+    # They import torch.
+    from vitgal.stages.describe import evaluate_global
+    from vitgal.stages.extract import extract_shortlist
 
-    stages: dict[str, Any] = {
-        "global": (describe.evaluate_global, GlobalSettings),
-        "local": (extract.extract_shortlist, LocalSettings),
-    }
-    for name, (describe_dataset, section) in stages.items():
-        settings = section.from_manifest(manifests[name]["parameters"])
-        ours = name == "global" or settings.own_tokens
-        if ours and manifests[name]["inputs"]["weights"] != inference.weights_fingerprint(model):
-            raise TuningError(f"{run / like / name} was made with other weights than {model}")
-        options: dict[str, Any] = {"model": model}
-        if name == "global" and needs_refine_set(settings):
-            file = manifests[name]["recorded"].get("refine_set")
-            file = file and runs.resolve(file)
-            options["refine_set"] = open_refine_set(run, settings, file, image_folder)
-        if name == "local":
-            code_images = manifests[name]["recorded"].get("code_images")
-            settings = replace(settings, code_images=code_images)
-            options["image_folder"] = image_folder
-        try:
-            describe_dataset(run, dataset, settings, machine, **options)
-        except runs.StageError:
-            if not overwrite:
-                raise
-            describe_dataset(run, dataset, settings, machine, overwrite=True, **options)
+    ranked = runs.read_stage(run / like / "global", GLOBAL_NOTEBOOK)
+    extracted = runs.read_stage(run / like / "local", LOCAL_NOTEBOOK)
+    if "descriptors" in ranked["inputs"]:
+        raise TuningError(
+            f"{like} was ranked by descriptors made elsewhere, and there are none of {VALIDATION}: "
+            "set tune to False, or tune in a run of our own model"
+        )
+    if "local features" in extracted["inputs"]:
+        raise TuningError(
+            f"{like} has local features of a file, and there are none of {VALIDATION}: set tune to "
+            "False, or tune in a run whose features are extracted here"
+        )
+    dataset = revisited.open_dataset(VALIDATION, validation_benchmark(run, image_folder))
+    describing = GlobalSettings.from_manifest(ranked["parameters"])
+    _refuse_other_weights(run / like / "global", ranked, model)
+    images = None
+    if needs_refine_set(describing):
+        file = ranked["recorded"].get("refine_set")
+        images = open_refine_set(run, describing, file and runs.resolve(file), image_folder)
+    evaluate = functools.partial(
+        evaluate_global, run, dataset, describing, machine, model=model, refine_set=images
+    )
+    _make(evaluate, overwrite)
+    local = LocalSettings.from_manifest(extracted["parameters"])
+    local = replace(local, code_images=extracted["recorded"].get("code_images"))
+    if local.own_tokens:
+        _refuse_other_weights(run / like / "local", extracted, model)
+    extract = functools.partial(
+        extract_shortlist, run, dataset, local, machine, model=model, image_folder=image_folder
+    )
+    _make(extract, overwrite)
     return dataset
+
+
+def _refuse_other_weights(folder: Path, manifest: dict[str, Any], model: Path) -> None:
+    from vitgal.models.inference import weights_fingerprint  # imports torch
+
+    if manifest["inputs"]["weights"] != weights_fingerprint(model):
+        raise TuningError(f"{folder} was made with other weights than {model}")
+
+
+def _make(stage: Callable[..., Path], overwrite: bool) -> None:
+    """Calls a stage; one that was made otherwise is made again if it may be overwritten."""
+    try:
+        stage()
+    except runs.StageError:
+        if not overwrite:
+            raise
+        stage(overwrite=True)

@@ -24,7 +24,6 @@ def make_demo(
     *,
     photographs: str | Path = PHOTOGRAPHS,
     overwrite: bool = False,
-    progress: bool = True,
 ) -> Path:
     """Makes the demo data, the stage `<run>/data`, and returns its folder.
 
@@ -58,7 +57,7 @@ def make_demo(
         queries, database = benchmark.benchmark_recipes(held_out, settings)
         targets = [(view, f"train/{image_path(view.name)}") for view in training]
         targets += [(view, f"benchmark/jpg/{view.name}.jpg") for view in queries + database]
-        write_views([(view, folder / path) for view, path in targets], progress=progress)
+        write_views([(view, folder / path) for view, path in targets])
         benchmark.write_tables(folder, training, queries, database)
         outputs = [path for _, path in targets]
         return stage.finish([*outputs, *benchmark.TABLES], {"views": len(targets)})

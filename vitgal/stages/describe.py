@@ -1,8 +1,6 @@
 """The stage of notebook 04: global descriptors, our own or another system's; rankings, scores."""
 
 import contextlib
-import functools
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,11 +10,9 @@ from tqdm.auto import tqdm
 from vitgal import engines, runs
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features import store
-from vitgal.features.descriptors import read_descriptors
 from vitgal.features.files import map_array, read_json
 from vitgal.models.describers import sized
 from vitgal.models.inference import weights_input
-from vitgal.retrieval import faiss_index
 from vitgal.retrieval.refine import RefinementError
 from vitgal.settings import GlobalSettings, MachineSettings
 from vitgal.stages.images import (
@@ -32,6 +28,7 @@ from vitgal.stages.rank import RANKING_OUTPUTS, check_refinement, write_rankings
 from vitgal.stages.ray_describer import open_describer
 from vitgal.stages.whitening import (
     RefineSet,
+    StoredDescriptors,
     learn_whitening,
     needs_refine_set,
     refuse_same_rows,
@@ -53,7 +50,6 @@ def evaluate_global(
     folder: str = "global",
     refine_set: RefineSet | None = None,
     overwrite: bool = False,
-    progress: bool = True,
 ) -> Path:
     """Ranks a benchmark's database for its queries and scores the ranking.
 
@@ -80,39 +76,57 @@ def evaluate_global(
     settings = sized(settings, model)
     learnt_from = _checked_set(settings, dataset, refine_set, "photographs")
     inputs = {"dataset": dataset.as_input, "weights": weights_input(model)}
+    if learnt_from is not None:
+        inputs["refine set"] = learnt_from.as_input
     with runs.stage(
         run / dataset.name / folder,
         "global",
         parameters=settings.compared(),
-        inputs=inputs | _set_input(learnt_from),
+        inputs=inputs,
         overwrite=overwrite,
     ) as stage:
-        count = len(dataset.database)
-        if stage.finished:
-            report_failures(read_json(stage.folder / "failures.json", store.FAILURES), count)
-            return stage.folder
-        with open_describer(model, settings, machine) as describer:
-            _check_width(settings, describer.model.embed_dim, count)
-            learnt = None
-            if learnt_from is not None:  # first: it may refuse
-                rows = _describe_set(run, describer, learnt_from, settings, inputs["weights"])
-                learnt = learn_whitening(settings, rows, learnt_from)
-            queries = _describe_queries(describer, query_tasks(dataset, settings.crop_queries))
-            file = stage.folder / "database.npy"
-            images = dataset.database, dataset.database_paths
-            rows = _describe_images(describer, *images, file, settings, progress=progress)
-            source = learnt_from and learnt_from.file
-            recorded = describer.recorded() | recorded_paths(run, dataset, model, source)
-        protocol = {"crop_queries": settings.crop_queries, "resize": settings.resize}
-        protocol |= {"scales": settings.scales, "precision": describer.precision}
-        protocol |= training_changes(model)
-        outputs = write_rankings(
-            stage, dataset, settings, queries, protocol, failures=rows.failures, learnt=learnt
-        )
-        stage.finish(outputs, recorded | {"images": count, "failed": len(rows.failures)})
-        rows.forget()
-        report_failures(rows.failures, count)
+        if not stage.finished:
+            with open_describer(model, settings, machine) as describer:
+                _describe(stage, run, dataset, settings, describer, model, learnt_from)
+        failures = read_json(stage.folder / "failures.json", store.FAILURES)
+        report_failures(failures, len(dataset.database))
         return stage.folder
+
+
+def _describe(
+    stage: runs.Stage,
+    run: Path,
+    dataset: RetrievalDataset,
+    settings: GlobalSettings,
+    describer: LocalDescriber,
+    model: Path | str,
+    learnt_from: RefineSet | None,
+) -> None:
+    """Describes all images of a benchmark, writes the rankings and finishes the stage."""
+    count = len(dataset.database)
+    check_refinement(settings, describer.model.embed_dim, count)
+    learnt = None
+    if learnt_from is not None:  # first: it may refuse
+        weights = stage.settings["inputs"]["weights"]
+        rows = _describe_set(run, settings, describer, learnt_from, weights)
+        learnt = learn_whitening(settings, rows, learnt_from)
+    with tqdm(disable=True) as bar:
+        tasks = query_tasks(dataset, settings.crop_queries)
+        ((queries, failures),) = describer.describe_blocks([tasks], bar)
+    refuse_failed_query(failures)
+    file = stage.folder / "database.npy"
+    rows = _describe_images(describer, dataset.database, dataset.database_paths, file)
+    protocol = {
+        "crop_queries": settings.crop_queries,
+        "resize": settings.resize,
+        "scales": settings.scales,
+        "precision": describer.precision,
+    } | training_changes(model)
+    outputs = write_rankings(stage, dataset, settings, queries, protocol, rows.failures, learnt)
+    paths = recorded_paths(run, dataset, model, learnt_from and learnt_from.file)
+    counts = {"images": count, "failed": len(rows.failures)}
+    stage.finish(outputs, describer.recorded() | paths | counts)
+    rows.forget()
 
 
 def training_changes(model: Path | str) -> dict[str, list[str]]:
@@ -138,13 +152,6 @@ def training_changes(model: Path | str) -> dict[str, list[str]]:
     return {"training_changes": lines} if lines else {}
 
 
-def _describe_queries(describer: LocalDescriber, tasks: Sequence[ImageTask]) -> np.ndarray:
-    with tqdm(disable=True) as bar:
-        ((rows, failures),) = describer.describe_blocks([tasks], bar)
-    refuse_failed_query(failures)
-    return rows
-
-
 def _checked_set(
     settings: GlobalSettings, dataset: RetrievalDataset, images: RefineSet | None, kind: str
 ) -> RefineSet | None:
@@ -164,25 +171,17 @@ def _checked_set(
     return images
 
 
-def _set_input(images: RefineSet | None) -> dict[str, runs.Input]:
-    return {} if images is None else {"refine set": images.as_input}
-
-
-def _check_width(settings: GlobalSettings, width: int, images: int) -> None:
-    """Refuses a refinement or an index that descriptors of this width and number do not allow."""
-    width = check_refinement(settings, width, images)
-    if settings.index is not None:
-        faiss_index.check(settings.index, width, images)
-
-
 def _describe_set(
     run: Path,
+    settings: GlobalSettings,
     describer: LocalDescriber,
     images: RefineSet,
-    settings: GlobalSettings,
-    weights: str | runs.Input,
+    weights: str,
 ) -> np.ndarray:
-    """Describes the images that a whitening is learnt from, once for all data sets of a run."""
+    """Describes the images that a whitening is learnt from, once for all data sets of a run.
+
+    weights: the fingerprint of the describer's. Returns (F, D) float32.
+    """
     compared = settings.compared()
     parameters = {name: compared[name] for name in compared if name not in DESCRIPTOR_SETTINGS}
     inputs = {"images": images.as_input, "weights": weights}
@@ -191,9 +190,7 @@ def _describe_set(
     with runs.stage(folder, "refine set", parameters=parameters, inputs=inputs) as stage:
         if not stage.finished:
             file = folder / "descriptors.npy"
-            rows = _describe_images(
-                describer, images.names, images.paths, file, settings, progress=False
-            )
+            rows = _describe_images(describer, images.names, images.paths, file)
             runs.write_json(folder / "failures.json", rows.failures)
             stage.finish(["descriptors.npy", "failures.json"], {"images": len(images.names)})
             rows.forget()
@@ -201,26 +198,19 @@ def _describe_set(
 
 
 def _describe_images(
-    describer: LocalDescriber,
-    names: Sequence[str],
-    paths: Sequence[Path],
-    file: Path,
-    settings: GlobalSettings,
-    *,
-    progress: bool,
+    describer: LocalDescriber, names: Sequence[str], paths: Sequence[Path], file: Path
 ) -> store.RowFile:
     """Describes images into a file, block by block, from the last checkpoint on."""
     count, precision = len(names), {"precision": describer.precision}
     rows = store.RowFile.open(file, (count, describer.model.embed_dim), settings=precision)
     start = rows.rows
-    images = zip(names[start:], paths[start:], strict=True)
-    tasks = [ImageTask(name, path) for name, path in images]
+    tasks = [ImageTask(*image) for image in zip(names[start:], paths[start:], strict=True)]
     blocks = [tasks[first : first + BLOCK] for first in range(0, len(tasks), BLOCK)]
-    bar = tqdm(total=count, initial=start, desc="describing", unit="image", disable=not progress)
+    bar = tqdm(total=count, initial=start, desc="describing", unit="image")
     with bar, contextlib.closing(describer.describe_blocks(blocks, bar)) as described:
         for block, failures in described:
             rows.append(block, failures)
-            refuse_failures(rows.failures, count, settings.max_failed_share)
+            refuse_failures(rows.failures, count, describer.settings.max_failed_share)
     rows.finish()
     return rows
 
@@ -249,41 +239,32 @@ def evaluate_descriptors(
         StageError: the folder holds other settings or descriptors.
         FileNotFoundError, DescriptorError: see `read_descriptors`.
     """
-    descriptors = Path(descriptors)
     queries, count = dataset.ground_truth.queries, len(dataset.database)
-    files = [path for path in (descriptors, descriptors.with_suffix(".txt")) if path.is_file()]
-    stamp = runs.images_input([path.name for path in files], files).stamp
-
-    @functools.cache
-    def rows() -> np.ndarray:
-        """Reads the descriptors, (N, D) float32: first the queries, then the database."""
-        return read_descriptors(descriptors, [*queries, *dataset.database])
-
+    source = StoredDescriptors(Path(descriptors), [*queries, *dataset.database])
     compared = settings.compared()
     learnt_from = _checked_set(settings, dataset, refine_set, "descriptors")
+    inputs = {"dataset": dataset.as_input, "descriptors": source.as_input}
+    if learnt_from is not None:
+        inputs["refine set"] = learnt_from.as_input
     with runs.stage(
         run / dataset.name / "global",
         "global",
         parameters={name: compared[name] for name in DESCRIPTOR_SETTINGS if name in compared},
-        inputs={
-            "dataset": dataset.as_input,
-            "descriptors": runs.Input(stamp, lambda: hashlib.sha256(rows().data).hexdigest()),
-        }
-        | _set_input(learnt_from),
+        inputs=inputs,
         overwrite=overwrite,
     ) as stage:
         if stage.finished:
             return stage.folder
-        _check_width(settings, rows().shape[1], count)
+        check_refinement(settings, source.rows.shape[1], count)
         learnt = None
         if learnt_from is not None:
-            refuse_same_rows(learnt_from.rows(), rows())
-            learnt = learn_whitening(settings, learnt_from.rows(), learnt_from)
-            learnt.whitening.apply(rows()[:1])  # refuses another width
-        runs.write_array(stage.folder / "database.npy", rows()[len(queries) :])
+            rows = learnt_from.rows()
+            refuse_same_rows(rows, source.rows)
+            learnt = learn_whitening(settings, rows, learnt_from)
+            learnt.whitening.apply(source.rows[:1])  # refuses another width
+        first, rest = np.split(source.rows, [len(queries)])
+        runs.write_array(stage.folder / "database.npy", rest)
         protocol = {"crop_queries": settings.crop_queries, "descriptors": "made elsewhere"}
-        outputs = write_rankings(
-            stage, dataset, settings, rows()[: len(queries)], protocol, learnt=learnt
-        )
+        outputs = write_rankings(stage, dataset, settings, first, protocol, learnt=learnt)
         recorded = recorded_paths(run, dataset, refine_set=learnt_from and learnt_from.file)
         return stage.finish(outputs, {"images": count} | recorded)

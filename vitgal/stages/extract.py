@@ -45,7 +45,6 @@ def extract_shortlist(
     model: Path | str,
     image_folder: Path | None = None,
     overwrite: bool = False,
-    progress: bool = True,
 ) -> Path:
     """Extracts the local features that reranking needs: `<run>/<dataset>/local`, a FeatureStore.
 
@@ -80,7 +79,6 @@ def extract_shortlist(
         model=model,
         image_folder=image_folder,
         overwrite=overwrite and slot == runs.ALONE,
-        progress=progress,
     )
     with runs.stage(
         run / dataset.name / "local",
@@ -99,10 +97,10 @@ def extract_shortlist(
             return stage.folder
         with _open_describer(model, settings, machine, images, codes) as describer:
             _announce(describer.code_dim, len(images), settings)
-            made_in = {"precision": describer.precision}
-            kind = store.ShardFormat(settings.dtype, describer.code_dim, made_in)
-            shards = shard_tasks(stage.folder, images, settings.shard_size, kind)
-            write_shards(describer, shards, slot, settings.max_failed_share, progress=progress)
+            precision = {"precision": describer.precision}
+            shard_format = store.ShardFormat(settings.dtype, describer.code_dim, precision)
+            shards = shard_tasks(stage.folder, images, settings.shard_size, shard_format)
+            write_shards(describer, shards, slot, settings.max_failed_share)
             weights = model if settings.own_tokens else None
             recorded = describer.recorded() | recorded_paths(run, dataset, weights)
             recorded |= {"code_images": settings.code_images} if codes else {}
@@ -186,8 +184,6 @@ def write_shards(
     shards: Sequence[ShardTask],
     slot: runs.WorkerSlot,
     max_failed_share: float,
-    *,
-    progress: bool,
 ) -> None:
     """Writes those of a worker's shards that are missing or damaged, out of all workers' shards.
 
@@ -208,9 +204,7 @@ def write_shards(
     count, total, left = (
         sum(len(shard.images) for shard in part) for part in (shards, own, missing)
     )
-    bar = tqdm(
-        total=total, initial=total - left, desc="extracting", unit="image", disable=not progress
-    )
+    bar = tqdm(total=total, initial=total - left, desc="extracting", unit="image")
     with bar, contextlib.closing(describer.write_shards(missing, bar)) as results:
         for failed in results:
             failures += failed

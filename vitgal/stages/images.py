@@ -52,6 +52,17 @@ def query_tasks(dataset: RetrievalDataset, crop: bool) -> list[ImageTask]:
     return [ImageTask(name, path, box, is_query=True) for name, path, box in queries]
 
 
+def benchmark_images(paths: Sequence[Path], dataset: RetrievalDataset) -> list[Path]:
+    """Returns the files that hold a query or a labelled image of a benchmark, by content."""
+    labelled = len(dataset.ground_truth.database)
+    images = [*dataset.query_paths, *dataset.database_paths[:labelled]]
+    sizes = {path.stat().st_size for path in images}
+    suspects = [path for path in paths if path.stat().st_size in sizes]
+    sizes = {path.stat().st_size for path in suspects}
+    contents = {runs.fingerprint_file(path) for path in images if path.stat().st_size in sizes}
+    return [path for path in suspects if runs.fingerprint_file(path) in contents]
+
+
 def load_image(
     task: ImageTask, size: int, resize_mode: str, multiple: int | None = None
 ) -> LoadedImage:

@@ -7,9 +7,9 @@ from vitgal import runs
 from vitgal.models.baselines import INSTALL, baseline_network, rounded_network
 from vitgal.models.timm_networks import TimmSource
 from vitgal.settings import GlobalSettings, Settings, Values
+from vitgal.stages.own_describer import Describer
 
 BASELINE = "EfficientNet-Lite0"
-
 
 # Size and scales of the demo's small model, which notebook 08 holds.
 DEMO_SIZE, DEMO_SCALES = 224, (0.5, 0.7071, 1.0)
@@ -75,6 +75,17 @@ class OwnModels:
         values = {name: v for name, v in BASELINE_VALUES.items() if name not in kept}
         whole = settings | Values.of(values, f"what suits {BASELINE}")
         return Settings(whole.values, whole.sources)
+
+    def describer(self, run: Path, settings: Settings) -> Describer:
+        """Returns what describes photographs with these models, by settings that suit them."""
+        return Describer(
+            run,
+            self.describing,
+            self.suited(settings.describing),
+            settings.local,
+            settings.machine,
+            local_model=self.local,
+        )
 
     def suited(self, settings: GlobalSettings) -> GlobalSettings:
         """Returns settings with the size that a timm network was made for, at one scale.

@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 
 from vitgal import runs
 from vitgal.data.photographs import (
-    Listing,
     PhotographError,
     find_photograph,
     list_photographs,
@@ -24,7 +23,7 @@ from vitgal.features.local import LocalFeatures
 from vitgal.retrieval.exact_search import search
 from vitgal.retrieval.presence import Presence
 from vitgal.retrieval.ranking import fused_scores
-from vitgal.retrieval.verification import PairInspection, inspect_shortlist
+from vitgal.retrieval.verification import PairInspection, inspect_pair
 from vitgal.settings import RerankingSettings
 from vitgal.stages.own_describer import Describer, Description, Glance, read_description
 from vitgal.stages.verified_pairs import VerifiedPairs
@@ -62,13 +61,9 @@ class Photographs:
         """Returns a photograph's file."""
         return self.folder / name
 
-    def file(self, name: str) -> Path:
-        """Returns the file of a photograph's description."""
-        return self.files[bisect.bisect_left(self.names, name)]
-
     def description(self, name: str) -> Description:
         """Reads a photograph's description, also where its file has changed or vanished since."""
-        stored = read_description(self.file(name))
+        stored = read_description(self.files[bisect.bisect_left(self.names, name)])
         return stored or self.describer.describe(self.path(name))
 
     @functools.cached_property
@@ -95,7 +90,7 @@ class Photographs:
         return "\n".join(lines)
 
 
-def describe_folder(folder: Path, describer: Describer, *, progress: bool = True) -> Photographs:
+def describe_folder(folder: Path, describer: Describer) -> Photographs:
     """Describes every photograph of a folder that has no description yet; a killed run goes on.
 
     Unchanged files are not read again. A photograph that cannot be used is left out and named with
@@ -111,7 +106,7 @@ def describe_folder(folder: Path, describer: Describer, *, progress: bool = True
 
     def look(names: Sequence[str], task: str, new: bool) -> Iterator[str]:
         """Looks for descriptions, and makes them with `new`; yields names without one."""
-        for name in tqdm(names, desc=task, unit="image", disable=not progress or not names):
+        for name in tqdm(names, desc=task, unit="image") if names else ():
             path = listing.folder / name
             try:
                 _refuse_undecodable(name)
@@ -131,39 +126,29 @@ def describe_folder(folder: Path, describer: Describer, *, progress: bool = True
         finally:
             describer.known_files.save()
     left_out |= dict.fromkeys(missing, "it changed while it was read: run this again")
-    return _described(listing, describer, glances, left_out, describer.extracted - extracted_before)
-
-
-def _described(
-    listing: Listing,
-    describer: Describer,
-    found: dict[str, Glance],
-    left_out: dict[str, str],
-    extracted: int,
-) -> Photographs:
-    if not found:
+    if not glances:
         first = next(iter(left_out))
         raise PhotographError(
             f"none of the {len(left_out)} photographs in {listing.folder} can be used; "
             f"{runs.printable(first)}: {left_out[first]}"
         )
-    names = [name for name in listing.names if name in found]
+    glances = {name: glances[name] for name in listing.names if name in glances}
     notes = {}
-    for name in names:
-        remarks = (size_note(*found[name].image_size), found[name].note)
+    for name, glance in glances.items():
+        remarks = (size_note(*glance.image_size), glance.note)
         if note := "; ".join(filter(None, remarks)):
             notes[name] = note
     return Photographs(
         folder=listing.folder,
         describer=describer,
-        names=names,
-        files=[found[name].file for name in names],
-        descriptors=np.stack([found[name].descriptor for name in names]),
-        sizes=np.array([found[name].image_size for name in names]),
+        names=list(glances),
+        files=[glance.file for glance in glances.values()],
+        descriptors=np.stack([glance.descriptor for glance in glances.values()]),
+        sizes=np.array([glance.image_size for glance in glances.values()]),
         left_out=left_out,
         notes=notes,
         other_files=listing.other_files,
-        extracted=extracted,
+        extracted=describer.extracted - extracted_before,
     )
 
 
@@ -205,8 +190,10 @@ class SearchResult:
 
     def pair(self, name: str) -> tuple[LocalFeatures, PairInspection]:
         """Returns a photograph's local features, and its matches with the query."""
-        (pair,) = _inspect(self.photographs, self.description, [name], self.settings)
-        return self.photographs.features(name), pair
+        features = self.photographs.features(name)
+        device = self.photographs.describer.machine.match_device
+        pair = inspect_pair(self.description.features, features, self.settings, device=device)
+        return features, pair
 
 
 def find_query(photographs: Photographs, query: str) -> tuple[str, Path]:
@@ -230,7 +217,8 @@ def find_query(photographs: Photographs, query: str) -> tuple[str, Path]:
     listed = dict.fromkeys((*photographs.names, *left_out))
     name = path.relative_to(folder).as_posix() if path.is_relative_to(folder) else None
     if name not in listed:  # perhaps a link to one of them
-        name = next((name for name in listed if _same(folder / name, path)), None)
+        identity = _identity(path)
+        name = next((name for name in listed if _identity(folder / name) == identity), None)
     if name in left_out:
         raise PhotographError(f"the query {name}: {left_out[name]}")
     return name or path.name, path
@@ -246,13 +234,6 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name.lower())
-
-
-def _same(path: Path, other: Path) -> bool:
-    try:
-        return path.samefile(other)
-    except OSError:  # the file has vanished
-        return False
 
 
 def search_folder(
@@ -323,17 +304,6 @@ def search_photograph(
     return SearchResult(photographs, label, path, box, description, table, settings, presence)
 
 
-def _inspect(
-    photographs: Photographs,
-    query: Description,
-    names: Sequence[str],
-    settings: RerankingSettings,
-) -> Iterator[PairInspection]:
-    features = map(photographs.features, names)
-    device = photographs.describer.machine.match_device
-    return inspect_shortlist(query.features, features, settings, device=device)
-
-
 def _rerank(table: pd.DataFrame, counts: np.ndarray, settings: RerankingSettings) -> pd.DataFrame:
     """Adds the counts (n, 4) of the first n rows, and sorts these as the settings say."""
     matches, inliers, features, plausible = counts.T
@@ -364,12 +334,12 @@ def _expand(
     Where nothing reaches the threshold the order stays. Source: Chum et al., Total Recall, ICCV
     2007, average query expansion by verified results.
     """
-    confirmed = (table["probability"] >= threshold).to_numpy()
-    if not confirmed.any():
+    showing = (table["probability"] >= threshold).to_numpy()
+    if not showing.any():
         return table
     indices = pd.Index(photographs.names).get_indexer(table["photograph"])
     rows = photographs.descriptors[indices]
-    mean = query.descriptor + rows[confirmed].sum(axis=0)
+    mean = query.descriptor + rows[showing].sum(axis=0)
     similarities = rows @ (mean / np.linalg.norm(mean))
     evidence = table["evidence"].fillna(0).to_numpy(np.int64)
     scores = fused_scores(similarities, evidence, settings.fused_weight, settings.fused_cap)

@@ -90,8 +90,6 @@ def answer(
     queries: Sequence[NamedQuery],
     settings: RerankingSettings,
     presence: Presence | None = None,
-    *,
-    progress: bool = True,
 ) -> Answers:
     """Searches the folder for each query; pairs that were verified once are not verified again.
 
@@ -99,7 +97,7 @@ def answer(
     out and named; a stopped run loses at most one. Raises PhotographError where none can be read.
     """
     tables, verdicts, files, answered, left_out = [], [], [], [], {}
-    for query in tqdm(queries, desc="searching", unit="query", disable=not progress):
+    for query in tqdm(queries, desc="searching", unit="query"):
         try:
             named = query.name, query.path
             result = search_photograph(photographs, named, query.box, settings, presence)

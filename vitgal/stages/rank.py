@@ -14,14 +14,7 @@ from vitgal.data.revisited import GroundTruth, RetrievalDataset, labelled
 from vitgal.evaluation.protocol import evaluate
 from vitgal.evaluation.scores import scores_document
 from vitgal.features.files import map_array
-from vitgal.retrieval import (
-    exact_ranks,
-    exact_search,
-    faiss_index,
-    refine,
-    reorder,
-    shortlists,
-)
+from vitgal.retrieval import exact_ranks, exact_search, faiss_index, refine, reorder, shortlists
 from vitgal.retrieval.ranking import Ranking
 from vitgal.retrieval.refine import Hits, NeighbourSearch, RefinementError
 from vitgal.retrieval.reorder import ScoredRanking
@@ -54,13 +47,17 @@ RANKING_OUTPUTS = (
 GRAPH = ("graph_similarities.npy", "graph_images.npy")
 WHITENING, REFINED = "whitening.npz", "refined_{}.npy"
 WHITENED = "whitened_database.npy"  # until it is augmented
-REFINEMENT_OUTPUTS = (WHITENING, REFINED.format("database"), REFINED.format("queries"), *GRAPH)
+OPTIONAL_OUTPUTS = (
+    *(f"similarities_{PLAIN}.npy", f"top_{PLAIN}.npy", f"positions_{PLAIN}.npz"),
+    *(WHITENING, REFINED.format("database"), REFINED.format("queries"), *GRAPH),
+    *faiss_index.OUTPUTS,
+)
 
 
-def check_refinement(settings: GlobalSettings, width: int, images: int) -> int:
-    """Raises RefinementError where a chain does not fit descriptors of this width and number.
+def check_refinement(settings: GlobalSettings, width: int, images: int) -> None:
+    """Refuses a chain or an index that does not fit descriptors of this width and number.
 
-    Call it before computing descriptors. Returns the width of the refined descriptors.
+    Call it before computing descriptors. Raises RefinementError, or as `faiss_index.check`.
     """
     for step in settings.steps:
         if isinstance(step, (Whitening, LearnedWhitening)):
@@ -80,7 +77,8 @@ def check_refinement(settings: GlobalSettings, width: int, images: int) -> int:
                 f"{MOST_EXACT:,} images at most, not {images:,}: set index, such as "
                 '"IVF4096,Flat; nprobe=16", or leave the step out'
             )
-    return width
+    if settings.index is not None:
+        faiss_index.check(settings.index, width, images)
 
 
 def write_rankings(
@@ -89,7 +87,6 @@ def write_rankings(
     settings: GlobalSettings,
     queries: np.ndarray,
     protocol: Mapping[str, Any],
-    *,
     failures: Sequence[Mapping[str, str]] = (),
     learnt: Learnt | None = None,
 ) -> list[str]:
@@ -100,28 +97,10 @@ def write_rankings(
     """
     folder, truth = stage.folder, dataset.ground_truth
     database = map_array(folder / "database.npy")
-    displayed = shortlists.shortlist_depth(truth, len(database), top=settings.top)
-    displayed = max(settings.display, displayed)
-    depth = max(
-        [displayed, *(step.depth for step in settings.steps if isinstance(step, Reordering))]
-    )
-    ranking = exact_ranking(queries, database, truth, depth)
-    outputs, further, plain_queries = [*RANKING_OUTPUTS, "failures.json"], {}, queries
-    if settings.steps:
-        outputs += _write_plain(folder, ranking.cut(displayed))
-        further["plain"] = evaluate(ranking.ranking.positions, truth)
-        queries, database, facts = _refined_descriptors(folder, settings, queries, database, learnt)
-        further |= facts
-        if any(not isinstance(step, Reordering) for step in settings.steps):
-            ranking = exact_ranking(queries, database, truth, depth)
-    if settings.index is not None:
-        further["exact"] = evaluate(ranking.ranking.positions, truth)
-        ranking, further["recall"] = _from_index(folder, settings.index, queries, database, ranking)
-        outputs += faiss_index.OUTPUTS
-    graph = functools.partial(_graph, folder, settings, database)
-    ranking = reordered(settings.steps, queries, database, ranking, graph).cut(displayed)
-    outputs += [name for name in REFINEMENT_OUTPUTS if (folder / name).exists()]
-    runs.write_array(folder / "queries.npy", plain_queries)
+    depth = shortlists.shortlist_depth(truth, len(database), top=settings.top)
+    depth = max(settings.display, depth)
+    ranking, further = _ranked(folder, settings, queries, database, truth, depth, learnt)
+    runs.write_array(folder / "queries.npy", queries)
     runs.write_json(folder / "names.json", {"queries": truth.queries, "database": dataset.database})
     runs.write_array(folder / "similarities.npy", ranking.similarities)
     ranking.ranking.save(folder)
@@ -130,14 +109,14 @@ def write_rankings(
         folder / "shortlist.txt", listed, queries=truth.queries, database=dataset.database
     )
     runs.write_json(folder / "failures.json", failures)
+    facts = {
+        "dataset": dataset.name,
+        "reranked": False,
+        "distractors": len(database) - len(truth.database),
+    }
     document = scores_document(
         evaluate(ranking.ranking.positions, truth),
-        protocol={
-            **protocol,
-            "dataset": dataset.name,
-            "reranked": False,
-            "distractors": len(database) - len(truth.database),
-        },
+        protocol=protocol | facts,
         parameters=stage.settings["parameters"],
         inputs=stage.settings["inputs"],
         failed=len(failures),
@@ -145,7 +124,41 @@ def write_rankings(
         further=further,
     )
     runs.write_json(folder / "scores.json", document)
-    return outputs
+    written = [name for name in OPTIONAL_OUTPUTS if (folder / name).exists()]
+    return [*RANKING_OUTPUTS, "failures.json", *written]
+
+
+def _ranked(
+    folder: Path,
+    settings: GlobalSettings,
+    queries: np.ndarray,
+    database: np.ndarray,
+    truth: GroundTruth,
+    depth: int,
+    learnt: Learnt | None = None,
+) -> tuple[ScoredRanking, dict[str, Any]]:
+    """Ranks a database (N, D) for queries (Q, D) by the settings: the first `depth`.
+
+    Writes the plain ranking, the index and what the refinement needs to the folder. Returns with
+    the ranking the scores and facts that scores.json has beside its own.
+    """
+    further: dict[str, Any] = {}
+    searched = max([depth, *(s.depth for s in settings.steps if isinstance(s, Reordering))])
+    ranking = exact_ranking(queries, database, truth, searched)
+    if settings.steps:
+        plain = ranking.cut(depth)
+        runs.write_array(folder / f"similarities_{PLAIN}.npy", plain.similarities)
+        plain.ranking.save(folder, PLAIN)
+        further["plain"] = evaluate(ranking.ranking.positions, truth)
+        queries, database, facts = _refined_descriptors(folder, settings, queries, database, learnt)
+        further |= facts
+        if any(not isinstance(step, Reordering) for step in settings.steps):
+            ranking = exact_ranking(queries, database, truth, searched)
+    if settings.index is not None:
+        further["exact"] = evaluate(ranking.ranking.positions, truth)
+        ranking, further["recall"] = _from_index(folder, settings.index, queries, database, ranking)
+    graph = functools.partial(_graph, folder, settings, database)
+    return reordered(settings.steps, queries, database, ranking, graph).cut(depth), further
 
 
 def try_refinement(
@@ -165,19 +178,13 @@ def try_refinement(
             does not fit the number of images.
     """
     settings = GlobalSettings(refine=tuple(chain))
-    queries, database = (
-        map_array(Path(folder) / f"{name}.npy") for name in ("queries", "database")
-    )
+    queries = np.asarray(map_array(Path(folder) / "queries.npy"))
+    database = map_array(Path(folder) / "database.npy")
     check_refinement(settings, database.shape[1], len(database))
+    truth = dataset.ground_truth
     with tempfile.TemporaryDirectory() as scratch:
-        refined, rows, _ = _refined_descriptors(
-            Path(scratch), settings, np.asarray(queries), database, None
-        )
-        depth = max([1, *(step.depth for step in settings.steps if isinstance(step, Reordering))])
-        ranking = exact_ranking(refined, rows, dataset.ground_truth, depth)
-        graph = functools.partial(_graph, Path(scratch), settings, rows)
-        ranking = reordered(settings.steps, refined, rows, ranking, graph)
-    return evaluate(ranking.ranking.positions, dataset.ground_truth)
+        ranking, _ = _ranked(Path(scratch), settings, queries, database, truth, depth=1)
+    return evaluate(ranking.ranking.positions, truth)
 
 
 def exact_ranking(
@@ -203,11 +210,6 @@ def _from_index(
     return ScoredRanking(similarities, Ranking(ranks, positions)), recall
 
 
-def _write_plain(folder: Path, ranking: ScoredRanking) -> list[str]:
-    runs.write_array(folder / f"similarities_{PLAIN}.npy", ranking.similarities)
-    return [f"similarities_{PLAIN}.npy", *ranking.ranking.save(folder, PLAIN)]
-
-
 def _refined_descriptors(
     folder: Path,
     settings: GlobalSettings,
@@ -225,15 +227,17 @@ def _refined_descriptors(
     refined = folder / REFINED.format("database")
     for step in steps:
         if isinstance(step, Expansion):
-            options = {"neighbours": step.neighbours, "alpha": step.alpha}
-            queries = refine.expand_queries(queries, database, **options)
+            queries = refine.expand_queries(
+                queries, database, neighbours=step.neighbours, alpha=step.alpha
+            )
             continue
         target = refined if step is changing[-1] else folder / WHITENED
         if isinstance(step, Augmentation):
             if not target.exists():
                 find = _neighbour_search(folder, settings, database)
-                options = {"neighbours": step.neighbours, "alpha": step.alpha}
-                blocks = refine.augmented_blocks(database, find, **options)
+                blocks = refine.augmented_blocks(
+                    database, find, neighbours=step.neighbours, alpha=step.alpha
+                )
                 write_rows(target, database.shape, blocks)
         else:
             if learnt is None:

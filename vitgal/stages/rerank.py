@@ -83,7 +83,6 @@ def rerank_shortlist(
     machine: MachineSettings,
     *,
     overwrite: bool = False,
-    progress: bool = True,
 ) -> Path:
     """Verifies every short list of a run and writes the reranked rankings.
 
@@ -123,8 +122,7 @@ def rerank_shortlist(
             count = functools.partial(
                 count_inliers, store, settings=settings, device=machine.match_device
             )
-            label = "verifying short lists" if progress else None
-            rows = count_queries(lists, count, machine, folder / JOURNAL, label)
+            rows = count_queries(lists, count, machine, folder / JOURNAL, "verifying short lists")
             runs.write_array(folder / "candidates.npy", lists.candidates)
             for index, name in enumerate(counted):
                 counts = [np.atleast_2d(row)[index] for row in rows]
@@ -187,16 +185,12 @@ def read_lists(folder: Path, ground_truth: GroundTruth, top: int) -> CandidateLi
 
 
 def count_queries(
-    lists: CandidateLists,
-    count: Counter,
-    machine: MachineSettings,
-    journal: Path,
-    label: str | None,
+    lists: CandidateLists, count: Counter, machine: MachineSettings, journal: Path, label: str
 ) -> list[np.ndarray]:
     """Returns per query the result of `count`, which must be picklable: int32 of shape (..., C).
 
     journal: folder of the finished queries, from which an interrupted run goes on. label: of the
-    progress bar; None: none. The result does not depend on the machine's engine and workers.
+    progress bar. The result does not depend on the machine's engine and workers.
     """
     counts: dict[int, np.ndarray] = {}
     for q, images in enumerate(lists.images):
@@ -210,9 +204,7 @@ def count_queries(
     processes = engines.parallel(
         machine.engine, machine.ray_address, workers=machine.workers, tasks=len(tasks)
     )
-    bar = tqdm(
-        total=len(queries), initial=len(counts), desc=label, unit="query", disable=label is None
-    )
+    bar = tqdm(total=len(queries), initial=len(counts), desc=label, unit="query")
     with processes as pool, bar:
         for q, row in pool(joblib.delayed(_count_query)(count, *task) for task in tasks):
             runs.write_array(journal / f"{q}.npy", row)

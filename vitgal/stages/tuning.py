@@ -56,7 +56,6 @@ def tune(
     machine: MachineSettings,
     *,
     overwrite: bool = False,
-    progress: bool = True,
 ) -> Path:
     """Counts inliers over a grid of settings on the validation set and chooses the best point.
 
@@ -92,14 +91,17 @@ def tune(
         if stage.finished:
             return stage.folder
         queries = _draw_queries(ground_truth, settings.max_queries, current)
-        lists = _read_lists(source, ground_truth, queries, max(grid["top"]))
-        remedy = f"it is shorter than top={max(grid['top'])}: try fewer candidates (tune_tops)"
+        depth = max(grid["top"])
+        lists = _read_lists(source, ground_truth, queries, depth)
+        remedy = f"it is shorter than top={depth}: try fewer candidates (tune_tops)"
         store = lists.open_features(source / "local", remedy)
         count = functools.partial(count_grid, store, grid=grid, settings=current)
-        label = "tuning" if progress else None
-        rows = count_queries(lists, count, machine, stage.folder / JOURNAL, label)
-        similar = _similarities(source, ground_truth, queries, grid, fused)
-        ap = _all_ap(lists, rows, similar, grid, current)
+        rows = count_queries(lists, count, machine, stage.folder / JOURNAL, "tuning")
+        similarities = np.full(lists.candidates.shape, np.nan)
+        if fused:
+            every = _read_lists(source, ground_truth, np.arange(len(ground_truth.queries)), depth)
+            similarities = candidate_similarities(source / "global", every)[queries]
+        ap = _all_ap(lists, rows, similarities, grid, current)
         _write_choice(stage.folder, lists, rows, ap, grid, current)
         shutil.rmtree(stage.folder / JOURNAL, ignore_errors=True)
         recorded = {"engine": machine.engine, "workers": machine.workers, "queries": len(queries)}
@@ -151,16 +153,6 @@ def _read_lists(folder: Path, truth: GroundTruth, queries: np.ndarray, top: int)
     ranking = Ranking.load(folder / "global").select(queries)
     images = shortlists.candidates(ranking.order, truth, PROTOCOL, top=top)
     return CandidateLists(truth, truth.database, ranking, images)
-
-
-def _similarities(
-    folder: Path, truth: GroundTruth, queries: np.ndarray, grid: Grid, fused: bool
-) -> np.ndarray:
-    """The similarities (Q, C) of the candidates of some queries; nan where none are needed."""
-    every = _read_lists(folder, truth, np.arange(len(truth.queries)), max(grid["top"]))
-    if not fused:
-        return np.full((len(queries), every.candidates.shape[1]), np.nan)
-    return candidate_similarities(folder / "global", every)[queries]
 
 
 def count_grid(

@@ -62,14 +62,8 @@ class VerifiedPairs:
         pairs = inspect_shortlist(query.features, compared, self.settings, device=device)
         counts = {}
         for stem, other, pair in zip(missing, others, pairs, strict=True):
-            evidence = weigh(query.features, other, pair)
-            pair_counts = (
-                evidence.matches,
-                evidence.inliers,
-                evidence.features,
-                int(not evidence.kind),
-            )
-            counts[stem] = pair_counts
+            weighed = weigh(query.features, other, pair)
+            counts[stem] = weighed.matches, weighed.inliers, weighed.features, int(not weighed.kind)
         return counts
 
     def _file(self, query: Description) -> Path:

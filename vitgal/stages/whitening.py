@@ -1,5 +1,6 @@
 """The images from which a global stage's whitening is learnt; never the benchmark's own."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +22,30 @@ from vitgal.retrieval.refine import (
 )
 from vitgal.settings import GlobalSettings
 from vitgal.settings.refinement import LearnedWhitening, Whitening
+from vitgal.stages.images import benchmark_images
 
 PER_CLASS = 8  # images of a landmark that are drawn, at most: enough for pairs
 SOURCES = ("training split", "photographs", "descriptors")  # as scores.json names them
+
+
+@dataclass(frozen=True, eq=False)
+class StoredDescriptors:
+    """Another system's descriptors of some images, see `read_descriptors`, read once."""
+
+    file: Path
+    names: Sequence[str]
+
+    @functools.cached_property
+    def rows(self) -> np.ndarray:
+        """(N, D) float32."""
+        return read_descriptors(self.file, self.names)
+
+    @property
+    def as_input(self) -> runs.Input:
+        """The input of a stage: the descriptors, read again where a file has changed."""
+        files = [path for path in (self.file, self.file.with_suffix(".txt")) if path.is_file()]
+        stamp = runs.images_input([path.name for path in files], files).stamp
+        return runs.Input(stamp, lambda: hashlib.sha256(self.rows.data).hexdigest())
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,32 +67,25 @@ class RefineSet:
     def as_input(self) -> runs.Input:
         """The input of a stage that learns from the images."""
         if self.source == SOURCES[2]:
-            files = _descriptor_files(self.file)
-            stamp = runs.images_input([file.name for file in files], files).stamp
-            images = runs.Input(stamp, lambda: hashlib.sha256(self.rows().data).hexdigest())
+            images = StoredDescriptors(self.file, self.names).as_input
         else:
             images = runs.images_input(self.names, self.paths)
         return runs.combined_input([images], lambda part: [self.names, self.labels.tolist(), part])
 
     def rows(self) -> np.ndarray:
         """Reads the descriptors (F, D) float32 of a set of descriptors."""
-        return read_descriptors(self.file, self.names)
+        return StoredDescriptors(self.file, self.names).rows
 
     def refuse_benchmark(self, dataset: RetrievalDataset) -> None:
         """Raises RefinementError where an image of the set is a query or a labelled image.
 
         Photographs are compared by content, descriptors by name.
         """
-        count = len(dataset.ground_truth.database)
-        names = [*dataset.ground_truth.queries, *dataset.database[:count]]
         if self.paths:
-            files = [*dataset.query_paths, *dataset.database_paths[:count]]
-            sizes = {path.stat().st_size for path in files}
-            equal = [path for path in self.paths if path.stat().st_size in sizes]
-            contents = {runs.fingerprint_file(path) for path in files} if equal else set()
-            shared = [path.name for path in equal if runs.fingerprint_file(path) in contents]
+            shared = [path.name for path in benchmark_images(self.paths, dataset)]
         else:
-            known = {Path(name).stem for name in names}
+            truth = dataset.ground_truth
+            known = {Path(name).stem for name in (*truth.queries, *truth.database)}
             shared = [name for name in self.names if Path(name).stem in known]
         if shared:
             raise RefinementError(
@@ -118,10 +133,6 @@ def open_refine_set(
     names = [names[index] for index in drawn]
     paths = [] if image_folder is None else [Path(image_folder) / name for name in names]
     return RefineSet(source, file, names, paths, labels[drawn])
-
-
-def _descriptor_files(file: Path) -> list[Path]:
-    return [path for path in (file, file.with_suffix(".txt")) if path.is_file()]
 
 
 def _folder_labels(names: Sequence[str]) -> np.ndarray:
@@ -194,10 +205,11 @@ def learn_whitening(settings: GlobalSettings, rows: np.ndarray, images: RefineSe
     step = next(step for step in settings.steps if isinstance(step, (Whitening, LearnedWhitening)))
     read = np.flatnonzero(np.any(rows, axis=1))
     rows = np.asarray(rows[read])
-    options: dict[str, Any] = {"dimensions": step.dimensions}
     if isinstance(step, LearnedWhitening):
-        whitening = learned_whitening(rows, matching_pairs(images.labels[read]), **options)
+        pairs = matching_pairs(images.labels[read])
+        whitening = learned_whitening(rows, pairs, dimensions=step.dimensions)
     else:
-        options |= {"power": step.power, "shrinkage": step.shrinkage}
-        whitening = pca_whitening(rows, **options)
+        whitening = pca_whitening(
+            rows, dimensions=step.dimensions, power=step.power, shrinkage=step.shrinkage
+        )
     return Learnt(whitening, images.source, len(read))
