@@ -30,6 +30,7 @@ EXTENSION = ".jpg"  # the lists of ROxford and RParis omit it, the distractors' 
 PICKLE_PROTOCOL = 4  # fixed, so that the same ground truth is the same bytes under every Python
 MOST_LABELS = 20_000_000  # of all queries; a small file can refer to one list many times
 LONGEST_NAME = 4096  # of an image
+MANY = 20_000  # images, from which on a stage uses what opening them has looked up
 
 
 @dataclass(frozen=True, eq=False)
@@ -409,7 +410,7 @@ class _Images:
 
 def _refuse_missing(parts: list[_Images], paths: list[str]) -> list[array]:
     """Raises FileNotFoundError where images are missing; returns the facts of very many images."""
-    facts = runs.file_facts(paths) if len(paths) >= runs.MANY else None
+    facts = runs.file_facts(paths) if len(paths) >= MANY else None
     if facts is not None and min(facts) >= 0:
         return [facts]
     for part in parts:
