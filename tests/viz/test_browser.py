@@ -275,6 +275,8 @@ def test_own_photographs_are_searched(lab):
     root.locator(".own .tile").first.click()
     root.locator("p", has_text="inliers on").wait_for()
     notebook.keep("-pair")
+    changed(root.locator("canvas.pair"), lambda: overlay(root, "0"))
+    notebook.keep("-overlay")
     root.locator("canvas.pair").focus()
     page.keyboard.press("Escape")
     root.get_by_label("query", exact=True).select_option(index=5)

@@ -76,11 +76,6 @@ def test_the_query_is_faded_outside_its_box():
     assert (query == 100).all()  # the caller's pixels are untouched
 
 
-def test_an_unknown_label_is_named():
-    with pytest.raises(ValueError, match="unknown label 'good'"):
-        galleries.RankedImage("a", picture(9, 9), "good")
-
-
 def test_arrows_join_an_image_s_two_positions():
     rows = {
         "before": ranked("abcd", LABELS),

@@ -28,6 +28,10 @@ def view(browser, photographs):  # noqa: F811
     live.page.close()
 
 
+def last(view) -> own.SearchResult:
+    return list(view.widget._results.values())[-1]
+
+
 def changed(page, act) -> str:
     """`act` redraws the pair: waits for another picture, and returns it."""
     before = page.locator("canvas.pair").evaluate(CANVAS)
@@ -47,7 +51,7 @@ def test_own_photographs_are_accessible_and_a_box_is_drawn(view):
     page.mouse.move(*corner(page, 0.9))
     page.mouse.up()
     page.wait_for_function("document.querySelector('[aria-label=\"left of the box\"]').value > 0")
-    left, top, right, bottom = view.widget._result.box
+    left, top, right, bottom = last(view).box
     assert (left, top) == pytest.approx((32, 24), abs=2)  # of 128 x 96 pixels
     assert (right, bottom) == pytest.approx((115, 86), abs=2)
     assert view.contrast_and_names() == []
@@ -96,7 +100,7 @@ def test_a_photograph_is_dropped_on_the_view(view, inspected_run):
     page.dispatch_event("#instrument .ranking", "dragover", {"dataTransfer": files})
     page.dispatch_event("#instrument .ranking", "drop", {"dataTransfer": files})
     page.wait_for_function("state.entry.queries[0].image >= state.entry.photographs.length")
-    assert view.widget._result.path.read_bytes() == content
+    assert last(view).path.read_bytes() == content
     assert page.locator(".own .tile").first.get_attribute("title") == "b.jpg"
     files = page.evaluate_handle(DROPPED, base64.b64encode(b"no photograph").decode())
     page.dispatch_event("#instrument .ranking", "drop", {"dataTransfer": files})

@@ -36,6 +36,12 @@ def instrument(photographs) -> PhotographInstrument:
     return PhotographInstrument(photographs, "q.jpg", None, SETTINGS)
 
 
+def pair_of(instrument, name: str, query: str = "q.jpg", box: list | None = None) -> dict:
+    """A question on a pair of the search for a query."""
+    image, searched = map(instrument.document["names"].index, (name, query))
+    return dict(query=0, image=image, searched=searched, box=box)
+
+
 def results(instrument, query: dict) -> list[str]:
     return [instrument.document["names"][number] for number in query["before"]]
 
@@ -64,20 +70,25 @@ def test_another_query_and_a_box_are_searched(instrument):
 
 
 def test_a_pair_is_matched_under_the_knobs(instrument):
-    number = instrument.document["names"].index("a.jpg")
-    pair, _ = ask(instrument, "pair", query=0, image=number, settings={})
+    question = pair_of(instrument, "a.jpg")
+    pair, _ = ask(instrument, "pair", **question, settings={})
     assert pair["pair"]["matches"] == pair["pair"]["count"] > 20
-    few, _ = ask(instrument, "pair", query=0, image=number, settings={"max_keypoints": 10})
+    few, _ = ask(instrument, "pair", **question, settings={"max_keypoints": 10})
     assert few["pair"]["matches"] == 10
+    # Another view searches: the pair is still that of the first search, even a long time after.
+    number = instrument.document["names"].index("b.jpg")
+    ask(instrument, "search", image=number, box=None)
+    assert ask(instrument, "pair", **question, settings={})[0] == pair
+    for left in range(20):
+        ask(instrument, "search", image=number, box=[left, 0, 100, 90])
+    assert len(instrument._results) == 16
+    assert ask(instrument, "pair", **question, settings={})[0] == pair
 
 
 def test_overlays_and_patches_are_those_of_the_searched_box(instrument, describer):
     number = instrument.document["names"].index("a.jpg")
     assert instrument.document["entries"][0]["features"]["tokens"]
-    ask(
-        instrument, "search", image=instrument.document["names"].index("q.jpg"), box=[10, 0, 90, 96]
-    )
-    question = dict(query=0, image=number, scale=1.0)
+    question = pair_of(instrument, "a.jpg", box=[10, 0, 90, 96]) | {"scale": 1.0}
     reply, attached = ask(instrument, "tokens", **question)
     assert reply["boxes"] == [[10, 0, 90, 96], [0, 0, 128, 96]]
     expected = describer.selection(instrument.images.paths[number]).scores[1.0]
@@ -120,7 +131,8 @@ def test_photographs_of_any_name_are_searched(inspected_run, describer, tmp_path
         reply, _ = ask(instrument, "search", image=number, box=None)
         assert len(reply["query"]["before"]) == len(folder.names) - 1
         partner = reply["query"]["before"][0]
-        assert "pair" in ask(instrument, "pair", query=0, image=partner, settings={})[0]
+        question = dict(query=0, image=partner, searched=number, box=None, settings={})
+        assert "pair" in ask(instrument, "pair", **question)[0]
         assert ask(instrument, "image", image=partner, large=True)[1][0][:2] == b"\xff\xd8"
     assert all(name.isprintable() for name in instrument.document["names"])
 
@@ -135,7 +147,7 @@ def test_a_photograph_that_has_gone_is_an_answer(inspected_run, describer, tmp_p
     assert instrument.document["sizes"][number] == [0, 0]
     assert "error" in ask(instrument, "image", image=number, large=False)[0]
     assert "error" in ask(instrument, "search", image=number, box=None)[0]
-    assert "pair" in ask(instrument, "pair", query=0, image=number, settings={})[0]
+    assert "pair" in ask(instrument, "pair", **pair_of(instrument, "b.jpg"), settings={})[0]
 
 
 def test_a_wrong_first_question_is_raised(photographs):

@@ -42,10 +42,10 @@ def split_statistics(
     """Draws how many images the classes have: a histogram, and the classes by size.
 
     train, validation: shape (classes,), images of each class, in any order; 0 for a class
-    without images. A part without classes is only in the legend. Returns the axes, shape
-    (2,). Raises ValueError for negative numbers and for arrays of another dimension.
+    without images. A part without classes is only in the legend. Returns the axes, shape (2,).
     """
-    parts = {"training": _counts(train, "train"), "validation": _counts(validation, "validation")}
+    parts = {"training": train, "validation": validation}
+    parts = {name: np.sort(np.asarray(part, np.int64))[::-1] for name, part in parts.items()}
     largest = max([int(part[0]) for part in parts.values() if len(part)] + [1])
     wide = largest > 60  # then three axes are logarithmic
     edges = np.geomspace(1, largest + 1, 40) if wide else np.arange(largest + 2)
@@ -72,13 +72,6 @@ def split_statistics(
         panel.grid(axis="y")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", ncols=2)
     return axes
-
-
-def _counts(counts: Sequence[int] | np.ndarray, name: str) -> np.ndarray:
-    counts = np.asarray(counts, dtype=np.int64)
-    if counts.ndim != 1 or (counts.size and counts.min() < 0):
-        raise ValueError(f"{name} must be one number of images a class, none negative")
-    return np.sort(counts)[::-1]
 
 
 @styled

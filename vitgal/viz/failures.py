@@ -22,7 +22,13 @@ from vitgal.runs import printable
 from vitgal.settings import RerankingSettings
 from vitgal.stages import rerank
 from vitgal.viz import galleries
-from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries, query_image, ranked_images
+from vitgal.viz.run_figures import (
+    GLOBAL_NOTEBOOK,
+    crops_queries,
+    last_positive,
+    query_image,
+    ranked_images,
+)
 
 # The orders of a failure table: column, and whether ascending.
 SORTS = {"ap": ("after", True), "change": ("change", True), "miss": ("worst_rank", False)}
@@ -76,7 +82,7 @@ def failure_table(
     positives, ignored = revisited.positives(truth, protocol), revisited.ignored(truth, protocol)
     table["positives"] = [len(images) for images in positives]
     worst = [
-        _worst_positive(rankings[-1], query, *images)
+        last_positive(rankings[-1], query, *images)
         for query, images in enumerate(zip(positives, ignored, strict=True))
     ]
     table["worst"] = [
@@ -114,7 +120,7 @@ def failure_figure(
     skipped = np.setdiff1d(ignored, truth.junk[query])
     orders = [ranking.order[:, query] for ranking in rankings]
     rows = [row[~np.isin(row, skipped) & (row >= 0)][:columns].tolist() for row in orders]
-    worst, _ = _worst_positive(rankings[-1], query, positives, ignored)
+    worst, _ = last_positive(rankings[-1], query, positives, ignored)
     first = [] if worst is None else [worst]
     images = list(dict.fromkeys(sum(rows, first)))
     ranks = [ranking.rank(query, np.array(images, np.int64), ignored) + 1 for ranking in rankings]
@@ -148,17 +154,6 @@ def _rankings(folder: Path, protocol: str, reranked: bool) -> list[Ranking]:
     if reranked and (folder / "rerank" / runs.MANIFEST).exists():
         rankings.append(Ranking.load(folder / "rerank", protocol))
     return rankings
-
-
-def _worst_positive(
-    ranking: Ranking, query: int, positives: np.ndarray, ignored: np.ndarray
-) -> tuple[int | None, int | None]:
-    """The positive image that ranks last and its rank from 1 on, without ignored images."""
-    if not positives.size:
-        return None, None
-    ranks = ranking.rank(query, positives, ignored)
-    last = int(np.argmax(ranks))
-    return int(positives[last]), int(ranks[last]) + 1
 
 
 def _describe(

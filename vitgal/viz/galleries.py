@@ -30,7 +30,7 @@ class QueryImage:
 
 @dataclass(frozen=True, eq=False)
 class RankedImage:
-    """A database image in a ranking; ValueError for an unknown label.
+    """A database image in a ranking.
 
     Attributes:
         key: identifies the image in another ranking, for example its database index.
@@ -43,11 +43,6 @@ class RankedImage:
     image: drawing.ImageSource
     label: str | None = None
     caption: str = ""
-
-    def __post_init__(self) -> None:
-        if self.label not in (*LABEL_COLOURS, None):
-            names = ", ".join(LABEL_COLOURS)
-            raise ValueError(f"{self.key}: unknown label {self.label!r}; use {names} or None")
 
 
 @styled

@@ -1,7 +1,6 @@
 """The front end in a notebook: a widget whose kernel reads images and matches pairs on demand."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from vitgal.viz.run_document import (
     NOTES,
     RERANK_NOTEBOOK,
     Images,
+    changed_settings,
     dataset_document,
     pair_document,
     read_notes,
@@ -28,13 +28,6 @@ from vitgal.viz.run_document import (
 from vitgal.viz.style import stored_picture
 
 FRONTEND = Path(__file__).with_name("frontend")
-KNOBS = {
-    "method": "matching",
-    "max_distance": "matching",
-    "max_keypoints": "matching",
-    "threshold": "verification",
-    "estimator": "verification",
-}
 LONGEST_NOTE = 2000  # characters
 PICTURE_DPI = 110  # of the picture that stands in for the widget
 Question = Mapping[str, Any]
@@ -119,14 +112,13 @@ class InstrumentWidget(anywidget.AnyWidget):
         return jpeg(self.read(self.images.paths[number]), ENLARGED if large else THUMBNAIL)
 
     def _show_tokens(self, question: Question, _: Sequence[bytes]) -> Answer:
-        """Both photographs' scores and attention at a scale, as (1 + heads, h, w) bytes each."""
+        """Scores, lengths of codes and attention at a scale, as (2 + heads, h, w) bytes a side."""
         grids, boxes, attached = [], [], []
         for selection in self.selections(question):
             scale = selection.nearest_scale(float(question["scale"]))
-            scores = selection.scores[scale]
-            norms = selection.norms[scale]
-            layers = [scores / max(scores.max(), 1e-9), norms / max(norms.max(), 1e-9)]
-            layers += list(selection.attention[scale])
+            scores, norms = selection.scores[scale], selection.norms[scale]
+            norms = (norms - norms.min()) / max(np.ptp(norms), 1e-9)  # lengths differ little
+            layers = [scores / max(scores.max(), 1e-9), norms, *selection.attention[scale]]
             attached.append(np.rint(255 * np.stack(layers)).astype(np.uint8).tobytes())
             grids.append([len(layers), *scores.shape])
             boxes.append([float(value) for value in selection.kept.box])
@@ -223,18 +215,6 @@ class Instrument(InstrumentWidget):
         (_, query), (_, image) = sides
         pair = inspector.pair(query, image, chosen, hidden_scales=settings.get("hidden", ()))
         return pair_document(pair.query, pair.database, pair.result)
-
-
-def changed_settings(settings: RerankingSettings, knobs: Mapping[str, Any]) -> RerankingSettings:
-    """Returns reranking settings with those of KNOBS replaced that `knobs` holds.
-
-    Raises SettingsError for a value that is not allowed.
-    """
-    for name in KNOBS.keys() & knobs.keys():
-        section = KNOBS[name]
-        changed = replace(getattr(settings, section), **{name: knobs[name]})
-        settings = replace(settings, **{section: changed})
-    return settings
 
 
 def _picture(figure: Figure) -> dict[str, str]:

@@ -18,14 +18,21 @@ from vitgal.data.photographs import PhotographError, read_upright
 from vitgal.retrieval.presence import Presence
 from vitgal.settings import RerankingSettings
 from vitgal.stages.inspection import TokenSelection, compare
-from vitgal.viz.instrument import Answer, InstrumentWidget, Question, changed_settings
-from vitgal.viz.run_document import Images, extraction_document, knobs, pair_document
+from vitgal.viz.instrument import Answer, InstrumentWidget, Question
+from vitgal.viz.run_document import (
+    Images,
+    changed_settings,
+    extraction_document,
+    knobs,
+    pair_document,
+)
 from vitgal.viz.run_figures import safe_file_name
 
 if TYPE_CHECKING:  # the stage imports torch; it is imported where it is used
     from vitgal.stages.own import Photographs, SearchResult
 
 LARGEST_DROPPED = 9 << 20  # bytes: a Jupyter server takes messages of 10 MiB
+KEPT = 16  # searches whose pairs can be opened without another search
 RESULTS = 300  # photographs of a ranking, at most
 LABELS = ("easy", "hard", "junk")
 
@@ -82,7 +89,7 @@ class PhotographInstrument(InstrumentWidget):
             "neighbours": {},
         }
         self.document, self.images = images.document([entry]), images
-        self._result: SearchResult
+        self._results: dict[tuple[int, Any], SearchResult] = {}
         self.search(query, box)
         super().__init__(describer.run, self.document, images, figure, {"view": "own"})
 
@@ -96,8 +103,8 @@ class PhotographInstrument(InstrumentWidget):
 
     def selections(self, question: Question) -> list[TokenSelection]:
         """Returns the tokens of the query and a photograph, by one pass of the network each."""
-        other = self.images.paths[question["image"]]
-        return [self._selection(self._result.path, self._result.box), self._selection(other, None)]
+        result, other = self._searched(question), self.images.paths[question["image"]]
+        return [self._selection(result.path, result.box), self._selection(other, None)]
 
     @functools.cached_property
     def _selection(self) -> Callable[..., TokenSelection]:
@@ -115,12 +122,21 @@ class PhotographInstrument(InstrumentWidget):
         from vitgal.stages.own import search_folder
 
         with contextlib.redirect_stdout(io.StringIO()) as words:
-            self._result = search_folder(
-                self._photographs, query, box, self._settings, self._presence
-            )
-        described = self._describe(self._result, words.getvalue().strip())
+            result = search_folder(self._photographs, query, box, self._settings, self._presence)
+        described = self._describe(result, words.getvalue().strip())
+        self._results[described["image"], result.box] = result
+        if len(self._results) > KEPT:
+            del self._results[next(iter(self._results))]
         self.document["entries"][0]["queries"] = [described]
         return described
+
+    def _searched(self, question: Question) -> "SearchResult":
+        """Returns the search that a question is about; another view may have searched since."""
+        image, box = question["searched"], question["box"]
+        key = image, None if box is None else tuple(box)
+        if key not in self._results:
+            self.search(str(self.images.paths[image].absolute()), box)
+        return self._results[key]
 
     def _describe(self, result: "SearchResult", remark: str) -> dict[str, Any]:
         table = result.table.head(RESULTS)
@@ -177,6 +193,6 @@ class PhotographInstrument(InstrumentWidget):
         path, chosen = self.images.paths[question["image"]], question["settings"]
         settings = changed_settings(self._settings, chosen)
         features = self._photographs.features(path.relative_to(self._photographs.folder).as_posix())
-        query = self._result.description.features
+        query = self._searched(question).description.features
         pair = compare(query, features, settings, hidden_scales=chosen.get("hidden", ()))
         return {"pair": pair_document(pair.query, pair.database, pair.result)}, []

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,17 @@ from vitgal.retrieval.verification import PairInspection, inspect_shortlist
 from vitgal.runs import printable
 from vitgal.settings import LocalSettings, RerankingSettings
 from vitgal.stages import rerank
-from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries
+from vitgal.stages.inspection import Inspector
+from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries, last_positive
 
 RERANK_NOTEBOOK = "notebook 06_rerank"
+KNOBS = {  # settings that can be turned, and their section
+    "method": "matching",
+    "max_distance": "matching",
+    "max_keypoints": "matching",
+    "threshold": "verification",
+    "estimator": "verification",
+}
 NOTES = "notes.json"  # of a run: stars and remarks on queries and pairs
 MOST_MAPPED = 8000  # database images on the map and with neighbours: t-SNE takes minutes for more
 MOST_MAPPED_AT_ONCE = 1000  # the same in a notebook, where a cell may take seconds
@@ -223,29 +231,27 @@ class _Entry:
     def _image(self, image: int) -> int:
         return self.images.database_image(self.dataset, image)
 
+    def _numbers(self, images: np.ndarray) -> list[int]:
+        return [self._image(image) for image in images.tolist() if image >= 0]
+
     def _query(self, query: int, pairs: int) -> dict[str, Any]:
         dataset, truth = self.dataset, self.dataset.ground_truth
         order = self.before.order[: self.ranks, query]
         similarities = map_array(self.folder / "global" / "similarities.npy")
         similarities = similarities[: self.ranks, query].astype(float)
         afters = {name: ranking.order[: self.ranks, query] for name, ranking in self.after.items()}
-        labels = {
-            label: [self._image(image) for image in getattr(truth, label)[query].tolist()]
-            for label in revisited.LABELS
-        }
         counts = rerank.inlier_counts(self.folder / "rerank", query) if self.reranked else {}
         drawn = {image for column in (order, *afters.values()) for image in column.tolist()}
         counts = {image: count for image, count in counts.items() if image in drawn}
         return {
             "image": self.images.number(dataset.query_paths[query], truth.queries[query]),
             "box": truth.boxes[query].tolist() if self._cropped else None,
-            "labels": labels,
-            "before": [self._image(image) for image in order.tolist() if image >= 0],
-            "similarity": np.round(similarities, 4).tolist(),
-            "after": {
-                name: [self._image(image) for image in column.tolist() if image >= 0]
-                for name, column in afters.items()
+            "labels": {
+                label: self._numbers(getattr(truth, label)[query]) for label in revisited.LABELS
             },
+            "before": self._numbers(order),
+            "similarity": np.round(similarities, 4).tolist(),
+            "after": {name: self._numbers(column) for name, column in afters.items()},
             "verified": [self._image(image) for image in counts],
             "inliers": list(counts.values()),
             "worst": self._worst(query),
@@ -256,31 +262,37 @@ class _Entry:
     def _cropped(self) -> bool:
         return crops_queries(self.folder)
 
+    @functools.cached_property
+    def _labelled(self) -> dict[str, tuple[list[np.ndarray], list[np.ndarray]]]:
+        """Protocol -> each query's positive and each query's ignored images."""
+        truth = self.dataset.ground_truth
+        return {
+            protocol: (revisited.positives(truth, protocol), revisited.ignored(truth, protocol))
+            for protocol in PROTOCOLS
+        }
+
     def _worst(self, query: int) -> dict[str, Any]:
         """Protocol -> [image, rank before, rank after] of the positive that ranks last."""
-        truth, worst = self.dataset.ground_truth, {}
+        worst = {}
         for protocol in PROTOCOLS:
-            positives = revisited.positives(truth, protocol)[query]
-            ignored = revisited.ignored(truth, protocol)[query]
-            if positives.size:
-                rankings = [self.before, self.after.get(protocol, self.before)]
-                ranks = [ranking.rank(query, positives, ignored) + 1 for ranking in rankings]
-                last = int(np.argmax(ranks[-1]))
-                image = self._image(int(positives[last]))
-                worst[protocol] = [image, *(int(column[last]) for column in ranks)]
+            positives, ignored = (images[query] for images in self._labelled[protocol])
+            ranking = self.after.get(protocol, self.before)
+            image, after = last_positive(ranking, query, positives, ignored)
+            if image is not None:
+                before = self.before.rank(query, np.array([image]), ignored)[0] + 1
+                worst[protocol] = [self._image(image), before, after]
         return worst
 
     def _chosen(self, query: int, pairs: int) -> list[int]:
         """Database indices of the images whose matches are stored."""
-        truth, chosen = self.dataset.ground_truth, []
-        for protocol in ("medium", "hard"):
-            ignored = revisited.ignored(truth, protocol)[query]
-            order = self.after.get(protocol, self.before).order[:, query]
+        chosen = []
+        for protocol in ("medium", "hard") if pairs else ():
+            positives, ignored = (images[query] for images in self._labelled[protocol])
+            ranking = self.after.get(protocol, self.before)
+            order = ranking.order[:, query]
             chosen += order[~np.isin(order, ignored) & (order >= 0)][:pairs].tolist()
-            positives = revisited.positives(truth, protocol)[query]
-            if pairs and positives.size:
-                ranks = self.after.get(protocol, self.before).rank(query, positives, ignored)
-                chosen.append(int(positives[np.argmax(ranks)]))
+            last, _ = last_positive(ranking, query, positives, ignored)
+            chosen += [] if last is None else [last]
         return list(dict.fromkeys(chosen))
 
     @functools.cached_property
@@ -298,10 +310,8 @@ class _Entry:
         """What the local features are, for the knobs; None where the run keeps none."""
         if self._features is None:
             return None
-        manifest = runs.read_stage(self.folder / "local", rerank.LOCAL_NOTEBOOK)
-        settings = LocalSettings.from_manifest(manifest["parameters"])
-        tokens = settings.own_tokens and "local features" not in manifest["inputs"]
-        return extraction_document(settings, tokens=tokens)
+        inspector = Inspector(self.run, self.dataset)
+        return extraction_document(inspector.settings, tokens=inspector.shows_tokens)
 
     def _pairs(self, query: int, chosen: Sequence[int]) -> list[dict[str, Any]]:
         store, dataset = self._features, self.dataset
@@ -350,14 +360,19 @@ class _Entry:
 
 def knobs(settings: RerankingSettings) -> dict[str, Any]:
     """Returns the settings of matching that can be turned in a notebook; None: no limit."""
-    matching, verification = settings.matching, settings.verification
-    return {
-        "method": matching.method,
-        "max_distance": matching.max_distance,
-        "threshold": verification.threshold,
-        "estimator": verification.estimator,
-        "max_keypoints": matching.max_keypoints,
-    }
+    return {name: getattr(getattr(settings, section), name) for name, section in KNOBS.items()}
+
+
+def changed_settings(settings: RerankingSettings, turned: Mapping[str, Any]) -> RerankingSettings:
+    """Returns reranking settings with those of KNOBS replaced that `turned` holds.
+
+    Raises SettingsError for a value that is not allowed.
+    """
+    for name in KNOBS.keys() & turned.keys():
+        section = KNOBS[name]
+        changed = replace(getattr(settings, section), **{name: turned[name]})
+        settings = replace(settings, **{section: changed})
+    return settings
 
 
 def extraction_document(settings: LocalSettings, *, tokens: bool) -> dict[str, Any]:

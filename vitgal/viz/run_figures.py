@@ -145,6 +145,20 @@ def ranked_images(
     ]
 
 
+def last_positive(
+    ranking: Ranking, query: int, positives: np.ndarray, ignored: np.ndarray
+) -> tuple[int | None, int | None]:
+    """Returns the positive image that ranks last, and its rank from 1 on without ignored images.
+
+    positives, ignored: (P,) and (I,) database indices. Returns None and None without positives.
+    """
+    if not positives.size:
+        return None, None
+    ranks = ranking.rank(query, positives, ignored)
+    last = int(np.argmax(ranks))
+    return int(positives[last]), int(ranks[last]) + 1
+
+
 def crops_queries(folder: Path) -> bool:
     """Returns whether the global stage of `<run>/<dataset>` described the queries' boxes alone.
 

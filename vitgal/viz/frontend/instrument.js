@@ -295,10 +295,6 @@ class KernelSource {
     return this.addresses.get(name);
   }
 
-  async pair(query, image, settings) {
-    const [content] = await this.ask({ kind: "pair", query, image, settings });
-    return content.pair;
-  }
 }
 
 // ---------------------------------------------------------------- state, linked between all views
@@ -371,6 +367,13 @@ class State {
     for (const name of ["number", "query", "image", "other"])
       if (this[name] !== null) address.set(name, this[name]);
     history.replaceState(null, "", `#${address}`);
+  }
+
+  // The shown pair, for a question; a search names its query, for another view may search as well.
+  get shownPair() {
+    const { image: searched, box } = this.entry.queries[this.query];
+    const search = this.entry.searched ? { searched, box } : {};
+    return { query: this.query, image: this.image, ...search };
   }
 
   // The images of the shown ranking that pass the filters.
@@ -1199,7 +1202,7 @@ class PairCanvas {
   async comparePatch(chosen = this.patch?.chosen) {
     if (!chosen) return;
     const { state } = this;
-    const question = { kind: "patch", query: state.query, image: state.image, ...chosen };
+    const question = { kind: "patch", ...state.shownPair, ...chosen };
     this.hint.textContent = "The patch is compared …";
     try {
       const scale = state.display.scale;
@@ -1713,7 +1716,7 @@ function overlayControls(state, view, report) {
   const show = async () => {
     if (display.overlay === "") return view.overlay(null);
     report(null, "The network is looking at both photographs …");
-    const question = { kind: "tokens", query: state.query, image: state.image };
+    const question = { kind: "tokens", ...state.shownPair };
     const [answer, buffers] = await state.source.ask({ ...question, scale: display.scale });
     const known = state.heads;
     state.heads = answer.grids[0][0] - 2;
@@ -1824,10 +1827,12 @@ function pair(state) {
     if (busy) return;
     busy = true;
     try {
-      const result = await state.source.pair(query, image, { ...entry.matching, ...state.knobs });
+      const settings = { ...entry.matching, ...state.knobs };
+      const question = { kind: "pair", ...state.shownPair, settings };
+      const [answer] = await state.source.ask(question);
       if (asked === state.asking) {
-        view.show(result);
-        report(result);
+        view.show(answer.pair);
+        report(answer.pair);
       }
     } catch (fault) {
       report(null, fault.message); // the last picture stays
