@@ -95,6 +95,14 @@ def show_instrument(app: Sphinx, page: str, template: str, context: dict, tree: 
         )
 
 
+def widen(app: Sphinx, page: str, template: str, context: dict, tree: object) -> None:
+    """Gives the text the width of a line of code."""
+    context["metatags"] = context.get("metatags", "") + (
+        "<style>.bd-page-width {max-width: 104rem} .bd-sidebar-primary {max-width: 17rem}"
+        " .bd-main .bd-content .bd-article-container {max-width: 64rem}</style>"
+    )
+
+
 def write_math(self: HTML5Translator, node: nodes.math) -> None:
     """Writes a formula as MathML, which browsers draw by themselves."""
     if isinstance(node, nodes.math_block):
@@ -110,3 +118,4 @@ def setup(app: Sphinx) -> None:
     app.connect("builder-inited", refuse_unexecuted)
     app.connect("builder-inited", write_instrument)
     app.connect("html-page-context", show_instrument)
+    app.connect("html-page-context", widen)
