@@ -348,10 +348,8 @@ def open_dataset(
             f"{name}: query images are in the database as well ({runs.abbreviate(common)}); "
             "features are kept by name, so the query needs a copy of the file under another name"
         )
-    parts = [
-        _Images(images, ground_truth.queries, EXTENSION, name),
-        _Images(images, ground_truth.database, EXTENSION, name),
-    ]
+    listed = (ground_truth.queries, ground_truth.database)
+    parts = [_Images(images, names, EXTENSION, name) for names in listed]
     if distractors is not None:
         distractors = Path(distractors)
         parts.append(_distractors(distractors))
@@ -391,19 +389,15 @@ class _Images:
 
     def refuse_missing(self) -> None:
         """Raises FileNotFoundError, with the remedy, where images are missing."""
-        missing = []
-        files_of: dict[str, set[str]] = {}  # each folder is listed once
-        for name in self.names:
-            folder, _, file = (name + self.extension).rpartition("/")
-            if folder not in files_of:
-                files_of[folder] = _files(self.folder / folder)
-            if file not in files_of[folder]:
-                missing.append(name + self.extension)
+        paths = [os.path.split(name + self.extension) for name in self.names]
+        folders = {folder for folder, _ in paths}
+        files_of = {folder: _files(self.folder / folder) for folder in folders}
+        missing = [(folder, file) for folder, file in paths if file not in files_of[folder]]
         if missing:
-            folder, _, file = missing[0].rpartition("/")
+            names, (folder, file) = [os.path.join(*path) for path in missing], missing[0]
             raise FileNotFoundError(
                 f"{len(missing)} of {len(self.names)} images that {self.dataset} lists are missing "
-                f"in {self.folder}: {runs.abbreviate(missing)}; "
+                f"in {self.folder}: {runs.abbreviate(names)}; "
                 f"{_similar(file, self.extension, files_of[folder])}{_remedy(self.dataset)}"
             )
 

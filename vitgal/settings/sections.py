@@ -349,6 +349,11 @@ class TuningSettings(Section):
     The current value of each is tried as well, in every combination.
     """
 
+    PREFIX: ClassVar[str] = "tune_"
+    PREFIXED: ClassVar[frozenset[str]] = frozenset(
+        {"thresholds", "tops", "matchings", "estimators", "counts", "orders", "weights", "caps"}
+    )
+
     tune: bool = neutral(False, "tune reranking on val_retrieval")
     max_queries: int | None = setting(
         None, "queries that are used; None: all", flat="tune_queries", low=1
@@ -359,26 +364,16 @@ class TuningSettings(Section):
         flat="tune_distances",
         above=0,
     )
-    thresholds: tuple[float, ...] = setting(
-        (4.0, 8.0, 24.0, 32.0), "values of threshold", flat="tune_thresholds", above=0
-    )
-    tops: tuple[int, ...] = setting((10, 25, 50, 75), "values of top", flat="tune_tops", low=1)
+    thresholds: tuple[float, ...] = setting((4.0, 8.0, 24.0, 32.0), "values of threshold", above=0)
+    tops: tuple[int, ...] = setting((10, 25, 50, 75), "values of top", low=1)
     matchings: tuple[str, ...] = later(
-        ("one_way", "mutual"), "values of matching", flat="tune_matchings", choices=MATCHINGS
+        ("one_way", "mutual"), "values of matching", choices=MATCHINGS
     )
-    estimators: tuple[str, ...] = later(
-        (), "values of estimator", flat="tune_estimators", choices=ESTIMATORS
-    )
-    counts: tuple[str, ...] = later(
-        ("inliers", "features"), "values of count", flat="tune_counts", choices=COUNTS
-    )
-    orders: tuple[str, ...] = later(
-        ("inliers", "fused"), "values of order", flat="tune_orders", choices=ORDERS
-    )
-    weights: tuple[float, ...] = later(
-        (0.002, 0.005, 0.01, 0.04), "values of fused_weight", flat="tune_weights", low=0
-    )
-    caps: tuple[int, ...] = later((15, 30), "values of fused_cap", flat="tune_caps", low=1)
+    estimators: tuple[str, ...] = later((), "values of estimator", choices=ESTIMATORS)
+    counts: tuple[str, ...] = later(("inliers", "features"), "values of count", choices=COUNTS)
+    orders: tuple[str, ...] = later(("inliers", "fused"), "values of order", choices=ORDERS)
+    weights: tuple[float, ...] = later((0.002, 0.005, 0.01, 0.04), "values of fused_weight", low=0)
+    caps: tuple[int, ...] = later((15, 30), "values of fused_cap", low=1)
 
 
 @dataclass(frozen=True)
