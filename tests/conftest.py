@@ -64,9 +64,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
 
 
 @pytest.fixture(autouse=True)
-def _runs_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _runs_elsewhere(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """No test writes to the user's runs/, whatever it forgets."""
-    monkeypatch.setenv("VITGAL_RUNS", str(tmp_path / "runs"))
+    has_folder = "tmp_path" in request.fixturenames  # to make one for every test takes seconds
+    folder = request.getfixturevalue("tmp_path") if has_folder else tmp_path_factory.getbasetemp()
+    monkeypatch.setenv("VITGAL_RUNS", str(folder / "runs"))
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,8 @@ PHOTOGRAPHS = TOP / "third_party" / "landmarks"
 ARCHITECTURES = {"s12": "xcit_small_12_p16_224", "s24": "xcit_small_24_p16_224"}
 DINOV2 = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 ON_TIMM = {"dinov2_train": DINOV2, "lite0_head": "timm:tf_efficientnet_lite0"}
-EVALUATIONS = ["s12_roxford5k", "s24_rparis6k_r1m", "dinov2_roxford5k"]
+# The last notebook of each; 07 draws a transformer's attention and the class attention of XCiT.
+EVALUATIONS = {"s12_roxford5k": "07", "s24_rparis6k_r1m": "06", "dinov2_roxford5k": "07"}
 # Pixels; S12 trains and is described at the published ones.
 SIZES = {
     "s12": {"local_size": 256},
@@ -177,6 +178,8 @@ def test_evaluation_goes_through(name, data, tmp_path):
         overrides["distractors"] = data / "revisitop1m"
     run = pipeline.run(
         TOP / "params" / f"{name}.yaml",
+        first="04",
+        last=EVALUATIONS[name],
         overrides={key: str(value) for key, value in overrides.items()},
         output=tmp_path / "run",
         progress=False,
@@ -193,5 +196,5 @@ def test_evaluation_goes_through(name, data, tmp_path):
     )
     assert (candidates >= 0).any() and ((inliers >= 0) == (candidates >= 0)).all()
     executed = sorted(path.name[:2] for path in (run / "notebooks").glob("*.ipynb"))
-    assert executed == ["04", "05", "06", "07"]
-    assert list((folder / "matches").rglob("*.png"))
+    assert executed == [f"{number:02d}" for number in range(4, int(EVALUATIONS[name]) + 1)]
+    assert any((folder / "matches").rglob("*.png")) == (executed[-1] == "07")

@@ -2,9 +2,8 @@
 
 import json
 import os
+import resource
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -12,6 +11,7 @@ import pytest
 
 from tests.stages.test_own import describe, folder as two_places, texture, write
 from tests.stages.test_own_presence import RERANKING, places as four_places, sift_describer
+from tests.training_runs import exit_code
 from vitgal import runs
 from vitgal.app import command_line
 from vitgal.data.photographs import PhotographError, list_photographs
@@ -250,27 +250,19 @@ def test_two_processes_on_one_folder(two_places, weight_file, tmp_path, capsys):
 
 
 def test_a_full_disk_is_one_sentence_and_what_is_whole_stays(two_places, weight_file, tmp_path):
-    """A real process that may write no file of more than 60 kB, as a full disk allows none."""
+    """A process that may write no file of more than 2 kB, as a full disk allows none."""
     describer = sift_describer(weight_file, tmp_path / "run")
     describer.describe(two_places / "b/1.JPG")
     (kept,) = describer.folder.glob("*/*.npz")
-    code = """
-import resource, signal, sys
-from pathlib import Path
-from tests.stages.test_own_presence import sift_describer
-from vitgal.stages import own
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
-folder, weights, run = map(Path, sys.argv[1:])
-try:
-    own.describe_folder(folder, sift_describer(weights, run))
-except OSError as error:
-    sys.exit(f"vitgal: {error}")
-"""
-    command = [sys.executable, "-c", code, two_places, weight_file, tmp_path / "run"]
-    child = subprocess.run(command, capture_output=True, text=True)
-    assert child.returncode == 1, child.stderr
-    message = child.stderr.splitlines()[-1]
+
+    def describe_all() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+        with pytest.raises(OSError) as error:
+            own.describe_folder(two_places, sift_describer(weight_file, tmp_path / "run"))
+        (tmp_path / "message").write_text(str(error.value))
+
+    assert exit_code(describe_all) == 0
+    message = (tmp_path / "message").read_text()
     assert "no space left to write" in message and "run the same command again" in message
     assert list(describer.folder.glob("*/*.npz")) == [kept]
     assert not list(describer.folder.rglob(".tmp-*"))
