@@ -486,14 +486,17 @@ def test_query_that_is_in_the_database_is_refused(tmp_path):
 def test_many_images_are_looked_up_once_for_opening_and_the_first_stage(tmp_path, monkeypatch):
     folder, more = make_folder(tmp_path / "set"), make_distractors(tmp_path / "more")
     few = open_dataset("small", folder, distractors=more)
-    assert not few.facts and not few.verify
+    assert not few.stamps and not few.verify
     monkeypatch.setattr(revisited, "MANY", 5)
     many = open_dataset("small", folder, distractors=more, verify=True)
-    assert many.as_input.verify and many.facts
+    assert many.as_input.verify and many.stamps
     assert many.as_input.stamp() == few.as_input.stamp()
     (more / "jpg/10/z.jpg").write_text("another image")  # seen by the next stage
     assert many.as_input.stamp() == few.as_input.stamp()
     (more / "jpg/10/z.jpg").unlink()
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 .*revisitop1m.*10/z\.jpg;"):
+        open_dataset("small", folder, distractors=more)
+    (more / "jpg/10/z.jpg").mkdir()
     with pytest.raises(FileNotFoundError, match=r"1 of 2 .*revisitop1m.*10/z\.jpg;"):
         open_dataset("small", folder, distractors=more)
 

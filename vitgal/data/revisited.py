@@ -5,14 +5,14 @@ demo's and a user's own. Source: Radenovic et al., "Revisiting Oxford and Paris"
 files published with it.
 """
 
+import contextlib
 import io
 import os
 import pickle
 import sys
-from array import array
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class RetrievalDataset:
             order.
         folder, distractors: the folders that `open_dataset` read.
         verify: whether a stage reads the images again even where sizes and times are the same.
-        facts: `file_facts` of all images, queries first, until the first stage has used them.
+        stamps: the stamp of very many images, until the first stage has used it.
     """
 
     name: str
@@ -93,7 +93,7 @@ class RetrievalDataset:
     folder: Path | None = None
     distractors: Path | None = None
     verify: bool = False
-    facts: list[array] = field(default_factory=list, repr=False)
+    stamps: list[str] = field(default_factory=list, repr=False)
 
     @property
     def as_input(self) -> runs.Input:
@@ -103,9 +103,9 @@ class RetrievalDataset:
             names,
             [*self.query_paths, *getattr(self.database_paths, "texts", self.database_paths)],
             verify=self.verify,
-            known=lambda: self.facts.pop() if self.facts else None,
         )
-        return runs.combined_input([images], lambda part: [self.ground_truth.fingerprint, part])
+        first = replace(images, stamp=lambda: (self.stamps or [images.stamp()]).pop())
+        return runs.combined_input([first], lambda part: [self.ground_truth.fingerprint, part])
 
 
 def positives(ground_truth: GroundTruth, protocol: str) -> list[np.ndarray]:
@@ -357,16 +357,17 @@ def open_dataset(
         _refuse_repeated(names, "list with distractors")
     queries, *database = (part.paths() for part in parts)
     paths = [path for part in database for path in part]
+    query_paths = [*map(Path, queries)]
     return RetrievalDataset(
         name,
         ground_truth,
         [image for part in parts[1:] for image in part.names],
         ImagePaths(paths),
-        [*map(Path, queries)],
+        query_paths,
         folder,
         distractors,
         verify,
-        _refuse_missing(parts, [*queries, *paths]),
+        _refuse_missing(parts, [*query_paths, *paths]),
     )
 
 
@@ -402,11 +403,11 @@ class _Images:
             )
 
 
-def _refuse_missing(parts: list[_Images], paths: list[str]) -> list[array]:
-    """Raises FileNotFoundError where images are missing; returns the facts of very many images."""
-    facts = runs.file_facts(paths) if len(paths) >= MANY else None
-    if facts is not None and min(facts) >= 0:
-        return [facts]
+def _refuse_missing(parts: list[_Images], paths: list[Path | str]) -> list[str]:
+    """Raises FileNotFoundError where images are missing; returns the stamp of very many images."""
+    if len(paths) >= MANY:
+        with contextlib.suppress(FileNotFoundError):
+            return [runs.images_stamp([name for part in parts for name in part.names], paths)]
     for part in parts:
         part.refuse_missing()
     return []

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, Self
 
 import numpy as np
 
@@ -17,47 +18,54 @@ class CodeError(runs.UserError, ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Codes:
-    """A linear map to short codes: ``((x / |x|) - mean) @ projection``.
+class LinearMap:
+    """A map of vectors, ``(x - mean) @ projection``, stored as one `.npz`.
 
-    The values of a code are uncorrelated and of variance 1 over the features that it was fitted to.
-
-    Attributes:
-        mean: (D,) float32 of the normalised features.
-        projection: (D, C) float32, the C first principal directions, each over the root of its
-            variance.
-
-    Raises ValueError where the shapes do not fit.
+    mean: (D,) float32. projection: (D, C) float32. NAME: of the kind, for messages. Raises
+    ValueError where the shapes do not fit.
     """
 
     mean: np.ndarray
     projection: np.ndarray
+    NAME: ClassVar[str]
 
     def __post_init__(self) -> None:
         if self.projection.ndim != 2 or self.mean.shape != self.projection.shape[:1]:
             raise ValueError(
-                f"codes of shapes {self.mean.shape} and {self.projection.shape} do not fit together"
+                f"{self.NAME} of shapes {self.mean.shape} and {self.projection.shape} do not fit "
+                "together"
             )
+
+    def save(self, path: Path) -> Path:
+        """Writes the map atomically; equal maps give equal bytes."""
+        return runs.write_arrays(path, mean=self.mean, projection=self.projection)
+
+    @classmethod
+    def load(cls, path: Path) -> Self:
+        """Reads a file of `save`; FileError where it is damaged, FileNotFoundError for none."""
+        mean, projection = read_arrays(Path(path), ("mean", "projection")).values()
+        try:
+            if not mean.dtype == projection.dtype == np.float32:
+                raise ValueError("other numbers than float32")
+            return cls(mean, projection)
+        except ValueError as error:
+            raise FileError(f"{path} holds no {cls.NAME} ({error}): make it again") from error
+
+
+class Codes(LinearMap):
+    """A linear map of normalised features to short codes: ``((x / |x|) - mean) @ projection``.
+
+    mean: of the normalised features. projection: the C first principal directions, each over the
+    root of its variance: the values of a code are uncorrelated and of variance 1 over the features
+    that it was fitted to.
+    """
+
+    NAME = "codes"
 
     @property
     def code_dim(self) -> int:
         """Dimension C of a code."""
         return self.projection.shape[1]
-
-    def save(self, path: Path) -> Path:
-        """Writes the codes as `.npz`, atomically; equal codes give equal bytes."""
-        return runs.write_arrays(path, mean=self.mean, projection=self.projection)
-
-    @classmethod
-    def load(cls, path: Path) -> "Codes":
-        """Reads a file of `save`; FileError where it is damaged, FileNotFoundError for none."""
-        arrays = read_arrays(Path(path), ("mean", "projection"))
-        try:
-            if {array.dtype for array in arrays.values()} != {np.dtype(np.float32)}:
-                raise ValueError("other numbers than float32")
-            return cls(**arrays)
-        except ValueError as error:
-            raise FileError(f"{path} holds no codes ({error}): make the stage again") from error
 
 
 @dataclass(eq=False)

@@ -67,31 +67,31 @@ def described_images(path: str | os.PathLike) -> list[str]:
     Raises as `read_descriptors`.
     """
     path = Path(path)
-    if path.suffix.lower() == ".npy":
-        list_file = path.with_suffix(".txt")
-        if not (path.is_file() and list_file.is_file()):
-            raise FileNotFoundError(f"there are no descriptors {path} with names in {list_file}")
-        return [line for line in runs.read_lines(list_file) if line]
     if not path.is_file():
         raise FileNotFoundError(f"there are no descriptors {path}")
+    if path.suffix.lower() == ".npy":
+        return _row_names(path)
     with opened_hdf5(path) as file:
         return sorted(name for name, _ in find_datasets(file, path, [HLOC]))
 
 
-def _read_npy(path: Path, names: Sequence[str]) -> np.ndarray:
+def _row_names(path: Path) -> list[str]:
     list_file = path.with_suffix(".txt")
     if not list_file.is_file():
         raise FileNotFoundError(
             f"{path} needs the names of its rows: write them to {list_file}, one image a line"
         )
+    return [line for line in runs.read_lines(list_file) if line]
+
+
+def _read_npy(path: Path, names: Sequence[str]) -> np.ndarray:
     try:
-        lines = [line for line in runs.read_lines(list_file) if line]
-        rows = map_array(path)
+        stored, rows = _row_names(path), map_array(path)
     except ValueError as error:
         raise DescriptorError(str(error)) from None
-    if rows.ndim != 2 or len(rows) != len(lines):
-        raise DescriptorError(f"{path} has shape {rows.shape}, {list_file} {len(lines)} names")
-    return np.asarray(rows[find_names(lines, names, path)])
+    if rows.ndim != 2 or len(rows) != len(stored):
+        raise DescriptorError(f"{path} has shape {rows.shape}, its .txt {len(stored)} names")
+    return np.asarray(rows[find_names(stored, names, path)])
 
 
 def _read_hloc(path: Path, names: Sequence[str]) -> np.ndarray:

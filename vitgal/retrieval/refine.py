@@ -7,13 +7,11 @@ read; it stays zero and does not affect other rows.
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from vitgal import runs
-from vitgal.features.files import FileError, read_arrays
+from vitgal.features.codes import LinearMap
 from vitgal.retrieval.exact_search import (
     BLOCK,
     Hits,
@@ -44,20 +42,16 @@ def _normalised(rows: np.ndarray) -> np.ndarray:
 # Whitening
 
 
-@dataclass(frozen=True, eq=False)
-class WhiteningMap:
-    """An affine map of descriptors, followed by normalisation.
+class WhiteningMap(LinearMap):
+    """An affine map of descriptors, followed by normalisation."""
 
-    mean: (D,) float32.  projection: (D, D') float32.
-    """
+    NAME = "whitening"
 
-    mean: np.ndarray
-    projection: np.ndarray
-
-    def apply(self, rows: np.ndarray) -> np.ndarray:
+    def apply(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
         """Returns (N, D') float32 of length 1 for rows (N, D); an empty array for none.
 
-        Raises RefinementError for rows of another width.
+        out: (N, D') float32 that takes the result; None: new memory. Raises RefinementError for
+        rows of another width.
         """
         if rows.shape[1] != len(self.mean):
             raise RefinementError(
@@ -65,7 +59,7 @@ class WhiteningMap:
                 f"have {rows.shape[1]}: learn it from descriptors of the same network"
             )
         rows = np.asarray(rows)
-        mapped = np.matmul(rows.astype(np.float32, copy=False), self.projection)
+        mapped = np.matmul(rows.astype(np.float32, copy=False), self.projection, out=out)
         mapped -= self.mean @ self.projection
         mapped[~rows.any(axis=1)] = 0
         return _normalised(mapped)
@@ -74,19 +68,6 @@ class WhiteningMap:
     def fingerprint(self) -> str:
         """The sha256 of the map's values, in hex."""
         return hashlib.sha256(self.mean.tobytes() + self.projection.tobytes()).hexdigest()
-
-    def save(self, path: Path) -> Path:
-        """Writes one `.npz` atomically and returns its path."""
-        return runs.write_arrays(path, mean=self.mean, projection=self.projection)
-
-    @classmethod
-    def load(cls, path: Path) -> "WhiteningMap":
-        """Reads a file written by `save`; raises FileError for another content."""
-        mean, projection = read_arrays(path, ("mean", "projection")).values()
-        fits = mean.dtype == projection.dtype == np.float32 and mean.ndim == 1
-        if not fits or projection.ndim != 2 or len(projection) != len(mean):
-            raise FileError(f"{path} holds no whitening: make it again")
-        return cls(mean, projection)
 
 
 def pca_whitening(
@@ -231,13 +212,20 @@ def _as_map(mean: np.ndarray, projection: np.ndarray) -> WhiteningMap:
 def whitened_blocks(database: np.ndarray, whitening: WhiteningMap) -> Iterator[np.ndarray]:
     """Yields the whitened database (N, D) in blocks of rows, computed in threads.
 
-    Takes 12 bytes x D x `WRITTEN`, whatever N.
+    Each block overwrites the last: new memory for all takes a fifth of the time. Takes 4 bytes x D'
+    x `WRITTEN`, whatever N.
     """
+    width = whitening.projection.shape[1]
+    buffer = np.empty((min(WRITTEN, len(database)), width), np.float32)
     for part in block_slices(len(database), WRITTEN):
-        parts = block_slices(part.stop - part.start, BLOCK)
-        group = database[part]
-        mapped = in_threads(lambda some, g=group: [whitening.apply(g[p]) for p in some], parts)
-        yield from (block for of_thread in mapped for block in of_thread)
+        rows, mapped = database[part], buffer[: part.stop - part.start]
+
+        def fill(parts: list[slice], rows: np.ndarray = rows, mapped: np.ndarray = mapped) -> None:
+            for each in parts:
+                whitening.apply(rows[each], out=mapped[each])
+
+        in_threads(fill, block_slices(len(rows), BLOCK))
+        yield mapped
 
 
 # Neighbours

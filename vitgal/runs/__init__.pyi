@@ -33,6 +33,7 @@ from .inputs import (
     fingerprint_file as fingerprint_file,
     fingerprint_images as fingerprint_images,
     images_input as images_input,
+    images_stamp as images_stamp,
     input_fingerprints as input_fingerprints,
     threaded as threaded,
 )

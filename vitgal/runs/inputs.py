@@ -1,5 +1,6 @@
 """Inputs of a stage: fingerprints of their content, read only where files have changed."""
 
+import errno
 import hashlib
 import itertools
 import json
@@ -112,22 +113,15 @@ class Input:
 
 def file_input(path: Path) -> Input:
     """Returns a file as an input; its fingerprint is `fingerprint_file(path)`."""
-    return Input(lambda: _stamp([""], [path]), lambda: fingerprint_file(path))
+    return Input(lambda: images_stamp([""], [path]), lambda: fingerprint_file(path))
 
 
 def images_input(
-    names: Sequence[str],
-    paths: Sequence[Path | str],
-    *,
-    verify: bool = False,
-    known: Callable[[], array | None] = lambda: None,
+    names: Sequence[str], paths: Sequence[Path | str], *, verify: bool = False
 ) -> Input:
-    """Returns a list of images as an input, with the fingerprint of `fingerprint_images`.
-
-    known: returns the `file_facts` of the paths if the caller has just looked them up, else None.
-    """
+    """Returns a list of images as an input, with the fingerprint of `fingerprint_images`."""
     return Input(
-        lambda: _stamp(names, paths, known()), lambda: fingerprint_images(names, paths), verify
+        lambda: images_stamp(names, paths), lambda: fingerprint_images(names, paths), verify
     )
 
 
@@ -169,20 +163,28 @@ def _encode(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")  # file names may not be Unicode
 
 
-def _stamp(names: Sequence[str], paths: Sequence[Path | str], known: array | None = None) -> str:
+def images_stamp(names: Sequence[str], paths: Sequence[Path | str]) -> str:
+    """Returns a hash of images' names, paths, sizes and times; reads no image.
+
+    FileNotFoundError names the first missing file.
+    """
     texts = [*map(os.fspath, paths)]
     folder = "" if {text[:1] for text in texts} <= {"/"} else os.getcwd()
-    facts = file_facts(texts) if known is None else known
-    for index, size in enumerate(facts[::3]):
+    with ThreadPoolExecutor(1) as pool:
+        looked_up = pool.submit(file_facts, texts)  # meanwhile the names are hashed
+        digest = hashlib.sha256()
+        text, separator = itertools.chain([folder], names, [""], texts), ""
+        while part := list(itertools.islice(text, JOINED)):
+            joined = separator + "\0".join(part)
+            digest.update(joined.encode("utf-8", "surrogateescape"))
+            separator = "\0"
+        facts = looked_up.result()
+    for index, size in enumerate(facts[::3] if min(facts, default=0) < 0 else ()):
         if size < 0:  # a missing file raises here
-            status = os.stat(texts[index])
-            values = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            entry = os.stat(texts[index])
+            if not stat.S_ISREG(entry.st_mode):
+                raise FileNotFoundError(errno.ENOENT, "This is no file", texts[index])
+            values = (entry.st_size, entry.st_mtime_ns, entry.st_ctime_ns)
             facts[3 * index : 3 * index + 3] = array("q", values)
-    digest = hashlib.sha256()
-    text, separator = itertools.chain([folder], names, [""], texts), ""
-    while part := list(itertools.islice(text, JOINED)):
-        joined = separator + "\0".join(part)
-        digest.update(joined.encode("utf-8", "surrogateescape"))
-        separator = "\0"
     digest.update(facts)
     return digest.hexdigest()
