@@ -7,7 +7,8 @@ HEAD = """# Settings
 
 Every setting with its default. A notebook's first cell shows those that are changed most often. Any
 other can be added there, given in a YAML file (`params/`), or typed as `-p NAME VALUE`. The last
-column says whether a setting changes results; the others change speed, paths or pictures.
+column says whether a setting changes results; the others change speed, paths or pictures. The
+defaults themselves are declared in `vitgal/settings/`: [how to change one](../CONTRIBUTING.md).
 """
 
 
