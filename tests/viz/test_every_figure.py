@@ -107,7 +107,10 @@ EMPTY = {
     "training_curves": (lambda: charts.training_curves(pd.DataFrame()), "no values"),
     "tokens": (lambda: maps.token_figure([], [], []), "no photographs"),
     "attention": (lambda: maps.attention_maps([], [], []), "no photographs"),
-    "attention_heads": (lambda: maps.attention_heads(picture(9, 9), {}, {}), "no scale"),
+    "attention_heads": (
+        lambda: maps.attention_heads(picture(9, 9), {}, {}, box=(0, 0, 9, 9)),
+        "no scale",
+    ),
     "ranking_rows": (lambda: galleries.ranking_rows([], []), "no queries"),
     "one query": (lambda: galleries.ranking_rows([QUERY], [[]], columns=2), "no image\nranked"),
     "stacked": (

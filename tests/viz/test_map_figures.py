@@ -90,8 +90,7 @@ def test_dropped_features_are_counted_by_reason():
     assert [panel.get_title() for panel in axes] == ["1 kept", "3 dropped"]
     labels = [line.get_label() for line in axes[1].lines]
     assert labels == ["1: keypoints", "2: too near"]
-    assert maps.dropped_features(photo, three, three.subset(slice(0)), [])[1].get_title() == (
-        "0 dropped"
-    )
+    nothing = maps.dropped_features(photo, three, three.subset(slice(0)), [], titles={})
+    assert nothing[1].get_title() == "0 dropped"
     with pytest.raises(ValueError, match="3 dropped features, but"):
-        maps.dropped_features(photo, three, three, ["overlap"])
+        maps.dropped_features(photo, three, three, ["overlap"], titles={})

@@ -358,6 +358,21 @@ def test_a_page_of_one_query_or_none(document, browser, tmp_path, count):
 
 
 @pytest.mark.slow
+def test_a_page_without_reranking_has_every_view(own, browser, tmp_path):
+    shutil.rmtree(own / "tiny" / "rerank")
+    shutil.rmtree(own / "tiny" / "local")
+    view = Page(browser, report.write_report([own], tmp_path / "page", progress=False))
+    words = {"1": "AP", "2": "Global ranking", "3": "are not stored in the page"}
+    for key, word in words.items():
+        view.page.keyboard.press(key)
+        assert word in view.text("main") and "eranking" not in view.text("main")
+        assert view.contrast_and_names() == []
+    for key in ("ArrowDown", "p", "ArrowRight", "Escape", "Escape", "4"):
+        view.page.keyboard.press(key)
+    assert view.faults == []
+
+
+@pytest.mark.slow
 def test_the_page_of_runs_of_different_data_sets_says_why_it_compares_nothing(
     document, browser, tmp_path
 ):

@@ -64,5 +64,5 @@ def test_retrieval_curves_show_what_a_short_list_can_reach():
     assert second.lines[0].get_xydata().tolist() == [[0, 100], [100, 50]]
     labels = [line.get_label() for line in third.lines if not line.get_label().startswith("_")]
     assert labels == ["Hard: 75 %", "short list: 4"]  # between 50 % at 3 and 100 % at 5
-    empty = scores.retrieval_curves({}, {}, {})
+    empty = scores.retrieval_curves({}, {}, {}, top=4)
     assert empty[0].get_title("left") == "no similarities"

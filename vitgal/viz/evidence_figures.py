@@ -11,7 +11,6 @@ from matplotlib.patches import Rectangle
 from vitgal.features.local import LocalFeatures
 from vitgal.retrieval.verification import PairInspection
 from vitgal.viz import drawing, style
-from vitgal.viz.maps import mix_heat
 from vitgal.viz.matching import (
     WIDTH,
     MatchedImage,
@@ -171,10 +170,7 @@ def attention_and_inliers(query: MatchedImage, pair: PairInspection) -> np.ndarr
     figure, axes = plt.subplots(
         1, 3, figsize=(10, max(2.7, height + 0.75)), width_ratios=[3.4, 3.4, 3]
     )
-    heated = picture
-    if query.heat is not None:
-        heated = mix_heat(picture, query.heat, query.features.box)
-    drawing.draw_photograph(axes[0], heated, inches)
+    drawing.draw_photograph(axes[0], query.pixels(), inches)
     axes[0].set_title("attention")
     drawing.draw_photograph(axes[1], picture, inches)
     points, matches = query.features.original_keypoints(), pair.matches

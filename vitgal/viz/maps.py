@@ -146,19 +146,17 @@ def attention_heads(
     attention: Mapping[float, np.ndarray],
     scores: Mapping[float, np.ndarray],
     *,
-    box: Sequence[int] | None = None,
+    box: Sequence[int],
 ) -> np.ndarray:
     """Draws the class attention of every head at every scale, and the score of all heads.
 
     Every map is drawn relative to its own peak. attention, scores: scale -> maps of shape
     (heads, h, w), and one of shape (h, w). box: (x0, y0, x1, y1), the pixels of the photograph
-    that the network saw; None: all. Returns the axes, shape (scales, 1 + heads), the scores first;
-    a sentence without scales.
+    that the network saw. Returns the axes, shape (scales, 1 + heads), the scores first; a sentence
+    without scales.
     """
-    picture = drawing.read_pixels(image)
-    if box is not None:
-        x0, y0, x1, y1 = (int(side) for side in box)
-        picture = picture[y0:y1, x0:x1]
+    x0, y0, x1, y1 = box
+    picture = drawing.read_pixels(image)[y0:y1, x0:x1]
     if not attention:
         return np.array([[drawing.sentence_figure("no scale")]])
     columns = 1 + len(next(iter(attention.values())))
@@ -187,7 +185,7 @@ def dropped_features(
     dropped: LocalFeatures,
     reasons: Sequence[str],
     *,
-    titles: Mapping[str, str] | None = None,
+    titles: Mapping[str, str],
 ) -> np.ndarray:
     """Draws the features of a photograph that were kept, and those that were dropped, by reason.
 
@@ -210,7 +208,7 @@ def dropped_features(
     axes[1].set_title(f"{len(dropped)} dropped")
     points = dropped.original_keypoints()
     for name, marker, colour in zip(sorted(set(reasons)), "x+1", DROPPED_COLOURS, strict=False):
-        count, meaning = (reasons == name).sum(), (titles or {}).get(name, name)
+        count, meaning = (reasons == name).sum(), titles.get(name, name)
         (marks,) = axes[1].plot(*points[reasons == name].T, marker, color=colour, markersize=3.5)
         marks.set_path_effects(drawing.outlined("black", 2.2))
         marks.set_label(drawing.drawable(f"{count}: {meaning}"))

@@ -147,7 +147,7 @@ def retrieval_curves(
     precision: Mapping[str, np.ndarray],
     recall: Mapping[str, tuple[np.ndarray, np.ndarray]],
     *,
-    top: int | None = None,
+    top: int,
 ) -> np.ndarray:
     """Draws similarities by label, precision over recall, and recall over the length of a list.
 
@@ -157,28 +157,23 @@ def retrieval_curves(
         precision: protocol -> (R,) mean interpolated precision at R levels of recall from 0 to 1.
         recall: protocol -> lengths (L,) and the mean share (L,) of right images within each.
         top: length of the short list, drawn as a line; the values there are the most that
-            reranking can find. None: no line.
+            reranking can find.
     Returns:
         The axes, shape (3,).
     """
     _, axes = plt.subplots(1, 3, figsize=(10, 3.6), width_ratios=[1.15, 1, 1.15])
     _draw_histograms(axes[0], similarities)
-    for index, (protocol, values) in enumerate(precision.items()):
-        line, colour = LINE_STYLES[index % 4], style.PROTOCOL_COLOURS[protocol]
+    for protocol, line in zip(precision, LINE_STYLES, strict=False):
+        values, (lengths, shares) = precision[protocol], recall[protocol]
+        colour, label = style.PROTOCOL_COLOURS[protocol], protocol.capitalize()
         levels = np.linspace(0, 100, len(values))
-        axes[1].plot(levels, 100 * values, line, color=colour, label=protocol.capitalize())
+        axes[1].plot(levels, 100 * values, line, color=colour, label=label)
+        ceiling = 100 * float(np.interp(top, lengths, shares))
+        axes[2].plot(top, ceiling, "o", color=colour, markeredgecolor=INK, markersize=5)
+        axes[2].plot(lengths, 100 * shares, line, color=colour, label=f"{label}: {ceiling:.0f} %")
+    axes[2].axvline(top, color=INK, linewidth=0.8, linestyle=":", label=f"short list: {top}")
     axes[1].set(xlabel="recall (%)", ylabel="precision (%)", xlim=(0, 100), ylim=(0, 103))
     axes[1].set_title("precision and recall", loc="left")
-    for index, (protocol, (lengths, shares)) in enumerate(recall.items()):
-        line, colour = LINE_STYLES[index % 4], style.PROTOCOL_COLOURS[protocol]
-        label = protocol.capitalize()
-        if top is not None:
-            ceiling = 100 * float(np.interp(top, lengths, shares))
-            axes[2].plot(top, ceiling, "o", color=colour, markeredgecolor=INK, markersize=5)
-            label += f": {ceiling:.0f} %"
-        axes[2].plot(lengths, 100 * shares, line, color=colour, label=label)
-    if top is not None:
-        axes[2].axvline(top, color=INK, linewidth=0.8, linestyle=":", label=f"short list: {top}")
     axes[2].set(xscale="log", xlabel="images looked at", ylabel="right images found (%)")
     axes[2].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes[2].set(ylim=(0, 103))
