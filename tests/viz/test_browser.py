@@ -1,8 +1,8 @@
 """The notebooks as a person uses them: JupyterLab in a real browser, on the finished demo run.
 
-Each notebook is opened, all its cells are run, and its view is used: queries, knobs, patches, boxes
-and pairs must change the picture without an error on the page. Every wait is for a state of the
-page; limits only end a test that would never end. Screenshots are left in the folder
+Notebooks are opened, all their cells are run, and their views are used: queries, knobs, patches,
+boxes and pairs must change the picture without an error on the page. Every wait is for a state of
+the page; limits only end a test that would never end. Screenshots are left in the folder
 VITGAL_SCREENSHOTS, if set.
 """
 
@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from vitgal import runs
@@ -32,6 +33,12 @@ SETTINGS = {  # no question about news, no look for updates, every cell in the p
     "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
     "notebook-extension/tracker": {"windowingMode": "none"},
 }
+PAIR = """from vitgal import runs, stages, viz
+from vitgal.data import revisited
+run = runs.run_folder("demo")
+benchmark = revisited.open_dataset("demo", run / "data" / "benchmark")
+hard = stages.hard_candidates(run / "demo" / "rerank", benchmark.ground_truth, 14)
+viz.Instrument(run, benchmark, view="pair", query=14, image=int(hard[0]))"""
 pytestmark = pytest.mark.slow
 
 
@@ -45,6 +52,11 @@ def address(finished_run, tmp_path_factory) -> Iterator[str]:
     """A JupyterLab on copies of the notebooks: saving would change the committed ones."""
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(TOP / "notebooks", folder / "notebooks")
+    kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+    pair = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(PAIR)], metadata={"kernelspec": kernel}
+    )
+    nbformat.write(pair, folder / "notebooks" / "pair.ipynb")
     with jupyterlab(folder, {"VITGAL_RUNS": str(finished_run.parent)}) as address:
         yield address
 
@@ -192,9 +204,8 @@ def lab(chromium, address):
         notebook.page.close()
 
 
-@pytest.mark.parametrize("name", ["04_global_evaluation", "06_rerank"])
-def test_queries_are_explored(lab, name):
-    notebook = lab(name)
+def test_queries_are_explored(lab):
+    notebook = lab("06_rerank")
     instrument = notebook.page.locator(".vitgal")
     instrument.get_by_role("button", name="Overview").click()
     instrument.locator("table.queries tbody tr").nth(3).get_by_role("button").click()
@@ -288,7 +299,7 @@ def test_own_photographs_are_searched(lab):
 
 
 def test_a_kernel_that_dies_is_said_and_the_picture_stays(lab):
-    notebook = lab("07_match_visualization")
+    notebook = lab("pair")
     page, root = notebook.page, notebook.page.locator(".vitgal")
     root.locator("p", has_text="inliers on").first.wait_for()
     canvas = root.locator("canvas.pair")
