@@ -264,9 +264,9 @@ def _results(comparison: Comparison) -> pd.DataFrame:
     rows = {}
     for protocol, test in comparison.tests.items():
         rows[protocol.capitalize()] = [
-            *(_percent(*values) for values in comparison.intervals[protocol]),
+            *(interval_text(*values) for values in 100 * np.array(comparison.intervals[protocol])),
             f"{100 * test.difference:+.1f}",
-            ABSENT if np.isnan(test.low) else f"{100 * test.low:+.1f} to {100 * test.high:+.1f}",
+            ends_text(100 * test.low, 100 * test.high),
             f"{test.p_value:.4f}{'' if test.exact else ' ~'}",
             f"{test.won}/{test.lost}/{test.queries - test.won - test.lost}",
         ]
@@ -274,11 +274,16 @@ def _results(comparison: Comparison) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
 
 
-def _percent(mean: float, low: float, high: float) -> str:
+def interval_text(mean: float, low: float, high: float) -> str:
+    """Writes a mean and its interval, in percent; nan where there is none."""
     if np.isnan(mean):
         return ABSENT
-    interval = ABSENT if np.isnan(low) else f"{100 * low:.1f} to {100 * high:.1f}"
-    return f"{100 * mean:.1f} ({interval})"
+    return f"{mean:.1f} ({ABSENT if np.isnan(low) else f'{low:.1f} to {high:.1f}'})"
+
+
+def ends_text(low: float, high: float) -> str:
+    """Writes the ends of a difference's interval, in points; nan where there is none."""
+    return ABSENT if np.isnan(low) else f"{low:+.1f} to {high:+.1f}"
 
 
 def _changed(comparison: Comparison, protocol: str, listed: int) -> pd.DataFrame:

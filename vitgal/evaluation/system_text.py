@@ -12,7 +12,7 @@ import pandas as pd
 
 from vitgal import runs
 from vitgal.data.revisited import PROTOCOLS
-from vitgal.evaluation.comparison import ABSENT, aligned
+from vitgal.evaluation.comparison import ABSENT, aligned, ends_text, interval_text
 from vitgal.evaluation.systems import SystemTable, TableError
 
 LISTED = 10  # pairs whose tests the text lists
@@ -51,7 +51,7 @@ def display_table(
         ends = systems[[protocol, f"{protocol} low", f"{protocol} high"]].to_numpy(float)
         worse = [", ".join(map(str, numbers)) for numbers in systems[f"{protocol} better than"]]
         columns[protocol.capitalize()] = [
-            _interval(*row) + (better.format(names) if names else "")
+            interval_text(*row) + (better.format(names) if names else "")
             for row, names in zip(ends, worse, strict=True)
         ]
     precisions = systems[[f"{protocol} mP@10" for protocol in PROTOCOLS]].to_numpy(float)
@@ -80,12 +80,6 @@ def _number(value: float, digits: int) -> str:
     return ABSENT if np.isnan(value) else f"{value:,.{digits}f}"
 
 
-def _interval(mean: float, low: float, high: float) -> str:
-    if np.isnan(mean):
-        return ABSENT
-    return f"{mean:.1f} ({ABSENT})" if np.isnan(low) else f"{mean:.1f} ({low:.1f} to {high:.1f})"
-
-
 def notes(table: SystemTable) -> list[str]:
     """Returns the sentences that explain a table: the interval, the tests, times, publications."""
     measured = len(table.measured)
@@ -96,9 +90,10 @@ def notes(table: SystemTable) -> list[str]:
     ]
     if measured > 1:
         pairs = measured * (measured - 1) // 2
+        number = "1 pair" if pairs == 1 else f"{pairs} pairs"
         lines.append(
             "Numbers after a mAP: the systems that it is better than beyond chance (p < 0.05, "
-            f"paired sign-flip test, Holm-corrected over {_count(pairs, 'pair')} per protocol)."
+            f"paired sign-flip test, Holm-corrected over {number} per protocol)."
         )
     if table.measured["ms an image"].notna().any():
         lines.append(
@@ -110,10 +105,6 @@ def notes(table: SystemTable) -> list[str]:
     return lines
 
 
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}" if number == 1 else f"{number} {name}s"
-
-
 def as_text(table: SystemTable) -> str:
     """Writes a table for a terminal, with the notes and the tests under Medium."""
     parts = [aligned(display_table(table), str.ljust), "\n".join(notes(table))]
@@ -121,17 +112,13 @@ def as_text(table: SystemTable) -> str:
     if 0 < len(medium) <= LISTED:
         lines = [
             f"  {row.second} against {row.first}: {row.difference:+.1f} points "
-            f"({_ends(row.low, row.high)}), p {_p_value(row.p_holm)}"
+            f"({ends_text(row.low, row.high)}), p {_p_value(row.p_holm)}"
             for row in medium.rename(columns={"p Holm": "p_holm"}).itertuples()
         ]
         parts.append(
             "\n".join(["Medium, with the pair's own interval and the corrected p:", *lines])
         )
     return "\n\n".join(parts)
-
-
-def _ends(low: float, high: float) -> str:
-    return ABSENT if np.isnan(low) else f"{low:+.1f} to {high:+.1f}"
 
 
 def _p_value(value: float) -> str:

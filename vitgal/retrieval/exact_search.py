@@ -275,9 +275,7 @@ def similarity_blocks(
             )
         right = buffers[0][: len(rows)]
         right[...] = rows
-        # Only the last part is shorter than the buffers: its products take new memory.
-        full = len(rows) == buffers[1].shape[1]
-        exact, products = buffers[1:] if full else (None, np.empty((len(left), len(rows)), "f4"))
+        exact, products = (buffer[:, : len(rows)] for buffer in buffers[1:])
         with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the row's number
             products[...] = np.matmul(left, right.T, out=exact)
         if not np.isfinite(products).all():

@@ -4,8 +4,7 @@ A logistic model of two numbers of a pair: the similarity of the global descript
 evidence of verification. Evidence enters by its logarithm, as each further inlier adds less.
 """
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize
@@ -49,10 +48,6 @@ class Presence:
         """Returns float64 probabilities of pairs with similarities and evidence of one shape."""
         logits = self.bias + self.similarity * np.asarray(similarities, np.float64)
         return expit(logits + self.evidence * np.log1p(np.asarray(evidence, np.float64)))
-
-    def plain(self) -> dict[str, Any]:
-        """Returns the attributes, for JSON."""
-        return asdict(self)
 
     def sentence(self, probability: float) -> str:
         """Returns what the highest probability of a ranking says about the query."""

@@ -8,6 +8,7 @@ to a finished run with labels.
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def fit_places(
             "them with two photographs"
         ) from None
     describer = photographs.describer
-    fitted = _fitted(describer) | {presence_key(describer, settings): presence.plain()}
+    fitted = _fitted(describer) | {presence_key(describer, settings): asdict(presence)}
     runs.write_json(describer.folder / FITTED, fitted)
     return presence
 
