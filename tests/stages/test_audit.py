@@ -2,6 +2,7 @@
 bad input. The export of a folder.
 """
 
+import resource
 import shutil
 import sqlite3
 from pathlib import Path
@@ -90,13 +91,21 @@ def test_descriptors_are_read_in_slices_and_mapped(describer, tmp_path):
         runs.write_arrays(store.folder / f"{number:05}.npz", keys=keys[part],
                           descriptors=descriptors[part])  # fmt: skip
     order = rng.permutation(40_000)[:35_000]  # more than a slice, in another order than on disk
-    rows = audits.GlobalStore(tmp_path, describer).rows([bytes(keys[i]).hex() for i in order])
+    listed, reader = [bytes(keys[i]).hex() for i in order], audits.GlobalStore(tmp_path, describer)
+    rows = reader.rows(listed)
     assert isinstance(rows, np.memmap) and not rows.flags.writeable
     np.testing.assert_array_equal(rows, descriptors[order])
     assert {path.name for path in store.folder.iterdir()} == {
         "00000.npz", "00001.npz", "settings.json"
     }  # fmt: skip
     assert store.rows([]).shape == (0, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # as a full disk
+        with pytest.raises(OSError, match="no space left to write descriptors; make room"):
+            reader.rows(listed)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_between_two_folders_the_landmarks_of_gldv2(folder, describer, store, tmp_path):

@@ -12,6 +12,7 @@ from .files import (
     all_inside as all_inside,
     atomic as atomic,
     disk_full as disk_full,
+    explained_full_disk as explained_full_disk,
     inside as inside,
     plain as plain,
     read_json as read_json,

@@ -39,10 +39,20 @@ def atomic(path: Path) -> Iterator[Path]:
     # Random: machines that share the folder may have equal process ids.
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-{path.name}")
     try:
-        yield temporary
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
+        with explained_full_disk(path):
+            yield temporary
+            with open(temporary, "rb+") as handle:
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def explained_full_disk(path: Path) -> Iterator[None]:
+    """Raises the OSError of a full disk with the file that is written, and a remedy."""
+    try:
+        yield
     except OSError as error:
         if not disk_full(error):
             raise
@@ -52,8 +62,6 @@ def atomic(path: Path) -> Iterator[Path]:
             "complete files are kept",
             str(path.parent),
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def disk_full(error: OSError) -> bool:

@@ -230,7 +230,8 @@ class GlobalStore:
         """
         if not keys:
             return np.zeros((0, 1), np.float16)
-        with tempfile.TemporaryFile(dir=self.folder) as handle:
+        file = self.folder / "descriptors"
+        with runs.explained_full_disk(file), tempfile.TemporaryFile(dir=self.folder) as handle:
             for part in block_slices(len(keys), ROWS):
                 self._gather(keys[part]).tofile(handle)
             handle.flush()
