@@ -22,7 +22,6 @@ from vitgal.data.photographs import list_photographs, read_upright
 from vitgal.retrieval import copies
 from vitgal.settings import read_settings
 from vitgal.stages import Audit, Describer, find_copies, own_models
-from vitgal.stages.model_choice import DEMO_VALUES
 
 PLANTED = ("crop", "resize", "recompression", "mirror")
 FURTHER = ("mirrored crop", "grey", "recoloured", "border", "caption", "turned")
@@ -129,8 +128,8 @@ def main() -> None:
     folders = options.folders or [runs.resolve("third_party/landmarks")]
     run = runs.run_folder("audit")
     models = own_models(run)
-    settings = models.complete(read_settings(dict(DEMO_VALUES)))
-    describer = Describer(run, models.describing, models.suited(settings.describing))
+    settings = models.complete(read_settings({}))
+    describer = Describer(run, models.describing, settings.describing)
     kinds = PLANTED + FURTHER * options.all
     with tempfile.TemporaryDirectory() as scratch:
         top = Path(scratch)

@@ -40,7 +40,7 @@ from vitgal.retrieval.presence import Presence
 from vitgal.retrieval.verification import verify
 from vitgal.settings import RerankingSettings, Values, reader, settings_of
 from vitgal.stages import own, own_answers
-from vitgal.stages.model_choice import DEMO_VALUES, own_models
+from vitgal.stages.model_choice import own_models
 from vitgal.stages.own import Describer
 from vitgal.stages.presence import fit_places, known_presence
 
@@ -180,13 +180,13 @@ def main() -> None:
     run = runs.run_folder(options.run)
     models = own_models(run, options.weights)
     print(models.reason)
-    notebook = DEMO_VALUES | {"top": options.top, "threads": 1}
+    own = {"threads": 1, "top": options.top}
     typed = reader.from_command_line(dict(options.set), {})
-    whole = models.complete(settings_of(Values.of(notebook, "notebook 08") | typed))
+    whole = models.complete(settings_of(Values.of(own, "this benchmark") | typed))
     describer = Describer(
         run,
         models.describing,
-        models.suited(whole.describing),
+        whole.describing,
         whole.local,
         whole.machine,
         local_model=models.local,

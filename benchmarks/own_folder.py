@@ -22,7 +22,7 @@ from vitgal.data.images import read_image
 from vitgal.data.photographs import file_digest
 from vitgal.settings import Values, settings_of
 from vitgal.stages import own
-from vitgal.stages.model_choice import DEMO_VALUES, own_models
+from vitgal.stages.model_choice import own_models
 from vitgal.stages.own_describer import Describer
 from vitgal.viz.report import THUMBNAIL, jpeg
 
@@ -75,10 +75,14 @@ def measure(options: argparse.Namespace, top: Path) -> None:
     run.mkdir()
     models = own_models(run, None)
     print(models.reason)
-    whole = models.complete(settings_of(Values.of(DEMO_VALUES | {"threads": 1}, "notebook 08")))
-    describing = models.suited(whole.describing)
+    whole = models.complete(settings_of(Values.of({"threads": 1}, "this benchmark")))
     describer = Describer(
-        run, models.describing, describing, whole.local, whole.machine, local_model=models.local
+        run,
+        models.describing,
+        whole.describing,
+        whole.local,
+        whole.machine,
+        local_model=models.local,
     )
     bundled = sorted(runs.resolve("third_party/landmarks").glob("*/*.jpg"))
     data = [jpeg(read_image(path), THUMBNAIL) for path in bundled]

@@ -143,19 +143,20 @@ def test_a_run_with_labels_fixes_a_model(tmp_path):
     assert model.positives == right
 
 
-def test_the_defaults_of_the_baseline_replace_what_suits_the_demo_alone(tmp_path, monkeypatch):
+def test_what_is_not_set_suits_the_model(tmp_path, monkeypatch):
     monkeypatch.setattr(model_choice, "baseline_network", lambda: "timm:x@net.pth")
-    demo = Values.of(model_choice.DEMO_VALUES, "the notebook's parameters cell")
+    nothing = settings_of(Values({}, {}))
     chosen = model_choice.own_models(tmp_path / "run")
-    whole = chosen.complete(settings_of(demo))
+    whole = chosen.complete(nothing)
     assert (whole.local.local, whole.reranking.order, whole.reranking.top) == ("sift", "fused", 50)
-    assert chosen.suited(whole.describing).size == 288
-    typed = {"local": "xfeat", "top": 10, "threshold": 8.0}
-    whole = chosen.complete(settings_of(demo | Values.of(typed, "the command line")))
-    assert (whole.local.local, whole.reranking.top) == ("xfeat", 10)
-    assert whole.reranking.verification.threshold == 8.0
-    other = model_choice.own_models(tmp_path / "run", "b.pth")
-    assert other.complete(settings_of(demo)).values == settings_of(demo).values
+    assert whole.describing.size == 288
+    typed = {"local": "xfeat", "top": 20, "threshold": 8.0, "global_size": 224}
+    whole = chosen.complete(settings_of(Values.of(typed, "the command line")))
+    assert (whole.local.local, whole.reranking.top) == ("xfeat", 20)
+    assert (whole.reranking.verification.threshold, whole.describing.size) == (8.0, 224)
+    other = model_choice.own_models(tmp_path / "run", "b.pth").complete(nothing)
+    assert (other.describing.size, other.local.size, other.reranking.top) == (224, 320, 20)
+    assert other.local.local == "tokens" and other.reranking.count == "features"
 
 
 @pytest.mark.parametrize("package", [True, False])
@@ -165,12 +166,11 @@ def test_the_shipped_model_is_that_of_the_defaults(package, tmp_path, monkeypatc
     if not package:  # the weights of 8 bits
         monkeypatch.setattr(model_choice, "baseline_network", lambda: None)
     chosen = model_choice.own_models(tmp_path / "run")
-    demo = Values.of(model_choice.DEMO_VALUES, "the notebook's parameters cell")
-    whole = chosen.complete(settings_of(demo))
+    whole = chosen.complete(settings_of(Values({}, {})))
     describer = Describer(
         tmp_path / "run",
         chosen.describing,
-        chosen.suited(whole.describing),
+        whole.describing,
         whole.local,
         MachineSettings(device="cpu"),
         local_model=chosen.local,

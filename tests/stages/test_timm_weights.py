@@ -1,10 +1,10 @@
 """Networks of timm in the stages: `weights: timm:NAME@FILE`. Weights are random."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
-import nbformat
 import numpy as np
 import pytest
 import timm
@@ -18,7 +18,7 @@ from vitgal.data.images import read_image
 from vitgal.models import baselines, inference
 from vitgal.models.descriptors import extract_global
 from vitgal.models.timm_networks import NetworkError, open_network
-from vitgal.settings import GlobalSettings, reader
+from vitgal.settings import GlobalSettings, Values, reader, settings_of
 from vitgal.stages import model_choice
 from vitgal.stages.model_choice import other_models, own_models
 
@@ -154,21 +154,17 @@ def test_own_photographs_take_the_run_s_model_else_the_baseline_else_the_small_o
     chosen = own_models(tmp_path / "run")
     assert chosen.describing == chosen.local == tmp_path / "run/autoencoder/model.safetensors"
     assert chosen.reason == "model: the one that run has trained"
-    demo = GlobalSettings(size=224, resize="area", scales=(0.5, 0.7071, 1.0))
-    assert chosen.suited(demo) == demo
+    nothing, scales = settings_of(Values({}, {})), (0.5, 0.7071, 1.0)
+    own = GlobalSettings(size=224, resize="area", scales=scales)
+    assert replace(chosen.complete(nothing).describing, top=own.top) == own
     chosen = own_models(tmp_path / "run", f"timm:test_vit@{tmp_path}/a.pth")
     assert chosen.describing == f"timm:test_vit@{tmp_path}/a.pth"
     assert chosen.local == tmp_path / "run/autoencoder/model.safetensors"
-    assert chosen.suited(demo) == GlobalSettings(resize="area")
-    other = GlobalSettings(size=320, scales=(0.5, 0.7071, 1.0))
-    assert chosen.suited(other) == other
-    (parameters,) = (
-        cell["source"]
-        for cell in nbformat.read(runs.checkout() / "notebooks/08_own_photos.ipynb", 4)["cells"]
-        if "parameters" in cell["metadata"].get("tags", ())
-    )
-    assert f"global_size: int | None = {demo.size} " in parameters
-    assert f"global_scales: list[float] = {list(demo.scales)} " in parameters
+    described = chosen.complete(nothing).describing
+    assert replace(described, top=own.top) == GlobalSettings(size=None, resize="area")
+    typed = settings_of(Values.of({"global_size": 320, "global_scales": scales}, "typed"))
+    described = chosen.complete(typed).describing
+    assert (described.size, described.scales) == (320, scales)
     assert own_models(tmp_path / "run", "b.pth").local == runs.resolve("b.pth")
 
 

@@ -24,10 +24,9 @@ def own_network(
     """
     from vitgal import stages
     from vitgal.settings import read_settings
-    from vitgal.stages.model_choice import DEMO_VALUES
 
     models = stages.own_models(run, weights)
-    settings = models.complete(read_settings(dict(DEMO_VALUES)))
+    settings = models.complete(read_settings({}))
     return models, models.describer(run, settings), settings
 
 

@@ -364,8 +364,8 @@ class TuningSettings(Section):
         flat="tune_distances",
         above=0,
     )
-    thresholds: tuple[float, ...] = setting((4.0, 8.0, 24.0, 32.0), "values of threshold", above=0)
-    tops: tuple[int, ...] = setting((10, 25, 50, 75), "values of top", low=1)
+    thresholds: tuple[float, ...] = setting((8.0, 32.0), "values of threshold", above=0)
+    tops: tuple[int, ...] = setting((5, 10, 20, 50), "values of top", low=1)
     matchings: tuple[str, ...] = later(
         ("one_way", "mutual"), "values of matching", choices=MATCHINGS
     )

@@ -1,6 +1,6 @@
 """The choice of networks for own photographs, and for comparison with a run's model."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from vitgal import runs
@@ -11,14 +11,12 @@ from vitgal.stages.own_describer import Describer
 
 BASELINE = "EfficientNet-Lite0"
 
-# Size and scales of the demo's small model, which notebook 08 holds.
-DEMO_SIZE, DEMO_SCALES = 224, (0.5, 0.7071, 1.0)
-# Values of notebook 08 for the demo's small model, and values for EfficientNet-Lite0 with
-# RootSIFT, chosen on the bundled photographs, not on those of benchmarks/own.py.
-DEMO_VALUES = {
+# What suits the demo's small model, and EfficientNet-Lite0 with RootSIFT; the latter chosen on the
+# bundled photographs, not on those of benchmarks/own.py.
+SMALL_MODEL_VALUES = {
     "top": 20,
-    "global_size": DEMO_SIZE,
-    "global_scales": DEMO_SCALES,
+    "global_size": 224,
+    "global_scales": (0.5, 0.7071, 1.0),
     "global_resize": "area",
     "local_size": 320,
     "max_distance": 0.95,
@@ -61,19 +59,22 @@ class OwnModels:
         return self.reason
 
     def complete(self, settings: Settings) -> Settings:
-        """Returns settings for the baseline with RootSIFT, its matching and the fused order.
+        """Returns settings in which all that was not set suits the models.
 
-        They replace what was not set or still has the demo's value, which suits its small model
-        alone. With any other model nothing changes.
+        With EfficientNet-Lite0 these are RootSIFT, its matching and the fused order; with another
+        network of timm the size that it was made for, at one scale; else what suits the demo's
+        small model.
         """
-        known = {str(network) for network in (baseline_network(), rounded_network())}
-        if str(self.describing) not in known:
-            return settings
-        given = settings.values
-        kept = {name for name in given if name in BASELINE_VALUES}
-        kept -= {name for name, value in DEMO_VALUES.items() if given.get(name) == value}
-        values = {name: v for name, v in BASELINE_VALUES.items() if name not in kept}
-        whole = settings | Values.of(values, f"what suits {BASELINE}")
+        values = SMALL_MODEL_VALUES
+        if str(self.describing) in {str(baseline_network()), str(rounded_network())}:
+            values = BASELINE_VALUES
+        elif str(self.describing).startswith(runs.TIMM):
+            values = SMALL_MODEL_VALUES | {
+                "global_size": None,
+                "global_scales": GlobalSettings.scales,
+            }
+        missing = {name: value for name, value in values.items() if name not in settings.values}
+        whole = settings | Values.of(missing, "what suits the model")
         return Settings(whole.values, whole.sources)
 
     def describer(self, run: Path, settings: Settings) -> Describer:
@@ -81,22 +82,11 @@ class OwnModels:
         return Describer(
             run,
             self.describing,
-            self.suited(settings.describing),
+            settings.describing,
             settings.local,
             settings.machine,
             local_model=self.local,
         )
-
-    def suited(self, settings: GlobalSettings) -> GlobalSettings:
-        """Returns settings with the size that a timm network was made for, at one scale.
-
-        The demo's size and scales suit its small model alone; any others were set by the user and
-        stay, as does everything for a model of ViTGaL.
-        """
-        demo = (settings.size, settings.scales) == (DEMO_SIZE, DEMO_SCALES)
-        if demo and str(self.describing).startswith(runs.TIMM):
-            return replace(settings, size=None, scales=GlobalSettings.scales)
-        return settings
 
 
 def model_name(model: Path | str) -> str:
