@@ -2,6 +2,7 @@
 
 import base64
 import json
+from collections.abc import Sequence
 from importlib import resources
 
 from vitgal.runs import plain
@@ -30,11 +31,11 @@ window.state = mount(document.getElementById("instrument"), data, { source, star
 class KernelPage:
     """A widget in a page of a browser, with everything that went wrong in it.
 
-    `silent` makes the kernel leave every question without an answer.
+    silent: kinds of questions that get no answer. asked: the kinds of all questions.
     """
 
-    def __init__(self, browser, widget: InstrumentWidget) -> None:
-        self.widget, self.silent = widget, False
+    def __init__(self, browser, widget: InstrumentWidget, silent: Sequence[str] = ()) -> None:
+        self.widget, self.silent, self.asked = widget, silent, []
         self.page = browser.new_page(viewport={"width": 1300, "height": 1100})
         self.faults: list[str] = []
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
@@ -53,9 +54,10 @@ class KernelPage:
         self.page.wait_for_selector("header")
 
     def _answer(self, message: list) -> list | None:
-        if self.silent:
-            return None
         question, buffers = message
+        self.asked.append(question["kind"])
+        if question["kind"] in self.silent:
+            return None
         sent = []
         self.widget.send = lambda reply, attached: sent.append((reply, attached))
         self.widget._answer(self.widget, question, [base64.b64decode(data) for data in buffers])

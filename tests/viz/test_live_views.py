@@ -120,7 +120,7 @@ def test_a_photograph_that_has_gone_is_a_grey_tile_with_its_name(
 ):
     for letter, name in zip("qab", ("q", "'<b>\"", "🏰"), strict=True):
         shutil.copy(inspected_run / "jpg" / f"{letter}.jpg", tmp_path / f"{name}.jpg")
-    folder = own.describe_folder(tmp_path, describer, progress=False)
+    folder = own.describe_folder(tmp_path, describer)
     (tmp_path / "'<b>\".jpg").unlink()
     view = KernelPage(browser, PhotographInstrument(folder, "q.jpg", None, SETTINGS))
     missing = view.page.locator(".tile .missing")
@@ -131,13 +131,22 @@ def test_a_photograph_that_has_gone_is_a_grey_tile_with_its_name(
     assert view.faults == []
 
 
+def test_a_pair_does_not_wait_for_the_images_of_a_grid(browser, photographs):  # noqa: F811
+    widget = PhotographInstrument(photographs, "q.jpg", None, SETTINGS)
+    view = KernelPage(browser, widget, silent=["image"])
+    view.page.locator(".own .tile").first.click()
+    view.page.locator("p", has_text="inliers on").wait_for()
+    assert view.asked == ["document", "image", "image", "pair"]
+    assert view.faults == []
+
+
 def test_a_kernel_that_ends_is_said_and_the_picture_stays(view):
     page = view.page
     page.locator(".own .tile").first.click()
     page.locator("p", has_text="inliers on").wait_for()
     page.wait_for_function("document.querySelectorAll('.crops canvas').length > 0")
     before = page.locator("canvas.pair").evaluate(CANVAS)
-    view.silent = True
+    view.silent = ["pair"]
     page.get_by_label("max_distance").fill("0.2")
     page.wait_for_function("state.source.waiting.size > 0")
     page.evaluate("listeners['comm_live_update']()")

@@ -237,6 +237,8 @@ class KernelSource {
     this.live = true;
     this.waiting = new Map();
     this.addresses = new Map();
+    this.queue = []; // of images that have not been asked for yet
+    this.asked = 0; // images that are under way
     this.count = 0;
     // Every view of one widget receives all answers: an id says whose they are.
     this.name = Math.random().toString(36).slice(2);
@@ -279,22 +281,31 @@ class KernelSource {
     });
   }
 
+  // Two images at a time, large ones first, so that no question on a pair waits for all of a grid.
   address(image, large) {
     const name = `${image} ${large}`;
     if (!this.addresses.has(name)) {
-      const found = this.ask({ kind: "image", image, large }).then(([, [bytes]]) => {
-        const url = bytes ? URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" })) : null;
-        this.addresses.set(name, url);
-        return url;
+      const asked = new Promise((done) => {
+        this.queue[large ? "unshift" : "push"]({ image, large, name, done });
       });
-      this.addresses.set(
-        name,
-        found.catch(() => null),
-      );
+      this.addresses.set(name, asked);
+      this.askImage();
     }
     return this.addresses.get(name);
   }
 
+  async askImage() {
+    if (this.asked === 2 || !this.queue.length) return;
+    const { image, large, name, done } = this.queue.shift();
+    this.asked++;
+    const answer = await this.ask({ kind: "image", image, large }).catch(() => [null, []]);
+    this.asked--;
+    const [bytes] = answer[1];
+    const url = bytes ? URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" })) : null;
+    this.addresses.set(name, url);
+    done(url);
+    this.askImage();
+  }
 }
 
 // ---------------------------------------------------------------- state, linked between all views
