@@ -76,9 +76,7 @@ def _refuse(text: str, reason: str) -> NoReturn:
     raise ValueError(f"no index {text!r}: {reason}; for example {EXAMPLES}")
 
 
-def build(
-    folder: Path, database: np.ndarray, text: str, *, seed: int = 0, rows: int = ADDED
-) -> Path:
+def build(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Path:
     """Builds the index of a database, unless the folder holds it; returns the folder.
 
     The same arguments give the same bytes. Graphs depend on the order in which images are added and
@@ -86,8 +84,8 @@ def build(
 
     Args:
         folder: gets index.faiss and, written last, index.json with everything the index depends on.
-        database: (N, D) floats, memory-mapped or not; read `rows` at a time. Rows of zeros
-            (unreadable images) are indexed too, so that indices stay equal.
+        database: (N, D) floats, memory-mapped or not; read in blocks. Rows of zeros (unreadable
+            images) are indexed too, so that indices stay equal.
         text: as for `check`.
         seed: of the sample that the index learns from, and of its k-means.
     Raises:
@@ -108,8 +106,8 @@ def build(
     with threadpool_limits(1 if re.search("HNSW|NSG", text) else None, "openmp"):
         with _explained_errors(text, len(database)):
             index.train(_training_sample(database, index, seed))
-            for first in range(0, len(database), rows):
-                index.add(np.ascontiguousarray(database[first : first + rows], np.float32))
+            for first in range(0, len(database), ADDED):
+                index.add(np.ascontiguousarray(database[first : first + ADDED], np.float32))
         with runs.atomic(folder / INDEX) as temporary, open(temporary, "wb") as handle:
             # Written through Python's file, so that a full disk raises OSError.
             faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
@@ -119,9 +117,7 @@ def build(
 
 
 def read(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Index:
-    """Opens an index of a database (N, D) that `build` stored; the arguments are those of `build`.
-
-    The index is memory-mapped.
+    """Maps an index of a database (N, D) that `build` stored; the arguments are those of `build`.
 
     Raises StageError where there is no whole index, or one of other descriptors or settings.
     """

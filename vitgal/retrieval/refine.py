@@ -93,13 +93,10 @@ def pca_whitening(
             vary, or images that are all the same.
     """
     mean, covariance = _moments(rows)
-    width = _checked_dimensions(dimensions, len(mean))
     variances, components = _components(covariance)
     variances = (1 - shrinkage) * variances + shrinkage * variances.mean()
-    if power > 0:
-        width = _varying(variances, dimensions)
-    scales = variances[:width] ** -power if power > 0 else np.ones(width)
-    return _as_map(mean, components[:, :width] * scales)
+    width = _varying(variances, dimensions) if power > 0 else dimensions
+    return _as_map(mean, components[:, :width] * variances[:width] ** -power)
 
 
 def learned_whitening(
@@ -120,7 +117,6 @@ def learned_whitening(
             differ in a dimension in which images vary.
     """
     mean, covariance = _moments(rows)
-    _checked_dimensions(dimensions, len(mean))
     variances, components = _components(covariance)
     basis = components[:, : _varying(variances, None)]
     width = _varying(variances, dimensions)
@@ -193,14 +189,6 @@ def _varying(variances: np.ndarray, dimensions: int | None) -> int:
             "dimensions out, set a shrinkage, or learn it from other images"
         )
     return dimensions or varying
-
-
-def _checked_dimensions(dimensions: int | None, width: int) -> int:
-    if dimensions is not None and dimensions > width:
-        raise RefinementError(
-            f"a whitening keeps {dimensions} dimensions, the descriptors have {width}: set fewer"
-        )
-    return dimensions or width
 
 
 def _as_map(mean: np.ndarray, projection: np.ndarray) -> WhiteningMap:

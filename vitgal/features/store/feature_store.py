@@ -273,7 +273,7 @@ class Index:
         starts[firsts] = 0
         if (rows[:, 0] != starts[:-1]).any() or (rows[:, 0] > rows[:, 1]).any():
             return False
-        if ((order < 0) | (order >= count)).any() or (np.bincount(order, minlength=1) > 1).any():
+        if not np.array_equal(np.sort(order), np.arange(count)):
             return False
         beginnings = names[ends[:-1][np.diff(ends) > 0]]
         try:
