@@ -229,6 +229,7 @@ def test_more_threads_than_cores():
 
 
 @pytest.mark.skipif(not keep_memory(), reason="no glibc")
+@pytest.mark.slow
 def test_freed_memory_is_kept():
     """Blocks of 64 MiB come from memory that was touched before, once some have been freed.
 

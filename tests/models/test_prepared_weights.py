@@ -65,25 +65,36 @@ def refused(*paths):
     return {line.partition(" ")[0]: line.partition(" ")[2].strip() for line in lines}
 
 
-def test_checkpoints_with_inflated_sizes(tmp_path):
-    claim(tmp_path / "storage.pth", tensor(HUGE, (HUGE,), (1,)), 64)
-    claim(tmp_path / "shape.pth", tensor(16, (HUGE,), (1,)), 64)
-    claim(tmp_path / "view.pth", tensor(16, (HUGE,), (0,)), 64)
-    claim(tmp_path / "bytes.pth", b"cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x02\x85R")
+@pytest.fixture(scope="module")
+def messages(tmp_path_factory) -> dict[str, str]:
+    """What is said of each file that the functions below write, all read by one process."""
+    folder = tmp_path_factory.mktemp("prepared")
+    for write in (inflated_checkpoints, inflated_safetensors, wide_codes):
+        write(folder)
+    return refused(*sorted(folder.iterdir()))
+
+
+def inflated_checkpoints(folder):
+    claim(folder / "storage.pth", tensor(HUGE, (HUGE,), (1,)), 64)
+    claim(folder / "shape.pth", tensor(16, (HUGE,), (1,)), 64)
+    claim(folder / "view.pth", tensor(16, (HUGE,), (0,)), 64)
+    claim(folder / "bytes.pth", b"cbuiltins\nbytearray\n\x8a\x05\0\0\0\0\x02\x85R")
     bomb = b"c_codecs\nencode\nq\x01" + b"h\x01" * 39 + b"X\x02\0\0\0ab"
-    claim(tmp_path / "hex.pth", bomb + b"X\x06\0\0\0latin1\x86R" + 39 * b"X\x03\0\0\0hex\x86R")
-    (tmp_path / "memo.pth").write_bytes(b"\x80\x02}r\xff\xff\xff\xff.")
-    with zipfile.ZipFile(tmp_path / "packed.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+    claim(folder / "hex.pth", bomb + b"X\x06\0\0\0latin1\x86R" + 39 * b"X\x03\0\0\0hex\x86R")
+    (folder / "memo.pth").write_bytes(b"\x80\x02}r\xff\xff\xff\xff.")
+    with zipfile.ZipFile(folder / "packed.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", pickle.dumps("a" * 10**7, 2))
-    claim(tmp_path / "twice.pth", tensor(16, (16,), (1,)), 64)
-    with zipfile.ZipFile(tmp_path / "twice.pth", "a") as archive:
+    claim(folder / "twice.pth", tensor(16, (16,), (1,)), 64)
+    with zipfile.ZipFile(folder / "twice.pth", "a") as archive:
         archive.writestr("a/DATA.pkl", b"\x80\x02}.")
-    old = tmp_path / "old.pth"
+    old = folder / "old.pth"
     torch.save({"w": torch.zeros(4)}, old, _use_new_zipfile_serialization=False)
     content = old.read_bytes()
     assert content.count(b"K\x04N") == 1
     old.write_bytes(content.replace(b"K\x04N", b"\x8a\x08" + struct.pack("<q", HUGE) + b"N"))
-    messages = refused(*sorted(tmp_path.iterdir()))
+
+
+def test_checkpoints_with_inflated_sizes(messages):
     for name in "storage shape memo packed twice old".split():
         assert messages[f"{name}.pth"].startswith("is no readable checkpoint")
     assert messages["view.pth"].startswith("holds no ViTGaL weights")
@@ -91,11 +102,11 @@ def test_checkpoints_with_inflated_sizes(tmp_path):
     assert messages["hex.pth"].startswith("was refused: it wants to load _codecs.encode")
 
 
-def test_safetensors_with_inflated_sizes(tmp_path):
+def inflated_safetensors(folder):
     header = json.dumps({"w": {"dtype": "F32", "shape": [HUGE], "data_offsets": [0, 4 * HUGE]}})
     length = struct.pack("<Q", len(header))
-    (tmp_path / "length.safetensors").write_bytes(b"\xff" * 8)
-    (tmp_path / "header.safetensors").write_bytes(length + header.encode())
+    (folder / "length.safetensors").write_bytes(b"\xff" * 8)
+    (folder / "header.safetensors").write_bytes(length + header.encode())
     actual = {"format": 1, "architecture": "xcit_small_24_p16_224"}
     for name, change in [
         ("network", {}),
@@ -106,11 +117,13 @@ def test_safetensors_with_inflated_sizes(tmp_path):
         ("unhashable", {"architecture": [1]}),
     ]:
         metadata = {"vitgal": json.dumps(actual | change)}
-        save_file({"a": torch.ones(1)}, tmp_path / f"{name}.safetensors", metadata=metadata)
+        save_file({"a": torch.ones(1)}, folder / f"{name}.safetensors", metadata=metadata)
     for name, text in [("deep", "[" * 10**5), ("digits", '{"format": 1' + "0" * 10**4 + "}")]:
-        path = tmp_path / f"{name}.safetensors"
+        path = folder / f"{name}.safetensors"
         save_file({"a": torch.ones(1)}, path, metadata={"vitgal": text})
-    messages = refused(*sorted(tmp_path.iterdir()))
+
+
+def test_safetensors_with_inflated_sizes(messages):
     assert messages["network.safetensors"].startswith("does not fit xcit_small_24"), messages
     for name in ("codes", "dilations", "dilated", "huge", "unhashable"):
         assert messages[f"{name}.safetensors"].startswith("asks for a network that cannot be built")
@@ -118,13 +131,18 @@ def test_safetensors_with_inflated_sizes(tmp_path):
         assert messages[f"{name}.safetensors"].startswith("holds a broken ViTGaL configuration")
 
 
-@pytest.mark.parametrize("code_dim", [5000, 10**7])
-def test_a_code_dimension_that_the_file_does_not_hold(tmp_path, code_dim):
+def wide_codes(folder):
     """Tensors of one stored row state any number of rows."""
     model = build_model("xcit_nano_12_p16_224", code_dim=48, seed=0)
     tensors = layouts.published(model.state_dict())
-    wide = torch.zeros(1, 1).expand(code_dim, 128)
-    tensors |= {"whitening_layer.weight": wide, "whitening_layer.bias": wide[:, 0]}
-    torch.save(tensors | {"ae_decoder_layer.weight": wide.T}, tmp_path / "codes.pth")
-    messages = refused(tmp_path / "codes.pth")
-    assert messages["codes.pth"].startswith("asks for a network that cannot be built")
+    for code_dim in (5000, 10**7):
+        wide = torch.zeros(1, 1).expand(code_dim, 128)
+        codes = {"whitening_layer.weight": wide, "whitening_layer.bias": wide[:, 0]}
+        codes["ae_decoder_layer.weight"] = wide.T
+        torch.save(tensors | codes, folder / f"codes{code_dim}.pth")
+
+
+@pytest.mark.parametrize("code_dim", [5000, 10**7])
+def test_a_code_dimension_that_the_file_does_not_hold(messages, code_dim):
+    message = messages[f"codes{code_dim}.pth"]
+    assert message.startswith("asks for a network that cannot be built")
