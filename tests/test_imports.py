@@ -42,6 +42,12 @@ def test_no_torch():
     assert {name for package in TORCH_FREE for name in modules(package)} <= loaded("\n".join(lines))
 
 
+def test_finished_stages_answer_without_torch():
+    names = "benchmark describe extract rank rerank split tuning whitening".split()
+    present = loaded("import " + ", ".join(f"vitgal.stages.{name}" for name in names))
+    assert not {"torch", "timm", "torchvision"} & present
+
+
 def test_the_package_alone_loads_nothing():
     present = loaded("import vitgal")
     assert {name for name in present if name.startswith("vitgal")} == {"vitgal"}

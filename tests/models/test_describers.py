@@ -9,9 +9,10 @@ from tests.timm_models import build_backbone
 from vitgal.data.images import MEAN, STD
 from vitgal.models import describers
 from vitgal.models.backbones import generalised_mean
-from vitgal.models.describers import TimmDescriber, sized
+from vitgal.models.describers import TimmDescriber
 from vitgal.models.descriptors import extract_global
 from vitgal.models.network import build_model
+from vitgal.models.sources import sized
 from vitgal.models.timm_networks import NetworkError
 from vitgal.settings import GlobalSettings
 

@@ -14,7 +14,8 @@ from vitgal.models.describers import fingerprint_tensors
 
 SCRIPT = """
 import sys
-from vitgal.models.inference import open_model, weights_fingerprint
+from vitgal.models.inference import open_model
+from vitgal.models.sources import weights_fingerprint
 try:
     for name in sys.argv[1:]:
         print(weights_fingerprint(name))

@@ -502,8 +502,8 @@ def test_ranking_is_written(folder, describer, tmp_path):
 
 def test_figures(folder, describer):
     result = own.search_folder(describe(folder, describer), "a/1.png", None, reranking())
-    axes = run_figures.ranking_figure(result, columns=2)
-    assert axes.shape == (2, 3)
+    axes = run_figures.ranking_figure(result)
+    assert axes.shape == (2, 8)
     assert axes[1, 1].get_title().startswith("1   a/2.png\n")
     assert run_figures.pair_figure(result, "a/2.png")[0].get_title().endswith("matches")
     plt.close("all")

@@ -8,7 +8,7 @@ import numpy as np
 from vitgal import runs
 from vitgal.data import revisited
 from vitgal.features import store
-from vitgal.models import descriptors, inference
+from vitgal.models import descriptors, sources
 from vitgal.models.network import build_model
 from vitgal.models.weights import save_model
 
@@ -50,7 +50,7 @@ def read(folder: Path, name: str) -> np.ndarray:
 
 
 def _stages(folder: Path, described: list) -> None:
-    weights = inference.weights_fingerprint(folder / "model.safetensors")
+    weights = sources.weights_fingerprint(folder / "model.safetensors")
     parameters = OPTIONS | {"precision": "fp32"}
     local = dict(parameters=parameters, inputs={"weights": weights})
     with runs.stage(folder / "tiny" / "local", "local", **local) as stage:

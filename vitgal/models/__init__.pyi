@@ -10,7 +10,6 @@ from .describers import (
     InputFacts as InputFacts,
     TimmDescriber as TimmDescriber,
     open_timm as open_timm,
-    sized as sized,
 )
 from .descriptors import (
     describe as describe,
@@ -32,8 +31,6 @@ from .inference import (
     open_model as open_model,
     pick_device as pick_device,
     resolve_precision as resolve_precision,
-    weights_fingerprint as weights_fingerprint,
-    weights_input as weights_input,
 )
 from .layouts import (
     Layout as Layout,
@@ -60,10 +57,15 @@ from .network import (
     seeded as seeded,
 )
 from .prepared import is_prepared as is_prepared, keep_memory as keep_memory, prepare as prepare
-from .teacher import Teacher as Teacher
-from .timm_networks import (
+from .sources import (
     NetworkError as NetworkError,
     TimmSource as TimmSource,
+    sized as sized,
+    weights_fingerprint as weights_fingerprint,
+    weights_input as weights_input,
+)
+from .teacher import Teacher as Teacher
+from .timm_networks import (
     efficientnet_names as efficientnet_names,
     open_network as open_network,
 )

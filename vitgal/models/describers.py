@@ -2,21 +2,18 @@
 
 import functools
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitgal import runs
-from vitgal.models import weights
 from vitgal.models.backbones import Backbone, generalised_mean, renormalisation
 from vitgal.models.network import TokenFeatures
-from vitgal.models.timm_networks import NetworkError, TimmSource, fingerprint_tensors
+from vitgal.models.sources import VITGAL_SIZE, NetworkError, TimmSource
+from vitgal.models.timm_networks import fingerprint_tensors
 from vitgal.settings import POOLINGS, GlobalSettings
 
-VITGAL_SIZE = 512  # pixels, as published
 # Sizes in place of the training size, as benchmarks/README.md measures them.
 SIZES = {"tf_efficientnet_lite0": 192}
 
@@ -26,7 +23,7 @@ class Describer(Protocol):
 
     Images are (B, 3, H, W) float32, normalised as `inference.normalise` does; a network that was
     trained with other means and deviations applies its own. The fingerprint of its weights is
-    `inference.weights_fingerprint` of what it was opened from.
+    `sources.weights_fingerprint` of what it was opened from.
 
     embed_dim: width D of global descriptors.  code_dim: width of local descriptors, None without.
     """
@@ -158,37 +155,18 @@ def _backbone_facts(backbone: Backbone | None) -> InputFacts:
     return InputFacts(size, backbone.multiple if fixed or not backbone.hierarchical else 1)
 
 
-def sized(settings: GlobalSettings, source: str | Path) -> GlobalSettings:
-    """Returns the settings with size and multiple as numbers where they are the network's own.
-
-    source: as for `inference.open_model`. Raises NetworkError for a name that timm does not have,
-    for a size that the network cannot take, with those that it can, and for a pooling of ViTGaL,
-    which has its own.
-    """
-    backbone = _outlined_backbone(source)
+def sized_for(name: str, settings: GlobalSettings) -> GlobalSettings:
+    """Returns the settings for a network of timm, as `sources.sized`."""
+    backbone = _untrained(name)
     facts = _backbone_facts(backbone)
     settings = replace(
         settings,
         size=settings.size or facts.size,
         multiple=settings.multiple or facts.multiple,
     )
-    if TimmSource.parse(source) is None and settings.pooling is not None:
-        raise NetworkError(
-            f"pooling {settings.pooling!r} is for networks of timm; ViTGaL's global descriptor is "
-            "its class token: set pooling to null"
-        )
-    if backbone is not None and settings.resize == "squash":
+    if settings.resize == "squash":
         backbone.check_size(settings.size, settings.size)
     return settings
-
-
-def _outlined_backbone(source: str | Path) -> Backbone | None:
-    """The network of timm that is a model or below ViTGaL's head; None for the published XCiT."""
-    architecture, path = str(source).removeprefix(runs.UNTRAINED), Path(source)
-    if path.suffix == ".safetensors" and path.is_file():
-        architecture = str(weights.read_configuration(path).get("architecture"))
-    timms = TimmSource.parse(architecture)
-    return None if timms is None else _untrained(timms.name)
 
 
 @functools.lru_cache(maxsize=4)

@@ -18,12 +18,11 @@ from vitgal.data.images import MEAN, STD
 from vitgal.engines import devices
 from vitgal.models import describers
 from vitgal.models.network import ViTGaL, build_model
-from vitgal.models.timm_networks import NetworkError, TimmSource, check_name
+from vitgal.models.sources import SEED, NetworkError, TimmSource
 from vitgal.models.weights import load_model
 from vitgal.settings import PRECISIONS, TRAINING_PRECISIONS, GlobalSettings
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # Linux's names for native bf16 products
-SEED = 0  # of untrained networks
 
 
 def resolve_precision(
@@ -87,43 +86,6 @@ def open_model(
     if str(model).startswith(runs.UNTRAINED):
         return build_model(str(model).removeprefix(runs.UNTRAINED), seed=SEED).to(device)
     return load_model(model, device)
-
-
-def weights_fingerprint(model: str | Path) -> str:
-    """Returns the sha256 of the file that `open_model` loads, or a name with what it stands for."""
-    weights = weights_input(model)
-    return weights if isinstance(weights, str) else weights.fingerprint()
-
-
-def weights_input(model: str | Path) -> str | runs.Input:
-    """Returns a model's weights as the input of a stage.
-
-    Random weights are named by architecture and seed. A network of timm is its name with the
-    fingerprint of its file, or with that of the tensors that timm's hub gives.
-
-    Raises FileNotFoundError, with the command that downloads the file if there is one, and for a
-    network of timm as `open_timm`.
-    """
-    if str(model).startswith(runs.UNTRAINED):
-        return f"{model}, seed {SEED}"
-    path, timms = runs.weights_path(model), TimmSource.parse(model)
-    if timms is not None:
-        check_name(timms.name)
-        if path is None:
-            return f"{model}, tensors {describers.fingerprint_hub(timms.name)}"
-    if not path.is_file():
-        from vitgal.data.download import sources  # slow to import, and needed for this error alone
-
-        source = sources.source_of(path)
-        remedy = (
-            f"`vitgal download {source}` brings them"
-            if source
-            else "train them with 02_train or 03_train_autoencoder, or name a checkpoint"
-        )
-        raise FileNotFoundError(f"there are no weights {path}: {remedy}")
-    if timms is None:
-        return runs.file_input(path)
-    return runs.combined_input([runs.file_input(path)], lambda file: [timms.name, file])
 
 
 @contextlib.contextmanager

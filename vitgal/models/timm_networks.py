@@ -10,7 +10,6 @@ import functools
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ from vitgal import runs
 from vitgal.features.files import FileError
 from vitgal.models import layouts
 from vitgal.models.checkpoint_files import use_tensors
+from vitgal.models.sources import PRETRAINED, NetworkError, TimmSource
 
 PREFIX = runs.TIMM
-PRETRAINED = "pretrained"  # a source of weights: timm's own
 NEAREST = 3  # names in an error
 # efficientnet_pytorch's layer names -> timm's: of the network, then of its two kinds of blocks
 TRUNK = {
@@ -46,30 +45,6 @@ INVERTED = {
     "_project_conv": "conv_pwl",
     "_bn2": "bn3",
 }
-
-
-class NetworkError(runs.UserError, ValueError):
-    """A network of timm that is unknown, does not fit or cannot be fetched, with the remedy."""
-
-
-@dataclass(frozen=True)
-class TimmSource:
-    """A network and its weights: timm's own ("pretrained"), those of a file, or None for random."""
-
-    name: str
-    weights: Path | str | None = PRETRAINED
-
-    @classmethod
-    def parse(cls, text: str | Path) -> "TimmSource | None":
-        """Reads "timm:NAME" or "timm:NAME@FILE"; None for any other text."""
-        if not str(text).startswith(PREFIX):
-            return None
-        name, _, file = str(text).removeprefix(PREFIX).partition("@")
-        return cls(name, Path(file) if file else PRETRAINED)
-
-    def __str__(self) -> str:
-        file = f"@{self.weights}" if isinstance(self.weights, Path) else ""
-        return f"{PREFIX}{self.name}{file}"
 
 
 def check_name(name: str) -> None:

@@ -36,13 +36,13 @@ from vitgal.models.checkpoint_files import (
 )
 from vitgal.models.layouts import fill, make_layout, refuse_misfits
 from vitgal.models.network import ARCHITECTURES, ViTGaL, build_model, outline
-from vitgal.models.timm_networks import PREFIX, PRETRAINED, NetworkError, TimmSource, open_network
+from vitgal.models.sources import CONFIGURATION, PRETRAINED, NetworkError, TimmSource
+from vitgal.models.timm_networks import PREFIX, open_network
 
 FORMAT = 1
 BUILT_FROM = ("architecture", "code_dim", "dilations", "embed_dim", "num_heads", "class_token")
 DTYPES = ("float32", "float16", "int8")
 NETWORK = "network"  # the metadata entry that names a network of timm
-CONFIGURATION = "vitgal"  # the metadata entry that holds the configuration
 BACKBONE_PREFIX = "retrieval_back_bone."
 TRUNK_PREFIX = "backbone.trunk.network."
 

@@ -24,6 +24,7 @@ from vitgal.data.photographs import PhotographError, file_digest, list_photograp
 from vitgal.features.files import read_arrays
 from vitgal.models import inference
 from vitgal.models.descriptors import describe
+from vitgal.models.sources import weights_fingerprint
 from vitgal.retrieval.copies import Comparison, View, compare_views, copy_candidates, group_pairs
 from vitgal.retrieval.exact_search import block_slices
 from vitgal.stages.own import Describer, no_formulas
@@ -199,7 +200,7 @@ class GlobalStore:
         self.precision = inference.resolve_precision(settings.precision, device)
         parameters = runs.plain({
             "format": 1,
-            "weights": inference.weights_fingerprint(describer.model),
+            "weights": weights_fingerprint(describer.model),
             "settings": [settings.size, settings.resize, settings.scales, settings.multiple],
             "pooling": settings.pooling,
             "precision": self.precision,

@@ -17,8 +17,11 @@ from vitgal import runs
 from vitgal.data import images, revisited, splits
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.evaluation.tuning import DATASET as VALIDATION, TuningError
+from vitgal.models.sources import weights_fingerprint
 from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings, RerankingSettings
 from vitgal.settings.reader import Settings, Values
+from vitgal.stages.describe import evaluate_global
+from vitgal.stages.extract import extract_shortlist
 from vitgal.stages.rerank import GLOBAL_NOTEBOOK, LOCAL_NOTEBOOK
 from vitgal.stages.whitening import RefineSet, needs_refine_set, open_refine_set
 
@@ -222,10 +225,6 @@ def prepare_validation(
         TuningError: the data set was ranked by another system's descriptors or by other weights.
         StageError: the validation set was described otherwise, and `overwrite` is not set.
     """
-    # They import torch.
-    from vitgal.stages.describe import evaluate_global
-    from vitgal.stages.extract import extract_shortlist
-
     ranked = runs.read_stage(run / like / "global", GLOBAL_NOTEBOOK)
     extracted = runs.read_stage(run / like / "local", LOCAL_NOTEBOOK)
     if "descriptors" in ranked["inputs"]:
@@ -261,8 +260,6 @@ def prepare_validation(
 
 
 def _refuse_other_weights(folder: Path, manifest: dict[str, Any], model: Path) -> None:
-    from vitgal.models.inference import weights_fingerprint  # imports torch
-
     if manifest["inputs"]["weights"] != weights_fingerprint(model):
         raise TuningError(f"{folder} was made with other weights than {model}")
 

@@ -6,6 +6,7 @@
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -14,11 +15,12 @@ from vitgal import runs
 from vitgal.data import photographs, splits
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features.codes import CodeError, Codes, Moments, check_code_dim
-from vitgal.models.inference import weights_input
-from vitgal.models.timm_networks import TimmSource
+from vitgal.models.sources import TimmSource, weights_input
 from vitgal.settings import LocalSettings, MachineSettings
 from vitgal.stages.images import ImageTask, benchmark_images, refuse_failures
-from vitgal.stages.local_describer import LocalDescriber, open_local
+
+if TYPE_CHECKING:
+    from vitgal.stages.local_describer import LocalDescriber
 
 FILE = "codes.npz"
 MAX_IMAGES = 1000  # that a fit reads, spread evenly over the sorted list
@@ -115,6 +117,8 @@ def _fit(
     model: Path | str,
 ) -> None:
     """Fits the codes to the images and finishes the stage."""
+    from vitgal.stages.local_describer import open_local  # imports torch
+
     with open_local(model, settings, machine) as describer:
         network = describer.model
         code_dim = settings.code_dim
@@ -133,7 +137,7 @@ def _fit(
         stage.finish([FILE], describer.recorded() | facts)
 
 
-def _moments(describer: LocalDescriber, tasks: Sequence[ImageTask]) -> tuple[Moments, int]:
+def _moments(describer: "LocalDescriber", tasks: Sequence[ImageTask]) -> tuple[Moments, int]:
     """Returns the moments of the images' features, and the number of images that failed."""
     moments, failures = Moments(describer.code_dim), []
     bar = tqdm(total=len(tasks), desc="fitting codes", unit="image")

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -11,8 +12,7 @@ from vitgal import engines, runs
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features import store
 from vitgal.features.files import map_array, read_json
-from vitgal.models.describers import sized
-from vitgal.models.inference import weights_input
+from vitgal.models.sources import sized, weights_input
 from vitgal.retrieval.refine import RefinementError
 from vitgal.settings import GlobalSettings, MachineSettings
 from vitgal.stages.images import (
@@ -23,9 +23,7 @@ from vitgal.stages.images import (
     refuse_failures,
     report_failures,
 )
-from vitgal.stages.local_describer import LocalDescriber
 from vitgal.stages.rank import RANKING_OUTPUTS, check_refinement, write_rankings
-from vitgal.stages.ray_describer import open_describer
 from vitgal.stages.whitening import (
     RefineSet,
     StoredDescriptors,
@@ -33,6 +31,9 @@ from vitgal.stages.whitening import (
     needs_refine_set,
     refuse_same_rows,
 )
+
+if TYPE_CHECKING:
+    from vitgal.stages.local_describer import LocalDescriber
 
 BLOCK = 256  # images between two checkpoints
 # Settings that a ranking by another system's descriptors depends on.
@@ -86,6 +87,8 @@ def evaluate_global(
         overwrite=overwrite,
     ) as stage:
         if not stage.finished:
+            from vitgal.stages.ray_describer import open_describer  # imports torch
+
             with open_describer(model, settings, machine) as describer:
                 _describe(stage, run, dataset, settings, describer, model, learnt_from)
         failures = read_json(stage.folder / "failures.json", store.FAILURES)
@@ -98,7 +101,7 @@ def _describe(
     run: Path,
     dataset: RetrievalDataset,
     settings: GlobalSettings,
-    describer: LocalDescriber,
+    describer: "LocalDescriber",
     model: Path | str,
     learnt_from: RefineSet | None,
 ) -> None:
@@ -174,7 +177,7 @@ def _checked_set(
 def _describe_set(
     run: Path,
     settings: GlobalSettings,
-    describer: LocalDescriber,
+    describer: "LocalDescriber",
     images: RefineSet,
     weights: str,
 ) -> np.ndarray:
@@ -198,7 +201,7 @@ def _describe_set(
 
 
 def _describe_images(
-    describer: LocalDescriber, names: Sequence[str], paths: Sequence[Path], file: Path
+    describer: "LocalDescriber", names: Sequence[str], paths: Sequence[Path], file: Path
 ) -> store.RowFile:
     """Describes images into a file, block by block, from the last checkpoint on."""
     count, precision = len(names), {"precision": describer.precision}

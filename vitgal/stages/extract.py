@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
@@ -12,8 +12,7 @@ from vitgal.data.revisited import RetrievalDataset
 from vitgal.features import store
 from vitgal.features.codes import Codes
 from vitgal.features.feature_file import FeatureFile
-from vitgal.models.inference import weights_input
-from vitgal.models.local_extractors import extractor_inputs
+from vitgal.models.sources import weights_input
 from vitgal.retrieval import shortlists
 from vitgal.settings import LocalSettings, MachineSettings
 from vitgal.stages.codes import dataset_codes
@@ -27,8 +26,9 @@ from vitgal.stages.images import (
     report_failures,
     shard_tasks,
 )
-from vitgal.stages.local_describer import LocalDescriber
-from vitgal.stages.ray_describer import open_describer
+
+if TYPE_CHECKING:
+    from vitgal.stages.local_describer import LocalDescriber
 
 GLOBAL_NOTEBOOK = "04_global_evaluation"
 # Files of a shard that are hashed when the stage ends and when it is reused. The large arrays
@@ -48,8 +48,8 @@ def extract_shortlist(
 ) -> Path:
     """Extracts the local features that reranking needs: `<run>/<dataset>/local`, a FeatureStore.
 
-    These are the queries (cropped) and the images (whole) of the global stage's shortlist.txt; any
-    that cannot be decoded is left out. Of several processes each `machine.worker` writes its part
+    It holds the queries (cropped) and the images (whole) of the global stage's shortlist.txt
+    without those that cannot be decoded. Of several processes each `machine.worker` writes its part
     of the shards; the last finishes the stage. A second run writes missing and damaged shards.
 
     Args:
@@ -57,8 +57,7 @@ def extract_shortlist(
             whose tokens' codes are fitted first, see `dataset_codes`. Only tokens need a model.
         image_folder: of the run's training images, see `code_tasks`.
     Raises:
-        DescriptorError: a file of local features that cannot be used.
-        CodeError: codes cannot be fitted, or would be fitted to the benchmark.
+        DescriptorError, CodeError: a file of local features, or codes, that cannot be used.
         StageError: the global stage is missing, the folder holds other settings, a query or too
             many images cannot be read, or other workers are not done.
         FileNotFoundError, ValueError: the weights are missing, invalid or without autoencoder.
@@ -68,9 +67,6 @@ def extract_shortlist(
     source = run / dataset.name / "global"
     shortlist = runs.output_fingerprint(source, "shortlist.txt", GLOBAL_NOTEBOOK)
     images = shortlist_tasks(dataset, source / "shortlist.txt", settings.crop_queries)
-    boxes = [task.box for task in images]
-    names, paths = [task.key for task in images], [task.path for task in images]
-    files = runs.images_input(names, paths, verify=dataset.verify)
     codes = dataset_codes(
         run,
         dataset,
@@ -80,15 +76,12 @@ def extract_shortlist(
         image_folder=image_folder,
         overwrite=overwrite and slot == runs.ALONE,
     )
+    inputs = {"shortlist": shortlist, "images": _images_input(images, verify=dataset.verify)}
     with runs.stage(
         run / dataset.name / "local",
         "local",
         parameters=_parameters(settings, codes),
-        inputs={
-            "shortlist": shortlist,
-            "images": runs.combined_input([files], lambda part: [part, boxes]),
-        }
-        | _method_inputs(settings, model, codes),
+        inputs=inputs | _method_inputs(settings, model, codes),
         overwrite=overwrite,
         repair=True,
         slot=slot,
@@ -97,24 +90,26 @@ def extract_shortlist(
             return stage.folder
         with _open_describer(model, settings, machine, images, codes) as describer:
             _announce(describer.code_dim, len(images), settings)
-            precision = {"precision": describer.precision}
-            shard_format = store.ShardFormat(settings.dtype, describer.code_dim, precision)
-            shards = shard_tasks(stage.folder, images, settings.shard_size, shard_format)
+            shards = _shards(stage.folder, images, settings, describer)
             write_shards(describer, shards, slot, settings.max_failed_share)
-            weights = model if settings.own_tokens else None
-            recorded = describer.recorded() | recorded_paths(run, dataset, weights)
-            recorded |= {"code_images": settings.code_images} if codes else {}
-        _refuse_unfinished(stage.folder, shards, slot)
-        return _finish(stage, shards, settings.max_failed_share, recorded)
+            recorded = describer.recorded()
+            recorded |= recorded_paths(run, dataset, model if settings.own_tokens else None)
+        recorded |= {"code_images": settings.code_images} if codes else {}
+        return _finish(stage, shards, slot, settings.max_failed_share, recorded)
 
 
 def _finish(
     stage: runs.Stage,
     shards: Sequence[ShardTask],
+    slot: runs.WorkerSlot,
     max_failed_share: float,
     recorded: dict[str, Any],
 ) -> Path:
-    """Writes the store's index and the manifest; returns the stage's folder."""
+    """Writes the store's index and the manifest; returns the stage's folder.
+
+    Raises StageError where other workers are not done, or too many images failed.
+    """
+    _refuse_unfinished(stage.folder, shards, slot)
     count = sum(len(shard.images) for shard in shards)
     index = store.write_index(stage.folder)  # first: the store opens faster with it
     failures = store.FeatureStore.open(stage.folder).failures
@@ -134,6 +129,25 @@ def _parameters(settings: LocalSettings, codes: Path | None) -> dict[str, Any]:
     return parameters
 
 
+def _shards(
+    folder: Path,
+    images: Sequence[ImageTask],
+    settings: LocalSettings,
+    describer: "LocalDescriber | FileDescriber",
+) -> list[ShardTask]:
+    precision = {"precision": describer.precision}
+    shard_format = store.ShardFormat(settings.dtype, describer.code_dim, precision)
+    return shard_tasks(folder, images, settings.shard_size, shard_format)
+
+
+def _images_input(images: Sequence[ImageTask], *, verify: bool) -> runs.Input:
+    """The input that stands for the photographs and their boxes."""
+    boxes = [task.box for task in images]
+    names, paths = [task.key for task in images], [task.path for task in images]
+    files = runs.images_input(names, paths, verify=verify)
+    return runs.combined_input([files], lambda part: [part, boxes])
+
+
 def _method_inputs(
     settings: LocalSettings, model: Path | str, codes: Path | None
 ) -> dict[str, str | runs.Input]:
@@ -144,6 +158,8 @@ def _method_inputs(
             raise FileNotFoundError(f"there are no local features {path}: hloc's .h5")
         return {"local features": runs.file_input(path)}
     if not settings.own_tokens:
+        from vitgal.models.local_extractors import extractor_inputs  # imports torch
+
         return extractor_inputs(settings)
     inputs = {"weights": weights_input(model)}
     return inputs if codes is None else inputs | {"codes": runs.fingerprint_file(codes)}
@@ -155,8 +171,10 @@ def _open_describer(
     machine: MachineSettings,
     images: Sequence[ImageTask],
     codes: Path | None,
-) -> contextlib.AbstractContextManager[LocalDescriber | FileDescriber]:
+) -> "contextlib.AbstractContextManager[LocalDescriber | FileDescriber]":
     if settings.local_features is None:
+        from vitgal.stages.ray_describer import open_describer  # imports torch
+
         return open_describer(model, settings, machine, codes and Codes.load(codes))
     path = runs.resolve(settings.local_features)
     file = FeatureFile.open(path, [task.key for task in images])
@@ -180,7 +198,7 @@ def shortlist_tasks(dataset: RetrievalDataset, path: Path, crop: bool) -> list[I
 
 
 def write_shards(
-    describer: LocalDescriber | FileDescriber,
+    describer: "LocalDescriber | FileDescriber",
     shards: Sequence[ShardTask],
     slot: runs.WorkerSlot,
     max_failed_share: float,

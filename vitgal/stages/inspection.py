@@ -315,6 +315,7 @@ class Inspector:
     def _model(self) -> Any:
         """The model that extracted the features; InspectionError for any other."""
         from vitgal.models import inference
+        from vitgal.models.sources import weights_fingerprint
         from vitgal.models.token_network import local_network
         from vitgal.stages.codes import read_codes
 
@@ -325,7 +326,7 @@ class Inspector:
                 "and no dropped token to show"
             )
         source = runs.model_file(self.run, self.weights)
-        if inference.weights_fingerprint(source) != self._manifest["inputs"]["weights"]:
+        if weights_fingerprint(source) != self._manifest["inputs"]["weights"]:
             raise InspectionError(
                 f"{source} is not the model that the local features were extracted with: set "
                 f"weights as in {LOCAL_NOTEBOOK}"

@@ -123,8 +123,8 @@ def answer(
 
 def write_answers(answers: Answers, path: Path) -> Path:
     """Writes COLUMNS as .csv, numbers with six digits; returns the path."""
-    names = {column: no_formulas(answers.table[column]) for column in ("query", "image")}
-    table = answers.table.assign(**names)[list(COLUMNS)]
+    table = answers.table[list(COLUMNS)]
+    table = table.assign(query=no_formulas(table["query"]), image=no_formulas(table["image"]))
     return runs.write_text(path, table.to_csv(index=False, float_format="%.6f"))
 
 

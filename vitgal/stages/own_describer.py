@@ -29,6 +29,7 @@ from vitgal.models import describers as networks, inference
 from vitgal.models.descriptors import describe, local_features, require_codes
 from vitgal.models.local_extractors import LocalExtractor, extractor_inputs, make_extractor
 from vitgal.models.prepared import prepare
+from vitgal.models.sources import sized, weights_fingerprint
 from vitgal.settings import (
     GlobalSettings,
     LocalSettings,
@@ -103,7 +104,7 @@ class Describer:
     @functools.cached_property
     def describing(self) -> GlobalSettings:
         """The settings of global descriptors, with the network's own size as a number."""
-        return networks.sized(self.global_settings, self.model)
+        return sized(self.global_settings, self.model)
 
     @functools.cached_property
     def parameters(self) -> dict[str, Any]:
@@ -126,13 +127,13 @@ class Describer:
             if self._precision(local) != precision:
                 options["precision"] = self._precision(local)
             if self.local_model not in (None, self.model):
-                options["local_weights"] = inference.weights_fingerprint(self.local_model)
+                options["local_weights"] = weights_fingerprint(self.local_model)
         for name in ("multiple", "pooling"):
             if (value := getattr(self.describing, name)) is not None:
                 options[f"global_{name}"] = value
         return runs.plain({
             "format": 1,
-            "weights": inference.weights_fingerprint(self.model),
+            "weights": weights_fingerprint(self.model),
             "global_size": self.describing.size,
             "global_resize": self.describing.resize,
             "global_scales": self.describing.scales,

@@ -67,8 +67,10 @@ def fit_retrieval(
     for name in ("initial_weights", "teacher_weights"):
         if source := getattr(settings, name):
             inputs[name] = _fingerprint(source)
-    built = {"embed_dim": settings.embed_dim, "class_token": settings.class_token}
-    _check_size(outline(settings.architecture, **built), settings)
+    model = outline(
+        settings.architecture, embed_dim=settings.embed_dim, class_token=settings.class_token
+    )
+    _check_size(model, settings)
     build = functools.partial(_retrieval_network, settings)
     fit = Fit(build, settings, machine, run / "retrieval", run / "split", image_folder)
     return _fit_stage(replace(fit, watch=watch, progress=progress), inputs, overwrite)
@@ -120,8 +122,13 @@ def _check_size(model: ViTGaL, settings: Recipe) -> None:
         try:
             _pass(model, size)
         except Exception:  # some operations need numbers, which the meta device has not
-            options = {"embed_dim": model.embed_dim, "class_token": model.class_token}
-            _pass(build_model(model.architecture, seed=0, **options), size)
+            built = build_model(
+                model.architecture,
+                seed=0,
+                embed_dim=model.embed_dim,
+                class_token=model.class_token,
+            )
+            _pass(built, size)
     except ValueError as error:
         raise SettingsError(f"{name}: {error}") from error
 
