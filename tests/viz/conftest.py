@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from tests.viz.inspected_run import write_run
+from tests.viz.test_browser import ARGUMENTS, executable
 from tests.viz.tiny_run import NAMES, features_of, ranking_of, truth_of
 from vitgal import runs
 from vitgal.data import revisited
 from vitgal.features import store
+from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings
 
 matplotlib.use("agg")
 
@@ -87,3 +89,34 @@ def failing(tmp_path: Path, benchmark) -> tuple[Path, revisited.RetrievalDataset
 @pytest.fixture(scope="session")
 def inspected_run(tmp_path_factory) -> Path:
     return write_run(tmp_path_factory.mktemp("inspected"))
+
+
+@pytest.fixture(scope="session")
+def describer(inspected_run, tmp_path_factory):
+    from vitgal.stages.own import Describer  # which imports torch
+
+    return Describer(
+        tmp_path_factory.mktemp("own"),
+        inspected_run / "model.safetensors",
+        GlobalSettings(size=64),
+        LocalSettings(size=96),
+        MachineSettings(threads=1),
+    )
+
+
+@pytest.fixture(scope="session")
+def photographs(inspected_run, describer):
+    from vitgal.stages import own
+
+    return own.describe_folder(inspected_run / "jpg", describer)
+
+
+@pytest.fixture(scope="module")  # another file may open a browser of its own
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api")
+    if executable() is None:
+        pytest.skip("no Chromium or Chrome is installed")
+    with playwright.sync_playwright() as engine:
+        chromium = engine.chromium.launch(executable_path=executable(), args=ARGUMENTS)
+        yield chromium
+        chromium.close()

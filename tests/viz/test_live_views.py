@@ -6,8 +6,7 @@ import shutil
 import pytest
 
 from tests.viz.kernel_page import KernelPage
-from tests.viz.test_photograph_instrument import SETTINGS, describer, photographs  # noqa: F401
-from tests.viz.test_report import browser  # noqa: F401
+from tests.viz.test_photograph_instrument import SETTINGS
 from vitgal.stages import own
 from vitgal.viz.photograph_instrument import PhotographInstrument
 
@@ -22,7 +21,7 @@ CANVAS = "node => node.toDataURL()"
 
 
 @pytest.fixture
-def view(browser, photographs):  # noqa: F811
+def view(browser, photographs):
     live = KernelPage(browser, PhotographInstrument(photographs, "q.jpg", None, SETTINGS))
     yield live
     live.page.close()
@@ -113,10 +112,7 @@ def test_a_photograph_is_dropped_on_the_view(view, inspected_run):
 
 
 def test_a_photograph_that_has_gone_is_a_grey_tile_with_its_name(
-    browser,  # noqa: F811
-    describer,  # noqa: F811
-    inspected_run,
-    tmp_path,
+    browser, describer, inspected_run, tmp_path
 ):
     for letter, name in zip("qab", ("q", "'<b>\"", "🏰"), strict=True):
         shutil.copy(inspected_run / "jpg" / f"{letter}.jpg", tmp_path / f"{name}.jpg")
@@ -131,7 +127,7 @@ def test_a_photograph_that_has_gone_is_a_grey_tile_with_its_name(
     assert view.faults == []
 
 
-def test_a_pair_does_not_wait_for_the_images_of_a_grid(browser, photographs):  # noqa: F811
+def test_a_pair_does_not_wait_for_the_images_of_a_grid(browser, photographs):
     widget = PhotographInstrument(photographs, "q.jpg", None, SETTINGS)
     view = KernelPage(browser, widget, silent=["image"])
     view.page.locator(".own .tile").first.click()

@@ -7,28 +7,11 @@ import pytest
 
 from tests.viz.test_instrument_answers import ask
 from vitgal.data.photographs import PhotographError
-from vitgal.settings import GlobalSettings, LocalSettings, MachineSettings, RerankingSettings
+from vitgal.settings import RerankingSettings
 from vitgal.stages import own
-from vitgal.stages.own import Describer
 from vitgal.viz.photograph_instrument import PhotographInstrument
 
 SETTINGS = RerankingSettings.build({"max_distance": 0.5})
-
-
-@pytest.fixture(scope="module")
-def describer(inspected_run, tmp_path_factory) -> Describer:
-    return Describer(
-        tmp_path_factory.mktemp("own"),
-        inspected_run / "model.safetensors",
-        GlobalSettings(size=64),
-        LocalSettings(size=96),
-        MachineSettings(threads=1),
-    )
-
-
-@pytest.fixture(scope="module")
-def photographs(inspected_run, describer) -> own.Photographs:
-    return own.describe_folder(inspected_run / "jpg", describer)
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from tests.viz.reported_run import DATABASE, QUERIES, SHIFT, SIMILARITIES, write_run
-from tests.viz.test_browser import ARGUMENTS, executable
 from vitgal import runs
 from vitgal.app import command_line
 from vitgal.data import revisited
@@ -218,17 +217,6 @@ def test_the_command_writes_the_page(run, tmp_path, capsys):
     assert command_line.main(options) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "page" / "index.html")
     assert command_line.main(["report", str(tmp_path / "none")]) == 1
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    if executable() is None:
-        pytest.skip("no Chromium or Chrome is installed")
-    with playwright.sync_playwright() as engine:
-        chromium = engine.chromium.launch(executable_path=executable(), args=ARGUMENTS)
-        yield chromium
-        chromium.close()
 
 
 class Page:
