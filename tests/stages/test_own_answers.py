@@ -193,7 +193,7 @@ def test_a_pair_counts_that_was_verified_both_ways(described):
 
 def test_the_page_shows_answers_and_places(described, tmp_path):
     answers = answers_to(described)
-    document, images = own_document(answers, own_answers.find_places(answers), progress=False)
+    document, images = own_document(answers, own_answers.find_places(answers))
     (entry,) = document["entries"]
     assert entry["kind"] == "own" and len(entry["queries"]) == 12
     assert len(document["names"]) == len(document["sizes"]) == 12
@@ -210,7 +210,7 @@ def test_the_page_shows_answers_and_places(described, tmp_path):
     page = write_page(document, images, tmp_path / "report")
     assert len(list((tmp_path / "report/thumbs").glob("*.jpg"))) == 12
     assert page.read_text().count("</script>") == 2
-    assert own_document(answers, progress=False)[0]["entries"][0]["places"] is None
+    assert own_document(answers)[0]["entries"][0]["places"] is None
 
 
 # Bad input
@@ -220,7 +220,7 @@ def test_the_run_inside_the_folder_is_passed_over(two_places, weight_file):
     """The page's own pictures would be photographs of the folder at the next search."""
     run = two_places / "runs/mine"
     photographs = describe(two_places, sift_describer(weight_file, run))
-    document, images = own_document(answers_to(photographs), progress=False)
+    document, images = own_document(answers_to(photographs))
     write_page(document, images, run / "own" / "report")
     assert describe(two_places, sift_describer(weight_file, run)).names == photographs.names
     inside = describe(run, sift_describer(weight_file, two_places / "runs/other"))  # inside a run
@@ -277,7 +277,7 @@ def test_a_photograph_that_vanishes_between_description_and_answer(described):
     every = own_answers.answer(described, own_answers.named_queries(described), RERANKING, PRESENCE)
     assert list(every.left_out) == ["0/1.png"] and len(every.queries) == 11
     described.path("1/1.png").unlink()
-    document, images = own_document(answers, progress=False)
+    document, images = own_document(answers)
     write_page(document, images, described.describer.run / "own/report")
     assert document["entries"][0]["queries"][0]["pairs"]
 

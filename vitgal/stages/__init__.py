@@ -1,6 +1,6 @@
 """The stages of a run: each opens its inputs, calls the pure core and writes its folder.
 
-Their progress bars are tqdm's: with TQDM_DISABLE=1 in the environment there are none.
+With TQDM_DISABLE=1 in the environment tqdm shows no progress bars, but those of training.
 """
 
 import lazy_loader

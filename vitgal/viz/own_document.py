@@ -24,7 +24,7 @@ PROTOCOL = "medium"  # without labels there is one ranking; the front end asks i
 
 
 def own_document(
-    answers: "Answers", places: Sequence[Place] | None = None, *, progress: bool = True
+    answers: "Answers", places: Sequence[Place] | None = None
 ) -> tuple[dict[str, Any], Images]:
     """Describes answers and places as plain values, with one entry as `run_document` has it.
 
@@ -42,7 +42,7 @@ def own_document(
     photographs, entry = answers.photographs, _Entry(answers, Images(upright=True))
     groups = dict(list(answers.table.groupby("query", sort=False)))
     asked = list(zip(answers.queries, answers.files, answers.verdicts, strict=True))
-    bar = tqdm(asked[:MOST_QUERIES], desc="matching pairs", unit="query", disable=not progress)
+    bar = tqdm(asked[:MOST_QUERIES], desc="matching pairs", unit="query")
     queries = [
         entry.query(query, file, groups[query.name]) | {"verdict": verdict}
         for query, file, verdict in bar

@@ -365,12 +365,12 @@ def _night(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return (lit + _noise(rng, pixels.shape, 0.03)).clip(0, 1)
 
 
-def write_views(targets: Sequence[tuple[View, Path]], *, progress: bool = True) -> None:
+def write_views(targets: Sequence[tuple[View, Path]]) -> None:
     """Renders and writes views as JPEG, each photograph decoded once (see `Photograph.read`)."""
     groups: dict[Path, list[tuple[View, Path]]] = {}
     for view, target in targets:
         groups.setdefault(view.photograph.path, []).append((view, target))
-    bar = tqdm(groups.values(), desc="views", unit="photograph", disable=not progress)
+    bar = tqdm(groups.values(), desc="views", unit="photograph")
     Parallel(n_jobs=-1, prefer="threads")(delayed(_write_group)(group) for group in bar)
 
 
