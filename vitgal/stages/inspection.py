@@ -338,17 +338,6 @@ class Inspector:
             codes and read_codes(self.run, codes),
         )
 
-    def find(self, text: str) -> int:
-        """Returns a database image by its index or name; InspectionError where there is none."""
-        if text.isdecimal():
-            self.name("database", int(text))
-            return int(text)
-        if text in self.dataset.database:
-            return self.dataset.database.index(text)
-        close = [name for name in self.dataset.database if text.lower() in name.lower()][:3]
-        hint = f"; do you mean {' or '.join(close)}?" if close else ""
-        raise InspectionError(f"there is no database image {text!r}{hint}")
-
     def name(self, side: str, index: int) -> str:
         """Returns the name of an image; InspectionError where there is no such index."""
         names = self.dataset.ground_truth.queries if side == "query" else self.dataset.database
