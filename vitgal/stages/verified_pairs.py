@@ -7,11 +7,15 @@ A pair is matched and verified once; adding a photograph costs its own pairs alo
 
 import functools
 import itertools
+import operator
+import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from vitgal import runs
 from vitgal.features.files import read_arrays
@@ -57,14 +61,30 @@ class VerifiedPairs:
     def _verify(
         self, query: Description, missing: dict[str, int], features: Callable[[int], LocalFeatures]
     ) -> dict[str, tuple[int, ...]]:
-        others, compared = itertools.tee(map(features, missing.values()))
-        device = self.describer.machine.match_device
-        pairs = inspect_shortlist(query.features, compared, self.settings, device=device)
-        counts = {}
-        for stem, other, pair in zip(missing, others, pairs, strict=True):
-            weighed = weigh(query.features, other, pair)
-            counts[stem] = weighed.matches, weighed.inliers, weighed.features, int(not weighed.kind)
-        return counts
+        machine = self.describer.machine
+        threads = min(len(missing), machine.workers or os.cpu_count() or 1)
+        if self.settings.verification.estimator == "degensac":
+            threads = 1  # its library has one random state for all threads
+
+        def verify(stems: Sequence[str]) -> dict[str, tuple[int, ...]]:
+            """Verifies some of the pairs, one after the other."""
+            others, compared = itertools.tee(features(missing[stem]) for stem in stems)
+            pairs = inspect_shortlist(
+                query.features, compared, self.settings, device=machine.match_device
+            )
+            counts = {}
+            for stem, other, pair in zip(stems, others, pairs, strict=True):
+                weighed = weigh(query.features, other, pair)
+                kept = weighed.matches, weighed.inliers, weighed.features
+                counts[stem] = *kept, int(not weighed.kind)
+            return counts
+
+        stems = list(missing)
+        # As in `inspect_shortlist`, but for all threads together.
+        with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+            parts = pool.map(verify, [stems[first::threads] for first in range(threads)])
+            counts = functools.reduce(operator.or_, parts)
+        return {stem: counts[stem] for stem in stems}
 
     def _file(self, query: Description) -> Path:
         return self._folder / query.file.parent.name / query.file.name
