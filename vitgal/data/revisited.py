@@ -30,7 +30,6 @@ EXTENSION = ".jpg"  # the lists of ROxford and RParis omit it, the distractors' 
 PICKLE_PROTOCOL = 4  # fixed, so that the same ground truth is the same bytes under every Python
 MOST_LABELS = 20_000_000  # of all queries; a small file can refer to one list many times
 LONGEST_NAME = 4096  # of an image
-MANY = 20_000  # images, from which on a stage uses what opening them has looked up
 
 
 @dataclass(frozen=True, eq=False)
@@ -405,7 +404,7 @@ class _Images:
 
 def _refuse_missing(parts: list[_Images], paths: list[Path | str]) -> list[str]:
     """Raises FileNotFoundError where images are missing; returns the stamp of very many images."""
-    if len(paths) >= MANY:
+    if len(paths) >= runs.MANY:
         with contextlib.suppress(FileNotFoundError):
             return [runs.images_stamp([name for part in parts for name in part.names], paths)]
     for part in parts:

@@ -97,7 +97,8 @@ def all_inside(folder: str | os.PathLike, names: Sequence[str]) -> list[str]:
     if doubtful or joined.count("\0") != len(names) + 1 or not joined.isascii():
         for name in names:
             inside(folder, name)
-    return [f"{folder}/{name}" for name in names]
+    top = f"{folder}/"
+    return [top + name for name in names]
 
 
 def refuse_links(paths: Iterable[Path]) -> None:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from vitgal.runs.files import plain
+from vitgal.runs.lookup import file_facts
 
 CHUNK = 1 << 20  # bytes read at once when hashing
 ENDS = 4096  # bytes of an image that are hashed at its beginning and at its end
-READERS = 16  # threads that open images or look them up: most of the time they wait for the disk
+READERS = 16  # threads that open images: most of the time they wait for the disk
 JOINED = 1 << 16  # names that are joined at once when hashing
 
 
@@ -67,33 +68,6 @@ def threaded(
             blocks = [batch[start : start + size] for start in range(0, len(batch), size)]
             for results in pool.map(lambda block: [*map(function, block)], blocks):
                 yield from results
-
-
-def file_facts(paths: Sequence[str]) -> array:
-    """Returns size, mtime and ctime of each file: 3 x N int64, times in ns; -1 for no file.
-
-    Links are followed. A million files take 2.5 s of processor time.
-    """
-    facts = array("q")
-    blocks = (paths[start : start + 1024] for start in range(0, len(paths), 1024))
-    for block in threaded(_facts, blocks, READERS):
-        facts += block
-    return facts
-
-
-def _facts(paths: Sequence[str]) -> array:
-    facts = array("q")
-    for path in paths:
-        try:
-            status = os.stat(path)
-        except (OSError, ValueError):
-            status = None
-        if status and stat.S_ISREG(status.st_mode):
-            # The kernel sets ctime: it changes even where a new file keeps an old file's mtime.
-            facts.extend((status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-        else:
-            facts.extend((-1, -1, -1))
-    return facts
 
 
 @dataclass(frozen=True)

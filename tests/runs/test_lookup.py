@@ -1,11 +1,15 @@
-"""Facts of many files in their order, missing ones marked; many names at once."""
+"""Facts of many files: by helper processes as in this one, missing ones marked, slow disks."""
 
+import itertools
 import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from vitgal import runs
+from vitgal.runs import lookup
 
 
 @pytest.fixture
@@ -25,9 +29,38 @@ def expected(paths: list[str]) -> list[int]:
     return [n for s in found for n in (s.st_size, s.st_mtime_ns, s.st_ctime_ns)]
 
 
-def test_facts_are_those_of_the_system_in_order(files):
-    many = files * 50  # several blocks of 1,024
-    assert runs.file_facts(many).tolist() == expected(many)
+def test_helpers_find_what_this_process_finds(files, monkeypatch):
+    monkeypatch.setattr(lookup, "MANY", 20)
+    monkeypatch.setattr(lookup, "BLOCK", 24)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    in_this_process = []
+    monkeypatch.setattr(lookup, "look_up", in_this_process.append)
+    assert runs.file_facts(files).tolist() == expected(files)
+    assert not in_this_process
+
+
+@pytest.mark.parametrize("python", ["/does/not/exist", "/bin/false", None])
+def test_without_helpers_this_process_looks(files, monkeypatch, python):
+    monkeypatch.setattr(lookup, "MANY", 20)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(sys, "executable", python)
+    assert runs.file_facts(files).tolist() == expected(files)
+
+
+def test_a_slow_disk_is_asked_by_threads(files, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(lookup.time, "perf_counter", lambda: float(next(ticks)))
+    threads, real = set(), os.stat
+
+    def seen(path):
+        threads.add(threading.current_thread())
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", seen)
+        found = runs.file_facts(files)
+    assert found.tolist() == expected(files)
+    assert threads - {threading.current_thread()}
 
 
 def test_what_is_no_file_is_marked(files, tmp_path):
