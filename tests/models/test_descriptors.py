@@ -9,6 +9,7 @@ from tests.mini_benchmark import NANO, SHAPES, noise
 from vitgal.data import images as data_images
 from vitgal.models import descriptors as models_descriptors, inference
 from vitgal.models.network import build_model
+from vitgal.models.prepared import prepare
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,18 @@ class TestGlobal:
             Lengths(1, 1), [noise(32, 32, 0)], size=32, scales=(1.0, 0.5)
         )
         np.testing.assert_allclose(result, [[0.5**0.5, 0.5**0.5]], rtol=1e-6)
+
+    @pytest.mark.parametrize("prepared", [False, True])
+    def test_narrow_images_are_right_in_bf16(self, model, prepared):
+        """oneDNN's strided bf16 convolutions of one column are wrong on a processor with AMX."""
+        network = prepare(model, "bf16") if prepared else model
+        images = [noise(80, 32, seed) for seed in range(10)]
+        with inference.inference(model, "fp32"):
+            expected = models_descriptors.describe(model, images, (0.5, 1.0))
+        with inference.inference(network, "bf16"):
+            for _ in range(3):
+                rows = models_descriptors.describe(network, images, (0.5, 1.0))
+                np.testing.assert_allclose(rows, expected, atol=0.02)  # rounding of bf16
 
     def test_none_and_one(self, model):
         assert models_descriptors.extract_global(model, []).shape == (0, 128)

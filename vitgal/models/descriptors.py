@@ -26,7 +26,13 @@ from vitgal.features.selection import (
 )
 from vitgal.models.describers import VITGAL_SIZE, Describer, facts_of
 from vitgal.models.graphs import Graphs
-from vitgal.models.inference import batches, device_of, inference, network_input
+from vitgal.models.inference import (
+    batches,
+    device_of,
+    inference,
+    network_input,
+    right_convolutions,
+)
 from vitgal.models.network import ViTGaL
 from vitgal.models.prepared import prepare
 from vitgal.models.token_network import TokenNetwork
@@ -109,7 +115,8 @@ def global_descriptors(
         elif scale != 1:
             # As published: sides rounded down, no smoothing.
             scaled = F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
-        total += F.normalize(model.global_features(scaled).float(), dim=1)
+        with right_convolutions(scaled):
+            total += F.normalize(model.global_features(scaled).float(), dim=1)
     return F.normalize(total, dim=1)
 
 
@@ -225,7 +232,8 @@ def run_scales(
     scores, codes, layouts = [], [], []
     for scale in selection.scales:
         resized, factors = rescale(images, scale, selection.interpolation, model.multiple)
-        features = model.token_codes(resized)
+        with right_convolutions(resized):
+            features = model.token_codes(resized)
         # NOTE the published code takes the row's length from the input, see `rescale`.
         published = selection.interpolation == "published"
         columns = resized.shape[-1] // model.patch if published else features.grid[1]

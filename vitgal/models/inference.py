@@ -23,6 +23,7 @@ from vitgal.models.weights import load_model
 from vitgal.settings import PRECISIONS, TRAINING_PRECISIONS, GlobalSettings
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # Linux's names for native bf16 products
+NARROW = 32  # pixels: a network's last stride, which leaves one column
 
 
 def resolve_precision(
@@ -118,6 +119,24 @@ def limited_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def right_convolutions(images: Tensor) -> Iterator[None]:
+    """Opens a context in which a network input (B, 3, H, W) is convolved rightly.
+
+    oneDNN's strided convolutions in bf16, as of PyTorch 2.15 on a processor with AMX, return memory
+    that was never written where their output has one column. Narrow inputs do without oneDNN.
+    """
+    wrong = images.shape[-1] <= NARROW and images.device.type == "cpu"
+    wrong = wrong and torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.enabled
+    if wrong:
+        torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        if wrong:
+            torch.backends.mkldnn.enabled = True
 
 
 def normalise(pixels: Tensor) -> Tensor:
