@@ -204,8 +204,9 @@ def lab(chromium, address):
         notebook.page.close()
 
 
-def test_queries_are_explored(lab):
-    notebook = lab("06_rerank")
+@pytest.mark.parametrize("name", ["04_global_evaluation", "06_rerank"])
+def test_queries_are_explored(lab, name):
+    notebook = lab(name)
     instrument = notebook.page.locator(".vitgal")
     instrument.get_by_role("button", name="Overview").click()
     instrument.locator("table.queries tbody tr").nth(3).get_by_role("button").click()
