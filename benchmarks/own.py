@@ -41,7 +41,6 @@ from vitgal.retrieval.verification import verify
 from vitgal.settings import RerankingSettings, Values, reader, settings_of
 from vitgal.stages import own, own_answers
 from vitgal.stages.model_choice import own_models
-from vitgal.stages.own import Describer
 from vitgal.stages.presence import fit_places, known_presence
 
 RATIO = 0.8
@@ -183,14 +182,7 @@ def main() -> None:
     own = {"threads": 1, "top": options.top}
     typed = reader.from_command_line(dict(options.set), {})
     whole = models.complete(settings_of(Values.of(own, "this benchmark") | typed))
-    describer = Describer(
-        run,
-        models.describing,
-        whole.describing,
-        whole.local,
-        whole.machine,
-        local_model=models.local,
-    )
+    describer = models.describer(run, whole)
     settings = whole.reranking
     # Counts that are kept from a run before would make the times those of a second search.
     shutil.rmtree(describer.folder / "pairs", ignore_errors=True)

@@ -23,7 +23,6 @@ from vitgal.data.photographs import file_digest
 from vitgal.settings import Values, settings_of
 from vitgal.stages import own
 from vitgal.stages.model_choice import own_models
-from vitgal.stages.own_describer import Describer
 from vitgal.viz.report import THUMBNAIL, jpeg
 
 
@@ -76,14 +75,7 @@ def measure(options: argparse.Namespace, top: Path) -> None:
     models = own_models(run, None)
     print(models.reason)
     whole = models.complete(settings_of(Values.of({"threads": 1}, "this benchmark")))
-    describer = Describer(
-        run,
-        models.describing,
-        whole.describing,
-        whole.local,
-        whole.machine,
-        local_model=models.local,
-    )
+    describer = models.describer(run, whole)
     bundled = sorted(runs.resolve("third_party/landmarks").glob("*/*.jpg"))
     data = [jpeg(read_image(path), THUMBNAIL) for path in bundled]
     files = write_copies(data, folder, 0, options.photographs)

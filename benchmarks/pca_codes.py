@@ -1,10 +1,10 @@
 """Does the autoencoder earn its place? Its codes beside a PCA of the same tokens and length.
 
-Local features of a finished demo run are extracted anew with other codes; attention, places and
-ladder stay the autoencoder's, but for the last variant, which does without an autoencoder. The
-PCA is fitted to tokens of every fifth training photograph. With `--tune`, `max_distance` and
-`fused_weight` are chosen for each variant on val_retrieval, all its queries; otherwise they are the
-run's. Works in a copy of the run.
+Local features of a finished demo run are extracted again with other codes. Attention, keypoints
+and thresholds stay the autoencoder's, but for the last variant, which does without one. The PCA is
+fitted to tokens of every fifth training photograph. With `--tune`, `max_distance` and
+`fused_weight` are chosen for each variant on all queries of val_retrieval; otherwise they are the
+run's. It works in a copy of the run.
 
     python benchmarks/pca_codes.py RUN SCRATCH [--tune] [--only PCA]
 """

@@ -100,7 +100,7 @@ def test_features_of_a_file_fill_the_same_store(global_run, benchmark, feature_f
             file[f"jpg/query0.jpg/{name}"] = values[:, :3] if name[0] == "d" else values[:3]
     folder = extract(global_run, benchmark, "no model", local_features=str(feature_file))
     text = capsys.readouterr().out
-    assert "features.h5: places are pixels of the photographs" in text
+    assert "features.h5: positions are pixels of the photographs" in text
     assert "images, features of a file, float16" in text
     assert "max_keypoints = 9 features, of which the best by score are kept: 5, most of" in text
     assert "fewer than 5 features, which are never verified: 1, the first query0" in text

@@ -27,11 +27,11 @@ from vitgal.features.selection import (
 from vitgal.models.describers import VITGAL_SIZE, Describer, facts_of
 from vitgal.models.graphs import Graphs
 from vitgal.models.inference import (
+    avoid_onednn_fault,
     batches,
     device_of,
     inference,
     network_input,
-    right_convolutions,
 )
 from vitgal.models.network import ViTGaL
 from vitgal.models.prepared import prepare
@@ -115,7 +115,7 @@ def global_descriptors(
         elif scale != 1:
             # As published: sides rounded down, no smoothing.
             scaled = F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
-        with right_convolutions(scaled):
+        with avoid_onednn_fault(scaled):
             total += F.normalize(model.global_features(scaled).float(), dim=1)
     return F.normalize(total, dim=1)
 
@@ -232,7 +232,7 @@ def run_scales(
     scores, codes, layouts = [], [], []
     for scale in selection.scales:
         resized, factors = rescale(images, scale, selection.interpolation, model.multiple)
-        with right_convolutions(resized):
+        with avoid_onednn_fault(resized):
             features = model.token_codes(resized)
         # NOTE the published code takes the row's length from the input, see `rescale`.
         published = selection.interpolation == "published"

@@ -17,7 +17,7 @@ class Graphs:
     The first input of a shape runs as it is, the second is recorded, and from then on the recording
     runs. After `KEPT` shapes the one that was used longest ago is recorded anew when it returns.
     Where a recording fails, for want of memory for instance, a warning says so and everything runs
-    as it is. On a CPU nothing is recorded. It is for one thread.
+    as it is. On a CPU nothing is recorded. Not thread-safe.
 
     compute: from a tensor to tensors and a last value that depends on the input's shape alone. It
     must not wait for the GPU.

@@ -122,20 +122,20 @@ def limited_threads(threads: int | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def right_convolutions(images: Tensor) -> Iterator[None]:
-    """Opens a context in which a network input (B, 3, H, W) is convolved rightly.
+def avoid_onednn_fault(images: Tensor) -> Iterator[None]:
+    """Turns oneDNN off for a network input (B, 3, H, W) that it computes wrongly.
 
-    oneDNN's strided convolutions in bf16, as of PyTorch 2.15 on a processor with AMX, return memory
-    that was never written where their output has one column. Narrow inputs do without oneDNN.
+    Its strided convolutions in bf16, as of PyTorch 2.15 on a processor with AMX, return memory
+    that was never written where their output has one column.
     """
-    wrong = images.shape[-1] <= NARROW and images.device.type == "cpu"
-    wrong = wrong and torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.enabled
-    if wrong:
+    narrow = images.shape[-1] <= NARROW and images.device.type == "cpu"
+    affected = narrow and torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.enabled
+    if affected:
         torch.backends.mkldnn.enabled = False
     try:
         yield
     finally:
-        if wrong:
+        if affected:
             torch.backends.mkldnn.enabled = True
 
 

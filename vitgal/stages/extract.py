@@ -178,7 +178,7 @@ def _open_describer(
         return open_describer(model, settings, machine, codes and Codes.load(codes))
     path = runs.resolve(settings.local_features)
     file = FeatureFile.open(path, [task.key for task in images])
-    print(f"{path.name}: places are pixels of the photographs, and threshold counts these")
+    print(f"{path.name}: positions are pixels of the photographs, and threshold counts these")
     return contextlib.nullcontext(FileDescriber(file, settings))
 
 

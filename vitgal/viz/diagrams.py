@@ -207,11 +207,11 @@ def reranking_diagram(
     first, second, matches = len(features), len(candidate), len(pair.matches)
     order = "similarity and count" if settings.order == "fused" else settings.count
     steps = [
-        ("query's features", f"{first} × {features.code_dim}", "codes; places (x, y) beside"),
+        ("query's features", f"{first} × {features.code_dim}", "codes; positions (x, y) beside"),
         ("candidate's features", f"{second} × {candidate.code_dim}", "the first candidate's"),
         ("distances", f"{first} × {second}", "Euclidean, between codes"),
         ("matches", f"{matches} × 2", f"{MATCHED[settings.matching.method]}, near enough"),
-        ("places of matches", f"{matches} × 4", "x y in both network inputs"),
+        ("positions of matches", f"{matches} × 4", "x y in both network inputs"),
         ("homography", "3 × 3", f"the best of {settings.verification.iterations:,} draws"),
         ("inliers", f"{pair.verification.count} of {matches}", "mapped within the threshold"),
         ("short list", f"{len(ranked):,} ranks", f"first {settings.top} by {order}"),
