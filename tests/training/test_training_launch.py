@@ -1,6 +1,7 @@
 """Several processes: equal to one that accumulates; forked from a notebook, or launched."""
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
+from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import PContext
 from torch.multiprocessing import ProcessContext
 
@@ -38,7 +40,7 @@ TOP = Path(__file__).resolve().parents[2]
 # On one thread in both: where a gradient is rounding alone, AdamW makes a step of the learning rate
 # of it, and another number of threads rounds otherwise.
 FOUR = replace(SETTINGS, epochs=1, batch_size=2, lr=1e-3, warmup_lr=1e-3)
-TWO = replace(MACHINE, num_processes=2)
+TWO = replace(MACHINE, num_processes=2, timeout_minutes=5)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,32 @@ def test_forked_processes_write_one_log_and_can_be_watched(images, run, capfd):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("data_workers", [0, 1])
+def test_garbage_of_the_notebook_is_not_collected_in_its_processes(
+    data_workers, images, run, monkeypatch
+):
+    """A store in a cycle, as an earlier launch leaves one, would abort the child or hang it."""
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+            self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def collecting(self, index):
+        gc.collect()
+        return read(self, index)
+
+    read = samples.TrainingImages.__getitem__
+    monkeypatch.setattr(samples.TrainingImages, "__getitem__", collecting)
+    gc.disable()
+    try:
+        Cycle()
+        folder = fit(run, images, FOUR, replace(TWO, data_workers=data_workers))
+    finally:
+        gc.enable()
+    assert (folder / "model.safetensors").exists()
+
+
 def test_a_dead_process_ends_the_others(images, run, monkeypatch):
     step = loop.Trainer.run_step
 

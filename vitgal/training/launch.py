@@ -1,6 +1,7 @@
 """Runs one training in this process, in forked processes, or in a launcher's processes."""
 
 import contextlib
+import gc
 import os
 import re
 import socket
@@ -138,7 +139,7 @@ def _run_fit(fit: Fit) -> None:
             ["SIGINT", "SIGQUIT", *(ending.name for ending in ending_signals())]
         ),
     )
-    with _watched_log(fit), _errors_of_children(), environment:
+    with _watched_log(fit), _errors_of_children(), environment, _frozen_garbage():
         notebook_launcher(
             _train_forked,
             (fit,),
@@ -216,6 +217,20 @@ def _is_lost_peer(error: RuntimeError) -> bool:
 def _await_launcher() -> None:
     """Waits until the launcher ends this process, after it has reported the lost one."""
     threading.Event().wait(PEER_SECONDS)
+
+
+@contextlib.contextmanager
+def _frozen_garbage() -> Iterator[None]:
+    """Keeps what this process has allocated out of the collections of the processes it forks.
+
+    To collect a process group or a store of torch is to wait for its threads, which a fork lacks:
+    the child would hang or abort.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Processes of a training: signals, data workers, and agreement among ranks."""
 
 import datetime
+import gc
 import math
 import multiprocessing
 import os
@@ -144,6 +145,7 @@ def _kill(workers: Iterable[multiprocessing.Process]) -> None:
 
 
 def _start_worker(_number: int) -> None:
+    gc.freeze()  # the process group of the training process is not collected here: see launch.py
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     # Otherwise a killed run could not be started again before its workers have ended.
