@@ -34,3 +34,19 @@ def test_speeds_stand_where_their_measurement_is_named():
     texts = {path.name: path.read_text(encoding="utf-8") for path in pages}
     stated = {name for name, text in texts.items() if SPEED.search(text)}
     assert stated and all("benchmarks/" in texts[name] for name in stated)
+
+
+def test_the_files_and_names_of_the_recipes_exist():
+    """Each section of CONTRIBUTING.md names files, and names that stand in them."""
+    text = (TOP / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    recipes = [part for part in re.split(r"^## ", text, flags=re.M) if part.startswith("Add ")]
+    assert len(recipes) == 5
+    for recipe in recipes:
+        paths = re.findall(r"`((?:vitgal|tests|benchmarks|params)/[\w./-]*)", recipe)
+        assert [path for path in paths if not (TOP / path).exists()] == []
+        files = [TOP / path for path in paths if (TOP / path).is_file()]
+        sources = "\n".join(file.read_text(encoding="utf-8") for file in files)
+        names = {name.split(".")[-1] for name in re.findall(r"`([A-Za-z][\w.]+)`", recipe)}
+        names -= {"py", "None"}  # files of folders that are named, and Python's own
+        assert len(names) > 1
+        assert {name for name in names if not re.search(rf"\b{name}\b", sources)} == set()

@@ -143,12 +143,11 @@ def facts_of(model: Any) -> InputFacts:
     """Returns the images that an opened model takes."""
     if isinstance(model, TimmDescriber):
         return _backbone_facts(model.backbone)
-    return _backbone_facts(model.backbone.trunk if model.on_timm else None)
+    on_timm = getattr(model, "on_timm", False)  # ViTGaL's head on a network of timm
+    return _backbone_facts(model.backbone.trunk) if on_timm else InputFacts()
 
 
-def _backbone_facts(backbone: Backbone | None) -> InputFacts:
-    if backbone is None:
-        return InputFacts()
+def _backbone_facts(backbone: Backbone) -> InputFacts:
     size = SIZES.get(backbone.name.partition(".")[0], max(backbone.native_size))
     # Convolutions take any side, so the photograph's aspect is kept to the pixel.
     fixed = backbone.network.pretrained_cfg.get("fixed_input_size", False)

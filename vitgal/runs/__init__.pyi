@@ -57,6 +57,7 @@ from .manifest import (
     read_stage as read_stage,
 )
 from .paths import (
+    NETWORKS as NETWORKS,
     PARTS as PARTS,
     SMALL_WEIGHTS as SMALL_WEIGHTS,
     TIMM as TIMM,

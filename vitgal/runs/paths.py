@@ -10,7 +10,8 @@ from pathlib import Path
 from vitgal.runs.errors import StageError
 from vitgal.runs.manifest import read_stage
 
-TIMM, UNTRAINED = "timm:", "untrained:"  # begin the names of networks, in place of a file's path
+TIMM, UNTRAINED = "timm:", "untrained:"
+NETWORKS = (TIMM, UNTRAINED)  # begin the names of networks, in place of a file's path
 SMALL_WEIGHTS = "weights/vitgal_nano.safetensors"  # made by params/small_weights.yaml
 PARTS = ("notebooks", "params", "weights", "third_party")  # that a wheel brings, see setup.py
 FIRST_NOTEBOOK = "notebooks/01_data_split.ipynb"
@@ -63,7 +64,7 @@ def split_source(source: str) -> tuple[str, str]:
     `timm:NAME@FILE` has both, `timm:NAME`, `untrained:NAME` and `pretrained` no file; any other
     text is a file.
     """
-    if source.startswith((TIMM, UNTRAINED)) or source == "pretrained":
+    if source.startswith(NETWORKS) or source == "pretrained":
         name, _, file = source.partition("@")
         return name, file
     return "", source

@@ -431,7 +431,7 @@ def query_flow(
     from vitgal import training
     from vitgal.models.weights import load_model
 
-    if str(source).startswith((runs.TIMM, runs.UNTRAINED)):
+    if str(source).startswith(runs.NETWORKS):
         return None
     settings = GlobalSettings.from_manifest(runs.read_stage(folder, "notebook 04")["parameters"])
     image = read_image(benchmark.query_paths[query])
