@@ -5,6 +5,8 @@ import pytest
 from sklearn.decomposition import PCA
 
 from vitgal.features.files import FileError
+from vitgal.retrieval.exact_ranks import labelled_positions
+from vitgal.retrieval.exact_search import WhitenedRows, search
 from vitgal.retrieval.refine import (
     RefinementError,
     WhiteningMap,
@@ -15,7 +17,7 @@ from vitgal.retrieval.refine import (
     matching_pairs,
     neighbour_graph,
     pca_whitening,
-    whitened_blocks,
+    whitened_norms,
 )
 
 
@@ -108,12 +110,49 @@ def test_unreadable_images_stay_zero_and_are_not_learnt_from(rows):
     assert whitening.apply(rows[:0]).shape == (0, 8)
 
 
-def test_blocks_are_the_whole(rows, monkeypatch):
-    monkeypatch.setattr("vitgal.retrieval.refine.WRITTEN", 128)
-    whitening = pca_whitening(rows, power=0.5)
-    blocks = [block.copy() for block in whitened_blocks(rows, whitening)]
-    assert [len(block) for block in blocks] == [128, 128, 44]
-    np.testing.assert_allclose(np.concatenate(blocks), whitening.apply(rows), atol=1e-6)
+@pytest.mark.parametrize("dimensions", [None, 6, 3])  # a triangle, one with rows of zeros, none
+def test_norms_are_those_of_the_mapped_rows(rows, dimensions, monkeypatch):
+    monkeypatch.setattr("vitgal.retrieval.refine.BLOCK", 128)
+    whitening = pca_whitening(rows, power=0.5, dimensions=dimensions)
+    expected = np.linalg.norm((rows.astype(float) - whitening.mean) @ whitening.projection, axis=1)
+    for kind, tolerance in (("f4", 1e-6), ("f8", 1e-6), ("f2", 1e-2)):
+        norms = whitened_norms(rows.astype(kind), whitening)
+        assert norms.dtype == np.float32
+        np.testing.assert_allclose(norms, expected, rtol=tolerance)
+    holed = rows.copy()
+    holed[[7, 299]] = 0
+    holed[8, 0] = 0  # a zero, not all of them
+    assert np.flatnonzero(whitened_norms(holed, whitening) == 0).tolist() == [7, 299]
+    assert whitened_norms(rows[:0], whitening).shape == (0,)
+    holed[200, 3] = np.nan
+    with pytest.raises(ValueError, match="database image 200 is not finite"):
+        whitened_norms(holed, whitening)
+
+
+@pytest.mark.parametrize("k", [5, 290])  # by float32 estimates, and without
+def test_search_in_whitened_rows_is_that_in_a_whitened_database(rows, k):
+    rows = np.concatenate([rows, np.zeros((2, 8), np.float32)])
+    whitening = pca_whitening(rows[:300], power=0.5)
+    whole, queries = whitening.apply(rows), whitening.apply(rows[:20] + np.float32(0.1))
+    lazy = WhitenedRows(rows, whitening, whitened_norms(rows, whitening))
+    assert (lazy.shape, len(lazy), lazy.ndim, lazy.dtype) == ((302, 8), 302, 2, np.float32)
+    chosen = np.array([3, 301, 7])
+    np.testing.assert_allclose(lazy[chosen], whole[chosen], atol=1e-6)
+    similarities, images = search(queries, lazy, k=k)
+    expected, order = search(queries, whole, k=k)
+    np.testing.assert_array_equal(images, order)
+    np.testing.assert_allclose(similarities, expected, atol=1e-6)
+    last, order = search(queries, lazy, k=302)
+    assert (np.sort(order[-2:], axis=0) == [[300], [301]]).all() and np.isneginf(last[-2:]).all()
+    labelled = [np.array([0, 50 + q, 301]) for q in range(20)]
+    for found, of_query, ranking in zip(
+        labelled_positions(queries, lazy, labelled).ranks, labelled, order.T, strict=True
+    ):
+        assert found.tolist() == [ranking.tolist().index(image) for image in of_query]
+    expanded, wanted = (expand_queries(queries, d, neighbours=4, alpha=3) for d in (lazy, whole))
+    np.testing.assert_allclose(expanded, wanted, atol=1e-6)
+    with pytest.raises(ValueError, match="queries have 4 dimensions and the database 8"):
+        search(queries[:, :4], lazy, k=k)
 
 
 def test_a_stored_whitening(rows, tmp_path):

@@ -20,7 +20,7 @@ from vitgal.stages.describe import GLOBAL_OUTPUTS, evaluate_descriptors
 from vitgal.stages.whitening import RefineSet, open_refine_set
 
 PLAIN = {"top_plain.npy", "similarities_plain.npy", "positions_plain.npz"}
-REFINED = {"refined_database.npy", "refined_queries.npy"}
+WHITENED = {"whitening.npz", "whitened_norms.npy", "refined_queries.npy"}
 Larger = tuple[revisited.RetrievalDataset, Path, Path]
 
 
@@ -148,7 +148,7 @@ def split_of(run: Path, names: list[str]) -> None:
 def test_whitening_is_learnt_from_other_images_and_stored(larger, tmp_path):
     folder, scores = rank_larger(larger, tmp_path / "run", "whitening", learnt=larger[2])
     manifest = runs.read_stage(folder, "")
-    assert {"whitening.npz", *REFINED} < set(manifest["outputs"])
+    assert set(manifest["outputs"]) == {*GLOBAL_OUTPUTS, *PLAIN, *WHITENED}
     assert manifest["recorded"]["refine_set"] == str(larger[2])
     assert set(manifest["inputs"]) == {"dataset", "descriptors", "refine set"}
     assert scores["whitening"]["images"] == 300
@@ -165,7 +165,7 @@ def test_it_goes_on_after_an_interruption_and_ends_in_the_same_bytes(larger, tmp
     chain = ("whitening", "augmentation neighbours=3", "expansion", "diffusion neighbours=9")
     folder, _ = rank_larger(larger, tmp_path / "one", *chain, learnt=larger[2])
     wanted = contents(folder)
-    assert "whitened_database.npy" not in wanted
+    assert {"refined_database.npy", *WHITENED} < set(wanted)
     interrupt(folder)
     for name in ("scores.json", "graph_images.npy", "ranks.npy", "refined_queries.npy"):
         (folder / name).unlink()
@@ -199,8 +199,35 @@ def test_a_chain_is_tried_on_a_finished_stage(larger, tmp_path):
     _, scores = rank_larger(larger, tmp_path / "run", *chain)
     assert tried["medium"]["ap"].tolist() == scores["medium"]["ap"]
     assert contents(plain) == before
-    with pytest.raises(RefinementError, match="the stage alone does that"):
+    with pytest.raises(RefinementError, match="the stage alone does that: give the stage this ste"):
         rank.try_refinement(plain, dataset, ["whitening"])
+
+
+def test_a_chain_is_tried_with_the_whitening_of_the_stage(larger, tmp_path, monkeypatch):
+    dataset, _, others = larger
+    chain = ("whitening power=0.25", "expansion neighbours=3")
+    folder, _ = rank_larger(larger, tmp_path / "run", chain[0], learnt=others)
+    _, scores = rank_larger(larger, tmp_path / "both", *chain, learnt=others)
+    before = contents(folder)
+    with monkeypatch.context() as patched:  # its norms are not computed again
+        patched.delattr("vitgal.retrieval.refine.whitened_norms")
+        tried = rank.try_refinement(folder, dataset, chain)
+    assert tried["medium"]["ap"].tolist() == scores["medium"]["ap"]
+    assert contents(folder) == before
+    with pytest.raises(RefinementError, match="whitening is learnt from other images"):
+        rank.try_refinement(folder, dataset, ["whitening power=0.5", "expansion"])
+
+
+def test_norms_of_another_whitening_are_made_again(larger, tmp_path):
+    chain = ("whitening", "expansion")
+    folder, _ = rank_larger(larger, tmp_path / "run", *chain, learnt=larger[2])
+    wanted = contents(folder)
+    other, _ = rank_larger(larger, tmp_path / "other", "whitening power=0.1", learnt=larger[2])
+    interrupt(folder)
+    for name in ("whitening.npz", "whitened_norms.npy"):
+        shutil.copy(other / name, folder)
+    rank_larger(larger, tmp_path / "run", *chain, learnt=larger[2])
+    assert contents(folder) == wanted
 
 
 def test_a_set_of_descriptors_in_hdf5(larger, tmp_path):
@@ -210,7 +237,7 @@ def test_a_set_of_descriptors_in_hdf5(larger, tmp_path):
             file[f"{name}.jpg/global_descriptor"] = row
     folder, _ = rank_larger(larger, tmp_path / "run", "whitening", learnt=tmp_path / "o.h5")
     other, _ = rank_larger(larger, tmp_path / "other", "whitening", learnt=larger[2])
-    first, second = (np.load(f / "refined_database.npy") for f in (folder, other))
+    first, second = (np.load(f / "refined_queries.npy") for f in (folder, other))
     np.testing.assert_allclose(np.abs(first @ first.T), np.abs(second @ second.T), atol=1e-4)
     with pytest.raises(FileNotFoundError, match="there are no descriptors"):
         open_refine_set(tmp_path, GlobalSettings(refine=("whitening",)), tmp_path / "no.h5", None)
@@ -278,7 +305,7 @@ def test_photographs_are_described_once_for_all_data_sets(run, benchmark, weight
     assert images.source == "photographs" and len(set(images.labels.tolist())) == 70
     options = {"refine": settings.refine, "refine_set": images}
     folder = evaluate(run, benchmark, weight_file, **options)
-    assert {"whitening.npz", *REFINED, *PLAIN} < set(contents(folder))
+    assert {*WHITENED, *PLAIN} < set(contents(folder))
     (described,) = (run / "refine_set").iterdir()
     rows = np.load(described / "descriptors.npy")
     assert rows.shape == (140, 128)

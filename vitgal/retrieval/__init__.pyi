@@ -7,7 +7,12 @@ from .copies import (
 )
 from .evidence import Evidence as Evidence, weigh as weigh
 from .exact_ranks import labelled_positions as labelled_positions
-from .exact_search import rank_images as rank_images, search as search, similarities as similarities
+from .exact_search import (
+    WhitenedRows as WhitenedRows,
+    rank_images as rank_images,
+    search as search,
+    similarities as similarities,
+)
 from .matching import (
     Descriptors as Descriptors,
     match as match,
@@ -39,7 +44,7 @@ from .refine import (
     matching_pairs as matching_pairs,
     neighbour_graph as neighbour_graph,
     pca_whitening as pca_whitening,
-    whitened_blocks as whitened_blocks,
+    whitened_norms as whitened_norms,
 )
 from .reorder import (
     ScoredRanking as ScoredRanking,

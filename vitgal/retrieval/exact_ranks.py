@@ -8,6 +8,7 @@ from threadpoolctl import threadpool_limits
 
 from vitgal.retrieval.exact_search import (
     BLOCK,
+    Database,
     block_slices,
     check_descriptors,
     in_threads,
@@ -20,7 +21,7 @@ BUCKETS = 4096  # of similarity; more buckets leave less to sort but take longer
 
 def labelled_positions(
     queries: np.ndarray,
-    database: np.ndarray,
+    database: Database,
     labelled: Sequence[np.ndarray],
     *,
     block: int = BLOCK,
@@ -61,7 +62,7 @@ def labelled_positions(
 
 
 def _labelled_similarities(
-    queries: np.ndarray, database: np.ndarray, indices: list[np.ndarray], block: int
+    queries: np.ndarray, database: Database, indices: list[np.ndarray], block: int
 ) -> list[np.ndarray]:
     """Per query the similarity of each labelled image, as the later count uses it."""
     rows = np.unique(np.concatenate(indices))
@@ -85,7 +86,7 @@ class Steps(NamedTuple):
 
 def count_ahead(
     queries: np.ndarray,
-    database: np.ndarray,
+    database: Database,
     parts: list[slice],
     indices: list[np.ndarray],
     values: list[np.ndarray],

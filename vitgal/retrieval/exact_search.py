@@ -12,10 +12,15 @@ ranks behind every other image.
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from threadpoolctl import threadpool_limits
+
+if TYPE_CHECKING:
+    from vitgal.retrieval.refine import WhiteningMap
 
 # Rows of a block: the float64 copy of 2048 x 384 descriptors takes 6 MB, and 70 x 2048 similarities
 # stay in the processor's cache while they are worked on.
@@ -28,13 +33,49 @@ NEAR_TIES = 4096  # images that may nearly tie at a query's last rank before flo
 Hits = tuple[np.ndarray, np.ndarray]  # similarities float32 and database indices of one query
 
 
+@dataclass(frozen=True, eq=False)
+class WhitenedRows:
+    """A whitened database (N, D') float32, computed where its rows are read.
+
+    A search takes no more than one of the stored rows: the similarity of a query z and a row x,
+    ((x - mean) @ projection / norm) @ z, is (x - mean) @ (projection @ z) / norm.
+
+    stored: (N, D) floats, memory-mapped or not.  norms: (N,) float32 of `whitened_norms`.
+    """
+
+    stored: np.ndarray
+    whitening: "WhiteningMap"
+    norms: np.ndarray
+    ndim: ClassVar[int] = 2
+    dtype: ClassVar[np.dtype] = np.dtype(np.float32)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, D')."""
+        return len(self.stored), self.whitening.projection.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        return self.whitening.apply(self.stored[rows])
+
+    def scales(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Returns 1 / norm (B,) float64 of some rows, 0 for an image that could not be read."""
+        norms = np.asarray(self.norms[rows], np.float64)
+        return np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
+
+
+Database = np.ndarray | WhitenedRows  # (N, D)
+
+
 def search(
-    queries: np.ndarray, database: np.ndarray, *, k: int, block: int = BLOCK
+    queries: np.ndarray, database: Database, *, k: int, block: int = BLOCK
 ) -> tuple[np.ndarray, np.ndarray]:
     """Finds the `k` most similar database images of every query, exactly.
 
     Args:
-        queries: (Q, D) floats.  database: (N, D) floats, memory-mapped or not.
+        queries: (Q, D) floats.  database: (N, D) floats, memory-mapped or not, or `WhitenedRows`.
         k: at most N are returned.
         block: database rows that are read at once.
     Returns:
@@ -67,7 +108,7 @@ def search(
 
 
 def _search_parts(
-    queries: np.ndarray, database: np.ndarray, parts: list[slice], k: int
+    queries: np.ndarray, database: Database, parts: list[slice], k: int
 ) -> list[Hits]:
     """Per query the best `k` (or all there are) of rising parts of the database."""
     best: list[list[Hits]] = [[(np.empty(0, np.float32), np.empty(0, np.int32))] for _ in queries]
@@ -88,7 +129,7 @@ def _search_parts(
 
 
 def _search_estimated(
-    queries: np.ndarray, database: np.ndarray, parts: list[slice], k: int
+    queries: np.ndarray, database: Database, parts: list[slice], k: int
 ) -> list[Hits] | None:
     """Returns the best `k` by float32 estimates and float64 ranks; None if undecided."""
     if queries.dtype != np.float32 or not len(queries):
@@ -110,22 +151,30 @@ def _search_estimated(
 
 
 def _estimate(
-    queries: np.ndarray, database: np.ndarray, parts: list[slice], k: int
+    queries: np.ndarray, database: Database, parts: list[slice], k: int
 ) -> "_CandidatePool | None":
     """Per query the images that may be among the best `k` of these parts; None as above."""
-    length = float(np.sqrt(np.einsum("ij,ij->i", queries, queries, dtype=np.float64)).max())
+    factors, source, offsets = _factors(queries, database)
+    length = float(np.sqrt(np.einsum("ij,ij->i", factors, factors)).max())
+    factors = factors.astype(np.float32)
     # Twice the rounding error of a sum of D products, in any order, and of its factors.
-    relative = 2 * (queries.shape[1] + 12) * 2.0**-24
+    relative = 2 * (factors.shape[1] + 12) * 2.0**-24
     pool = _CandidatePool(len(queries), k)
     products = np.empty((0, len(queries)), np.float32)
     for part in parts:
         with np.errstate(over="ignore", invalid="ignore"):
-            stored = database[part]
+            stored = source[part]
             rows = np.ascontiguousarray(stored, np.float32)
             if len(products) != len(rows):
                 products = np.empty((len(rows), len(queries)), np.float32)
-            np.matmul(rows, queries.T, out=products)
-            error = relative * length * _length_bound(rows) + float(np.finfo(np.float32).tiny)
+            np.matmul(rows, factors.T, out=products)
+            error = length * _length_bound(rows)
+            if offsets is not None:
+                scales = database.scales(part)
+                products -= offsets.astype(np.float32)
+                products *= scales.astype(np.float32)[:, None]
+                error = (error + float(np.abs(offsets).max())) * float(scales.max())
+            error = relative * error + float(np.finfo(np.float32).tiny)
         if not error < 1e30:  # true for nan as well
             return None
         zeros = np.flatnonzero(products[:, 0] == 0)
@@ -200,12 +249,12 @@ def _merge(hits: Iterable[Hits], k: int) -> Hits:
     return similarities[order], images[order]
 
 
-def similarities(query: np.ndarray, database: np.ndarray, images: np.ndarray) -> np.ndarray:
+def similarities(query: np.ndarray, database: Database, images: np.ndarray) -> np.ndarray:
     """Returns the similarities (M,) float32 of one query (D,) and database indices (M,)."""
     return next(similarity_blocks(query[None], database, [images]))[0]
 
 
-def rank_images(query: np.ndarray, database: np.ndarray, images: np.ndarray, k: int) -> Hits:
+def rank_images(query: np.ndarray, database: Database, images: np.ndarray, k: int) -> Hits:
     """Returns the best `k` hits of one query (D,) among rising database indices (M,)."""
     return _merge([(similarities(query, database, images), images)], k)
 
@@ -226,7 +275,7 @@ def in_threads(work: Callable, items: list | range) -> list[list]:
         return list(pool.map(work, parts))
 
 
-def check_descriptors(queries: np.ndarray, database: np.ndarray) -> None:
+def check_descriptors(queries: np.ndarray, database: Database) -> None:
     """Raises ValueError where queries (Q, D) and a database (N, D) cannot be searched.
 
     The values of the database are checked by `similarity_blocks`.
@@ -255,21 +304,35 @@ def block_slices(count: int, block: int) -> list[slice]:
     return [slice(start, min(start + block, count)) for start in range(0, count, block)]
 
 
+def _factors(
+    queries: np.ndarray, database: Database
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Factors (Q, D) float64 of similarities, the rows (N, D) that they multiply, and offsets.
+
+    Offsets (Q,) float64 are subtracted from the products of whitened rows before these are scaled.
+    """
+    left = np.asarray(queries, np.float64)
+    if not isinstance(database, WhitenedRows):
+        return left, database, None
+    left = left @ database.whitening.projection.T
+    return left, database.stored, left @ database.whitening.mean
+
+
 def similarity_blocks(
-    queries: np.ndarray, database: np.ndarray, parts: Iterable[slice | np.ndarray]
+    queries: np.ndarray, database: Database, parts: Iterable[slice | np.ndarray]
 ) -> Iterator[np.ndarray]:
     """Yields the similarities (Q, B) float32 of each part of the database, a slice or indices.
 
     Each part overwrites the last: new memory for every block takes half as long as the product.
     Raises ValueError naming a database image whose descriptor is not finite.
     """
-    left = np.asarray(queries, np.float64)
+    left, source, offsets = _factors(queries, database)
     buffers: tuple[np.ndarray, ...] = ()
     for part in parts:
-        rows = database[part]
+        rows = source[part]
         if not buffers or len(buffers[0]) < len(rows):
             buffers = (
-                np.empty((len(rows), queries.shape[1])),
+                np.empty((len(rows), left.shape[1])),
                 np.empty((len(left), len(rows))),
                 np.empty((len(left), len(rows)), np.float32),
             )
@@ -277,7 +340,11 @@ def similarity_blocks(
         right[...] = rows
         exact, products = (buffer[:, : len(rows)] for buffer in buffers[1:])
         with np.errstate(over="ignore", invalid="ignore"):  # refused below, with the row's number
-            products[...] = np.matmul(left, right.T, out=exact)
+            np.matmul(left, right.T, out=exact)
+            if offsets is not None:
+                exact -= offsets[:, None]
+                exact *= database.scales(part)
+            products[...] = exact
         if not np.isfinite(products).all():
             column = np.flatnonzero(~np.isfinite(products).all(axis=0))[0]
             row = part.start + column if isinstance(part, slice) else part[column]

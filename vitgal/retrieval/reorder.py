@@ -11,7 +11,7 @@ import numpy as np
 import scipy.sparse
 import scipy.sparse.linalg
 
-from vitgal.retrieval.exact_search import Hits
+from vitgal.retrieval.exact_search import Database, Hits
 from vitgal.retrieval.ranking import Ranking
 
 ITERATIONS = 20  # of conjugate gradients, and their tolerance, as published
@@ -65,7 +65,7 @@ class ScoredRanking:
 
 def superglobal(
     queries: np.ndarray,
-    database: np.ndarray,
+    database: Database,
     order: np.ndarray,
     *,
     neighbours: int,
@@ -105,7 +105,7 @@ def superglobal(
 
 def k_reciprocal(
     queries: np.ndarray,
-    database: np.ndarray,
+    database: Database,
     order: np.ndarray,
     *,
     k1: int,

@@ -15,8 +15,9 @@ from vitgal.evaluation.protocol import evaluate
 from vitgal.evaluation.scores import scores_document
 from vitgal.features.files import map_array
 from vitgal.retrieval import exact_ranks, exact_search, faiss_index, refine, reorder, shortlists
+from vitgal.retrieval.exact_search import Database, WhitenedRows
 from vitgal.retrieval.ranking import Ranking
-from vitgal.retrieval.refine import Hits, NeighbourSearch, RefinementError
+from vitgal.retrieval.refine import Hits, NeighbourSearch, RefinementError, WhiteningMap
 from vitgal.retrieval.reorder import ScoredRanking
 from vitgal.settings import GlobalSettings
 from vitgal.settings.refinement import (
@@ -29,6 +30,7 @@ from vitgal.settings.refinement import (
     Step,
     SuperGlobal,
     Whitening,
+    read_chain,
 )
 from vitgal.stages.whitening import Learnt
 
@@ -45,11 +47,10 @@ RANKING_OUTPUTS = (
     "scores.json",
 )
 GRAPH = ("graph_similarities.npy", "graph_images.npy")
-WHITENING, REFINED = "whitening.npz", "refined_{}.npy"
-WHITENED = "whitened_database.npy"  # until it is augmented
+WHITENING, NORMS, REFINED = "whitening.npz", "whitened_norms.npy", "refined_{}.npy"
 OPTIONAL_OUTPUTS = (
     *(f"similarities_{PLAIN}.npy", f"top_{PLAIN}.npy", f"positions_{PLAIN}.npz"),
-    *(WHITENING, REFINED.format("database"), REFINED.format("queries"), *GRAPH),
+    *(WHITENING, NORMS, REFINED.format("database"), REFINED.format("queries"), *GRAPH),
     *faiss_index.OUTPUTS,
 )
 
@@ -170,25 +171,45 @@ def try_refinement(
 
     Args:
         folder: of the stage, with database.npy and queries.npy.
-        chain: steps as in `refine`, without a whitening, which is learnt by the stage alone.
+        chain: steps as in `refine`. A whitening must be the stage's own, which is stored with it.
     Returns:
         The result of `evaluate`.
     Raises:
-        SettingsError: a chain that makes no sense.  RefinementError: a whitening, or a step that
-            does not fit the number of images.
+        SettingsError: a chain that makes no sense.  RefinementError: another whitening, or a step
+            that does not fit the number of images.
     """
-    settings = GlobalSettings(refine=tuple(chain))
-    queries = np.asarray(map_array(Path(folder) / "queries.npy"))
-    database = map_array(Path(folder) / "database.npy")
+    settings, folder = GlobalSettings(refine=tuple(chain)), Path(folder)
+    learnt = _stored_whitening(folder, settings)
+    queries = np.asarray(map_array(folder / "queries.npy"))
+    database = map_array(folder / "database.npy")
     check_refinement(settings, database.shape[1], len(database))
     truth = dataset.ground_truth
     with tempfile.TemporaryDirectory() as scratch:
-        ranking, _ = _ranked(Path(scratch), settings, queries, database, truth, depth=1)
+        for name in (WHITENING, NORMS) if learnt is not None else ():
+            if (folder / name).exists():
+                shutil.copy(folder / name, scratch)
+        ranking, _ = _ranked(Path(scratch), settings, queries, database, truth, 1, learnt)
     return evaluate(ranking.ranking.positions, truth)
 
 
+def _stored_whitening(folder: Path, settings: GlobalSettings) -> Learnt | None:
+    """The whitening that a chain begins with, as a finished stage has it; None for none."""
+    steps = [step for step in settings.steps if isinstance(step, (Whitening, LearnedWhitening))]
+    if not steps:
+        return None
+    own = runs.read_stage(folder, "04_global_evaluation")["parameters"].get("refine", ())
+    if steps[0] not in read_chain(own):
+        raise RefinementError(
+            f"{steps[0].NAME} is learnt from other images, and the stage alone does that: give the "
+            "stage this step in refine, then try the others"
+        )
+    facts = runs.read_json(folder / "scores.json")["whitening"]
+    whitening = WhiteningMap.load(folder / WHITENING)
+    return Learnt(whitening, facts["learnt from"], facts["images"])
+
+
 def exact_ranking(
-    queries: np.ndarray, database: np.ndarray, truth: GroundTruth, depth: int
+    queries: np.ndarray, database: Database, truth: GroundTruth, depth: int
 ) -> ScoredRanking:
     """Ranks a database (N, D) for queries (Q, D): the first `depth`, and every labelled image."""
     similarities, ranks = exact_search.search(queries, database, k=depth)
@@ -197,7 +218,7 @@ def exact_ranking(
 
 
 def _from_index(
-    folder: Path, text: str, queries: np.ndarray, database: np.ndarray, exact: ScoredRanking
+    folder: Path, text: str, queries: np.ndarray, database: Database, exact: ScoredRanking
 ) -> tuple[ScoredRanking, dict[str, Any]]:
     """The ranking that begins with what an index finds, and the index's recall."""
     faiss_index.build(folder, database, text)
@@ -216,47 +237,45 @@ def _refined_descriptors(
     queries: np.ndarray,
     database: np.ndarray,
     learnt: Learnt | None,
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+) -> tuple[np.ndarray, Database, dict[str, Any]]:
     """Applies whitening, augmentation and expansion; returns queries, database and facts.
 
-    The refined database is a file in the folder; one that an interrupted stage left is whole.
+    What they make of the database is stored in the folder; files that an interrupted stage left are
+    whole.
     """
     facts: dict[str, Any] = {}
     steps = [step for step in settings.steps if not isinstance(step, Reordering)]
-    changing = [step for step in steps if not isinstance(step, Expansion)]
-    refined = folder / REFINED.format("database")
     for step in steps:
         if isinstance(step, Expansion):
             queries = refine.expand_queries(
                 queries, database, neighbours=step.neighbours, alpha=step.alpha
             )
-            continue
-        target = refined if step is changing[-1] else folder / WHITENED
-        if isinstance(step, Augmentation):
+        elif isinstance(step, Augmentation):
+            target = folder / REFINED.format("database")
             if not target.exists():
                 find = _neighbour_search(folder, settings, database)
                 blocks = refine.augmented_blocks(
                     database, find, neighbours=step.neighbours, alpha=step.alpha
                 )
                 write_rows(target, database.shape, blocks)
+            database = map_array(target)
         else:
-            if learnt is None:
-                raise RefinementError(
-                    f"{step.NAME} is learnt from other images, and the stage alone does that"
-                )
-            learnt.whitening.save(folder / WHITENING)
             facts["whitening"] = learnt.facts
             queries = learnt.whitening.apply(queries)
-            if refined.exists():  # whole, with all later steps
-                target = refined
-            elif not target.exists():
-                shape = (len(database), learnt.whitening.projection.shape[1])
-                write_rows(target, shape, refine.whitened_blocks(database, learnt.whitening))
-        database = map_array(target)
-    (folder / WHITENED).unlink(missing_ok=True)
+            database = _whitened(folder, database, learnt.whitening)
     if steps:
         runs.write_array(folder / REFINED.format("queries"), queries)
     return queries, database, facts
+
+
+def _whitened(folder: Path, database: np.ndarray, whitening: WhiteningMap) -> WhitenedRows:
+    """Whitens a stage's database; the folder's norms are used if they are of this whitening."""
+    norms, whole = folder / NORMS, folder / WHITENING  # the latter is written last
+    kept = whole.exists() and WhiteningMap.load(whole).fingerprint == whitening.fingerprint
+    if not (kept and norms.exists()):
+        runs.write_array(norms, refine.whitened_norms(database, whitening))
+        whitening.save(whole)
+    return WhitenedRows(database, whitening, map_array(norms))
 
 
 def write_rows(path: Path, shape: tuple[int, int], blocks: Iterable[np.ndarray]) -> None:
@@ -269,7 +288,7 @@ def write_rows(path: Path, shape: tuple[int, int], blocks: Iterable[np.ndarray])
 
 
 def _neighbour_search(
-    folder: Path, settings: GlobalSettings, database: np.ndarray
+    folder: Path, settings: GlobalSettings, database: Database
 ) -> NeighbourSearch:
     """Exact search up to MOST_EXACT images, the setting's index beyond."""
     if len(database) <= MOST_EXACT:
@@ -290,7 +309,7 @@ def _neighbour_search(
 def reordered(
     steps: Sequence[Step],
     queries: np.ndarray,
-    database: np.ndarray,
+    database: Database,
     ranking: ScoredRanking,
     graph: Callable[[Diffusion], Hits],
 ) -> ScoredRanking:
@@ -324,7 +343,7 @@ def reordered(
     return ranking
 
 
-def _graph(folder: Path, settings: GlobalSettings, database: np.ndarray, step: Diffusion) -> Hits:
+def _graph(folder: Path, settings: GlobalSettings, database: Database, step: Diffusion) -> Hits:
     """The stored graph of the database; made where an interrupted stage has none."""
     files = [folder / name for name in GRAPH]
     if not all(file.exists() for file in files):
