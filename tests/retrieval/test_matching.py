@@ -211,6 +211,22 @@ def test_every_method_equals_a_float64_search(kind, method, device, monkeypatch)
         assert found.tolist() == wanted and found.dtype == np.int64
 
 
+@pytest.mark.parametrize("method", ["ratio", "mutual_ratio"])
+def test_ratios_that_float32_cannot_tell_from_the_limit(method):
+    """The second nearest is at 1 / ratio times the nearest, times 1 - 1e-9 and 1 + 1e-9 in turns."""
+    rng = np.random.default_rng(5)
+    query = unit(rng.standard_normal((100, 64))).astype(np.float64)
+    near, far = (unit(rng.standard_normal((100, 64))).astype(np.float64) for _ in range(2))
+    sizes = [np.linalg.norm(side, axis=1, keepdims=True) for side in (near, far)]
+    factor = 1 + 1e-9 * np.tile([[-1], [1]], (50, 1))
+    gallery = np.concatenate([
+        query + 0.2 * near / sizes[0],
+        query + 0.2 / 0.8 * factor * far / sizes[1],
+    ])  # fmt: skip
+    wanted = [[i, i] for i in range(1, 100, 2)]
+    assert match(query, gallery, math.inf, method=method, ratio=0.8).tolist() == wanted
+
+
 def test_methods_by_hand():
     query = np.array([[0.0], [0.1], [3.0]], np.float32)
     gallery = np.array([[0.04], [2.0], [4.5]], np.float32)

@@ -5,7 +5,11 @@ from .connection import (
     connected as connected,
     parallel as parallel,
 )
-from .devices import check_device as check_device, find_gpu as find_gpu
+from .devices import (
+    check_device as check_device,
+    find_gpu as find_gpu,
+    one_blas_thread as one_blas_thread,
+)
 from .pipeline import (
     ActorPlan as ActorPlan,
     Pipeline as Pipeline,

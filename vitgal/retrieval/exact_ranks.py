@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
+from vitgal import engines
 from vitgal.retrieval.exact_search import (
     BLOCK,
     Database,
@@ -51,7 +51,7 @@ def labelled_positions(
     if not any(index.size for index in indices):
         return Positions(indices, [index.copy() for index in indices], len(database))
     parts = block_slices(len(database), block)
-    with threadpool_limits(1, "blas"):
+    with engines.one_blas_thread():
         values = _labelled_similarities(queries, database, indices, block)
         steps = _similarity_steps(next(similarity_blocks(queries, database, parts)), values)
     by_thread = in_threads(

@@ -17,7 +17,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-from threadpoolctl import threadpool_limits
+
+from vitgal import engines
 
 if TYPE_CHECKING:
     from vitgal.retrieval.refine import WhiteningMap
@@ -271,7 +272,7 @@ def in_threads(work: Callable, items: list | range) -> list[list]:
     workers = max(1, min(THREADS, os.cpu_count() or 1, len(items)))
     cuts = [len(items) * worker // workers for worker in range(workers + 1)]
     parts = [items[first:last] for first, last in pairwise(cuts)]
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
+    with engines.one_blas_thread(), ThreadPoolExecutor(workers) as pool:
         return list(pool.map(work, parts))
 
 

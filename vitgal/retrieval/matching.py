@@ -155,7 +155,8 @@ def match_prepared(
         return np.empty((0, 2), np.int64)
     if width != gallery_width:
         raise ValueError(f"query descriptors are {width} wide, gallery descriptors {gallery_width}")
-    matches, squares = NearestSearch(query, gallery, max_distance, device).run()
+    tested = settings.ratio if settings.method in ("ratio", "mutual_ratio") else None
+    matches, squares = NearestSearch(query, gallery, max_distance, device, ratio=tested).run()
     method = settings.method if len(matches) else "one_way"
     if method in ("mutual", "mutual_ratio"):
         images = np.unique(matches[:, 1])
@@ -189,7 +190,8 @@ class NearestSearch:
     """The search for each query descriptor's nearest gallery descriptor within a distance.
 
     excluded: (N,) integers, a gallery index for each query descriptor that is passed over; None:
-    none. A block is a slice of the query descriptors.
+    none. ratio: query descriptors that certainly fail the ratio test may be left out; None: none
+    is. A block is a slice of the query descriptors.
     """
 
     query: Descriptors
@@ -197,14 +199,17 @@ class NearestSearch:
     max_distance: float
     device: str | None = None
     excluded: np.ndarray | None = None
+    ratio: float | None = None
 
     def run(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns (K, 2) int64 by rising query index, and the squared distances (K,) float64."""
         count, size = len(self.query.values), len(self.gallery.values)
         candidates = []
-        sieve = math.isfinite(self.max_distance) and self.device is None
         step = max(1, BLOCK // size)
-        sample = min(SAMPLE, step, count)  # for the sieve
+        # The ratio test needs second nearest ones at any distance; few rows are not worth a sample.
+        sieve = math.isfinite(self.max_distance) and self.device is None
+        sieve = sieve and self.ratio is None and count > SAMPLE
+        sample = min(step, SAMPLE if sieve else count)
         for first, last in pairwise([0, *range(sample, count, step), count]):
             block = slice(first, last)
             pairs = self.sieved(block) if sieve else None
@@ -242,7 +247,10 @@ class NearestSearch:
         closeness = self.query.as_query[block] @ self.gallery.as_gallery.T  # (N, M) float32
         if self.excluded is not None:
             closeness[np.arange(len(closeness)), self.excluded[block]] = -np.inf
-        floor = self._floors(closeness.max(axis=1), block)
+        if self.ratio is None:
+            floor = self._floors(closeness.max(axis=1), block)
+        else:
+            floor = self._floors_of_distinct(closeness, block)
         rows = np.flatnonzero(floor < np.inf)
         if len(rows) < len(closeness):  # fewer to compare
             closeness = closeness[rows]
@@ -285,10 +293,26 @@ class NearestSearch:
         row, column = torch.nonzero(closeness >= floor[:, None], as_tuple=True)  # by rising row
         return row.cpu().numpy() + block.start, column.cpu().numpy()
 
+    def _floors_of_distinct(self, closeness: np.ndarray, block: slice) -> np.ndarray:
+        """`_floors`, inf also where a row fails the ratio test whatever the rounding errors."""
+        places = np.arange(len(closeness)), closeness.argmax(axis=1)
+        best = closeness[places]
+        closeness[places] = -np.inf
+        second = closeness.max(axis=1)
+        closeness[places] = best
+        halves, slack = self._halves_and_slack(block)
+        # Half the least square of the nearest, beside half the greatest of the second nearest.
+        fails = halves - best - slack >= self.ratio * self.ratio * (halves - second + slack)
+        return np.where(fails, np.inf, self._floors(best, block))
+
+    def _halves_and_slack(self, block: slice) -> tuple[np.ndarray, np.ndarray]:
+        halves = self.query.halves[block]
+        return halves, _rounding(halves, self.gallery.halves.max(), self.query.values.shape[1])
+
     def _floors(self, best: np.ndarray, block: slice) -> np.ndarray:
         """Each row's least closeness (N,) that may be its nearest; inf beyond the distance."""
-        best, halves = best.astype(np.float64), self.query.halves[block]
-        slack = _rounding(halves, self.gallery.halves.max(), self.query.values.shape[1])
+        best = best.astype(np.float64)
+        halves, slack = self._halves_and_slack(block)
         # Rounded down, so that float32 loses no candidate.
         floor = np.nextafter((best - 2 * slack).astype(np.float32), np.float32(-np.inf))
         floor[best + slack < halves - self.max_distance * self.max_distance / 2] = np.inf

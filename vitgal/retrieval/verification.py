@@ -7,8 +7,8 @@ import cv2
 import numpy as np
 import poselib
 import pydegensac
-from threadpoolctl import ThreadpoolController
 
+from vitgal import engines
 from vitgal.features.local import LocalFeatures
 from vitgal.retrieval.matching import Descriptors, match_prepared, matching_device
 from vitgal.settings import RerankingSettings, VerificationSettings
@@ -126,12 +126,11 @@ def inspect_shortlist(
     matching, kept = settings.matching, slice(settings.matching.max_keypoints)
     query = query.subset(kept)
     prepared = Descriptors.read(query.descriptors, "query")
-    libraries = ThreadpoolController()
     for features in candidates:
         features = features.subset(kept)
         gallery = Descriptors.read(features.descriptors, "gallery")
         # The products are small: where the processor is busy, BLAS's threads mostly wait.
-        with libraries.limit(limits=1, user_api="blas"):
+        with engines.one_blas_thread():
             matches = match_prepared(prepared, gallery, matching.max_distance, device, matching)
         points = query.keypoints[matches[:, 0]], features.keypoints[matches[:, 1]]
         yield PairInspection(matches, verify_matches(*points, settings.verification))

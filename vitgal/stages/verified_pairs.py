@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
-from vitgal import runs
+from vitgal import engines, runs
 from vitgal.features.files import read_arrays
 from vitgal.features.local import LocalFeatures
 from vitgal.retrieval.evidence import weigh
@@ -81,7 +80,7 @@ class VerifiedPairs:
 
         stems = list(missing)
         # As in `inspect_shortlist`, but for all threads together.
-        with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+        with engines.one_blas_thread(), ThreadPoolExecutor(threads) as pool:
             parts = pool.map(verify, [stems[first::threads] for first in range(threads)])
             counts = functools.reduce(operator.or_, parts)
         return {stem: counts[stem] for stem in stems}
