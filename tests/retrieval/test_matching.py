@@ -213,7 +213,7 @@ def test_every_method_equals_a_float64_search(kind, method, device, monkeypatch)
 
 @pytest.mark.parametrize("method", ["ratio", "mutual_ratio"])
 def test_ratios_that_float32_cannot_tell_from_the_limit(method):
-    """The second nearest is at 1 / ratio times the nearest, times 1 - 1e-9 and 1 + 1e-9 in turns."""
+    """The second nearest lies at 1 / ratio of the nearest, times 1 - 1e-9 or 1 + 1e-9 in turns."""
     rng = np.random.default_rng(5)
     query = unit(rng.standard_normal((100, 64))).astype(np.float64)
     near, far = (unit(rng.standard_normal((100, 64))).astype(np.float64) for _ in range(2))
