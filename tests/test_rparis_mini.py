@@ -20,8 +20,7 @@ DATA = HERE.parents[1] / "shared" / "data" / "rparis_mini"
 def test_the_notebooks_run_on_real_photographs(tmp_path):
     run = pipeline.run(
         HERE / "rparis_mini.yaml",
-        first="04",
-        last="06",
+        between=("04", "06"),
         overrides={
             "weights": str(runs.checkout() / runs.SMALL_WEIGHTS),
             "dataset_dir": str(DATA),

@@ -40,13 +40,28 @@ def _plain(output: NotebookNode) -> tuple[str, dict]:
     return output.output_type, data | texts
 
 
+def test_a_finished_chain_is_left_as_it_is_without_torch_or_papermill(tiny_run):
+    code = (
+        "import sys; from pathlib import Path; from vitgal.app import pipeline, summary\n"
+        "run = pipeline.run(Path(sys.argv[1]), output=Path(sys.argv[2]))\n"
+        "print(summary.summary(run))\n"
+        "sys.exit(bool({'torch', 'papermill', 'nbformat'} & sys.modules.keys()))"
+    )
+    command = [sys.executable, "-c", code, str(TOP / "params" / "tiny.yaml"), str(tiny_run)]
+    child = subprocess.run(command, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    lines = [f"{path.stem}: unchanged, not run again" for path in CHAIN]
+    assert child.stderr.splitlines() == lines
+
+
 def test_cells_show_the_same_when_stages_are_reused(tiny_run):
     """01 to 06 as before, 07 by papermill alone."""
     first = shown(tiny_run / "notebooks")
     assert list(first) == [path.stem for path in CHAIN]
     stages = {path: path.read_bytes() for path in tiny_run.rglob("stage.json")}
     assert stages
-    pipeline.run(TOP / "params" / "tiny.yaml", last="06", output=tiny_run, progress=False)
+    options = dict(between=("01", "06"), output=tiny_run, progress=False)
+    pipeline.run(TOP / "params" / "tiny.yaml", again=True, **options)
     executed = tiny_run / "notebooks" / CHAIN[6].name
     executed.unlink()
     # 07 has a widget; it does not answer on the socket of the cell's end.
@@ -61,7 +76,7 @@ def test_cells_show_the_same_when_stages_are_reused(tiny_run):
 
 def test_the_same_command_gives_the_same_bytes(tiny_run, tmp_path):
     # 07 draws alone
-    options = dict(last="06", output=tmp_path / "b", progress=False)
+    options = dict(between=("01", "06"), output=tmp_path / "b", progress=False)
     second = pipeline.run(TOP / "params" / "tiny.yaml", **options)
 
     def results(run: Path) -> dict[str, bytes]:
@@ -84,8 +99,7 @@ def test_the_validation_set_is_a_benchmark_too(tiny_run, tmp_path):
     # 06 of the run has described it already, with the settings of its benchmark
     pipeline.run(
         TOP / "params" / "tiny.yaml",
-        first="04",
-        last="06",
+        between=("04", "06"),
         overrides={"dataset": "val_retrieval", "overwrite": True},
         output=run,
         progress=False,

@@ -57,9 +57,9 @@ def test_declared_needs_exactly_one_tagged_cell(scratch):
         ({}, "01 02 03 05"),
         ({"only": ["05", "2"]}, "02 05"),
         ({"only": ["03_c"]}, "03"),
-        ({"first": "02"}, "02 03 05"),
-        ({"last": "2"}, "01 02"),
-        ({"first": "03", "last": "03"}, "03"),
+        ({"between": ("02", None)}, "02 03 05"),
+        ({"between": (None, "2")}, "01 02"),
+        ({"between": ("03", "03")}, "03"),
     ],
 )
 def test_select(choice, numbers):
@@ -72,9 +72,9 @@ def test_select(choice, numbers):
     [
         {"only": ["04"]},
         {"only": [""]},
-        {"first": "x"},
-        {"first": "02", "last": "01"},
-        {"only": ["01"], "last": "02"},
+        {"between": ("x", None)},
+        {"between": ("02", "01")},
+        {"only": ["01"], "between": (None, "02")},
     ],
 )
 def test_select_refuses(choice):

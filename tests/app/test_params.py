@@ -38,9 +38,7 @@ def read(name: str) -> dict:
 def effective(name: str) -> dict:
     """What the notebooks that a file is made for run with, by flat name."""
     values = reader.read_file(FILES[name])
-    chosen = pipeline.select(
-        NOTEBOOKS, **dict(zip(("first", "last"), pipeline.notebook_range(values), strict=True))
-    )
+    chosen = pipeline.select(NOTEBOOKS, between=pipeline.notebook_range(values))
     _, injected = pipeline.plan(values, NOTEBOOKS, chosen)
     result = {}
     for path in chosen:
@@ -152,8 +150,7 @@ def test_a_cell_repeats_no_default_and_leaves_recipes_alone(path):
 @pytest.mark.parametrize("name", [*TRAIN, *ON_TIMM, *TEST, *TEST_ON_TIMM])
 def test_a_real_file_leaves_nothing_to_the_demo(name):
     values = reader.read_file(FILES[name])
-    first, last = pipeline.notebook_range(values)
-    for path in pipeline.select(NOTEBOOKS, first=first, last=last):
+    for path in pipeline.select(NOTEBOOKS, between=pipeline.notebook_range(values)):
         for setting, line in pipeline.declared(path).items():
             (kind, *_) = [k for k in sections.NOTEBOOKS[path.stem] if setting in k.flat()]
             default = kind.flat()[setting].default

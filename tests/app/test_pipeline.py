@@ -43,7 +43,7 @@ def codes(notebook: Path) -> list:
 def test_a_file_names_its_own_notebooks_and_the_command_line_beats_it(two, tmp_path):
     file = tmp_path / "p.yaml"
     file.write_text("notebooks: 02-02\nrun_dir: mine\n")
-    for choice, executed in ((dict(), {"02"}), (dict(first="01"), {"01", "02"})):
+    for choice, executed in ((dict(), {"02"}), (dict(between=("01", None)), {"01", "02"})):
         folder = pipeline.run(file, notebooks=two, output=tmp_path / f"n{len(executed)}", **choice)
         assert {path.name[:2] for path in (folder / "notebooks").glob("*.ipynb")} == executed
 
@@ -61,13 +61,15 @@ def test_evaluation_from_a_fresh_folder_lets_the_data_come_first(scratch, tmp_pa
         run = pipeline.run(output=tmp_path / name, **choice, **shared)
         return {path.name[:2] for path in (run / "notebooks").glob("*.ipynb")}
 
-    assert executed("fresh", first="04", overrides={"top": "5"}) == {"01", "04"}
+    assert executed("fresh", between=("04", None), overrides={"top": "5"}) == {"01", "04"}
     assert printed(tmp_path / "fresh/notebooks/04_eval.ipynb") == "None 5\n"
     assert executed("only", only=["04"]) == {"04"}  # as it was asked for
-    assert executed("other", first="04", overrides={"dataset_dir": str(tmp_path)}) == {"04"}
+    assert executed("other", between=("04", None), overrides={"dataset_dir": str(tmp_path)}) == {
+        "04"
+    }
     with runs.stage(tmp_path / "made" / "split", "split", parameters={}, inputs={}) as stage:
         stage.finish([])
-    assert executed("made", first="04") == {"04"}
+    assert executed("made", between=("04", None)) == {"04"}
 
 
 # Nothing starts on a wrong parameter
@@ -148,7 +150,8 @@ def test_each_notebook_gets_what_it_declares(two, tmp_path, capfd):
         "02_second: done",
     ]
     assert visible.out == ""
-    assert sorted(os.listdir(folder / "notebooks")) == [".lock", first.name, second.name]
+    records = [".01_first.json", ".02_second.json"]
+    assert sorted(os.listdir(first.parent)) == [*records, ".lock", first.name, second.name]
 
 
 def test_defaults_inject_nothing(two, tmp_path):

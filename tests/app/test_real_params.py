@@ -178,8 +178,7 @@ def test_evaluation_goes_through(name, data, tmp_path):
         overrides["distractors"] = data / "revisitop1m"
     run = pipeline.run(
         TOP / "params" / f"{name}.yaml",
-        first="04",
-        last=EVALUATIONS[name],
+        between=("04", EVALUATIONS[name]),
         overrides={key: str(value) for key, value in overrides.items()},
         output=tmp_path / "run",
         progress=False,

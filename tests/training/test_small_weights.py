@@ -52,7 +52,7 @@ def test_the_command_writes_half_precision(tmp_path):
 def test_a_fresh_run_evaluates_the_small_model(tmp_path):
     # 01 comes by itself, since there are no data yet; 02 and 03 are skipped
     params = runs.checkout() / "params" / "tiny.yaml"
-    run = pipeline.run(params, first="04", last="05", output=tmp_path / "fresh", progress=False)
+    run = pipeline.run(params, between=("04", "05"), output=tmp_path / "fresh", progress=False)
     executed = {path.name[:2] for path in (run / "notebooks").glob("*.ipynb")}
     assert executed == {"01", "04", "05"}
     assert not (run / "retrieval").exists() and not (run / "autoencoder").exists()

@@ -114,6 +114,8 @@ def _add_run(commands: Commands) -> None:
     run.add_argument("--only", metavar="04,05", help="only these notebooks")
     run.add_argument("--from", dest="first", metavar="02", help="begin with this notebook")
     run.add_argument("--to", dest="last", metavar="06", help="end with this notebook")
+    again = "also execute notebooks of which nothing has changed"
+    run.add_argument("--again", action="store_true", help=again)
     relative = "a setting in place of the file's; relative paths start in the current folder"
     _add_overrides(run, relative, "the run folder")
 
@@ -124,8 +126,8 @@ def _run(options: argparse.Namespace) -> int:
     folder = pipeline.run(
         options.params if options.params.exists() else runs.resolve(options.params),
         only=options.only.split(",") if options.only else None,
-        first=options.first,
-        last=options.last,
+        between=(options.first, options.last),
+        again=options.again,
         overrides=dict(options.overrides),
         output=options.output,
     )

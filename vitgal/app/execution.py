@@ -27,6 +27,7 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 
 from vitgal import runs
+from vitgal.app.pipeline import RESTART
 
 KERNEL = "python3"  # the kernel's name in the notebooks; `Kernel` starts this interpreter for it
 AUTOSAVE = 300  # seconds; each save rewrites the whole notebook with its figures
@@ -48,7 +49,7 @@ class NotebookError(RuntimeError):
 class Preempted(NotebookError):
     """The process received SIGTERM, as from a cluster's scheduler; the same command continues."""
 
-    status = 75  # sysexits.h's EX_TEMPFAIL, "try again later"
+    status = RESTART
 
 
 class Interrupted(NotebookError):

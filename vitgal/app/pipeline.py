@@ -6,6 +6,7 @@ names and checks no types; this module checks both before the first notebook sta
 """
 
 import ast
+import json
 import re
 import sys
 from collections.abc import Iterable
@@ -13,10 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nbformat
-
 from vitgal import runs
-from vitgal.app.execution import Preempted, execute
+from vitgal.app import executed
 from vitgal.settings.reader import (
     NOTEBOOK_RANGE,
     Settings,
@@ -31,7 +30,7 @@ from vitgal.settings.sections import NOTEBOOKS, WEIGHTS, all_names, is_path
 
 CHAIN = "0[1-7]_*.ipynb"
 OWN = "08_own_photos.ipynb"  # outside the chain
-RESTART = Preempted.status
+RESTART = 75  # sysexits.h's EX_TEMPFAIL, "try again later": see `execution.Preempted`
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "None": None}
 
 
@@ -39,14 +38,17 @@ def run(
     params: Path | None = None,
     *,
     only: Iterable[str] | None = None,
-    first: str | None = None,
-    last: str | None = None,
+    between: tuple[str | None, str | None] = (None, None),
+    again: bool = False,
     overrides: dict[str, Any] | None = None,
     output: Path | None = None,
     notebooks: Path | None = None,
     progress: bool = True,
 ) -> Path:
     """Executes the chosen notebooks in order and returns the run folder.
+
+    A notebook that this folder holds executed, and of which nothing has changed since, is left as
+    it is (`executed.fingerprints`).
 
     The executed copies are `<run>/notebooks/NN_name.ipynb`, with `worker_count` above 1
     `<run>/notebooks/worker-K/NN_name.ipynb`; each notebook gets only the parameters that it
@@ -55,9 +57,10 @@ def run(
 
     Args:
         params: a flat YAML file; None leaves every notebook's own defaults.
-        only, first, last: see `select`; without any, the file's `notebooks: 04-07` counts, else all
-            are executed. Notebook 01 is executed before a `first` of 04 or later that needs the
+        only, between: see `select`; without any, the file's `notebooks: 04-07` counts, else all
+            are executed. Notebook 01 is executed before a first one of 04 or later that needs the
             run's own data, if these are missing.
+        again: also executes those of which nothing has changed.
         overrides: replace values of the file; text is parsed by the declared type.
         output: the run folder, relative to the current folder; None takes `run_dir`.
         notebooks: the folder of the numbered notebooks; None is the checkout's, or the wheel's.
@@ -70,19 +73,21 @@ def run(
     """
     values = read_file(params) if params else Values({}, {})
     every = chain(notebooks or runs.resolve("notebooks"))
-    if only is None and first is None and last is None:
-        first, last = notebook_range(values)
-    chosen = select(every, only=only, first=first, last=last)
+    if only is None and between == (None, None):
+        between = notebook_range(values)
+    chosen = select(every, only=only, between=between)
     folder, parameters = plan(values, every, chosen, overrides=overrides, output=output)
-    if first is not None and _lacks_data(folder, every[0], chosen[0], parameters):
+    if between[0] is not None and _lacks_data(folder, every[0], chosen[0], parameters):
         if progress:
             print(f"{every[0].stem} comes first: {runs.printable(folder.name)} has no data yet")
         chosen = [every[0], *chosen]
         folder, parameters = plan(values, every, chosen, overrides=overrides, output=output)
-    return _execute(folder, parameters, progress)
+    return _execute(folder, parameters, again=again, progress=progress)
 
 
-def _execute(folder: Path, parameters: dict[Path, dict[str, Any]], progress: bool) -> Path:
+def _execute(
+    folder: Path, parameters: dict[Path, dict[str, Any]], *, again: bool, progress: bool
+) -> Path:
     """Executes notebooks with their parameters; each of several workers has copies of its own."""
     _refuse_absent({n: v for values in parameters.values() for n, v in values.items()})
     copies = folder / "notebooks"
@@ -92,8 +97,26 @@ def _execute(folder: Path, parameters: dict[Path, dict[str, Any]], progress: boo
     runs.refuse_links([copies.parent])
     with runs.locked(copies):
         for path, values in parameters.items():
-            execute(path, copies / path.name, values, progress=progress)
+            copy = copies / path.name
+            before = _fingerprints(path, values, folder)
+            if not again and executed.is_unchanged(copy, before):
+                if progress:
+                    print(f"{path.stem}: unchanged, not run again", file=sys.stderr)
+                continue
+            from vitgal.app.execution import execute  # imports papermill
+
+            executed.record_path(copy).unlink(missing_ok=True)
+            execute(path, copy, values, progress=progress)
+            executed.write_record(copy, before, _fingerprints(path, values, folder))
     return folder
+
+
+def _fingerprints(notebook: Path, values: dict[str, Any], run: Path) -> dict[str, str] | None:
+    """Returns `executed.fingerprints`; None where the notebook has no settings: it will say why."""
+    try:
+        return executed.fingerprints(notebook, values, settings_in(notebook, values), run)
+    except (ValueError, OSError):
+        return None
 
 
 def run_own(
@@ -122,7 +145,7 @@ def run_own(
         texts["query_image"] = str(photograph)
         print(f"the query is {runs.printable(photograph)}", file=sys.stderr)
     run_folder, parameters = plan(Values({}, {}), [path], [path], overrides=texts, output=output)
-    return _execute(run_folder, parameters, progress)
+    return _execute(run_folder, parameters, again=True, progress=progress)
 
 
 def plan(
@@ -170,14 +193,14 @@ def _default_run(every: list[Path]) -> str:
 
 def _refuse_absent(values: dict[str, Any]) -> None:
     """Raises AbsentError for missing data that `vitgal download` fetches."""
-    from vitgal.data.download import sources
-
     absent = []
     for name, value in sorted(values.items()):
         if not is_path(name) or not isinstance(value, str):
             continue
         path = runs.weights_path(value) if name in WEIGHTS else value
         if path is not None and not runs.resolve(path).exists():
+            from vitgal.data.download import sources
+
             source = sources.source_of(runs.resolve(path))
             if source:
                 absent.append(f"{name}: {value} is not there; `vitgal download {source}` brings it")
@@ -203,12 +226,15 @@ def declared(notebook: Path) -> dict[str, Declaration]:
     Raises ValueError naming the notebook and the line where the cell is missing or not unique, a
     line is not `name: type = literal`, or a default is of another type.
     """
-    cells = nbformat.read(notebook, as_version=4).cells
-    cells = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
+    try:  # nbformat takes a second to import
+        cells = json.loads(notebook.read_bytes())["cells"]
+        cells = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{notebook} is no notebook of Jupyter in format 4") from None
     if len(cells) != 1:
         raise ValueError(f"{notebook} has {len(cells)} cells tagged `parameters`; it needs one")
     try:
-        lines = ast.parse(cells[0].source).body
+        lines = ast.parse("".join(cells[0]["source"])).body
         return {line.name: line for line in map(_declaration, lines)}
     except SyntaxError as error:
         raise ValueError(f"{notebook}, parameters cell, line {error.lineno}: {error.msg}") from None
@@ -278,10 +304,9 @@ def select(
     notebooks: list[Path],
     *,
     only: Iterable[str] | None = None,
-    first: str | None = None,
-    last: str | None = None,
+    between: tuple[str | None, str | None] = (None, None),
 ) -> list[Path]:
-    """Returns those notebooks that `only` names, or from `first` to `last`, inclusive.
+    """Returns those notebooks that `only` names, or `between` two, inclusive; None: an end.
 
     A notebook is named by its number ("4", "04") or its name. Raises SettingsError.
     """
@@ -296,8 +321,9 @@ def select(
             )
         return numbers.index(number)
 
+    first, last = between
     if only is not None:
-        if first is not None or last is not None:
+        if between != (None, None):
             raise SettingsError("--only excludes --from and --to")
         return [notebooks[position] for position in sorted({index(name) for name in only})]
     begin = 0 if first is None else index(first)
