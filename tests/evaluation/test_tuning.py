@@ -32,7 +32,7 @@ from vitgal.settings import (
     reader,
 )
 from vitgal.settings.reader import Values, settings_of
-from vitgal.stages import benchmark, describe, tuning as stages_tuning
+from vitgal.stages import benchmark, describe, presence, rerank, tuning as stages_tuning
 from vitgal.viz import tuning as viz_tuning
 
 IMAGES = {"qa": 0, "a1": 0, "a2": 0, "qb": 1, "b1": 1, "b2": 1}  # name -> landmark
@@ -469,6 +469,29 @@ def test_interrupted_tuning_keeps_the_queries_that_are_done(described):
     assert (again == counts[1]).all() and not (folder / "partial").exists()
     tune(described, overwrite=True)
     assert {path.name: path.read_bytes() for path in folder.glob("*.npy")} == whole
+
+
+@pytest.mark.parametrize("order", ["fused", "inliers"])
+def test_what_tuning_verified_says_whether_a_landmark_is_there(described, order):
+    """Within 0.7 the images of a query's landmark match in 24 features, the others in none."""
+    truth = revisited.load_ground_truth(described / "data/benchmark/gnd_val_retrieval.pkl")
+    settings = RerankingSettings.build({"max_distance": 0.7, "order": order, "top": 4})
+    grid, machine = TuningSettings(**(GRID | {"tops": ()})), MachineSettings(workers=1)
+    with pytest.raises(runs.StageError, match="run notebook 06_rerank with tune first"):
+        presence.judge_benchmark(described, truth, truth, settings)
+    stages_tuning.tune(described, truth, grid, settings, machine)
+    # The same images as a benchmark, then one whose database lacks the queries' landmarks.
+    shutil.copytree(described / "val_retrieval", described / "other")
+    other = dataclasses.replace(truth, name="other")
+    rerank.rerank_shortlist(described, other, settings, machine)
+    known, judged = presence.judge_benchmark(described, truth, other, settings)
+    assert judged.loc["val_retrieval"].tolist() == [8, 4, 100, 100, 2, 2, 2]
+    assert judged.loc["other"].tolist() == judged.loc["val_retrieval"].tolist()
+    assert 0 < known.threshold < 1 and known.precision == known.recall == 1
+    none = [np.array([], np.int64)] * 2
+    junk = dataclasses.replace(other, easy=none, hard=none, junk=[[0, 1], [2, 3]])
+    _, judged = presence.judge_benchmark(described, truth, junk, settings)
+    assert judged.loc["other"].tolist() == [4, 0, 0, 0, 2, 0, 0]
 
 
 def test_tuning_refuses_invalid_grids(described):

@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 
 from tests.stages.test_own import describe, folder as two_places, texture, write
-from tests.stages.test_rerank import TOP, make_run, rerank_run
 from vitgal import runs
 from vitgal.data.photographs import PhotographError
-from vitgal.data.revisited import load_ground_truth
 from vitgal.models.baselines import baseline_network
 from vitgal.retrieval.presence import Presence, PresenceError
 from vitgal.settings import (
@@ -126,21 +124,6 @@ def test_the_shipped_models_are_whole():
         model = Presence(**{name: entry[name] for name in presence.SCHEMA})
         assert 0 < model.threshold < 1 and model.similarity >= 0 and model.evidence >= 0
         assert entry["made"]
-
-
-def test_a_run_with_labels_fixes_a_model(tmp_path):
-    run = make_run(tmp_path)
-    rerank_run(run)
-    truth = load_ground_truth(run / "benchmark" / "gnd_random.pkl")
-    model = presence.fit_benchmark(run, truth, RerankingSettings(top=TOP))
-    candidates = np.load(run / "random/rerank/candidates.npy")
-    junk = sum(np.isin(row, junk).sum() for row, junk in zip(candidates, truth.junk, strict=True))
-    right = sum(
-        np.isin(row, np.concatenate([easy, hard])).sum()
-        for row, easy, hard in zip(candidates, truth.easy, truth.hard, strict=True)
-    )
-    assert model.pairs == (candidates >= 0).sum() - junk
-    assert model.positives == right
 
 
 def test_what_is_not_set_suits_the_model(tmp_path, monkeypatch):

@@ -70,8 +70,8 @@ from .own_export import (
     verified_matches as verified_matches,
 )
 from .presence import (
-    fit_benchmark as fit_benchmark,
     fit_places as fit_places,
+    judge_benchmark as judge_benchmark,
     known_presence as known_presence,
     presence_key as presence_key,
 )
@@ -90,5 +90,5 @@ from .train import (
     read_log as read_log,
     split_inputs as split_inputs,
 )
-from .tuning import pair_counts as pair_counts, tune as tune
+from .tuning import pair_counts as pair_counts, tune as tune, tuned_pairs as tuned_pairs
 from .whitening import RefineSet as RefineSet, open_refine_set as open_refine_set

@@ -2,8 +2,8 @@
 
 A model of presence belongs to the settings that similarities and evidence come from. The model for
 the defaults of `vitgal own` is in presence.json beside this module; its entry `made` says how it
-was made. For other settings one is fitted to a folder of known places, one sub-folder per place, or
-to a finished run with labels.
+was made. For other settings one is fitted to a folder of known places, one sub-folder per place;
+for a benchmark, to the run's val_retrieval.
 """
 
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from vitgal import runs
 from vitgal.data.revisited import GroundTruth, labelled, positives
@@ -22,7 +23,8 @@ from vitgal.retrieval.presence import Presence, PresenceError, fit_presence
 from vitgal.settings import RerankingSettings
 from vitgal.stages import own
 from vitgal.stages.own import Describer, Photographs
-from vitgal.stages.rerank import candidate_similarities, read_lists
+from vitgal.stages.rerank import CandidateLists, candidate_similarities, read_lists
+from vitgal.stages.tuning import tuned_pairs
 
 SHIPPED = "presence.json"
 FITTED = "presence.json"  # in the folder of the descriptions
@@ -88,25 +90,73 @@ def fit_places(
     return presence
 
 
-def fit_benchmark(run: Path, truth: GroundTruth, settings: RerankingSettings) -> Presence:
-    """Fits a model to the verified short lists of a run's finished stages, as of val_retrieval.
+def judge_benchmark(
+    run: Path, validation: GroundTruth, truth: GroundTruth, settings: RerankingSettings
+) -> tuple[Presence, pd.DataFrame]:
+    """Fits a model to val_retrieval and says what it finds among a reranked benchmark's candidates.
 
-    settings: those that the stage rerank was made with. Candidates that the ground truth calls junk
-    are left out. Raises StageError where a stage is missing, PresenceError where no candidate shows
-    a query's landmark, or all do.
+    The pairs of the fit are those that tuning verified at its current settings. Images that a
+    ground truth calls junk are left out.
+
+    Args:
+        run: its stages `val_retrieval/tuning` and `<benchmark>/rerank` are finished.
+        validation, truth: the ground truths of val_retrieval and of the benchmark.
+        settings: those of both stages.
+    Returns:
+        The model, and a row for either data set: its pairs and those of one landmark; precision and
+        recall at the model's threshold in percent; its queries, those with a candidate at or above
+        the threshold, and those of them whose most probable candidate shows the landmark.
+    Raises:
+        StageError: a stage is missing.  PresenceError: no pair of val_retrieval shows one landmark,
+            or all do.
     """
+    lists, similarities, evidence = tuned_pairs(run, validation)
+    same, used = _answers(lists)
+    presence = fit_presence(similarities[used], evidence[used], same[used])
+    rows = {validation.name: _judged(presence, similarities, evidence, same, used)}
     folder = Path(run) / truth.name
     runs.read_stage(folder / "rerank", "notebook 06_rerank")
     lists = read_lists(folder, truth, settings.top)
     counted = "evidence" if (folder / "rerank" / "evidence.npy").exists() else "inliers"
     evidence = map_array(folder / "rerank" / f"{counted}.npy")
     similarities = candidate_similarities(folder / "global", lists)
-    rows = zip(lists.candidates, positives(truth, "medium"), labelled(truth), strict=True)
-    same_place, used = np.zeros(evidence.shape, bool), lists.candidates >= 0
+    rows[truth.name] = _judged(presence, similarities, evidence, *_answers(lists))
+    return presence, pd.DataFrame.from_dict(rows, orient="index")
+
+
+def _answers(lists: CandidateLists) -> tuple[np.ndarray, np.ndarray]:
+    """Which candidates (Q, C) show the query's landmark, and which are neither junk nor padding."""
+    truth, candidates = lists.ground_truth, lists.candidates
+    same, used = np.zeros(candidates.shape, bool), candidates >= 0
+    rows = zip(candidates, positives(truth, "medium"), labelled(truth), strict=True)
     for q, (images, right, named) in enumerate(rows):
-        same_place[q] = np.isin(images, right)
-        used[q] &= same_place[q] | ~np.isin(images, named)
-    return fit_presence(similarities[used], evidence[used], same_place[used])
+        same[q] = np.isin(images, right)
+        used[q] &= same[q] | ~np.isin(images, named)
+    return same, used
+
+
+def _judged(
+    presence: Presence,
+    similarities: np.ndarray,
+    evidence: np.ndarray,
+    same: np.ndarray,
+    used: np.ndarray,
+) -> dict[str, float]:
+    """A row of `judge_benchmark`; all arrays are (Q, C)."""
+    probabilities = np.full(same.shape, -1.0)
+    probabilities[used] = presence.probabilities(similarities[used], evidence[used])
+    found, same = probabilities >= presence.threshold, same & used
+    best = probabilities.argmax(axis=1)[:, None]
+    right = np.take_along_axis(same & found, best, axis=1)
+    return {
+        "pairs": int(used.sum()),
+        "right": int(same.sum()),
+        "precision": 100 * (found & same).sum() / max(found.sum(), 1),
+        "recall": 100 * (found & same).sum() / max(same.sum(), 1),
+        "queries": len(same),
+        "found": int(found.any(axis=1).sum()),
+        "best is right": int(right.sum()),
+    }
 
 
 def _fitted(describer: Describer) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from vitgal.evaluation.tuning import (
     DATASET,
     PROTOCOL,
     Grid,
+    Tuning,
     TuningError,
     best_point,
     current_values,
@@ -29,6 +30,7 @@ from vitgal.evaluation.tuning import (
     point_values,
     query_ap,
 )
+from vitgal.features.files import map_array
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store import FeatureStore
 from vitgal.retrieval import matching, shortlists
@@ -99,8 +101,7 @@ def tune(
         rows = count_queries(lists, count, machine, stage.folder / JOURNAL, "tuning")
         similarities = np.full(lists.candidates.shape, np.nan)
         if fused:
-            every = _read_lists(source, ground_truth, np.arange(len(ground_truth.queries)), depth)
-            similarities = candidate_similarities(source / "global", every)[queries]
+            similarities = _similarities(source, ground_truth, queries, depth)
         ap = _all_ap(lists, rows, similarities, grid, current)
         _write_choice(stage.folder, lists, rows, ap, grid, current)
         shutil.rmtree(stage.folder / JOURNAL, ignore_errors=True)
@@ -139,6 +140,35 @@ def _draw_queries(truth: GroundTruth, wanted: int | None, current: RerankingSett
     drawn = pd.Series(find_landmarks(truth).groups[order])
     turns = drawn.groupby(drawn).cumcount().to_numpy()
     return np.sort(order[np.argsort(turns, kind="stable")][:wanted])
+
+
+def _similarities(folder: Path, truth: GroundTruth, queries: np.ndarray, top: int) -> np.ndarray:
+    """The similarities (Q, C) float32 of some queries to their candidates, padded with nan."""
+    every = _read_lists(folder, truth, np.arange(len(truth.queries)), top)
+    return candidate_similarities(folder / "global", every)[queries]
+
+
+def tuned_pairs(
+    run: Path, ground_truth: GroundTruth
+) -> tuple[CandidateLists, np.ndarray, np.ndarray]:
+    """Reads the pairs of the validation set that tuning verified, at its current settings.
+
+    ground_truth: of the validation set. Returns the candidates of Q queries, their similarities
+    (Q, C) float32, padded with nan, and their evidence (Q, C) int32, padded with -1: the count that
+    orders them, fused if that was tried. Raises StageError where the stage is missing.
+    """
+    source = Path(run) / DATASET
+    runs.read_stage(source / "tuning", "notebook 06_rerank with tune")
+    tuning = Tuning.read(source / "tuning")
+    point = dict(zip(tuning.grid, tuning.current, strict=True))
+    if "fused" in tuning.grid.get("order", ()):
+        point["order"] = tuning.grid["order"].index("fused")
+    queries = np.array([ground_truth.queries.index(name) for name in tuning.queries])
+    depth = max(tuning.grid["top"])
+    lists = _read_lists(source, ground_truth, queries, depth)
+    counts = map_array(source / "tuning" / "inliers.npy")
+    evidence = counts[:, *(point[name] for name in COUNTED if name in point)]
+    return lists, _similarities(source, ground_truth, queries, depth), evidence
 
 
 def _read_lists(folder: Path, truth: GroundTruth, queries: np.ndarray, top: int) -> CandidateLists:
