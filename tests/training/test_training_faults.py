@@ -1,5 +1,6 @@
 """Training that is killed, told to end or meets what is broken: it says so and goes on exactly."""
 
+import gc
 import itertools
 import json
 import multiprocessing
@@ -274,6 +275,36 @@ def in_worker(action):
         return read(self, index)
 
     return changed
+
+
+def test_a_data_worker_collects_no_garbage_of_its_process(tmp_path, monkeypatch):
+    """Not even before it begins: `torch.set_num_threads` is what a worker calls first."""
+    processes_of_del, set_threads = tmp_path / "processes", torch.set_num_threads
+
+    class Cycle:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            with processes_of_del.open("a") as file:
+                file.write(f"{os.getpid()}\n")
+
+    def collecting(number):
+        gc.collect()
+        set_threads(number)
+
+    monkeypatch.setattr(torch, "set_num_threads", collecting)
+    machine = replace(MACHINE, data_workers=2)
+    gc.disable()
+    try:
+        Cycle()
+        batches = processes.read_batches([5, 6], [[1], [0]], machine, pin_memory=False)
+        assert [batch.tolist() for batch in batches] == [[6], [5]]
+        assert not processes_of_del.exists()
+    finally:
+        gc.enable()
+        gc.collect()
+    assert processes_of_del.read_text() == f"{os.getpid()}\n"
 
 
 def test_a_dead_data_worker_permits_three_restarts(images, run, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from nbclient import NotebookClient
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing import PContext
 from torch.multiprocessing import ProcessContext
+from tqdm import tqdm
 
 from tests.training_runs import (
     AUTOENCODER,
@@ -133,6 +135,26 @@ def test_garbage_of_the_notebook_is_not_collected_in_its_processes(
     finally:
         gc.enable()
     assert (folder / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_bar_of_the_notebook_does_not_stop_its_processes(images, run):
+    """A thread of the notebook draws a bar, and so holds tqdm's lock, while the processes fork."""
+    held, done = threading.Event(), threading.Event()
+
+    def draw():
+        with tqdm.get_lock():
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    held.wait()
+    try:
+        assert (fit(run, images, FOUR, TWO) / "model.safetensors").exists()
+    finally:
+        done.set()
+        thread.join()
 
 
 def test_a_dead_process_ends_the_others(images, run, monkeypatch):

@@ -1,7 +1,6 @@
 """Runs one training in this process, in forked processes, or in a launcher's processes."""
 
 import contextlib
-import gc
 import os
 import re
 import socket
@@ -17,6 +16,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import patch_environment
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from tqdm import tqdm
 
 from vitgal import runs
 from vitgal.models import weights
@@ -25,7 +25,7 @@ from vitgal.training.checkpoints import read_rows
 from vitgal.training.errors import Preempted, TrainingError, WorkerLost
 from vitgal.training.fit import Fit
 from vitgal.training.loop import Trainer
-from vitgal.training.processes import ending_signals, timeout
+from vitgal.training.processes import ending_signals, frozen_garbage, timeout
 
 MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 MPI = ("PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")  # accelerate prefers them
@@ -139,7 +139,7 @@ def _run_fit(fit: Fit) -> None:
             ["SIGINT", "SIGQUIT", *(ending.name for ending in ending_signals())]
         ),
     )
-    with _watched_log(fit), _errors_of_children(), environment, _frozen_garbage():
+    with _watched_log(fit), _errors_of_children(), environment, frozen_garbage():
         notebook_launcher(
             _train_forked,
             (fit,),
@@ -201,6 +201,8 @@ def _check_fork(machine: MachineSettings) -> None:
 
 def _train_forked(fit: Fit) -> None:
     cv2.setNumThreads(0)
+    # The notebook's may be held by one of its threads, and would be lost with a killed process.
+    tqdm.set_lock(threading.RLock())
     try:
         train(replace(fit, watch=None), forked=True)
     except RuntimeError as error:
@@ -217,20 +219,6 @@ def _is_lost_peer(error: RuntimeError) -> bool:
 def _await_launcher() -> None:
     """Waits until the launcher ends this process, after it has reported the lost one."""
     threading.Event().wait(PEER_SECONDS)
-
-
-@contextlib.contextmanager
-def _frozen_garbage() -> Iterator[None]:
-    """Keeps what this process has allocated out of the collections of the processes it forks.
-
-    To collect a process group or a store of torch is to wait for its threads, which a fork lacks:
-    the child would hang or abort.
-    """
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Processes of a training: signals, data workers, and agreement among ranks."""
 
+import contextlib
 import datetime
 import gc
 import math
@@ -79,6 +80,22 @@ class Termination:
         self.requested = signal.Signals(number).name
 
 
+@contextlib.contextmanager
+def frozen_garbage() -> Iterator[None]:
+    """Keeps what this process has allocated out of the collections of the processes it forks.
+
+    To collect a process group or a store of torch is to wait for its threads, which a fork lacks:
+    the child would hang or abort.
+    """
+    forked = gc.get_freeze_count() > 0  # frozen by the launcher, and not to be collected here
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not forked:
+            gc.unfreeze()
+
+
 def read_batches(
     dataset: Dataset, batches: Iterable[Sequence], machine: MachineSettings, *, pin_memory: bool
 ) -> Iterator[Any]:
@@ -96,7 +113,8 @@ def read_batches(
         timeout=60 * LOADER_SHARE * machine.timeout_minutes if machine.data_workers else 0,
     )
     others = set(multiprocessing.active_children())
-    iterator = iter(loader)
+    with frozen_garbage():
+        iterator = iter(loader)
     workers = set(multiprocessing.active_children()) - others
     try:
         yield from iterator
@@ -145,7 +163,6 @@ def _kill(workers: Iterable[multiprocessing.Process]) -> None:
 
 
 def _start_worker(_number: int) -> None:
-    gc.freeze()  # the process group of the training process is not collected here: see launch.py
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     # Otherwise a killed run could not be started again before its workers have ended.
