@@ -12,7 +12,8 @@ import pickle
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +98,18 @@ class RetrievalDataset:
     @property
     def as_input(self) -> runs.Input:
         """The input of a stage that reads the images; they are read only where they changed."""
-        names = [*self.ground_truth.queries, *self.database]
-        images = runs.images_input(
-            names,
-            [*self.query_paths, *getattr(self.database_paths, "texts", self.database_paths)],
-            verify=self.verify,
+
+        def images() -> runs.Input:
+            database = getattr(self.database_paths, "texts", self.database_paths)
+            names = [*self.ground_truth.queries, *self.database]
+            return runs.images_input(names, [*self.query_paths, *database])
+
+        stamped = runs.Input(
+            lambda: (self.stamps or [images().stamp()]).pop(),
+            lambda: images().fingerprint(),
+            self.verify,
         )
-        first = replace(images, stamp=lambda: (self.stamps or [images.stamp()]).pop())
-        return runs.combined_input([first], lambda part: [self.ground_truth.fingerprint, part])
+        return runs.combined_input([stamped], lambda part: [self.ground_truth.fingerprint, part])
 
 
 def positives(ground_truth: GroundTruth, protocol: str) -> list[np.ndarray]:
@@ -314,7 +319,10 @@ def _is_list(value: Any, kind: type | tuple[type, ...]) -> bool:
 
 
 def _refuse_repeated(names: Sequence[str], description: str) -> None:
-    if len(set(names)) != len(names):
+    different = set()
+    for start in range(0, len(names), runs.MANY):  # other threads run in between
+        different.update(names[start : start + runs.MANY])
+    if len(different) != len(names):
         repeated = [name for name, count in Counter(names).items() if count > 1]
         raise ValueError(f"the {description} names an image twice: {runs.abbreviate(repeated)}")
 
@@ -352,21 +360,22 @@ def open_dataset(
     if distractors is not None:
         distractors = Path(distractors)
         parts.append(_distractors(distractors))
-        names = [image for part in parts for image in part.names]
-        _refuse_repeated(names, "list with distractors")
+    names = [image for part in parts for image in part.names]
     queries, *database = (part.paths() for part in parts)
-    paths = [path for part in database for path in part]
-    query_paths = [*map(Path, queries)]
+    paths, query_paths = [path for part in database for path in part], [*map(Path, queries)]
+    with ThreadPoolExecutor(1) as pool:
+        stamps = pool.submit(_refuse_missing, parts, names, [*query_paths, *paths])
+        _refuse_repeated(names, "list with distractors")  # meanwhile
     return RetrievalDataset(
         name,
         ground_truth,
-        [image for part in parts[1:] for image in part.names],
+        names[len(query_paths) :],
         ImagePaths(paths),
         query_paths,
         folder,
         distractors,
         verify,
-        _refuse_missing(parts, [*query_paths, *paths]),
+        stamps.result(),
     )
 
 
@@ -402,11 +411,11 @@ class _Images:
             )
 
 
-def _refuse_missing(parts: list[_Images], paths: list[Path | str]) -> list[str]:
+def _refuse_missing(parts: list[_Images], names: list[str], paths: list[Path | str]) -> list[str]:
     """Raises FileNotFoundError where images are missing; returns the stamp of very many images."""
     if len(paths) >= runs.MANY:
         with contextlib.suppress(FileNotFoundError):
-            return [runs.images_stamp([name for part in parts for name in part.names], paths)]
+            return [runs.images_stamp(names, paths)]
     for part in parts:
         part.refuse_missing()
     return []
