@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vitgal.data.images import PATCH
 from vitgal.models.backbones import Backbone, generalised_mean, renormalisation
@@ -493,12 +494,23 @@ def outline(architecture: str = TrainingSettings.architecture, **options: Any) -
     """
     build = partial(build_model, architecture, seed=0, **options)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Uninitialised():
             return build()
     except (NotImplementedError, RuntimeError):
         if not architecture.startswith(PREFIX):
             raise
     return build()
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves initial values of meta tensors out, which take most of the time of `outline`."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_"):
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs or {})
 
 
 def class_attention(block: ClassAttentionBlock, joined: Tensor) -> Tensor:
