@@ -1,3 +1,9 @@
+from .executed import (
+    fingerprints as fingerprints,
+    is_unchanged as is_unchanged,
+    record_path as record_path,
+    write_record as write_record,
+)
 from .execution import (
     Client as Client,
     Engine as Engine,

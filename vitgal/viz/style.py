@@ -156,7 +156,8 @@ def stored_picture(figure: Figure, kind: str, dpi: int = DPI) -> tuple[str, dict
         return None
     drawn, stored = io.BytesIO(), io.BytesIO()
     with plt.style.context(["default", {"savefig.bbox": "tight", "savefig.pad_inches": 0.03}]):
-        figure.savefig(drawn, format="png", dpi=dpi)
+        # Read again at once: to compress a photograph takes nearly as long as to draw it.
+        figure.savefig(drawn, format="png", dpi=dpi, pil_kwargs={"compress_level": 0})
     picture = Image.open(drawn).convert("RGB")
     if kind == "jpeg":
         picture.save(stored, "JPEG", quality=JPEG_QUALITY, optimize=True)
