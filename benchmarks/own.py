@@ -179,9 +179,9 @@ def main() -> None:
     run = runs.run_folder(options.run)
     models = own_models(run, options.weights)
     print(models.reason)
-    own = {"threads": 1, "top": options.top}
+    given = {"threads": 1, "top": options.top}
     typed = reader.from_command_line(dict(options.set), {})
-    whole = models.complete(settings_of(Values.of(own, "this benchmark") | typed))
+    whole = models.complete(settings_of(Values.of(given, "this benchmark") | typed))
     describer = models.describer(run, whole)
     settings = whole.reranking
     # Counts that are kept from a run before would make the times those of a second search.
