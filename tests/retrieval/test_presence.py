@@ -42,15 +42,6 @@ def test_the_fit_is_that_of_scikit_learn():
     )
 
 
-def test_a_weight_counts_as_so_many_pairs():
-    similarities, evidence, shown = drawn(50)
-    weights = np.arange(50) % 3 + 1
-    repeated = [np.repeat(values, weights) for values in (similarities, evidence, shown)]
-    one, other = fit_presence(similarities, evidence, shown, weights), fit_presence(*repeated)
-    assert one.bias == pytest.approx(other.bias, rel=0.05)  # other units, so other regularisation
-    assert one.evidence == pytest.approx(other.evidence, rel=0.05)
-
-
 def test_neither_coefficient_is_negative_and_separable_pairs_have_a_fit():
     shown = np.array([True] * 5 + [False] * 5)
     model = fit_presence(np.where(shown, 0.2, 0.8), np.where(shown, 30, 0), shown)

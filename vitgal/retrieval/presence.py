@@ -60,12 +60,7 @@ class Presence:
         return f"the best shows it with {100 * probability:.0f} % ({stated})"
 
 
-def fit_presence(
-    similarities: np.ndarray,
-    evidence: np.ndarray,
-    same: np.ndarray,
-    weights: np.ndarray | None = None,
-) -> Presence:
+def fit_presence(similarities: np.ndarray, evidence: np.ndarray, same: np.ndarray) -> Presence:
     """Fits a model to pairs whose answer is known.
 
     Neither coefficient is below 0: more similarity or evidence never speaks against a place. The
@@ -74,14 +69,12 @@ def fit_presence(
     Args:
         similarities: (P,) real numbers. evidence: (P,) counts, at least 0.
         same: (P,) bool, whether the pair shows one place.
-        weights: (P,) of the pairs, positive; None: all equal.
     Raises:
         PresenceError: shapes that differ, numbers that are not finite, or pairs of one kind alone.
     """
     same = np.asarray(same, bool)
     inputs = np.column_stack([similarities, np.log1p(np.asarray(evidence, np.float64))])
-    weights = np.ones(len(same)) if weights is None else np.asarray(weights, np.float64)
-    if len(inputs) != len(same) or len(weights) != len(same) or not np.isfinite(inputs).all():
+    if len(inputs) != len(same) or not np.isfinite(inputs).all():
         raise PresenceError("similarities, evidence and answers do not fit together")
     if same.all() or not same.any():
         raise PresenceError(
@@ -95,8 +88,8 @@ def fit_presence(
     def loss(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         """The penalised negative log-likelihood of parameters (1 + D,) and its gradient."""
         margins = signs * (parameters[0] + rows @ parameters[1:])
-        pulls = -weights * signs * expit(-margins)
-        value = weights @ np.logaddexp(0, -margins) + RIDGE / 2 * parameters[1:] @ parameters[1:]
+        pulls = -signs * expit(-margins)
+        value = np.logaddexp(0, -margins).sum() + RIDGE / 2 * parameters[1:] @ parameters[1:]
         gradient = np.array([pulls.sum(), *(pulls @ rows + RIDGE * parameters[1:])])
         return value, gradient
 
