@@ -59,6 +59,11 @@ def test_help_needs_no_notebook_machinery():
     assert not {"torch", "papermill", "pandas"} & present
 
 
+def test_a_finished_chain_needs_no_notebook_machinery():
+    present = loaded("import vitgal.app.pipeline, vitgal.app.summary")
+    assert not {"torch", "papermill", "nbformat", "pandas", "scipy"} & present
+
+
 def imported(tree: ast.AST) -> set[str]:
     """The sub-packages of vitgal that a source imports, at its top or inside a function."""
     names = set()

@@ -64,17 +64,17 @@ def evaluation(scratch, tmp_path) -> Evaluation:
 CHANGES: dict[str, Callable[[Evaluation], object]] = {
     "the notebook": lambda e: edit(e.notebook),
     "a module beside it": lambda e: write(e.notebook.parent / "helper.py"),
-    "the executed copy": lambda e: write(e.copy, "y"),
+    "the executed copy": lambda e: write(e.copy, "yy"),
     "no executed copy": lambda e: e.copy.unlink(),
     "no record": lambda e: executed.record_path(e.copy).unlink(),
     "half a record": lambda e: write(executed.record_path(e.copy), '{"notebook": "'),
     "another record": lambda e: write(executed.record_path(e.copy), "[1]"),
     "a parameter": lambda e: e.values.update(size=5),
-    "its stage, written again": lambda e: os.utime(e.run / "x/global/stage.json"),
+    "its stage, written again": lambda e: os.utime(e.run / "x/global/stage.json", (1, 1)),
     "no stage": lambda e: shutil.rmtree(e.run / "x/global"),
-    "an earlier stage": lambda e: write(e.run / "split/train.csv", "y"),
+    "an earlier stage": lambda e: write(e.run / "split/train.csv", "yy"),
     "an earlier stage, begun": lambda e: write(e.run / "autoencoder/started.json"),
-    "a file of nobody's": lambda e: write(e.run / "mine/a.txt", "y"),
+    "a file of nobody's": lambda e: write(e.run / "mine/a.txt", "yy"),
     "the benchmark": lambda e: write(e.benchmark / "jpg/b.jpg"),
     "no benchmark": lambda e: shutil.rmtree(e.benchmark),
 }
@@ -161,7 +161,7 @@ def test_what_changes_meanwhile_is_not_recorded(evaluation):
     executed.write_record(evaluation.copy, before, evaluation.facts())
     assert evaluation.unchanged()
     executed.record_path(evaluation.copy).unlink()
-    write(evaluation.run / "split/train.csv", "y")
+    write(evaluation.run / "split/train.csv", "yy")
     executed.write_record(evaluation.copy, before, evaluation.facts())
     assert not executed.record_path(evaluation.copy).exists()
 

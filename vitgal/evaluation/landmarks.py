@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import sparse
-from scipy.sparse.csgraph import connected_components
 
 from vitgal.data import revisited
 from vitgal.data.revisited import GroundTruth
@@ -75,6 +73,9 @@ def find_landmarks(ground_truth: GroundTruth) -> Landmarks:
     over union of at least OVERLAP, and where a third connects them. The names of the queries are
     not used: ROxford's oxford_002985 shows All Souls. A query without labels stays alone.
     """
+    from scipy import sparse
+    from scipy.sparse.csgraph import connected_components
+
     images = revisited.labelled(ground_truth)
     sizes = np.array([each.size for each in images], np.int64)
     if not sizes.sum():

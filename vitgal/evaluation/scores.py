@@ -3,16 +3,18 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from vitgal import runs
 from vitgal.data.revisited import PROTOCOLS, GroundTruth
 from vitgal.evaluation.landmarks import Landmarks, find_landmarks, recorded_landmarks
 from vitgal.evaluation.statistics import BOOTSTRAP, bootstrap_interval
 from vitgal.features.files import INT32, FileError, conforms, read_json
+
+if TYPE_CHECKING:  # a finished run's scores are printed without it
+    import pandas as pd
 
 Scores = Mapping[str, Any]  # the result of `evaluate`, or the content of a scores.json
 SCORES = "scores.json"
@@ -100,7 +102,7 @@ def hardest(scores: Scores) -> str:
 
 def score_table(
     scores: Scores | Mapping[str, Scores], *, digits: int = 1, plain: bool = False
-) -> pd.DataFrame:
+) -> "pd.DataFrame":
     """Arranges scores as a table in percent.
 
     Args:
@@ -111,6 +113,8 @@ def score_table(
         95 % interval over landmarks (see `intervals`), mP@k, and the number of queries that count.
         Undefined scores are nan.
     """
+    import pandas as pd
+
     single = any(protocol in scores for protocol in PROTOCOLS)
     systems = {"": scores} if single else scores
     rows = {
