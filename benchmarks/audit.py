@@ -124,14 +124,17 @@ def plant(sources: list[Path], folder: Path, kinds: list[str], seed: int) -> dic
 
 
 def scores(result: Audit, origins: dict[str, Path]) -> None:
-    """Prints recall and precision, of all and by kind, and every miss and wrong pair."""
+    """Prints recall and precision, of all and by kind, and every miss and wrong pair.
+
+    A copy is found if it is in a pair with its photograph; a pair of two copies of one is right.
+    """
     rows, found = [], set()
     for row in result.copies.itertuples():
         pair = result.path(0, row.first), result.path(1, row.second)
         planted = {path.name for path in pair} & set(origins)
         ends = {origins.get(path.name, path.resolve()) for path in pair}
         right = bool(planted) and len(ends) == 1
-        found |= planted if right else set()
+        found |= planted if right and len(planted) == 1 else set()
         rows.append(({kind_of(name) for name in planted}, right))
         if not right:
             print(f"wrong: {pair[0].name} and {pair[1].name}: {row.change}")

@@ -1,6 +1,7 @@
 """The site: `make docs` builds it into build/site, without network; warnings are errors."""
 
 import json
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from sphinx.errors import ExtensionError
 from sphinx.writers.html5 import HTML5Translator
 
 from vitgal import runs
+from vitgal.settings.section import Section, fact
 from vitgal.viz.report import write_report
 
 project = "ViTGaL, explained and executable"
@@ -24,6 +26,7 @@ include_patterns = [
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "docs/*.md",
+    "docs/api/*.md",
     "notebooks/*.ipynb",
     "benchmarks/README.md",
     "weights/README.md",
@@ -62,6 +65,7 @@ html_title = "ViTGaL"
 html_show_sourcelink = False
 html_theme_options = {
     "navigation_with_keys": False,
+    "show_toc_level": 2,
     "secondary_sidebar_items": ["page-toc"],
     "show_prev_next": True,
 }
@@ -113,8 +117,26 @@ def write_math(self: HTML5Translator, node: nodes.math) -> None:
     raise nodes.SkipNode
 
 
+def skip_field(app: Sphinx, what: str, name: str, member: object, *options: object) -> bool | None:
+    """Leaves out a named tuple's fields, which its docstring describes."""
+    return True if str(member.__doc__).startswith("Alias for field number") else None
+
+
+def complete(app: Sphinx, what: str, name: str, member: object, options: dict, lines: list) -> None:
+    """Keeps a colon in a Returns section from ending a type; gives each setting its meaning."""
+    for number, line in enumerate(lines[:-1], start=1):
+        if line.strip() == "Returns:":
+            said = lines[number].lstrip()
+            lines[number] = lines[number].removesuffix(said) + f": {said}"
+    if isinstance(member, type) and issubclass(member, Section) and member is not Section:
+        own = [entry for entry in fields(member) if "fact" in entry.metadata]
+        lines += ["", "Args:", *(f"    {entry.name}: {fact(entry).meaning}" for entry in own), ""]
+
+
 def setup(app: Sphinx) -> None:
     app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
+    app.connect("autodoc-skip-member", skip_field)
+    app.connect("autodoc-process-docstring", complete, priority=400)  # before napoleon, at 500
     app.connect("builder-inited", refuse_unexecuted)
     app.connect("builder-inited", write_instrument)
     app.connect("html-page-context", show_instrument)

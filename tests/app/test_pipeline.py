@@ -419,8 +419,9 @@ def test_summary_is_aligned(tmp_path):
         ["hard", "25.0", "-", "-", "-", "-"],
     ]
     assert [line[width:].split()[0] for line in scores[2::2]] == ["medium"] * 3
-    assert lines[-2:] == [
+    assert lines[-3:] == [
         f"executed notebooks: {tmp_path / 'notebooks'}",
+        f"to explore it as a page: vitgal report {tmp_path}",
         f"figures: {tmp_path / 'demo/figures'}",
     ]
 

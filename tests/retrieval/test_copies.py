@@ -8,6 +8,21 @@ from vitgal.retrieval import copies
 from vitgal.retrieval.copies import NOTHING, View, compare_views
 
 
+def turned(image: np.ndarray) -> np.ndarray:
+    """An image turned by 3 degrees; what it lays bare is black."""
+    turn = cv2.getRotationMatrix2D((image.shape[1] / 2, image.shape[0] / 2), 3, 1.0)
+    return cv2.warpAffine(image, turn, image.shape[1::-1])
+
+
+def screenshot(image: np.ndarray) -> np.ndarray:
+    """An image across a white screen of twice its height, with words above and below."""
+    screen = np.full((2 * len(image), *image.shape[1:]), 245, np.uint8)
+    screen[60 : 60 + len(image)] = image
+    for row in (30, 340):
+        cv2.putText(screen, "12:42  holiday", (20, row), 0, 0.6, [20] * 3, 2, cv2.LINE_AA)
+    return screen
+
+
 def picture(seed: int, height: int = 240, width: int = 320) -> np.ndarray:
     """Noise of two sizes: corners everywhere, no two alike."""
     rng = np.random.default_rng(seed)
@@ -39,6 +54,8 @@ def test_a_mirrored_third_is_a_copy_with_its_share():
         (lambda image: (image * [1.0, 0.7, 0.5]).astype(np.uint8), ("recoloured",)),
         (lambda image: cv2.copyMakeBorder(image, *[30] * 4, cv2.BORDER_CONSTANT), ("a border",)),
         (lambda image: np.vstack([image[:190], np.zeros_like(image[190:])]), ("a caption",)),
+        (turned, ("turned by -3 degrees",)),
+        (screenshot, ("the first is 50% of it",)),
     ],
 )  # fmt: skip
 def test_changes_are_named(change, words):

@@ -1,6 +1,7 @@
 """Tables of a run's results for the terminal."""
 
 import csv
+import shlex
 from pathlib import Path
 
 from vitgal import runs
@@ -12,12 +13,13 @@ KAPPAS = ("1", "5", "10")
 
 
 def summary(run: Path) -> str:
-    """Returns a run's scores in percent, a table per data set, and the paths of its figures."""
+    """Returns a run's scores in percent, a table per data set, its folders, and what shows it."""
     run = Path(run)
     lines = []
     for folder in sorted({path.parent.parent for path in run.glob("*/*/scores.json")}):
         lines += [*score_lines(folder), ""]
-    lines.append(f"executed notebooks: {run / 'notebooks'}")
+    explore = f"to explore it as a page: vitgal report {shlex.quote(str(run))}"
+    lines = [*lines, f"executed notebooks: {run / 'notebooks'}", *([explore] if lines else [])]
     figures = sorted(path for path in run.glob("**/figures*") if path.is_dir())
     return "\n".join(lines + [f"figures: {path}" for path in figures])
 

@@ -29,6 +29,7 @@ def _section_table(section: type[Section]) -> str:
             meaning += f"; published: {facts.published}"
         if facts.choices:
             meaning += f"; one of {', '.join(facts.choices)}"
+        meaning = meaning.replace("<", "\\<")  # no tag of HTML
         default = "" if entry.default == "" else f"`{entry.default}`"
         lines.append(f"| `{name}` | {default} | {meaning} | {'results' if facts.result else '-'} |")
     return "\n".join([*lines, ""])

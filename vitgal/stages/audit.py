@@ -132,7 +132,7 @@ def find_copies(
     out. Raises PhotographError where a folder has no photograph or the two are or hold each other.
     """
     if neighbours < 1:
-        raise PhotographError(f"--neighbours is {neighbours}: an image has one at least")
+        raise PhotographError(f"--neighbours is {neighbours}; it must be at least 1")
     folders = [Path(folder)] if other is None else [Path(folder), Path(other)]
     listings = [list_photographs(part) for part in folders]
     _refuse_nested(folders)
