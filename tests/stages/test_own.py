@@ -1,8 +1,8 @@
 """Own photographs: what is used and what is told, nothing done twice, search, export."""
 
+import io
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import unicodedata
@@ -673,17 +673,13 @@ def test_notebook_08_shares_the_defaults_of_the_chain():
                 ), name
 
 
-def test_names_outside_the_terminals_encoding_are_escaped(tmp_path):
-    """A real process whose search is done already: it prints the table and ends with 0."""
+def test_names_outside_the_terminals_encoding_are_escaped(tmp_path, monkeypatch):
+    """A search that is done already: the command prints its table and returns 0."""
     table = "photograph,rank,similarity,inliers\nCafé 東京.jpg,1,0.5,7\n"
     runs.write_text(tmp_path / "own" / "ranking.csv", table)
-    code = (
-        "import pathlib, sys; from vitgal.app import command_line, own, pipeline\n"
-        f"pipeline.run_own = lambda *_, **__: pathlib.Path({str(tmp_path)!r})\n"
-        "own.search_own = lambda *_, **__: (None, ['page: report/index.html'])\n"
-        "sys.exit(command_line.main(['own', 'photos', '--query', 'a.jpg']))"
-    )
-    environment = os.environ | {"PYTHONIOENCODING": "latin-1", "LC_ALL": "C"}
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
-    assert child.returncode == 0, child.stderr
-    assert "Caf\xe9 \\u6771" in child.stdout.decode("latin-1")
+    monkeypatch.setattr(pipeline, "run_own", lambda *_, **__: tmp_path)
+    monkeypatch.setattr("vitgal.app.own.search_own", lambda *_, **__: (None, ["page: index.html"]))
+    terminal = io.TextIOWrapper(io.BytesIO(), "latin-1")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert command_line.main(["own", "photos", "--query", "a.jpg"]) == 0
+    assert "Caf\xe9 \\u6771" in terminal.buffer.getvalue().decode("latin-1")

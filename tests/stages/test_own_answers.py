@@ -10,7 +10,12 @@ import pandas as pd
 import pytest
 
 from tests.stages.test_own import describe, folder as two_places, texture, write
-from tests.stages.test_own_presence import RERANKING, places as four_places, sift_describer
+from tests.stages.test_own_presence import (
+    RERANKING,
+    described,
+    described_once,
+    sift_describer,
+)
 from tests.training_runs import exit_code
 from vitgal import runs
 from vitgal.app import command_line
@@ -20,14 +25,9 @@ from vitgal.stages import known_files, own, own_answers, verified_pairs
 from vitgal.viz.own_document import own_document
 from vitgal.viz.report import write_page
 
-__all__ = ["four_places", "two_places"]  # fixtures
+__all__ = ["described", "described_once", "two_places"]  # fixtures
 
 PRESENCE = Presence(-4.0, 0.0, 2.0, 0.6, 1.0, 1.0, 10, 5)  # 0.5 at 6.4 inliers
-
-
-@pytest.fixture
-def described(four_places, weight_file, tmp_path) -> own.Photographs:
-    return describe(four_places, sift_describer(weight_file, tmp_path / "run"))
 
 
 def answers_to(photographs, *queries, presence=PRESENCE, **options) -> own_answers.Answers:

@@ -1,5 +1,7 @@
 """Is it there at all: own photographs with RootSIFT, a fit to known places, and its verdict."""
 
+import shutil
+
 import numpy as np
 import pytest
 
@@ -33,15 +35,24 @@ def sift_describer(weight_file, run, **changed) -> Describer:
     return Describer(run, weight_file, GlobalSettings(size=64), local, MachineSettings(threads=1))
 
 
-@pytest.fixture
-def places(tmp_path):
-    """Four places with two views of one texture each, and four of one view."""
+@pytest.fixture(scope="module")
+def described_once(weight_file, tmp_path_factory):
+    """Four places with two views of one texture each, and four of one view; their descriptions."""
+    top = tmp_path_factory.mktemp("described")
     for seed in range(8):
         wide = texture(seed, (96, 144))
-        write(tmp_path / f"places/{seed}/1.png", wide[:, :128])
+        write(top / f"places/{seed}/1.png", wide[:, :128])
         if seed < 4:
-            write(tmp_path / f"places/{seed}/2.png", wide[:, 16:])
-    return tmp_path / "places"
+            write(top / f"places/{seed}/2.png", wide[:, 16:])
+    assert describe(top / "places", sift_describer(weight_file, top / "run")).extracted == 12
+    return top
+
+
+@pytest.fixture
+def described(described_once, weight_file, tmp_path) -> own.Photographs:
+    """A copy of the places, described in the run `tmp_path / "run"`."""
+    shutil.copytree(described_once, tmp_path, dirs_exist_ok=True)
+    return describe(tmp_path / "places", sift_describer(weight_file, tmp_path / "run"))
 
 
 def test_own_photographs_with_sift(two_places, weight_file, tmp_path):
@@ -71,10 +82,10 @@ def test_the_fused_order_of_own_photographs(two_places, weight_file, tmp_path):
     assert (np.diff(scores) <= 0).all() and len(table) == 2
 
 
-def test_a_fit_to_known_places_tells_what_is_there(places, two_places, weight_file, tmp_path):
-    describer = sift_describer(weight_file, tmp_path / "run")
+def test_a_fit_to_known_places_tells_what_is_there(described, two_places, tmp_path):
+    describer = described.describer
     assert presence.known_presence(describer, RERANKING) is None
-    fitted = presence.fit_places(describe(places, describer), RERANKING)
+    fitted = presence.fit_places(described, RERANKING)
     assert (fitted.pairs, fitted.positives) == (12 * 11, 8)
     assert fitted.precision == fitted.recall == 1  # textures without noise
     known = presence.known_presence(describer, RERANKING)
@@ -105,11 +116,10 @@ def test_places_that_fix_nothing_are_refused(two_places, weight_file, tmp_path):
         presence.fit_places(describe(tmp_path / "one", describer), RERANKING)
 
 
-def test_places_that_are_one(places, weight_file, tmp_path):
-    photographs = describe(places, sift_describer(weight_file, tmp_path / "run"))
+def test_places_that_are_one(described):
     every = [(str(seed), "0") for seed in range(1, 8)]
     with pytest.raises(PresenceError, match="of which all show one place"):
-        presence.fit_places(photographs, RERANKING, every)
+        presence.fit_places(described, RERANKING, every)
 
 
 def test_a_damaged_fit_is_named(weight_file, tmp_path):

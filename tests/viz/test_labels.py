@@ -47,7 +47,7 @@ def ranking_rows():
 def stacked_rankings():
     reasons = pd.DataFrame({"image": NAMES, "why": NAMES[::-1]}, dtype=object)
     reasons["$n$"] = range(len(NAMES))
-    rows = {NAMES[0]: ranked(), "\x1b\n$": ranked()[::-1]}
+    rows = {NAMES[0]: ranked(), "\x1b\n$": ranked()[:2]}
     return galleries.stacked_rankings(QUERY, rows, reasons, columns=len(NAMES))
 
 
@@ -80,10 +80,10 @@ FIGURES = [contact_sheet, ranking_rows, stacked_rankings, score_dots, ap_change]
 FIGURES += [dropped_features, step_diagram]
 
 
-@pytest.mark.parametrize("suffix", [".png", ".pdf", ".svg"])
-def test_names_in_every_script_are_written_in_every_format(tmp_path, suffix):
-    path = style.save_figure(contact_sheet(), tmp_path / f"a{suffix}", close=True)
-    assert path.stat().st_size > 1000
+def test_names_in_every_script_are_written_in_every_format(tmp_path):
+    sheet = contact_sheet()
+    for suffix in (".png", ".pdf", ".svg"):
+        assert style.save_figure(sheet, tmp_path / f"a{suffix}").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("draw", FIGURES, ids=lambda one: one.__name__)

@@ -6,6 +6,7 @@ names and checks no types; this module checks both before the first notebook sta
 """
 
 import ast
+import functools
 import json
 import re
 import sys
@@ -226,8 +227,13 @@ def declared(notebook: Path) -> dict[str, Declaration]:
     Raises ValueError naming the notebook and the line where the cell is missing or not unique, a
     line is not `name: type = literal`, or a default is of another type.
     """
+    return _declared(notebook, notebook.read_bytes())
+
+
+@functools.lru_cache(maxsize=16)  # each notebook is asked several times, and holds its figures
+def _declared(notebook: Path, content: bytes) -> dict[str, Declaration]:
     try:  # nbformat takes a second to import
-        cells = json.loads(notebook.read_bytes())["cells"]
+        cells = json.loads(content)["cells"]
         cells = [cell for cell in cells if "parameters" in cell["metadata"].get("tags", [])]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError(f"{notebook} is no notebook of Jupyter in format 4") from None

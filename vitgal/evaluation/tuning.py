@@ -2,7 +2,7 @@
 
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,12 +188,12 @@ class Tuning:
         """Returns the parameters at a point of the grid, see `point_values`."""
         return point_values(self.grid, point)
 
-    def curve(self, *names: str, **fixed: int) -> np.ndarray:
+    def curve(self, *names: str, fixed: Mapping[str, int] | None = None) -> np.ndarray:
         """Returns AP of shape (..., Q): an axis each for the named parameters' values, and queries.
 
         names: in the grid's order. fixed: parameter -> index of its value; all others as chosen.
         """
-        at = dict(zip(self.grid, self.chosen, strict=True)) | fixed
+        at = dict(zip(self.grid, self.chosen, strict=True)) | (fixed or {})
         index = tuple(slice(None) if name in names else at[name] for name in self.grid)
         return self.ap[index]
 
@@ -203,7 +203,7 @@ class Tuning:
         fixed = {"order": index}
         if weights and self.grid["order"][index] == "fused":
             scored = ~np.isnan(self.before)
-            best = best_point(self.curve(*weights, **fixed)[..., scored])
+            best = best_point(self.curve(*weights, fixed=fixed)[..., scored])
             fixed |= dict(zip(weights, best, strict=True))
         return fixed
 

@@ -125,7 +125,9 @@ def import_published(
             descriptors=codes.astype(np.float32),
             scores=unknown,
             scales=unknown,
-            **{size: tuple(item[size]) for size in SIZES},
+            input_size=tuple(item["input_size"]),
+            box=tuple(item["box"]),
+            image_size=tuple(item["image_size"]),
         )
         yield item["path"], features
 

@@ -45,11 +45,18 @@ class HubModel(ModelHubMixin, library_name="vitgal", tags=list(TAGS)):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | Path, *, revision: str | None = None, **options
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
     ) -> Self:
         """Loads a model from a folder, or by its name on the hub; float32, in eval mode.
 
-        options: `token`, `cache_dir`, `force_download` and `local_files_only` of huggingface_hub.
+        The options are those of huggingface_hub's `hf_hub_download`.
         Raises HubError where the hub does not give it; otherwise as `load_model`.
         """
         from vitgal.models.weights import load_model
@@ -60,7 +67,15 @@ class HubModel(ModelHubMixin, library_name="vitgal", tags=list(TAGS)):
         model_id = str(pretrained_model_name_or_path)
         page = f"https://huggingface.co/{model_id}"
         try:
-            path = hf_hub_download(model_id, FILE, revision=revision, **options)
+            path = hf_hub_download(
+                model_id,
+                FILE,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
         except HFValidationError as error:
             raise HubError(
                 f"{runs.short(model_id)} is neither a folder here nor a name on the hub "

@@ -506,7 +506,16 @@ class _Uninitialised(TorchFunctionMode):
     """Leaves initial values of meta tensors out, which take most of the time of `outline`."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func.__name__ in ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_"):
+        if func.__name__ in (
+            "uniform_",
+            "normal_",
+            "erfinv_",
+            "mul_",
+            "add_",
+            "clamp_",
+            "fill_",
+            "zero_",
+        ):
             tensor = args[0] if args else kwargs["tensor"]
             if tensor.is_meta:
                 return tensor

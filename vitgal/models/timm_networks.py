@@ -76,8 +76,9 @@ def open_network(source: TimmSource, options: Mapping[str, Any]) -> nn.Module:
             be reached or refuses, or a file that does not fit.
     """
     check_name(source.name)
+    build = functools.partial(timm.create_model, source.name, **options)
     if source.weights != PRETRAINED:
-        network = timm.create_model(source.name, **options).eval()
+        network = build().eval()
         if source.weights is not None:
             file = Path(source.weights)
             use_tensors(file, lambda tensors: _fill_timm(network, tensors, file))
@@ -89,7 +90,7 @@ def open_network(source: TimmSource, options: Mapping[str, Any]) -> nn.Module:
             f"timm has no weights for {source.name}: name a file, {PREFIX}{source.name}@FILE"
         )
     with _hub_errors(source.name, config):
-        return timm.create_model(source.name, pretrained=True, **options).eval()
+        return build(pretrained=True).eval()
 
 
 @contextlib.contextmanager

@@ -68,8 +68,11 @@ class Evidence:
     @property
     def doubt(self) -> str:
         """The reason why the homography is implausible, in words; "" where there is none."""
-        shares = {"area": _times(self.area), "spread": _times(self.spread)}
-        return KINDS[self.kind].format(features=self.features, **shares) if self.kind else ""
+        if not self.kind:
+            return ""
+        return KINDS[self.kind].format(
+            features=self.features, area=_times(self.area), spread=_times(self.spread)
+        )
 
     @property
     def repeated(self) -> bool:

@@ -199,7 +199,7 @@ class Instrument(InstrumentWidget):
     def pair(self, query: int, number: int, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Matches a query and an image of the document; `settings` replace the run's.
 
-        settings: any of KNOBS, and `hidden`: scales that are left out. The network describes an
+        settings: any of `knobs`, and `hidden`: scales that are left out. The network describes an
         image of no short list. Returns as `pair_document`. Raises InspectionError where a
         photograph has no local features, SettingsError for other settings.
         """

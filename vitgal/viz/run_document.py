@@ -30,13 +30,6 @@ from vitgal.stages.inspection import Inspector
 from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries, last_positive
 
 RERANK_NOTEBOOK = "notebook 06_rerank"
-KNOBS = {  # settings that can be turned, and their section
-    "method": "matching",
-    "max_distance": "matching",
-    "max_keypoints": "matching",
-    "threshold": "verification",
-    "estimator": "verification",
-}
 NOTES = "notes.json"  # of a run: stars and remarks on queries and pairs
 MOST_MAPPED = 8000  # database images on the map and with neighbours: t-SNE takes minutes for more
 MOST_MAPPED_AT_ONCE = 1000  # the same in a notebook, where a cell may take seconds
@@ -360,19 +353,32 @@ class _Entry:
 
 def knobs(settings: RerankingSettings) -> dict[str, Any]:
     """Returns the settings of matching that can be turned in a notebook; None: no limit."""
-    return {name: getattr(getattr(settings, section), name) for name, section in KNOBS.items()}
+    matching, verification = settings.matching, settings.verification
+    return {
+        "method": matching.method,
+        "max_distance": matching.max_distance,
+        "max_keypoints": matching.max_keypoints,
+        "threshold": verification.threshold,
+        "estimator": verification.estimator,
+    }
 
 
 def changed_settings(settings: RerankingSettings, turned: Mapping[str, Any]) -> RerankingSettings:
-    """Returns reranking settings with those of KNOBS replaced that `turned` holds.
+    """Returns reranking settings with those of `knobs` replaced that `turned` holds.
 
     Raises SettingsError for a value that is not allowed.
     """
-    for name in KNOBS.keys() & turned.keys():
-        section = KNOBS[name]
-        changed = replace(getattr(settings, section), **{name: turned[name]})
-        settings = replace(settings, **{section: changed})
-    return settings
+    values = {name: turned.get(name, value) for name, value in knobs(settings).items()}
+    matching = replace(
+        settings.matching,
+        method=values["method"],
+        max_distance=values["max_distance"],
+        max_keypoints=values["max_keypoints"],
+    )
+    verification = replace(
+        settings.verification, threshold=values["threshold"], estimator=values["estimator"]
+    )
+    return replace(settings, matching=matching, verification=verification)
 
 
 def extraction_document(settings: LocalSettings, *, tokens: bool) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Charts of scores and rankings: systems side by side, changes of AP, retrieval curves."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -37,14 +38,14 @@ def score_dots(
     figure, axes = plt.subplots(figsize=(7, 0.75 + 3 * (0.21 * rows + 0.12)))
     colours, handles = system_colours(scores), []
     for index, (system, row) in enumerate(scores.items()):
-        marks = dict(POINTS, color=colours[system], markeredgecolor=INK)
-        handles += axes.plot([], [], **marks)
+        draw = partial(axes.plot, **POINTS, color=colours[system], markeredgecolor=INK)
+        handles += draw([], [])
         for group, protocol in enumerate(PROTOCOLS):
             value, y = _percent(row.get(protocol)), group * (rows + 0.6) + index
             if np.isnan(value):
                 continue
             right = _draw_whisker(axes, y, value, intervals.get(system, {}).get(protocol))
-            axes.plot(value, y, **marks)
+            draw(value, y)
             text = axes.text(right + 1.2, y, f"{value:.1f}", va="center", fontsize=8)
             text.set_path_effects(outlined("white", 2))
     for group in (1, 2):

@@ -68,7 +68,7 @@ def _draw_tops(axes: Axes, tuning: Tuning) -> None:
     for index, order in enumerate(orders):
         fixed = {} if order is None else tuning.with_order(index)
         mark, label = f"o{LINE_STYLES[index]}", ORDER_NAMES.get(order, "reranked")
-        curve = _percent(tuning.curve("top", **fixed))
+        curve = _percent(tuning.curve("top", fixed=fixed))
         axes.plot(
             tops,
             curve,
@@ -123,7 +123,7 @@ def _draw_others(axes: Axes, tuning: Tuning, names: list[str]) -> None:
         for index, value in enumerate(tuning.grid[name]):
             position += 1
             fixed = tuning.with_order(index) if name == "order" else {name: index}
-            mean = _percent(tuning.curve(**fixed))
+            mean = _percent(tuning.curve(fixed=fixed))
             face = CHOSEN_COLOUR if index == chosen else "white"
             axes.plot(mean, position, "o", color=CHOSEN_COLOUR, markerfacecolor=face)
             axes.axhline(position, color="#E3E3E3", linewidth=0.6, zorder=0)
