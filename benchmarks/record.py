@@ -78,12 +78,14 @@ def placed(page: str, command: str, where: str, printed: str) -> str:
 
 
 def machine() -> str:
-    """Day, processor and number of cores, in words; nothing that tells whose machine it is."""
+    """Day, processor, cores and load, in words; nothing that tells whose machine it is."""
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     model = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
     name = model[1].strip() if model else platform.machine()
-    return f"{datetime.date.today()}, {os.cpu_count()} cores of {name}"
+    # Above the number of cores others worked too: times are upper bounds, ratios uncertain.
+    cores, load = os.cpu_count(), os.getloadavg()[0]
+    return f"{datetime.date.today()}, {cores} cores of {name}, load average {load:.0f}"
 
 
 if __name__ == "__main__":
