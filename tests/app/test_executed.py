@@ -8,13 +8,15 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from vitgal import runs
 from vitgal.app import executed, pipeline
 from vitgal.app.execution import NotebookError
 
 CELL = "run_dir: str = 'a'\ndataset: str = 'x'\ndataset_dir: str | None = None\nsize: int = 4"
 WEIGHTS = "weights: str | None = None\noverwrite: bool = False\nverify: bool = False"
 FLAGS = "save_figures: bool = False\ncompared_run: str | None = None\nmachine: str = 'laptop'"
-BEFORE = ("data/a.jpg", "split/train.csv", "retrieval/.lock", "x/global/stage.json", "mine/a.txt")
+BEFORE = ("data/a.jpg", "split/train.csv", "retrieval/.lock", "mine/a.txt")
+NAMED = {"split": "distractors", "x/global": "refine_set"}  # files that manifests name
 
 
 class Evaluation:
@@ -24,6 +26,10 @@ class Evaluation:
         self.notebook, self.run = notebook, top / "run"
         self.copy = self.run / "notebooks" / notebook.name
         self.values = {"dataset_dir": str(top / "benchmark")}
+        for name, file in NAMED.items():
+            write(top / file)
+            with runs.stage(self.run / name, name, parameters={}, inputs={}) as stage:
+                stage.finish([], {file: str(top / file), "weights": None})
         for path in (*(self.run / name for name in BEFORE), self.benchmark / "jpg/a.jpg"):
             write(path)
         write(self.copy)
@@ -74,6 +80,9 @@ CHANGES: dict[str, Callable[[Evaluation], object]] = {
     "no stage": lambda e: shutil.rmtree(e.run / "x/global"),
     "an earlier stage": lambda e: write(e.run / "split/train.csv", "yy"),
     "an earlier stage, begun": lambda e: write(e.run / "autoencoder/started.json"),
+    "a damaged manifest": lambda e: write(e.run / "split/stage.json", "{"),
+    "what an earlier manifest names": lambda e: write(e.run.parent / "distractors", "yy"),
+    "what its manifest names": lambda e: write(e.run.parent / "refine_set", "yy"),
     "a file of nobody's": lambda e: write(e.run / "mine/a.txt", "yy"),
     "the benchmark": lambda e: write(e.benchmark / "jpg/b.jpg"),
     "no benchmark": lambda e: shutil.rmtree(e.benchmark),
@@ -116,7 +125,7 @@ def test_installed_software_is_noticed(evaluation, monkeypatch, tmp_path):
 
 
 def test_what_later_notebooks_and_other_commands_write_is_no_change(evaluation):
-    later = ("x/local/shard-00/a.npy", "x/rerank/a", "val_retrieval/global/stage.json", "codes/a")
+    later = ("x/local/shard-00/a.npy", "x/rerank/a", "val_retrieval/global/a.npy", "codes/a")
     later += ("data/benchmark/gnd_val_retrieval.pkl", "x/matches/1.pdf")
     for name in (*later, "own/a", "report/index.html", "x/map/a.npy", "notebooks/05.ipynb"):
         write(evaluation.run / name)
@@ -124,7 +133,7 @@ def test_what_later_notebooks_and_other_commands_write_is_no_change(evaluation):
     # of another data set these would be its own
     evaluation.values["dataset"] = "val_retrieval"
     facts = evaluation.facts()
-    write(evaluation.run / "val_retrieval/global/stage.json", "yy")
+    write(evaluation.run / "val_retrieval/global/a.npy", "yy")
     assert evaluation.facts()["written"] != facts["written"]
 
 

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,17 +82,17 @@ def fingerprints(
     if several or number not in WRITES or any(settings.values.get(name) for name in flags):
         return None
     try:
-        outside = [*_project_files(notebook), *_named_files(settings)]
         read, written = _run_files(number, settings.values.get("dataset") or "", run)
+        outside = [*_project_files(notebook), *_named_files(settings.values)]
         return {
             "notebook": runs.fingerprint_file(notebook),
             "parameters": runs.fingerprint(values),
             "software": _software(),
             "environment": _environment(),
-            "read": _stamp([*outside, *read]),
-            "written": _stamp(written),
+            "read": _stamp([*outside, *read, *_recorded_files(read)]),
+            "written": _stamp([*written, *_recorded_files(written)]),
         }
-    except OSError:  # a file is missing or unreadable
+    except (OSError, runs.StageError):  # a file is missing or unreadable
         return None
 
 
@@ -105,10 +105,17 @@ def _project_files(notebook: Path) -> Iterator[str]:
     yield from map(str, runs.checkout().glob("*.py"))
 
 
-def _named_files(settings: Settings) -> Iterator[str]:
+def _recorded_files(files: Iterable[str]) -> Iterator[str]:
+    """Yields the files that a run's manifests name; later stages read them without a setting."""
+    for path in map(Path, files):
+        if path.name == runs.MANIFEST:
+            yield from _named_files(runs.read_record(path)["recorded"])
+
+
+def _named_files(values: Mapping[str, Any]) -> Iterator[str]:
     """Yields the files that settings name, and those in named folders."""
-    for name, value in settings.values.items():
-        if not is_path(name) or value is None or value.startswith(runs.UNTRAINED):
+    for name, value in values.items():
+        if not (is_path(name) and isinstance(value, str)) or value.startswith(runs.UNTRAINED):
             continue
         path = runs.resolve(runs.split_source(value)[1] or value)
         if path.is_dir():
