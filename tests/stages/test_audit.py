@@ -29,9 +29,9 @@ def store(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("store")
 
 
-@pytest.fixture
-def describer(weight_file, tmp_path) -> Describer:
-    return Describer(tmp_path / "run", weight_file, GlobalSettings(size=32), None,
+@pytest.fixture(scope="module")
+def describer(weight_file, tmp_path_factory) -> Describer:
+    return Describer(tmp_path_factory.mktemp("run"), weight_file, GlobalSettings(size=32), None,
                      MachineSettings(threads=1))  # fmt: skip
 
 
