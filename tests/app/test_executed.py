@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import site
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,6 +100,8 @@ def test_each_change_is_noticed(evaluation, change):
 @pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "VITGAL_MAX_MEGAPIXELS", "TIMM_FUSED_ATTN"])
 def test_environment_variables_that_matter_are_noticed(evaluation, monkeypatch, name):
     with monkeypatch.context() as changed:
+        changed.setenv("VITGAL_RUNS", "elsewhere")  # the run folder itself counts
+        assert evaluation.unchanged()
         changed.setenv(name, "7")
         assert not evaluation.unchanged()
     assert evaluation.unchanged()
@@ -117,8 +120,8 @@ def test_installed_software_is_noticed(evaluation, monkeypatch, tmp_path):
     write(package / "stages.py")
     assert not evaluation.unchanged()
     (package / "stages.py").unlink()
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.syspath_prepend(tmp_path)  # the first folder is the command's own
+    assert evaluation.unchanged()
+    monkeypatch.setattr(site, "getusersitepackages", lambda: str(tmp_path / "site"))
     assert evaluation.unchanged()
     (tmp_path / "site" / "numpy-99.dist-info").mkdir()
     assert not evaluation.unchanged()

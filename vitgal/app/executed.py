@@ -8,6 +8,7 @@ of the files that stages read and write their paths, sizes and times.
 import os
 import platform
 import re
+import site
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -33,7 +34,7 @@ WRITES = {
 # Products that no notebook reads, and a cache of the instrument.
 ASIDE = re.compile(r"(notebooks|own|report)(/|$)|[^/]+/(map|figures)(/|$)")
 VARIABLES = re.compile(
-    "(VITGAL|PYTHON|OMP|GOMP|KMP|MKL|BLIS|TORCH|PYTORCH|CUDA|NCCL|HF|TIMM|OPENCV|MPL|ACCELERATE|"
+    "(PYTHON|OMP|GOMP|KMP|MKL|BLIS|TORCH|PYTORCH|CUDA|NCCL|HF|TIMM|OPENCV|MPL|ACCELERATE|"
     "RAY|LC|LD)_|PYTHON|LANG|TZ$|HOME$"
 )
 
@@ -174,8 +175,7 @@ def _software() -> str:
     """Returns a hash of this package's files, of Python and of what is installed."""
     top = Path(__file__).resolve().parents[1]
     sources = {os.path.relpath(path, top): runs.fingerprint_file(path) for path in _files(top)}
-    # The first folder is that of the command, or the current one.
-    folders = [folder for folder in sys.path[1:] if os.path.isdir(folder)]
+    folders = filter(os.path.isdir, [*site.getsitepackages(), site.getusersitepackages()])
     installed = {name for folder in folders for name in os.listdir(folder) if "-info" in name}
     python = [sys.version, sys.executable, platform.machine()]
     return runs.fingerprint([sources, sorted(installed), python])
