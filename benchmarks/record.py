@@ -25,7 +25,8 @@ HEADING = "## As printed"
 SUITE = (
     "extraction.py --images 3 --batch 8 --part local",
     "extraction.py --images 8 --batch 8 --part global",
-    "training.py --architecture xcit_nano_12_p16_224 --size 112 --batch 48 --classes 1000",
+    "training.py --architecture xcit_nano_12_p16_224 --size 112 --batch 48 --classes 1000"
+    " --threads 1",
     "rerank.py --queries 24",
     "search.py",
     "store.py --images 96 --reads 300",

@@ -1,4 +1,4 @@
-"""Notebooks of which nothing has changed are not executed again; any doubt means execution."""
+"""Unchanged notebooks are not executed again; any doubt means execution."""
 
 import os
 import shutil

@@ -114,7 +114,7 @@ def _add_run(commands: Commands) -> None:
     run.add_argument("--only", metavar="04,05", help="only these notebooks")
     run.add_argument("--from", dest="first", metavar="02", help="begin with this notebook")
     run.add_argument("--to", dest="last", metavar="06", help="end with this notebook")
-    again = "also execute notebooks of which nothing has changed"
+    again = "also execute unchanged notebooks"
     run.add_argument("--again", action="store_true", help=again)
     relative = "a setting in place of the file's; relative paths start in the current folder"
     _add_overrides(run, relative, "the run folder")

@@ -1,4 +1,4 @@
-"""Records of executed notebooks: one of which nothing has changed is not executed again.
+"""Records of executed notebooks: an unchanged one is not executed again.
 
 The record lies beside the executed copy, as .NN_name.json. It is written when the notebook is
 finished and removed when it begins again. What it compares is read anew each time: contents, and

@@ -48,8 +48,8 @@ def run(
 ) -> Path:
     """Executes the chosen notebooks in order and returns the run folder.
 
-    A notebook that this folder holds executed, and of which nothing has changed since, is left as
-    it is (`executed.fingerprints`).
+    A notebook whose executed copy is in this folder is left as it is where nothing has changed
+    since (`executed.fingerprints`).
 
     The executed copies are `<run>/notebooks/NN_name.ipynb`, with `worker_count` above 1
     `<run>/notebooks/worker-K/NN_name.ipynb`; each notebook gets only the parameters that it
@@ -61,7 +61,7 @@ def run(
         only, between: see `select`; without any, the file's `notebooks: 04-07` counts, else all
             are executed. Notebook 01 is executed before a first one of 04 or later that needs the
             run's own data, if these are missing.
-        again: also executes those of which nothing has changed.
+        again: also executes unchanged ones.
         overrides: replace values of the file; text is parsed by the declared type.
         output: the run folder, relative to the current folder; None takes `run_dir`.
         notebooks: the folder of the numbered notebooks; None is the checkout's, or the wheel's.

@@ -503,19 +503,12 @@ def outline(architecture: str = TrainingSettings.architecture, **options: Any) -
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Leaves initial values of meta tensors out, which take most of the time of `outline`."""
+    """Leaves out initial values of meta tensors, which take most of the time of `outline`."""
+
+    FILLING = frozenset("uniform_ normal_ erfinv_ mul_ add_ clamp_ fill_ zero_".split())
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func.__name__ in (
-            "uniform_",
-            "normal_",
-            "erfinv_",
-            "mul_",
-            "add_",
-            "clamp_",
-            "fill_",
-            "zero_",
-        ):
+        if func.__name__ in self.FILLING:
             tensor = args[0] if args else kwargs["tensor"]
             if tensor.is_meta:
                 return tensor

@@ -295,11 +295,11 @@ class NearestSearch:
 
     def _floors_of_distinct(self, closeness: np.ndarray, block: slice) -> np.ndarray:
         """`_floors`, inf also where a row fails the ratio test whatever the rounding errors."""
-        places = np.arange(len(closeness)), closeness.argmax(axis=1)
-        best = closeness[places]
-        closeness[places] = -np.inf
+        nearest = np.arange(len(closeness)), closeness.argmax(axis=1)
+        best = closeness[nearest]
+        closeness[nearest] = -np.inf
         second = closeness.max(axis=1)
-        closeness[places] = best
+        closeness[nearest] = best
         halves, slack = self._halves_and_slack(block)
         # Half the least square of the nearest, beside half the greatest of the second nearest.
         fails = halves - best - slack >= self.ratio * self.ratio * (halves - second + slack)
