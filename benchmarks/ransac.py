@@ -213,7 +213,7 @@ def measure(
         for s, seed in enumerate(missing):
             spent = np.array([seconds[0], seconds[1 + e] / len(missing)])
             path = folder / f"{name}-{estimator}-{seed}.npz"
-            runs.write_arrays(path, counts=counts[:, e, s], seconds=spent)
+            runs.write_arrays(path, {"counts": counts[:, e, s], "seconds": spent})
 
 
 def measured(folder: Path, lists: Shortlists, settings: RerankingSettings) -> dict[str, dict]:

@@ -69,8 +69,10 @@ def test_files(tmp_path):
     assert read.code_dim == 4 and read.mean.dtype == np.float32
     first = (tmp_path / "codes.npz").read_bytes()
     assert fitted(features(), 4).save(tmp_path / "again.npz").read_bytes() == first
-    runs.write_arrays(tmp_path / "odd.npz", mean=codes.mean[:2], projection=codes.projection)
-    runs.write_arrays(tmp_path / "wide.npz", mean=codes.mean * 1.0, projection=np.eye(6))
+    runs.write_arrays(
+        tmp_path / "odd.npz", {"mean": codes.mean[:2], "projection": codes.projection}
+    )
+    runs.write_arrays(tmp_path / "wide.npz", {"mean": codes.mean * 1.0, "projection": np.eye(6)})
     (tmp_path / "torn.npz").write_bytes(first[:-40])
     for name in ("odd", "wide", "torn"):
         with pytest.raises(FileError, match=f"{name}.npz"):

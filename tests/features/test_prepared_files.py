@@ -58,7 +58,7 @@ def test_an_archive_of_arrays_is_not_unpacked(tmp_path):
     np.savez_compressed(path, x=np.zeros(1 << 20))
     with pytest.raises(FileError, match="compressed"):
         read_arrays(path, ["x"])
-    runs.write_arrays(path, x=np.arange(3), y=np.eye(2, order="F"))
+    runs.write_arrays(path, {"x": np.arange(3), "y": np.eye(2, order="F")})
     arrays = read_arrays(path, ["x", "y"])
     assert arrays["x"].tolist() == [0, 1, 2] and arrays["y"].tolist() == [[1, 0], [0, 1]]
     with pytest.raises(FileError, match="no item named 'z.npy'"):

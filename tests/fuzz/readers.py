@@ -81,8 +81,8 @@ def _rows(folder: Path) -> store.RowFile:
 
 def _cache(folder: Path) -> None:
     arrays = store.encode_features(features(4), "float16")
-    sizes = np.array([*features(4).sizes, 1])
-    runs.write_arrays(folder / "x.npz", descriptor=np.ones(8, np.float32), sizes=sizes, **arrays)
+    own = {"descriptor": np.ones(8, np.float32), "sizes": np.array([*features(4).sizes, 1])}
+    runs.write_arrays(folder / "x.npz", own | arrays)
 
 
 def _read_cache(folder: Path) -> None:

@@ -148,8 +148,8 @@ def test_a_stage_on_a_full_disk_keeps_complete_files_and_goes_on(small_disk):
 
 def test_arrays_are_the_same_bytes_every_time(tmp_path):
     arrays = {"x": np.arange(5), "y": np.eye(2, dtype=np.float32)}
-    first = runs.write_arrays(tmp_path / "a.npz", **arrays).read_bytes()
-    assert runs.write_arrays(tmp_path / "b.npz", **arrays).read_bytes() == first
+    first = runs.write_arrays(tmp_path / "a.npz", arrays).read_bytes()
+    assert runs.write_arrays(tmp_path / "b.npz", arrays).read_bytes() == first
     with np.load(tmp_path / "a.npz") as stored:
         np.testing.assert_array_equal(stored["y"], arrays["y"])
 

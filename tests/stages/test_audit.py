@@ -88,8 +88,8 @@ def test_descriptors_are_read_in_slices_and_mapped(describer, tmp_path):
     keys = rng.integers(0, 256, (40_000, 33), np.uint8)
     descriptors = rng.standard_normal((40_000, 2)).astype("f2")
     for number, part in enumerate((slice(0, 15_000), slice(15_000, 40_000))):
-        runs.write_arrays(store.folder / f"{number:05}.npz", keys=keys[part],
-                          descriptors=descriptors[part])  # fmt: skip
+        arrays = {"keys": keys[part], "descriptors": descriptors[part]}
+        runs.write_arrays(store.folder / f"{number:05}.npz", arrays)
     order = rng.permutation(40_000)[:35_000]  # more than a slice, in another order than on disk
     listed, reader = [bytes(keys[i]).hex() for i in order], audits.GlobalStore(tmp_path, describer)
     rows = reader.rows(listed)

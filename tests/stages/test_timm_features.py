@@ -182,7 +182,9 @@ def test_the_inspector_repeats_the_features(copy, finished, networks):
     selection = inspector.selection("query", 1)
     assert matching_fraction(selection.kept, inspector.stored("query", 1)) == 1
     assert selection.attention[1.0].shape[1:] == selection.scores[1.0].shape
-    runs.write_arrays(copy / "codes" / "codes.npz", mean=np.zeros(1), projection=np.zeros((1, 1)))
+    runs.write_arrays(
+        copy / "codes" / "codes.npz", {"mean": np.zeros(1), "projection": np.zeros((1, 1))}
+    )
     manifest = runs.read_json(copy / "codes" / runs.MANIFEST)
     manifest["outputs"]["codes.npz"]["sha256"] = "0" * 64
     runs.write_json(copy / "codes" / runs.MANIFEST, manifest)

@@ -17,7 +17,7 @@ from typing import Any
 
 import nbformat
 import papermill
-import zmq
+import zmq.asyncio
 from ipykernel.kernelspec import make_ipkernel_cmd
 from jupyter_client.kernelspec import KernelSpec
 from jupyter_client.manager import AsyncKernelManager
@@ -25,6 +25,7 @@ from nbclient.exceptions import DeadKernelError
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
+from traitlets import default
 
 from vitgal import runs
 from vitgal.app.pipeline import RESTART
@@ -186,11 +187,13 @@ def _progress_bar(name: str, progress: bool) -> Iterator[dict | bool]:
 class Kernel(AsyncKernelManager):
     """Starts this interpreter, regardless of the kernels that are installed."""
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    @default("context")
+    def _unlimited_context(self) -> zmq.asyncio.Context:
         # By default zmq drops messages when 1,000 wait, and a cell whose last message is lost never
         # ends. The limit is lifted here and, by UNLIMITED, in the kernel.
-        self.context.setsockopt(zmq.RCVHWM, 0)
+        context = self._context_default()
+        context.setsockopt(zmq.RCVHWM, 0)
+        return context
 
     @property
     def kernel_spec(self) -> KernelSpec:

@@ -4,6 +4,7 @@ Ray is the optional dependency `scale`; importing this package does not import i
 """
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -12,7 +13,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +83,15 @@ def connected(address: str | None = None) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as cleanup:
-        options = {"address": address} if address else cleanup.enter_context(_private_instance())
         if address:
             _check_reachable(address)
+            connect = functools.partial(ray.init, address)
+        else:
+            connect = cleanup.enter_context(_private_instance(ray.init))
         cleanup.callback(ray.shutdown)
         try:
             with _silent_stderr(), _deferred_interrupt():
-                ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+                connect(log_to_driver=False, logging_level=logging.ERROR)
         except Exception as error:  # Ray documents no types: ConnectionError, RuntimeError, ...
             target = f"the Ray cluster at {address}" if address else "a local Ray instance"
             raise ClusterError(f"{target} cannot be used: {last_line(error)}") from None
@@ -96,8 +99,8 @@ def connected(address: str | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _private_instance() -> Iterator[dict[str, Any]]:
-    """Yields the options of `ray.init` for an instance that no other user can reach."""
+def _private_instance(connect: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """Yields `connect`, which is `ray.init`, for an instance that no other user can reach."""
     from ray._private import ray_constants
 
     variables = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -111,13 +114,14 @@ def _private_instance() -> Iterator[dict[str, Any]]:
         (folder / "token").write_text(TOKEN)
         # Without RAY_AUTH_MODE a local Ray instance requires the token, and reads it from here.
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(folder / "token")
-        yield {
-            "address": "local",
-            "include_dashboard": False,
-            "object_store_memory": _object_store_size(),
-            "_node_ip_address": "127.0.0.1",  # that of the network where a cluster is enabled
-            "_temp_dir": str(folder / "ray"),  # Ray gives it mode 777
-        }
+        yield functools.partial(
+            connect,
+            "local",
+            include_dashboard=False,
+            object_store_memory=_object_store_size(),
+            _node_ip_address="127.0.0.1",  # that of the network where a cluster is enabled
+            _temp_dir=str(folder / "ray"),  # Ray gives it mode 777
+        )
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = cluster
         for name in variables:

@@ -38,7 +38,7 @@ class LinearMap:
 
     def save(self, path: Path) -> Path:
         """Writes the map atomically; equal maps give equal bytes."""
-        return runs.write_arrays(path, mean=self.mean, projection=self.projection)
+        return runs.write_arrays(path, {"mean": self.mean, "projection": self.projection})
 
     @classmethod
     def load(cls, path: Path) -> Self:

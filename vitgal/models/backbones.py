@@ -5,6 +5,7 @@ timm's `forward_intermediates`, which nearly all of its networks have.
 """
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -152,20 +153,22 @@ class Backbone(nn.Module):
         stops there. With `attention` the class token's attention in the same block is computed.
         """
         network = self._sized(images)
-        index = len(self.blocks) - 1 if block is None else self._index(block)
-        options: dict[str, Any] = {"indices": [index]}
-        if block is not None:
-            options |= {"stop_early": True, "intermediates_only": True}
-            if not self.hierarchical:
-                options["norm"] = True
-                taken = inspect.signature(network.forward_intermediates).parameters
-                if self.has_class_token and "return_prefix_tokens" in taken:
-                    options["return_prefix_tokens"] = True
+        named = block is not None
+        compute = network.forward_intermediates
+        if named and self.has_class_token and not self.hierarchical:
+            if "return_prefix_tokens" in inspect.signature(compute).parameters:
+                compute = functools.partial(compute, return_prefix_tokens=True)
         recorder = _AttentionRecorder()
         recording = recorder if attention and self.has_class_token else contextlib.nullcontext()
         with self._refusing_sizes(images), recording:
-            result = network.forward_intermediates(images, **options)
-        if block is None:
+            result = compute(
+                images,
+                indices=[self._index(block) if named else len(self.blocks) - 1],
+                norm=named and not self.hierarchical,
+                stop_early=named,
+                intermediates_only=named,
+            )
+        if not named:
             last, (spatial,) = result
             return self._last(last, spatial, recorder)
         (spatial,) = result

@@ -76,9 +76,8 @@ def open_network(source: TimmSource, options: Mapping[str, Any]) -> nn.Module:
             be reached or refuses, or a file that does not fit.
     """
     check_name(source.name)
-    build = functools.partial(timm.create_model, source.name, **options)
     if source.weights != PRETRAINED:
-        network = build().eval()
+        network = _create(source.name, options)
         if source.weights is not None:
             file = Path(source.weights)
             use_tensors(file, lambda tensors: _fill_timm(network, tensors, file))
@@ -90,7 +89,11 @@ def open_network(source: TimmSource, options: Mapping[str, Any]) -> nn.Module:
             f"timm has no weights for {source.name}: name a file, {PREFIX}{source.name}@FILE"
         )
     with _hub_errors(source.name, config):
-        return build(pretrained=True).eval()
+        return _create(source.name, {**options, "pretrained": True})
+
+
+def _create(name: str, options: Mapping[str, Any]) -> nn.Module:
+    return timm.create_model(name, **options).eval()
 
 
 @contextlib.contextmanager
@@ -175,7 +178,7 @@ def _resized(
     adapt = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     state = network.state_dict()
     try:
-        resized = timm.create_model(name, **(options | {"img_size": size})).eval()
+        resized = _create(name, options | {"img_size": size})
         resized.load_state_dict(adapt(state, resized) if adapt else state)
         resized.to(next(network.parameters()).device)
     except Exception:  # as above

@@ -287,17 +287,17 @@ def load_outline(source: str | Path) -> ViTGaL:
     source = Path(source)
     if not is_safetensors(source):
         return outline()
-    return _outlined(source, _options(read_configuration(source)))
+    return _outlined(source, read_configuration(source))
 
 
-def _options(configuration: dict[str, Any]) -> dict[str, Any]:
-    """The part of a configuration that `build_model` takes."""
-    return {key: configuration[key] for key in BUILT_FROM if key in configuration}
+def _built(build: Callable[..., ViTGaL], configuration: dict[str, Any]) -> ViTGaL:
+    """The network of a configuration by `build`, which is `build_model` or `outline`."""
+    return build(**{key: configuration[key] for key in BUILT_FROM if key in configuration})
 
 
-def _outlined(source: Path, options: dict[str, Any]) -> ViTGaL:
+def _outlined(source: Path, configuration: dict[str, Any]) -> ViTGaL:
     try:
-        return outline(**options)
+        return _built(outline, configuration)
     except (TypeError, ValueError, RuntimeError, OverflowError, AttributeError) as error:
         raise FileError(
             f"{source} asks for a network that cannot be built: {runs.printable(error)[:200]}"
@@ -312,11 +312,11 @@ def _filled(
     dropped: tuple[str, ...] = (),
 ) -> ViTGaL:
     """Builds the network without memory for its tensors, and fills it if all of them fit."""
-    model = _outlined(source, _options(configuration))
+    model = _outlined(source, configuration)
     layout = make_layout(model.state_dict(), rename)
     if model.on_timm:  # it can have buffers that no file holds
         refuse_misfits(model, tensors, layout, dropped=dropped, source=source)
-        model = build_model(**_options(configuration), seed=0)
+        model = _built(functools.partial(build_model, seed=0), configuration)
     fill(model, tensors, layout, dropped=dropped, source=source)
     return model
 

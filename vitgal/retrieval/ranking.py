@@ -251,10 +251,12 @@ class Positions:
         none = np.empty(0, np.int64)
         return runs.write_arrays(
             Path(path),
-            number=np.int64(self.database_size),
-            offsets=np.cumsum([0, *(index.size for index in self.indices)], dtype=np.int64),
-            indices=np.concatenate([none, *self.indices]),
-            positions=np.concatenate([none, *self.ranks]),
+            {
+                "number": np.int64(self.database_size),
+                "offsets": np.cumsum([0, *(index.size for index in self.indices)], dtype=np.int64),
+                "indices": np.concatenate([none, *self.indices]),
+                "positions": np.concatenate([none, *self.ranks]),
+            },
         )
 
     @classmethod

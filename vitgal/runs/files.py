@@ -7,7 +7,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +161,7 @@ def write_array(path: Path, array: np.ndarray) -> Path:
     return Path(path)
 
 
-def write_arrays(path: Path, **arrays: np.ndarray) -> Path:
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> Path:
     """Writes arrays of any shapes as `.npz`, atomically; equal arrays give equal bytes."""
     with atomic(path) as temporary, open(temporary, "wb") as handle:
         np.savez(handle, **arrays)

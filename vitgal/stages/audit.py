@@ -275,7 +275,7 @@ class GlobalStore:
                     file = self.folder / f"{number:05}.npz"
                     hashes = np.frombuffer(bytes.fromhex("".join(keys)), np.uint8)
                     hashes = hashes.reshape(len(keys), -1)
-                    runs.write_arrays(file, keys=hashes, descriptors=vectors)
+                    runs.write_arrays(file, {"keys": hashes, "descriptors": vectors})
                     self._open(file)
                     number += 1
                 bar.update(len(block))

@@ -211,7 +211,7 @@ class Describer:
             arrays = self._extract(path, box)
             if file_digest(path) != digest:
                 raise PhotographError(f"{path.name}: it changed while it was read: run this again")
-            runs.write_arrays(file, **arrays)
+            runs.write_arrays(file, arrays)
             self.extracted += 1
             description = read_description(file)
         return description

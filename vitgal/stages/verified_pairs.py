@@ -104,4 +104,4 @@ class VerifiedPairs:
     def _write(self, query: Description, kept: dict[str, tuple[int, ...]]) -> None:
         others = np.frombuffer(bytes.fromhex("".join(kept)), np.uint8).reshape(-1, DIGEST)
         counts = np.array(list(kept.values()), np.int32)
-        runs.write_arrays(self._file(query), others=others, counts=counts)
+        runs.write_arrays(self._file(query), {"others": others, "counts": counts})

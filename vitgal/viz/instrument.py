@@ -65,8 +65,8 @@ class InstrumentWidget(anywidget.AnyWidget):
         super().__init__(start=dict(start))
         self.on_msg(self._answer)
 
-    def _repr_mimebundle_(self, **options: Any) -> Any:
-        bundle = super()._repr_mimebundle_(**options)
+    def _repr_mimebundle_(self, **_: Any) -> Any:  # the base classes ignore the options as well
+        bundle = super()._repr_mimebundle_()
         data = bundle[0] if isinstance(bundle, tuple) else bundle
         title = self.document["entries"][0]["dataset"]
         data["text/plain"] = f"the instrument on {title}: run this cell"

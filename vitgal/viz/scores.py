@@ -7,6 +7,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from vitgal.data.revisited import PROTOCOLS
@@ -15,7 +17,6 @@ from vitgal.viz.drawing import outlined, sentence_figure, shorten, text_width
 from vitgal.viz.style import INK, LINE_STYLES, styled
 
 NAMED = 5  # queries that changed most, named in `ap_change`
-POINTS = {"marker": "o", "markersize": 5.5, "markeredgewidth": 1.2, "linestyle": "none"}
 
 
 @styled
@@ -38,7 +39,7 @@ def score_dots(
     figure, axes = plt.subplots(figsize=(7, 0.75 + 3 * (0.21 * rows + 0.12)))
     colours, handles = system_colours(scores), []
     for index, (system, row) in enumerate(scores.items()):
-        draw = partial(axes.plot, **POINTS, color=colours[system], markeredgecolor=INK)
+        draw = partial(_draw_points, axes, face=colours[system], edge=INK)
         handles += draw([], [])
         for group, protocol in enumerate(PROTOCOLS):
             value, y = _percent(row.get(protocol)), group * (rows + 0.6) + index
@@ -62,6 +63,12 @@ def score_dots(
     # Given as such, since matplotlib leaves out names that begin with an underscore.
     figure.legend(handles, names, loc="outside upper left", ncols=columns)
     return axes
+
+
+def _draw_points(axes: Axes, x: ArrayLike, y: ArrayLike, *, face: str, edge: str) -> list[Line2D]:
+    return axes.plot(
+        x, y, "o", color=face, markeredgecolor=edge, markersize=5.5, markeredgewidth=1.2
+    )
 
 
 def system_colours(names: Sequence[str] | Mapping[str, object]) -> dict[str, str]:
@@ -114,8 +121,8 @@ def ap_change(table: pd.DataFrame) -> Axes:
         (True, style.GLOBAL_COLOUR, "white"),
     ):
         chosen = points[(change < 0) == lost]
-        marks = dict(POINTS, color=colour, markerfacecolor=face, clip_on=False)
-        axes.plot(chosen["before"], chosen["after"], **marks)
+        drawn = _draw_points(axes, chosen["before"], chosen["after"], face=face, edge=colour)
+        plt.setp(drawn, clip_on=False)
     axes.set(xlim=(0, 100), ylim=(0, 100), aspect="equal", anchor="W")
     axes.set(xlabel="AP before (%)", ylabel="AP after (%)")
     axes.grid()
