@@ -39,9 +39,19 @@ def test_helpers_find_what_this_process_finds(files, monkeypatch):
     assert not in_this_process
 
 
-@pytest.mark.parametrize("odd", ["{top}//a.jpg", "{top}//dev/null", "{top}x/a.jpg", "c.jpg", None])
-def test_helpers_look_from_the_folder_that_all_paths_begin_with(odd, tmp_path, monkeypatch):
-    """The odd path is in the middle: its beginning is not compared, and it can look absolute."""
+@pytest.mark.parametrize(
+    ("odd", "begins_with"),
+    [
+        ("{top}//a.jpg", None),  # its rest would look absolute
+        ("{top}//dev/null", None),
+        ("{top}x/a.jpg", "{top.parent}/"),
+        ("c.jpg", None),
+        ("{top}/b.jpg", "{top}/"),
+    ],
+)
+def test_helpers_look_from_the_folder_that_all_paths_begin_with(
+    odd, begins_with, tmp_path, monkeypatch
+):
     monkeypatch.setattr(lookup, "MANY", 2)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     top = tmp_path / "top"
@@ -50,7 +60,7 @@ def test_helpers_look_from_the_folder_that_all_paths_begin_with(odd, tmp_path, m
     monkeypatch.chdir(tmp_path)
     for size, name in enumerate(("top/a.jpg", "top/b.jpg", "topx/a.jpg", "c.jpg", "top/dev/null")):
         (tmp_path / name).write_bytes(b"x" * size)
-    half = [f"{top}/a.jpg", odd.format(top=top) if odd else f"{top}/b.jpg", f"{top}/b.jpg"]
+    half = [f"{top}/a.jpg", odd.format(top=top), f"{top}/b.jpg"]
     paths = [*half, *half]
     begun, real = [], lookup.subprocess.Popen
 
@@ -60,7 +70,7 @@ def test_helpers_look_from_the_folder_that_all_paths_begin_with(odd, tmp_path, m
 
     monkeypatch.setattr(lookup.subprocess, "Popen", popen)
     assert runs.file_facts(paths).tolist() == expected(paths)
-    assert begun == [None if odd else f"{top}/"] * 2
+    assert begun == [begins_with and begins_with.format(top=top)] * 2
 
 
 @pytest.mark.parametrize("python", ["/does/not/exist", "/bin/false", None])
@@ -102,11 +112,11 @@ def test_a_missing_image_of_an_input_is_named(files):
 
 def test_many_names_are_refused_as_one_is(tmp_path):
     good = ["a.jpg", "b/c.jpg", "d..e.jpg", ".hidden/x"]
-    assert runs.all_inside(tmp_path, good) == [str(runs.inside(tmp_path, name)) for name in good]
-    assert runs.all_inside(tmp_path, []) == []
+    runs.refuse_outside(tmp_path, good)
+    runs.refuse_outside(tmp_path, [])
     for wrong in ("", ".", "..", "/etc/passwd", "a/../../b", "nul\0byte", "caf\udce9"):
         with pytest.raises(runs.PathError) as single:
             runs.inside(tmp_path, wrong)
         with pytest.raises(runs.PathError) as listed:
-            runs.all_inside(tmp_path, [*good, wrong])
+            runs.refuse_outside(tmp_path, [*good, wrong])
         assert str(listed.value) == str(single.value)

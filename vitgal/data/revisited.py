@@ -364,8 +364,13 @@ def open_dataset(
     queries, *database = (part.paths() for part in parts)
     paths, query_paths = [path for part in database for path in part], [*map(Path, queries)]
     with ThreadPoolExecutor(1) as pool:
-        stamps = pool.submit(_refuse_missing, parts, names, [*query_paths, *paths])
-        _refuse_repeated(names, "list with distractors")  # meanwhile
+        looked_up = pool.submit(_stamp_of_many, names, [*query_paths, *paths])
+        for part in parts:  # meanwhile
+            part.refuse_outside()
+        _refuse_repeated(names, "list with distractors")
+    stamps = looked_up.result()
+    for part in () if stamps else parts:
+        part.refuse_missing()
     return RetrievalDataset(
         name,
         ground_truth,
@@ -375,7 +380,7 @@ def open_dataset(
         folder,
         distractors,
         verify,
-        stamps.result(),
+        stamps,
     )
 
 
@@ -389,10 +394,14 @@ class _Images:
     dataset: str
 
     def paths(self) -> list[str]:
-        """Returns the paths; ValueError for a name that leads out of the folder."""
+        top, extension = f"{self.folder}/", self.extension
+        return [top + name + extension for name in self.names]
+
+    def refuse_outside(self) -> None:
+        """Raises ValueError for a name that leads out of the folder."""
         names = [name + self.extension for name in self.names] if self.extension else self.names
         try:
-            return runs.all_inside(self.folder, names)
+            runs.refuse_outside(self.folder, names)
         except ValueError as error:
             raise ValueError(f"{self.dataset} lists a name that cannot be used: {error}") from None
 
@@ -411,13 +420,11 @@ class _Images:
             )
 
 
-def _refuse_missing(parts: list[_Images], names: list[str], paths: list[Path | str]) -> list[str]:
-    """Raises FileNotFoundError where images are missing; returns the stamp of very many images."""
+def _stamp_of_many(names: list[str], paths: list[Path | str]) -> list[str]:
+    """Returns the stamp of very many images; nothing for fewer, or where one is missing."""
     if len(paths) >= runs.MANY:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, ValueError):
             return [runs.images_stamp(names, paths)]
-    for part in parts:
-        part.refuse_missing()
     return []
 
 

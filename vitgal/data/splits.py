@@ -195,7 +195,7 @@ def read_split(folder: Path, part: str) -> pd.DataFrame:
         if column not in table:
             raise ValueError(f"{path} has no column {column}: run notebook 01_data_split again")
     try:
-        runs.all_inside("the image folder", table["path"].tolist())
+        runs.refuse_outside("the image folder", table["path"].tolist())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return table

@@ -128,7 +128,7 @@ def export_kapture(
     folder or holds a comma, at which kapture cuts.
     """
     names = list(store)
-    runs.all_inside("the folder of photographs", names)
+    runs.refuse_outside("the folder of photographs", names)
     comma = next((name for name in names if "," in name), None)
     if comma is not None:
         raise ValueError(f"{comma!r} has a comma in it, and kapture ends a name there: rename it")

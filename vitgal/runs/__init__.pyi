@@ -9,7 +9,6 @@ from .errors import (
 )
 from .files import (
     TEMPORARY as TEMPORARY,
-    all_inside as all_inside,
     atomic as atomic,
     disk_full as disk_full,
     explained_full_disk as explained_full_disk,
@@ -18,6 +17,7 @@ from .files import (
     read_json as read_json,
     read_lines as read_lines,
     refuse_links as refuse_links,
+    refuse_outside as refuse_outside,
     text_encoding as text_encoding,
     write_array as write_array,
     write_arrays as write_arrays,

@@ -89,16 +89,14 @@ def inside(folder: str | os.PathLike, name: str) -> Path:
     return Path(folder) / name
 
 
-def all_inside(folder: str | os.PathLike, names: Sequence[str]) -> list[str]:
-    """Returns `inside` of many names (N,), as text; raises PathError as `inside` does."""
-    joined = "\0".join(["", *names, ""])
+def refuse_outside(folder: str | os.PathLike, names: Sequence[str]) -> None:
+    """Raises PathError as `inside` does, for the first of many names (N,) that it refuses."""
+    joined = "\0".join(names)
     # All at once, and one by one only where a name may be bad: "a..b" is legal, "ä" nearly always.
-    doubtful = any(part in joined for part in ("..", "\0/", "\0\0", "\0.\0"))
-    if doubtful or joined.count("\0") != len(names) + 1 or not joined.isascii():
+    doubtful = not {"", ".", "/"}.isdisjoint(name[:1] for name in names) or ".." in joined
+    if doubtful or joined.count("\0") >= max(len(names), 1) or not joined.isascii():
         for name in names:
             inside(folder, name)
-    top = f"{folder}/"
-    return [top + name for name in names]
 
 
 def refuse_links(paths: Iterable[Path]) -> None:

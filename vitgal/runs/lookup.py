@@ -60,11 +60,11 @@ def _below(paths: Sequence[str]) -> tuple[str | None, str]:
     The kernel walks through every folder of a path, so that short paths are found faster. The
     folder is None, and the paths are whole, where they have no folder in common.
     """
-    joined = "\0" + "\0".join(paths)
-    top = os.path.commonprefix([paths[0], paths[-1]]).rpartition("/")[0] + "/"
-    names = joined.replace("\0" + top, "\0")
-    shared = len(joined) - len(names) == len(top) * len(paths) and "\0/" not in names
-    return (top, names[1:]) if shared else (None, joined[1:])
+    common = os.path.commonprefix(paths)
+    top = common[: common.rfind("/") + 1]
+    names = "\0".join([path[len(top) :] for path in paths])
+    looks_absolute = names.startswith("/") or "\0/" in names
+    return (None, "\0".join(paths)) if looks_absolute or not top else (top, names)
 
 
 def look_up(paths: Sequence[str | bytes]) -> array:
