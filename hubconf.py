@@ -1,4 +1,4 @@
-"""Entry points of torch.hub: `torch.hub.load(FOLDER, "vitgal_nano", source="local")`."""
+"""Entry points of torch.hub: `torch.hub.load(FOLDER, "vitgal_lite0", source="local")`."""
 
 from pathlib import Path
 
@@ -7,9 +7,9 @@ import vitgal
 dependencies = ["torch", "timm", "safetensors", "lazy_loader", "cv2", "huggingface_hub"]
 
 
-def vitgal_nano() -> vitgal.ViTGaL:
-    """The small model of weights/, which `make demo` trains anew."""
-    return vitgal.load_model(Path(__file__).with_name("weights") / "vitgal_nano.safetensors")
+def vitgal_lite0() -> vitgal.ViTGaL:
+    """The small model of weights/: ViTGaL's head on EfficientNet-Lite0."""
+    return vitgal.load_model(Path(__file__).with_name("weights") / "vitgal_lite0.safetensors")
 
 
 def vitgal_model(source: str) -> vitgal.ViTGaL:

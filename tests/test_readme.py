@@ -15,7 +15,7 @@ def test_the_python_in_the_readme_runs(monkeypatch, capsys):
     assert len([line for line in block.splitlines() if line and "import" not in line]) <= 10
     names: dict = {}
     exec(compile(block, "README.md", "exec"), names)
-    assert names["descriptors"].shape == (3, 128)
+    assert names["descriptors"].shape == (3, 224)
     assert names["ranks"].shape == (2, 1)
     assert 0 < names["result"].count <= len(names["matches"])
     assert capsys.readouterr().out.endswith("inliers\n")

@@ -72,7 +72,7 @@ def differing(one: str, other: str) -> set[str]:
 def test_the_files_are_those_that_are_documented():
     assert set(FILES) == {
         *(*TRAIN, *ON_TIMM, *TEST, *TEST_ON_TIMM),
-        *("demo", "tiny", "small_weights", "published", "lite0_head"),
+        *("demo", "tiny", "distilled_nano", "published", "lite0_head"),
     }
 
 
@@ -101,7 +101,7 @@ def test_recipes_hold_training_and_machines_hold_speed(path):
 def test_a_real_file_names_its_notebooks(name):
     # Without it, an evaluation would first train the demo, and a week's training end in an error.
     wanted = (None, None)
-    if name in (*TRAIN, *ON_TIMM, "small_weights", "lite0_head"):
+    if name in (*TRAIN, *ON_TIMM, "distilled_nano", "lite0_head"):
         wanted = ("01", "03")
     if name in (*TEST, *TEST_ON_TIMM):
         wanted = ("04", "07")
@@ -254,8 +254,8 @@ def test_evaluation_is_as_published(name):
 
 def test_the_small_weights_never_saw_what_the_demo_tests_or_tunes_on():
     # the held-out landmarks follow from seed and number alone, notebook 06 tunes on them
-    small, demo = effective("small_weights"), effective("demo")
-    for name in ("seed", "held_out_classes", "code_dim", "architecture", "exclude", "train_table"):
+    small, demo = effective("lite0_head"), effective("demo")
+    for name in ("seed", "held_out_classes", "code_dim", "exclude", "train_table"):
         assert small[name] == demo[name]
     assert {"notre_dame_paris", "arc_du_carrousel"} <= photographs.BENCHMARK_LANDMARKS
 

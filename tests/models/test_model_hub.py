@@ -89,8 +89,8 @@ def test_a_name_that_is_no_model_is_refused_in_a_sentence(tmp_path, monkeypatch)
 
 
 def test_torch_hub_gives_the_small_model():
-    model = torch.hub.load(str(TOP), "vitgal_nano", source="local")
-    assert model.architecture == "xcit_nano_12_p16_224" and not model.training
-    file = str(TOP / "weights" / "vitgal_nano.safetensors")
+    model = torch.hub.load(str(TOP), "vitgal_lite0", source="local")
+    assert model.architecture == "timm:tf_efficientnet_lite0" and not model.training
+    file = str(TOP / "weights" / "vitgal_lite0.safetensors")
     same = torch.hub.load(str(TOP), "vitgal_model", file, source="local")
-    assert torch.equal(same.backbone.cls_token, model.backbone.cls_token)
+    assert torch.equal(same.autoencoder.cls_token, model.autoencoder.cls_token)

@@ -484,6 +484,7 @@ def test_differences_distinguish_true_from_one():
 def test_a_run_without_training_takes_the_small_model(tmp_path, capsys):
     small = runs.checkout() / runs.SMALL_WEIGHTS
     assert runs.model_file(tmp_path / "fresh", None) == small
+    assert not runs.has_trained(tmp_path / "fresh")
     assert capsys.readouterr().out == (
         f"nothing has been trained in fresh: the model is the small {runs.SMALL_WEIGHTS}\n"
     )
@@ -500,6 +501,7 @@ def test_a_run_with_a_model_takes_that_model(tmp_path, capsys):
 @pytest.mark.parametrize("stage", ["retrieval", "autoencoder"])
 def test_a_run_with_an_interrupted_training_has_no_model(stage, tmp_path):
     interrupt(tmp_path / stage)
+    assert runs.has_trained(tmp_path)
     with pytest.raises(StageError, match="run notebook 03_train_autoencoder"):
         runs.model_file(tmp_path, None)
 

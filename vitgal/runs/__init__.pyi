@@ -65,6 +65,7 @@ from .paths import (
     bundled_folder as bundled_folder,
     checkout as checkout,
     data_folder as data_folder,
+    has_trained as has_trained,
     model_file as model_file,
     resolve as resolve,
     resolve_source as resolve_source,

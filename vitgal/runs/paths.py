@@ -12,7 +12,7 @@ from vitgal.runs.manifest import read_stage
 
 TIMM, UNTRAINED = "timm:", "untrained:"
 NETWORKS = (TIMM, UNTRAINED)  # begin the names of networks, in place of a file's path
-SMALL_WEIGHTS = "weights/vitgal_nano.safetensors"  # made by params/small_weights.yaml
+SMALL_WEIGHTS = "weights/vitgal_lite0.safetensors"  # made by params/lite0_head.yaml
 PARTS = ("notebooks", "params", "weights", "third_party")  # that a wheel brings, see setup.py
 FIRST_NOTEBOOK = "notebooks/01_data_split.ipynb"
 
@@ -104,6 +104,11 @@ def weights_path(source: str | os.PathLike) -> Path | None:
     return Path(file) if file else None
 
 
+def has_trained(run: Path) -> bool:
+    """Whether a training has begun in a run, so that its model is the run's own."""
+    return any((run / stage).exists() for stage in ("retrieval", "autoencoder"))
+
+
 def model_file(run: Path, weights: str | None) -> Path | str:
     """Returns the model that a parameter names, or for None the run's complete model.
 
@@ -118,8 +123,7 @@ def model_file(run: Path, weights: str | None) -> Path | str:
     if weights is not None:
         return resolve_source(weights)
     small = resolve(SMALL_WEIGHTS)
-    trained = any((run / stage).exists() for stage in ("retrieval", "autoencoder"))
-    if not trained and small.is_file():
+    if not has_trained(run) and small.is_file():
         print(f"nothing has been trained in {run.name}: the model is the small {SMALL_WEIGHTS}")
         return small
     read_stage(run / "autoencoder", "notebook 03_train_autoencoder (or set weights)")

@@ -120,7 +120,7 @@ def own_models(run: Path, weights: str | None = None) -> OwnModels:
 
     Raises StageError where the run's training is unfinished.
     """
-    trained = any((run / stage).exists() for stage in ("retrieval", "autoencoder"))
+    trained = runs.has_trained(run)
     small = runs.resolve(runs.SMALL_WEIGHTS)
     name = runs.printable(run.name)
     if weights is not None:
