@@ -1,5 +1,6 @@
 """Reads arrays and JSON from files that may be damaged, or malicious."""
 
+import functools
 import io
 import json
 import math
@@ -83,7 +84,13 @@ def _read_header(file: BinaryIO) -> tuple[np.dtype, tuple[int, ...], str]:
     """Reads type, shape and order ("C" or "F") from a `.npy` header; refuses object arrays."""
     if np.lib.format.read_magic(file) != (1, 0):
         raise ValueError("another format than 1.0")
-    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    size = file.read(2)
+    return _parse_header(size + file.read(int.from_bytes(size, "little")))
+
+
+@functools.lru_cache  # many files have the same few headers
+def _parse_header(header: bytes) -> tuple[np.dtype, tuple[int, ...], str]:
+    shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(io.BytesIO(header))
     if dtype.kind not in "biuf" or dtype.itemsize > 8 or min(shape, default=0) < 0:
         raise ValueError(f"an array of shape {shape} and type {dtype}")
     return dtype, shape, "F" if is_fortran else "C"
