@@ -50,7 +50,8 @@ def large_document(queries: int, database: int, ranks: int = 300) -> dict:
     entry |= {"queries": entries, "map": {"images": list(range(total)), "points": points}}
     names = [f"image_{number:06}" for number in range(total)]
     sizes = [[1024, 768]] * total
-    return {"entries": [entry], "comparisons": [], "names": names, "sizes": sizes, "notes": {}}
+    whole = {"entries": [entry], "comparisons": [], "names": names, "sizes": sizes, "notes": {}}
+    return whole | {"indices": list(range(-queries, database))}
 
 
 def random_query(
@@ -61,7 +62,7 @@ def random_query(
     labels = {"easy": order[:20], "hard": order[20:60], "junk": order[60:70]}
     points = generator.uniform(0, 760, (1000, 4)).round(1)
     homography = [1, 0, 0, 0, 1, 0, 0, 0, 1]
-    pair = {"image": order[0], "index": order[0] - queries, "matches": 1000, "count": 500}
+    pair = {"image": order[0], "matches": 1000, "count": 500}
     pair |= {"features": 400, "doubt": "", "points": points.ravel().tolist()}
     pair |= {"inlier": [0, 1] * 500, "distance": [0.5] * 1000, "scale": [1.0] * 1000}
     pair |= {"score": [1.0] * 1000, "homography": homography}

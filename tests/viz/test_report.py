@@ -61,7 +61,7 @@ def test_the_document_holds_rankings_labels_and_ranks(run):
 def test_a_pair_has_its_matches_in_pixels_of_the_photographs(run):
     document, _ = run_document([run], progress=False)
     query = document["entries"][0]["queries"][0]
-    (pair,) = [pair for pair in query["pairs"] if pair["index"] == 1]
+    (pair,) = [pair for pair in query["pairs"] if document["indices"][pair["image"]] == 1]
     assert (pair["matches"], sum(pair["inlier"])) == (30, 30)
     points = np.array(pair["points"]).reshape(-1, 4)
     # The network's inputs are twice as wide as box and photograph, and equally high; the query's
@@ -246,6 +246,14 @@ class Page:
         return [f"{found['id']}: {found['nodes'][0]['html'][:200]}" for found in results]
 
 
+def parameters(page) -> str:
+    """What the page gives to reproduce what is shown."""
+    page.get_by_role("button", name="copy as parameters").click()
+    text = page.locator("dialog textarea").input_value()
+    page.get_by_role("button", name="close").last.click()
+    return text
+
+
 @pytest.mark.slow
 def test_the_page_in_a_browser(run, own, browser, tmp_path):
     shutil.rmtree(own / "tiny" / "rerank")
@@ -263,6 +271,28 @@ def test_the_page_in_a_browser(run, own, browser, tmp_path):
     page.mouse.up()
     assert "2 of 2 queries" in view.text("main")
     page.keyboard.press("Escape")
+    first, second = (row.bounding_box() for row in page.locator("table.queries tbody tr").all())
+    page.mouse.move(first["x"] + 300, first["y"] + 5)  # over the rows of the table
+    page.mouse.down()
+    page.mouse.move(second["x"] + 300, second["y"] + 5)
+    page.mouse.up()
+    assert "2 of 2 queries" in view.text("main")
+    page.reload()
+    page.wait_for_selector("main")
+    assert "2 of 2 queries" in view.text("main")  # by the address
+    page.keyboard.press("Escape")
+    page.keyboard.press("Shift+ArrowDown")
+    assert "2 of 2 queries" in view.text("main")
+    page.keyboard.press("ArrowUp")  # back to the first
+    page.keyboard.press("Escape")
+    chart = page.locator("canvas.chart").bounding_box()  # of the map
+    page.mouse.move(chart["x"] + 1, chart["y"] + 1)
+    page.mouse.down()
+    page.mouse.move(chart["x"] + chart["width"] - 1, chart["y"] + chart["height"] - 1)
+    page.mouse.up()
+    assert "2 of 2 queries, 6 images of the map" in view.text("main")
+    page.keyboard.press("Escape")
+    assert parameters(page) == "vitgal report run"
 
     page.keyboard.press("2")
     tiles = page.locator("main section .tile")
@@ -285,8 +315,22 @@ def test_the_page_in_a_browser(run, own, browser, tmp_path):
         in view.text("main")
     )
     canvas = page.locator("canvas.pair")
-    canvas.evaluate("node => new Promise(done => requestAnimationFrame(done))")
+    page.locator(".crops canvas").first.wait_for()  # both photographs are drawn
+    canvas.focus()
+    pictures = {canvas.screenshot()}
+    for key in ("+", "Shift+ArrowRight"):
+        page.keyboard.press(key)
+        pictures.add(canvas.screenshot())
+    assert len(pictures) == 3
+    page.keyboard.press("0")
+    page.locator(".crops canvas").first.wait_for()
     before = canvas.screenshot()
+    assert parameters(page).splitlines() == [
+        'run_dir: "run"',
+        'dataset: "tiny"',
+        "query_index: 0",
+        "image_index: 1",
+    ]
     page.get_by_label("inliers").uncheck()
     assert canvas.screenshot() != before
     assert page.locator(".crops canvas").count() == 3
@@ -298,6 +342,11 @@ def test_the_page_in_a_browser(run, own, browser, tmp_path):
 
     page.keyboard.press("4")
     assert "What was set differently" in view.text("main")
+    assert parameters(page) == "vitgal compare run run"
+    page.get_by_label("what to compare with").select_option("its global ranking")
+    rows = page.locator("table.queries tbody tr").all_inner_texts()
+    assert any("100.0" in text for text in rows) and "reranked against" not in view.text("main")
+    assert view.contrast_and_names() == []
     page.keyboard.press("?")
     assert page.locator("dialog[open]").count() == 1
     page.keyboard.press("Escape")
@@ -329,9 +378,10 @@ def test_a_page_of_one_query_or_none(document, browser, tmp_path, count):
     path = tmp_path / "index.html"
     path.write_text(report.page(document))
     view = Page(browser, path)
-    words = {"1": "Queries", "2": "no query", "3": "no query", "4": "One run is in this page"}
+    words = {"1": "Queries", "2": "no query", "3": "no query", "4": "no query"}
     if count:
         words |= {"2": "30 inliers", "3": "30 inliers on 30 features of 30 matches"}
+        words["4"] = "One run before and after reranking"
     for key, word in words.items():
         view.page.keyboard.press(key)
         assert word in view.text("main")
@@ -350,10 +400,10 @@ def test_a_page_without_reranking_has_every_view(own, browser, tmp_path):
     shutil.rmtree(own / "tiny" / "rerank")
     shutil.rmtree(own / "tiny" / "local")
     view = Page(browser, report.write_report([own], tmp_path / "page", progress=False))
-    words = {"1": "AP", "2": "Global ranking", "3": "are not stored in the page"}
+    words = {"1": "AP", "2": "Global ranking", "3": "are not stored in the page", "4": "One run"}
     for key, word in words.items():
         view.page.keyboard.press(key)
-        assert word in view.text("main") and "eranking" not in view.text("main")
+        assert word in view.text("main") and "eranked" not in view.text("main")
         assert view.contrast_and_names() == []
     for key in ("ArrowDown", "p", "ArrowRight", "Escape", "Escape", "4"):
         view.page.keyboard.press(key)
@@ -372,8 +422,11 @@ def test_the_page_of_runs_of_different_data_sets_says_why_it_compares_nothing(
     path.write_text(report.page(document))
     view = Page(browser, path)
     view.page.keyboard.press("4")
+    other = view.page.get_by_label("what to compare with")
+    other.select_option("1")
     assert "<b>not one data set" in view.text("main")
     view.page.get_by_label("run and data set").select_option("1")
+    other.select_option("0")
     assert "<b>not one data set" in view.text("main")
     assert view.faults == []
 

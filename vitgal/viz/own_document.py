@@ -126,12 +126,12 @@ class _Entry:
 
     def pairs(self, number: int, query: Any, names: Iterable[str]) -> list[dict[str, Any]]:
         """Returns the pairs of a query's features and the named photographs."""
-        photographs, others = self.answers.photographs, {}
+        photographs, others = self.answers.photographs, []
         for name in names:
             try:
                 features = photographs.features(name)
             except PhotographError:  # it has changed since
                 continue
-            others[self.indices[name]] = (*self.numbers([name]), features)
+            others.append((*self.numbers([name]), features))
         device = photographs.describer.machine.match_device
         return pair_documents(self.images, (number, query), others, self.answers.settings, device)

@@ -43,16 +43,16 @@ class Images:
     """The images that a document shows, each file once, numbered in the order of their mention.
 
     paths: the files. names: as they are printed. sizes: [width, height] of each in pixels, [0, 0]
-    where it is unreadable. enlarged: numbers of those that a pair shows. indices: number -> index
-    in the database. upright: whether all are turned by their EXIF orientation. A document shares
-    the lists of names and sizes.
+    where it is unreadable. indices: of each in the database, None where it is not in it. enlarged:
+    numbers of those that a pair shows. upright: whether all are turned by their EXIF orientation. A
+    document shares the lists of names, sizes and indices.
     """
 
     paths: list[Path] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     sizes: list[list[int]] = field(default_factory=list)
     enlarged: set[int] = field(default_factory=set)
-    indices: dict[int, int] = field(default_factory=dict)
+    indices: list[int | None] = field(default_factory=list)
     upright: bool = False
     _numbers: dict[Path, int] = field(default_factory=dict)
 
@@ -65,6 +65,7 @@ class Images:
             self._numbers[path] = len(self.paths)
             self.paths.append(path)
             self.names.append(printable(name))
+            self.indices.append(None)
             self.sizes.append(_size(path) if size is None else [int(size[1]), int(size[0])])
         return self._numbers[path]
 
@@ -77,7 +78,7 @@ class Images:
     def document(self, entries: Sequence[dict[str, Any]], **parts: Any) -> dict[str, Any]:
         """Returns a document of these entries and further parts in plain values."""
         whole = runs.plain({"entries": entries, "comparisons": [], "notes": {}} | parts)
-        return whole | {"names": self.names, "sizes": self.sizes}
+        return whole | {"names": self.names, "sizes": self.sizes, "indices": self.indices}
 
 
 def _size(path: Path) -> list[int]:
@@ -133,7 +134,7 @@ def _document(
     document = images.document(
         [entry.document(pairs, progress=progress) for entry in entries],
         notes=notes,
-        comparisons=_comparisons([entry.newest for entry in entries]),
+        comparisons=_comparisons(entries),
     )
     return document, images
 
@@ -311,11 +312,11 @@ class _Entry:
         name = dataset.ground_truth.queries[query]
         if store is None or name not in store:
             return []
-        others = {
-            image: (self._image(image), store[dataset.database[image]])
+        others = [
+            (self._image(image), store[dataset.database[image]])
             for image in chosen
             if dataset.database[image] in store
-        }
+        ]
         number = self.images.number(dataset.query_paths[query], name)
         return pair_documents(self.images, (number, store[name]), others, self._settings)
 
@@ -419,14 +420,16 @@ def _sentences(scores: Scores) -> dict[str, str]:
     return {protocol: result.sentence(protocol) for protocol in result.tests}
 
 
-def _comparisons(scores: Sequence[Scores]) -> list[dict[str, Any]]:
+def _comparisons(entries: Sequence["_Entry"]) -> list[dict[str, Any]]:
     """Compares the entries pairwise: `first` and `second`, and `tests` or the `reason` for none."""
     results = []
-    for first, second in itertools.combinations(range(len(scores)), 2):
+    for (first, one), (second, other) in itertools.combinations(enumerate(entries), 2):
         result: dict[str, Any] = {"first": first, "second": second}
-        names = ("the first", "the second")
+        names = printable(one.run.name), printable(other.run.name)
+        if one.run.name == other.run.name:
+            names = ("the first", "the second")
         try:
-            compared = comparison.compare_results(scores[first], scores[second], names=names)
+            compared = comparison.compare_results(one.newest, other.newest, names=names)
         except ValueError as error:
             result["reason"] = str(error)
         else:
@@ -438,23 +441,22 @@ def _comparisons(scores: Sequence[Scores]) -> list[dict[str, Any]]:
 def pair_documents(
     images: Images,
     query: tuple[int, LocalFeatures],
-    others: Mapping[int, tuple[int, LocalFeatures]],
+    others: Sequence[tuple[int, LocalFeatures]],
     settings: RerankingSettings,
     device: str | None = None,
 ) -> list[dict[str, Any]]:
     """Matches a query with other images, describes the pairs, and has their images enlarged.
 
-    query, others: numbers in the document, and features; others by their index in the database or
-    folder. device: as for `inspect_shortlist`.
+    query, others: numbers in the document, and features. device: as for `inspect_shortlist`.
     """
     number, first = query
-    candidates = [features for _, features in others.values()]
+    candidates = [features for _, features in others]
     inspections = inspect_shortlist(first, candidates, settings, device=device)
-    documents = []
-    for (index, (image, features)), pair in zip(others.items(), inspections, strict=True):
-        images.enlarged |= {number, image}
-        documents.append({"image": image, "index": index} | pair_document(first, features, pair))
-    return documents
+    images.enlarged |= {image for image, _ in [query, *others] if others}
+    return [
+        {"image": image} | pair_document(first, features, pair)
+        for (image, features), pair in zip(others, inspections, strict=True)
+    ]
 
 
 def pair_document(

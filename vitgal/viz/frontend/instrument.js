@@ -26,10 +26,13 @@ const KEYS = [
   ["← →", "previous, next image of the ranking"],
   ["Enter", "open the pair of query and image"],
   ["n, Shift+click", "the neighbours of the image, by descriptor"],
+  ["Shift+↑ ↓", "overview: select the query and the one above, below"],
   ["Esc", "back: pair to ranking, ranking to overview; clears a selection"],
   ["p", "next protocol"],
   ["s", "star the query, or the pair in the pair view"],
   ["0", "pair view: show both photographs whole"],
+  ["+ −, Shift+arrows", "on the photographs: zoom, pan"],
+  ["Space", "on the photographs, with a kernel: compare the patch in the middle of the query"],
   ["a", "own photographs: add the pair to the list"],
   ["?", "this list"],
 ];
@@ -65,6 +68,7 @@ const percent = (value) => (value === null || value === undefined ? "–" : (100
 const whole = (value) => (value === null ? null : `${Math.round(100 * value)} %`);
 const signed = (value) => (value > 0 ? "+" : value < 0 ? "−" : "±") + Math.abs(value).toFixed(1);
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
+const rising = (numbers) => [...numbers].sort((a, b) => a - b);
 const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
 
 function button(text, onclick, properties = {}) {
@@ -203,11 +207,25 @@ class Entry {
   // That an image shows the query's place; null where it is unknown.
   probability(query, image) {
     const { verified, probability } = this.queries[query];
-    return probability[verified.indexOf(image)] ?? null;
+    return probability?.[verified.indexOf(image)] ?? null;
   }
 
   pair(query, image) {
     return this.queries[query].pairs.find((pair) => pair.image === image) ?? null;
+  }
+
+  // The queries and database images within a rectangle of the map, whose sides go from 0 to 1.
+  within([x0, y0, x1, y1]) {
+    const { images, points } = this.map;
+    const count = this.queries.length;
+    const found = [...images.keys()].filter((index) => {
+      const [x, y] = [points[2 * index], points[2 * index + 1]];
+      return x >= x0 && x <= x1 && y >= y0 && y <= y1;
+    });
+    return {
+      queries: found.filter((index) => index < count),
+      images: found.filter((index) => index >= count).map((index) => images[index]),
+    };
   }
 }
 
@@ -321,7 +339,7 @@ class State {
     const comparable = data.comparisons.find(({ first, reason }) => first === 0 && !reason);
     this.other = comparable?.second ?? 0;
     this.chosen = null; // the queries that a brush has selected; null: all
-    this.region = null; // the images within the brush of the map; null: all
+    this.area = null; // the brush of the map, its left, top, right and bottom from 0 to 1; null: all
     this.asked = null; // the database image whose neighbours are shown
     this.after = true;
     this.labels = new Set(Object.keys(LETTERS));
@@ -360,23 +378,32 @@ class State {
     if (!this.entry.views.includes(this.view)) this.view = this.entry.views[0];
     if (!this.entry.protocols().includes(this.protocol)) this.protocol = this.entry.protocols()[0];
     if (!(this.image in this.data.names)) this.image = null;
+    if (!(this.asked in this.data.names)) this.asked = null;
+    this.chosen = this.chosen?.filter((query) => query in this.entry.queries) ?? null;
+    if (!this.chosen?.length) this.chosen = null;
+    if (this.area?.length !== 4 || !this.area.every(Number.isFinite)) this.area = null;
+    this.region = // the images within the brush of the map; null: all
+      this.area && this.entry.map ? new Set(this.entry.within(this.area).images) : null;
   }
 
   readAddress() {
     const address = new URLSearchParams(location.hash.slice(1));
-    const integer = (name, value) => (address.has(name) ? Number(address.get(name)) : value);
     this.view = address.get("view") ?? this.view;
     this.protocol = address.get("protocol") ?? this.protocol;
-    for (const name of ["number", "query", "image", "other"])
-      this[name] = integer(name, this[name]);
+    for (const name of ["number", "query", "image", "other", "asked"])
+      if (address.has(name)) this[name] = Number(address.get(name));
+    for (const name of ["chosen", "area"])
+      this[name] = address.get(name)?.split(",").map(Number) ?? null;
+    if (address.has("labels")) this.labels = new Set(address.get("labels").split(","));
     this.check();
   }
 
   writeAddress() {
     if (!this.addressed) return;
     const address = new URLSearchParams({ view: this.view, protocol: this.protocol });
-    for (const name of ["number", "query", "image", "other"])
+    for (const name of ["number", "query", "image", "other", "asked", "chosen", "area"])
       if (this[name] !== null) address.set(name, this[name]);
+    if (this.labels.size < Object.keys(LETTERS).length) address.set("labels", [...this.labels]);
     history.replaceState(null, "", `#${address}`);
   }
 
@@ -395,6 +422,15 @@ class State {
       .filter(
         ({ image, label }) => this.labels.has(label) && (!this.region || this.region.has(image)),
       );
+  }
+
+  // Adds the query above or below in the table to the selected ones.
+  extend(step) {
+    const all = columnsAndOrder(this).order;
+    const chosen = this.chosen ?? [this.query];
+    const places = chosen.map((query) => all.indexOf(query));
+    const next = all[step + (step < 0 ? Math.min(...places) : Math.max(...places))];
+    if (next !== undefined) this.set({ chosen: rising([...chosen, next]), query: next });
   }
 
   step(queries, images) {
@@ -466,11 +502,20 @@ class Notes {
 
 // ---------------------------------------------------------------- parts that several views use
 
+function aspect({ data }, image) {
+  const [width, height] = data.sizes[image];
+  return width && height ? clamp(width / height, 0.66, 2.5) : 1.33;
+}
+
+// A tile grows with its line so that all of a line keep one height.
+const growing = (state, image) => {
+  const ratio = aspect(state, image);
+  return { flex: `${ratio} 1 ${Math.round(104 * ratio) + 8}px` };
+};
+
 function picture(state, image, properties = {}) {
   const name = state.data.names[image];
-  const [width, height] = state.data.sizes[image];
-  const ratio = width && height ? clamp(width / height, 0.4, 2.5) : 1.33;
-  const style = { aspectRatio: String(ratio) };
+  const style = { aspectRatio: String(aspect(state, image)) };
   const missing = () => element("span", { class: "missing", style }, name);
   const address = state.source.address(image, false);
   if (address === null) return missing();
@@ -512,18 +557,42 @@ function toggleStar(state, image) {
   state.set({});
 }
 
+// Says what reproduces the shown view: a command, or parameters of notebooks.
+function reproduction(state) {
+  const { entry, data, query, knobs } = state;
+  const shell = (text) => (/^[\w./-]+$/.test(text) ? text : `'${text.replaceAll("'", "'\\''")}'`);
+  const command = (...words) => [
+    "On the command line:",
+    [["vitgal", ...words.map(shell)].join(" ")],
+  ];
+  const text = (name, value) => `${name}: ${JSON.stringify(value)}`;
+  if (state.view === "compare")
+    return command("compare", entry.run, state.entries[state.other].run);
+  const asked = entry.queries[query];
+  if (entry.own && !entry.searched)
+    return command("own", entry.dataset, ...(asked ? ["--query", data.names[asked.image]] : []));
+  if (state.view === "overview" || !asked) return command("report", entry.run);
+  const lines = [text("run_dir", entry.run)];
+  if (entry.searched) {
+    lines.push(text("query_image", data.names[asked.image]));
+    if (asked.box) lines.push(`query_box: [${asked.box.join(", ")}]`);
+  } else lines.push(text("dataset", entry.dataset), `query_index: ${query}`);
+  const index = state.view === "pair" && data.indices[state.image];
+  if (Number.isInteger(index)) lines.push(`image_index: ${index}`);
+  const turned =
+    state.view === "pair" ? Object.keys(knobs).filter((name) => name !== "hidden") : [];
+  for (const name of turned) lines.push(text(SETTINGS[name] ?? name, knobs[name]));
+  const notebooks = entry.searched
+    ? "notebook 08"
+    : turned.length
+      ? "notebooks 06 and 07"
+      : "notebook 07";
+  return [`For ${notebooks}, as a params file or by -p NAME VALUE:`, lines];
+}
+
 function parametersButton(state) {
-  const lines = [`run_dir: ${JSON.stringify(state.entry.run)}`];
-  lines.push(`dataset: ${JSON.stringify(state.entry.dataset)}`);
-  lines.push(`query_index: ${state.query}`);
-  const pair = state.image === null ? null : state.entry.pair(state.query, state.image);
-  if (state.entry.searched) {
-    const { image, box } = state.entry.queries[0];
-    lines.splice(1, 2, `query_image: ${JSON.stringify(state.data.names[image])}`);
-    if (box) lines.push(`query_box: [${box.join(", ")}]`);
-  }
-  if (pair) lines.push(`image_index: ${pair.index}`);
   return button("copy as parameters", () => {
+    const [title, lines] = reproduction(state);
     const text = element("textarea", {
       readOnly: true,
       rows: lines.length,
@@ -532,11 +601,7 @@ function parametersButton(state) {
     const dialog = element(
       "dialog",
       { class: "vitgal-dialog", "aria-label": "parameters", onclose: () => dialog.remove() },
-      element(
-        "p",
-        {},
-        `For notebook ${state.entry.searched ? "08" : "07"}, as a params file or by -p NAME VALUE:`,
-      ),
+      element("p", {}, title),
       text,
       button("close", () => dialog.close()),
     );
@@ -571,6 +636,20 @@ function brush(node, moved, ended) {
     start = null;
     ended(x1 - x0 + (y1 - y0) < 6 ? null : [x0, y0, x1, y1], [x0, y0]);
   });
+}
+
+// Shows a hint beside the pointer, on the side that has more room.
+function placeHint(hint, { clientX, clientY }) {
+  const { left, top, width, height } = hint.parentElement.getBoundingClientRect();
+  const [x, y] = [clientX - left, clientY - top];
+  const [right, low] = [x > width / 2, y > height / 2];
+  Object.assign(hint.style, {
+    left: right ? "auto" : `${x + 14}px`,
+    right: right ? `${width - x + 14}px` : "auto",
+    top: low ? "auto" : `${y}px`,
+    bottom: low ? `${height - y}px` : "auto",
+  });
+  hint.hidden = false;
 }
 
 // ---------------------------------------------------------------- overview
@@ -665,11 +744,11 @@ function ownOverview(state) {
 function selectionLine(state) {
   const total = state.entry.queries.length;
   if (!state.chosen && !state.region)
-    return element("p", {}, `${total} queries; drag in the plots to select some.`);
+    return element("p", {}, `${total} queries; drag in a plot or over rows to select some.`);
   const parts = [];
   if (state.chosen) parts.push(`${state.chosen.length} of ${total} queries`);
   if (state.region) parts.push(`${state.region.size} images of the map`);
-  const clear = button("show all", () => state.set({ chosen: null, region: null }));
+  const clear = button("show all", () => state.set({ chosen: null, area: null }));
   return element("p", {}, `Selected: ${parts.join(", ")}. `, clear);
 }
 
@@ -752,11 +831,11 @@ function scatter(state) {
       cy: place(1 - after),
       r: query === state.query ? 6 : 4,
       class: query === state.query ? "dot current" : shade(query),
-      onpointerenter: () => {
+      onpointerenter: (event) => {
         const name = state.data.names[entry.queries[query].image];
         const numbers = entry.reranked ? `${percent(before)} → ${percent(after)}` : percent(after);
         hint.replaceChildren(picture(state, entry.queries[query].image), `${name}: AP ${numbers}`);
-        hint.hidden = false;
+        placeHint(hint, event);
       },
       onpointerleave: () => (hint.hidden = true),
     });
@@ -787,7 +866,7 @@ function scatter(state) {
       const chosen = dots.filter(
         (dot) => within(place(dot.before), x0, x1) && within(place(1 - dot.after), y0, y1),
       );
-      state.set({ chosen: chosen.map(({ query }) => query).sort((a, b) => a - b) });
+      state.set({ chosen: rising(chosen.map(({ query }) => query)) });
     },
   );
   return element("div", { class: "plot" }, chart, hint);
@@ -822,7 +901,10 @@ function descriptorMap(state) {
       const label = isQuery ? "query" : entry.label(state.query, images[index]);
       const plain = label === "negative";
       const current = isQuery && index === state.query;
-      context.globalAlpha = state.region && !isQuery && !state.region.has(images[index]) ? 0.2 : 1;
+      const out = isQuery
+        ? state.chosen && !state.chosen.includes(index)
+        : state.region && !state.region.has(images[index]);
+      context.globalAlpha = out ? 0.2 : 1;
       context.fillStyle = plain ? "#B5B5B5" : COLOURS[label];
       context.beginPath();
       context.arc(x, y, current ? 7 : isQuery ? 4 : plain ? 2 : 4.5, 0, 2 * Math.PI);
@@ -854,18 +936,13 @@ function descriptorMap(state) {
     (area, start) => {
       if (!area) {
         const index = nearest(...start.map((side) => side * scale()));
-        if (index < 0) state.set({ region: null, chosen: null });
+        if (index < 0) state.set({ area: null, chosen: null });
         else if (index < queries) state.set({ query: index, view: "ranking", image: null });
         else state.set({ image: images[index], view: "pair" });
         return;
       }
-      const [x0, y0, x1, y1] = area.map((side) => side * scale());
-      const inside = images
-        .map((_, index) => place(index))
-        .map(([x, y]) => x >= x0 && x <= x1 && y >= y0 && y <= y1);
-      const region = new Set(images.filter((_, index) => inside[index] && index >= queries));
-      const chosen = entry.queries.map((_, index) => index).filter((index) => inside[index]);
-      state.set({ region, chosen: chosen.length ? chosen : null });
+      const sides = area.map((side) => Number(((side * scale() - 12) / (size - 24)).toFixed(3)));
+      state.set({ area: sides, chosen: entry.within(sides).queries });
     },
   );
   canvas.addEventListener("pointermove", (event) => {
@@ -875,8 +952,9 @@ function descriptorMap(state) {
       (event.clientY - box.top) * scale(),
     );
     hint.hidden = index < 0;
-    if (index >= 0)
-      hint.replaceChildren(picture(state, images[index]), state.data.names[images[index]]);
+    if (index < 0) return;
+    hint.replaceChildren(picture(state, images[index]), state.data.names[images[index]]);
+    placeHint(hint, event);
   });
   canvas.addEventListener("pointerleave", () => (hint.hidden = true));
   draw(null);
@@ -888,7 +966,8 @@ function descriptorMap(state) {
   return element("div", { class: "plot" }, canvas, hint, element("p", { class: "small" }, text));
 }
 
-function queryTable(state) {
+// The columns of the table of queries, each a name and a function of a query, and its order of all.
+function columnsAndOrder(state) {
   const { entry, protocol, sorting } = state;
   const best = (query) => entry.queries[query].after[protocol][0];
   const ownColumns = [
@@ -921,14 +1000,21 @@ function queryTable(state) {
         ],
         ["last positive at rank", (query) => entry.queries[query].worst[protocol]?.[2] ?? null],
       ];
-  const queries = [...(state.chosen ?? entry.queries.keys())];
+  const order = [...entry.queries.keys()];
   if (sorting.column !== null && sorting.column < columns.length) {
     const value = columns[sorting.column][1];
     const sign = sorting.falling ? -1 : 1;
     const compare = (a, b) =>
       typeof a === "string" ? a.localeCompare(b) : (a ?? Infinity) - (b ?? Infinity);
-    queries.sort((a, b) => sign * compare(value(a), value(b)));
+    order.sort((a, b) => sign * compare(value(a), value(b)));
   }
+  return { columns, order };
+}
+
+function queryTable(state) {
+  const { entry, sorting } = state;
+  const { columns, order } = columnsAndOrder(state);
+  const queries = order.filter((query) => !state.chosen || state.chosen.includes(query));
   const head = columns.map(([name], index) =>
     button(name + (sorting.column === index ? (sorting.falling ? " ▼" : " ▲") : ""), () => {
       Object.assign(sorting, {
@@ -963,7 +1049,35 @@ function queryTable(state) {
     if (query === state.query) line.className = "current";
     return line;
   });
-  return element("div", { class: "scroll" }, table(head, rows, { class: "queries" }));
+  const whole = table(head, rows, { class: "queries" });
+  brushRows(whole.tBodies[0], (first, last) =>
+    state.set({ chosen: rising(queries.slice(first, last + 1)) }),
+  );
+  return element("div", { class: "scroll" }, whole);
+}
+
+// Reports the first and the last of several rows that the mouse is drawn over.
+function brushRows(body, ended) {
+  let start = null;
+  const span = (event) => {
+    const row = event.target.closest?.("tr");
+    return row && start !== null ? rising([start, row.sectionRowIndex]) : [1, 0];
+  };
+  body.addEventListener("pointerdown", (event) => {
+    start = event.target.closest("tr").sectionRowIndex;
+  });
+  body.addEventListener("pointerover", (event) => {
+    if (!event.buttons) start = null;
+    const [first, last] = span(event);
+    [...body.rows].forEach((row, index) =>
+      row.classList.toggle("brushed", first < last && index >= first && index <= last),
+    );
+  });
+  body.addEventListener("pointerup", (event) => {
+    const [first, last] = span(event);
+    start = null;
+    if (first < last) ended(first, last);
+  });
 }
 
 // ---------------------------------------------------------------- ranking
@@ -1009,8 +1123,7 @@ function ranking(state) {
         { class: "filters", role: "group", "aria-label": "labels that are shown" },
         ...(entry.own ? [] : filters),
       ),
-      entry.own ? null : selectionLine(state),
-      entry.own ? null : parametersButton(state),
+      state.chosen || state.region ? selectionLine(state) : null,
     ),
     element(
       "div",
@@ -1098,38 +1211,42 @@ function boxedQuery(state, image, box) {
 }
 
 // after: whether the tile belongs to the reranked ranking; null: to neighbours, without numbers.
-function tile(state, { image, label, ignored, rank }, after) {
-  const similarity = state.entry.similarity(state.query, image);
-  const inliers = state.entry.inliers(state.query, image);
-  let numbers = "";
-  if (after && inliers !== null) numbers = `${inliers} inliers`;
-  if (after === false && similarity !== null) numbers = similarity.toFixed(3);
-  const place = rank === null ? "ignored" : `${rank}`;
-  const name = `${state.data.names[image]}, ${label}, ${rank === null ? "ignored" : `rank ${rank}`}, ${numbers}`;
-  const stored = state.entry.pair(state.query, image) ? " stored" : "";
-  const { own } = state.entry;
-  const shows = own && after ? whole(state.entry.probability(state.query, image)) : null;
-  const kind = `tile ${own && label === "negative" ? "junk" : label}${ignored ? " ignored" : ""}${image === state.image ? " current" : ""}${stored}`;
+function tile(state, { image, label, ignored, rank }, after = false, entry = state.entry) {
+  const { query } = state;
+  const similarity = entry.similarity(query, image)?.toFixed(3);
+  const inliers = entry.inliers(query, image);
+  const shows = whole(entry.probability(query, image));
+  const second = inliers === null || after === null ? [] : [`${inliers} inliers`, shows];
+  const numbers = after === null ? [] : [similarity, ...second].filter(Boolean);
+  const place = rank === null ? "ignored" : `rank ${rank}`;
+  const frame = entry.own && label === "negative" ? "junk" : label;
+  const states = { ignored, current: image === state.image, stored: entry.pair(query, image) };
   return element(
     "button",
     {
       type: "button",
-      class: kind,
+      class: ["tile", frame, ...Object.keys(states).filter((name) => states[name])].join(" "),
+      style: growing(state, image),
       title: state.data.names[image],
-      "aria-label": name,
-      onclick: (event) =>
-        state.set(
-          event.shiftKey
-            ? { image, asked: image }
-            : { image, after: after ?? state.after, view: "pair" },
-        ),
+      "aria-label": [
+        state.data.names[image],
+        ...(entry.own ? [] : [label]),
+        place,
+        ...numbers,
+      ].join(", "),
+      onclick: (event) => {
+        const changes = { number: entry.number, image };
+        if (!event.shiftKey) state.set({ ...changes, after: after ?? state.after, view: "pair" });
+        else if (entry.searched) search(state, { kind: "search", image, box: null });
+        else state.set({ ...changes, asked: image, view: "ranking" });
+      },
     },
     picture(state, image),
     element(
       "span",
       { class: "caption" },
-      own ? null : element("b", { class: label }, LETTERS[label]),
-      ` ${place}  ${numbers}${shows ? `  ${shows}` : ""}`,
+      entry.own ? null : element("b", { class: label }, LETTERS[label]),
+      ` ${rank ?? place}  ${(after !== null && similarity) || ""}\n${second.join("  ")}`.trimEnd(),
     ),
   );
 }
@@ -1369,8 +1486,20 @@ class PairCanvas {
     });
     this.canvas.addEventListener("keydown", (event) => {
       if (event.key === "Escape" && this.endPatch()) event.stopPropagation();
+      const middle = [this.width / 2, this.canvas.clientHeight / 2];
       const factor = { "+": 1.25, "=": 1.25, "-": 0.8 }[event.key];
-      if (factor) this.zoom(this.width / 2, this.canvas.clientHeight / 2, factor);
+      if (factor) this.zoom(...middle, factor);
+      const shift = {
+        ArrowLeft: [40, 0],
+        ArrowRight: [-40, 0],
+        ArrowUp: [0, 40],
+        ArrowDown: [0, -40],
+      };
+      if (event.key === " ") this.click(...middle);
+      else if (event.shiftKey && shift[event.key]) this.pan(middle[0], ...shift[event.key]);
+      else return;
+      event.preventDefault();
+      event.stopPropagation();
     });
   }
 
@@ -1402,7 +1531,10 @@ class PairCanvas {
           chosen.push(index);
           count++;
         }
-    return chosen;
+    return chosen.filter((index) => {
+      const [first, second] = this.ends(index);
+      return first[0] <= this.width && second[0] >= this.width; // each within its half
+    });
   }
 
   ends(index) {
@@ -1505,15 +1637,11 @@ class PairCanvas {
       this.drawWarped(context);
       return;
     }
-    for (const side of [0, 1]) {
-      context.save();
-      context.beginPath();
-      context.rect(side * this.width, 0, this.width, this.canvas.clientHeight);
-      context.clip();
-      this.drawPhotograph(context, side);
-      this.drawOverlay(context, side);
-      context.restore();
-    }
+    for (const side of [0, 1])
+      this.within(context, side, () => {
+        this.drawPhotograph(context, side);
+        this.drawOverlay(context, side);
+      });
     if (this.patch) return;
     if (this.state.display.outline) this.drawOutline(context);
     this.drawMatches(context);
@@ -1554,20 +1682,23 @@ class PairCanvas {
       context.closePath();
       context.stroke();
     };
-    if (this.box) outline(0, this.corners());
+    if (this.box) this.within(context, 0, () => outline(0, this.corners()));
     const homography = this.pair?.homography;
     // Beyond the horizon of the homography a corner has no place in the image.
     const visible = ([x, y]) =>
       (homography[6] * x + homography[7] * y + homography[8]) * homography[8] > 0;
     if (!homography || !this.corners().every(visible)) return;
+    const projected = this.corners().map(([x, y]) => project(homography, x, y));
+    this.within(context, 1, () => outline(1, projected));
+  }
+
+  // Draws inside one half of the canvas only.
+  within(context, side, act) {
     context.save();
     context.beginPath();
-    context.rect(this.width, 0, this.width, this.canvas.clientHeight);
+    context.rect(side * this.width, 0, this.width, this.canvas.clientHeight);
     context.clip();
-    outline(
-      1,
-      this.corners().map(([x, y]) => project(homography, x, y)),
-    );
+    act();
     context.restore();
   }
 
@@ -1679,6 +1810,7 @@ class PairCanvas {
 }
 
 const ESTIMATORS = ["degensac", "magsac", "poselib"];
+const SETTINGS = { method: "matching", max_keypoints: "match_keypoints" }; // where names differ
 const MATCHINGS = ["one_way", "mutual", "ratio", "mutual_ratio"];
 
 // Settings of matching, recomputed by the kernel; turned values stay until the cell is run again.
@@ -1881,7 +2013,6 @@ function pair(state) {
       button("whole (0)", () => view.fit()),
       noteControls(state, image),
       entry.searched ? listButton(state, image) : null,
-      parametersButton(state),
     ),
     view.canvas,
     hint,
@@ -1979,7 +2110,6 @@ function ownPhotographs(state) {
       element("p", { role: "status" }, state.busy ?? ""),
       element("p", {}, verdict),
       pairList(state),
-      parametersButton(state),
     ),
     element(
       "section",
@@ -2022,38 +2152,9 @@ function drawnBox(state, image, box, chosen) {
 }
 
 function ownTile(state, image, index) {
-  const { entry, data } = state;
-  const { similarity } = entry.queries[0];
-  const inliers = entry.inliers(0, image);
-  const shows = whole(entry.probability(0, image));
-  const parts = [`similarity ${similarity[index].toFixed(3)}`];
-  if (inliers !== null) parts.push(`${inliers} inliers`);
-  if (shows) parts.push(`shows it with ${shows}`);
-  return element(
-    "span",
-    { class: "own" },
-    element(
-      "button",
-      {
-        type: "button",
-        class: `tile${image === state.image ? " current" : ""}`,
-        title: data.names[image],
-        "aria-label": `${data.names[image]}, rank ${index + 1}, ${parts.join(", ")}`,
-        onclick: (event) =>
-          event.shiftKey
-            ? search(state, { kind: "search", image, box: null })
-            : state.set({ image, view: "pair" }),
-      },
-      picture(state, image),
-      element(
-        "span",
-        { class: "caption" },
-        element("b", {}, `${index + 1}`),
-        `\n${parts.join("\n")}`,
-      ),
-    ),
-    listButton(state, image),
-  );
+  const item = { image, label: state.entry.label(0, image), ignored: false, rank: index + 1 };
+  const parts = [tile(state, item), listButton(state, image)];
+  return element("span", { class: "own", style: growing(state, image) }, ...parts);
 }
 
 const listed = (state, image) => {
@@ -2095,76 +2196,65 @@ function pairList(state) {
 
 // ---------------------------------------------------------------- compare
 
+// Two runs, or the two stages of one: each side an entry and whether it is reranked.
 function compare(state) {
-  if (state.entries.length < 2)
+  const { entry, protocol, query, data } = state;
+  const sides = state.entries
+    .filter((one) => !one.own && (one !== entry || one.reranked))
+    .map(({ number, title }) => [
+      String(number),
+      number === entry.number ? "its global ranking" : title,
+    ]);
+  if (!sides.length)
     return element("p", {}, "One run is in this page: `vitgal report RUN RUN` compares two.");
-  const { entry, protocol } = state;
-  const other =
-    state.entries[
-      state.other === state.number ? (state.number + 1) % state.entries.length : state.other
-    ];
-  const select = element(
-    "select",
-    {
-      "aria-label": "the run to compare with",
-      onchange: () => state.set({ other: Number(select.value) }),
-    },
-    ...state.entries
-      .filter(({ number }) => number !== state.number)
-      .map(({ number, title }) =>
-        element("option", { value: number, selected: number === other.number }, title),
-      ),
+  const known = sides.some(([number]) => number === String(state.other));
+  const other = state.entries[known ? state.other : Number(sides[0][0])];
+  const select = choice("what to compare with", [sides, String(other.number)], (number) =>
+    state.set({ other: Number(number) }),
   );
   const head = element("p", {}, `${entry.title} (shown in the other views) against `, select);
-  const found = state.data.comparisons.find(
-    ({ first, second }) =>
-      [first, second].includes(entry.number) && [first, second].includes(other.number),
-  );
-  if (!found || found.reason)
-    return element(
-      "div",
-      {},
-      head,
-      element(
-        "p",
-        {},
-        found?.reason ??
-          "The two were made on different data sets: their scores cannot be compared.",
-      ),
-    );
-  const settings = [new Map(entry.settings), new Map(other.settings)];
-  const names = [...new Set([...settings[0].keys(), ...settings[1].keys()])];
+  // In the order of the tests' sentences.
+  const pair = [entry, other].sort((a, b) => a.number - b.number);
+  const stages = entry === other;
+  const found = stages
+    ? { tests: entry.tests }
+    : data.comparisons.find(
+        ({ first, second }) => first === pair[0].number && second === pair[1].number,
+      );
+  if (!found || found.reason || !entry.queries.length) {
+    const reason = found
+      ? (found.reason ?? "This run has no query.")
+      : "The two were made on different data sets: their scores cannot be compared.";
+    return element("div", {}, head, element("p", {}, reason));
+  }
+  const titles = stages ? ["global", "reranked"] : pair.map(({ title }) => title);
+  const settings = pair.map((one) => new Map(one.settings));
+  const names = [...new Set(settings.flatMap((values) => [...values.keys()]))];
   const differing = names.filter((name) => settings[0].get(name) !== settings[1].get(name));
-  const titles = [entry.title, other.title];
+  const last = (one, side) => one.stages[stages ? side : one.stages.length - 1];
   const changes = entry.queries
-    .map((_, query) => ({ query, a: entry.last(protocol, query), b: other.last(protocol, query) }))
-    .filter(({ a, b }) => a !== null && b !== null)
-    .sort((x, y) => Math.abs(y.b - y.a) - Math.abs(x.b - x.a));
-  const rows = changes.map(({ query, a, b }) => {
-    const open = () => state.set({ query });
-    const line = row(
-      button(
-        [
-          picture(state, entry.queries[query].image, { alt: "" }),
-          state.data.names[entry.queries[query].image],
-        ],
-        open,
-        { class: "name" },
-      ),
-      percent(a),
-      percent(b),
-      signed(100 * (b - a)),
-    );
-    if (query === state.query) line.className = "current";
+    .map((_, index) => [
+      index,
+      ...pair.map((one, side) => one.ap(last(one, side), protocol, index)),
+    ])
+    .filter(([, a, b]) => a !== null && b !== null)
+    .sort(([, a, b], [, c, d]) => Math.abs(d - c) - Math.abs(b - a));
+  const rows = changes.map(([index, a, b]) => {
+    const { image } = entry.queries[index];
+    const title = [picture(state, image, { alt: "" }), data.names[image]];
+    const name = button(title, () => state.set({ query: index }), { class: "name" });
+    const line = row(name, percent(a), percent(b), signed(100 * (b - a)));
+    if (index === query) line.className = "current";
     return line;
   });
-  const grids = [entry, other].map((one) => {
-    const items = one.ranking(state.query, protocol, true).slice(0, 24);
-    const tiles = items.map((item) => comparedTile(state, one, item));
+  const grids = pair.map((one, side) => {
+    const after = !stages || side === 1;
+    const items = one.ranking(query, protocol, after).slice(0, 24);
+    const tiles = items.map((item) => tile(state, item, after && one.reranked, one));
     return element(
       "section",
       {},
-      element("h3", {}, one.title),
+      element("h3", {}, titles[side]),
       element("div", { class: "grid" }, ...tiles),
     );
   });
@@ -2178,16 +2268,14 @@ function compare(state) {
           ["setting", ...titles],
           differing.map((name) => row(name, ...settings.map((values) => values.get(name) ?? "–"))),
         )
-      : element("p", {}, "No setting differs."),
+      : element("p", {}, stages ? "One run before and after reranking." : "No setting differs."),
     element("h2", {}, "Scores"),
     table(
       ["", ...titles],
       PROTOCOLS.filter((name) => name in (found.tests ?? {})).map((name) =>
         row(
           capital(name),
-          ...[entry, other].map((one) =>
-            percent(one.scores[one.stages[one.stages.length - 1]][name].map),
-          ),
+          ...pair.map((one, side) => percent(one.scores[last(one, side)][name].map)),
         ),
       ),
     ),
@@ -2200,22 +2288,8 @@ function compare(state) {
       { class: "scroll" },
       table(["query", ...titles, "change"], rows, { class: "queries" }),
     ),
-    element("h2", {}, `Rankings of ${state.data.names[entry.queries[state.query].image]}`),
+    element("h2", {}, `Rankings of ${data.names[entry.queries[query].image]}`),
     ...grids,
-  );
-}
-
-function comparedTile(state, entry, { image, label, ignored, rank }) {
-  return element(
-    "span",
-    { class: `tile ${label}${ignored ? " ignored" : ""}`, title: state.data.names[image] },
-    picture(state, image),
-    element(
-      "span",
-      { class: "caption" },
-      element("b", { class: label }, LETTERS[label]),
-      ` ${rank ?? "ignored"}`,
-    ),
   );
 }
 
@@ -2233,7 +2307,7 @@ function header(state) {
           image: null,
           asked: null,
           chosen: null,
-          region: null,
+          area: null,
         }),
     },
     ...state.entries.map(({ number, title }) =>
@@ -2260,6 +2334,7 @@ function header(state) {
     protocols.length
       ? element("span", { role: "group", "aria-label": "protocol" }, ...protocols)
       : null,
+    parametersButton(state),
     button("notes.json", () => state.notes.download(), { title: "save stars and notes" }),
     button("?", help, { "aria-label": "keys" }),
   );
@@ -2293,16 +2368,18 @@ function onKey(state, event) {
     ranking: "overview",
     compare: "overview",
   };
+  const grows = event.shiftKey && state.view === "overview";
+  const turn = (step) => (grows ? state.extend(step) : state.step(step, 0));
   const actions = {
-    ArrowUp: () => state.step(-1, 0),
-    ArrowDown: () => state.step(1, 0),
+    ArrowUp: () => turn(-1),
+    ArrowDown: () => turn(1),
     ArrowLeft: () => state.step(0, -1),
     ArrowRight: () => state.step(0, 1),
     Enter: () => state.set({ view: "pair" }),
     Escape: () =>
       back[state.view]
         ? state.set({ view: back[state.view] })
-        : state.set({ chosen: null, region: null }),
+        : state.set({ chosen: null, area: null }),
     a: () => state.entry.searched && toggleListed(state, state.image),
     p: () => {
       const names = state.entry.protocols();
