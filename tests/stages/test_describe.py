@@ -73,6 +73,8 @@ def test_paths_in_the_run_and_in_the_checkout_survive_a_move(run, benchmark, wei
     small = runs.checkout() / runs.SMALL_WEIGHTS
     recorded = runs.read_stage(evaluate(run, own, small), "")["recorded"]
     assert recorded["dataset_dir"] is None and recorded["weights"] == runs.SMALL_WEIGHTS
+    facts = [recorded[name] for name in ("architecture", "patch", "class_token")]
+    assert facts == ["timm:tf_efficientnet_lite0", 32, "gem"]  # for the diagram
 
 
 def test_twice_the_same_bytes(run, benchmark, weight_file, finished):

@@ -35,12 +35,14 @@ def test_a_query_is_drawn_on_its_way_with_the_shapes_of_its_network(inspected_ru
         stage.finish(["queries.npy"])
     model = inspected_run / "model.safetensors"
     flow = stages.query_flow(tmp_path / "global", benchmark, model, query=1)
-    image, box, maps, vector = flow
+    image, box, maps, vector, patch = flow
     assert image.shape == (96, 128, 3) and box.tolist() == [0, 0, 128, 96]
     assert maps["tokens"][0].shape == (4, 4, 128)  # 64 pixels are 4 patches
-    assert vector == pytest.approx(-descriptor)
+    assert vector == pytest.approx(-descriptor) and patch == 16
     axes = diagrams.flow_figure(*flow)
     notes = [panel.get_xlabel() for panel in axes]
     assert notes[1:3] == ["4 × 4 of 16 × 16 pixels", "4 × 4 × 128, as colours"]
     assert notes[4] == "128 numbers, length 1"
+    coarser = diagrams.flow_figure(image, box, maps, vector, patch=32)
+    assert coarser[1].get_xlabel() == "4 × 4 of 32 × 32 pixels"
     assert stages.query_flow(tmp_path, benchmark, "timm:resnet18", query=0) is None

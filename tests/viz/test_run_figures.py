@@ -88,16 +88,18 @@ def test_queries_that_are_not_there_are_named(capsys):
 
 def test_diagrams_show_the_run_s_own_shapes(failing):
     run, benchmark = failing
-    for weights, words in (
-        (None, {"196 × 8", "197 × 8", "1 × 8"}),
-        ("timm:resnet10t@a.pth", {"resnet10t", "1 × 8", "224 × 224 × 3"}),
+    coarse = {"architecture": "timm:tf_efficientnet_lite0", "patch": 32, "class_token": "gem"}
+    for recorded, words in (
+        ({"weights": None}, {"196 × 8", "197 × 8", "1 × 8", "16 × 16 pixels each"}),
+        ({"weights": "timm:resnet10t@a.pth"}, {"resnet10t", "1 × 8", "224 × 224 × 3"}),
+        (coarse, {"49 × 8", "50 × 8", "32 × 32 pixels each", "the tokens' GeM"}),
     ):
         settings = GlobalSettings(size=224).compared()
         with runs.stage(
             run / "tiny" / "drawn", "global", parameters=settings, inputs={}, overwrite=True
         ) as stage:
             runs.write_array(stage.folder / "database.npy", np.zeros((4, 8), np.float32))
-            stage.finish(["database.npy"], {"weights": weights})
+            stage.finish(["database.npy"], recorded)
         axes = diagrams.global_diagram(run / "tiny" / "drawn")
         assert words <= {label.get_text() for label in axes.texts}
     # The first candidate with features is d, which has 3 of the query's 12: all match.

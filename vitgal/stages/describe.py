@@ -128,6 +128,10 @@ def _describe(
     outputs = write_rankings(stage, dataset, settings, queries, protocol, rows.failures, learnt)
     paths = recorded_paths(run, dataset, model, learnt_from and learnt_from.file)
     counts = {"images": count, "failed": len(rows.failures)}
+    network = describer.model
+    if getattr(network, "on_timm", False):  # for the diagram
+        names = ("architecture", "patch", "class_token")
+        counts |= {name: getattr(network, name) for name in names}
     stage.finish(outputs, describer.recorded() | paths | counts)
     rows.forget()
 

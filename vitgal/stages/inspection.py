@@ -421,12 +421,12 @@ class Inspector:
 
 def query_flow(
     folder: Path, benchmark: RetrievalDataset, source: str | Path, query: int
-) -> tuple[np.ndarray, np.ndarray, dict[str, list[np.ndarray]], np.ndarray] | None:
+) -> tuple[np.ndarray, np.ndarray, dict[str, list[np.ndarray]], np.ndarray, int] | None:
     """Computes what `viz.flow_figure` draws of a query, by one pass of the network.
 
     folder: the finished global stage. source: its model. The box is squashed to a square. Returns
-    the photograph (H, W, 3), its box, the maps of `training.token_maps` and the descriptor (D,);
-    None for networks that are not ViTGaL's, whose tokens need not lie on a grid.
+    the photograph (H, W, 3), its box, the maps of `training.token_maps`, the descriptor (D,) and a
+    patch's side; None for networks that are not ViTGaL's, whose tokens need not lie on a grid.
     """
     from vitgal import training
     from vitgal.models.weights import load_model
@@ -440,5 +440,6 @@ def query_flow(
     if settings.crop_queries:
         box = benchmark.ground_truth.boxes[query].clip(0, box[[2, 3, 2, 3]]).astype(int)
     x0, y0, x1, y1 = box
-    maps = training.token_maps(load_model(source), [image[y0:y1, x0:x1]], size=settings.size)
-    return image, box, maps, map_array(folder / "queries.npy")[query]
+    model = load_model(source)
+    maps = training.token_maps(model, [image[y0:y1, x0:x1]], size=settings.size)
+    return image, box, maps, map_array(folder / "queries.npy")[query], model.patch

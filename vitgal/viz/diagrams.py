@@ -93,15 +93,20 @@ def global_diagram(folder: Path) -> Axes:
     """
     manifest = runs.read_stage(folder, "04_global_evaluation")
     settings = GlobalSettings.from_manifest(manifest["parameters"])
-    network = manifest["recorded"].get("weights") or ""
+    recorded = manifest["recorded"]
+    network, patch = recorded.get("weights") or "", recorded.get("patch", 16)
+    trunk, note = "XCiT, 12 or 24 blocks", "cross-covariance attention"
+    if "architecture" in recorded:
+        trunk, note = recorded["architecture"].removeprefix(runs.TIMM), "of timm"
+    joining = "the tokens' GeM" if recorded.get("class_token") == "gem" else "learnt"
     images, dimension = map_array(folder / "database.npy").shape
-    size, patches = settings.size, (settings.size // 16) ** 2
+    size, patches = settings.size, (settings.size // patch) ** 2
     tokens, mean = f"{patches} × {dimension}", f"mean of {len(settings.scales)} scale(s)"
     inner = [
-        ("patches", tokens, "16 × 16 pixels each"),
-        ("XCiT, 12 or 24 blocks", tokens, "cross-covariance attention"),
+        ("patches", tokens, f"{patch} × {patch} pixels each"),
+        (trunk, tokens, note),
         ("multi-atrous", tokens, "five dilations and the mean"),
-        ("class token joins", f"{patches + 1} × {dimension}", "learnt"),
+        ("class token joins", f"{patches + 1} × {dimension}", joining),
         ("class attention, twice", f"1 × {dimension}", "the token looks at the patches"),
     ]
     if network.startswith(runs.TIMM):
@@ -125,12 +130,14 @@ def flow_figure(
     box: Sequence[float] | None,
     maps: Mapping[str, Sequence[np.ndarray]],
     descriptor: np.ndarray,
+    patch: int = 16,
 ) -> np.ndarray:
     """Draws one photograph's way to its descriptor: patches, tokens, attention, vector.
 
     image: the photograph. box: its part that the network sees (x0, y0, x1, y1), in pixels; None:
-    all. maps: `training.token_maps` of that part alone. descriptor: (D,). Tokens are coloured by
-    their first three principal components. Returns the axes, shape (5,).
+    all. maps: `training.token_maps` of that part alone. descriptor: (D,). patch: its side in pixels
+    of the network's input. Tokens are coloured by their first three principal components. Returns
+    the axes, shape (5,).
     """
     picture = read_pixels(image)
     x0, y0, x1, y1 = (int(v) for v in box) if box is not None else (0, 0, *picture.shape[1::-1])
@@ -153,7 +160,7 @@ def flow_figure(
     shape = f"{rows} × {columns}"
     captions = (
         ("photograph", "and the query's box"),
-        ("patches", f"{shape} of 16 × 16 pixels"),
+        ("patches", f"{shape} of {patch} × {patch} pixels"),
         ("tokens", f"{shape} × {width}, as colours"),
         ("attention", "of the class token"),
         ("descriptor", f"{len(descriptor)} numbers, length 1"),
