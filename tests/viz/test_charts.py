@@ -45,7 +45,7 @@ def test_training_curves_show_the_logged_values():
     assert panels[0].get_xlabel() == "step"
     schedule = charts.training_curves(pd.DataFrame({"epoch": [0, 1, 2], "lr": [0.1, 0.2, 0.1]}))
     assert [panel.get_xlabel() for panel in schedule] == ["epoch"]
-    assert schedule[0].lines[0].get_xdata().tolist() == [0, 1, 2]
+    assert schedule[0].lines[0].get_xdata().tolist() == [1, 2, 3]  # epochs that are over
     both = charts.training_curves(log().assign(epoch=[0, 0, 1]))  # 15 steps an epoch
     assert both[0].get_xlabel() == "epoch"
     assert both[0].lines[0].get_xdata() == pytest.approx([10 / 15, 20 / 15, 2])

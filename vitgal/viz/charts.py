@@ -164,7 +164,7 @@ def _positions(log: pd.DataFrame) -> np.ndarray:
         return log["step"].to_numpy(float)
     epochs = log["epoch"].to_numpy(float)
     if "step" not in log or not len(log):
-        return epochs
+        return epochs + 1
     steps = log["step"].to_numpy(float)
     an_epoch = steps.max() / (epochs.max() + 1)
     return steps / an_epoch if an_epoch else epochs
