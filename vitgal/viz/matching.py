@@ -95,7 +95,10 @@ def sky(image: np.ndarray) -> np.ndarray:
 
 
 def patch_squares(features: LocalFeatures) -> list[Rectangle]:
-    """Returns the square of pixels of the photograph that each feature covers, as rectangles."""
+    """Returns each feature's patch of 16 pixels on the photograph, as rectangles.
+
+    Of a network with coarser tokens it is the middle of the patch.
+    """
     x0, y0, x1, y1 = features.box
     height, width = features.input_size
     ratio = np.array([(x1 - x0) / width, (y1 - y0) / height])
