@@ -86,7 +86,7 @@ def write_instrument(app: Sphinx) -> None:
     """Writes the page of the demo run beside the site, where that run exists."""
     run = runs.run_folder("demo")
     if app.builder.format == "html" and list(run.glob("*/global/scores.json")):
-        write_report([run], Path(app.outdir, "instrument"), progress=False)
+        write_report([run], Path(app.outdir, "instrument"))
 
 
 def show_instrument(app: Sphinx, page: str, template: str, context: dict, tree: object) -> None:

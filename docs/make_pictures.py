@@ -93,7 +93,7 @@ def draw_instrument(
     query, image = pair
     name = benchmark.database[image]
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as engine:
-        page = viz.write_report([run], Path(scratch) / "report", progress=False)
+        page = viz.write_report([run], Path(scratch) / "report")
         browser = engine.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )

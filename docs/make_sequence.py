@@ -51,7 +51,7 @@ def free_query(
     Of such queries the one with most inliers on a hard image is taken.
     """
     folder, truth = run / "demo" / "rerank", benchmark.ground_truth
-    document, _ = run_document([run], ranks=SHOWN, progress=False)
+    document, _ = run_document([run], ranks=SHOWN)
     names, pairs = document["names"], []
     for query, entry in enumerate(document["entries"][0]["queries"]):
         shown = {names[image] for image in [*entry["before"], *entry["after"]["hard"]]}
@@ -69,7 +69,7 @@ def draw_sequence(run: Path, query: int, name: str, target: Path) -> None:
     """Writes the views of the page one after the other as an animated GIF."""
     frames = []
     with tempfile.TemporaryDirectory() as scratch, sync_playwright() as engine:
-        page = viz.write_report([run], Path(scratch) / "report", ranks=SHOWN, progress=False)
+        page = viz.write_report([run], Path(scratch) / "report", ranks=SHOWN)
         browser = engine.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )

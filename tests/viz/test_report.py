@@ -42,7 +42,7 @@ def names(document: dict, images: list[int]) -> list[str]:
 
 
 def test_the_document_holds_rankings_labels_and_ranks(run):
-    document, images = run_document([run], progress=False)
+    document, images = run_document([run])
     (entry,) = document["entries"]
     query = entry["queries"][0]
     order = np.argsort(-SIMILARITIES[0])
@@ -59,7 +59,7 @@ def test_the_document_holds_rankings_labels_and_ranks(run):
 
 
 def test_a_pair_has_its_matches_in_pixels_of_the_photographs(run):
-    document, _ = run_document([run], progress=False)
+    document, _ = run_document([run])
     query = document["entries"][0]["queries"][0]
     (pair,) = [pair for pair in query["pairs"] if document["indices"][pair["image"]] == 1]
     assert (pair["matches"], sum(pair["inlier"])) == (30, 30)
@@ -77,7 +77,7 @@ def test_a_pair_has_its_matches_in_pixels_of_the_photographs(run):
 
 
 def test_neighbours_are_the_database_images_of_nearest_descriptors(run):
-    document, _ = run_document([run], progress=False)
+    document, _ = run_document([run])
     entry = document["entries"][0]
     rows = np.load(run / "tiny" / "global" / "database.npy")
     products = rows @ rows.T
@@ -91,7 +91,7 @@ def test_neighbours_are_the_database_images_of_nearest_descriptors(run):
 def test_a_run_without_reranking_has_its_global_ranking_alone(own):
     shutil.rmtree(own / "tiny" / "rerank")
     shutil.rmtree(own / "tiny" / "local")
-    (entry,) = run_document([own], progress=False)[0]["entries"]
+    (entry,) = run_document([own])[0]["entries"]
     assert list(entry["scores"]) == ["global"]
     assert entry["tests"] == {}
     assert (entry["queries"][0]["after"], entry["queries"][0]["pairs"]) == ({}, [])
@@ -99,7 +99,7 @@ def test_a_run_without_reranking_has_its_global_ranking_alone(own):
 
 def test_a_run_whose_local_features_were_removed_has_its_rankings(own):
     shutil.rmtree(own / "tiny" / "local")
-    (entry,) = run_document([own], progress=False)[0]["entries"]
+    (entry,) = run_document([own])[0]["entries"]
     assert list(entry["scores"]) == ["global", "reranked"] and entry["features"] is None
     assert [query["pairs"] for query in entry["queries"]] == [[], []]
     assert max(entry["queries"][0]["inliers"]) == 30
@@ -115,7 +115,7 @@ def test_runs_of_different_data_sets_are_not_compared(run, own):
     evaluate_descriptors(
         other, revisited.open_dataset("other", data), GlobalSettings(top=6), descriptors=described
     )
-    document, _ = run_document([run, other], progress=False)
+    document, _ = run_document([run, other])
     assert [entry["dataset"] for entry in document["entries"]] == ["tiny", "other"]
     (comparison,) = document["comparisons"]
     assert "tests" not in comparison and "tiny" in comparison["reason"]
@@ -146,7 +146,7 @@ def test_names_of_any_kind_are_data_of_the_page(tmp_path):
 
 def test_two_runs_on_one_data_set_are_compared(run, own):
     shutil.rmtree(own / "tiny" / "rerank")
-    document, _ = run_document([run, own], progress=False)
+    document, _ = run_document([run, own])
     (comparison,) = document["comparisons"]
     assert comparison["tests"].keys() >= {"easy", "medium", "hard"}
     # Each file is shown once; both runs' images are their own.
@@ -172,7 +172,7 @@ def test_the_map_keeps_two_groups_apart_and_is_the_same_each_time():
 
 
 def test_the_page_stands_alone_and_names_stay_text(run, tmp_path):
-    page = report.write_report([run], tmp_path / "page", progress=False)
+    page = report.write_report([run], tmp_path / "page")
     text = page.read_text()
     assert text.count("</script>") == 2
     assert "<img src=x" not in text
@@ -181,12 +181,12 @@ def test_the_page_stands_alone_and_names_stay_text(run, tmp_path):
     assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", text)
     for address in [*data["thumbs"], *data["photos"].values()]:
         assert (page.parent / address).read_bytes()[:2] == b"\xff\xd8"
-    again = report.write_report([run], tmp_path / "page", progress=False)
+    again = report.write_report([run], tmp_path / "page")
     assert again.read_text() == text
 
 
 def test_one_file_holds_all(run, tmp_path):
-    page = report.write_report([run], tmp_path / "page", single_file=True, progress=False)
+    page = report.write_report([run], tmp_path / "page", single_file=True)
     data = json.loads(re.search(r'id="document">(.*?)</script>', page.read_text(), re.DOTALL)[1])
     assert all(address.startswith("data:image/jpeg;base64,") for address in data["thumbs"])
     assert [path.name for path in page.parent.rglob("*.jpg")] == []
@@ -194,7 +194,7 @@ def test_one_file_holds_all(run, tmp_path):
 
 def test_a_photograph_that_cannot_be_read_is_left_out(own):
     (own.parent / "data" / "jpg" / "e.jpg").write_bytes(b"no photograph")
-    page = report.write_report([own], progress=False)
+    page = report.write_report([own])
     assert page == own / "report" / "index.html"
     data = json.loads(re.search(r'id="document">(.*?)</script>', page.read_text(), re.DOTALL)[1])
     number = data["names"].index("e")
@@ -204,12 +204,12 @@ def test_a_photograph_that_cannot_be_read_is_left_out(own):
 def test_files_of_others_are_not_overwritten(run, tmp_path):
     (tmp_path / "index.html").write_text("<p>mine</p>")
     with pytest.raises(runs.StageError, match="no part of a report"):
-        report.write_report([run], tmp_path, progress=False)
+        report.write_report([run], tmp_path)
     assert (tmp_path / "index.html").read_text() == "<p>mine</p>"
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "target")
     with pytest.raises(runs.PathError):
-        report.write_report([run], tmp_path / "link", progress=False)
+        report.write_report([run], tmp_path / "link")
 
 
 def test_the_command_writes_the_page(run, tmp_path, capsys):
@@ -257,7 +257,7 @@ def parameters(page) -> str:
 @pytest.mark.slow
 def test_the_page_in_a_browser(run, own, browser, tmp_path):
     shutil.rmtree(own / "tiny" / "rerank")
-    path = report.write_report([run, own], tmp_path / "page", progress=False)
+    path = report.write_report([run, own], tmp_path / "page")
     view = Page(browser, path)
     page = view.page
     assert page.locator("table.queries tbody tr").count() == 2
@@ -361,7 +361,7 @@ def test_the_page_in_a_browser(run, own, browser, tmp_path):
 
 @pytest.fixture(scope="module")
 def document(run) -> dict:
-    document, images = run_document([run], progress=False)
+    document, images = run_document([run])
     return document | {"thumbs": [None] * len(images.paths), "photos": {}}
 
 
@@ -399,7 +399,7 @@ def test_a_page_of_one_query_or_none(document, browser, tmp_path, count):
 def test_a_page_without_reranking_has_every_view(own, browser, tmp_path):
     shutil.rmtree(own / "tiny" / "rerank")
     shutil.rmtree(own / "tiny" / "local")
-    view = Page(browser, report.write_report([own], tmp_path / "page", progress=False))
+    view = Page(browser, report.write_report([own], tmp_path / "page"))
     words = {"1": "AP", "2": "Global ranking", "3": "are not stored in the page", "4": "One run"}
     for key, word in words.items():
         view.page.keyboard.press(key)
@@ -433,7 +433,7 @@ def test_the_page_of_runs_of_different_data_sets_says_why_it_compares_nothing(
 
 @pytest.mark.slow
 def test_the_page_of_the_demo(finished_run, browser, tmp_path):
-    path = report.write_report([finished_run], tmp_path / "page", progress=False)
+    path = report.write_report([finished_run], tmp_path / "page")
     assert sum(file.stat().st_size for file in path.parent.rglob("*.*")) < 15_000_000
     view = Page(browser, path)
     for key in "234":

@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     options = _parser().parse_args(arguments)
     try:
-        return options.command(options)
+        return options.command(options) or 0
     except KeyboardInterrupt:
         say("\nvitgal: interrupted", sys.stderr)
         return 130
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 Commands = argparse._SubParsersAction  # argparse has no public name for it
-Command = Callable[[argparse.Namespace], int]
+Command = Callable[[argparse.Namespace], int | None]  # its exit status, if not 0
 
 
 def _add(commands: Commands, name: str, about: str, command: Command) -> argparse.ArgumentParser:
@@ -120,7 +120,7 @@ def _add_run(commands: Commands) -> None:
     _add_overrides(run, relative, "the run folder")
 
 
-def _run(options: argparse.Namespace) -> int:
+def _run(options: argparse.Namespace) -> None:
     from vitgal.app import pipeline, summary
 
     folder = pipeline.run(
@@ -132,7 +132,6 @@ def _run(options: argparse.Namespace) -> int:
         output=options.output,
     )
     say(summary.summary(folder))
-    return 0
 
 
 def _add_download(commands: Commands) -> None:
@@ -175,7 +174,7 @@ def _add_own(commands: Commands) -> None:
     _add_overrides(own, "another parameter of notebook 08, such as weights", run)
 
 
-def _own(options: argparse.Namespace) -> int:
+def _own(options: argparse.Namespace) -> None:
     from vitgal.app import own, pipeline, summary
 
     overrides, output = dict(options.overrides), options.output
@@ -195,7 +194,6 @@ def _own(options: argparse.Namespace) -> int:
         output=output,
     )
     say("\n".join(lines[-1:] if single else lines))
-    return 0
 
 
 def _add_notebooks(commands: Commands) -> None:
@@ -203,13 +201,12 @@ def _add_notebooks(commands: Commands) -> None:
     notebooks.add_argument("folder", type=Path, nargs="?", default=Path(), metavar="FOLDER")
 
 
-def _notebooks(options: argparse.Namespace) -> int:
+def _notebooks(options: argparse.Namespace) -> None:
     from vitgal.app.layout import lay_out
 
     for path in lay_out(options.folder):
         say(f"kept, it differs from the one that vitgal brings: {path}")
     say(f"notebooks/ and params/ are in {options.folder.absolute()}")
-    return 0
 
 
 def _add_audit(commands: Commands) -> None:
@@ -228,7 +225,7 @@ def _add_description(parser: argparse.ArgumentParser, neighbours: int, count: st
     parser.add_argument("--neighbours", type=int, default=neighbours, metavar=number, help=count)
 
 
-def _audit(options: argparse.Namespace) -> int:
+def _audit(options: argparse.Namespace) -> None:
     from vitgal.app.folder_commands import audit_folders
 
     report = audit_folders(
@@ -240,7 +237,6 @@ def _audit(options: argparse.Namespace) -> int:
         neighbours=options.neighbours,
     )
     say(report)
-    return 0
 
 
 def _add_export(commands: Commands) -> None:
@@ -252,7 +248,7 @@ def _add_export(commands: Commands) -> None:
     _add_description(export, 20, "similar photographs that each is matched with")
 
 
-def _export(options: argparse.Namespace) -> int:
+def _export(options: argparse.Namespace) -> None:
     from vitgal.app.folder_commands import export_folder
 
     report = export_folder(
@@ -263,7 +259,6 @@ def _export(options: argparse.Namespace) -> int:
         neighbours=options.neighbours,
     )
     say(report)
-    return 0
 
 
 def _add_weights(commands: Commands) -> None:
@@ -276,12 +271,11 @@ def _add_weights(commands: Commands) -> None:
     size.add_argument("--int8", action="store_true", help="8 bits: a quarter of the size")
 
 
-def _weights(options: argparse.Namespace) -> int:
+def _weights(options: argparse.Namespace) -> None:
     from vitgal.models.weights import convert
 
     dtype = "int8" if options.int8 else "float16" if options.half else "float32"
     say(convert(options.source, options.target, dtype=dtype))
-    return 0
 
 
 def _add_compare(commands: Commands, level: str) -> None:
@@ -295,7 +289,7 @@ def _add_compare(commands: Commands, level: str) -> None:
     compare.add_argument("--seed", type=int, default=0, metavar="0", help="seed of the resampling")
 
 
-def _compare(options: argparse.Namespace) -> int:
+def _compare(options: argparse.Namespace) -> None:
     from vitgal.evaluation import comparison
 
     results = comparison.compare(options.first, options.second, seed=options.seed)
@@ -306,7 +300,6 @@ def _compare(options: argparse.Namespace) -> int:
     ]
     say("\n\n\n".join(reports))
     say("\np: sign-flip permutation test over landmarks; ~ marks a sample of all flips")
-    return 0
 
 
 def _add_table(commands: Commands, level: str) -> None:
@@ -320,7 +313,7 @@ def _add_table(commands: Commands, level: str) -> None:
     table.add_argument("--seed", type=int, default=0, metavar="0", help="seed of the resampling")
 
 
-def _table(options: argparse.Namespace) -> int:
+def _table(options: argparse.Namespace) -> None:
     from vitgal import evaluation
 
     table = evaluation.system_table(
@@ -330,7 +323,6 @@ def _table(options: argparse.Namespace) -> int:
     for path in options.to:
         for written in evaluation.write_table(table, path):
             say(f"written: {written}")
-    return 0
 
 
 def _add_report(commands: Commands) -> None:
@@ -343,7 +335,7 @@ def _add_report(commands: Commands) -> None:
     report.add_argument("--single-file", action="store_true", help="all images inside index.html")
 
 
-def _report(options: argparse.Namespace) -> int:
+def _report(options: argparse.Namespace) -> None:
     from vitgal.viz.report import write_report
 
     page = write_report(
@@ -354,4 +346,3 @@ def _report(options: argparse.Namespace) -> int:
         single_file=options.single_file,
     )
     say(page)
-    return 0

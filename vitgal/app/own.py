@@ -27,20 +27,15 @@ def search_own(
 ) -> tuple[Path, list[str]]:
     """Searches a folder for photographs, writes results.csv and a page, and finds places.
 
-    Args:
-        queries: names in the folder, or files by their paths from the current folder.
-        query_folder: all photographs in it are queries too. Without any query, each photograph of
-            the folder is asked for its neighbours.
-        box: of a single query, as text.
-        places: also writes places.csv; every photograph is asked.
-        overrides, output: as for `pipeline.run_own`.
-    Returns:
-        The run folder, and what was found, a line each.
-    Raises:
-        SettingsError: settings that do not exist or fit; PhotographError, StageError: as
-            `describe_folder` and `answer`.
+    queries: names in the folder, or files by their paths from the current folder. query_folder: all
+    photographs in it are queries too. Without any query, each photograph of the folder is asked for
+    its neighbours. box: of a single query, as text. places: also writes places.csv; every
+    photograph is asked. overrides, output: as for `pipeline.run_own`. Returns the run folder, and
+    what was found, a line each. Raises SettingsError for settings that do not exist or fit, others
+    as `describe_folder` and `answer`.
     """
     from vitgal import stages
+    from vitgal.data.photographs import find_photograph
     from vitgal.stages import own_answers
 
     run, settings, weights = _settings(folder, box, overrides, output)
@@ -55,7 +50,8 @@ def search_own(
         if places:
             own_answers.require_presence(presence)
         photographs = stages.describe_folder(Path(folder), describer)
-        named = [str(_typed(photographs.folder, query)) for query in queries]
+        top, here = photographs.folder, Path.cwd()  # where paths were typed
+        named = [str(find_photograph(top, query, here) or query) for query in queries]
         asked = own_answers.named_queries(photographs, named, query_folder, settings.own.query_box)
         answers = own_answers.answer(photographs, asked, settings.reranking, presence)
         lines += photographs.report().split("\n")
@@ -96,13 +92,6 @@ def _settings(
     )
     values = parameters[notebook]
     return run, pipeline.settings_in(notebook, values), values.get("weights")
-
-
-def _typed(folder: Path, query: str) -> Path | str:
-    """Returns the file of a query that was typed in the current folder, or the text itself."""
-    from vitgal.data.photographs import find_photograph
-
-    return find_photograph(folder, query, Path.cwd()) or query
 
 
 def _answer_lines(table: pd.DataFrame, most: int = 20) -> list[str]:

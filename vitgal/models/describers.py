@@ -1,15 +1,15 @@
-"""Describers: what a network must offer to describe images, and any network of timm as one."""
+"""Describers, the networks that describe images: ViTGaL, and any network of timm."""
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitgal.models.backbones import Backbone, generalised_mean, renormalisation
-from vitgal.models.network import TokenFeatures
+from vitgal.models.network import TokenFeatures, ViTGaL
 from vitgal.models.sources import VITGAL_SIZE, NetworkError, TimmSource
 from vitgal.models.timm_networks import fingerprint_tensors
 from vitgal.settings import POOLINGS, GlobalSettings
@@ -18,28 +18,11 @@ from vitgal.settings import POOLINGS, GlobalSettings
 SIZES = {"tf_efficientnet_lite0": 192}
 
 
-class Describer(Protocol):
-    """A network that describes images: ViTGaL, or a network of timm.
-
-    Images are (B, 3, H, W) float32, normalised as `inference.normalise` does; a network that was
-    trained with other means and deviations applies its own. The fingerprint of its weights is
-    `sources.weights_fingerprint` of what it was opened from.
-
-    embed_dim: width D of global descriptors.  code_dim: width of local descriptors, None without.
-    """
-
-    embed_dim: int
-    code_dim: int | None
-
-    def global_features(self, images: Tensor) -> Tensor:
-        """Computes global descriptors (B, D) float32, not normalised."""
-
-    def token_features(self, images: Tensor) -> TokenFeatures:
-        """Computes tokens (B, N, D), their grid, and the attention that selects among them."""
-
-
 class TimmDescriber(nn.Module):
-    """Any network of timm as a describer, in eval mode.
+    """Any network of timm as a describer, in eval mode; it has no local descriptors of its own.
+
+    Images are (B, 3, H, W) float32, normalised as `inference.normalise` does; the network's own
+    means and deviations are applied here.
 
     pooling: "class" is the class token, "gem" the generalised mean of the tokens (exponent 3,
     Radenovic et al., 2019; of negative numbers the cube keeps the sign), "both" the two side by
@@ -113,6 +96,9 @@ class TimmDescriber(nn.Module):
     def _renormalised(self, images: Tensor) -> Tensor:
         inputs = images * self.factor + self.offset
         return inputs.contiguous(memory_format=torch.channels_last)
+
+
+Describer = ViTGaL | TimmDescriber
 
 
 def _own_pooling(backbone: Backbone) -> str:

@@ -24,15 +24,9 @@ from vitgal.features.selection import (
     select_tokens,
     suppress,
 )
+from vitgal.models import inference
 from vitgal.models.describers import VITGAL_SIZE, Describer, facts_of
 from vitgal.models.graphs import Graphs
-from vitgal.models.inference import (
-    avoid_onednn_fault,
-    batches,
-    device_of,
-    inference,
-    network_input,
-)
 from vitgal.models.network import ViTGaL
 from vitgal.models.prepared import prepare
 from vitgal.models.token_network import TokenNetwork
@@ -75,8 +69,8 @@ def extract_global(
     )
     rows = np.zeros((len(images), model.embed_dim), np.float32)
     prepared = prepare(model, precision)
-    with inference(prepared, precision):
-        for positions, batch in batches(inputs, batch_size):
+    with inference.inference(prepared, precision):
+        for positions, batch in inference.batches(inputs, batch_size):
             rows[positions] = describe(prepared, batch, settings.scales)
     return rows
 
@@ -104,7 +98,7 @@ def global_descriptors(
     model: Describer, batch: Sequence[np.ndarray], scales: Sequence[float]
 ) -> Tensor:
     """Computes what `describe` does, (B, D) on the model's device, without waiting for a GPU."""
-    images = network_input(batch, device_of(model))
+    images = inference.network_input(batch, inference.device_of(model))
     total = torch.zeros(len(batch), model.embed_dim, device=images.device)
     step = facts_of(model).multiple
     for scale in scales:
@@ -115,7 +109,7 @@ def global_descriptors(
         elif scale != 1:
             # As published: sides rounded down, no smoothing.
             scaled = F.interpolate(images, scale_factor=scale, mode="bilinear", align_corners=False)
-        with avoid_onednn_fault(scaled):
+        with inference.avoid_onednn_fault(scaled):
             total += F.normalize(model.global_features(scaled).float(), dim=1)
     return F.normalize(total, dim=1)
 
@@ -144,8 +138,8 @@ def extract_local(
     crop, crop_frame = crop_box(image, box)
     batch = resize_image(crop, size, "area", model.multiple)[None]
     model = prepare(model, precision)
-    with inference(model, precision):
-        inputs = network_input(batch, device_of(model))
+    with inference.inference(model, precision):
+        inputs = inference.network_input(batch, inference.device_of(model))
         return local_features(model, inputs, [(crop_frame, image.shape[:2])], selection)[0]
 
 
@@ -232,7 +226,7 @@ def run_scales(
     scores, codes, layouts = [], [], []
     for scale in selection.scales:
         resized, factors = rescale(images, scale, selection.interpolation, model.multiple)
-        with avoid_onednn_fault(resized):
+        with inference.avoid_onednn_fault(resized):
             features = model.token_codes(resized)
         # NOTE the published code takes the row's length from the input, see `rescale`.
         published = selection.interpolation == "published"

@@ -1,11 +1,11 @@
 """Classifiers of the training stages: ArcFace and a linear one."""
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from vitgal.models.network import initialise
 from vitgal.settings import TrainingSettings
@@ -77,8 +77,7 @@ class ArcFace(nn.Module):
             targets = torch.searchsorted(kept, labels)
         elif self.chunk and self.chunk < self.classes:
             with torch.autocast(features.device.type, enabled=False):
-                unit = F.normalize(features.float())
-                return _ChunkedLoss.apply(unit, self.weight, labels, self, smoothing)
+                return self._chunked_loss(F.normalize(features.float()), labels, smoothing)
         else:
             kept, weight, targets = None, self.weight, labels
         with torch.autocast(features.device.type, enabled=False):
@@ -118,72 +117,37 @@ class ArcFace(nn.Module):
         draws[own] = -1  # so that they are kept
         return draws.topk(self.sampled, largest=False).indices.sort().values
 
-    def _chunk_logits(self, unit: Tensor, weight: Tensor, labels: Tensor, first: int) -> Tensor:
-        """Logits of the classes from `first` on that `weight` holds, with the margin."""
-        cosine = self._cosines(unit, weight)
-        rows, columns = _within(labels, first, cosine.shape[1])
-        widened = self._widened(cosine[rows, columns])
-        return self.scale * cosine.index_put((rows, columns), widened)
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """Cross-entropy over chunks of classes: neither pass holds more than one chunk's logits."""
-
-    @staticmethod
-    def forward(
-        ctx, unit: Tensor, weight: Tensor, labels: Tensor, head: ArcFace, smoothing: float
+    def _chunked_loss(
+        self, unit: Tensor, labels: Tensor, smoothing: float
     ) -> tuple[Tensor, Tensor]:
-        """Returns the mean loss and the predicted classes (B,) of features (B, D)."""
-        size = len(labels)
-        total = unit.new_full((size,), -math.inf)  # log of the sum of exponentials so far
-        best, predicted = total.clone(), labels.clone()
-        target, mean = unit.new_zeros(size), unit.new_zeros(size)
-        for first, rows in _chunks(head):
-            logits = head._chunk_logits(unit, weight[rows], labels, first)
-            total = torch.logaddexp(total, logits.logsumexp(1))
-            top, column = logits.max(1)
-            predicted = torch.where(top > best, column + first, predicted)
-            best = torch.maximum(best, top)
-            inside, columns = _within(labels, first, logits.shape[1])
-            target[inside] = logits[inside, columns]
-            mean += logits.sum(1) / head.classes
-        ctx.save_for_backward(unit, weight, labels, total)
-        ctx.head, ctx.smoothing = head, smoothing
-        ctx.mark_non_differentiable(predicted)
-        loss = total - (1 - smoothing) * target - smoothing * mean
+        """`loss` of unit features, one chunk's logits at a time, in the backward pass too."""
+        parts = []
+        for number, weight in enumerate(self.weight.split(self.chunk * self.sub_centres)):
+            first = number * self.chunk
+            parts.append(checkpoint(self._chunk, unit, weight, labels - first, use_reentrant=False))
+        total, sums, targets, best, predicted = (
+            torch.stack(part) for part in zip(*parts, strict=True)
+        )
+        chosen = best.argmax(0)
+        predicted = predicted.gather(0, chosen[None])[0] + self.chunk * chosen
+        smooth = smoothing * sums.sum(0) / self.classes
+        loss = total.logsumexp(0) - (1 - smoothing) * targets.sum(0) - smooth
         return loss.mean(), predicted
 
-    @staticmethod
-    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """Returns the gradients of the features (B, D) and the classes' directions."""
-        unit, weight, labels, total = ctx.saved_tensors
-        head, smoothing = ctx.head, ctx.smoothing
-        unit_grad, weight_grad = torch.zeros_like(unit), torch.empty_like(weight)
-        for first, rows in _chunks(head):
-            with torch.enable_grad():
-                inputs = unit.detach().requires_grad_(), weight[rows].detach().requires_grad_()
-                logits = head._chunk_logits(*inputs, labels, first)
-            with torch.no_grad():
-                # d loss / d logits: softmax less the smoothed target
-                slope = (logits - total[:, None]).exp() - smoothing / head.classes
-                inside = _within(labels, first, logits.shape[1])
-                slope[inside] -= 1 - smoothing
-                slope *= grad / len(labels)
-            unit_part, weight_grad[rows] = torch.autograd.grad(logits, inputs, slope)
-            unit_grad += unit_part
-        return unit_grad, weight_grad, None, None, None
+    def _chunk(self, unit: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+        """What the loss needs of a chunk's logits, (B,) each; labels count from its first class.
 
-
-def _within(labels: Tensor, first: int, count: int) -> tuple[Tensor, Tensor]:
-    """The rows with a label in [first, first + count), and the label's column in that range."""
-    rows = ((labels >= first) & (labels < first + count)).nonzero().flatten()
-    return rows, labels[rows] - first
-
-
-def _chunks(head: ArcFace) -> Iterator[tuple[int, slice]]:
-    for first in range(0, head.classes, head.chunk):
-        last = min(first + head.chunk, head.classes)
-        yield first, slice(first * head.sub_centres, last * head.sub_centres)
+        Their log of the sum of exponentials and their sum, the label's (0 where it is in another
+        chunk), the largest and its column.
+        """
+        cosine = self._cosines(unit, weight)
+        inside = (labels >= 0) & (labels < cosine.shape[1])
+        column = labels.clamp(0, cosine.shape[1] - 1)[:, None]
+        own = cosine.gather(1, column)
+        own = torch.where(inside[:, None], self._widened(own), own)
+        logits = self.scale * cosine.scatter(1, column, own)
+        target = torch.where(inside, self.scale * own[:, 0], 0)
+        return logits.logsumexp(1), logits.sum(1), target, *logits.detach().max(1)
 
 
 class LinearClassifier(nn.Linear):

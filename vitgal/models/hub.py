@@ -9,13 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Self
 
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-)
+from huggingface_hub import ModelCard, ModelHubMixin, errors, hf_hub_download
 
 from vitgal import runs
 from vitgal.data.revisited import PROTOCOLS
@@ -44,19 +38,10 @@ class HubModel(ModelHubMixin, library_name="vitgal", tags=list(TAGS)):
     """Adds `from_pretrained`, `save_pretrained` and `push_to_hub` to a model."""
 
     @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path: str | Path,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-    ) -> Self:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Self:
         """Loads a model from a folder, or by its name on the hub; float32, in eval mode.
 
-        The options are those of huggingface_hub's `hf_hub_download`.
+        options: those of huggingface_hub's `hf_hub_download`, as `revision` or `local_files_only`.
         Raises HubError where the hub does not give it; otherwise as `load_model`.
         """
         from vitgal.models.weights import load_model
@@ -67,26 +52,18 @@ class HubModel(ModelHubMixin, library_name="vitgal", tags=list(TAGS)):
         model_id = str(pretrained_model_name_or_path)
         page = f"https://huggingface.co/{model_id}"
         try:
-            path = hf_hub_download(
-                model_id,
-                FILE,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                force_download=force_download,
-                local_files_only=local_files_only,
-            )
-        except HFValidationError as error:
+            path = hf_hub_download(model_id, FILE, **options)
+        except errors.HFValidationError as error:
             raise HubError(
                 f"{runs.short(model_id)} is neither a folder here nor a name on the hub "
                 "(OWNER/MODEL)"
             ) from error
-        except GatedRepoError as error:
+        except errors.GatedRepoError as error:
             raise HubError(
                 f"{model_id} is given out on conditions: accept them at {page}, then log in with "
                 "`hf auth login`"
             ) from error
-        except (HfHubHTTPError, OSError) as error:
+        except (errors.HfHubHTTPError, OSError) as error:
             raise HubError(
                 f"{model_id} is no folder here and the hub does not give its {FILE} "
                 f"({_first_line(error)}): check the name at {page}; a private model needs `hf auth "
@@ -103,7 +80,7 @@ class HubModel(ModelHubMixin, library_name="vitgal", tags=list(TAGS)):
         """
         try:
             return super().push_to_hub(repo_id, **options)
-        except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+        except (errors.HfHubHTTPError, errors.LocalTokenNotFoundError) as error:
             raise HubError(
                 f"the hub does not take {repo_id} ({_first_line(error)}): log in by `hf auth "
                 "login` with a token that may write there"

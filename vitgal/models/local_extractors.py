@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
 
 import cv2
 import numpy as np
@@ -23,25 +22,10 @@ from vitgal.settings import LocalSettings, SettingsError
 XFEAT_STEP = 32  # XFeat's inputs have sides of whole multiples
 
 
-class LocalExtractor(Protocol):
-    """A method that finds the local features of images.
-
-    code_dim: dimension of its descriptors. device: where it computes.
-    """
-
-    code_dim: int
-    device: torch.device
-
-    def extract(self, batch: Sequence[np.ndarray], frames: Sequence[Frame]) -> list[LocalFeatures]:
-        """Finds the features of inputs (H, W, 3) uint8 RGB of one size.
-
-        frames: per input the box that was cut out of the photograph and the photograph's size.
-        Returns one LocalFeatures an input, perhaps empty.
-        """
-
-
 class RootSift:
     """OpenCV's SIFT with the square roots of its histograms.
+
+    code_dim: dimension of a descriptor. device: where it computes.
 
     Source: Lowe, IJCV 2004; Arandjelovic and Zisserman, CVPR 2012.
     """
@@ -55,7 +39,11 @@ class RootSift:
         self.detector = cv2.SIFT_create(max_keypoints, enable_precise_upscale=True)
 
     def extract(self, batch: Sequence[np.ndarray], frames: Sequence[Frame]) -> list[LocalFeatures]:
-        """Finds the keypoints of greatest contrast in inputs (H, W, 3); see `LocalExtractor`."""
+        """Finds the keypoints of greatest contrast in inputs (H, W, 3) uint8 RGB of one size.
+
+        frames: per input the box that was cut out of the photograph and the photograph's size.
+        Returns one LocalFeatures an input, perhaps empty.
+        """
         return [self._features(*item) for item in zip(batch, frames, strict=True)]
 
     def _features(self, image: np.ndarray, frame: Frame) -> LocalFeatures:
@@ -100,7 +88,7 @@ class XFeat:
         self.network.to(self.device)
 
     def extract(self, batch: Sequence[np.ndarray], frames: Sequence[Frame]) -> list[LocalFeatures]:
-        """Finds the most reliable keypoints of inputs (H, W, 3); see `LocalExtractor`."""
+        """Finds the most reliable keypoints of inputs (H, W, 3), as `RootSift.extract`."""
         height, width = batch[0].shape[:2]
         size = max(width, XFEAT_STEP), max(height, XFEAT_STEP)
         pixels = np.stack([cv2.resize(image, size) for image in batch])
@@ -120,6 +108,9 @@ class XFeat:
             )
             for part, frame in zip(outputs, frames, strict=True)
         ]
+
+
+LocalExtractor = RootSift | XFeat  # methods in place of the network's tokens
 
 
 def xfeat_weights() -> Path:

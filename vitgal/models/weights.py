@@ -25,15 +25,7 @@ from torch import Tensor
 
 from vitgal import runs
 from vitgal.features.files import FileError
-from vitgal.models.checkpoint_files import (
-    REMEDY,
-    abridged,
-    is_safetensors,
-    open_safetensors,
-    read_safetensors,
-    rounded,
-    use_tensors,
-)
+from vitgal.models import checkpoint_files
 from vitgal.models.layouts import fill, make_layout, refuse_misfits
 from vitgal.models.network import ARCHITECTURES, ViTGaL, build_model, outline
 from vitgal.models.sources import CONFIGURATION, PRETRAINED, NetworkError, TimmSource
@@ -60,10 +52,12 @@ def load_model(source: str | Path, device: str | torch.device = "cpu") -> ViTGaL
             or has a tensor missing, unexpected or misshapen; the message names file and tensor.
     """
     source = Path(source)
-    if is_safetensors(source):
-        tensors, metadata = read_safetensors(source)
+    if checkpoint_files.is_safetensors(source):
+        tensors, metadata = checkpoint_files.read_safetensors(source)
         return _filled(source, tensors, _parse_configuration(source, metadata)).to(device)
-    return use_tensors(source, functools.partial(_load_unlabelled, source)).to(device)
+    return checkpoint_files.use_tensors(source, functools.partial(_load_unlabelled, source)).to(
+        device
+    )
 
 
 def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) -> None:
@@ -106,7 +100,7 @@ def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) ->
         fill_backbone(open_network(of_timm, {"num_classes": 0}).state_dict())
     else:
         name = source
-        use_tensors(source, fill_backbone)
+        checkpoint_files.use_tensors(source, fill_backbone)
 
 
 def _timm_source(model: ViTGaL, source: str | Path) -> TimmSource | None:
@@ -126,9 +120,9 @@ def _timm_source(model: ViTGaL, source: str | Path) -> TimmSource | None:
 
 
 def _is_ours(path: Path) -> bool:
-    if not is_safetensors(path):
+    if not checkpoint_files.is_safetensors(path):
         return False
-    with open_safetensors(path) as handle:
+    with checkpoint_files.open_safetensors(path) as handle:
         return CONFIGURATION in (handle.metadata() or {})
 
 
@@ -166,7 +160,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor], dtype: str, entry: dict[st
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     tensors = {key: value.detach().cpu() for key, value in tensors.items()}
     if dtype == "int8":
-        tensors = rounded(tensors)
+        tensors = checkpoint_files.rounded(tensors)
     else:
         for key, value in tensors.items():
             if value.is_floating_point():
@@ -207,9 +201,9 @@ def read_configuration(path: str | Path) -> dict[str, Any]:
     Raises FileNotFoundError, and ValueError where the file is not one of ours.
     """
     path = Path(path)
-    if not is_safetensors(path):
+    if not checkpoint_files.is_safetensors(path):
         raise FileError(f"{path} is no .safetensors file")
-    with open_safetensors(path) as handle:
+    with checkpoint_files.open_safetensors(path) as handle:
         return _parse_configuration(path, handle.metadata())
 
 
@@ -245,7 +239,7 @@ def _load_unlabelled(source: Path, tensors: Mapping[str, Tensor]) -> ViTGaL:
     if token not in tensors or not depth:
         raise FileError(
             f"{source} holds no ViTGaL weights (no {token} or no blocks); its tensors are "
-            f"{abridged(tensors) or 'none'}; {REMEDY}"
+            f"{checkpoint_files.abridged(tensors) or 'none'}; {checkpoint_files.REMEDY}"
         )
     atrous = rename("local_atrous.")
     if not any(key.startswith(atrous) for key in tensors):
@@ -285,7 +279,7 @@ def load_outline(source: str | Path) -> ViTGaL:
     A `.pth` has the published XCiT. Raises as `load_model`.
     """
     source = Path(source)
-    if not is_safetensors(source):
+    if not checkpoint_files.is_safetensors(source):
         return outline()
     return _outlined(source, read_configuration(source))
 

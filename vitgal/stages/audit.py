@@ -75,15 +75,13 @@ class Audit:
             chosen |= set(copies["second"])
             for _, group in copies.groupby("group"):
                 images = sorted({*group["first"], *group["second"]})
-                chosen.discard(max(images, key=lambda image: (self._pixels(image), -image)))
+                sizes = [read_upright(self.path(0, image)).size for image in images]
+                chosen.discard(images[sizes.index(max(sizes))])
         ids = {name: Path(name).stem for name in names}
         return [
             ids[name] if name == gldv2.image_path(ids[name].ljust(3)) else name
             for name in (names[image] for image in sorted(chosen))
         ]
-
-    def _pixels(self, image: int) -> int:
-        return int(np.prod(read_upright(self.path(0, image)).shape[:2]))
 
     def overlap(self) -> pd.DataFrame:
         """Lists the first folder's images that show a place of the second's, as 01 reads them.

@@ -215,15 +215,11 @@ def prepare_validation(
 ) -> RetrievalDataset:
     """Describes the validation set exactly as another data set of the run was described.
 
-    Args:
-        like: the name of that data set, whose stages global and local are finished.
-        image_folder: as for `validation_benchmark`.
-        overwrite: describe the validation set again where it was described otherwise.
-    Returns:
-        The validation set, its stages global and local finished in `<run>/val_retrieval`.
-    Raises:
-        TuningError: the data set was ranked by another system's descriptors or by other weights.
-        StageError: the validation set was described otherwise, and `overwrite` is not set.
+    like: the name of that data set, whose stages global and local are finished. image_folder: as
+    for `validation_benchmark`. Returns the validation set, its stages global and local finished in
+    `<run>/val_retrieval`. Raises TuningError where the data set was ranked by another system's
+    descriptors or by other weights, StageError where the validation set was described otherwise and
+    `overwrite` is not set.
     """
     ranked = runs.read_stage(run / like / "global", GLOBAL_NOTEBOOK)
     extracted = runs.read_stage(run / like / "local", LOCAL_NOTEBOOK)

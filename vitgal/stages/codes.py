@@ -67,13 +67,9 @@ def dataset_codes(
     codes wait for one another, and one of them computes. Returns None where no codes are needed:
     for a ViTGaL, and for features that are no tokens.
 
-    Args:
-        model: "timm:NAME" or "timm:NAME@FILE", or any other model.
-        image_folder: see `code_tasks`.
-    Raises:
-        StageError: the folder holds other codes, or too many images cannot be read.
-        CodeError, NetworkError, FileNotFoundError: an image is the benchmark's, or `code_dim`, the
-            block or the weights do not fit. Others as `code_tasks`.
+    image_folder: see `code_tasks`, whose errors are raised too. Raises StageError where the folder
+    holds other codes or too many images cannot be read; CodeError, NetworkError, FileNotFoundError
+    where an image is the benchmark's, or `code_dim`, the block or the weights do not fit.
     """
     if not settings.own_tokens or TimmSource.parse(model) is None:
         return None

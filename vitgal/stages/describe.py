@@ -15,6 +15,7 @@ from vitgal.features.files import map_array, read_json
 from vitgal.models.sources import sized, weights_input
 from vitgal.retrieval.refine import RefinementError
 from vitgal.settings import GlobalSettings, MachineSettings
+from vitgal.stages import whitening
 from vitgal.stages.images import (
     ImageTask,
     query_tasks,
@@ -24,13 +25,6 @@ from vitgal.stages.images import (
     report_failures,
 )
 from vitgal.stages.rank import RANKING_OUTPUTS, check_refinement, write_rankings
-from vitgal.stages.whitening import (
-    RefineSet,
-    StoredDescriptors,
-    learn_whitening,
-    needs_refine_set,
-    refuse_same_rows,
-)
 
 if TYPE_CHECKING:
     from vitgal.stages.local_describer import LocalDescriber
@@ -49,7 +43,7 @@ def evaluate_global(
     *,
     model: Path | str,
     folder: str = "global",
-    refine_set: RefineSet | None = None,
+    refine_set: whitening.RefineSet | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Ranks a benchmark's database for its queries and scores the ranking.
@@ -103,7 +97,7 @@ def _describe(
     settings: GlobalSettings,
     describer: "LocalDescriber",
     model: Path | str,
-    learnt_from: RefineSet | None,
+    learnt_from: whitening.RefineSet | None,
 ) -> None:
     """Describes all images of a benchmark, writes the rankings and finishes the stage."""
     count = len(dataset.database)
@@ -112,7 +106,7 @@ def _describe(
     if learnt_from is not None:  # first: it may refuse
         weights = stage.settings["inputs"]["weights"]
         rows = _describe_set(run, settings, describer, learnt_from, weights)
-        learnt = learn_whitening(settings, rows, learnt_from)
+        learnt = whitening.learn_whitening(settings, rows, learnt_from)
     with tqdm(disable=True) as bar:
         tasks = query_tasks(dataset, settings.crop_queries)
         ((queries, failures),) = describer.describe_blocks([tasks], bar)
@@ -160,14 +154,17 @@ def training_changes(model: Path | str) -> dict[str, list[str]]:
 
 
 def _checked_set(
-    settings: GlobalSettings, dataset: RetrievalDataset, images: RefineSet | None, kind: str
-) -> RefineSet | None:
+    settings: GlobalSettings,
+    dataset: RetrievalDataset,
+    images: whitening.RefineSet | None,
+    kind: str,
+) -> whitening.RefineSet | None:
     """The images that a whitening is learnt from; None where no step needs them.
 
     kind: "photographs" or "descriptors". Raises RefinementError for none, those of the other kind,
     and images of the benchmark.
     """
-    if not needs_refine_set(settings):
+    if not whitening.needs_refine_set(settings):
         return None
     if images is None or (images.source == "descriptors") != (kind == "descriptors"):
         raise RefinementError(
@@ -182,7 +179,7 @@ def _describe_set(
     run: Path,
     settings: GlobalSettings,
     describer: "LocalDescriber",
-    images: RefineSet,
+    images: whitening.RefineSet,
     weights: str,
 ) -> np.ndarray:
     """Describes the images that a whitening is learnt from, once for all data sets of a run.
@@ -228,7 +225,7 @@ def evaluate_descriptors(
     settings: GlobalSettings,
     *,
     descriptors: Path,
-    refine_set: RefineSet | None = None,
+    refine_set: whitening.RefineSet | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Ranks a benchmark by another system's descriptors and scores the ranking; needs no network.
@@ -247,7 +244,7 @@ def evaluate_descriptors(
         FileNotFoundError, DescriptorError: see `read_descriptors`.
     """
     queries, count = dataset.ground_truth.queries, len(dataset.database)
-    source = StoredDescriptors(Path(descriptors), [*queries, *dataset.database])
+    source = whitening.StoredDescriptors(Path(descriptors), [*queries, *dataset.database])
     compared = settings.compared()
     learnt_from = _checked_set(settings, dataset, refine_set, "descriptors")
     inputs = {"dataset": dataset.as_input, "descriptors": source.as_input}
@@ -266,8 +263,8 @@ def evaluate_descriptors(
         learnt = None
         if learnt_from is not None:
             rows = learnt_from.rows()
-            refuse_same_rows(rows, source.rows)
-            learnt = learn_whitening(settings, rows, learnt_from)
+            whitening.refuse_same_rows(rows, source.rows)
+            learnt = whitening.learn_whitening(settings, rows, learnt_from)
             learnt.whitening.apply(source.rows[:1])  # refuses another width
         first, rest = np.split(source.rows, [len(queries)])
         runs.write_array(stage.folder / "database.npy", rest)

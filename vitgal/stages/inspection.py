@@ -5,7 +5,7 @@ they take one pass of the network a photograph, are computed on demand and kept 
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -112,17 +112,18 @@ def sweep(
         if parameter == "max_keypoints":
             values = [*(value for value in values if value < most), most]
         for value in values:
-            result = compare(query, database, _changed(settings, parameter, value)).result
+            result = compare(query, database, changed_settings(settings, {parameter: value})).result
             rows.append((parameter, value, len(result.matches), result.verification.count))
     return pd.DataFrame(rows, columns=["parameter", "value", "matches", "inliers"])
 
 
-def _changed(settings: RerankingSettings, parameter: str, value: float) -> RerankingSettings:
-    if parameter == "threshold":
-        return replace(settings, verification=replace(settings.verification, threshold=value))
-    if parameter == "max_distance":
-        return replace(settings, matching=replace(settings.matching, max_distance=value))
-    return replace(settings, matching=replace(settings.matching, max_keypoints=value))
+def changed_settings(settings: RerankingSettings, values: Mapping[str, Any]) -> RerankingSettings:
+    """Returns reranking settings with other values of the fields that `values` names.
+
+    Other names are ignored. Raises SettingsError for a value that is not allowed.
+    """
+    fields = vars(settings) | vars(settings.matching) | vars(settings.verification)
+    return RerankingSettings.from_manifest(fields | values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,18 +178,16 @@ class TokenSelection:
 
 
 class _Recorder:
-    """A model for `local_features` that runs once at each scale, then repeats its outputs."""
+    """A model for `compute_tokens` that keeps its outputs, one a scale."""
 
     def __init__(self, model: Any) -> None:
-        self.model, self.code_dim, self.outputs, self.scale = model, model.code_dim, [], 0
-        self.patch, self.multiple = model.patch, model.multiple
+        self.model, self.outputs = model, []
+        self.code_dim, self.patch, self.multiple = model.code_dim, model.patch, model.multiple
 
     def token_codes(self, images: Any) -> Any:
-        """Returns the TokenCodes of images (1, 3, H, W) at the next scale."""
-        if self.scale == len(self.outputs):
-            self.outputs.append(self.model.token_codes(images))
-        self.scale += 1
-        return self.outputs[self.scale - 1]
+        """Computes the TokenCodes of images (1, 3, H, W)."""
+        self.outputs.append(self.model.token_codes(images))
+        return self.outputs[-1]
 
 
 def explain_selection(
@@ -203,7 +202,7 @@ def explain_selection(
     x1, y1) in pixels, the part that is described. Raises ValueError where the box does not fit the
     image, or the model has no autoencoder.
     """
-    from vitgal.models.descriptors import local_features, token_scores
+    from vitgal.models.descriptors import compute_tokens, select_features, token_scores
     from vitgal.models.inference import device_of, inference, network_input
     from vitgal.models.prepared import prepare
 
@@ -211,19 +210,16 @@ def explain_selection(
     model = prepare(model, settings.precision)
     recorder = _Recorder(model)
     crop, box = crop_box(image, box)
-
-    def extract(changed: LocalSettings) -> LocalFeatures:
-        """Extracts under other settings of suppression."""
-        recorder.scale = 0
-        return local_features(recorder, images, [(box, image.shape[:2])], changed)[0]
-
+    suppressed = replace(settings, max_keypoints=UNLIMITED)
+    unlimited = replace(suppressed, nms_candidates=UNLIMITED, nms_overlap=1.0)
     with inference(model, settings.precision):
         pixels = resize(crop, settings.size, "area", model.multiple)
         images = network_input(pixels[None], device_of(model))
-        kept = extract(settings)
-        survivors = extract(replace(settings, max_keypoints=UNLIMITED))
-        unlimited = replace(settings, max_keypoints=UNLIMITED, nms_candidates=UNLIMITED)
-        everything = extract(replace(unlimited, nms_overlap=1.0))
+        tokens = compute_tokens(recorder, images, settings)
+        kept, survivors, everything = (
+            select_features(tokens, [(box, image.shape[:2])], selection)[0]
+            for selection in (settings, suppressed, unlimited)
+        )
         attention, scores, codes, norms = {}, {}, {}, {}
         for scale, output in zip(settings.scales, recorder.outputs, strict=True):
             heads = output.attention[0].float()

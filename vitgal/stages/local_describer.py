@@ -19,27 +19,9 @@ from vitgal.features import store
 from vitgal.features.codes import Codes
 from vitgal.features.local import LocalFeatures
 from vitgal.features.selection import Frame
+from vitgal.models import descriptors, inference
 from vitgal.models.describers import Describer
-from vitgal.models.descriptors import (
-    compute_tokens,
-    finite_rows,
-    global_descriptors,
-    require_codes,
-    run_scales,
-    select_features,
-)
 from vitgal.models.graphs import Graphs
-from vitgal.models.inference import (
-    BatchLimit,
-    batches,
-    device_of,
-    inference,
-    limited_threads,
-    network_input,
-    open_model,
-    pick_device,
-    resolve_precision,
-)
 from vitgal.models.local_extractors import LocalExtractor, make_extractor
 from vitgal.models.prepared import is_prepared, prepare
 from vitgal.models.token_network import TokenNetwork, local_network
@@ -90,7 +72,7 @@ class LocalDescriber:
     settings: StageSettings
     machine: MachineSettings
     precision: str
-    memory: BatchLimit = field(default_factory=BatchLimit)
+    memory: inference.BatchLimit = field(default_factory=inference.BatchLimit)
     extractor: LocalExtractor | None = None
     selectors: ThreadPoolExecutor | None = None
     graphs: Graphs | None = None
@@ -98,13 +80,13 @@ class LocalDescriber:
     @property
     def code_dim(self) -> int:
         """Dimension of a local descriptor; ValueError for a network without autoencoder."""
-        return self.extractor.code_dim if self.extractor else require_codes(self.model)
+        return self.extractor.code_dim if self.extractor else descriptors.require_codes(self.model)
 
     def running(self) -> contextlib.AbstractContextManager:
         """Opens the context in which images are described."""
         if self.model is None:
             return contextlib.nullcontext()
-        return inference(self.model, self.precision)
+        return inference.inference(self.model, self.precision)
 
     @property
     def multiple(self) -> int | None:
@@ -145,7 +127,9 @@ class LocalDescriber:
         """Returns the machine's entries for a stage's manifest; no result depends on them."""
         return {
             "engine": "local",
-            "device": str(self.extractor.device if self.extractor else device_of(self.model)),
+            "device": str(
+                self.extractor.device if self.extractor else inference.device_of(self.model)
+            ),
             "precision": self.precision,
             "prepared": self.model is not None and is_prepared(self.model),
             "batch_size": self.batch_size,
@@ -170,14 +154,16 @@ class LocalDescriber:
         scales = self.settings.scales
         inputs = ((position, image.pixels) for position, image in _readable(images, failures))
         order, computed = [], []
-        for positions, batch in batches(inputs, self.batch_size):
+        for positions, batch in inference.batches(inputs, self.batch_size):
             order += positions
             computed += self.memory.run(
-                lambda part, batch=batch: global_descriptors(self.model, batch[part], scales),
+                lambda part, batch=batch: descriptors.global_descriptors(
+                    self.model, batch[part], scales
+                ),
                 len(batch),
             )
         if computed:  # read once, so that a GPU need not be waited for between batches
-            rows[order] = finite_rows(torch.stack(computed))
+            rows[order] = descriptors.finite_rows(torch.stack(computed))
         return rows, failures
 
     def local_items(
@@ -203,7 +189,7 @@ class LocalDescriber:
             ((position, image.frame), image.pixels)
             for position, image in _readable(images, failures)
         )
-        for labels, batch in batches(inputs, self.batch_size):
+        for labels, batch in inference.batches(inputs, self.batch_size):
             positions, frames = zip(*labels, strict=True)
             items = [kept.get(keys[position]) for position in positions]
             if not all(items):
@@ -228,11 +214,11 @@ class LocalDescriber:
         """
         if self.extractor:
             return self.extractor.extract(batch, frames)
-        pixels = network_input(batch, device_of(self.model))
-        tokens = compute_tokens(self.model, pixels, self.settings, self.graphs)
+        pixels = inference.network_input(batch, inference.device_of(self.model))
+        tokens = descriptors.compute_tokens(self.model, pixels, self.settings, self.graphs)
         if self.selectors is None:
-            return select_features(tokens, frames, self.settings)
-        selected = self.selectors.submit(select_features, tokens, frames, self.settings)
+            return descriptors.select_features(tokens, frames, self.settings)
+        selected = self.selectors.submit(descriptors.select_features, tokens, frames, self.settings)
         return [lambda at=at: selected.result()[at] for at in range(len(batch))]
 
 
@@ -268,22 +254,22 @@ def open_local(
     source: as for `open_model`; read for tokens and global descriptors. codes: of the tokens of a
     timm network; None: the tokens are the local descriptors.
     """
-    device = pick_device(machine.device)
-    with limited_threads(machine.threads):
+    device = inference.pick_device(machine.device)
+    with inference.limited_threads(machine.threads):
         if isinstance(settings, LocalSettings) and not settings.own_tokens:
             extractor = make_extractor(settings, device)
             yield LocalDescriber(None, settings, machine, "fp32", extractor=extractor)
             return
         pooling = settings.pooling if isinstance(settings, GlobalSettings) else None
-        model = open_model(source, device, pooling=pooling)
+        model = inference.open_model(source, device, pooling=pooling)
         if isinstance(settings, LocalSettings):
             model = local_network(model, settings, codes)
-        precision = resolve_precision(settings.precision, device)
+        precision = inference.resolve_precision(settings.precision, device)
         describer = LocalDescriber(prepare(model, precision), settings, machine, precision)
         if device.type != "cuda" or isinstance(settings, GlobalSettings):
             yield describer
             return
-        scales = partial(run_scales, model, selection=settings)
+        scales = partial(descriptors.run_scales, model, selection=settings)
         graphs = Graphs(scales) if machine.cuda_graphs else None
         with ThreadPoolExecutor(SELECTORS) as selectors:
             yield replace(describer, selectors=selectors, graphs=graphs)

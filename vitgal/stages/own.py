@@ -109,13 +109,15 @@ def describe_folder(folder: Path, describer: Describer) -> Photographs:
         for name in tqdm(names, desc=task, unit="image") if names else ():
             path = listing.folder / name
             try:
-                _refuse_undecodable(name)
+                name.encode()
                 if new:
                     describer.describe(path)
                 if glance := describer.glance(path):
                     glances[name] = glance
                 else:
                     yield name
+            except UnicodeEncodeError:
+                left_out[name] = "its name is no UTF-8: rename it"
             except PhotographError as error:
                 left_out[name] = str(error).removeprefix(f"{Path(name).name}: ")
 
@@ -150,13 +152,6 @@ def describe_folder(folder: Path, describer: Describer) -> Photographs:
         other_files=listing.other_files,
         extracted=describer.extracted - extracted_before,
     )
-
-
-def _refuse_undecodable(name: str) -> None:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise PhotographError("its name is no UTF-8: rename it") from None
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,15 +240,13 @@ def search_folder(
 ) -> SearchResult:
     """Ranks a folder for one photograph, or a box in it, and reranks the first.
 
-    Args:
-        query: see `find_query`; the query is not among its own results.
-        box: (x0, y0, x1, y1) in pixels of the upright photograph; None: all of it.
-        settings: the first `top` photographs are matched, verified and sorted by their count or,
-            with the order "fused", by `fused_scores`; equal ones by similarity.
-        presence: gives these their probabilities; None: none, see `known_presence`. With it the
-            order "fused" has the similarities to the mean of the query and of what shows it.
-    Raises:
-        PhotographError: the query does not exist or cannot be used, or nothing else is there.
+    The first `top` photographs are matched, verified and sorted by their count or, with the order
+    "fused", by `fused_scores`; equal ones by similarity.
+
+    query: see `find_query`; it is not among its own results. box: (x0, y0, x1, y1) in pixels of the
+    upright photograph; None: all of it. presence: gives probabilities, see `known_presence`. With
+    it the order "fused" has the similarities to the mean of the query and of what shows it. Raises
+    PhotographError where the query does not exist or cannot be used, or nothing else is there.
     """
     name, path = find_query(photographs, query)
     if name not in photographs.names:

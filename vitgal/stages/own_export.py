@@ -10,14 +10,9 @@ import numpy as np
 
 from vitgal import runs
 from vitgal.data.photographs import PhotographError
+from vitgal.features import reconstruction
 from vitgal.features.interchange import export_hloc
 from vitgal.features.local import LocalFeatures
-from vitgal.features.reconstruction import (
-    VerifiedMatches,
-    export_colmap,
-    export_hloc_matches,
-    export_kapture,
-)
 from vitgal.retrieval.exact_search import search
 from vitgal.retrieval.verification import inspect_shortlist
 from vitgal.settings import RerankingSettings
@@ -71,7 +66,7 @@ def export_features(photographs: Photographs, path: Path) -> Path:
 
 def verified_matches(
     photographs: Photographs, pairs: Sequence[tuple[str, str]], settings: RerankingSettings
-) -> Iterator[VerifiedMatches]:
+) -> Iterator[reconstruction.VerifiedMatches]:
     """Matches and verifies pairs of photographs; yields those with LEAST_INLIERS inliers."""
     stored = _StoredFeatures(photographs)
     for first, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
@@ -86,7 +81,9 @@ def verified_matches(
                       for side, name in enumerate((first, second))]  # fmt: skip
             homography = cv2.findHomography(*points)[0]
             if homography is not None:
-                yield VerifiedMatches(first, second, pair.matches, inliers, homography)
+                yield reconstruction.VerifiedMatches(
+                    first, second, pair.matches, inliers, homography
+                )
 
 
 def export_photographs(
@@ -107,13 +104,13 @@ def export_photographs(
     matches = list(verified_matches(photographs, pairs, settings))
     stored = _StoredFeatures(photographs)
     if target == "kapture":
-        return export_kapture(stored, matches, folder)
+        return reconstruction.export_kapture(stored, matches, folder)
     export_pairs([(pair.first, pair.second) for pair in matches], folder / "pairs.txt")
     if target == "colmap":
-        export_colmap(stored, matches, folder / "database.db")
+        reconstruction.export_colmap(stored, matches, folder / "database.db")
     else:
         export_features(photographs, folder / "features.h5")
-        export_hloc_matches(matches, folder / "matches.h5")
+        reconstruction.export_hloc_matches(matches, folder / "matches.h5")
     return folder
 
 

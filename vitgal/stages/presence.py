@@ -58,12 +58,9 @@ def fit_places(
 ) -> Presence:
     """Fits a model to a folder with one sub-folder per place, and keeps it in the run.
 
-    Every photograph is searched for among the others; the pairs are those of the short lists.
-
-    Args:
-        same: pairs of sub-folders that show one place.
-    Raises:
-        PresenceError: no place has two photographs, or all photographs show one place.
+    Every photograph is searched for among the others; the pairs are those of the short lists. same:
+    pairs of sub-folders that show one place. Raises PresenceError where no place has two
+    photographs, or all photographs show one place.
     """
     alias = dict(same)
     places = [Path(name).parts[0] for name in photographs.names]
@@ -98,17 +95,13 @@ def judge_benchmark(
     The pairs of the fit are those that tuning verified at its current settings. Images that a
     ground truth calls junk are left out.
 
-    Args:
-        run: its stages `val_retrieval/tuning` and `<benchmark>/rerank` are finished.
-        validation, truth: the ground truths of val_retrieval and of the benchmark.
-        settings: those of both stages.
-    Returns:
-        The model, and a row for either data set: its pairs and those of one landmark; precision and
-        recall at the model's threshold in percent; its queries, those with a candidate at or above
-        the threshold, and those of them whose most probable candidate shows the landmark.
-    Raises:
-        StageError: a stage is missing.  PresenceError: no pair of val_retrieval shows one landmark,
-            or all do.
+    validation, truth: the ground truths of val_retrieval and of the benchmark. settings: those of
+    the stages `val_retrieval/tuning` and `<benchmark>/rerank`, which are finished. Returns the
+    model, and a row for either data set: its pairs and those of one landmark; precision and recall
+    at the model's threshold in percent; its queries, those with a candidate at or above the
+    threshold, and those of them whose most probable candidate shows the landmark. Raises StageError
+    where a stage is missing, PresenceError where none or all pairs of val_retrieval show one
+    landmark.
     """
     lists, similarities, evidence = tuned_pairs(run, validation)
     same, used = _answers(lists)

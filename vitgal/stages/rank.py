@@ -167,16 +167,10 @@ def try_refinement(
 ) -> dict[str, dict[str, Any]]:
     """Scores a finished global stage's descriptors under another refinement; writes nothing.
 
-    For the choice of a chain on a validation set: no photograph is described again.
-
-    Args:
-        folder: of the stage, with database.npy and queries.npy.
-        chain: steps as in `refine`. A whitening must be the stage's own, which is stored with it.
-    Returns:
-        The result of `evaluate`.
-    Raises:
-        SettingsError: a chain that makes no sense.  RefinementError: another whitening, or a step
-            that does not fit the number of images.
+    For the choice of a chain on a validation set: no photograph is described again. chain: steps as
+    in `refine`; a whitening must be the stage's own, which is stored with it. Returns the result of
+    `evaluate`. Raises SettingsError for a chain that makes no sense, RefinementError for another
+    whitening and a step that does not fit the number of images.
     """
     settings, folder = GlobalSettings(refine=tuple(chain)), Path(folder)
     learnt = _stored_whitening(folder, settings)

@@ -38,13 +38,7 @@ from vitgal.retrieval.evidence import weigh
 from vitgal.retrieval.ranking import NOT_VERIFIED, Ranking
 from vitgal.retrieval.verification import PairInspection, verify_matches
 from vitgal.settings import MachineSettings, RerankingSettings, TuningSettings
-from vitgal.stages.rerank import (
-    JOURNAL,
-    CandidateLists,
-    candidate_inputs,
-    candidate_similarities,
-    count_queries,
-)
+from vitgal.stages import rerank
 
 GLOBAL_FILES = ("ranks.npy", "positions.npz", "shortlist.txt")
 OUTPUTS = ("inliers.npy", "ap.npy", "tuned.json", "tuning.json")
@@ -86,7 +80,7 @@ def tune(
     source = Path(run) / DATASET
     fused = "fused" in (*grid.get("order", ()), current.order)
     files = (*GLOBAL_FILES, "similarities.npy") if fused else GLOBAL_FILES
-    inputs = candidate_inputs(source, ground_truth, files)
+    inputs = rerank.candidate_inputs(source, ground_truth, files)
     with runs.stage(
         source / "tuning", "tuning", parameters=parameters, inputs=inputs, overwrite=overwrite
     ) as stage:
@@ -98,13 +92,13 @@ def tune(
         remedy = f"it is shorter than top={depth}: try fewer candidates (tune_tops)"
         store = lists.open_features(source / "local", remedy)
         count = functools.partial(count_grid, store, grid=grid, settings=current)
-        rows = count_queries(lists, count, machine, stage.folder / JOURNAL, "tuning")
+        rows = rerank.count_queries(lists, count, machine, stage.folder / rerank.JOURNAL, "tuning")
         similarities = np.full(lists.candidates.shape, np.nan)
         if fused:
             similarities = _similarities(source, ground_truth, queries, depth)
         ap = _all_ap(lists, rows, similarities, grid, current)
         _write_choice(stage.folder, lists, rows, ap, grid, current)
-        shutil.rmtree(stage.folder / JOURNAL, ignore_errors=True)
+        shutil.rmtree(stage.folder / rerank.JOURNAL, ignore_errors=True)
         recorded = {"engine": machine.engine, "workers": machine.workers, "queries": len(queries)}
         return stage.finish(OUTPUTS, recorded)
 
@@ -145,12 +139,12 @@ def _draw_queries(truth: GroundTruth, wanted: int | None, current: RerankingSett
 def _similarities(folder: Path, truth: GroundTruth, queries: np.ndarray, top: int) -> np.ndarray:
     """The similarities (Q, C) float32 of some queries to their candidates, padded with nan."""
     every = _read_lists(folder, truth, np.arange(len(truth.queries)), top)
-    return candidate_similarities(folder / "global", every)[queries]
+    return rerank.candidate_similarities(folder / "global", every)[queries]
 
 
 def tuned_pairs(
     run: Path, ground_truth: GroundTruth
-) -> tuple[CandidateLists, np.ndarray, np.ndarray]:
+) -> tuple[rerank.CandidateLists, np.ndarray, np.ndarray]:
     """Reads the pairs of the validation set that tuning verified, at its current settings.
 
     ground_truth: of the validation set. Returns the candidates of Q queries, their similarities
@@ -171,7 +165,9 @@ def tuned_pairs(
     return lists, _similarities(source, ground_truth, queries, depth), evidence
 
 
-def _read_lists(folder: Path, truth: GroundTruth, queries: np.ndarray, top: int) -> CandidateLists:
+def _read_lists(
+    folder: Path, truth: GroundTruth, queries: np.ndarray, top: int
+) -> rerank.CandidateLists:
     truth = dataclasses.replace(
         truth,
         queries=[truth.queries[q] for q in queries],
@@ -182,7 +178,7 @@ def _read_lists(folder: Path, truth: GroundTruth, queries: np.ndarray, top: int)
     )
     ranking = Ranking.load(folder / "global").select(queries)
     images = shortlists.candidates(ranking.order, truth, PROTOCOL, top=top)
-    return CandidateLists(truth, truth.database, ranking, images)
+    return rerank.CandidateLists(truth, truth.database, ranking, images)
 
 
 def count_grid(
@@ -271,7 +267,7 @@ def _verified_counts(
 
 
 def _all_ap(
-    lists: CandidateLists,
+    lists: rerank.CandidateLists,
     rows: list[np.ndarray],
     similarities: np.ndarray,
     grid: Grid,
@@ -297,7 +293,7 @@ def _all_ap(
 
 def _write_choice(
     folder: Path,
-    lists: CandidateLists,
+    lists: rerank.CandidateLists,
     rows: list[np.ndarray],
     ap: np.ndarray,
     grid: Grid,

@@ -13,13 +13,7 @@ from vitgal import runs
 from vitgal.data import photographs, splits
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features.descriptors import described_images, read_descriptors
-from vitgal.retrieval.refine import (
-    RefinementError,
-    WhiteningMap,
-    learned_whitening,
-    matching_pairs,
-    pca_whitening,
-)
+from vitgal.retrieval import refine
 from vitgal.settings import GlobalSettings
 from vitgal.settings.refinement import LearnedWhitening, Whitening
 from vitgal.stages.images import benchmark_images
@@ -88,7 +82,7 @@ class RefineSet:
             known = {Path(name).stem for name in (*truth.queries, *truth.database)}
             shared = [name for name in self.names if Path(name).stem in known]
         if shared:
-            raise RefinementError(
+            raise refine.RefinementError(
                 f"{len(shared)} of {len(self.names)} images that the whitening would be learnt "
                 f"from are images of the benchmark {dataset.name} ({runs.abbreviate(shared)}): "
                 "leave them out of refine_set"
@@ -109,12 +103,10 @@ def open_refine_set(
     sub-folder is a landmark; descriptors of another system have the landmarks of the run's split,
     if there is one.
 
-    Args:
-        file: a folder of photographs or a file of descriptors (`read_descriptors`); None: the
-            training images of the run's split, in `image_folder`.
-    Raises:
-        StageError: the run has no split.  FileNotFoundError, PhotographError, DescriptorError: the
-            images or the descriptors are missing or cannot be read.
+    file: a folder of photographs or a file of descriptors (`read_descriptors`); None: the training
+    images of the run's split, in `image_folder`. Raises StageError where the run has no split;
+    FileNotFoundError, PhotographError or DescriptorError where images or descriptors are missing or
+    cannot be read.
     """
     if file is None:
         runs.read_stage(run / "split", "01_data_split (or set refine_set)")
@@ -176,7 +168,7 @@ def refuse_same_rows(rows: np.ndarray, *benchmark: np.ndarray) -> None:
     known = {row.tobytes() for part in benchmark for row in np.asarray(part) if row.any()}
     shared = sum(row.tobytes() in known for row in np.asarray(rows))
     if shared:
-        raise RefinementError(
+        raise refine.RefinementError(
             f"{shared} of {len(rows)} descriptors that the whitening would be learnt from are the "
             "benchmark's own: leave these images out of refine_set"
         )
@@ -186,7 +178,7 @@ def refuse_same_rows(rows: np.ndarray, *benchmark: np.ndarray) -> None:
 class Learnt:
     """A whitening, and the source and number of the images that it is learnt from."""
 
-    whitening: WhiteningMap
+    whitening: refine.WhiteningMap
     source: str
     images: int
 
@@ -206,10 +198,10 @@ def learn_whitening(settings: GlobalSettings, rows: np.ndarray, images: RefineSe
     read = np.flatnonzero(np.any(rows, axis=1))
     rows = np.asarray(rows[read])
     if isinstance(step, LearnedWhitening):
-        pairs = matching_pairs(images.labels[read])
-        whitening = learned_whitening(rows, pairs, dimensions=step.dimensions)
+        pairs = refine.matching_pairs(images.labels[read])
+        whitening = refine.learned_whitening(rows, pairs, dimensions=step.dimensions)
     else:
-        whitening = pca_whitening(
+        whitening = refine.pca_whitening(
             rows, dimensions=step.dimensions, power=step.power, shrinkage=step.shrinkage
         )
     return Learnt(whitening, images.source, len(read))

@@ -13,13 +13,7 @@ from typing import Any
 
 import cv2
 import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    KwargsHandler,
-    broadcast,
-)
+from accelerate import Accelerator, utils
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -33,14 +27,14 @@ GRACE_SECONDS = 30  # from a signal to the end of a data worker, so that the ste
 LOADER_SHARE = 0.8  # of the time-out: a worker that waits for the disk is named first
 
 
-def process_options(machine: MachineSettings, network: nn.Module) -> list[KwargsHandler]:
+def process_options(machine: MachineSettings, network: nn.Module) -> list[utils.KwargsHandler]:
     """Returns accelerate's options: the time-out, and whether parameters can be unused.
 
     Networks of timm have such: those of the pooling before the classifier, which our head replaces.
     """
-    options: list[KwargsHandler] = [InitProcessGroupKwargs(timeout=timeout(machine))]
+    options: list[utils.KwargsHandler] = [utils.InitProcessGroupKwargs(timeout=timeout(machine))]
     if network.model.on_timm:
-        options.append(DistributedDataParallelKwargs(find_unused_parameters=True))
+        options.append(utils.DistributedDataParallelKwargs(find_unused_parameters=True))
     return options
 
 
@@ -209,4 +203,4 @@ def broadcast_buffers(accelerator: Accelerator, network: nn.Module) -> None:
     """Copies rank 0's BatchNorm statistics, which are saved, to every rank."""
     if accelerator.num_processes > 1:
         for buffer in network.buffers():
-            buffer.copy_(broadcast(buffer))
+            buffer.copy_(utils.broadcast(buffer))

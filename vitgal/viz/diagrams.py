@@ -17,16 +17,7 @@ from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval.ranking import Ranking
 from vitgal.retrieval.verification import inspect_pair
 from vitgal.settings import GlobalSettings, RerankingSettings
-from vitgal.viz.drawing import (
-    ImageSource,
-    draw_box,
-    draw_photograph,
-    drawable,
-    hide_frame,
-    read_pixels,
-    sentence_figure,
-    text_width,
-)
+from vitgal.viz import drawing
 from vitgal.viz.maps import component_colours, mix_heat
 from vitgal.viz.style import CAPTION_SIZE, INK, OURS_COLOUR, STEP_COLOUR, styled
 
@@ -54,7 +45,7 @@ def step_diagram(steps: Sequence[tuple[str, str, str]]) -> Axes:
     a sentence where there is no step.
     """
     if not steps:
-        return sentence_figure("no steps")
+        return drawing.sentence_figure("no steps")
     corners, left, row = [], 0.05, 0
     for step in steps:
         wide = _step_width(*step)
@@ -64,7 +55,7 @@ def step_diagram(steps: Sequence[tuple[str, str, str]]) -> Axes:
         left += wide + GAP
     height = ROW * (row + 1)
     _, axes = plt.subplots(figsize=(WIDTH, height))
-    hide_frame(axes)
+    drawing.hide_frame(axes)
     axes.set(xlim=(0, WIDTH), ylim=(height, 0))
     for step, (left, top, wide) in zip(steps, corners, strict=True):
         box = Rectangle((left, top), wide, 0.7, facecolor=STEP_COLOUR, linewidth=1)
@@ -72,7 +63,7 @@ def step_diagram(steps: Sequence[tuple[str, str, str]]) -> Axes:
         axes.add_patch(box)
         middle = top + 0.35
         for text, (down, size, weight, colour) in zip(step, STEP_LINES, strict=True):
-            line = axes.text(left + wide / 2, middle + down, drawable(text), fontsize=size)
+            line = axes.text(left + wide / 2, middle + down, drawing.drawable(text), fontsize=size)
             line.set(weight=weight, color=colour, ha="center", va="center")
         if left > 0.05:
             arrow = {"arrowstyle": "-|>", "color": INK, "linewidth": 1.0}
@@ -83,7 +74,7 @@ def step_diagram(steps: Sequence[tuple[str, str, str]]) -> Axes:
 def _step_width(name: str, shape: str, note: str) -> float:
     """The inches that the longest line needs; bold letters are a sixth wider."""
     lines = ((name, 1.17 * CAPTION_SIZE), (shape, 9), (note, CAPTION_SIZE))
-    return max(text_width(drawable(text), size) for text, size in lines) / 72 + 0.16
+    return max(drawing.text_width(drawing.drawable(text), size) for text, size in lines) / 72 + 0.16
 
 
 def global_diagram(folder: Path) -> Axes:
@@ -126,7 +117,7 @@ def global_diagram(folder: Path) -> Axes:
 
 @styled
 def flow_figure(
-    image: ImageSource,
+    image: drawing.ImageSource,
     box: Sequence[float] | None,
     maps: Mapping[str, Sequence[np.ndarray]],
     descriptor: np.ndarray,
@@ -139,7 +130,7 @@ def flow_figure(
     of the network's input. Tokens are coloured by their first three principal components. Returns
     the axes, shape (5,).
     """
-    picture = read_pixels(image)
+    picture = drawing.read_pixels(image)
     x0, y0, x1, y1 = (int(v) for v in box) if box is not None else (0, 0, *picture.shape[1::-1])
     x0, y0 = max(0, x0), max(0, y0)
     tokens, heat = maps["tokens"][0], maps["backbone_attention"][0]
@@ -148,14 +139,16 @@ def flow_figure(
     crop = cv2.resize(
         picture[y0:y1, x0:x1], (16 * columns, 16 * rows), interpolation=cv2.INTER_AREA
     )
-    draw_photograph(axes[0], picture, 2)
-    draw_box(axes[0], (x0, y0, x1, y1))
-    draw_photograph(axes[1], crop, 2)
+    drawing.draw_photograph(axes[0], picture, 2)
+    drawing.draw_box(axes[0], (x0, y0, x1, y1))
+    drawing.draw_photograph(axes[1], crop, 2)
     for lines, count, side in ((axes[1].axvline, columns, 16), (axes[1].axhline, rows, 16)):
         for number in range(1, count):
             lines(side * number - 0.5, color="white", linewidth=0.7)
-    draw_photograph(axes[2], np.repeat(np.repeat(component_colours([tokens])[0], 16, 0), 16, 1), 2)
-    draw_photograph(axes[3], mix_heat(crop, heat, (0, 0, crop.shape[1], crop.shape[0])), 2)
+    drawing.draw_photograph(
+        axes[2], np.repeat(np.repeat(component_colours([tokens])[0], 16, 0), 16, 1), 2
+    )
+    drawing.draw_photograph(axes[3], mix_heat(crop, heat, (0, 0, crop.shape[1], crop.shape[0])), 2)
     _draw_vector(axes[4], descriptor)
     shape = f"{rows} × {columns}"
     captions = (
@@ -191,7 +184,7 @@ def _draw_vector(axes: Axes, descriptor: np.ndarray) -> None:
     )
     reach = np.abs(descriptor).max() or 1
     axes.imshow(cells.reshape(side, 8), cmap="PuOr", vmin=-reach, vmax=reach, aspect=8 / side)
-    hide_frame(axes)
+    drawing.hide_frame(axes)
 
 
 def reranking_diagram(

@@ -10,14 +10,7 @@ from matplotlib.patches import Rectangle
 
 from vitgal.features.local import LocalFeatures
 from vitgal.retrieval.verification import PairInspection
-from vitgal.viz import drawing, style
-from vitgal.viz.matching import (
-    WIDTH,
-    MatchedImage,
-    match_lines,
-    patch_squares,
-    position_colours,
-)
+from vitgal.viz import drawing, matching, style
 
 CROPS = 3  # matches that are enlarged
 AROUND = 3.0  # sides of a crop, in sides of the patch
@@ -28,8 +21,8 @@ SQUARES = 8  # of the checkerboard, along the longer side
 
 @style.styled
 def match_figure(
-    query: MatchedImage,
-    database: MatchedImage,
+    query: matching.MatchedImage,
+    database: matching.MatchedImage,
     pair: PairInspection,
     *,
     max_lines: int,
@@ -45,7 +38,7 @@ def match_figure(
     rows = 1 + bool(pair.verification.count) + bool(warps)
     figure, axes = plt.subplots(rows, 1, squeeze=False)
     axes = axes[:, 0]
-    match_lines(query, database, pair, max_lines=max_lines, axes=axes[0])
+    matching.match_lines(query, database, pair, max_lines=max_lines, axes=axes[0])
     heights = [figure.get_figheight()]
     if pair.verification.count:
         inliers = pair.matches[pair.verification.inliers]
@@ -53,7 +46,7 @@ def match_figure(
     if warps:
         heights.append(_draw_row(axes[-1], warps) + 0.25)
     axes[0].get_gridspec().set_height_ratios(heights)
-    figure.set_size_inches(WIDTH + 0.1, sum(heights))
+    figure.set_size_inches(matching.WIDTH + 0.1, sum(heights))
     drawing.tighten(figure)
     return axes
 
@@ -69,17 +62,17 @@ def spread_matches(matches: np.ndarray, features: LocalFeatures) -> np.ndarray:
     return np.array(best, int).reshape(-1, 2)
 
 
-def _draw_crops(axes: Axes, sides: Sequence[MatchedImage], inliers: np.ndarray) -> float:
+def _draw_crops(axes: Axes, sides: Sequence[matching.MatchedImage], inliers: np.ndarray) -> float:
     """Draws crops around both ends of some matches; returns the height in inches."""
     chosen = spread_matches(inliers, sides[0].features)
     gap, between = 0.04, 0.3
-    inches = (WIDTH - 2 * between - 3 * gap) / 6
+    inches = (matching.WIDTH - 2 * between - 3 * gap) / 6
     query = sides[0].features
-    colours = position_colours(query.keypoints[chosen[:, 0]], query.input_size)
+    colours = matching.position_colours(query.keypoints[chosen[:, 0]], query.input_size)
     for number, (match, colour) in enumerate(zip(chosen, colours, strict=True)):
         for column, side in enumerate(sides):
             left = number * (2 * inches + gap + between) + column * (inches + gap)
-            (square,) = patch_squares(side.features.subset([match[column]]))
+            (square,) = matching.patch_squares(side.features.subset([match[column]]))
             wide, high = (max(3, round(AROUND * side)) for side in square.get_bbox().size)
             pixels = cv2.getRectSubPix(
                 drawing.read_pixels(side.image),
@@ -96,13 +89,13 @@ def _draw_crops(axes: Axes, sides: Sequence[MatchedImage], inliers: np.ndarray) 
                     Rectangle(corner, length, length, fill=False, edgecolor=edge, linewidth=line)
                 )
     drawing.hide_frame(axes)
-    axes.set(xlim=(-0.03, WIDTH), ylim=(inches + 0.03, -0.03), aspect="equal")
+    axes.set(xlim=(-0.03, matching.WIDTH), ylim=(inches + 0.03, -0.03), aspect="equal")
     axes.set_title("three of the inliers, enlarged (query left; the square is the patch)")
     return inches
 
 
 def _warps(
-    query: MatchedImage, database: MatchedImage, homography: np.ndarray | None
+    query: matching.MatchedImage, database: matching.MatchedImage, homography: np.ndarray | None
 ) -> dict[str, np.ndarray]:
     """The query's box warped onto the database image, the image, and a checkerboard of both."""
     if homography is None or not np.isfinite(homography).all():
@@ -140,7 +133,7 @@ def _to_pixels(features: LocalFeatures, scale: float) -> np.ndarray:
 def _draw_row(axes: Axes, pictures: dict[str, np.ndarray]) -> float:
     """Draws pictures of one size side by side; returns the height in inches."""
     gap = 0.08
-    inches = (WIDTH - gap * (len(pictures) - 1)) / len(pictures)
+    inches = (matching.WIDTH - gap * (len(pictures) - 1)) / len(pictures)
     rows, columns = next(iter(pictures.values())).shape[:2]
     height = min(inches * rows / columns, 2.0)
     wide = height * columns / rows
@@ -151,12 +144,12 @@ def _draw_row(axes: Axes, pictures: dict[str, np.ndarray]) -> float:
         note = axes.annotate(name, (left + wide / 2, height), (0, -4), fontsize=8)
         note.set(anncoords="offset points", ha="center", va="top")
     drawing.hide_frame(axes)
-    axes.set(xlim=(0, WIDTH), ylim=(height, 0), aspect="equal")
+    axes.set(xlim=(0, matching.WIDTH), ylim=(height, 0), aspect="equal")
     return height
 
 
 @style.styled
-def attention_and_inliers(query: MatchedImage, pair: PairInspection) -> np.ndarray:
+def attention_and_inliers(query: matching.MatchedImage, pair: PairInspection) -> np.ndarray:
     """Draws where the query's attention lies, where its inliers lie, and how the two agree.
 
     Left the photograph with `query.heat`, in the middle its features: inliers filled, matches

@@ -21,14 +21,7 @@ from vitgal.retrieval.verification import MIN_MATCHES, inspect_pair
 from vitgal.runs import printable
 from vitgal.settings import RerankingSettings
 from vitgal.stages import rerank
-from vitgal.viz import galleries
-from vitgal.viz.run_figures import (
-    GLOBAL_NOTEBOOK,
-    crops_queries,
-    last_positive,
-    query_image,
-    ranked_images,
-)
+from vitgal.viz import galleries, run_figures
 
 # The orders of a failure table: column, and whether ascending.
 SORTS = {"ap": ("after", True), "change": ("change", True), "miss": ("worst_rank", False)}
@@ -53,8 +46,6 @@ def failure_table(
     """Lists the queries of a run, the worst first.
 
     Args:
-        run: the run's folder.
-        benchmark: the data set, opened.
         by: "ap", the lowest AP after reranking; "change", the most AP lost by reranking; "miss",
             the positive image that ranks last. Ties keep the queries' order.
         protocol: "easy", "medium" or "hard".
@@ -66,8 +57,7 @@ def failure_table(
         its rank from 1 on among the images that the protocol does not ignore. Queries without
         positives come last.
     Raises:
-        ValueError: an unknown `by` or protocol.
-        StageError: notebook 04 has not been run.
+        ValueError: an unknown `by` or protocol.  StageError: notebook 04 has not been run.
     """
     if by not in SORTS:
         raise ValueError(f"by is {by!r}; a failure table is sorted by {', '.join(SORTS)}")
@@ -82,7 +72,7 @@ def failure_table(
     positives, ignored = revisited.positives(truth, protocol), revisited.ignored(truth, protocol)
     table["positives"] = [len(images) for images in positives]
     worst = [
-        last_positive(rankings[-1], query, *images)
+        run_figures.last_positive(rankings[-1], query, *images)
         for query, images in enumerate(zip(positives, ignored, strict=True))
     ]
     table["worst"] = [
@@ -120,7 +110,7 @@ def failure_figure(
     skipped = np.setdiff1d(ignored, truth.junk[query])
     orders = [ranking.order[:, query] for ranking in rankings]
     rows = [row[~np.isin(row, skipped) & (row >= 0)][:columns].tolist() for row in orders]
-    worst, _ = last_positive(rankings[-1], query, positives, ignored)
+    worst, _ = run_figures.last_positive(rankings[-1], query, positives, ignored)
     first = [] if worst is None else [worst]
     images = list(dict.fromkeys(sum(rows, first)))
     ranks = [ranking.rank(query, np.array(images, np.int64), ignored) + 1 for ranking in rankings]
@@ -136,17 +126,19 @@ def failure_figure(
     names = ("before", "after") if len(rows) == 2 else ("ranking",)
     captions = (_similarity_caption, _inlier_caption)
     rankings = {
-        name: ranked_images(benchmark, query, row, [caption(table.loc[image]) for image in row])
+        name: run_figures.ranked_images(
+            benchmark, query, row, [caption(table.loc[image]) for image in row]
+        )
         for name, row, caption in zip(names, rows, captions, strict=False)
     }
-    cropped = query_image(benchmark, query, crop=crops_queries(folder))
+    cropped = run_figures.query_image(benchmark, query, crop=run_figures.crops_queries(folder))
     axes = galleries.stacked_rankings(cropped, rankings, table.loc[explained], columns=columns)
     return axes.flat[0].figure
 
 
 def _rankings(folder: Path, protocol: str, reranked: bool) -> list[Ranking]:
     """The global ranking and, where there is one and it is asked for, the reranked one."""
-    runs.read_stage(folder / "global", GLOBAL_NOTEBOOK)
+    runs.read_stage(folder / "global", run_figures.GLOBAL_NOTEBOOK)
     if protocol not in revisited.PROTOCOLS:
         names = ", ".join(revisited.PROTOCOLS)
         raise ValueError(f"unknown protocol {protocol!r}; use one of {names}")

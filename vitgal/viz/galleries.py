@@ -32,11 +32,8 @@ class QueryImage:
 class RankedImage:
     """A database image in a ranking.
 
-    Attributes:
-        key: identifies the image in another ranking, for example its database index.
-        image: the photograph.
-        label: "easy", "hard", "junk" or "negative", the colour of its frame; None: no frame.
-        caption: drawn beside it; may hold a line break.
+    key: identifies it in another ranking. label: "easy", "hard", "junk" or "negative", the colour
+    of its frame; None: no frame. caption: drawn beside it; may hold a line break.
     """
 
     key: Hashable

@@ -14,17 +14,14 @@ from vitgal import runs
 from vitgal.data.images import read_image
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.settings import RerankingSettings
-from vitgal.stages.inspection import Inspector, TokenSelection, similar_patches
-from vitgal.viz.report import ENLARGED, THUMBNAIL, jpeg
-from vitgal.viz.run_document import (
-    NOTES,
-    RERANK_NOTEBOOK,
-    Images,
+from vitgal.stages.inspection import (
+    Inspector,
+    TokenSelection,
     changed_settings,
-    dataset_document,
-    pair_document,
-    read_notes,
+    similar_patches,
 )
+from vitgal.viz import run_document
+from vitgal.viz.report import ENLARGED, THUMBNAIL, jpeg
 from vitgal.viz.style import stored_picture
 
 FRONTEND = Path(__file__).with_name("frontend")
@@ -37,14 +34,9 @@ Answer = tuple[dict[str, Any], list[bytes]]  # plain values, and bytes beside th
 class InstrumentWidget(anywidget.AnyWidget):
     """A widget of the front end; a subclass answers the questions of its views.
 
-    Where no widget can be shown, as on GitHub, the output is the picture of `figure`, or a text.
-
-    Args:
-        run: the run's folder, which keeps stars and notes.
-        document: what the front end draws, as of `run_document`.
-        images: those that the document numbers.
-        figure: what is stored with the notebook in place of the widget; None: a line of text.
-        start: see State in instrument.js.
+    run: keeps stars and notes. document: what the front end draws, as of `run_document`. images:
+    those that it numbers. figure: what is stored with the notebook and shown where no widget can
+    be, as on GitHub; None: a line of text. start: see State in instrument.js.
     """
 
     _esm = FRONTEND / "instrument.js"
@@ -55,7 +47,7 @@ class InstrumentWidget(anywidget.AnyWidget):
         self,
         run: Path,
         document: dict[str, Any],
-        images: Images,
+        images: run_document.Images,
         figure: Figure | None,
         start: Mapping[str, Any],
     ) -> None:
@@ -146,9 +138,9 @@ class InstrumentWidget(anywidget.AnyWidget):
     def _keep_note(self, question: Question, _: Sequence[bytes]) -> Answer:
         name, value = str(question["name"]), question["value"]
         note = {"star": bool(value["star"]), "note": str(value["note"])[:LONGEST_NOTE]}
-        notes = read_notes(self._run) | {name: note}
+        notes = run_document.read_notes(self._run) | {name: note}
         kept = {key: entry for key, entry in sorted(notes.items()) if any(entry.values())}
-        runs.write_json(self._run / NOTES, kept)
+        runs.write_json(self._run / run_document.NOTES, kept)
         self.document["notes"] = kept
         return {}, []
 
@@ -156,15 +148,10 @@ class InstrumentWidget(anywidget.AnyWidget):
 class Instrument(InstrumentWidget):
     """The interactive viewer of one data set of a run.
 
-    Args:
-        run: the run's folder, whose notebook 04 is finished for this data set.
-        dataset: the opened benchmark.
-        figure: what is stored with the notebook in place of the widget; None: a line of text.
-        inspector: reads features and runs the network; None: one with the run's own model.
-        start: what is shown first, any of `view` ("overview", "ranking" or "pair"), `query` and
-            `image` (indices) and `protocol`.
-    Raises:
-        StageError: notebook 04 has not been run.
+    figure: as for InstrumentWidget. inspector: reads features and runs the network; None: one with
+    the run's own model. start: what is shown first, any of `view` ("overview", "ranking" or
+    "pair"), `query` and `image` (indices) and `protocol`. Raises StageError where notebook 04 has
+    not been run for this data set.
     """
 
     def __init__(
@@ -177,7 +164,7 @@ class Instrument(InstrumentWidget):
         **start: Any,
     ) -> None:
         self._dataset, self._inspector = dataset, inspector or Inspector(Path(run), dataset)
-        document, images = dataset_document(run, dataset)
+        document, images = run_document.dataset_document(run, dataset)
         if start.get("image") is not None:
             start["image"] = images.database_image(dataset, start["image"])
         super().__init__(run, document, images, figure, start)
@@ -203,8 +190,11 @@ class Instrument(InstrumentWidget):
         image of no short list. Returns as `pair_document`. Raises InspectionError where a
         photograph has no local features, SettingsError for other settings.
         """
-        manifest = runs.read_stage(self._run / self._dataset.name / "rerank", RERANK_NOTEBOOK)
-        chosen = changed_settings(RerankingSettings.from_manifest(manifest["parameters"]), settings)
+        manifest = runs.read_stage(
+            self._run / self._dataset.name / "rerank", run_document.RERANK_NOTEBOOK
+        )
+        used = RerankingSettings.from_manifest(manifest["parameters"])
+        chosen = changed_settings(used, settings)
         sides = self._sides({"query": query, "image": number})
         inspector = self._inspector
         for side in sides:
@@ -214,7 +204,7 @@ class Instrument(InstrumentWidget):
                 inspector.selection(*side)
         (_, query), (_, image) = sides
         pair = inspector.pair(query, image, chosen, hidden_scales=settings.get("hidden", ()))
-        return pair_document(pair.query, pair.database, pair.result)
+        return run_document.pair_document(pair.query, pair.database, pair.result)
 
 
 def _picture(figure: Figure) -> dict[str, str]:

@@ -136,14 +136,10 @@ def feature_counts(counts: Sequence[int], scales: Sequence[float] | np.ndarray) 
 
 @dataclass(frozen=True, eq=False)
 class MatchedImage:
-    """One of the two images that `match_lines` draws.
+    """One of the two images that `match_lines` draws, and the features that matches point into.
 
-    Attributes:
-        image: the photograph.
-        features: the local features that the matches point into.
-        title: drawn under it.
-        heat: (h, w) >= 0 over the crop that the features were extracted from, drawn over a grey
-            copy of it, each map relative to its own peak; None: none.
+    heat: (h, w) >= 0 over the crop that the features were extracted from, drawn over a grey copy
+    of it, each map relative to its own peak; None: none.
     """
 
     image: drawing.ImageSource
@@ -171,14 +167,9 @@ def match_lines(
     The outline is the box that the query's features were extracted from, and its image under the
     homography unless part of it falls behind the horizon.
 
-    Args:
-        query, database: the two images.
-        pair: matches of their features and the verification of these matches; may be empty.
-        max_lines: most lines of each kind, spread evenly over the list.
-        axes: to draw into, alone in a figure, which takes their size; their units are inches.
-            None: new ones.
-    Raises:
-        ValueError: inliers do not fit the matches, or a heat map is not (h, w) and finite.
+    pair: may be empty. max_lines: most lines of each kind, spread evenly over the list. axes: to
+    draw into, alone in a figure, which takes their size; their units are inches. Raises ValueError
+    where inliers do not fit the matches, or a heat map is not (h, w) and finite.
     """
     sides, inliers = (query, database), np.asarray(pair.verification.inliers, dtype=bool)
     matches = np.asarray(pair.matches, dtype=int).reshape(-1, 2)

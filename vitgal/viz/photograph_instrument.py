@@ -17,15 +17,9 @@ from vitgal import runs
 from vitgal.data.photographs import PhotographError, read_upright
 from vitgal.retrieval.presence import Presence
 from vitgal.settings import RerankingSettings
-from vitgal.stages.inspection import TokenSelection, compare
+from vitgal.stages.inspection import TokenSelection, changed_settings, compare
+from vitgal.viz import run_document
 from vitgal.viz.instrument import Answer, InstrumentWidget, Question
-from vitgal.viz.run_document import (
-    Images,
-    changed_settings,
-    extraction_document,
-    knobs,
-    pair_document,
-)
 from vitgal.viz.run_figures import safe_file_name
 
 if TYPE_CHECKING:  # the stage imports torch; it is imported where it is used
@@ -42,15 +36,8 @@ class PhotographInstrument(InstrumentWidget):
 
     A query is chosen or dropped, a box drawn on it; results open as pairs with live matching.
 
-    Args:
-        photographs: the described folder.
-        query: the first one, as `search_folder` takes it.
-        box: its box (x0, y0, x1, y1) in pixels of the upright photograph; None: all of it.
-        settings: of every search.
-        presence: gives results their probabilities; None: none.
-        figure: what is stored with the notebook in place of the widget; None: a line of text.
-    Raises:
-        PhotographError: the first search fails.
+    query, box: of the first search; with settings and presence as for `search_folder`. figure: as
+    for InstrumentWidget. Raises PhotographError where the first search fails.
     """
 
     def __init__(
@@ -65,12 +52,12 @@ class PhotographInstrument(InstrumentWidget):
     ) -> None:
         self._photographs, self._settings, self._presence = photographs, settings, presence
         self._dropped = tempfile.TemporaryDirectory(prefix="vitgal-query-")
-        images = Images(upright=True)
+        images = run_document.Images(upright=True)
         for name, size in zip(photographs.names, photographs.sizes, strict=True):
             path = photographs.path(name)
             images.number(path, name, size if path.exists() else (0, 0))
         describer = photographs.describer
-        features = extraction_document(
+        features = run_document.extraction_document(
             describer.local_settings, tokens=describer.local_settings.own_tokens
         )
         entry: dict[str, Any] = {
@@ -83,7 +70,7 @@ class PhotographInstrument(InstrumentWidget):
             "settings": [],
             "scores": {"global": {}},
             "tests": {},
-            "matching": knobs(settings),
+            "matching": run_document.knobs(settings),
             "features": features,
             "map": None,
             "neighbours": {},
@@ -195,4 +182,4 @@ class PhotographInstrument(InstrumentWidget):
         features = self._photographs.features(path.relative_to(self._photographs.folder).as_posix())
         query = self._searched(question).description.features
         pair = compare(query, features, settings, hidden_scales=chosen.get("hidden", ()))
-        return {"pair": pair_document(pair.query, pair.database, pair.result)}, []
+        return {"pair": run_document.pair_document(pair.query, pair.database, pair.result)}, []

@@ -29,22 +29,16 @@ def write_report(
     ranks: int = 100,
     pairs: int = 4,
     single_file: bool = False,
-    progress: bool = True,
 ) -> Path:
-    """Writes the page of one or several runs and returns its path.
+    """Writes the page of one or several runs, which are then compared, and returns its path.
 
-    Args:
-        run_folders: runs with a finished global stage. Several are compared.
-        folder: receives index.html, thumbs/ and photos/; None: `report/` of the first run.
-        ranks, pairs: see `run_document`.
-        single_file: puts all images into index.html.
-    Raises:
-        StageError: a run has no global stage, or the folder holds other files than a report's.
-        FileNotFoundError: a run or its data set is missing.
+    folder: receives index.html, thumbs/ and photos/; None: `report/` of the first run. ranks,
+    pairs: see `run_document`, whose errors are raised too. single_file: puts all images into
+    index.html. Raises StageError where the folder holds other files than a report's.
     """
     folder = Path(folder or Path(run_folders[0]) / "report").absolute()
     _refuse_other_files(folder)
-    document, images = run_document(run_folders, ranks=ranks, pairs=pairs, progress=progress)
+    document, images = run_document(run_folders, ranks=ranks, pairs=pairs)
     return write_page(document, images, folder, single_file=single_file)
 
 

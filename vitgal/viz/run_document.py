@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -89,20 +89,14 @@ def _size(path: Path) -> list[int]:
 
 
 def run_document(
-    run_folders: Sequence[Path], *, ranks: int = 100, pairs: int = 4, progress: bool = True
+    run_folders: Sequence[Path], *, ranks: int = 100, pairs: int = 4
 ) -> tuple[dict[str, Any], Images]:
     """Describes the results of runs as plain values, one entry per run and data set.
 
-    Args:
-        run_folders: each holds a finished global stage of at least one data set.
-        ranks: images of each ranking, at most.
-        pairs: matched images per query: the first after reranking, and the positive ranked last.
-        progress: shows a bar while pairs are matched.
-    Returns:
-        The document, and the images whose numbers it uses.
-    Raises:
-        StageError: a run holds no finished global stage.
-        FileNotFoundError: a run or its data set is missing.
+    ranks: images of each ranking, at most. pairs: matched images per query: the first after
+    reranking, and the positive ranked last. Returns the document, and the images whose numbers it
+    uses. Raises StageError where a run holds no finished global stage, FileNotFoundError where a
+    run or its data set is missing.
     """
     images = Images()
     entries = [
@@ -110,29 +104,26 @@ def run_document(
         for run in run_folders
         for dataset in _datasets(Path(run))
     ]
-    return _document(entries, pairs, progress=progress)
+    return _document(entries, pairs)
 
 
 def dataset_document(run: Path, dataset: RetrievalDataset) -> tuple[dict[str, Any], Images]:
     """Describes a run's results on one opened data set as `run_document`, without pairs.
 
     With more than MOST_MAPPED_AT_ONCE database images it has no neighbours, and no map unless a
-    report has stored one.
-    Raises StageError where the run has no global stage of this data set.
+    report has stored one. Raises StageError where the run has no global stage of this data set.
     """
     runs.read_stage(Path(run) / dataset.name / "global", GLOBAL_NOTEBOOK)
-    return _document([_Entry(Path(run), dataset, Images(), at_once=True)], 0, progress=False)
+    return _document([_Entry(Path(run), dataset, Images(), at_once=True)], 0)
 
 
-def _document(
-    entries: Sequence["_Entry"], pairs: int, *, progress: bool
-) -> tuple[dict[str, Any], Images]:
+def _document(entries: Sequence["_Entry"], pairs: int) -> tuple[dict[str, Any], Images]:
     notes: dict[str, Any] = {}
     for run in dict.fromkeys(entry.run for entry in entries):
         notes |= read_notes(run)
     images = entries[0].images
     document = images.document(
-        [entry.document(pairs, progress=progress) for entry in entries],
+        [entry.document(pairs) for entry in entries],
         notes=notes,
         comparisons=_comparisons(entries),
     )
@@ -200,14 +191,13 @@ class _Entry:
         """The scores of the last stage."""
         return list(self.scores.values())[-1]
 
-    def document(self, pairs: int, *, progress: bool) -> dict[str, Any]:
+    def document(self, pairs: int) -> dict[str, Any]:
         """Returns the entry's plain values."""
         from tqdm.auto import tqdm
 
         truth = self.dataset.ground_truth
-        queries = tqdm(
-            range(len(truth.queries)), desc="matching pairs", unit="query", disable=not progress
-        )
+        count = len(truth.queries)
+        queries = tqdm(range(count), desc="matching pairs", unit="query", disable=not pairs)
         return {
             "run": printable(self.run.name),
             "dataset": printable(self.dataset.name),
@@ -362,24 +352,6 @@ def knobs(settings: RerankingSettings) -> dict[str, Any]:
         "threshold": verification.threshold,
         "estimator": verification.estimator,
     }
-
-
-def changed_settings(settings: RerankingSettings, turned: Mapping[str, Any]) -> RerankingSettings:
-    """Returns reranking settings with those of `knobs` replaced that `turned` holds.
-
-    Raises SettingsError for a value that is not allowed.
-    """
-    values = {name: turned.get(name, value) for name, value in knobs(settings).items()}
-    matching = replace(
-        settings.matching,
-        method=values["method"],
-        max_distance=values["max_distance"],
-        max_keypoints=values["max_keypoints"],
-    )
-    verification = replace(
-        settings.verification, threshold=values["threshold"], estimator=values["estimator"]
-    )
-    return replace(settings, matching=matching, verification=verification)
 
 
 def extraction_document(settings: LocalSettings, *, tokens: bool) -> dict[str, Any]:

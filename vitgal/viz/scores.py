@@ -27,10 +27,9 @@ def score_dots(
 ) -> Axes:
     """Draws the mean average precision of several systems, a dot each, with the values printed.
 
-    Args:
-        scores: system -> protocol -> mAP in [0, 1], or `evaluate`'s dict of the protocol, of which
-            "map" is taken; no dot for nan, None or a missing protocol. Without systems: a sentence.
-        intervals: system -> protocol -> (low, high) in [0, 1], drawn as whiskers.
+    scores: system -> protocol -> mAP in [0, 1], or `evaluate`'s dict of the protocol, of which
+    "map" is taken; no dot for nan, None or a missing protocol. Without systems: a sentence.
+    intervals: system -> protocol -> (low, high) in [0, 1], drawn as whiskers.
     """
     intervals = intervals or {}
     if not scores:
@@ -159,15 +158,11 @@ def retrieval_curves(
 ) -> np.ndarray:
     """Draws similarities by label, precision over recall, and recall over the length of a list.
 
-    Args:
-        similarities: label ("easy", "hard", "negative") -> (N,) similarities of such images, all
-            queries together; each histogram has the area 1.
-        precision: protocol -> (R,) mean interpolated precision at R levels of recall from 0 to 1.
-        recall: protocol -> lengths (L,) and the mean share (L,) of right images within each.
-        top: length of the short list, drawn as a line; the values there are the most that
-            reranking can find.
-    Returns:
-        The axes, shape (3,).
+    similarities: label ("easy", "hard", "negative") -> (N,) similarities of such images, all
+    queries together; each histogram has the area 1. precision: protocol -> (R,) mean interpolated
+    precision at R levels of recall from 0 to 1. recall: protocol -> lengths (L,) and the mean share
+    (L,) of right images within each. top: length of the short list, drawn as a line; the values
+    there are the most that reranking can find. Returns the axes, shape (3,).
     """
     _, axes = plt.subplots(1, 3, figsize=(10, 3.6), width_ratios=[1.15, 1, 1.15])
     _draw_histograms(axes[0], similarities)

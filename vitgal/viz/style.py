@@ -104,15 +104,12 @@ def styled(draw: Callable[..., Any]) -> Callable[..., Any]:
 def save_figure(
     axes: Axes | np.ndarray, path: str | os.PathLike, *, dpi: int = DPI, close: bool = False
 ) -> Path:
-    """Writes the figure of these axes, and returns the path.
+    """Writes the figure of these axes, an array of any shape or one, and returns the path.
 
-    The file is written atomically, without a date: the same figure gives the same bytes.
-
-    Args:
-        axes: the result of a drawing function; an array may have any shape.
-        path: its suffix, .pdf, .svg, .png or .jpg, chooses the format; ValueError for others.
-        dpi: resolution of photographs inside a .pdf or .svg, and of a .png or .jpg as a whole.
-        close: closes the figure afterwards, for loops that write many.
+    The file is written atomically, without a date: the same figure gives the same bytes. The path's
+    suffix, .pdf, .svg, .png or .jpg, chooses the format; ValueError for others. dpi: resolution of
+    photographs inside a .pdf or .svg, and of a .png or .jpg as a whole. close: closes the figure
+    afterwards, for loops that write many.
     """
     path = Path(path)
     suffix = path.suffix[1:].lower()

@@ -10,26 +10,18 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import NullLocator
 
 from vitgal.evaluation.tuning import ALWAYS, Tuning
-from vitgal.viz.style import (
-    CHOSEN_COLOUR,
-    GLOBAL_COLOUR,
-    INK,
-    LINE_STYLES,
-    OURS_COLOUR,
-    SYSTEM_COLOURS,
-    styled,
-)
+from vitgal.viz import style
 
 CHANGE_MAP = "PuOr"  # mAP below that without reranking, and above it
 LEAST_CHANGE = 2.0  # points of mAP at the ends of the colours, at least
 LINE = 125  # letters of a line below
-ORDER_COLOURS = {"inliers": SYSTEM_COLOURS["published"]}
+ORDER_COLOURS = {"inliers": style.SYSTEM_COLOURS["published"]}
 
 
 ORDER_NAMES = {"inliers": "reranked by count", "fused": "reranked by similarity and count"}
 
 
-@styled
+@style.styled
 def tuning_figure(tuning: Tuning) -> np.ndarray:
     """Draws mAP over the number of candidates, over distance and threshold, and over all else.
 
@@ -62,27 +54,27 @@ def _draw_tops(axes: Axes, tuning: Tuning) -> None:
     tops = tuning.grid["top"]
     for group in np.unique(tuning.groups):
         curve = _percent(tuning.curve("top")[:, tuning.groups == group])
-        axes.plot(tops, curve, color=INK, alpha=0.3, linewidth=0.7)
-    axes.plot([], [], color=INK, alpha=0.35, linewidth=0.7, label="queries of one landmark")
+        axes.plot(tops, curve, color=style.INK, alpha=0.3, linewidth=0.7)
+    axes.plot([], [], color=style.INK, alpha=0.35, linewidth=0.7, label="queries of one landmark")
     orders = tuning.grid.get("order", [None])
     for index, order in enumerate(orders):
         fixed = {} if order is None else tuning.with_order(index)
-        mark, label = f"o{LINE_STYLES[index]}", ORDER_NAMES.get(order, "reranked")
+        mark, label = f"o{style.LINE_STYLES[index]}", ORDER_NAMES.get(order, "reranked")
         curve = _percent(tuning.curve("top", fixed=fixed))
         axes.plot(
             tops,
             curve,
             mark,
-            color=ORDER_COLOURS.get(order, OURS_COLOUR),
+            color=ORDER_COLOURS.get(order, style.OURS_COLOUR),
             markersize=4,
             label=label,
         )
     level = _percent(tuning.before)
-    line = axes.axhline(level, color=GLOBAL_COLOUR, linestyle=":")
+    line = axes.axhline(level, color=style.GLOBAL_COLOUR, linestyle=":")
     line.set_label(f"not reranked: {level:.1f}")
     for label, point, mark in (("current", tuning.current, "--"), ("chosen", tuning.chosen, "-")):
         top = tuning.values(point)["top"]
-        axes.axvline(top, color=CHOSEN_COLOUR, linewidth=1.2, linestyle=mark, label=label)
+        axes.axvline(top, color=style.CHOSEN_COLOUR, linewidth=1.2, linestyle=mark, label=label)
     axes.set_xscale("log")
     axes.set_xticks(tops, [str(top) for top in tops])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -98,13 +90,15 @@ def _draw_thresholds(axes: Axes, tuning: Tuning) -> None:
     norm = TwoSlopeNorm(level if np.isfinite(level) else 0, *(level + [-reach, reach]))
     axes.imshow(values, cmap=CHANGE_MAP, norm=norm, aspect="auto", origin="lower")
     for (row, column), value in np.ndenumerate(values):
-        ink = "white" if abs(value - level) > 0.6 * reach else INK
+        ink = "white" if abs(value - level) > 0.6 * reach else style.INK
         axes.text(column, row, f"{value:.1f}", ha="center", va="center", fontsize=8, color=ink)
     for point, mark, inset in ((tuning.current, "--", 0.06), (tuning.chosen, "-", 0.0)):
         at = [list(tuning.grid).index(name) for name in names]
         corner = point[at[1]] - 0.5 + inset, point[at[0]] - 0.5 + inset
         side = 1 - 2 * inset
-        frame = Rectangle(corner, side, side, fill=False, edgecolor=CHOSEN_COLOUR, linewidth=2)
+        frame = Rectangle(
+            corner, side, side, fill=False, edgecolor=style.CHOSEN_COLOUR, linewidth=2
+        )
         frame.set(linestyle=mark, clip_on=False)
         axes.add_patch(frame)
     for axis, name in zip((axes.yaxis, axes.xaxis), names, strict=True):
@@ -124,12 +118,12 @@ def _draw_others(axes: Axes, tuning: Tuning, names: list[str]) -> None:
             position += 1
             fixed = tuning.with_order(index) if name == "order" else {name: index}
             mean = _percent(tuning.curve(fixed=fixed))
-            face = CHOSEN_COLOUR if index == chosen else "white"
-            axes.plot(mean, position, "o", color=CHOSEN_COLOUR, markerfacecolor=face)
+            face = style.CHOSEN_COLOUR if index == chosen else "white"
+            axes.plot(mean, position, "o", color=style.CHOSEN_COLOUR, markerfacecolor=face)
             axes.axhline(position, color="#E3E3E3", linewidth=0.6, zorder=0)
             labels.append((position, str(value)))
         position += 1.3
-    axes.axvline(_percent(tuning.before), color=GLOBAL_COLOUR, linestyle=":")
+    axes.axvline(_percent(tuning.before), color=style.GLOBAL_COLOUR, linestyle=":")
     axes.set_yticks(*map(list, zip(*labels, strict=True)), fontsize=7.5)
     for tick in axes.get_yticklabels():
         tick.set_fontweight("bold" if tick.get_text() in names else "normal")
