@@ -116,13 +116,10 @@ def _own_pooling(backbone: Backbone) -> str:
 
 @dataclass(frozen=True)
 class InputFacts:
-    """The image size that a network was made for, and the number that its sides are multiples of.
+    """The images that a network was made for."""
 
-    size: pixels.  multiple: of the sides; None for the published rules of ViTGaL.
-    """
-
-    size: int = VITGAL_SIZE
-    multiple: int | None = None
+    size: int = VITGAL_SIZE  # pixels
+    multiple: int | None = None  # of which sides are; None for the published rules of ViTGaL
 
 
 def facts_of(model: Any) -> InputFacts:

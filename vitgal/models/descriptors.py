@@ -168,37 +168,24 @@ def local_features(
 
 
 class ScaleLayout(NamedTuple):
-    """How the tokens of a batch lie in the images at one scale.
-
-    factors: height and width of the scaled input over those at scale 1. columns: tokens in a row.
-    count: tokens of an image.
-    """
+    """How the tokens of a batch lie in the images at one scale."""
 
     scale: float
-    factors: tuple[float, float]
-    columns: int
-    count: int
+    factors: tuple[float, float]  # height and width of the scaled input over those at scale 1
+    columns: int  # tokens in a row
+    count: int  # tokens of an image
 
 
 @dataclass(frozen=True, eq=False)
 class TokenBatch:
-    """The tokens of images of one size at all scales, one scale after the other.
+    """The tokens of images of one size at all scales, one scale after the other."""
 
-    Attributes:
-        size: (h, w) of the network inputs in pixels.
-        patch: distance of two tokens in pixels of a scaled input.
-        layouts: one a scale.
-        scores: (B, N) float32 on the host. On a GPU they are being copied until `copied`.
-        codes: (B, N, C) on the model's device.
-        copied: the event on a GPU after which `scores` may be read; None on a CPU.
-    """
-
-    size: tuple[int, int]
-    patch: int
-    layouts: Sequence[ScaleLayout]
-    scores: Tensor
-    codes: Tensor
-    copied: torch.cuda.Event | None
+    size: tuple[int, int]  # (h, w) of the network inputs in pixels
+    patch: int  # distance of two tokens in pixels of a scaled input
+    layouts: Sequence[ScaleLayout]  # one a scale
+    scores: Tensor  # (B, N) float32 on the host; on a GPU they are being copied until `copied`
+    codes: Tensor  # (B, N, C) on the model's device
+    copied: torch.cuda.Event | None  # on a GPU, after which `scores` may be read; None on a CPU
 
 
 def compute_tokens(

@@ -18,13 +18,8 @@ class TokenNetwork(nn.Module):
     """A block of a timm network for `local_features`: tokens, their codes and their scores.
 
     Tokens are selected by the class token's attention in the same block, or by their norm where
-    there is none. codes: the map from tokens to codes; None: the normalised tokens themselves.
-
-    Attributes:
-        block: its name, one of `Backbone.blocks`.
-        patch: distance of two tokens in pixels.
-        multiple: number of which an image's sides must be multiples.
-        code_dim: dimension of a local descriptor.
+    there is none. block: one of `Backbone.blocks`. codes: the map from tokens to codes; None: the
+    normalised tokens themselves.
 
     Raises NetworkError for a block that the network does not have, with those that it has, and
     CodeError for codes of another block's tokens.
@@ -38,9 +33,9 @@ class TokenNetwork(nn.Module):
         self.describer = describer
         self.block = block or backbone.local_block()
         width = backbone.width(self.block)
-        self.patch = backbone.stride(self.block)
-        self.multiple = math.lcm(self.patch, backbone.multiple)
-        self.code_dim = width if codes is None else codes.code_dim
+        self.patch = backbone.stride(self.block)  # distance of two tokens in pixels
+        self.multiple = math.lcm(self.patch, backbone.multiple)  # of which sides are multiples
+        self.code_dim = width if codes is None else codes.code_dim  # of a local descriptor
         if codes is not None and len(codes.mean) != width:
             raise CodeError(
                 f"the codes are for tokens of {len(codes.mean)} values, and those of {self.block} "

@@ -41,18 +41,16 @@ PLAIN, MIRRORED = "00", "01"  # end the key of an image's and of its mirror imag
 class Audit:
     """The copies of a folder, or between it and another.
 
-    folders: one or two. names: of the images of each folder, sorted. pairs: a row a pair of copies,
-    or of images of one place: group (-1: no copies), first and second (indices into names[0] and
-    into names[-1]), copy (bool), change, shared_first, shared_second, agreement, inliers. keys: of
-    the images, their sha256. left_out: images that could not be compared, each with the reason.
-    candidates: pairs that were compared.
+    pairs: a row a pair of copies, or of images of one place: group (-1: no copies), first and
+    second (indices into names[0] and into names[-1]), copy (bool), change, shared_first,
+    shared_second, agreement, inliers.
     """
 
-    folders: list[Path]
-    names: list[list[str]]
+    folders: list[Path]  # one or two
+    names: list[list[str]]  # of the images of each folder, sorted
     pairs: pd.DataFrame
-    left_out: dict[str, str]
-    candidates: int
+    left_out: dict[str, str]  # images that could not be compared -> the reason
+    candidates: int  # pairs that were compared
 
     @property
     def copies(self) -> pd.DataFrame:

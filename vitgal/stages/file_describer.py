@@ -16,15 +16,11 @@ from vitgal.stages.images import Failure, ImageTask, ShardTask
 
 @dataclass(frozen=True, eq=False)
 class FileDescriber:
-    """Reads features from a file, in place of a LocalDescriber of the local stage.
-
-    settings: how many features are kept. counts: image -> number of features in the file, of those
-    that are read so far.
-    """
+    """Reads features from a file, in place of a LocalDescriber of the local stage."""
 
     file: FeatureFile
-    settings: LocalSettings
-    counts: dict[str, int] = field(default_factory=dict)
+    settings: LocalSettings  # how many features are kept
+    counts: dict[str, int] = field(default_factory=dict)  # of the images read so far, in the file
     precision = "fp32"
 
     @property

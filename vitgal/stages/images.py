@@ -21,16 +21,12 @@ Failure = dict[str, str]  # {"name": key, "reason": why the image cannot be read
 
 @dataclass(frozen=True)
 class ImageTask:
-    """An image to describe, or its box (x0, y0, x1, y1) in pixels.
+    """An image to describe, or its box (x0, y0, x1, y1) in pixels."""
 
-    key: the name that its descriptor or its features are stored under. is_query: it must be
-    readable; a database image may fail.
-    """
-
-    key: str
+    key: str  # the name that its descriptor or its features are stored under
     path: Path
     box: tuple[float, ...] | None = None
-    is_query: bool = False
+    is_query: bool = False  # it must be readable; a database image may fail
 
 
 @dataclass(frozen=True, eq=False)

@@ -128,25 +128,15 @@ def changed_settings(settings: RerankingSettings, values: Mapping[str, Any]) -> 
 
 @dataclass(frozen=True, eq=False)
 class TokenSelection:
-    """Attention, scores and features of one photograph, or of its box.
+    """Attention, scores and features of one photograph, or of its box; maps by scale, float32."""
 
-    Attributes:
-        attention: scale -> (heads, h, w) float32, each head's class attention over its peak.
-        scores: scale -> (h, w) float32 of mean 1: the mean over heads, by which tokens are chosen.
-        kept: the features, as extraction returns them.
-        dropped: tokens above the threshold that are not kept, best first.
-        reasons: (len(dropped),) strings, keys of REASONS.
-        codes: scale -> (h, w, D) float32, the code of every token, of length 1.
-        norms: scale -> (h, w) float32, the lengths that the codes had.
-    """
-
-    attention: dict[float, np.ndarray]
-    scores: dict[float, np.ndarray]
-    kept: LocalFeatures
-    dropped: LocalFeatures
-    reasons: np.ndarray
-    codes: dict[float, np.ndarray]
-    norms: dict[float, np.ndarray]
+    attention: dict[float, np.ndarray]  # (heads, h, w), each head's class attention over its peak
+    scores: dict[float, np.ndarray]  # (h, w) of mean 1 over heads, by which tokens are chosen
+    kept: LocalFeatures  # as extraction returns them
+    dropped: LocalFeatures  # tokens above the threshold that are not kept, best first
+    reasons: np.ndarray  # (len(dropped),) strings, keys of REASONS
+    codes: dict[float, np.ndarray]  # (h, w, D), the code of every token, of length 1
+    norms: dict[float, np.ndarray]  # (h, w), the lengths that the codes had
 
     def heat(self, scale: float, head: int | None = None) -> np.ndarray:
         """Returns the map of a head, or the scores, of shape (h, w) at the nearest scale."""
@@ -277,13 +267,12 @@ def _among(features: LocalFeatures, others: LocalFeatures) -> np.ndarray:
 class Inspector:
     """The images of a run and their stored features, read on demand.
 
-    A side is "query" or "database". weights: the model that stage local used; None: the run's own.
-    selections: (side, index) -> results of `selection`.
+    A side is "query" or "database". selections: (side, index) -> results of `selection`.
     """
 
     run: Path
     dataset: RetrievalDataset
-    weights: str | None = None
+    weights: str | None = None  # the model that stage local used; None: the run's own
     selections: dict[tuple[str, int], TokenSelection] = field(default_factory=dict)
 
     @functools.cached_property

@@ -62,16 +62,15 @@ def load_images(
 class LocalDescriber:
     """What describes images on this machine, with its settings.
 
-    model: the network; None for an `extractor` alone. precision: "fp32" or "bf16". memory: a batch
-    that does not fit the device is halved, as are all after it. extractor: finds local features in
-    place of the network's tokens. selectors: threads that select tokens while a GPU computes; None
-    on a CPU, which has nothing else to do. graphs: of the network at all scales.
+    memory: a batch that does not fit the device is halved, as are all after it. extractor: finds
+    local features in place of the network's tokens. selectors: threads that select tokens while a
+    GPU computes; None on a CPU, which has nothing else to do. graphs: of the network at all scales.
     """
 
-    model: Describer | TokenNetwork | None
+    model: Describer | TokenNetwork | None  # None for an `extractor` alone
     settings: StageSettings
     machine: MachineSettings
-    precision: str
+    precision: str  # "fp32" or "bf16"
     memory: inference.BatchLimit = field(default_factory=inference.BatchLimit)
     extractor: LocalExtractor | None = None
     selectors: ThreadPoolExecutor | None = None

@@ -33,29 +33,18 @@ SUGGESTIONS = 3  # names in an error
 
 @dataclass(frozen=True, eq=False)
 class Photographs:
-    """A described folder, to which all names are relative.
-
-    Attributes:
-        names: the N photographs that can be searched, sorted.
-        files: the descriptions of these on disk.
-        descriptors: (N, D) float32, their global descriptors.
-        sizes: (N, 2) int, height and width in pixels, upright.
-        left_out: photographs that cannot be searched, each with the reason.
-        notes: photographs of unusual shape or size, each with a warning.
-        other_files: number of files that are no photographs.
-        extracted: number of photographs that were described anew.
-    """
+    """A described folder, to which all names are relative."""
 
     folder: Path
     describer: Describer
-    names: list[str]
-    files: list[Path]
-    descriptors: np.ndarray
-    sizes: np.ndarray
-    left_out: dict[str, str]
-    notes: dict[str, str]
-    other_files: int
-    extracted: int
+    names: list[str]  # the N photographs that can be searched, sorted
+    files: list[Path]  # their descriptions on disk
+    descriptors: np.ndarray  # (N, D) float32, their global descriptors
+    sizes: np.ndarray  # (N, 2) int, height and width in pixels, upright
+    left_out: dict[str, str]  # photographs that cannot be searched -> the reason
+    notes: dict[str, str]  # photographs of unusual shape or size -> a warning
+    other_files: int  # number of files that are no photographs
+    extracted: int  # number of photographs that were described anew
 
     def path(self, name: str) -> Path:
         """Returns a photograph's file."""
@@ -158,15 +147,14 @@ def describe_folder(folder: Path, describer: Describer) -> Photographs:
 class SearchResult:
     """The ranking of a folder for one query, or for a box (x0, y0, x1, y1) in pixels of it.
 
-    query, path, description: printable name, file and description of the query. table: one row a
-    photograph without the query, in the final order: `photograph`, `rank` and `global_rank` from 1,
-    `similarity`, and for the short list `matches`, `inliers`, `evidence` (missing beyond it), the
-    last 0 where the homography is implausible; with `presence` also `probability`, that of showing
-    the query's place.
+    table: one row a photograph without the query, in the final order: `photograph`, `rank` and
+    `global_rank` from 1, `similarity`, and for the short list `matches`, `inliers`, `evidence`
+    (missing beyond it), the last 0 where the homography is implausible; with `presence` also
+    `probability`, that of showing the query's place.
     """
 
     photographs: Photographs
-    query: str
+    query: str  # its printable name
     path: Path
     box: tuple[int, ...] | None
     description: Description

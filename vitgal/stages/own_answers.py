@@ -24,33 +24,28 @@ COLUMNS = ("query", "rank", "image", "similarity", "inliers", "probability")
 
 @dataclass(frozen=True)
 class NamedQuery:
-    """A query by its name, which no other one has, and its file; box: in pixels, or None."""
+    """A query by its name, which no other one has, and its file."""
 
     name: str
     path: Path
-    box: tuple[int, ...] | None = None
+    box: tuple[int, ...] | None = None  # in pixels
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """The rankings of a folder for several queries.
+    """The rankings of a folder for several queries, all with the same settings and presence.
 
-    Attributes:
-        queries: those that could be answered. verdicts: a sentence for each. files: where their
-            descriptions are stored.
-        table: COLUMNS, the verified photographs of each query in their final order, in whose
-            `rank` others count as well; `image` is a name in the folder, `probability` is missing
-            where no model of presence is known. In addition `global_rank`, from 1.
-        left_out: queries that could not be searched for, each with the reason.
-        settings, presence: of all of them.
+    table: COLUMNS, the verified photographs of each query in their final order, in whose `rank`
+    others count as well; `image` is a name in the folder, `probability` is missing where no model
+    of presence is known. In addition `global_rank`, from 1.
     """
 
     photographs: Photographs
-    queries: list[NamedQuery]
-    verdicts: list[str]
-    files: list[Path]
+    queries: list[NamedQuery]  # those that could be answered
+    verdicts: list[str]  # a sentence for each
+    files: list[Path]  # where their descriptions are stored
     table: pd.DataFrame
-    left_out: dict[str, str]
+    left_out: dict[str, str]  # queries that could not be searched for -> the reason
     settings: RerankingSettings
     presence: Presence | None
 

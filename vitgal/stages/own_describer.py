@@ -49,30 +49,22 @@ UNCOUNTED = ("top", "ties", "order", "fused_weight", "fused_cap")
 
 @dataclass(frozen=True, eq=False)
 class Glance:
-    """What a folder's ranking needs of a description, without its local features.
+    """What a folder's ranking needs of a description, without its local features."""
 
-    file: where the description is stored. descriptor: (D,) float32, of length 1. image_size:
-    (h, w) of the upright photograph. note: a remark on its file's end, or None.
-    """
-
-    file: Path
-    descriptor: np.ndarray
-    image_size: tuple[int, int]
-    note: str | None
+    file: Path  # where the description is stored
+    descriptor: np.ndarray  # (D,) float32, of length 1
+    image_size: tuple[int, int]  # (h, w) of the upright photograph
+    note: str | None  # a remark on its file's end
 
 
 @dataclass(frozen=True, eq=False)
 class Description:
-    """The description of one photograph, or of a box in it.
+    """The description of one photograph, or of a box in it."""
 
-    file: where it is stored. descriptor: (D,) float32, the global descriptor, of length 1.
-    orientation: by EXIF, 1 to 8.
-    """
-
-    file: Path
-    descriptor: np.ndarray
+    file: Path  # where it is stored
+    descriptor: np.ndarray  # (D,) float32, the global descriptor, of length 1
     features: LocalFeatures
-    orientation: int
+    orientation: int  # by EXIF, 1 to 8
 
 
 @dataclass(eq=False)
@@ -83,17 +75,15 @@ class Describer:
     settings has its own folder, which is never deleted. The descriptors of local features
     are always stored as float16.
 
-    model: as for `open_model`. machine: device and threads of the network; where matching runs.
-    extracted: number of descriptions that were computed, not read. local_model: of local features
-    that are tokens, a weight file with autoencoder; None: `model`.
+    local_model: of local features that are tokens, a weight file with autoencoder; None: `model`.
     """
 
     run: Path
-    model: Path | str
+    model: Path | str  # as for `open_model`
     global_settings: GlobalSettings = GlobalSettings()
     local_settings: LocalSettings = LocalSettings()
     machine: MachineSettings = MachineSettings()
-    extracted: int = 0
+    extracted: int = 0  # number of descriptions that were computed, not read
     local_model: Path | str | None = None
 
     @functools.cached_property

@@ -177,13 +177,10 @@ def _describe_block(describer: LocalDescriber, images: list) -> tuple[np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class _ShardState:
-    """A shard on its way through the pipeline.
-
-    images: the loaded images, later the items to write; None: the shard is on disk already.
-    """
+    """A shard on its way through the pipeline."""
 
     shard: ShardTask
-    images: list | None
+    images: list | None  # loaded, later the items to write; None: the shard is on disk already
     kept: dict[str, store.EncodedFeatures] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
 

@@ -39,16 +39,12 @@ Counter = Callable[[str, list[str]], np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class CandidateLists:
-    """A data set's global ranking and the images that are verified for each query.
-
-    database: N names, those of the ground truth first.  images: per query (C,) int64 database
-    indices, best first.
-    """
+    """A data set's global ranking and the images that are verified for each query."""
 
     ground_truth: GroundTruth
-    database: list[str]
+    database: list[str]  # N names, those of the ground truth first
     ranking: Ranking
-    images: list[np.ndarray]
+    images: list[np.ndarray]  # per query (C,) int64 database indices, best first
 
     @property
     def candidates(self) -> np.ndarray:

@@ -44,18 +44,13 @@ class StoredDescriptors:
 
 @dataclass(frozen=True, eq=False)
 class RefineSet:
-    """Images from which a whitening is learnt.
+    """Images from which a whitening is learnt."""
 
-    source: one of SOURCES.  file: the folder or file that was set; None: the training split.
-    names: F images.  paths: their files; none for descriptors.  labels: (F,) int64, equal for
-    images of one landmark.
-    """
-
-    source: str
-    file: Path | None
-    names: list[str]
-    paths: list[Path]
-    labels: np.ndarray
+    source: str  # one of SOURCES
+    file: Path | None  # the folder or file that was set; None: the training split
+    names: list[str]  # F images
+    paths: list[Path]  # their files; none for descriptors
+    labels: np.ndarray  # (F,) int64, equal for images of one landmark
 
     @property
     def as_input(self) -> runs.Input:

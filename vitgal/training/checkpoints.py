@@ -27,25 +27,18 @@ STATES = ("last", "previous")
 class Progress:
     """The progress of a run.
 
-    Attributes:
-        step: finished steps of this epoch.
-        rows: the log so far.
-        unreadable: names of the images that could not be read, sorted.
-        best: the highest validation score so far.
-        pending: for each rank, the scalars of the steps since the last row of the log.
-        images: of a step; 0 in states that lack it.
-        changes: settings that resumed runs changed, as `Fit.changes` returns them.
-        skipped: steps without an update, their loss not being finite: step, images.
+    pending: for each rank, the scalars of the steps since the last row of the log. skipped: steps
+    without an update, their loss not being finite: step, images.
     """
 
     epoch: int = 0
-    step: int = 0
-    rows: list[dict] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
-    best: float = -math.inf
+    step: int = 0  # finished steps of this epoch
+    rows: list[dict] = field(default_factory=list)  # the log so far
+    unreadable: list[str] = field(default_factory=list)  # names of images, sorted
+    best: float = -math.inf  # the highest validation score so far
     pending: list[list[dict[str, float]]] = field(default_factory=list)
-    images: int = 0
-    changes: list[dict] = field(default_factory=list)
+    images: int = 0  # of a step; 0 in states that lack it
+    changes: list[dict] = field(default_factory=list)  # as `Fit.changes` returns them
     skipped: list[dict] = field(default_factory=list)
 
 

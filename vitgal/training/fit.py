@@ -20,24 +20,17 @@ ABSENT = {"accumulate": 1, "skip_images": [], "skip_bad_batches": 0, "sync_batch
 
 @dataclass(frozen=True)
 class Fit:
-    """The arguments of one training.
+    """The arguments of one training."""
 
-    Attributes:
-        build: makes the network for a number of classes.
-        folder: the stage's folder, where the model, the log and the states go.
-        owner: fingerprint of the stage's settings; a state of another owner is refused.
-        parameters: the stage's parameters; `begun`: those that the run was begun with.
-    """
-
-    build: Callable[[int], nn.Module]
+    build: Callable[[int], nn.Module]  # makes the network for a number of classes
     settings: Recipe
     machine: MachineSettings
-    folder: Path
+    folder: Path  # the stage's, where the model, the log and the states go
     split: Path
     image_folder: Path
-    owner: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    begun: Mapping[str, Any] = field(default_factory=dict)
+    owner: str = ""  # fingerprint of the stage's settings; a state of another owner is refused
+    parameters: Mapping[str, Any] = field(default_factory=dict)  # of the stage
+    begun: Mapping[str, Any] = field(default_factory=dict)  # with which the run was begun
     watch: Callable[[pd.DataFrame], None] | None = None
     progress: bool = True
 

@@ -177,21 +177,16 @@ class Batches:
 class SplitData:
     """The images of one split folder, for training.
 
-    Attributes:
-        validation: the images of val.csv and val_retrieval.csv, each once; label -1 where the class
-            is not trained.
-        queries: positions (Q,) of the retrieval validation queries among `validation`.
-        database: positions (N,) of the retrieval validation database among `validation`.
-        ground_truth: None where there is no retrieval validation.
-        classes: number of trained classes.
+    validation: the images of val.csv and val_retrieval.csv, each once; label -1 where the class is
+    not trained.
     """
 
     train: TrainingImages
     validation: TrainingImages
-    queries: np.ndarray
-    database: np.ndarray
-    ground_truth: GroundTruth | None
-    classes: int
+    queries: np.ndarray  # (Q,) positions of retrieval validation's queries among `validation`
+    database: np.ndarray  # (N,) positions of its database
+    ground_truth: GroundTruth | None  # None where there is no retrieval validation
+    classes: int  # number of trained classes
 
     @functools.cached_property
     def retrieval_set(self) -> np.ndarray:

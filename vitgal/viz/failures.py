@@ -180,18 +180,13 @@ def _explain(table: pd.DataFrame, reasons: "_Reasons") -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Reasons:
-    """Why images moved: the verified images of one query.
+    """Why images moved: the verified images of one query, by database index."""
 
-    inliers: database index -> stored count. evidence: the same -> evidence; None without local
-    features. places: the same -> zero-based ranks before and after, of images that count. right:
-    the right images; where it is empty, chance explains nothing.
-    """
-
-    inliers: dict[int, int]
-    evidence: dict[int, Evidence | None]
-    places: dict[int, tuple[int, int]]
+    inliers: dict[int, int]  # the stored count
+    evidence: dict[int, Evidence | None]  # None without local features
+    places: dict[int, tuple[int, int]]  # zero-based ranks before and after, of images that count
     fused: bool
-    right: frozenset[int] = frozenset()
+    right: frozenset[int] = frozenset()  # where it is empty, chance explains nothing
 
     @functools.cached_property
     def chance(self) -> float:

@@ -42,18 +42,16 @@ SCORE_PARTS = ("map", "interval", "mp_at", "ap")
 class Images:
     """The images that a document shows, each file once, numbered in the order of their mention.
 
-    paths: the files. names: as they are printed. sizes: [width, height] of each in pixels, [0, 0]
-    where it is unreadable. indices: of each in the database, None where it is not in it. enlarged:
-    numbers of those that a pair shows. upright: whether all are turned by their EXIF orientation. A
-    document shares the lists of names, sizes and indices.
+    A document shares the lists of names, sizes and indices. sizes: [width, height] of each in
+    pixels, [0, 0] where it is unreadable.
     """
 
     paths: list[Path] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)  # as they are printed
     sizes: list[list[int]] = field(default_factory=list)
-    enlarged: set[int] = field(default_factory=set)
-    indices: list[int | None] = field(default_factory=list)
-    upright: bool = False
+    enlarged: set[int] = field(default_factory=set)  # numbers of those that a pair shows
+    indices: list[int | None] = field(default_factory=list)  # in the database, if it is in it
+    upright: bool = False  # whether all are turned by their EXIF orientation
     _numbers: dict[Path, int] = field(default_factory=dict)
 
     def number(self, path: Path, name: str, size: Sequence[int] | None = None) -> int:
