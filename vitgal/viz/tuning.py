@@ -16,8 +16,6 @@ CHANGE_MAP = "PuOr"  # mAP below that without reranking, and above it
 LEAST_CHANGE = 2.0  # points of mAP at the ends of the colours, at least
 LINE = 125  # letters of a line below
 ORDER_COLOURS = {"inliers": style.SYSTEM_COLOURS["published"]}
-
-
 ORDER_NAMES = {"inliers": "reranked by count", "fused": "reranked by similarity and count"}
 
 
