@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -28,7 +29,7 @@ from vitgal.training import checkpoints, fit as fits, loop, networks, samples
 CLASSES, IMAGES = 3, 6  # images of each class
 NANO = "xcit_nano_12_p16_224"
 SETTINGS = TrainingSettings(
-    architecture=NANO,
+    architecture="timm:test_vit",  # an eighth of XCiT's smallest, for all that trains any network
     image_size=32,
     epochs=2,
     batch_size=4,
@@ -36,6 +37,7 @@ SETTINGS = TrainingSettings(
     augment="fast",
     precision="fp32",
 )
+XCIT = replace(SETTINGS, architecture=NANO)
 AUTOENCODER = AutoencoderSettings(
     image_size=32,
     epochs=2,
@@ -109,7 +111,8 @@ def rows(folder: Path) -> list[dict]:
 def make_trainer(run: Path, images: Path, settings: TrainingSettings = SETTINGS) -> loop.Trainer:
     """A trainer of the retrieval model in this process, at its beginning."""
     data = samples.read_data(run / "split", images, settings)
-    network = networks.RetrievalNetwork(build_model(NANO, seed=0), ArcFace(128, data.classes))
+    model = build_model(settings.architecture, seed=0)
+    network = networks.RetrievalNetwork(model, ArcFace(model.embed_dim, data.classes))
     torch.set_num_threads(1)
     options = fits.Fit(None, settings, MACHINE, run / "retrieval", run / "split", images)
     return loop.Trainer(network, options, data)

@@ -29,7 +29,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = write_images(folder / "images")
     retrieval = fit(split(folder / "run", images), images)
     for state in (retrieval / "state").glob("*.pt"):
-        state.unlink()  # 60 MB that no test reads
+        state.unlink()  # 9 MB that no test reads
     return retrieval
 
 

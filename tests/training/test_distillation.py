@@ -166,8 +166,9 @@ def test_wrong_teachers_are_named(file, tmp_path):
 
 def made(file: Path, weight: float) -> DistilledNetwork:
     torch.manual_seed(1)
-    model = build_model("xcit_nano_12_p16_224", seed=0)
-    return DistilledNetwork(model, ArcFace(128, 3), Teacher(SMALL, file, SIZE), weight)
+    model = build_model(SETTINGS.architecture, seed=0)
+    head = ArcFace(model.embed_dim, 3)
+    return DistilledNetwork(model, head, Teacher(SMALL, file, SIZE), weight)
 
 
 def test_the_loss_is_shared_out(file):
@@ -211,7 +212,7 @@ def test_the_teacher_stays_as_it_is_and_out_of_every_file(file, run, images):
     names = {name.split(".")[0] for name in state}
     assert names == {"model", "head", "projection"}
     model = weights.load_model(folder / "model.safetensors")
-    assert model.state_dict().keys() == build_model("xcit_nano_12_p16_224").state_dict().keys()
+    assert model.state_dict().keys() == build_model(SETTINGS.architecture).state_dict().keys()
     recorded = runs.read_json(folder / "stage.json")
     assert recorded["parameters"]["teacher"] == SMALL
     assert recorded["parameters"]["distill_weight"] == 0.8

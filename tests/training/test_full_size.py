@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.training_runs import MACHINE, NANO, SETTINGS
+from tests.training_runs import MACHINE, SETTINGS
 from vitgal.models.heads import ArcFace
 from vitgal.models.network import build_model
 from vitgal.training import fit, loop, networks, samples
@@ -68,7 +68,8 @@ def test_a_step_and_a_row_of_the_log_cost_the_same(images, run, fresh_accelerate
     trainers = []
     for count in SIZES:
         parts = {name: enlarged(getattr(data, name), count) for name in ("train", "validation")}
-        network = networks.RetrievalNetwork(build_model(NANO, seed=0), ArcFace(128, 3))
+        model = build_model(SETTINGS.architecture, seed=0)
+        network = networks.RetrievalNetwork(model, ArcFace(model.embed_dim, 3))
         settings = replace(SETTINGS, validate_every=2, epochs=40)
         options = fit.Fit(None, settings, MACHINE, run / "retrieval", run / "split", images)
         trainers.append(loop.Trainer(network, options, replace(data, **parts)))

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from tests.training_runs import (
     AUTOENCODER,
     SETTINGS,
+    XCIT,
     die_after_step,
     exit_code,
     fit,
@@ -29,7 +30,7 @@ from vitgal.settings.reader import from_command_line
 from vitgal.training import diagnostics, networks
 
 TRUNK = "backbone.trunk.network."
-VIT = replace(SETTINGS, architecture="timm:test_vit", drop_path=0.0)
+VIT = replace(SETTINGS, drop_path=0.0)
 CONV = replace(SETTINGS, architecture="timm:test_efficientnet", embed_dim=48, image_size=64)
 
 
@@ -100,9 +101,9 @@ def test_a_killed_run_ends_in_the_same_bytes(files, tmp_path, images):
 
 def test_another_architecture_is_another_run(trained, images):
     with pytest.raises(
-        runs.StageError, match='architecture: "xcit_nano_12_p16_224" there, "timm:test_vit" now'
+        runs.StageError, match='architecture: "timm:test_vit" there, "xcit_nano_12_p16_224" now'
     ):
-        fit(trained, images, VIT)
+        fit(trained, images, XCIT)
 
 
 # What is refused before anything starts

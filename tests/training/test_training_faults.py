@@ -20,6 +20,7 @@ from tests.training_runs import (
     AUTOENCODER,
     MACHINE,
     SETTINGS,
+    XCIT,
     after_step,
     die_after_step,
     die_before_rename,
@@ -43,7 +44,7 @@ from vitgal.training import checkpoints, errors, loop, memory, networks, process
 
 # Every option that holds a state of its own or draws at random, and a state after each step.
 MODERN = replace(
-    SETTINGS,
+    XCIT,
     epochs=3,
     clip_grad=1.0,
     accumulate=2,
@@ -59,6 +60,7 @@ MODERN = replace(
 )
 EAGER = replace(MACHINE, checkpoint_minutes=0.0)
 STEPS = 3  # in an epoch of the small data
+ONE_EPOCH = replace(SETTINGS, epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +211,7 @@ def test_a_lost_terminal_does_not_end_a_run_under_nohup(images, run):
     def work() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         after_step(1, lambda: os.killpg(0, signal.SIGHUP))
-        fit(run, images, machine=replace(MACHINE, data_workers=1))
+        fit(run, images, ONE_EPOCH, replace(MACHINE, data_workers=1))
 
     assert exit_code(work) == 0
     assert (run / "retrieval" / "stage.json").exists()
@@ -311,14 +313,16 @@ def test_a_dead_data_worker_permits_three_restarts(images, run, monkeypatch):
     machine = replace(MACHINE, data_workers=1)
     with monkeypatch.context() as patch:
         patch.setattr(samples.TrainingImages, "read", in_worker(kill))
-        for _ in range(3):
+        killed = run / "retrieval" / "state" / "killed.json"
+        for count in (1, 3):
             with pytest.raises(errors.Preempted, match="no longer read.* worker .*pid.*goes on"):
                 fit(run, images, machine=machine)
+            assert len(runs.read_json(killed)) == count
+            runs.write_json(killed, (2 * runs.read_json(killed))[:3])  # as after one more
         with pytest.raises(errors.TrainingError, match="time 4 within an hour") as record:
             fit(run, images, machine=machine)
         assert not isinstance(record.value, errors.Preempted)
         # an hour later, and where the clock has jumped back, it is the first time again
-        killed = run / "retrieval" / "state" / "killed.json"
         for seconds in (-3601, 1e6):
             runs.write_json(killed, [time.time() + seconds] * 4)
             with pytest.raises(errors.Preempted):
@@ -333,7 +337,7 @@ def test_too_little_shared_memory_is_reported_before_the_first_batch(images, run
     monkeypatch.setattr(os, "statvfs", lambda _: Small)
     with pytest.raises(errors.TrainingError, match="shared memory .*--shm-size 2g, or lower"):
         fit(run, images, machine=replace(MACHINE, data_workers=1))
-    fit(run, images)  # none is needed without workers
+    fit(run, images, ONE_EPOCH)  # none is needed without workers
     # eight workers with two batches each, and the one that trains: 64 x 3 x 512 x 512 bytes
     with pytest.raises(errors.TrainingError, match="0.86 GB .* 1.71 GB in all, .* 0.00 GB"):
         processes.check_shared_memory(MachineSettings(data_workers=8), 64 * 3 * 512**2, 2)
@@ -416,11 +420,11 @@ def test_a_finished_run_s_damaged_log_is_named(trained):
         train.read_log(folder)
 
 
-def full_disk(run: Path, images: Path, step: int, size: int, said: str) -> None:
+def full_disk(run: Path, images: Path, settings, step: int, size: int, said: str) -> None:
     """After a step no file may grow beyond `size` bytes, which is what a full disk is like."""
     after_step(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
     try:
-        fit(run, images)
+        fit(run, images, settings)
     except errors.TrainingError as error:
         os._exit(41 if f"{said}: make room on the disk" in str(error) else 42)
 
@@ -428,17 +432,17 @@ def full_disk(run: Path, images: Path, step: int, size: int, said: str) -> None:
 @pytest.mark.parametrize("size", [0, 50_000])
 def test_a_full_disk_before_the_first_state(size, images, run):
     output = "there is none before it"
-    assert exit_code(lambda: full_disk(run, images, 1, size, output)) == 41
+    assert exit_code(lambda: full_disk(run, images, ONE_EPOCH, 1, size, output)) == 41
     folder = run / "retrieval"
     assert not list(folder.rglob("*.pt")) and not list(folder.rglob(f"{runs.TEMPORARY}*"))
-    assert (fit(run, images) / "stage.json").exists()
+    assert (fit(run, images, ONE_EPOCH) / "stage.json").exists()
 
 
 @pytest.mark.slow
 def test_a_full_disk_leaves_the_state_before(images, run, uninterrupted):
     limit = 1_000_000  # less than a state
     output = "the one before it is whole"
-    assert exit_code(lambda: full_disk(run, images, STEPS + 1, limit, output)) == 41
+    assert exit_code(lambda: full_disk(run, images, SETTINGS, STEPS + 1, limit, output)) == 41
     folder = run / "retrieval"
     for name in ("last", "previous"):
         state = torch.load(folder / "state" / f"{name}.pt", weights_only=True)
