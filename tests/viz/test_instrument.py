@@ -56,6 +56,8 @@ def test_a_pair_is_opened_and_matched_anew_by_the_kernel(notebook):
     root.locator("canvas.pair").focus()
     page.keyboard.press("Escape")
     first.wait_for()
+    page.keyboard.press("n")
+    root.locator("section:has(h3:text('Nearest to')) .tile").nth(4).wait_for()
     page.keyboard.press("1")
     root.locator("h2", has_text="Scores").wait_for()
     assert len(notebook.cells()) == 1

@@ -314,6 +314,7 @@ def test_the_page_in_a_browser(run, own, browser, tmp_path):
         "30 inliers as counted by reranking, 30 inliers on 30 features of 30 matches"
         in view.text("main")
     )
+    assert "Computed with matching one_way, max_distance 0.1" in view.text("main")
     canvas = page.locator("canvas.pair")
     page.locator(".crops canvas").first.wait_for()  # both photographs are drawn
     canvas.focus()
@@ -475,6 +476,19 @@ def test_a_kernel_answers_with_the_document_its_images_and_pairs(instrument):
     stricter = {"max_distance": 0.0}  # no distance is below it
     found = ask(instrument, kind="pair", query=0, image=image, settings=stricter)[0]["pair"]
     assert (found["matches"], found["count"], found["homography"]) == (0, 0, None)
+
+
+def test_a_kernel_finds_the_neighbours_of_an_image(instrument, run):
+    document = ask(instrument, kind="document")[0]["document"]
+    assert document["entries"][0]["neighbours"] == {}
+    stored = run_document([run])[0]
+    for image, name in enumerate(DATABASE):
+        number = document["names"].index(name)
+        found = ask(instrument, kind="neighbours", image=number)[0]
+        expected = stored["entries"][0]["neighbours"][str(stored["names"].index(name))]
+        assert found["names"] == names(stored, expected) == names(document, found["neighbours"])
+        assert found["indices"] == [DATABASE.index(other) for other in found["names"]]
+        assert document["indices"][number] == image and found["sizes"] == [[128, 96]] * 5
 
 
 def test_a_wrong_question_is_answered_by_its_reason(instrument):

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from vitgal import runs
 from vitgal.data.images import read_image
 from vitgal.data.revisited import RetrievalDataset
+from vitgal.features.files import map_array
 from vitgal.settings import RerankingSettings
 from vitgal.stages.inspection import (
     Inspector,
@@ -171,7 +172,7 @@ class Instrument(InstrumentWidget):
 
     def answers(self) -> dict[str, Callable[[Question, Sequence[bytes]], Answer]]:
         """Returns the function that answers each kind of question."""
-        return super().answers() | {"pair": self._match}
+        return super().answers() | {"pair": self._match, "neighbours": self._find_neighbours}
 
     def selections(self, question: Question) -> list[TokenSelection]:
         """Returns the tokens of a pair's query and database image."""
@@ -179,6 +180,16 @@ class Instrument(InstrumentWidget):
 
     def _sides(self, question: Question) -> tuple[tuple[str, int], tuple[str, int]]:
         return ("query", question["query"]), ("database", self.images.indices[question["image"]])
+
+    def _find_neighbours(self, question: Question, _: Sequence[bytes]) -> Answer:
+        """The database images nearest to one by descriptor, and what the document has on them."""
+        images, dataset = self.images, self._dataset
+        rows = map_array(self._run / dataset.name / "global" / "database.npy")
+        (nearest,) = run_document.nearest_images(rows, [images.indices[question["image"]]])
+        found = [images.database_image(dataset, index) for index in nearest]
+        parts = ("names", "sizes", "indices")
+        described = {name: [getattr(images, name)[number] for number in found] for name in parts}
+        return {"neighbours": found} | described, []
 
     def _match(self, question: Question, _: Sequence[bytes]) -> Answer:
         return {"pair": self.pair(*(question[name] for name in ("query", "image", "settings")))}, []

@@ -108,8 +108,9 @@ def run_document(
 def dataset_document(run: Path, dataset: RetrievalDataset) -> tuple[dict[str, Any], Images]:
     """Describes a run's results on one opened data set as `run_document`, without pairs.
 
-    With more than MOST_MAPPED_AT_ONCE database images it has no neighbours, and no map unless a
-    report has stored one. Raises StageError where the run has no global stage of this data set.
+    It has no neighbours, which a kernel finds when they are asked for. With more than
+    MOST_MAPPED_AT_ONCE database images it has no map unless a report has stored one.
+    Raises StageError where the run has no global stage of this data set.
     """
     runs.read_stage(Path(run) / dataset.name / "global", GLOBAL_NOTEBOOK)
     return _document([_Entry(Path(run), dataset, Images(), at_once=True)], 0)
@@ -329,15 +330,27 @@ class _Entry:
 
     def _neighbours(self) -> dict[str, list[int]]:
         """Image -> the database images of nearest descriptors, best first, without itself."""
-        database = map_array(self.folder / "global" / "database.npy")
-        if self.at_once and len(database) > MOST_MAPPED_AT_ONCE:
+        if self.at_once:
             return {}
-        database = database[:MOST_MAPPED]
-        _, ranks = exact_search.search(database, database, k=min(NEIGHBOURS + 1, len(database)))
+        database = map_array(self.folder / "global" / "database.npy")[:MOST_MAPPED]
+        found = nearest_images(database, range(len(database)))
         return {
-            str(self._image(image)): [self._image(other) for other in column if other != image]
-            for image, column in enumerate(ranks.T.tolist())
+            str(self._image(image)): [self._image(other) for other in others]
+            for image, others in enumerate(found)
         }
+
+
+def nearest_images(database: np.ndarray, images: Sequence[int]) -> list[list[int]]:
+    """Finds the NEIGHBOURS nearest rows of some rows of descriptors (N, D), without themselves.
+
+    Returns the indices of each, best first.
+    """
+    count = min(NEIGHBOURS + 1, len(database))
+    _, ranks = exact_search.search(database[list(images)], database, k=count)
+    return [
+        [other for other in column if other != image][:NEIGHBOURS]
+        for image, column in zip(images, ranks.T.tolist(), strict=True)
+    ]
 
 
 def knobs(settings: RerankingSettings) -> dict[str, Any]:

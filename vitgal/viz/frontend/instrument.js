@@ -25,7 +25,7 @@ const KEYS = [
   ["↑ ↓", "previous, next query"],
   ["← →", "previous, next image of the ranking"],
   ["Enter", "open the pair of query and image"],
-  ["n, Shift+click", "the neighbours of the image, by descriptor"],
+  ["n, Shift+click", "the neighbours of the image, by descriptor; own photographs: search with it"],
   ["Shift+↑ ↓", "overview: select the query and the one above, below"],
   ["Esc", "back: pair to ranking, ranking to overview; clears a selection"],
   ["p", "next protocol"],
@@ -422,6 +422,16 @@ class State {
       .filter(
         ({ image, label }) => this.labels.has(label) && (!this.region || this.region.has(image)),
       );
+  }
+
+  // Asks with an image: for a search, its own ranking, or else its nearest images.
+  ask(image) {
+    const query = this.entry.own ? this.entry.byImage.get(image) : undefined;
+    if (this.entry.searched) {
+      this.view = "own";
+      search(this, { kind: "search", image, box: null });
+    } else if (query === undefined) this.set({ image, asked: image, view: "ranking" });
+    else this.set({ query, image: null, view: "ranking" });
   }
 
   // Adds the query above or below in the table to the selected ones.
@@ -1149,7 +1159,7 @@ function ranking(state) {
 // The images nearest to a database image, chosen by a click with Shift or the key «n».
 function neighbours(state) {
   if (state.asked === null) return null;
-  const images = state.entry.neighbours[state.asked];
+  const images = nearest(state, state.asked);
   const close = button("close", () => state.set({ asked: null }));
   const title = element(
     "h3",
@@ -1157,13 +1167,7 @@ function neighbours(state) {
     `Nearest to ${state.data.names[state.asked]} by descriptor `,
     close,
   );
-  if (!images)
-    return element(
-      "section",
-      {},
-      title,
-      element("p", {}, "Its neighbours are not stored in the page."),
-    );
+  if (typeof images === "string") return element("section", {}, title, element("p", {}, images));
   const tiles = images.map((image, index) =>
     tile(
       state,
@@ -1177,6 +1181,28 @@ function neighbours(state) {
     title,
     element("div", { class: "grid" }, picture(state, state.asked), ...tiles),
   );
+}
+
+// The stored neighbours of an image, or a text while the kernel finds them or where none are known.
+function nearest(state, image) {
+  const { entry, data, source } = state;
+  const known = entry.neighbours;
+  if (known[image] || !source.live)
+    return known[image] ?? "Its neighbours are not stored in the page.";
+  known[image] = "The kernel is searching …";
+  const end = (images) => {
+    known[image] = images;
+    state.set({});
+  };
+  source.ask({ kind: "neighbours", image }).then(
+    ([answer]) => {
+      for (const part of ["names", "sizes", "indices"])
+        answer.neighbours.forEach((found, place) => (data[part][found] = answer[part][place]));
+      end(answer.neighbours);
+    },
+    (fault) => end(fault.message),
+  );
+  return known[image];
 }
 
 function worstLine(state) {
@@ -1235,10 +1261,9 @@ function tile(state, { image, label, ignored, rank }, after = false, entry = sta
         ...numbers,
       ].join(", "),
       onclick: (event) => {
-        const changes = { number: entry.number, image };
-        if (!event.shiftKey) state.set({ ...changes, after: after ?? state.after, view: "pair" });
-        else if (entry.searched) search(state, { kind: "search", image, box: null });
-        else state.set({ ...changes, asked: image, view: "ranking" });
+        state.number = entry.number;
+        if (event.shiftKey) state.ask(image);
+        else state.set({ image, after: after ?? state.after, view: "pair" });
       },
     },
     picture(state, image),
@@ -1814,8 +1839,15 @@ const SETTINGS = { method: "matching", max_keypoints: "match_keypoints" }; // wh
 const MATCHINGS = ["one_way", "mutual", "ratio", "mutual_ratio"];
 
 // Settings of matching, recomputed by the kernel; turned values stay until the cell is run again.
-function knobControls({ entry, knobs }, match) {
+function knobControls({ entry, knobs, source }, match) {
   if (!entry.matching) return null;
+  if (!source.live) {
+    const values = Object.entries(entry.matching).map(
+      ([name, value]) => `${SETTINGS[name] ?? name} ${value ?? "all"}`,
+    );
+    const text = `Computed with ${values.join(", ")}; a notebook's kernel computes it anew.`;
+    return element("p", { class: "small" }, text);
+  }
   const turn = (name) => (value) => {
     knobs[name] = value;
     match();
@@ -1993,7 +2025,7 @@ function pair(state) {
       `${state.data.names[entry.queries[query].image]}  –  ${state.data.names[image]}`,
     ),
     facts,
-    state.source.live ? knobControls(state, match) : null,
+    knobControls(state, match),
     overlayControls(state, view, report),
     element(
       "div",
@@ -2296,24 +2328,11 @@ function compare(state) {
 // ---------------------------------------------------------------- the page
 
 function header(state) {
-  const select = element(
-    "select",
-    {
-      "aria-label": "run and data set",
-      onchange: () =>
-        state.set({
-          number: Number(select.value),
-          query: 0,
-          image: null,
-          asked: null,
-          chosen: null,
-          area: null,
-        }),
-    },
-    ...state.entries.map(({ number, title }) =>
-      element("option", { value: number, selected: number === state.number }, title),
-    ),
-  );
+  const titled = state.entries.map(({ number, title }) => [String(number), title]);
+  const select = choice("run and data set", [titled, String(state.number)], (value) => {
+    const nothing = { image: null, asked: null, chosen: null, area: null };
+    state.set({ number: Number(value), query: 0, ...nothing });
+  });
   const titles = { own: "Own photographs" };
   const tabs = state.entry.views.map((name) =>
     button(titles[name] ?? capital(name), () => state.set({ view: name }), {
@@ -2386,7 +2405,7 @@ function onKey(state, event) {
       if (names.length)
         state.set({ protocol: names[(names.indexOf(state.protocol) + 1) % names.length] });
     },
-    n: () => state.entry.searched || state.set({ asked: state.image, view: "ranking" }),
+    n: () => state.image !== null && state.ask(state.image),
     s: () => toggleStar(state, state.view === "pair" ? state.image : null),
     0: () => state.set({}),
     "?": help,
