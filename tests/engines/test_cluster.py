@@ -29,7 +29,7 @@ from vitgal.engines.connection import import_ray
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.models.network import build_model
 from vitgal.models.weights import save_model
-from vitgal.settings import MachineSettings, MatchingSettings, RerankingSettings
+from vitgal.settings import MachineSettings, MatchingSettings, RerankingSettings, SettingsError
 from vitgal.stages import ray_describer, rerank as stages_rerank
 
 SHARD = 2  # images: the twelve make six shards
@@ -39,17 +39,16 @@ STORE = 200 * 1024 * 1024
 # Without a cluster
 
 
-def test_engines(tmp_path):
-    engines.check_engine("local")
-    with pytest.raises(ValueError, match="unknown engine 'spark'; known: local, ray"):
-        engines.check_engine("spark")
-    with pytest.raises(ValueError, match="ray_address 'head:6379' needs engine: ray"):
-        engines.check_engine("local", "head:6379")
+def test_engines():
+    with pytest.raises(SettingsError, match="unknown engine 'spark'; known: local, ray"):
+        MachineSettings(engine="spark")
+    with pytest.raises(SettingsError, match="ray_address 'head:6379' needs engine: ray"):
+        MachineSettings(ray_address="head:6379")
 
 
 def test_without_ray_the_extra_is_named():
     code = "import sys; sys.modules['ray'] = None\nfrom vitgal import engines\n"
-    code += "engines.check_engine('local')\nengines.check_engine('ray')"
+    code += "engines.import_ray()"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert child.returncode == 1
     assert 'pip install -e ".[scale]"' in child.stderr.splitlines()[-1]

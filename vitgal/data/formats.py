@@ -68,10 +68,6 @@ def _box_size(data: bytes) -> tuple[int, int]:
     return max(sizes, key=math.prod)
 
 
-def _bitmap_size(data: bytes) -> tuple[int, int]:
-    return struct.unpack_from("<HH" if data[14] == 12 else "<ii", data, 18)[::-1]
-
-
 def _jpeg2000_size(data: bytes) -> tuple[int, int]:
     start = data.index(b"\xff\x4f\xff\x51")  # the decoder reads the codestream, not the boxes
     right, lower, left, upper = struct.unpack_from(">4I", data, start + 8)
@@ -124,7 +120,7 @@ _SIZES: dict[str, Callable[[bytes], tuple[int, int]]] = {
     "GIF": lambda data: struct.unpack_from("<HH", data, 6)[::-1],
     "WEBP": _webp_size,
     "TIFF": _tiff_size,
-    "BMP": _bitmap_size,
+    "BMP": lambda data: struct.unpack_from("<HH" if data[14] == 12 else "<ii", data, 18)[::-1],
     "PPM": _portable_size,
     "JPEG 2000": _jpeg2000_size,
     "AVIF": _box_size,

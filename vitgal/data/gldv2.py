@@ -13,7 +13,7 @@ from vitgal import runs
 
 CLEAN = (1_580_470, 81_313)  # images and classes of the clean table, in both of its forms
 NOISY_IMAGES = 4_132_914
-ID_CHARACTERS = re.compile(r"[0-9A-Za-z_-]*")
+ID = re.compile(r"[0-9A-Za-z_-]{3,}")
 _REMEDY = (
     "use the Kaggle 2021 train.csv (id, landmark_id) or train_clean.csv (landmark_id, images), "
     f"which list {CLEAN[0]:,} images of {CLEAN[1]:,} classes"
@@ -86,15 +86,11 @@ def read_csv(path: Path, columns: list[str] | None = None, rows: int | None = No
 
 
 def _check_ids(ids: pd.Series, path: Path) -> None:
-    short = next((image for image in ids if len(image) < 3), None)
-    if short is not None:
+    wrong = next((image for image in ids if not ID.fullmatch(image)), None)
+    if wrong is not None:
         raise ValueError(
-            f"{path}: the id {runs.short(short)} has fewer than the 3 characters of a path"
-        )
-    if not ID_CHARACTERS.fullmatch("".join(ids)):
-        wrong = next(image for image in ids if not ID_CHARACTERS.fullmatch(image))
-        raise ValueError(
-            f"{path}: the id {runs.short(wrong)} has other than letters, digits, _ and -"
+            f"{path}: the id {runs.short(wrong)} has fewer than the 3 characters of a path, or "
+            "other than letters, digits, _ and -"
         )
     repeated = ids.duplicated().to_numpy()
     if repeated.any():

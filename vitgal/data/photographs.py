@@ -10,17 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vitgal import runs
-from vitgal.data import formats
-from vitgal.data.images import (
-    MOST_BYTES,
-    PATCH,
-    TOO_LARGE,
-    ImageError,
-    end_remark,
-    read_file,
-    read_photograph,
-    turn,
-)
+from vitgal.data import formats, images
 
 # A file with one of these endings is reported if it cannot be read, whatever its content.
 SUFFIXES = frozenset(
@@ -44,19 +34,12 @@ class PhotographError(runs.UserError, ValueError):
 
 @dataclass(frozen=True)
 class Listing:
-    """The files of a folder and its sub-folders, sorted by name.
-
-    Attributes:
-        folder: the folder; all names are relative to it.
-        names: photographs.
-        unsupported: photographs and folders that cannot be read, each with the reason.
-        other_files: number of files that are no photographs.
-    """
+    """The files of a folder and its sub-folders, sorted by name, relative to it."""
 
     folder: Path
-    names: list[str]
-    unsupported: dict[str, str]
-    other_files: int
+    names: list[str]  # of photographs
+    unsupported: dict[str, str]  # photographs and folders that cannot be read: the reason
+    other_files: int  # number of files that are no photographs
 
 
 def list_photographs(folder: Path, without: Iterable[Path] = ()) -> Listing:
@@ -107,8 +90,8 @@ def _inspect(path: Path) -> tuple[bool, str | None]:
             return named, "it is no regular file" if named else None
         if not status.st_size:  # as of all in /proc, of which some never end
             return named, "the file is empty" if named else None
-        if named and status.st_size > MOST_BYTES:
-            return True, TOO_LARGE
+        if named and status.st_size > images.MOST_BYTES:
+            return True, images.TOO_LARGE
         with open(path, "rb") as handle:
             kind = formats.image_format(handle.read(formats.HEAD))
     except OSError as error:
@@ -156,17 +139,18 @@ def read_upright(path: Path) -> np.ndarray:
 def read_oriented(path: Path) -> tuple[np.ndarray, int]:
     """Reads (H, W, 3) uint8 RGB as `read_upright`, and the stored EXIF orientation, 1 to 8."""
     try:
-        image, orientation, _ = read_photograph(path)
+        image, orientation, _ = images.read_photograph(path)
     except FileNotFoundError:
         raise PhotographError(f"there is no photograph {path}") from None
-    except ImageError as error:
+    except images.ImageError as error:
         raise PhotographError(f"{Path(path).name}: {error.reason}") from error
-    image = turn(image, orientation)
+    image = images.turn(image, orientation)
     height, width = image.shape[:2]
-    if min(height, width) < PATCH:
+    patch = images.PATCH
+    if min(height, width) < patch:
         raise PhotographError(
-            f"{Path(path).name}: {width} x {height} pixels, less than one patch of {PATCH} x "
-            f"{PATCH}: nothing can be recognised in it"
+            f"{Path(path).name}: {width} x {height} pixels, less than one patch of {patch} x "
+            f"{patch}: nothing can be recognised in it"
         )
     return image, orientation
 
@@ -194,8 +178,8 @@ def end_note(path: Path) -> str | None:
             handle.seek(-2, os.SEEK_END)
             if handle.read() == b"\xff\xd9":
                 return None
-        return end_remark(read_file(path))
-    except (OSError, ImageError):
+        return images.end_remark(images.read_file(path))
+    except (OSError, images.ImageError):
         return None
 
 

@@ -77,12 +77,9 @@ class ImagePaths(Sequence[Path]):
 class RetrievalDataset:
     """A benchmark whose images all exist: names and paths in the order of the indices.
 
-    Attributes:
-        database: starts with the ground truth's images; the distractors follow in their list's
-            order.
-        folder, distractors: the folders that `open_dataset` read.
-        verify: whether a stage reads the images again even where sizes and times are the same.
-        stamps: the stamp of very many images, until the first stage has used it.
+    database: the ground truth's images, then the distractors in their list's order. verify: whether
+    a stage reads the images again even where sizes and times are the same. stamps: the stamp of
+    very many images, until the first stage has used it.
     """
 
     name: str

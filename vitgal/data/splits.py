@@ -210,9 +210,8 @@ def _read_table(path: Path) -> pd.DataFrame:
 def split_statistics(folder: Path) -> pd.DataFrame:
     """Counts images and classes of each part of a split folder, one row a part.
 
-    Rows train, val, held_out (validation images of classes that are not trained), val_queries and
-    val_database; columns images, classes, smallest, median, largest (images in a class; nan in an
-    empty part), single (classes of one image).
+    smallest, median and largest are images in a class (nan in an empty part), single the classes of
+    one image; held_out is the part of val whose classes are not trained.
     """
     train, val, retrieval = (read_split(folder, part) for part in PARTS)
     parts = {

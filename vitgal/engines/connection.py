@@ -21,7 +21,6 @@ import joblib
 
 from vitgal.runs import UserError, printable
 
-ENGINES = ("local", "ray")
 MAX_OBJECT_STORE = 2 << 30  # bytes of shared memory for a local instance
 # In order: no statistics, no uv environments, no warning about GPUs hidden from tasks without any,
 # no log lines about the stored arguments of actors.
@@ -36,19 +35,6 @@ TOKEN = secrets.token_hex(32)  # of this process's local instances: Ray reads it
 
 class ClusterError(UserError, RuntimeError):
     """Ray is missing, cannot be reached, or lost too many processes; the message has a remedy."""
-
-
-def check_engine(engine: str, address: str | None = None) -> None:
-    """Raises ValueError for an unknown engine or an address without engine: ray.
-
-    Raises ClusterError where Ray is needed and not installed.
-    """
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}; known: {', '.join(ENGINES)}")
-    if engine == "local" and address is not None:
-        raise ValueError(f"ray_address {address!r} needs engine: ray, not local")
-    if engine == "ray":
-        import_ray()
 
 
 def import_ray() -> Any:
@@ -70,13 +56,9 @@ def import_ray() -> Any:
 def connected(address: str | None = None) -> Iterator[None]:
     """Connects this process to Ray; reuses an existing connection and leaves it open.
 
-    Args:
-        address: HOST:PORT of a cluster's head, "auto" for a cluster on this machine, or None for a
-            local instance, which is started and ended here. It listens on the loopback only, and
-            its files and its token are in a folder that no other user can read.
-
-    Raises:
-        ClusterError: The cluster does not answer.
+    address: HOST:PORT of a cluster's head, "auto" for a cluster on this machine; None: a local
+    instance, started and ended here, which listens on the loopback only and keeps its files and
+    its token where no other user can read. Raises ClusterError where the cluster does not answer.
     """
     ray = import_ray()
     if ray.is_initialized():
@@ -108,6 +90,7 @@ def _private_instance(connect: Callable[..., Any]) -> Iterator[Callable[..., Any
     # Not in TMPDIR: Ray makes sockets there, whose paths have at most 107 characters.
     top = os.environ.get("RAY_TMPDIR", "/tmp")
     folder = Path(tempfile.mkdtemp(prefix="vitgal-ray-", dir=top))  # mode 700
+    free = shutil.disk_usage("/dev/shm" if os.path.isdir("/dev/shm") else ".").free
     cluster, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
     try:
         (folder / "token").touch(mode=0o600)
@@ -118,7 +101,7 @@ def _private_instance(connect: Callable[..., Any]) -> Iterator[Callable[..., Any
             connect,
             "local",
             include_dashboard=False,
-            object_store_memory=_object_store_size(),
+            object_store_memory=max(100 << 20, min(MAX_OBJECT_STORE, free // 2)),
             _node_ip_address="127.0.0.1",  # that of the network where a cluster is enabled
             _temp_dir=str(folder / "ray"),  # Ray gives it mode 777
         )
@@ -136,14 +119,8 @@ def parallel(
 ) -> Iterator[joblib.Parallel]:
     """Yields a joblib pool that returns results as they are done, in any order.
 
-    Args:
-        engine: "local" or "ray".
-        address: Of the Ray cluster, as for `connected`.
-        workers: Processes, at most one for each CPU of a cluster; None: one for each CPU.
-        tasks: The number of tasks; the pool has no more processes than that.
-
-    Raises:
-        ClusterError: The cluster failed.
+    workers: processes, at most one for each CPU of a cluster, and one for each of the tasks; None:
+    one for each CPU. Raises ClusterError where the cluster failed.
     """
     if engine == "local":
         processes = min(workers or joblib.cpu_count(), max(1, tasks))
@@ -223,9 +200,3 @@ def _silent_stderr() -> Iterator[None]:
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
-
-
-def _object_store_size() -> int:
-    """Returns half of the free shared memory in bytes: 100 MiB to MAX_OBJECT_STORE."""
-    folder = "/dev/shm" if os.path.isdir("/dev/shm") else "."
-    return max(100 << 20, min(MAX_OBJECT_STORE, shutil.disk_usage(folder).free // 2))

@@ -192,16 +192,11 @@ class Pipeline:
 
 def _map_tasks(flow: Any, step: Callable[[Any], Any], tasks: int) -> Any:
     return flow.map(
-        _apply_step,
-        fn_kwargs={"step": step},
+        lambda row: {"item": row["item"].apply(step)},
         compute=import_ray().data.TaskPoolStrategy(size=tasks),
         num_cpus=0,
         max_retries=TASK_RETRIES,
     )
-
-
-def _apply_step(row: dict, step: Callable[[Any], Any]) -> dict:
-    return {"item": row["item"].apply(step)}
 
 
 class _Actor:

@@ -34,15 +34,13 @@ class ResultError(runs.UserError, FileNotFoundError):
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """The comparison of two results.
+    """The comparison of two results, by protocol.
 
     Attributes:
-        names: of the two results.
         settings: a row for each setting that differs, indexed by its name, with `names` as columns.
         landmarks: of the queries, which tests and intervals resample.
-        tests: protocol -> PairedTest, second against first.
-        intervals: protocol -> (mAP, low, high) in [0, 1] of each of the two.
-        plain: protocol -> PairedTest over single queries.
+        tests, plain: second against first, over landmarks and over single queries.
+        intervals: (mAP, low, high) in [0, 1] of each of the two.
         changes: a row a query, indexed by its name, with the columns (protocol, "first" | "second"
             | "change"): AP in [0, 1], nan for a query that does not count.
     """
@@ -65,10 +63,10 @@ class Comparison:
 
 
 def find_results(path: str | Path) -> dict[str, Path]:
-    """Finds the results in a folder: "<dataset>/<stage>" -> the folder of its scores.json.
+    """Finds the results in a run, dataset's or stage's folder: "<dataset>/<stage>" -> its folder.
 
-    path: a run, a dataset's folder in it, or a stage; a path that does not exist is taken as the
-    name of a run. Raises FileNotFoundError where there is no such folder, or no result in it.
+    A path that does not exist is taken as the name of a run. Raises FileNotFoundError where there
+    is no such folder, or no result in it.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -235,8 +233,7 @@ def _shortened(key: str, value: Any) -> str:
 def report(comparison: Comparison, label: str, *, listed: int = 5, plain: bool = False) -> str:
     """Writes a comparison as text: settings, results, and the queries that changed most.
 
-    label: names the comparison. listed: number of the queries that gained most, and that lost most.
-    plain: adds the tests over single queries.
+    listed: how many that gained, and that lost. plain: adds the tests over single queries.
     """
     names, tests = comparison.names, comparison.tests
     parts = [f"{label}: {names[0]} (first) against {names[1]} (second)"]

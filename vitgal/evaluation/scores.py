@@ -11,7 +11,7 @@ from vitgal import runs
 from vitgal.data.revisited import PROTOCOLS, GroundTruth
 from vitgal.evaluation.landmarks import Landmarks, find_landmarks, recorded_landmarks
 from vitgal.evaluation.statistics import BOOTSTRAP, bootstrap_interval
-from vitgal.features.files import INT32, FileError, conforms, read_json
+from vitgal.features.files import INT32, FileError, read_json
 
 if TYPE_CHECKING:  # a finished run's scores are printed without it
     import pandas as pd
@@ -28,36 +28,30 @@ def read_scores(folder: Path) -> Scores:
     """Reads the scores.json in a folder; FileError where it is missing, damaged or none."""
     path = Path(folder) / SCORES
     scores = read_json(path, dict)
-    fits = all(conforms(scores[name], part) for name, part in PARTS.items() if name in scores)
-    fits = fits and conforms(scores.get("bootstrap", {}).get("landmarks", []), [INT32])
+    fits = all(runs.conforms(scores[name], part) for name, part in PARTS.items() if name in scores)
+    fits = fits and runs.conforms(scores.get("bootstrap", {}).get("landmarks", []), [INT32])
     for result in [scores[name] for name in PROTOCOLS if fits and name in scores]:
         interval = result.get("interval", [None, None])
         numbers = [result["map"], *result["ap"], *result["mp_at"].values()]
-        fits &= conforms(interval, [NUMBER] * 2) and conforms(numbers, [NUMBER])
+        fits &= runs.conforms(interval, [NUMBER] * 2) and runs.conforms(numbers, [NUMBER])
         fits = fits and all(value is None or 0 <= value <= 1 for value in (*numbers, *interval))
     if not fits:
         raise FileError(f"{path} holds no scores: make the stage again")
     return scores
 
 
-def intervals(
-    systems: Mapping[str, Scores], *, seed: int = BOOTSTRAP["seed"], plain: bool = False
-) -> dict[str, dict[str, tuple[float, float]]]:
+def intervals(systems: Mapping[str, Scores]) -> dict[str, dict[str, tuple[float, float]]]:
     """Computes 95 % bootstrap intervals of mAP: label -> protocol -> (low, high) in [0, 1].
 
     The landmarks are those that a system records, else those of another system with as many
-    queries. plain: resamples single queries instead.
+    queries.
     """
-    return {
-        label: {
-            protocol: mean_and_interval(
-                scores[protocol]["ap"], None if plain else _clusters(scores, systems), seed
-            )[1:]
-            for protocol in PROTOCOLS
-            if protocol in scores
-        }
-        for label, scores in systems.items()
-    }
+    ends = {}
+    for label, scores in systems.items():
+        clusters = resampled(scores, *systems.values()).clusters
+        present = [p for p in PROTOCOLS if p in scores]
+        ends[label] = {p: mean_and_interval(scores[p]["ap"], clusters)[1:] for p in present}
+    return ends
 
 
 def resampled(*systems: Scores) -> Landmarks:
@@ -70,10 +64,6 @@ def resampled(*systems: Scores) -> Landmarks:
             if protocol in scores:
                 return recorded_landmarks(systems, len(scores[protocol]["ap"]))
     raise ValueError(f"no scores of {', '.join(PROTOCOLS)}")
-
-
-def _clusters(scores: Scores, systems: Mapping[str, Scores]) -> np.ndarray | None:
-    return resampled(scores, *systems.values()).clusters
 
 
 def mean_and_interval(
@@ -100,25 +90,19 @@ def hardest(scores: Scores) -> str:
     raise ValueError("no query has a positive image under any protocol")
 
 
-def score_table(
-    scores: Scores | Mapping[str, Scores], *, digits: int = 1, plain: bool = False
-) -> "pd.DataFrame":
-    """Arranges scores as a table in percent.
+def score_table(scores: Scores | Mapping[str, Scores], *, digits: int = 1) -> "pd.DataFrame":
+    """Arranges the scores of one system, or label -> scores of several, as a table in percent.
 
-    Args:
-        scores: the scores of one system, or label -> scores of several.
-        plain: adds the interval over single queries, as `low by query` and `high by query`.
-    Returns:
-        A row a protocol, or a row (label, protocol). Columns: mAP, the ends `low` and `high` of its
-        95 % interval over landmarks (see `intervals`), mP@k, and the number of queries that count.
-        Undefined scores are nan.
+    A row a protocol, or a row (label, protocol). Columns: mAP, the ends `low` and `high` of its
+    95 % interval over landmarks (see `intervals`), mP@k, and the number of queries that count.
+    Undefined scores are nan.
     """
     import pandas as pd
 
     single = any(protocol in scores for protocol in PROTOCOLS)
     systems = {"": scores} if single else scores
     rows = {
-        (label, p.capitalize()): _row(system[p], _clusters(system, systems), plain)
+        (label, p.capitalize()): _row(system[p], resampled(system, *systems.values()).clusters)
         for label, system in systems.items()
         for p in PROTOCOLS
         if p in system
@@ -130,12 +114,9 @@ def score_table(
     return table.droplevel("ranking") if single else table
 
 
-def _row(scores: Mapping[str, Any], clusters: np.ndarray | None, plain: bool) -> dict[str, float]:
+def _row(scores: Mapping[str, Any], clusters: np.ndarray | None) -> dict[str, float]:
     _, low, high = mean_and_interval(scores["ap"], clusters)
     row = {"mAP": scores["map"], "low": low, "high": high}
-    if plain:
-        _, low, high = mean_and_interval(scores["ap"])
-        row |= {"low by query": low, "high by query": high}
     row |= {f"mP@{k}": value for k, value in scores["mp_at"].items()}
     # None is the score of no query.
     row = {name: np.nan if value is None else 100 * value for name, value in row.items()}
@@ -155,13 +136,11 @@ def scores_document(
     """Returns the content of a scores.json: the scores and all that they depend on.
 
     Args:
-        result: the result of `evaluate`. Its protocols become the document's first keys, each with
-            the 95 % `interval` of its mAP.
+        result: of `evaluate`; each protocol gets the 95 % `interval` of its mAP.
         protocol: how the ranking was made (queries cropped, ties, short list, ...).
         inputs: name -> fingerprint of each input.
         failed: the number of database images that could not be read and rank last.
-        ground_truth: gives the names of the queries, in the order of every `ap`, a fingerprint, and
-            the landmarks that the bootstrap resamples; without it each query is its own.
+        ground_truth: gives the queries' names and landmarks; None: each query is its own landmark.
         further: more keys, such as "published": another result, which gets its intervals as well.
 
     Raises ValueError where a further key repeats another, or a value is a path, which would make

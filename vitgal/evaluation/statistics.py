@@ -82,8 +82,7 @@ class PairedTest:
             clusters, which cannot reject any.
         p_value: the probability of a difference as large if each cluster's sign were random.
         exact: whether all combinations of signs were tried, not a sample of them.
-        queries: the number of queries that count.
-        landmarks: the number of landmarks that they show; None: every query is its own cluster.
+        queries, landmarks: how many count; landmarks None: every query is its own cluster.
         won, lost: the number of queries that the second system improves and worsens.
     """
 
@@ -205,10 +204,8 @@ def holm(p_values: Sequence[float]) -> np.ndarray:
     Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of
     Statistics 6, 1979. It holds whatever the tests' dependence.
 
-    Args:
-        p_values: (T,) in [0, 1]; nan for a test that cannot be made, which does not count.
-    Returns:
-        (T,) float64, at least as large and at most 1.
+    p_values: (T,) in [0, 1]; nan for a test that cannot be made, which does not count. Returns (T,)
+    float64, at least as large and at most 1.
     """
     values = np.asarray(p_values, np.float64)
     corrected = np.full(values.shape, np.nan)

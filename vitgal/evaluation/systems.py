@@ -36,11 +36,9 @@ class TableError(runs.UserError, ValueError):
 
 @dataclass(frozen=True, eq=False)
 class SystemTable:
-    """Systems on one benchmark.
+    """Systems on one benchmark, `dataset` with the number of distractors if there are any.
 
     Attributes:
-        dataset: its name, with the number of distractors if there are any.
-        queries: their number.
         landmarks: of the queries, which intervals and tests resample.
         systems: one row per system, indexed by its number from 1. Columns: `system`, `network`,
             `size` (pixels of the network input), `dimension`, `local dimension`; for each protocol
@@ -49,9 +47,8 @@ class SystemTable:
             than", a tuple); `ms an image` to describe it, `ms a query` to rerank, `bytes an image`
             of all descriptors, `device`; with published results their mAP ("published medium") and
             `source`. nan or "" where a value is unknown.
-        tests: one row per protocol and pair of systems, the second against the first: protocol,
-            first, second (numbers), difference, low, high (percent), p, and p Holm, corrected over
-            all pairs of the protocol.
+        tests: one row per protocol and pair of systems: protocol, first, second (numbers),
+            difference, low, high (percent), p, and p Holm, corrected over the protocol's pairs.
     """
 
     dataset: str
@@ -75,15 +72,12 @@ def system_table(
 ) -> SystemTable:
     """Sets the results of runs side by side and tests each pair of systems.
 
-    Args:
-        paths: runs, datasets' folders in runs, or stages' folders, see `find_results`.
-        dataset: its name; None: the only one that all have in common, val_retrieval aside.
-        published: adds the published results of other systems on this benchmark.
-        seed: of the bootstrap and the permutations.
-    Raises:
-        TableError: no path, one path named twice, no dataset or several in common, other numbers of
-            distractors, or no published results.
-        FileNotFoundError, ValueError: as `find_results` and `check_comparable` raise them.
+    paths: as for `find_results`. dataset: its name; None: the only one that all have in common,
+    val_retrieval aside. published: adds the published results on this benchmark. seed: of the
+    bootstrap and the permutations.
+
+    Raises TableError for no path, one named twice, no dataset or several in common, other numbers
+    of distractors, or no published results; else as `find_results` and `check_comparable`.
     """
     in_order = _find_systems([*paths], dataset)
     folders, scores = ({name: pair[i] for name, pair in in_order.items()} for i in range(2))

@@ -12,7 +12,7 @@ import numpy as np
 from vitgal import runs
 from vitgal.evaluation import statistics
 from vitgal.evaluation.protocol import average_precision
-from vitgal.features.files import INT32, FileError, conforms, map_array, read_json
+from vitgal.features.files import INT32, FileError, map_array, read_json
 from vitgal.retrieval.ranking import fused_scores
 from vitgal.settings import RerankingSettings, TuningSettings
 
@@ -173,8 +173,10 @@ class Tuning:
         queries = record.get("queries", [])
         points = [tuple(record[key]) for key in ("chosen", "current")]
         known = [name for name in NAMES if name in grid]
-        fits = list(grid) == known and all(conforms(grid[name], VALUES[name]) for name in known)
-        fits = fits and conforms(queries, [str]) and len(queries) in (0, len(before))
+        fits = list(grid) == known and all(
+            runs.conforms(grid[name], VALUES[name]) for name in known
+        )
+        fits = fits and runs.conforms(queries, [str]) and len(queries) in (0, len(before))
         fits = fits and len(groups) == len(before)
         shape = tuple(map(len, grid.values())) if fits else ()
         for point in points:

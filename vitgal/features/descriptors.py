@@ -12,14 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from vitgal import runs
+from vitgal.features import foreign
 from vitgal.features.files import map_array
-from vitgal.features.foreign import (
-    DescriptorError,
-    check_values,
-    find_datasets,
-    find_names,
-    opened_hdf5,
-)
+from vitgal.features.foreign import DescriptorError
 
 HLOC = "global_descriptor"
 
@@ -27,16 +22,10 @@ HLOC = "global_descriptor"
 def read_descriptors(path: str | os.PathLike, names: Sequence[str]) -> np.ndarray:
     """Reads the descriptors of these images from another system's file.
 
-    Args:
-        path: `.npy` with `.txt` beside it, or `.h5` / `.hdf5` (hloc).
-        names: of a benchmark's images, in the order wanted.
-    Returns:
-        (N, D) float32, a row a name, each of length 1, so that inner products are cosines.
-    Raises:
-        FileNotFoundError: the file, or the list of names of a `.npy`, is missing.
-        DescriptorError: another kind of file, a damaged one, one that reads other files, no matrix
-            of floats, another number of names than rows, a repeated name, an image without
-            descriptor, or a row that is zero or not finite.
+    Returns (N, D) float32, a row for each of the names, of length 1. Raises FileNotFoundError, also
+    for the list of names of a `.npy`; DescriptorError for another kind of file, a damaged one, one
+    that reads other files, no matrix of floats, another number of names than rows, a repeated name,
+    an image without descriptor, or a row that is zero or not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -71,8 +60,8 @@ def described_images(path: str | os.PathLike) -> list[str]:
         raise FileNotFoundError(f"there are no descriptors {path}")
     if path.suffix.lower() == ".npy":
         return _row_names(path)
-    with opened_hdf5(path) as file:
-        return sorted(name for name, _ in find_datasets(file, path, [HLOC]))
+    with foreign.opened_hdf5(path) as file:
+        return sorted(name for name, _ in foreign.find_datasets(file, path, [HLOC]))
 
 
 def _row_names(path: Path) -> list[str]:
@@ -91,16 +80,17 @@ def _read_npy(path: Path, names: Sequence[str]) -> np.ndarray:
         raise DescriptorError(str(error)) from None
     if rows.ndim != 2 or len(rows) != len(stored):
         raise DescriptorError(f"{path} has shape {rows.shape}, its .txt {len(stored)} names")
-    return np.asarray(rows[find_names(stored, names, path)])
+    return np.asarray(rows[foreign.find_names(stored, names, path)])
 
 
 def _read_hloc(path: Path, names: Sequence[str]) -> np.ndarray:
-    with opened_hdf5(path) as file:
-        described = dict(find_datasets(file, path, [HLOC]))
+    with foreign.opened_hdf5(path) as file:
+        described = dict(foreign.find_datasets(file, path, [HLOC]))
         stored = sorted(described)
-        items = [described[stored[position]] for position in find_names(stored, names, path)]
+        positions = foreign.find_names(stored, names, path)
+        items = [described[stored[position]] for position in positions]
         for name, item in zip(names, items, strict=True):
-            check_values(item, f"{path}: the descriptor of {name}")
+            foreign.check_values(item, f"{path}: the descriptor of {name}")
         if len(widths := {item.size for item in items}) > 1:
             raise DescriptorError(f"{path}: descriptors of different lengths {sorted(widths)}")
         return np.array([item[()].ravel() for item in items])

@@ -15,14 +15,8 @@ import numpy as np
 
 from vitgal import runs
 from vitgal.data.images import crop_box
-from vitgal.features.foreign import (
-    DescriptorError,
-    check_values,
-    find_datasets,
-    find_names,
-    follow,
-    opened_hdf5,
-)
+from vitgal.features import foreign
+from vitgal.features.foreign import DescriptorError
 from vitgal.features.local import LocalFeatures
 
 MOST = 1 << 26  # values of an image's descriptors: 256 MB in float32
@@ -50,10 +44,10 @@ class FeatureFile:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"there are no local features {path}: hloc's .h5")
-        with opened_hdf5(path) as file:
-            datasets = find_datasets(file, path, ("keypoints", "descriptors"))
+        with foreign.opened_hdf5(path) as file:
+            datasets = foreign.find_datasets(file, path, ("keypoints", "descriptors"))
             stored = sorted({name for name, _ in datasets})
-            positions = find_names(stored, names, path, "local features")
+            positions = foreign.find_names(stored, names, path, "local features")
             groups = {name: stored[at] for name, at in zip(names, positions, strict=True)}
             width = 0
             if names:
@@ -71,17 +65,13 @@ class FeatureFile:
 
         Keypoints and input size are in pixels of the photograph, so that thresholds count these.
 
-        Args:
-            image_size: (h, w) of the photograph in pixels.
-            box: (x0, y0, x1, y1), as `crop_box`; None: the whole photograph.
-            max_keypoints: number that is kept: those of the greatest scores, without scores the
-                first; None: all.
-        Raises:
-            DescriptorError: missing keypoints or descriptors, arrays that do not fit, another width
-                or image size, a keypoint outside the photograph, values that are not finite.
-            ValueError: a box that does not fit the photograph.
+        image_size: (h, w) of the photograph in pixels. box: (x0, y0, x1, y1), as `crop_box`; None:
+        the whole photograph. max_keypoints: those of the greatest scores are kept, without scores
+        the first; None: all. Raises DescriptorError for missing keypoints or descriptors, arrays
+        that do not fit, another width or image size, a keypoint outside the photograph, or values
+        that are not finite; ValueError for a box that does not fit the photograph.
         """
-        with opened_hdf5(self.path) as file:
+        with foreign.opened_hdf5(self.path) as file:
             arrays = _arrays(file, self.groups[name], self.path, name)
             points, codes, scores = self._values(arrays, name)
         self._check_places(points, arrays.get("image_size"), image_size, name)
@@ -103,7 +93,7 @@ class FeatureFile:
 
     def count(self, name: str) -> int:
         """Returns the number of an image's features in the file."""
-        with opened_hdf5(self.path) as file:
+        with foreign.opened_hdf5(self.path) as file:
             return _arrays(file, self.groups[name], self.path, name)["keypoints"].shape[0]
 
     def _values(self, arrays: dict, name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -153,11 +143,11 @@ class FeatureFile:
 def _arrays(file: h5py.File, group: str, path: Path, name: str) -> dict:
     """Opens an image's datasets and checks their shapes; reads the image size alone."""
     label, members = f"{path}: image {runs.printable(name)}", {}
-    parent = follow(file, os.fsencode(group), path)
+    parent = foreign.follow(file, os.fsencode(group), path)
     for part in ARRAYS:
-        item = follow(parent, part.encode(), path)
+        item = foreign.follow(parent, part.encode(), path)
         if isinstance(item, h5py.Dataset):
-            check_values(item, f"{label}: {part}", MOST, least=0)
+            foreign.check_values(item, f"{label}: {part}", MOST, least=0)
             members[part] = item
     for part in ("keypoints", "descriptors"):
         if part not in members:

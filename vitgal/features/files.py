@@ -127,32 +127,12 @@ def leading_rows(path: Path) -> np.ndarray:
 
 
 def read_json(path: Path, schema: Any) -> Any:
-    """Reads JSON that `conforms` to a schema; FileError where it is damaged or differs."""
+    """Reads JSON that conforms to a schema, see `runs.conforms`; FileError for another one."""
     try:
         with open(path, encoding="utf-8", opener=_without_waiting) as handle:
             value = json.loads(handle.read())
     except (OSError, ValueError, RecursionError) as error:
         raise FileError(f"{path} is not whole JSON ({error})") from None
-    if not conforms(value, schema):
+    if not runs.conforms(value, schema):
         raise FileError(f"{path} holds other entries than expected")
     return value
-
-
-def conforms(value: Any, schema: Any) -> bool:
-    """Returns whether a value from a JSON file has the structure of a schema.
-
-    A type stands for its instances, a range for its integers, a tuple for its members, a dict for
-    dicts with at least these entries, a list of one schema for lists of any length, a longer one
-    for lists of that length.
-    """
-    if isinstance(schema, dict):
-        return isinstance(value, dict) and all(
-            name in value and conforms(value[name], part) for name, part in schema.items()
-        )
-    if isinstance(schema, list):
-        if not isinstance(value, list) or (len(schema) > 1 and len(value) != len(schema)):
-            return False
-        return all(conforms(part, schema[i % len(schema)]) for i, part in enumerate(value))
-    if isinstance(schema, range):
-        return type(value) is int and value in schema
-    return value in schema if isinstance(schema, tuple) else isinstance(value, schema)

@@ -7,7 +7,7 @@ import numpy as np
 
 from vitgal import runs
 from vitgal.data.photographs import SUFFIXES
-from vitgal.features.files import FileError, conforms, map_array, read_json
+from vitgal.features.files import FileError, map_array, read_json
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store.shard import SIZES, item_entry
 
@@ -16,13 +16,10 @@ UNKNOWN_SIZES = {name: [0] * len(sides) for name, sides in SIZES.items()}
 
 
 def export_hloc(store: Mapping[str, LocalFeatures], path: Path, *, suffix: str = ".jpg") -> Path:
-    """Writes an HDF5 file of features as hloc reads them, and returns its path.
+    """Writes an HDF5 file of features as hloc reads them, see `feature_file`; returns its path.
 
-    Each image is a group, named by its key (and `suffix`, where the key has no photograph's: hloc
-    names images with their extension):
-    `keypoints` (N, 2) float32 in pixels of the photograph, (0, 0) the centre of the top-left pixel,
-    `descriptors` (C, N) float16, `scores` (N,) float32 and `image_size` (2,) as width, height.
-    Source: hloc, extract_features.
+    A group's name is an image's key, with `suffix` where the key has no photograph's. Keypoints and
+    scores are float32, descriptors float16.
     """
     import h5py
 
@@ -94,9 +91,9 @@ def import_published(
     Without `index.json` boxes and sizes are zero, and a file belongs to the image of `paths` with
     its published name, or else to `published_path`.
 
-    paths: of the images whose features may be there. Raises FileNotFoundError where a folder or one
-    of a pair of files is missing, FileError for a file that is damaged or does not fit its partner,
-    ValueError where two of `paths` have one published name.
+    Raises FileNotFoundError where a folder or one of a pair of files is missing, FileError for a
+    file that is damaged or does not fit its partner, ValueError where two of `paths` have one
+    published name.
     """
     folder, images = Path(folder), {}
     for path in map(str, paths):
@@ -111,7 +108,7 @@ def import_published(
         item = index.get(name, {})
         if isinstance(item, dict):
             item = {"path": images.get(name, published_path(name))} | UNKNOWN_SIZES | item
-        if not conforms(item, {"path": str} | SIZES):
+        if not runs.conforms(item, {"path": str} | SIZES):
             raise FileError(f"{file} is damaged at {name}: export the features again")
         points, codes = (_read_matrix(folder / part / name) for part in FOLDERS)
         if points.shape != (len(codes), 2):

@@ -43,15 +43,11 @@ def select_tokens(
 def patch_boxes(
     tokens: np.ndarray, columns: int, factors: tuple[float, float], patch: int = PATCH
 ) -> np.ndarray:
-    """Returns the patches of tokens in pixels of the network input at scale 1.
+    """Returns the patches of tokens (N,) as (N, 4) int64, (y0, x0, y1, x1), truncated to pixels.
 
-    Args:
-        tokens: (N,) integers, row by row; N may be 0.
-        columns: tokens in a row.
-        factors: height and width of the scaled input over those at scale 1.
-        patch: side of a patch in pixels of the scaled input.
-    Returns:
-        (N, 4) int64, (y0, x0, y1, x1), truncated to pixels.
+    Pixels are those of the network input at scale 1. Tokens are numbered row by row, `columns` in a
+    row. factors: height and width of the scaled input over those at scale 1. patch: side of a patch
+    in pixels of the scaled input.
     """
     starts = np.stack(np.divmod(tokens, columns), axis=1) * patch  # (n, 2): y, x
     corners = np.concatenate([starts / factors, (starts + patch) / factors], axis=1)

@@ -6,6 +6,7 @@ passers-by included.
 """
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
 import cv2
@@ -14,6 +15,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from vitgal.retrieval.exact_search import QUERIES, block_slices, search
+from vitgal.retrieval.matching import match
 from vitgal.retrieval.verification import verify
 
 SIDE = 400  # pixels of the longer side at which two images are compared
@@ -150,26 +152,14 @@ def compare_views(first: View, second: View, *, mirrored: bool = False) -> Compa
     best = _overlap(first, second, stretched, mirrored, inliers=0)
     if best.is_copy:
         return best
-    matches = _match(first.descriptors, second.descriptors)
+    matches = match(
+        first.descriptors, second.descriptors, math.inf, method="mutual_ratio", ratio=RATIO
+    )
     points = first.points[matches[:, 0]], second.points[matches[:, 1]]
     fit = verify(*points, "magsac", THRESHOLD, 2000, 0.999)
     if fit.count < LEAST_INLIERS // 2 or not _plausible(fit.homography, first.pixels.shape):
         return NOTHING
     return _overlap(first, second, fit.homography, mirrored, inliers=fit.count)
-
-
-def _match(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Returns mutual nearest descriptors that pass the ratio test, (M, 2) int64."""
-    if min(len(first), len(second)) < 2:
-        return np.zeros((0, 2), np.int64)
-    products = first @ second.T
-    nearest, back = products.argmax(axis=1), products.argmax(axis=0)
-    rows = np.arange(len(first))
-    best = products[rows, nearest]
-    products[rows, nearest] = -1
-    ratio = (1 - best) < RATIO**2 * (1 - products.max(axis=1))
-    kept = ratio & (back[nearest] == rows)
-    return np.stack([rows[kept], nearest[kept]], axis=1)
 
 
 def _corners(shape: tuple[int, ...]) -> np.ndarray:

@@ -6,14 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from vitgal import engines
-from vitgal.retrieval.exact_search import (
-    BLOCK,
-    Database,
-    block_slices,
-    check_descriptors,
-    in_threads,
-    similarity_blocks,
-)
+from vitgal.retrieval import exact_search
+from vitgal.retrieval.exact_search import BLOCK, Database, similarity_blocks
 from vitgal.retrieval.ranking import Positions
 
 BUCKETS = 4096  # of similarity; more buckets leave less to sort but take longer to count
@@ -32,13 +26,10 @@ def labelled_positions(
     in the full stable sort. Up to four threads each take about (90 bytes x Q + 8 bytes x D) x
     max(block, 4096), whatever N.
 
-    Args:
-        queries, database, block: as for `search`.
-        labelled: per query the database indices (M,) to find (`revisited.labelled`); may be empty.
-    Raises:
-        ValueError: as `search`, or a labelled index is repeated or outside the database.
+    labelled: per query the database indices (M,) to find (`revisited.labelled`); may be empty.
+    Raises ValueError as `search`, or where a labelled index is repeated or outside the database.
     """
-    check_descriptors(queries, database)
+    exact_search.check_descriptors(queries, database)
     if len(labelled) != len(queries):
         raise ValueError(f"{len(queries)} queries, but {len(labelled)} lists of labelled images")
     indices = [np.sort(np.asarray(index, np.int64)) for index in labelled]
@@ -50,11 +41,11 @@ def labelled_positions(
             )
     if not any(index.size for index in indices):
         return Positions(indices, [index.copy() for index in indices], len(database))
-    parts = block_slices(len(database), block)
+    parts = exact_search.block_slices(len(database), block)
     with engines.one_blas_thread():
         values = _labelled_similarities(queries, database, indices, block)
         steps = _similarity_steps(next(similarity_blocks(queries, database, parts)), values)
-    by_thread = in_threads(
+    by_thread = exact_search.in_threads(
         lambda group: count_ahead(queries, database, group, indices, values, steps), parts
     )
     ranks = [sum(counts) for counts in zip(*by_thread, strict=True)]
@@ -66,7 +57,7 @@ def _labelled_similarities(
 ) -> list[np.ndarray]:
     """Per query the similarity of each labelled image, as the later count uses it."""
     rows = np.unique(np.concatenate(indices))
-    parts = [rows[part] for part in block_slices(rows.size, block)]
+    parts = [rows[part] for part in exact_search.block_slices(rows.size, block)]
     values = [np.empty(index.size, np.float32) for index in indices]
     blocks = similarity_blocks(queries, database, parts)
     for part, products in zip(parts, blocks, strict=True):

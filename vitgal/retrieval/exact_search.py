@@ -80,10 +80,9 @@ def search(
         k: at most N are returned.
         block: database rows that are read at once.
     Returns:
-        similarities (K, Q) float32 and ranks (K, Q) int32, best first, one column a query: the
-        first K rows of the full stable sort. An empty database gives (0, Q), no query (K, 0). Up to
-        four threads each take about 40 bytes x Q x max(K, block) + 8 bytes x D x block, where Q
-        counts as 4096 at most.
+        similarities (K, Q) float32 and ranks (K, Q) int32, best first, one column a query; (0, Q)
+        for an empty database, (K, 0) without queries. Up to four threads each take about 40 bytes x
+        Q x max(K, block) + 8 bytes x D x block, where Q counts as 4096 at most.
     Raises:
         ValueError: widths differ, k < 1, or a descriptor is not finite (its row is named).
     """
@@ -112,21 +111,15 @@ def _search_parts(
     queries: np.ndarray, database: Database, parts: list[slice], k: int
 ) -> list[Hits]:
     """Per query the best `k` (or all there are) of rising parts of the database."""
-    best: list[list[Hits]] = [[(np.empty(0, np.float32), np.empty(0, np.int32))] for _ in queries]
-    pending = np.zeros(len(queries), np.int64)
-    thresholds: list[float | None] = [None] * len(queries)  # the k-th best; None until k are there
+    best: list[Hits] = [(np.empty(0, np.float32), np.empty(0, np.int32))] * len(queries)
     blocks = similarity_blocks(queries, database, parts)
     for part, products in zip(parts, blocks, strict=True):
         for q, row in enumerate(products):
             # `>`: of equal similarities the lower index ranks first.
-            threshold = thresholds[q]
-            columns = np.arange(row.size) if threshold is None else np.flatnonzero(row > threshold)
-            best[q].append((row[columns], (columns + part.start).astype(np.int32)))
-            pending[q] += columns.size
-            if pending[q] >= k:  # merged this rarely, a long list costs little more than one sort
-                best[q], pending[q] = [_merge(best[q], k)], 0
-                thresholds[q] = best[q][0][0][-1]
-    return [_merge(hits, k) for hits in best]
+            least = best[q][0][-1] if len(best[q][0]) == k else None
+            columns = np.arange(row.size) if least is None else np.flatnonzero(row > least)
+            best[q] = _merge([best[q], (row[columns], (columns + part.start).astype(np.int32))], k)
+    return best
 
 
 def _search_estimated(

@@ -7,12 +7,10 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Place:
-    """A place that several photographs show.
+    """A place that several photographs show, by falling support: the first is best.
 
-    Attributes:
-        members: (n,) int, the indices of its photographs, by falling `support`: the first is best.
-        support: (n,) float64, the sum of a photograph's probabilities with those it is linked to.
-        links: (n,) int, the number of these.
+    members: (n,) int64, indices of photographs. support: (n,) float64, the sum of a photograph's
+    probabilities with those it is linked to. links: (n,) int64, the number of these.
     """
 
     members: np.ndarray
@@ -30,11 +28,8 @@ def group_places(
     merge two places (they are its 2-edge-connected components). An image that is left alone joins
     the place of its strongest link; two of them that are linked form a place of two.
 
-    Args:
-        pairs: (P, 2) int, indices of images, each pair once in any order.
-        probabilities: (P,) that a pair shows one place.
-    Returns:
-        The places of at least two images, the largest first, equal ones by the lowest index.
+    pairs: (P, 2) int, indices of images, each pair once in any order. probabilities: (P,). Returns
+    the places of at least two images, the largest first, equal ones by the lowest index.
     """
     import networkx
 

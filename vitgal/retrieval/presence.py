@@ -26,13 +26,8 @@ class Presence:
     """A model of the probability that a result shows the query's place, with a threshold.
 
     The probability is 1 / (1 + exp(-(bias + similarity * s + evidence * log(1 + e)))) for a
-    similarity s and a count of evidence e.
-
-    Attributes:
-        bias, similarity, evidence: the coefficients.
-        threshold: the least probability that counts as found.
-        precision, recall: of the threshold, on the pairs of the fit.
-        pairs, positives: number of pairs of the fit, and of those that show one place.
+    similarity s and a count of evidence e; from `threshold` on it counts as found. Precision and
+    recall are those of the threshold on the pairs of the fit, of which `positives` show one place.
     """
 
     bias: float

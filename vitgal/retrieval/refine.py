@@ -13,15 +13,8 @@ from scipy.linalg.blas import strmm
 
 from vitgal import runs
 from vitgal.features.codes import LinearMap
-from vitgal.retrieval.exact_search import (
-    BLOCK,
-    Database,
-    Hits,
-    block_slices,
-    check_descriptors,
-    in_threads,
-    search,
-)
+from vitgal.retrieval import exact_search
+from vitgal.retrieval.exact_search import BLOCK, Database, Hits, block_slices
 
 GROUP = 1024  # descriptors whose neighbours are searched together: 84 MB a thread
 
@@ -109,13 +102,9 @@ def learned_whitening(
     projection", ICCV 2007, as Radenovic et al. apply it to image descriptors (ECCV 2016): the
     differences within pairs become white, then the components in which images differ most are kept.
 
-    Args:
-        rows: (F, D) floats, none of them of the benchmark.
-        pairs: (M, 2) integers, rows that match (`matching_pairs`).
-        dimensions: strongest components that are kept; None: all that vary.
-    Raises:
-        RefinementError: as `pca_whitening`, fewer pairs than dimensions, or pairs that do not
-            differ in a dimension in which images vary.
+    rows, dimensions: as for `pca_whitening`. pairs: (M, 2) integers, rows that match
+    (`matching_pairs`). Raises RefinementError also for fewer pairs than dimensions, or pairs that
+    do not differ in a dimension in which images vary.
     """
     mean, covariance = _moments(rows)
     variances, components = _components(covariance)
@@ -226,7 +215,7 @@ def whitened_norms(database: np.ndarray, whitening: WhiteningMap) -> np.ndarray:
             zeros = np.flatnonzero(stored[:, 0] == 0)
             norms[part][zeros[~stored[zeros].any(axis=1)]] = 0
 
-    in_threads(fill, block_slices(len(database), BLOCK))
+    exact_search.in_threads(fill, block_slices(len(database), BLOCK))
     bad = np.flatnonzero(~np.isfinite(norms))
     if bad.size:
         raise ValueError(f"the descriptor of database image {bad[0]} is not finite")
@@ -243,18 +232,12 @@ def expand_queries(
 
     Alpha query expansion: Radenovic et al., "Fine-tuning CNN image retrieval with no human
     annotation", TPAMI 2019. `alpha` 0 is average query expansion: Chum et al., "Total recall",
-    ICCV 2007. A similarity below 0 counts 0. Memory as `search`.
-
-    Args:
-        queries: (Q, D) floats.  database: (N, D), as for `search`.
-    Returns:
-        (Q, D) float32 of length 1.
-    Raises:
-        RefinementError: more neighbours than images.  ValueError: as `search`.
+    ICCV 2007. A similarity below 0 counts 0. Memory, arguments and errors as `search`;
+    RefinementError for more neighbours than images. Returns (Q, D) float32 of length 1.
     """
     check_neighbours("expansion", neighbours, len(database))
-    check_descriptors(queries, database)
-    similarities, images = search(queries, database, k=neighbours)
+    exact_search.check_descriptors(queries, database)
+    similarities, images = exact_search.search(queries, database, k=neighbours)
     return _weighted_sums(queries, database, (similarities.T, images.T), alpha)
 
 
@@ -300,7 +283,7 @@ def exact_neighbours(database: Database) -> NeighbourSearch:
 
     def find(queries: np.ndarray, k: int) -> Hits:
         """Searches the whole database for queries (Q, D)."""
-        similarities, images = search(queries, database, k=k)
+        similarities, images = exact_search.search(queries, database, k=k)
         return similarities.T, images.T
 
     return find
@@ -311,13 +294,10 @@ def neighbour_blocks(
 ) -> Iterator[tuple[slice, Hits]]:
     """Yields, block by block, the nearest other images of each database image.
 
-    Of equal similarities the lower index comes first. Memory is that of one search of 1024 queries.
-
-    Returns:
-        The rows of a block, and similarities (B, k) float32 and images (B, k) int32, best first;
-        an image that could not be read is no neighbour, and has none: its similarity is -inf.
-    Raises:
-        RefinementError: more neighbours than other images.  ValueError: as `search`.
+    Yields the rows of a block, and similarities (B, k) float32 and images (B, k) int32, best first,
+    of equal ones the lower index. An image that could not be read is no neighbour, and has none:
+    its similarity is -inf. Memory is that of one search of 1024 queries. Raises RefinementError for
+    more neighbours than other images, ValueError as `search`.
     """
     check_neighbours("a graph or augmentation", neighbours, len(database) - 1)
     for part in block_slices(len(database), GROUP):
@@ -331,10 +311,7 @@ def neighbour_blocks(
 
 
 def neighbour_graph(database: Database, find: NeighbourSearch, *, neighbours: int) -> Hits:
-    """Returns `neighbour_blocks` of all N images: similarities (N, k) and images (N, k).
-
-    Takes 8 bytes x N x k: 400 MB for a million images and 50 neighbours.
-    """
+    """Returns `neighbour_blocks` of all N images together, 8 bytes x N x k."""
     similarities = np.empty((len(database), neighbours), np.float32)
     images = np.empty((len(database), neighbours), np.int32)
     for part, hits in neighbour_blocks(database, find, neighbours=neighbours):

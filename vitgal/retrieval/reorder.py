@@ -79,10 +79,8 @@ def superglobal(
     maximum of the `neighbours` + 1 refined images that are most similar to it. The score is the
     mean of a refined image's similarities to the query and to the refined query.
 
-    Args:
-        queries: (Q, D).  database: (N, D).  order: (M, Q) integers, the first images.
-    Returns:
-        (M, Q) float64. One query takes 8 bytes x M x (M + 2 D).
+    queries: (Q, D). database: (N, D). order: (M, Q) integers, the first images. Returns (M, Q)
+    float64. One query takes 8 bytes x M x (M + 2 D).
     """
     scores = np.empty(order.shape)
     for q, query in enumerate(queries.astype(np.float64)):
@@ -124,10 +122,8 @@ def k_reciprocal(
     NOTE neighbours are searched among the query and its first M images, not in the whole database:
     memory and time do not depend on N.
 
-    Args:
-        queries: (Q, D).  database: (N, D).  order: (M, Q) integers, the first images.
-    Returns:
-        (M, Q) float64, 1 - distance. One query takes about 80 bytes x M².
+    Arguments as for `superglobal`. Returns (M, Q) float64, 1 - distance. One query takes about 80
+    bytes x M².
     """
     scores = np.empty(order.shape)
     for q, query in enumerate(queries):

@@ -10,6 +10,7 @@ from .errors import (
 from .files import (
     TEMPORARY as TEMPORARY,
     atomic as atomic,
+    conforms as conforms,
     disk_full as disk_full,
     explained_full_disk as explained_full_disk,
     inside as inside,

@@ -70,7 +70,6 @@ class _Short(reprlib.Repr):
         super().__init__()
         self.maxlevel = 2
         self.maxtuple = self.maxlist = self.maxset = self.maxfrozenset = self.maxdict = 4
-        self.maxdeque = self.maxarray = 4
         self.maxstring = self.maxother = self.maxlong = 60
 
     def repr_int(self, x: int, level: int) -> str:
@@ -81,9 +80,6 @@ class _Short(reprlib.Repr):
         """Returns a short text for a class that reprlib does not support, or its type."""
         if isinstance(x, np.ndarray):
             return f"<array of {x.dtype.name}, shape {x.shape}>"
-        for kind in (dict, list, tuple, set, frozenset, str, int):  # subclasses, as OrderedDict
-            if isinstance(x, kind) and not isinstance(x, bool):
-                return getattr(self, f"repr_{kind.__name__}")(x, level)
         if isinstance(x, bytes):
             return self.repr_str(x[: self.maxstring], level)
         if x is None or isinstance(

@@ -191,3 +191,23 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return str(value) if isinstance(value, os.PathLike) else value
+
+
+def conforms(value: Any, schema: Any) -> bool:
+    """Returns whether a value from a JSON file has the structure of a schema.
+
+    A type stands for its instances, a range for its integers, a tuple for its members, a dict for
+    dicts with at least these entries, a list of one schema for lists of any length, a longer one
+    for lists of that length.
+    """
+    if isinstance(schema, dict):
+        return isinstance(value, dict) and all(
+            name in value and conforms(value[name], part) for name, part in schema.items()
+        )
+    if isinstance(schema, list):
+        if not isinstance(value, list) or (len(schema) > 1 and len(value) != len(schema)):
+            return False
+        return all(conforms(part, schema[i % len(schema)]) for i, part in enumerate(value))
+    if isinstance(schema, range):
+        return type(value) is int and value in schema
+    return value in schema if isinstance(schema, tuple) else isinstance(value, schema)

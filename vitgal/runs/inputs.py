@@ -5,8 +5,6 @@ import hashlib
 import itertools
 import json
 import os
-import stat
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -42,7 +40,8 @@ def fingerprint_images(names: Sequence[str], paths: Sequence[Path | str]) -> str
     """
     digest = hashlib.sha256()
     for name, (size, ends) in zip(names, threaded(_read_ends, paths, READERS), strict=True):
-        digest.update(_encode(f"{name}\0{size}\0") + ends)
+        # File names may not be Unicode.
+        digest.update(f"{name}\0{size}\0".encode("utf-8", "surrogatepass") + ends)
     return digest.hexdigest()
 
 
@@ -100,12 +99,7 @@ def images_input(
 
 
 def combined_input(inputs: Sequence[Input], combine: Callable[..., Any]) -> Input:
-    """Returns one input for several.
-
-    Args:
-        combine: Takes one fingerprint for each of `inputs` and returns plain values, which
-            `fingerprint` combines; it may add further values to compare.
-    """
+    """Returns one input for several: the fingerprint of what `combine` makes of theirs."""
     return Input(
         lambda: fingerprint(combine(*(part.stamp() for part in inputs))),
         lambda: fingerprint(combine(*(part.fingerprint() for part in inputs))),
@@ -121,20 +115,12 @@ def input_stamps(inputs: Mapping[str, str | Input]) -> dict[str, str]:
 def input_fingerprints(
     inputs: Mapping[str, str | Input], recorded: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Returns the fingerprint of each input.
-
-    Args:
-        recorded: Fingerprints that are still valid, by the input's name; these files are not read.
-    """
+    """Returns the fingerprint of each input; those `recorded` are valid and not computed."""
     recorded = recorded or {}
     return {
         name: value if isinstance(value, str) else recorded.get(name) or value.fingerprint()
         for name, value in inputs.items()
     }
-
-
-def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")  # file names may not be Unicode
 
 
 def images_stamp(names: Sequence[str], paths: Sequence[Path | str]) -> str:
@@ -153,12 +139,9 @@ def images_stamp(names: Sequence[str], paths: Sequence[Path | str]) -> str:
             digest.update(joined.encode("utf-8", "surrogateescape"))
             separator = "\0"
         facts = looked_up.result()
-    for index, size in enumerate(facts[::3] if min(facts, default=0) < 0 else ()):
-        if size < 0:  # a missing file raises here
-            entry = os.stat(texts[index])
-            if not stat.S_ISREG(entry.st_mode):
-                raise FileNotFoundError(errno.ENOENT, "This is no file", texts[index])
-            values = (entry.st_size, entry.st_mtime_ns, entry.st_ctime_ns)
-            facts[3 * index : 3 * index + 3] = array("q", values)
+    if min(facts, default=0) < 0:
+        path = next(text for text, size in zip(texts, facts[::3], strict=True) if size < 0)
+        os.stat(path)  # a missing file raises here
+        raise FileNotFoundError(errno.ENOENT, "This is no file", path)
     digest.update(facts)
     return digest.hexdigest()

@@ -22,13 +22,6 @@ class WorkerSlot:
     number: int
     count: int
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.number < self.count:
-            raise ValueError(
-                f"worker is {self.number}: {self.count} workers have the numbers from 0 to "
-                f"{self.count - 1}"
-            )
-
     def indices(self, total: int) -> range:
         """Returns the indices of this worker's items, every `count`-th of `total`."""
         return range(self.number, total, self.count)
@@ -41,10 +34,8 @@ ALONE = WorkerSlot(0, 1)
 def locked(folder: Path, slot: WorkerSlot = ALONE) -> Iterator[None]:
     """Holds a folder's lock.
 
-    Args:
-        folder: Is created where it is missing.
-        slot: A single worker locks the folder exclusively. Several workers share the lock, each
-            under its own number.
+    The folder is created where it is missing. A single worker locks it exclusively; several share
+    the lock, each under its own number.
 
     Raises:
         StageError: Another process holds the lock, the same worker runs already, a worker of a

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from vitgal.runs.errors import StageError, printable
-from vitgal.runs.files import inside, read_json
+from vitgal.runs.files import conforms, inside, read_json
 from vitgal.runs.inputs import fingerprint, fingerprint_file
 
 STAGE_FORMAT = 1
 MANIFEST = "stage.json"
 STARTED = "started.json"
-SETTINGS = {"format": int, "stage": str, "parameters": dict, "inputs": dict}
+NUMBER = range(1 << 63)
+SETTINGS = {"format": NUMBER, "stage": str, "parameters": dict, "inputs": dict}
 # A larger file is checked by its length alone: hashing 200 GB of features takes longer than the
 # stages that read them, and the feature store has checksums.
 HASH_LIMIT = 1 << 30
@@ -37,21 +38,13 @@ def read_stage(folder: Path, notebook: str) -> dict:
 def read_record(path: Path) -> dict:
     """Reads `stage.json` or `started.json`; StageError for a file that is missing or damaged."""
     record = read_json(path)
-    if not _is_record(record, SETTINGS) or (path.name == MANIFEST and not _is_manifest(record)):
+    if not conforms(record, SETTINGS) or (path.name == MANIFEST and not _is_manifest(record)):
         raise StageError(f"{path} is damaged; set overwrite: true to make the stage again")
     return record
 
 
-def _is_record(value: Any, kinds: dict[str, type]) -> bool:
-    """Returns whether a value of JSON is an object with these entries."""
-    return isinstance(value, dict) and all(
-        isinstance(value.get(key), kind) and not isinstance(value[key], bool)
-        for key, kind in kinds.items()
-    )
-
-
 def _is_manifest(record: dict) -> bool:
-    if not _is_record(record, {"outputs": dict, "recorded": dict}):
+    if not conforms(record, {"outputs": dict, "recorded": dict}):
         return False
     recorded = record["recorded"]
     tables = [record["inputs"], recorded.get("versions", {}), recorded.get("stamps", {})]
@@ -61,7 +54,7 @@ def _is_manifest(record: dict) -> bool:
     names = ("dataset_dir", "distractors", "weights", "refine_set")
     paths = (recorded.get(name) or "" for name in names)
     return all(isinstance(text, str) for text in (*texts, *paths)) and all(
-        _is_record(entry, {"bytes": int}) and isinstance(entry.get("sha256", ""), str)
+        conforms(entry, {"bytes": NUMBER}) and isinstance(entry.get("sha256", ""), str)
         for entry in record["outputs"].values()
     )
 

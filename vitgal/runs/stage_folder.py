@@ -11,35 +11,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vitgal.runs import manifest
 from vitgal.runs.environment import THREADS, commit, numeric_environment, versions
 from vitgal.runs.errors import StageError, printable
 from vitgal.runs.files import TEMPORARY, plain, read_json, refuse_links, write_json
 from vitgal.runs.inputs import Input, input_fingerprints, input_stamps
 from vitgal.runs.locks import ALONE, LOCK, WorkerSlot, locked
-from vitgal.runs.manifest import (
-    MANIFEST,
-    SETTINGS,
-    STAGE_FORMAT,
-    STARTED,
-    check_output,
-    describe_output,
-    differences,
-    read_record,
-    read_settings,
-)
+from vitgal.runs.manifest import MANIFEST, SETTINGS, STAGE_FORMAT, STARTED
 
 STAMPS = ".stamps.json"  # of inputs that were copied or touched after the stage was finished
 
 
 @dataclass
 class Stage:
-    """A stage's folder while it is open.
+    """A stage's folder while it is open; it may be finished already.
 
-    Attributes:
-        finished: Whether all outputs are there already.
-        settings: What the result depends on, as in the manifest.
-        stamps: The stamp of each input that has one.
-        began: Seconds, on the monotonic clock.
+    settings: what the result depends on, as in the manifest. stamps: of each input that has one.
     """
 
     folder: Path
@@ -54,9 +41,7 @@ class Stage:
     ) -> Path:
         """Writes the manifest, which marks the stage as finished; returns the folder.
 
-        Args:
-            outputs: Files relative to the folder.
-            recorded: Facts to keep (counts, device, workers, ...), which are never compared.
+        outputs: files relative to the folder. recorded: facts to keep, which are never compared.
         """
         facts = {
             "seconds": round(time.monotonic() - self.began, 1),
@@ -67,9 +52,11 @@ class Stage:
             "thread_variables": {name: os.environ[name] for name in THREADS if name in os.environ},
             "stamps": self.stamps,
         }
-        entries = {name: describe_output(self.folder / name) for name in sorted(map(str, outputs))}
-        manifest = {"outputs": entries, "recorded": facts | dict(recorded or {})}
-        write_json(self.folder / MANIFEST, self.settings | manifest)
+        entries = {
+            name: manifest.describe_output(self.folder / name) for name in sorted(map(str, outputs))
+        }
+        record = {"outputs": entries, "recorded": facts | dict(recorded or {})}
+        write_json(self.folder / MANIFEST, self.settings | record)
         (self.folder / STARTED).unlink(missing_ok=True)
         self.finished = True
         return self.folder
@@ -137,31 +124,27 @@ def stage(
                     raise
                 opened.reopen()
         if not opened.finished:
-            _start(folder, settings, slot)
+            refuse_links(folder.rglob("*"))
+            if slot == ALONE:  # else a temporary file may be another worker's
+                for path in sorted(folder.rglob(f"{TEMPORARY}*")):  # left by a killed process
+                    _remove(path)
+            write_json(folder / STARTED, settings)
         yield opened
-
-
-def _start(folder: Path, settings: dict, slot: WorkerSlot) -> None:
-    refuse_links(folder.rglob("*"))
-    if slot == ALONE:  # else a temporary file may be another worker's
-        for path in sorted(folder.rglob(f"{TEMPORARY}*")):  # left by a killed process
-            _remove(path)
-    write_json(folder / STARTED, settings)
 
 
 def _unchanged_inputs(folder: Path, stamps: dict[str, str]) -> dict[str, str]:
     """Returns a finished stage's fingerprints of the inputs whose stamps are still the same."""
     try:
-        manifest = read_record(folder / MANIFEST)
+        record = manifest.read_record(folder / MANIFEST)
     except StageError:  # missing; `_refuse_other_settings` reports a damaged one
         return {}
-    recorded, fingerprints = _recorded_stamps(folder, manifest), manifest["inputs"]
+    recorded, fingerprints = _recorded_stamps(folder, record), record["inputs"]
     same = (name for name, stamp in stamps.items() if recorded.get(name) == stamp)
     return {name: fingerprints[name] for name in same if name in fingerprints}
 
 
 def _refuse_other_settings(folder: Path, wanted: dict) -> None:
-    recorded = read_settings(folder)
+    recorded = manifest.read_settings(folder)
     if recorded is None:
         if files := _contents(folder):
             raise StageError(
@@ -169,7 +152,7 @@ def _refuse_other_settings(folder: Path, wanted: dict) -> None:
                 f"{STARTED}, so their settings are unknown; move them away or use another run_dir"
             )
         return
-    if lines := differences(recorded, wanted):
+    if lines := manifest.differences(recorded, wanted):
         raise StageError(
             f"{folder} holds a {wanted['stage']} stage with other settings:\n  "
             + "\n  ".join(lines)
@@ -179,28 +162,28 @@ def _refuse_other_settings(folder: Path, wanted: dict) -> None:
 
 def _check_finished(folder: Path, stamps: dict[str, str] | None) -> None:
     """Raises StageError for a changed output; warns of changed libraries; records the stamps."""
-    manifest = read_record(folder / MANIFEST)
-    for output, recorded in manifest["outputs"].items():
-        check_output(folder, output, recorded)
+    record = manifest.read_record(folder / MANIFEST)
+    for output, recorded in record["outputs"].items():
+        manifest.check_output(folder, output, recorded)
     now = versions()
     changed = [
         f"{name} {printable(version)} then, {now[name]} now"
-        for name, version in manifest["recorded"].get("versions", {}).items()
+        for name, version in record["recorded"].get("versions", {}).items()
         if name in now and now[name] != version
     ]
     if changed:
         warnings.warn(f"{folder.name} was made with {'; '.join(changed)}", stacklevel=4)
-    if stamps is not None and stamps != _recorded_stamps(folder, manifest):
+    if stamps is not None and stamps != _recorded_stamps(folder, record):
         write_json(folder / STAMPS, stamps)
 
 
-def _recorded_stamps(folder: Path, manifest: dict) -> dict[str, str]:
+def _recorded_stamps(folder: Path, record: dict) -> dict[str, str]:
     """Returns the stamps with which the inputs last had the manifest's fingerprints."""
     if (folder / STAMPS).exists():
         with contextlib.suppress(StageError):
             stamps = read_json(folder / STAMPS)
             return stamps if isinstance(stamps, dict) else {}
-    return manifest["recorded"].get("stamps", {})
+    return record["recorded"].get("stamps", {})
 
 
 def _clear(folder: Path) -> None:

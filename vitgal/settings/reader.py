@@ -294,7 +294,8 @@ def read_settings(namespace: Mapping[str, Any]) -> Settings:
         and (declared is None or name in declared)
         and isinstance(value, (bool, int, float, str, list, type(None)))
     }
-    injected = _injected_names(history)
+    cells = (source for source in reversed(history) if source.startswith(INJECTED))
+    injected = _assigned_names(next(cells, ""))[1]
     cell = {name: value for name, value in plain.items() if name not in injected}
     values = {name: value for name, value in plain.items() if name in injected}
     values.pop(NOTEBOOK_RANGE, None)
@@ -321,11 +322,6 @@ def _declared_names(history: list[str]) -> set[str] | None:
         if before or typed or source.startswith(INJECTED):
             names |= typed | untyped
     return names
-
-
-def _injected_names(history: list[str]) -> set[str]:
-    injected = (source for source in reversed(history) if source.startswith(INJECTED))
-    return _assigned_names(next(injected, ""))[1]
 
 
 def _assigned_names(source: str) -> tuple[set[str], set[str]]:

@@ -35,7 +35,11 @@ class Step(Section):
                 raise SettingsError(f"{cls.NAME} has no option {short(option)}; it has {names}")
             if name in values:
                 raise SettingsError(f"{cls.NAME} has the option {name} twice")
-            values[name] = _number(name, value, cls.flat()[name].type)
+            number = int if int in alternatives(cls.flat()[name].type) else float
+            try:
+                values[name] = number(value)
+            except ValueError:
+                raise SettingsError(f"{name} is {short(value)}, not a number of its type") from None
         return cls.build(values)
 
 
@@ -49,9 +53,7 @@ class Whitening(Step):
     power: float = setting(
         0.5, "of the variance by which a component is divided; 0.5: to variance 1", low=0, high=1
     )
-    shrinkage: float = setting(
-        0.0, "weight of the mean variance in every component's", low=0, high=1
-    )
+    shrinkage: float = setting(0.0, "weight of the mean variance", low=0, high=1)
 
 
 @dataclass(frozen=True)
@@ -133,13 +135,6 @@ STEPS: dict[str, type[Step]] = {
         *(SuperGlobal, Diffusion, KReciprocal),
     )
 }
-
-
-def _number(name: str, text: str, kind: object) -> int | float | str:
-    try:
-        return int(text) if int in alternatives(kind) else float(text)
-    except ValueError:
-        raise SettingsError(f"{name} is {short(text)}, not a number of its type") from None
 
 
 def read_chain(texts: Sequence[str]) -> tuple[Step, ...]:

@@ -24,13 +24,9 @@ class RunSettings(Section):
 
     run_dir: str = neutral("", "run folder, below runs/ or $VITGAL_RUNS")
     overwrite: bool = neutral(False, "delete finished stages and make them again")
-    verify: bool = neutral(
-        False, "read images again even where their sizes and times have not changed"
-    )
+    verify: bool = neutral(False, "read images again even where sizes and times are the same")
     dataset: str = neutral("", "benchmark: its labels are gnd_<dataset>.pkl")
-    dataset_dir: str | None = path(
-        "folder of jpg/ and gnd_<dataset>.pkl; None: the run's own benchmark"
-    )
+    dataset_dir: str | None = path("folder of jpg/ and gnd_<dataset>.pkl; None: the run's own")
     image_folder: str | None = path("folder of a/b/c/<id>.jpg; None: the run's own training images")
     distractors: str | None = path("folder of further database images (revisitop1m)")
     weights: str | None = path(
@@ -52,9 +48,7 @@ class DemoSettings(Section):
     """The simulated views of the bundled photographs."""
 
     seed: int = setting(0, SEED_MEANING, low=0)
-    view_size: int = setting(
-        256, "longer side of a view", flat="demo_view_size", unit="pixels", low=32
-    )
+    view_size: int = setting(256, "longer side", flat="demo_view_size", unit="pixels", low=32)
     train_views: int = setting(24, "views of each training photograph", flat="demo_views", low=1)
 
 
@@ -73,9 +67,7 @@ class SplitSettings(Section):
         low=0,
         below=1,
     )
-    held_out_classes: int = setting(
-        0, "classes that are never trained on, for retrieval validation", low=0
-    )
+    held_out_classes: int = setting(0, "untrained classes, for retrieval validation", low=0)
     val_queries: int = setting(1000, "queries of retrieval validation, at most", low=0)
     val_database: int = setting(5000, "database images of retrieval validation, at most", low=0)
     min_val_images: int = setting(4, "images that a class needs to give a query", low=2)
@@ -103,9 +95,7 @@ class GlobalSettings(Section):
         low=16,
     )
     resize: str = setting("squash", '"longest" and "area" keep the aspect', choices=RESIZE_MODES)
-    scales: tuple[float, ...] = setting(
-        (1.0,), "of the network input", above=0, high=16, filled=True
-    )
+    scales: tuple[float, ...] = setting((1.0,), "of the input", above=0, high=16, filled=True)
     multiple: int | None = later(
         None,
         "number of which the network input's sides are multiples; None: the network's own",
@@ -114,9 +104,7 @@ class GlobalSettings(Section):
         low=1,
     )
     pooling: str | None = later(
-        None,
-        "of a timm network: class token, GeM of its tokens, or both; None: as it was trained",
-        choices=POOLINGS,
+        None, "a timm network's: class token, GeM or both; None: as trained", choices=POOLINGS
     )
     crop_queries: bool = setting(True, "describe only the query's box, as in the protocol")
     precision: str = setting("fp32", "of inference", flat="inference_precision", choices=PRECISIONS)
@@ -128,9 +116,7 @@ class GlobalSettings(Section):
     )
     refine_images: int = later(20_000, "images from which a whitening is learnt, at most", low=2)
 
-    max_failed_share: float = neutral(
-        0.001, "fraction of the images that may be unreadable", low=0, high=1
-    )
+    max_failed_share: float = neutral(0.001, "unreadable images, as a fraction", low=0, high=1)
 
     def check(self) -> None:
         """Raises SettingsError for a chain of steps that makes no sense."""
@@ -161,13 +147,9 @@ class SelectionSettings(Section):
     )
     max_keypoints: int = setting(1000, "features kept of an image", low=1)
     nms_candidates: int = setting(1200, "tokens that enter non-maximum suppression", low=1)
-    nms_overlap: float = setting(
-        0.5, "greatest intersection over union of two features", low=0, high=1
-    )
+    nms_overlap: float = setting(0.5, "greatest overlap (IoU) of two features", low=0, high=1)
     target_per_scale: int = setting(400, "tokens wanted at scale 1", low=1)
-    ladder: tuple[float, ...] = setting(
-        LADDER, "falling thresholds on a token's score", filled=True
-    )
+    ladder: tuple[float, ...] = setting(LADDER, "falling thresholds on the score", filled=True)
     interpolation: str = setting(
         "size", '"published" loses a pixel at a few sizes', choices=INTERPOLATIONS
     )
@@ -188,19 +170,14 @@ class LocalSettings(SelectionSettings):
     PREFIXED: ClassVar[frozenset[str]] = SelectionSettings.PREFIXED | {"block"}
 
     local: str = later(
-        "tokens",
-        '"tokens" of the model; "sift": RootSIFT; "xfeat" needs the extra baselines',
-        choices=LOCAL_METHODS,
+        "tokens", '"sift": RootSIFT; "xfeat" needs the extra baselines', choices=LOCAL_METHODS
     )
     local_features: str | None = path("local features of another system (hloc's .h5)")
     block: str | None = later(
-        None,
-        "block of a timm network that gives the tokens; None: the last but two, or of stride 16",
+        None, "block of a timm network; None: the last but two, or of stride 16"
     )
     code_dim: int = later(
-        128,
-        "dimension of a timm network's codes; the default is lowered to that of its tokens",
-        low=1,
+        128, "dimension of a timm network's codes; by default at most its tokens'", low=1
     )
     code_images: str | None = path(
         "photographs that a timm network's codes are fitted to; None: the run's training split"
@@ -216,9 +193,7 @@ class LocalSettings(SelectionSettings):
         choices=FEATURE_DTYPES,
     )
     shard_size: int = setting(256, "images a shard", low=1)
-    max_failed_share: float = neutral(
-        0.001, "fraction of the images that may be unreadable", low=0, high=1
-    )
+    max_failed_share: float = neutral(0.001, "unreadable images, as a fraction", low=0, high=1)
 
     def check(self) -> None:
         """Raises SettingsError for a method beside features that are there already."""
@@ -254,14 +229,9 @@ MATCHINGS = ("one_way", "mutual", "ratio", "mutual_ratio")
 class MatchingSettings(Section):
     """Nearest neighbours among local descriptors."""
 
-    max_distance: float = setting(
-        0.82, "Euclidean distance below which descriptors match; S24: 0.79", low=0
-    )
+    max_distance: float = setting(0.82, "distance below which descriptors match; S24: 0.79", low=0)
     max_keypoints: int | None = setting(
-        None,
-        "features of an image that are matched, best first; None: all",
-        flat="match_keypoints",
-        low=1,
+        None, "features matched, best first; None: all", flat="match_keypoints", low=1
     )
     method: str = later(
         "one_way",
@@ -270,11 +240,7 @@ class MatchingSettings(Section):
         choices=MATCHINGS,
     )
     ratio: float = later(
-        0.95,
-        "distance to the nearest over that to the second nearest, below which Lowe's test passes",
-        flat="match_ratio",
-        above=0,
-        high=1,
+        0.95, "of Lowe's test: nearest over second nearest", flat="match_ratio", above=0, high=1
     )
 
     def compared(self) -> dict[str, Any]:
@@ -294,10 +260,7 @@ class VerificationSettings(Section):
 
     estimator: str = setting("degensac", "of the homography", choices=ESTIMATORS)
     threshold: float = setting(
-        16.0,
-        "reprojection error of an inlier: one patch",
-        unit="pixels of the network input",
-        above=0,
+        16.0, "reprojection error: one patch", unit="pixels of the network input", above=0
     )
     iterations: int = setting(2000, "maximum iterations of RANSAC", low=1)
     confidence: float = setting(1.0, "at which RANSAC stops; 1.0: never early", above=0, high=1)
@@ -355,9 +318,7 @@ class TuningSettings(Section):
     )
 
     tune: bool = neutral(False, "tune reranking on val_retrieval")
-    max_queries: int | None = setting(
-        None, "queries that are used; None: all", flat="tune_queries", low=1
-    )
+    max_queries: int | None = setting(None, "queries used; None: all", flat="tune_queries", low=1)
     max_distances: tuple[float, ...] = setting(
         (0.7, 0.75, 0.78, 0.8, 0.85, 0.9, 0.95),
         "values of max_distance",
@@ -380,9 +341,7 @@ class TuningSettings(Section):
 class OwnSettings(Section):
     """A search among one's own photographs."""
 
-    photographs_folder: str = path(
-        "photographs to search, with sub-folders", "third_party/landmarks"
-    )
+    photographs_folder: str = path("photographs, also in sub-folders", "third_party/landmarks")
     query_image: str = neutral("", "a name in the folder, or any file")
     query_box: tuple[int, ...] | None = neutral(
         None, "x0, y0, x1, y1 of the query; None: all of it", unit="pixels", low=0

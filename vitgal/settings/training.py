@@ -59,10 +59,7 @@ class Recipe(Section):
         (), "training images (names as in train.csv) to replace by the next one"
     )
     step_images: int | None = setting(
-        None,
-        "images per step that the learning rates are meant for; None: any",
-        low=1,
-        result=False,
+        None, "images per step that the rates are meant for; None: any", low=1, result=False
     )
     scale_lr: bool = later(False, "scale the rates by images per step over step_images")
     may_change: tuple[str, ...] = setting(

@@ -67,7 +67,8 @@ def evaluate_global(
         RefinementError: a refinement that does not fit the descriptors or its images.
         FileNotFoundError, ValueError: the weights are missing or invalid.
     """
-    engines.check_engine(machine.engine, machine.ray_address)
+    if machine.engine == "ray":
+        engines.import_ray()
     settings = sized(settings, model)
     learnt_from = _checked_set(settings, dataset, refine_set, "photographs")
     inputs = {"dataset": dataset.as_input, "weights": weights_input(model)}

@@ -62,7 +62,8 @@ def extract_shortlist(
             many images cannot be read, or other workers are not done.
         FileNotFoundError, ValueError: the weights are missing, invalid or without autoencoder.
     """
-    engines.check_engine(machine.engine, machine.ray_address)
+    if machine.engine == "ray":
+        engines.import_ray()
     slot = runs.WorkerSlot(machine.worker, machine.worker_count)
     source = run / dataset.name / "global"
     shortlist = runs.output_fingerprint(source, "shortlist.txt", GLOBAL_NOTEBOOK)

@@ -18,7 +18,7 @@ import pandas as pd
 
 from vitgal import runs
 from vitgal.data.revisited import GroundTruth, labelled, positives
-from vitgal.features.files import conforms, map_array, read_json
+from vitgal.features.files import map_array, read_json
 from vitgal.retrieval.presence import Presence, PresenceError, fit_presence
 from vitgal.settings import RerankingSettings
 from vitgal.stages import own
@@ -156,6 +156,6 @@ def _fitted(describer: Describer) -> dict[str, Any]:
     """The models that were fitted in the run, by key."""
     file = describer.folder / FITTED
     entries = read_json(file, dict) if file.exists() else {}
-    if not all(conforms(entry, SCHEMA) for entry in entries.values()):
+    if not all(runs.conforms(entry, SCHEMA) for entry in entries.values()):
         raise PresenceError(f"{file} holds other entries than expected: delete it")
     return entries

@@ -74,7 +74,8 @@ def tune(
         StageError: a stage is missing or has other settings, or a candidate has no local features.
         TuningError: no query counts.
     """
-    engines.check_engine(machine.engine, machine.ray_address)
+    if machine.engine == "ray":
+        engines.import_ray()
     grid = make_grid(settings, current)
     parameters = _parameters(grid, settings, current)
     source = Path(run) / DATASET

@@ -37,17 +37,13 @@ DAMAGE = (
 
 
 def unpack(archive: Path, folder: Path, *, arrange: str, label: str, progress: bool) -> int:
-    """Unpacks the plain files of a tar archive, all of them or none.
+    """Unpacks the plain files of a tar archive, all of them or none, and returns their number.
 
-    Args:
-        arrange: how files are named below `folder`: "flat", "tree" or "by_id", as in sources.toml.
-        label: name of the archive on the progress bar.
-    Returns:
-        The number of files.
-    Raises:
-        ValueError: the archive is damaged, unpacks to far more than its size, has two files of one
-            name, or a member that is not a plain file or folder or leads out of the folder.
-        OSError: the disk is full, or cannot be written.
+    arrange: how files are named below `folder`: "flat", "tree" or "by_id", as in sources.toml.
+
+    Raises ValueError where the archive is damaged, unpacks to far more than its size, has two files
+    of one name, or a member that is not a plain file or folder or leads out of the folder; OSError
+    where the disk is full, or cannot be written.
     """
     if not hasattr(tarfile, "data_filter"):  # Python 3.11.0 to 3.11.3
         raise RuntimeError(

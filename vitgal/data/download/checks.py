@@ -15,24 +15,15 @@ from vitgal.data.photographs import visible_files
 
 @dataclass
 class Report:
-    """The state of a source's folder; `str` gives it line by line.
-
-    Attributes:
-        images: number of files in the image folder.
-        listed: number of images that the list names, None without a list.
-        missing: listed images that are not there.
-        unreadable: (path, reason) of listed images, or of all images without a list.
-        unlisted: (path, reason) of unreadable images that no result depends on.
-        problems: all other faults, a line each.
-        notes: further information, a line each.
-    """
+    """The state of a source's folder; `str` gives it line by line."""
 
     name: str
     folder: Path
-    problems: list[str] = field(default_factory=list)
-    images: int | None = None
-    listed: int | None = None
-    missing: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # faults that are in no other list
+    images: int | None = None  # files in the image folder
+    listed: int | None = None  # images that the list names, None without a list
+    missing: list[str] = field(default_factory=list)  # listed images that are not there
+    # Path and reason: of listed images, or of all without a list; of images that no result needs.
     unreadable: list[tuple[str, str]] = field(default_factory=list)
     unlisted: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -64,11 +55,8 @@ def check(
 ) -> Report:
     """Checks a folder without changing it: checksums, counts, layout, every image decoded.
 
-    Args:
-        folder: the target folder of `download`, or the source's own folder.
-
-    Raises:
-        ValueError: an unknown name. The folder's faults are in the report.
+    folder: the target folder of `download`, or the source's own. Raises ValueError for an unknown
+    name; the folder's faults are in the report.
     """
     (source,) = select_sources(name, read_sources(sources))
     path = Path(folder).expanduser()

@@ -49,28 +49,21 @@ def _digest(path: Path, algorithm: str) -> str:
 
 @dataclass
 class Fetcher:
-    """Fetches the files of one source into its work folder.
-
-    Attributes:
-        page: web page of the source, for errors.
-        reached: whether the network has answered, so that a later failure may be temporary.
-    """
+    """Fetches the files of one source into its work folder."""
 
     work: Path
-    page: str
+    page: str  # of the source, for errors
     progress: bool
-    reached: bool = False
+    reached: bool = False  # once the network has answered, a failure may be temporary
 
     def fetch(self, file: RemoteFile, checksum: Checksum | None, *, label: str) -> Path:
         """Fetches one file, or the rest of it, and returns its path in the work folder.
 
         Its mirrors are tried in turn where an address cannot be reached.
 
-        Raises:
-            ValueError: it has another checksum, is larger than listed, or is a web page; it is
-                deleted.
-            ConnectionError: no address can be reached, each refuses, or a web form gives it out.
-            OSError: the disk is full.
+        Raises ValueError where it has another checksum, is larger than listed, or is a web page (it
+        is deleted); ConnectionError where no address can be reached, each refuses, or a web form
+        gives it out; OSError where the disk is full.
         """
         path = self.work / file.name
         if path.is_file() and matches(path, checksum):

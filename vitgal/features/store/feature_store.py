@@ -187,8 +187,7 @@ class Index:
     """Names, sizes and rows of the n items of a store, in the order of its shards.
 
     Attributes:
-        store: the store's folder.
-        header: "format", "folders" (the number of shards), "dtype", "code_dim", "failures".
+        header: as HEADER; "folders" is the number of shards.
         arrays: "names" (bytes,) uint8, all keys in UTF-8; "name_ends" (n + 1,) int64; "order" (n,)
             int64, positions by rising key; "rows" (n, 2) int64, first row and end of an item's
             features in its shard; "sizes" (n, 8) int32, see `LocalFeatures.sizes`; "firsts"

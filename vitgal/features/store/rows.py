@@ -28,8 +28,7 @@ class RowFile:
     """A (rows, width) float32 `.npy` that grows block by block, also after a killed run.
 
     Blocks are appended to `<name>.partial`; a journal records how many rows are whole, and their
-    checksum. `finish` gives the file its name. It is not mapped: on a full disk an append raises an
-    error, but a write to mapped memory kills the process.
+    checksum. It is not mapped: on a full disk a write to mapped memory kills the process.
     """
 
     path: Path

@@ -15,24 +15,17 @@ from typing import Any
 import numpy as np
 
 from vitgal import runs
-from vitgal.features.files import INT32, conforms, divides, leading_rows, map_array, read_json
+from vitgal.features.files import INT32, divides, leading_rows, map_array, read_json
 from vitgal.features.local import LocalFeatures
-from vitgal.features.store.codec import (
-    FEATURE_ARRAYS,
-    FORMAT,
-    REMEDY,
-    StoreError,
-    check_dtype,
-    encode_features,
-    stored_type,
-)
+from vitgal.features.store import codec
+from vitgal.features.store.codec import FEATURE_ARRAYS, FORMAT, REMEDY, StoreError
 from vitgal.settings.sections import FEATURE_DTYPES, LocalSettings
 
 ARRAYS = (*FEATURE_ARRAYS, "offsets", "checksums")
 SHARD = "shard-"
 INDEX, INDEX_HEADER = "index", "index.json"
 PARTIAL = ".partial-"  # begins the name of a shard that is being written
-# Of JSON files, see `files.conforms`
+# Of JSON files, see `runs.conforms`
 FAILURES = [{"name": str, "reason": str}]
 SIZES = {"input_size": [INT32] * 2, "box": [INT32] * 4, "image_size": [INT32] * 2}
 CODE_DIM = range(1 << 20)
@@ -100,7 +93,7 @@ class ShardFormat:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_dtype(self.dtype)
+        codec.check_dtype(self.dtype)
 
     def __str__(self) -> str:
         settings = (f", {name} {value}" for name, value in sorted(self.settings.items()))
@@ -113,7 +106,10 @@ class ShardFormat:
 
     def layout(self, rows: int, items: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Returns type and shape of each array of a shard: `rows` features of `items` images."""
-        single, (kind, width) = np.dtype(np.float32), stored_type(self.code_dim or 0, self.dtype)
+        single, (kind, width) = (
+            np.dtype(np.float32),
+            codec.stored_type(self.code_dim or 0, self.dtype),
+        )
         return {
             "keypoints": (single, (rows, 2)),
             "descriptors": (kind, (rows, width)),
@@ -141,7 +137,7 @@ class EncodedFeatures:
         """Encodes features; ValueError names the image whose numbers are not finite."""
         item = item_entry(key, features)
         try:
-            arrays = encode_features(features, dtype)
+            arrays = codec.encode_features(features, dtype)
         except ValueError as error:
             raise ValueError(f"the features of {key!r}: {error}") from error
         return cls(item, arrays, _checksum(item, arrays))
@@ -174,11 +170,11 @@ def write_shard(
 
     Args:
         folder: the shard's own (`shard-NN` in the store's); an existing one is replaced.
-        items: (key, features), encoded as they come, so a generator keeps memory small.
-            `EncodedFeatures`, from another shard of this format, are written as they are.
+        items: (key, features), encoded as they come; `EncodedFeatures` of this format are written
+            as they are.
         shard_format: its `code_dim` is needed only where `items` may be empty.
-        failures: images that could not be read, each {"name": …, "reason": …}; read after the
-            items, so that the generator may fill it.
+        failures: images that could not be read, see FAILURES; read after the items, so that their
+            generator may fill it.
 
     Raises ValueError for a repeated key, other dimensions, or numbers that are not finite.
     """
@@ -247,7 +243,7 @@ class Shard:
             header = read_json(folder / "items.json", {"format": int})
             if header["format"] != FORMAT:
                 raise StoreError(f"{folder} has store format {header['format']}, not {FORMAT}")
-            if not conforms(header, HEADER):
+            if not runs.conforms(header, HEADER):
                 raise ValueError("its items.json")
             shard = cls(folder, header, {})
             count = len(header["items"])
@@ -339,7 +335,7 @@ def _leading_items(path: Path) -> tuple[dict, list[dict]]:
     with contextlib.suppress(ValueError, RecursionError):  # where the file ends, or was changed
         while (rest := rest.lstrip(", \n")).startswith("{"):
             item, end = json.JSONDecoder().raw_decode(rest)
-            if not conforms(item, HEADER["items"][0]):
+            if not runs.conforms(item, HEADER["items"][0]):
                 break
             items.append(item)
             rest = rest[end:]
