@@ -89,8 +89,8 @@ def _check_ids(ids: pd.Series, path: Path) -> None:
     wrong = next((image for image in ids if not ID.fullmatch(image)), None)
     if wrong is not None:
         raise ValueError(
-            f"{path}: the id {runs.short(wrong)} has fewer than the 3 characters of a path, or "
-            "other than letters, digits, _ and -"
+            f"{path}: the id {runs.short(wrong)} has other than letters, digits, _ and -, or fewer "
+            "than the 3 characters of a path"
         )
     repeated = ids.duplicated().to_numpy()
     if repeated.any():
@@ -159,10 +159,7 @@ def read_exclusions(path: str | os.PathLike) -> list[str]:
 
 
 def exclude_images(table: pd.DataFrame, entries: Iterable[str]) -> pd.DataFrame:
-    """Returns the table without the listed images and landmarks.
-
-    An entry is an image's id, else a landmark_id; ValueError names entries that are neither.
-    """
+    """Returns the table without these images or landmarks; ValueError for unknown entries."""
     entries = list(entries)
     images = set(entries) & set(table["id"])
     classes = [entry for entry in entries if entry not in images]

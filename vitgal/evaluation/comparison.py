@@ -122,10 +122,7 @@ def distinct_names(paths: Sequence[str | Path]) -> list[str]:
 def compare_folders(
     first: Path, second: Path, *, names: tuple[str, str], seed: int = BOOTSTRAP["seed"]
 ) -> Comparison:
-    """Compares the results of two stages' folders.
-
-    Raises ResultError where one has none, FileError for a damaged one, and as `compare_results`.
-    """
+    """Compares two stages' results; ResultError where one has none, else as `compare_results`."""
     for folder in map(Path, (first, second)):
         if not (folder / SCORES).exists():
             raise ResultError(f"{folder} holds no {SCORES}: name a run whose stage is finished")
@@ -161,10 +158,7 @@ def compare_results(
 
 
 def check_comparable(first: Scores, second: Scores, names: tuple[str, str]) -> None:
-    """Raises ValueError unless both results score the same queries against the same labels.
-
-    first, second: contents of a scores.json. names: of the two, for the message.
-    """
+    """Raises ValueError unless both results score the same queries against the same labels."""
     datasets = [scores.get("protocol", {}).get("dataset") for scores in (first, second)]
     if None not in datasets and datasets[0] != datasets[1]:
         raise ValueError(

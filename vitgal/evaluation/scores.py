@@ -55,10 +55,7 @@ def intervals(systems: Mapping[str, Scores]) -> dict[str, dict[str, tuple[float,
 
 
 def resampled(*systems: Scores) -> Landmarks:
-    """Returns the landmarks that the intervals of some results of the same queries resample.
-
-    Raises ValueError if there are no scores among them.
-    """
+    """Returns the landmarks that intervals of some results resample; ValueError without scores."""
     for scores in systems:
         for protocol in PROTOCOLS:
             if protocol in scores:
@@ -69,20 +66,14 @@ def resampled(*systems: Scores) -> Landmarks:
 def mean_and_interval(
     ap: np.ndarray, clusters: np.ndarray | None = None, seed: int = BOOTSTRAP["seed"]
 ) -> tuple[float, float, float]:
-    """Returns the mean AP and its interval's ends.
-
-    ap: (Q,), nan or None where none counts. clusters: (Q,), as for `bootstrap_interval`.
-    """
+    """Returns the mean of AP (Q,), nan or None where none counts, and its interval's ends."""
     ap = np.array(ap, np.float64)
     mean = float(np.mean(ap[~np.isnan(ap)])) if not np.isnan(ap).all() else float("nan")
     return mean, *bootstrap_interval(ap, clusters, seed=seed)
 
 
 def hardest(scores: Scores) -> str:
-    """Returns the hardest protocol in which any query counts: "hard", "medium" or "easy".
-
-    Raises ValueError if no query counts.
-    """
+    """Returns the hardest protocol in which any query counts; ValueError if none does."""
     for protocol in reversed(PROTOCOLS):
         value = scores.get(protocol, {}).get("map")
         if value is not None and not np.isnan(value):

@@ -249,11 +249,7 @@ def _worse(tests: pd.DataFrame, protocol: str, number: int) -> tuple[int, ...]:
 
 @functools.cache
 def published_results() -> pd.DataFrame:
-    """Reads the published results of other systems.
-
-    Columns: system, dataset, distractors (their number), the mAP in percent under easy, medium and
-    hard (nan where it is not published), with cropped queries, and the source.
-    """
+    """Reads the published mAP of other systems, in percent; nan where it is not published."""
     return pd.read_csv(PUBLISHED)
 
 

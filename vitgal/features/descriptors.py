@@ -51,10 +51,7 @@ def read_descriptors(path: str | os.PathLike, names: Sequence[str]) -> np.ndarra
 
 
 def described_images(path: str | os.PathLike) -> list[str]:
-    """Lists the images of another system's file of descriptors, in its order; none repeats.
-
-    Raises as `read_descriptors`.
-    """
+    """Lists the images of a file of descriptors in its order; raises as `read_descriptors`."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there are no descriptors {path}")

@@ -67,10 +67,7 @@ def find_datasets(
 
 
 def follow(group: h5py.Group, name: bytes, path: Path, hops: int = LINKS) -> h5py.HLObject | None:
-    """Opens the target of a name in a group; None for a missing one, or a broken soft link.
-
-    Raises DescriptorError for a link to another file.
-    """
+    """Opens the target of a name in a group, None for none; DescriptorError for another file's."""
     item = group.file if name.startswith(b"/") else group
     for part in name.split(b"/"):
         if part in (b"", b"."):

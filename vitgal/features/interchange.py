@@ -44,10 +44,7 @@ def published_name(path: str) -> str:
 
 
 def published_path(name: str) -> str:
-    """Returns the image path that the published code derives from such a file name.
-
-    It is wrong for absolute paths, ./image.jpg and names with __: hence the index.
-    """
+    """Derives the image's path as the published code does: wrong for absolute paths and for __."""
     return "../" + name.removesuffix(".npy").replace("__", "/")
 
 

@@ -55,10 +55,7 @@ def patch_boxes(
 
 
 def centres(boxes: np.ndarray) -> np.ndarray:
-    """Returns the centres (N, 2) float32 (x, y) of boxes (N, 4) as `patch_boxes` gives them.
-
-    Halves of a pixel are rounded down, as published.
-    """
+    """Returns centres (N, 2) float32 (x, y) of `patch_boxes` (N, 4), rounded down, as published."""
     middle = (boxes[:, :2] + boxes[:, 2:]) // 2
     return np.ascontiguousarray(middle[:, ::-1], np.float32)
 

@@ -68,10 +68,7 @@ def copy_candidates(
 
 
 def group_pairs(pairs: np.ndarray, count: int) -> np.ndarray:
-    """Numbers the groups that pairs (P, 2) of `count` images connect, (count,) int64 from 0.
-
-    Groups are numbered by their first image; an image without a pair is a group of its own.
-    """
+    """Numbers the groups (count,) int64 that pairs (P, 2) connect, by their first image."""
     ones = np.ones(len(pairs), bool)
     graph = coo_array((ones, tuple(np.reshape(pairs, (-1, 2)).T)), shape=(count, count))
     return connected_components(graph, directed=False)[1].astype(np.int64)

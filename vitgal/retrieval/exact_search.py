@@ -270,10 +270,7 @@ def in_threads(work: Callable, items: list | range) -> list[list]:
 
 
 def check_descriptors(queries: np.ndarray, database: Database) -> None:
-    """Raises ValueError where queries (Q, D) and a database (N, D) cannot be searched.
-
-    The values of the database are checked by `similarity_blocks`.
-    """
+    """Raises ValueError where queries (Q, D) and a database (N, D) cannot be searched."""
     for name, array in (("queries", queries), ("database", database)):
         if getattr(array, "ndim", None) != 2 or array.dtype.kind != "f":
             raise ValueError(f"{name} must be a 2-D array of floats, one descriptor a row")

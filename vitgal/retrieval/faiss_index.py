@@ -117,10 +117,7 @@ def build(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Pa
 
 
 def read(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Index:
-    """Maps an index of a database (N, D) that `build` stored; the arguments are those of `build`.
-
-    Raises StageError where there is no whole index, or one of other descriptors or settings.
-    """
+    """Maps the index that `build` stored from the same arguments; StageError for none."""
     return Index(_open(Path(folder), text, _record(database, text, seed)), database)
 
 

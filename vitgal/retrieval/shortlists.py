@@ -69,10 +69,7 @@ def candidates(
 def shortlist(
     ranks: np.ndarray, ground_truth: GroundTruth, *, top: int = GlobalSettings.top
 ) -> list[np.ndarray]:
-    """Lists the candidates of all protocols together, per query (M,) int64 in ranking order.
-
-    ranks: (K, Q), and errors, as for `candidates`.
-    """
+    """Lists the `candidates` of all protocols together, per query (M,) int64 in ranking order."""
     lists = [
         candidates(ranks, ground_truth, protocol, top=top) for protocol in (*PROTOCOLS, PUBLISHED)
     ]

@@ -53,12 +53,10 @@ def commit() -> str | None:
     """
     top = Path(__file__).resolve().parents[2]
     git = ["git", "-C", str(top), f"--git-dir={top / '.git'}", f"--work-tree={top}"]
+    git += ["describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
-        head, dirty = (
-            subprocess.run([*git, *command], capture_output=True, text=True, env=clean)
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
-        )
+        described = subprocess.run(git, capture_output=True, text=True, env=clean)
     except FileNotFoundError:  # no git on this machine
         return None
-    return head.stdout.strip() + ("+" if dirty.stdout else "") if head.returncode == 0 else None
+    return described.stdout.strip() if described.returncode == 0 else None

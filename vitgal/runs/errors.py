@@ -55,10 +55,7 @@ def _is_visible(character: str) -> bool:
 
 
 def short(value: Any) -> str:
-    """Returns a short representation of any value for a message, in little time and memory.
-
-    Nested values are cut to their first few items.
-    """
+    """Returns a short representation of any value for a message, cut to its first items."""
     text = printable(_SHORT.repr(value))
     return text if len(text) <= 200 else text[:199] + "…"
 

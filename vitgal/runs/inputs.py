@@ -124,10 +124,7 @@ def input_fingerprints(
 
 
 def images_stamp(names: Sequence[str], paths: Sequence[Path | str]) -> str:
-    """Returns a hash of images' names, paths, sizes and times; reads no image.
-
-    FileNotFoundError names the first missing file.
-    """
+    """Returns a hash of names, paths, sizes and times; FileNotFoundError names a missing file."""
     texts = [*map(os.fspath, paths)]
     folder = "" if {text[:1] for text in texts} <= {"/"} else os.getcwd()
     with ThreadPoolExecutor(1) as pool:

@@ -59,10 +59,7 @@ def locked(folder: Path, slot: WorkerSlot = ALONE) -> Iterator[None]:
 
 @contextlib.contextmanager
 def waiting(folder: Path) -> Iterator[None]:
-    """Waits for other processes in the same block, for work that only the first of them must do.
-
-    The folder is created where it is missing. Raises as `locked`.
-    """
+    """Lets one process at a time into the block; creates the folder, and raises as `locked`."""
     refuse_links([folder])
     with contextlib.ExitStack() as locks:
         _lock(folder / f"{LOCK}-wait", locks, fcntl.LOCK_EX, None)

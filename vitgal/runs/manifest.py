@@ -24,10 +24,7 @@ HASH_LIMIT = 1 << 30
 
 
 def read_stage(folder: Path, notebook: str) -> dict:
-    """Reads a finished stage's manifest.
-
-    StageError names the notebook to run where there is none, and the file where it is damaged.
-    """
+    """Reads a finished stage's manifest; StageError names the notebook to run or a damaged file."""
     folder = Path(folder)
     if not (folder / MANIFEST).exists():
         state = "was interrupted" if (folder / STARTED).exists() else "has not been run"
@@ -107,10 +104,7 @@ def output_fingerprint(folder: Path, output: str, notebook: str) -> str:
 
 
 def differences(recorded: dict, wanted: dict) -> list[str]:
-    """Returns a line for each entry, of any depth, in which two stages' settings differ.
-
-    Of more than twenty the last line is the number of the others.
-    """
+    """Returns a line for each entry, of any depth, that differs; after twenty their number."""
     lines = _differences(recorded, wanted)
     return lines[:20] + ([f"and {len(lines) - 20} more"] if len(lines) > 20 else [])
 

@@ -18,10 +18,7 @@ FIRST_NOTEBOOK = "notebooks/01_data_split.ipynb"
 
 
 def bundled_folder() -> Path:
-    """Returns the folder of the notebooks, params, weights and sources that come with vitgal.
-
-    Raises StageError where an installation lacks them.
-    """
+    """Returns the folder of what comes with vitgal, see PARTS; StageError where it is lacking."""
     top = Path(__file__).resolve().parents[2]
     for folder in (top / "vitgal" / "project", top):
         if (folder / FIRST_NOTEBOOK).is_file():
@@ -71,10 +68,7 @@ def split_source(source: str) -> tuple[str, str]:
 
 
 def resolve_source(source: str | os.PathLike, folder: Path | None = None) -> str | Path:
-    """Returns a source of weights with its file, if it has one, as an absolute path.
-
-    A relative one counts from `folder`; None: as `resolve`.
-    """
+    """Returns a source with its file as an absolute path, from `folder`; None: as `resolve`."""
     name, file = split_source(str(source))
     if not file:
         return str(source)

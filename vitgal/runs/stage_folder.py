@@ -24,10 +24,7 @@ STAMPS = ".stamps.json"  # of inputs that were copied or touched after the stage
 
 @dataclass
 class Stage:
-    """A stage's folder while it is open; it may be finished already.
-
-    settings: what the result depends on, as in the manifest. stamps: of each input that has one.
-    """
+    """A stage's folder while it is open; its settings are what the result depends on."""
 
     folder: Path
     name: str
@@ -39,10 +36,7 @@ class Stage:
     def finish(
         self, outputs: Iterable[str | Path], recorded: Mapping[str, Any] | None = None
     ) -> Path:
-        """Writes the manifest, which marks the stage as finished; returns the folder.
-
-        outputs: files relative to the folder. recorded: facts to keep, which are never compared.
-        """
+        """Writes the manifest of outputs (below the folder) and of facts that are not compared."""
         facts = {
             "seconds": round(time.monotonic() - self.began, 1),
             "versions": versions(),

@@ -224,10 +224,7 @@ def _refuse_disagreement(path: Path, first: Values, second: Values) -> None:
 
 
 def named_files(values: Values) -> Values:
-    """Returns the settings of the recipe and the machine that the values name.
-
-    Raises SettingsError for a name that is no file of params/recipes or params/machines.
-    """
+    """Returns the named recipe's and machine's settings; SettingsError for unknown names."""
     layers = Values({}, {})
     for setting, folder in FOLDERS.items():
         name = values.values.get(setting)

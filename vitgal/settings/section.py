@@ -101,10 +101,7 @@ class Section:
 
     @classmethod
     def build(cls, values: Mapping[str, Any]) -> Self:
-        """Builds the section from values by flat name; ignores the names of other sections.
-
-        SettingsError names a value of the wrong type or out of range.
-        """
+        """Builds the section from values by flat name, ignoring others; raises SettingsError."""
         chosen = {}
         for entry in fields(cls):
             if isinstance(entry.default, Section):

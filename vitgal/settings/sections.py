@@ -307,10 +307,7 @@ class RerankingSettings(Section):
 
 @dataclass(frozen=True)
 class TuningSettings(Section):
-    """The grid of settings that is tried on the retrieval validation set.
-
-    The current value of each is tried as well, in every combination.
-    """
+    """The grid of settings, the current ones included, that is tried on val_retrieval."""
 
     PREFIX: ClassVar[str] = "tune_"
     PREFIXED: ClassVar[frozenset[str]] = frozenset(

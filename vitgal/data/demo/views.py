@@ -289,10 +289,7 @@ def query_box(view: View) -> tuple[float, float, float, float]:
 
 
 def render(view: View, image: np.ndarray) -> np.ndarray:
-    """Renders a view (h, w, 3) uint8 RGB of its photograph (H, W, 3), mirrored at the border.
-
-    A view with a mean below MIN_MEAN of 255 is brightened to it.
-    """
+    """Renders a view (h, w, 3) uint8 RGB of its photograph (H, W, 3), mirrored at the border."""
     rng, light = np.random.default_rng(view.noise_seed), view.light
     pixels = _warp(view, image).astype(np.float32) / 255
     if view.occluder is not None:

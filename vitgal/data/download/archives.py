@@ -115,10 +115,7 @@ def _too_large(limit: int) -> str:
 
 
 class _BoundedStream:
-    """An unpacked stream that refuses to read more than `left` bytes, or beyond `limit`.
-
-    Otherwise tarfile reads any number of headers of any length into memory.
-    """
+    """An unpacked stream that refuses to read more than `left` bytes, or beyond `limit`."""
 
     def __init__(self, stream: IO[bytes], limit: int):
         self._stream, self._limit, self.left = stream, limit, MAX_HEADERS

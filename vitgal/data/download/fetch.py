@@ -121,10 +121,7 @@ class Fetcher:
 
 @dataclass(frozen=True)
 class Transfer:
-    """The transfer of one file, of at most `limit` bytes, to an incomplete file `part`.
-
-    The server's tag of its version (ETag) is beside it.
-    """
+    """The transfer of one file, of at most `limit` bytes, to an incomplete file `part`."""
 
     url: str
     part: Path
@@ -134,7 +131,7 @@ class Transfer:
 
     @property
     def tag(self) -> Path:
-        """The file of the tag."""
+        """The file of the server's tag of its version (ETag)."""
         return self.part.with_name(f"{self.part.name}.etag")
 
     @property
@@ -242,10 +239,7 @@ class Transfer:
         )
 
     def from_drive(self) -> None:
-        """Fetches the rest of the file from Google Drive.
-
-        Raises ConnectionError where it cannot be fetched, SizeError where it is too large.
-        """
+        """Fetches the rest from Google Drive; ConnectionError or SizeError if it cannot."""
         import gdown  # slow to import
 
         try:

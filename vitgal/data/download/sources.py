@@ -278,10 +278,7 @@ class SourceFolder:
         return not self.record.archives and self.missing_images() == []
 
     def listed_images(self) -> list[str] | None:
-        """Returns the paths below `images` of all images of the set, None without a list.
-
-        Raises ValueError for a list that cannot be read.
-        """
+        """Returns all images' paths below `images`, None without a list; ValueError for damage."""
         lists = [self.path / name for name in self.source.lists]
         path = next((path for path in lists if path.is_file()), None)
         if path is None:
@@ -294,10 +291,7 @@ class SourceFolder:
         return [line.strip() for line in runs.read_lines(path) if line.strip()]
 
     def missing_images(self) -> list[str] | None:
-        """Returns the listed images that are missing, sorted; None where nothing can be compared.
-
-        A list that cannot be read counts as none: `check` reports it.
-        """
+        """Returns the missing images, sorted; None without a list that can be read."""
         try:
             listed = self.listed_images() if self.images.is_dir() else None
         except ValueError:

@@ -34,9 +34,9 @@ def download(
     Complete files cause no request, interrupted transfers are continued. Images that were unpacked
     by hand are recognised once their list exists.
 
-    Args:
-        target: folder of all sources' folders; by default data/ of the checkout.
-        sources: another list of sources than third_party/sources.toml.
+    target: folder of all sources' folders; None: data/ of the checkout. sources: another list than
+    third_party/sources.toml.
+
     Raises:
         ValueError: an unknown name, a wrong checksum or too large a file (which is deleted), a
             damaged or unsafe archive (it is set aside), a link where files are written.

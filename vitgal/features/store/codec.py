@@ -80,10 +80,7 @@ def encode_features(features: LocalFeatures, dtype: str) -> dict[str, np.ndarray
 def decode_features(
     arrays: Mapping[str, np.ndarray], sizes: Sequence[int], dtype: str, code_dim: int
 ) -> LocalFeatures:
-    """Decodes one image's features, (N, ...) arrays that `encode_features` returned; copies them.
-
-    sizes: the eight integers of `LocalFeatures.sizes`.
-    """
+    """Decodes what `encode_features` returned, and copies it; sizes as `LocalFeatures.sizes`."""
     keypoints, scores, scales = (np.array(arrays[n]) for n in ("keypoints", "scores", "scales"))
     descriptors = decode(arrays["descriptors"], dtype, code_dim)
     frames = tuple(sizes[:2]), tuple(sizes[2:6]), tuple(sizes[6:8])

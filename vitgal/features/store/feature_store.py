@@ -202,10 +202,7 @@ class Index:
 
     @classmethod
     def of(cls, shards: Iterable[Shard]) -> "Index":
-        """Builds the index of shards, at least one; only the first with features stays open.
-
-        Raises StoreError where a key occurs twice, or shards differ in their format.
-        """
+        """Builds the index of one shard or more; StoreError for a key twice or two formats."""
         keys: list[bytes] = []
         folders: list[Path] = []
         firsts, rows, sizes, failures = [0], [], [], []

@@ -106,10 +106,8 @@ class ShardFormat:
 
     def layout(self, rows: int, items: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """Returns type and shape of each array of a shard: `rows` features of `items` images."""
-        single, (kind, width) = (
-            np.dtype(np.float32),
-            codec.stored_type(self.code_dim or 0, self.dtype),
-        )
+        single = np.dtype(np.float32)
+        kind, width = codec.stored_type(self.code_dim or 0, self.dtype)
         return {
             "keypoints": (single, (rows, 2)),
             "descriptors": (kind, (rows, width)),
@@ -293,10 +291,7 @@ def _split_images(
 
 
 def whole_shard(folder: Path, names: Sequence[str], shard_format: ShardFormat) -> Shard | None:
-    """Opens the shard in `folder` if it is whole; None where it has to be written again.
-
-    Its items and failures must together be exactly `names`, and every checksum right.
-    """
+    """Opens a shard of exactly these images and failures; None where it has to be made again."""
     try:
         shard = Shard.open(folder)
         listed = shard.names + [failure["name"] for failure in shard.failures]

@@ -1,4 +1,4 @@
-"""The table in docs/settings.md: `python -m vitgal.settings.table > docs/settings.md`."""
+"""The table in docs/settings.md: `python docs/settings_table.py > docs/settings.md`."""
 
 from vitgal.settings.section import Section, fact
 from vitgal.settings.sections import NOTEBOOKS, SECTIONS
