@@ -88,10 +88,9 @@ def read_csv(path: Path, columns: list[str] | None = None, rows: int | None = No
 def _check_ids(ids: pd.Series, path: Path) -> None:
     wrong = next((image for image in ids if not ID.fullmatch(image)), None)
     if wrong is not None:
-        raise ValueError(
-            f"{path}: the id {runs.short(wrong)} has other than letters, digits, _ and -, or fewer "
-            "than the 3 characters of a path"
-        )
+        short = "fewer than the 3 characters of a path"
+        fault = short if len(wrong) < 3 else "other than letters, digits, _ and -"
+        raise ValueError(f"{path}: the id {runs.short(wrong)} has {fault}")
     repeated = ids.duplicated().to_numpy()
     if repeated.any():
         names = runs.abbreviate(ids[repeated].unique())
