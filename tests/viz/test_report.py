@@ -88,9 +88,14 @@ def test_neighbours_are_the_database_images_of_nearest_descriptors(run):
         assert found == [DATABASE[other] for other in expected]
 
 
-def test_a_run_without_reranking_has_its_global_ranking_alone(own):
-    shutil.rmtree(own / "tiny" / "rerank")
-    shutil.rmtree(own / "tiny" / "local")
+@pytest.mark.parametrize("written", [False, True], ids=["never reranked", "being written"])
+def test_a_run_without_reranking_has_its_global_ranking_alone(own, written):
+    if written:  # a stage's manifest comes last
+        (own / "tiny" / "rerank" / "stage.json").unlink()
+        (own / "tiny" / "rerank" / "inliers.npy").write_bytes(b"half")
+    else:
+        shutil.rmtree(own / "tiny" / "rerank")
+        shutil.rmtree(own / "tiny" / "local")
     (entry,) = run_document([own])[0]["entries"]
     assert list(entry["scores"]) == ["global"]
     assert entry["tests"] == {}
@@ -245,6 +250,17 @@ class Page:
         results = Axe().run(self.page).response["violations"]
         return [f"{found['id']}: {found['nodes'][0]['html'][:200]}" for found in results]
 
+    def missed_by_tab(self) -> list[str]:
+        """The controls that are shown and that Tab does not reach."""
+        controls = self.page.locator("button, input, select, summary, canvas.pair")
+        controls = controls.filter(visible=True)
+        reached = self.page.evaluate_handle("() => new Set()")
+        for _ in range(controls.count() + 5):
+            self.page.keyboard.press("Tab")
+            reached.evaluate("reached => reached.add(document.activeElement)")
+        missed = "(all, reached) => all.filter((one) => !reached.has(one)).map(String)"
+        return controls.evaluate_all(missed, reached)
+
 
 def parameters(page) -> str:
     """What the page gives to reproduce what is shown."""
@@ -261,7 +277,7 @@ def test_the_page_in_a_browser(run, own, browser, tmp_path):
     view = Page(browser, path)
     page = view.page
     assert page.locator("table.queries tbody tr").count() == 2
-    assert view.contrast_and_names() == []
+    assert view.contrast_and_names() == [] and view.missed_by_tab() == []
 
     # A drag over the plot selects queries; both have AP 1 after reranking.
     chart = page.locator("svg.chart").bounding_box()
@@ -304,7 +320,7 @@ def test_the_page_in_a_browser(run, own, browser, tmp_path):
     assert "30 inliers" in first.inner_text()
     page.get_by_label("J junk").uncheck()
     assert page.locator("main section .tile").count() == 10
-    assert view.contrast_and_names() == []
+    assert view.contrast_and_names() == [] and view.missed_by_tab() == []
 
     first.click(modifiers=["Shift"])
     assert "Nearest to" in view.text("main")
@@ -339,7 +355,7 @@ def test_the_page_in_a_browser(run, own, browser, tmp_path):
     warped = page.locator("canvas.pair").screenshot()
     assert warped != before
     page.get_by_label("display").select_option("matches")
-    assert view.contrast_and_names() == []
+    assert view.contrast_and_names() == [] and view.missed_by_tab() == []
 
     page.keyboard.press("4")
     assert "What was set differently" in view.text("main")
@@ -347,7 +363,7 @@ def test_the_page_in_a_browser(run, own, browser, tmp_path):
     page.get_by_label("what to compare with").select_option("its global ranking")
     rows = page.locator("table.queries tbody tr").all_inner_texts()
     assert any("100.0" in text for text in rows) and "reranked against" not in view.text("main")
-    assert view.contrast_and_names() == []
+    assert view.contrast_and_names() == [] and view.missed_by_tab() == []
     page.keyboard.press("?")
     assert page.locator("dialog[open]").count() == 1
     page.keyboard.press("Escape")
