@@ -36,7 +36,7 @@ GRID = TuningSettings(
     matchings=(),
     counts=(),
     orders=(),
-    weights=(0.01, 0.02, 0.08),
+    weights=(1.0, 2.0, 4.0),
     caps=(),
 )
 Project = Callable[[torch.Tensor], torch.Tensor]

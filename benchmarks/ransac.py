@@ -1,7 +1,7 @@
 """RANSAC estimators side by side on finished runs: inliers, time, mAP, and their spread over seeds.
 
     python benchmarks/ransac.py RUN [RUN ...] [--data FOLDER] [--max-distance 0.95] [--workers 2]
-        [--matching mutual] [--weight 0.02] [--cap 60]
+        [--matching mutual] [--weight 2] [--cap 60]
 
 RUN is a run's folder; every data set in it with finished stages global and local is measured, the
 validation set left out (or those that --dataset names). Ground truths are looked for in the run's
@@ -13,8 +13,8 @@ spread of a pair is the standard deviation of its inliers over the seeds. Times 
 mAP is that of one short list a protocol, as `vitgal.reranking` does it, in three tables: by the
 inliers; by the features among the inliers, each counted once (with one-way matches many of the
 query's features may share one, and a homography that collapses the query onto a few of them has
-many inliers); and fused: similarity + weight * min(evidence, cap), where the evidence is the
-features of a homography that is not doubted (`vitgal.retrieval.Evidence`), else 0.
+many inliers); and fused, as `vitgal.retrieval.fused_scores`, where the evidence is the features of
+a homography that is not doubted (`vitgal.retrieval.Evidence`), else 0.
 
 --results FOLDER keeps the counts: with --estimator or --seeds FIRST STOP a call measures a part,
 what is there already is not measured again, and the tables show all seeds that are there.

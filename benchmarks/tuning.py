@@ -29,7 +29,7 @@ ORDERS = {
     "max_distance": [0.82],
     "threshold": [16.0],
     "order": ["inliers", "fused"],
-    "fused_weight": [0.002, 0.005, 0.01, 0.02, 0.04],
+    "fused_weight": [0.5, 1.0, 2.0, 3.0, 4.0],
     "fused_cap": [15, 30, 60],
     "top": [10, 25, 50, 75, 100],
 }

@@ -56,52 +56,75 @@ def test_rerank_by_hand(protocol, expected):
 SIMILARITIES = np.array([[0.9, 0.8, 0.7, 0.7, 0.6, 0.5, 0.4, 0.3]])
 
 
+#  evidence of   4   6   0  7   2   5  1  8
+EVIDENCE = np.array([[50, 3, 30, 3, 11, 40, 3, 3]])
+
+
 @pytest.mark.parametrize(
     "protocol, expected",
     [
-        # Easy: 6, 0, 7, 1 score 0.8 + 0.03, 0.7 + 0.09, 0.7 + 0.03 and, capped, 0.4 + 0.25.
-        ("easy", [4, 6, 0, 7, 2, 5, 1, 8, 3, 9]),
-        # Medium: 6, 0, 7, 2 score 0.83, 0.79, 0.73 and 0.6 + 0.2: 2 passes 0 and 7.
-        ("medium", [4, 6, 2, 0, 7, 5, 1, 8, 3, 9]),
-        # Hard: 6, 7, 2, 8 at ranks 1, 3, 4, 7 score 0.83, 0.73, 0.8 and 0.3 + 0.03.
-        ("hard", [4, 6, 0, 2, 7, 5, 1, 8, 3, 9]),
-        # Published: 4, 6, 0, 7, where junk has its similarity of 0.9 and no count.
+        # Easy: 6, 0, 7, 1. The half 7, 1 has deviation 0.15, and median and quartile 3; so 0,
+        # capped at 25, scores 0.7 + 0.2 x 0.15 x 22 / 4 = 0.865.
+        ("easy", [4, 0, 6, 7, 2, 5, 1, 8, 3, 9]),
+        # Medium: 6, 0, 7, 2. The half 7, 2 has deviation 0.05, and 3, 11 the median 7 and the
+        # quartile 9; so 0 scores 0.7 + 0.2 x 0.05 x 16 / 4 = 0.74, less than 6.
+        ("medium", [4, 6, 0, 7, 2, 5, 1, 8, 3, 9]),
+        # Published: 4, 6, 0, 7, where the similarities of 0 and 7 do not deviate at all.
         ("published", [4, 6, 0, 7, 2, 5, 1, 8, 3, 9]),
     ],
 )
 def test_fused_order_by_hand(protocol, expected):
-    fusion = Fusion(SIMILARITIES, weight=0.01, cap=25)
+    fusion = Fusion(SIMILARITIES, weight=0.2, cap=25)
     options = dict(candidates=CANDIDATES, ground_truth=small_truth(), protocol=protocol, top=4)
-    assert rerank(RANKING, INLIERS, **options, fusion=fusion)[:, 0].tolist() == expected
+    assert rerank(RANKING, EVIDENCE, **options, fusion=fusion)[:, 0].tolist() == expected
     before = Ranking(RANKING, Positions.from_ranks(RANKING, [np.arange(10)]))
-    after = before.reranked(Reranking(inliers=INLIERS, **options, fusion=fusion))
+    after = before.reranked(Reranking(inliers=EVIDENCE, **options, fusion=fusion))
     assert after.order[:, 0].tolist() == expected
     assert after.positions.ranks[0].tolist() == np.argsort(expected).tolist()
 
 
 def test_fused_order_without_weight_is_the_global_one_and_with_all_weight_that_of_the_counts():
     options = dict(candidates=CANDIDATES, ground_truth=small_truth(), protocol="medium", top=4)
-    ignored = rerank(RANKING, INLIERS, **options, fusion=Fusion(SIMILARITIES, weight=0.0))
+    ignored = rerank(RANKING, EVIDENCE, **options, fusion=Fusion(SIMILARITIES, weight=0.0))
     np.testing.assert_array_equal(ignored, RANKING)
-    alone = rerank(RANKING, INLIERS, **options, fusion=Fusion(SIMILARITIES, 1e6, 1000))
-    np.testing.assert_array_equal(alone, rerank(RANKING, INLIERS, **options))
+    # 0 and 2 exceed the quartile of 3 and 11; below it counts make no difference.
+    alone = rerank(RANKING, EVIDENCE, **options, fusion=Fusion(SIMILARITIES, 1e6, 1000))
+    assert alone[:, 0].tolist() == [4, 0, 2, 6, 7, 5, 1, 8, 3, 9]
 
 
 def test_an_image_that_could_not_be_read_stays_last_in_the_fused_order():
     options = dict(candidates=CANDIDATES, ground_truth=small_truth(), protocol="medium", top=4)
     similarities = np.where(CANDIDATES == 0, -np.inf, SIMILARITIES)
-    after = rerank(RANKING, INLIERS, **options, fusion=Fusion(similarities, 1.0, 60))
-    # Of 6, 0, 7, 2 with 3, 9, 3, 20 inliers, 0 could not be read.
-    assert after[:, 0].tolist() == [4, 2, 6, 7, 0, 5, 1, 8, 3, 9]
+    after = rerank(RANKING, EVIDENCE, **options, fusion=Fusion(similarities, 1.0, 60))
+    # Of 6, 0, 7, 2 with evidence 3, 30, 3, 11, 0 could not be read.
+    assert after[:, 0].tolist() == [4, 6, 7, 2, 0, 5, 1, 8, 3, 9]
+
+
+def test_fused_scores_by_hand():
+    # The half 0.3, 0.1 deviates by 0.1; its 20, 0 have median 10 and quartile 15, its 3, 3 both 3.
+    similarities = np.array([0.3, 0.9, 0.1, 0.8], np.float32)
+    evidence = np.array([[20, 50, 0, 9], [3, 5, 3, 11]])
+    scores = fused_scores(similarities, evidence, 0.5, 40)
+    wanted = [
+        [0.3 + 0.05 * 1, 0.9 + 0.05 * 5, 0.1, 0.8],
+        [0.3, 0.9 + 0.05 * 0.5, 0.1, 0.8 + 0.05 * 2],
+    ]
+    np.testing.assert_allclose(scores, wanted, rtol=1e-6)
+    assert scores.dtype == np.float64
+    for size in (0, 1):  # of one image nothing is known that is chance
+        np.testing.assert_array_equal(fused_scores([0.5] * size, [60] * size), [0.5] * size)
+    assert np.isneginf(fused_scores([-np.inf] * 2, [60, 0])).all()
 
 
 def test_fused_scores_fall_with_neither_part():
-    similarities, counts = np.meshgrid(np.linspace(-1, 1, 9), np.arange(0, 90, 7), indexing="ij")
-    scores = fused_scores(similarities, counts, 0.02, 60)
+    behind = np.array([0.2, 0.1, 0.0]), np.array([4, 6, 8])
+    similarities, counts = np.linspace(0.3, 1, 9), np.arange(0, 90, 7)
+    scores = np.array([
+        [fused_scores([s, 1.0, 1.0, *behind[0]], [n, 9, 9, *behind[1]], 3.0, 60)[0] for n in counts]
+        for s in similarities
+    ])  # fmt: skip
     assert (np.diff(scores, axis=0) > 0).all() and (np.diff(scores, axis=1) >= 0).all()
-    assert scores[4, 0] == 0 and scores[4, -1] == 0.02 * 56 and scores.dtype == np.float64
-    assert fused_scores(np.zeros(4), np.arange(3, 7), 0.5, 5).tolist() == [0, 0, 0.5, 0.5]
-    assert fused_scores(np.empty(0), np.empty(0, int)).shape == (0,)
+    assert scores[0, 0] == 0.3 and scores[0, -1] == scores[0, -2] > 1, "capped"
 
 
 def test_fused_order_refuses_similarities_that_do_not_fit():

@@ -156,3 +156,7 @@ def test_matching_suits_the_features_unless_it_is_set(global_run, benchmark, wei
     extract(global_run, benchmark, weight_file, local="sift", overwrite=True)
     matching, verification = suited(given).reranking.matching, suited(given).reranking.verification
     assert (matching.method, matching.ratio, verification.threshold) == ("mutual_ratio", 0.85, 9.0)
+    for weight, used in ((3.0, 2.0), (5.0, 5.0)):  # the former is that of notebook 06's cell
+        cell = Values.of(values | {"matching": "mutual", "fused_weight": weight}, "here")
+        reranking = suited(settings_of(cell)).reranking
+        assert (reranking.matching.method, reranking.fused_weight) == ("mutual_ratio", used)

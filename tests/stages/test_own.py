@@ -6,7 +6,6 @@ import shutil
 import sys
 import tempfile
 import unicodedata
-from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -339,23 +338,6 @@ def test_the_other_view_comes_first_and_never_the_query(folder, describer):
     alone = verification.inspect_pair(query, features, reranking())
     np.testing.assert_array_equal(pair.matches, alone.matches)
     assert len(pair.matches) == result.table["matches"][0]
-
-
-def test_the_fused_order_adds_evidence_to_similarity(folder, describer):
-    photographs = describe(folder, describer)
-    for weight in (0.0, 0.001, 100.0):
-        settings = replace(reranking(), order="fused", count="features", fused_weight=weight)
-        table = own.search_folder(photographs, "a/1.png", None, settings).table
-        scores = []
-        for row in table.itertuples():
-            query, other = photographs.features("a/1.png"), photographs.features(row.photograph)
-            pair = verification.inspect_pair(query, other, settings)
-            inliers = pair.matches[pair.verification.inliers]
-            assert row.evidence in (0, min(len(set(side)) for side in inliers.T.tolist()))
-            scores.append(row.similarity + weight * max(min(row.evidence, 60) - 4, 0))
-        assert scores == sorted(scores, reverse=True)
-        if weight == 0:
-            assert table["global_rank"].tolist() == [1, 2]
 
 
 def test_beyond_the_short_list_nothing_is_verified(folder, describer):

@@ -74,12 +74,16 @@ def test_own_photographs_with_sift(two_places, weight_file, tmp_path):
         _ = sift_describer(weight_file, tmp_path, local="tokens", local_features="x.h5").folder
 
 
-def test_the_fused_order_of_own_photographs(two_places, weight_file, tmp_path):
-    """similarity + 0.02 * min(evidence, 60), worked out from the table's own columns."""
-    photographs = describe(two_places, sift_describer(weight_file, tmp_path / "run"))
-    table = own.search_folder(photographs, "b/1.JPG", None, RERANKING).table
-    scores = table["similarity"] + 0.02 * table["evidence"].clip(upper=60).astype(float)
-    assert (np.diff(scores) <= 0).all() and len(table) == 2
+def test_the_fused_order_of_own_photographs(described):
+    """Worked out from the table's own columns: chance is the second half by similarity."""
+    table = own.search_folder(described, "0/1.png", None, RERANKING).table
+    half = table.sort_values("global_rank").iloc[len(table) // 2 :]
+    median, quartile = half["evidence"].clip(upper=60).astype(float).quantile([0.5, 0.75])
+    excess = (table["evidence"].clip(upper=60).astype(float) - quartile).clip(lower=0)
+    excess /= max(quartile - median, 4)
+    scores = table["similarity"] + 2 * half["similarity"].std(ddof=0) * excess
+    assert (np.diff(scores) <= 1e-7).all() and len(table) == 11
+    assert table["photograph"][0] == "0/2.png" and excess[0] > 5
 
 
 def test_a_fit_to_known_places_tells_what_is_there(described, two_places, tmp_path):

@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from statistics import pstdev, quantiles
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ def recorded(scores: dict, truth: GroundTruth) -> dict:
 def test_fused_order_sorts_by_similarity_and_evidence(tmp_path, workers):
     folder = rerank_run(
         make_run(tmp_path), workers=workers, order="fused", count="features",
-        matching="mutual_ratio", fused_weight=0.05, fused_cap=15, confidence=0.99,
+        matching="mutual_ratio", fused_weight=0.5, fused_cap=15, confidence=0.99,
     )  # fmt: skip
     source = folder.parent / "global"
     ranks, similarities = (np.load(source / f"{n}.npy") for n in ("ranks", "similarities"))
@@ -132,7 +133,14 @@ def test_fused_order_sorts_by_similarity_and_evidence(tmp_path, workers):
         known = dict(zip(column, similarities[:, q].tolist(), strict=True))
         # As in make_run: image i shares 24 - 6 * (i % 5) features with a query, every fifth none.
         counts = {image: min(24 - 6 * (image % 5), 15) for image in first}
-        scores = {image: known[image] + 0.05 * max(counts[image] - 4, 0) for image in first}
+        half = sorted(first, key=lambda image: -known[image])[TOP // 2 :]
+        chance, spread = [counts[image] for image in half], pstdev(known[image] for image in half)
+        _, middle, quartile = quantiles(chance, method="inclusive")
+        scores = {
+            image: known[image]
+            + 0.5 * spread * max(counts[image] - quartile, 0) / max(quartile - middle, 4)
+            for image in first
+        }
         wanted = iter(sorted(first, key=lambda image: -scores[image]))
         expected = [next(wanted) if image in first else image for image in column]
         assert np.load(folder / "top_hard.npy")[:, q].tolist() == expected, query
@@ -142,10 +150,10 @@ def test_fused_order_sorts_by_similarity_and_evidence(tmp_path, workers):
             known = dict(zip(ranks[:, q].tolist(), similarities[:, q], strict=True))
             table[q, row >= 0] = [known[image] for image in row[row >= 0].tolist()]
         options = dict(candidates=candidates, ground_truth=truth, protocol=variant, top=TOP)
-        top = rerank(ranks, features, **options, fusion=Fusion(table, 0.05, 15))
+        top = rerank(ranks, features, **options, fusion=Fusion(table, 0.5, 15))
         np.testing.assert_array_equal(np.load(folder / f"top_{variant}.npy"), top)
     scores = json.loads((folder / "scores.json").read_text())
-    order = {"count": "features", "order": "fused", "fused_weight": 0.05, "fused_cap": 15}
+    order = {"count": "features", "order": "fused", "fused_weight": 0.5, "fused_cap": 15}
     assert order.items() <= scores["protocol"].items()
     assert "similarities.npy" in scores["fingerprints"]
     outputs = json.loads((folder / "stage.json").read_text())["outputs"]
@@ -158,7 +166,7 @@ def test_fused_order_records_its_default_weights(tmp_path):
     assert manifest["parameters"]["order"] == "fused"
     assert "fused_weight" not in manifest["parameters"]  # a later setting at its default
     protocol = json.loads((folder / "scores.json").read_text())["protocol"]
-    assert (protocol["fused_weight"], protocol["fused_cap"]) == (0.02, 60)
+    assert (protocol["fused_weight"], protocol["fused_cap"]) == (2.0, 60)
 
 
 def test_published_order_writes_and_records_what_it_did(finished):

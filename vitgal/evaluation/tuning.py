@@ -104,13 +104,16 @@ def query_ap(
         return np.full([len(each) for each in grid.values()], np.nan)
     counts = counts.reshape([*(len(values[name]) for name in COUNTED), counts.shape[-1]])
     tried = [values[name] for name in ("order", "fused_weight", "fused_cap")]
-    scores = np.empty((*counts.shape[:-2], *map(len, tried), counts.shape[-1]))
-    for (o, order), (w, weight), (k, cap) in itertools.product(*map(enumerate, tried)):
-        of_order = counts[..., o, :]
-        if order == "fused":
-            of_order = fused_scores(similarities, of_order, weight, cap)
-        scores[..., o, w, k, :] = of_order
-    ap = [_reranked_ap(scores[..., :top], relevant, later, total) for top in values["top"]]
+    ap = []
+    for top in values["top"]:
+        first = counts[..., :top]
+        scores = np.empty((*first.shape[:-2], *map(len, tried), first.shape[-1]))
+        for (o, order), (w, weight), (k, cap) in itertools.product(*map(enumerate, tried)):
+            of_order = first[..., o, :]
+            if order == "fused":
+                of_order = fused_scores(similarities[:top], of_order, weight, cap)
+            scores[..., o, w, k, :] = of_order
+        ap.append(_reranked_ap(scores, relevant, later, total))
     return np.stack(ap, axis=-1).reshape([len(each) for each in grid.values()])
 
 

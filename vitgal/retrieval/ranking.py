@@ -29,21 +29,32 @@ def fused_scores(
     weight: float = RerankingSettings.fused_weight,
     cap: int = RerankingSettings.fused_cap,
 ) -> np.ndarray:
-    """Adds verified evidence: similarity + weight * max(min(evidence, cap) - 4, 0).
+    """Adds verified evidence, as far as it exceeds chance, to the similarities of a short list.
 
-    The four inliers that fix a homography agree with it by construction, so they count nothing. The
-    score never falls where similarity or evidence rises.
+    The second half of the list by similarity is mostly wrong, so that its evidence is chance.
+    Evidence counts from the upper quartile of that half on, and each distance of that quartile from
+    the median, four at least, is worth `weight` standard deviations of that half's similarities. So
+    features that give many chance inliers count for less, and so does all evidence where
+    similarities differ little. Given that half, a score never falls where similarity or evidence
+    rises.
 
     Args:
-        similarities, evidence: real numbers of one shape; evidence is a count of inliers or
-            features, at least 0.
-        weight: the similarity that one inlier or feature is worth.
+        similarities: (C,) real numbers of a query's candidates, -inf where one stays last.
+        evidence: (..., C) counts of inliers or features, at least 0.
+        weight: see above; 0 leaves the similarities.
         cap: the count above which no more is added.
     Returns:
-        float64 of that shape.
+        float64 of the shape of `evidence`.
     """
-    supporting = np.minimum(evidence, cap) - SAMPLE
-    return np.asarray(similarities, np.float64) + weight * np.maximum(supporting, 0)
+    similarities = np.asarray(similarities, np.float64)
+    evidence = np.minimum(evidence, cap)
+    known = np.flatnonzero(np.isfinite(similarities))
+    behind = known[np.argsort(-similarities[known], kind="stable")][len(known) // 2 :]
+    if not len(behind):
+        return np.broadcast_to(similarities, evidence.shape)
+    median, quartile = np.quantile(evidence[..., behind], (0.5, 0.75), axis=-1, keepdims=True)
+    excess = np.maximum(evidence - quartile, 0) / np.maximum(quartile - median, SAMPLE)
+    return similarities + weight * similarities[behind].std() * excess
 
 
 @dataclass(frozen=True, eq=False)

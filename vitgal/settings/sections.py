@@ -290,11 +290,13 @@ class RerankingSettings(Section):
     )
     order: str = later(
         "inliers",
-        '"fused": similarity + fused_weight * max(min(count, fused_cap) - 4, 0), where an '
-        "implausible homography counts 0",
+        '"fused": similarity and what the count exceeds chance by, where an implausible homography '
+        "counts 0",
         choices=ORDERS,
     )
-    fused_weight: float = later(0.02, "similarity that one inlier or feature is worth", low=0)
+    fused_weight: float = later(
+        2.0, "worth of what exceeds chance, in deviations of similarity: see the glossary", low=0
+    )
     fused_cap: int = later(60, "count above which no more is added", low=1)
 
     def compared(self) -> dict[str, Any]:
@@ -330,7 +332,7 @@ class TuningSettings(Section):
     estimators: tuple[str, ...] = later((), "values of estimator", choices=ESTIMATORS)
     counts: tuple[str, ...] = later(("inliers", "features"), "values of count", choices=COUNTS)
     orders: tuple[str, ...] = later(("inliers", "fused"), "values of order", choices=ORDERS)
-    weights: tuple[float, ...] = later((0.002, 0.005, 0.01, 0.04), "values of fused_weight", low=0)
+    weights: tuple[float, ...] = later((1.0, 2.0, 4.0), "values of fused_weight", low=0)
     caps: tuple[int, ...] = later((15, 30), "values of fused_cap", low=1)
 
 

@@ -28,27 +28,33 @@ from vitgal.stages.whitening import RefineSet, needs_refine_set, open_refine_set
 # Matching and verification for features other than ViTGaL's tokens, as is usual for them.
 # Lowe's test separates SIFT's descriptors; XFeat's authors match both ways, with an inner product
 # above 0.82. Their keypoints lie within a pixel or two, not within a patch of 16.
-DEMO_MATCHING = "mutual"  # in the cells of notebooks 06 and 08
+DEMO_VALUES = {"matching": "mutual", "fused_weight": 3.0}  # of notebook 06's cell
 SUITED: dict[str, dict[str, Any]] = {
     "sift": {
         "matching": "mutual_ratio",
         "match_ratio": 0.85,
         "max_distance": 1.0,
         "threshold": 6.0,
+        "fused_weight": 2.0,
     },
-    "xfeat": {"matching": "mutual", "max_distance": 0.6, "threshold": 6.0},
-    "file": {"matching": "mutual_ratio", "match_ratio": 0.9, "max_distance": 1.0},
+    "xfeat": {"matching": "mutual", "max_distance": 0.6, "threshold": 6.0, "fused_weight": 2.0},
+    "file": {
+        "matching": "mutual_ratio",
+        "match_ratio": 0.9,
+        "max_distance": 1.0,
+        "fused_weight": 2.0,
+    },
     # Unrelated whitened codes are nearly orthogonal, at a distance of 1.41.
-    "codes": {"max_distance": 1.0},
+    "codes": {"max_distance": 1.0, "fused_weight": 2.0},
 }
 
 
 def suited(settings: Settings) -> Settings:
     """Returns the settings with matching and verification that suit the run's local features.
 
-    Values that were set, as in the notebook's cell, stay. Only the cell's own `matching` is
-    replaced, since it suits ViTGaL's tokens, for which nothing changes. Raises StageError where
-    stage local is not finished.
+    Values that were set, as in the notebook's cell, stay. Only the cell's own `matching` and
+    `fused_weight` are replaced, since they suit the demo's tokens; for tokens nothing changes.
+    Raises StageError where stage local is not finished.
     """
     manifest = runs.read_stage(_stage_folder(settings, "local"), LOCAL_NOTEBOOK)
     method = manifest["parameters"].get("local", "tokens")
@@ -57,8 +63,9 @@ def suited(settings: Settings) -> Settings:
     elif "codes" in manifest["inputs"]:  # of a timm network's tokens
         method = "codes"
     suiting = SUITED.get(method, {})
-    demo = "matching" in suiting and settings.values.get("matching") == DEMO_MATCHING
-    given = settings.without("matching") if demo else settings
+    values = settings.values
+    of_demo = [name for name in DEMO_VALUES if values.get(name) == DEMO_VALUES[name]]
+    given = settings.without(*(name for name in of_demo if name in suiting))
     whole = Values.of(suiting, f"what suits {method}") | given
     return Settings(whole.values, whole.sources)
 

@@ -23,7 +23,6 @@ SMALL_MODEL_VALUES = {
     "matching": "mutual",
     "count": "features",
     "order": "fused",
-    "fused_weight": 0.04,
 }
 BASELINE_VALUES = {
     "top": 50,
@@ -40,7 +39,6 @@ BASELINE_VALUES = {
     "confidence": 0.999,
     "count": "inliers",
     "order": "fused",
-    "fused_weight": 0.02,
 }
 
 

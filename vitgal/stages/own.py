@@ -322,8 +322,12 @@ def _expand(
     rows = photographs.descriptors[indices]
     mean = query.descriptor + rows[showing].sum(axis=0)
     similarities = rows @ (mean / np.linalg.norm(mean))
-    evidence = table["evidence"].fillna(0).to_numpy(np.int64)
-    scores = fused_scores(similarities, evidence, settings.fused_weight, settings.fused_cap)
+    verified = table["evidence"].notna().to_numpy()
+    evidence = table.loc[verified, "evidence"].to_numpy(np.int64)
+    scores = similarities.astype(np.float64)
+    scores[verified] = fused_scores(
+        similarities[verified], evidence, settings.fused_weight, settings.fused_cap
+    )
     table = table.iloc[np.argsort(-scores, kind="stable")].reset_index(drop=True)
     return table.assign(rank=np.arange(1, len(table) + 1))
 

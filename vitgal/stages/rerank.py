@@ -105,6 +105,8 @@ def rerank_shortlist(
         matching_device(machine.match_device)
     parameters = {"dataset": ground_truth.name} | settings.compared()
     fused = settings.order == "fused"
+    if fused:  # a folder that another rule has sorted is made again
+        parameters["fused"] = "excess over chance"
     files = (*GLOBAL_FILES, "similarities.npy") if fused else GLOBAL_FILES
     inputs = candidate_inputs(source, ground_truth, files)
     folder, counted = source / "rerank", COUNTED if weighs(settings) else COUNTED[:1]
