@@ -180,6 +180,7 @@ def test_the_page_stands_alone_and_names_stay_text(run, tmp_path):
     page = report.write_report([run], tmp_path / "page")
     text = page.read_text()
     assert text.count("</script>") == 2
+    assert text.count("\n") < 2_900  # the script stays below 2,500 lines, the style below 400
     assert "<img src=x" not in text
     data = json.loads(re.search(r'id="document">(.*?)</script>', text, re.DOTALL)[1])
     assert sorted(data["names"]) == sorted([*QUERIES, *DATABASE])

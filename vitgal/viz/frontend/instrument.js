@@ -1074,7 +1074,7 @@ function brushRows(body, ended) {
     return row && start !== null ? rising([start, row.sectionRowIndex]) : [1, 0];
   };
   body.addEventListener("pointerdown", (event) => {
-    start = event.target.closest("tr").sectionRowIndex;
+    start = event.target.closest("tr")?.sectionRowIndex ?? null;
   });
   body.addEventListener("pointerover", (event) => {
     if (!event.buttons) start = null;
@@ -1271,7 +1271,7 @@ function tile(state, { image, label, ignored, rank }, after = false, entry = sta
       "span",
       { class: "caption" },
       entry.own ? null : element("b", { class: label }, LETTERS[label]),
-      ` ${rank ?? place}  ${(after !== null && similarity) || ""}\n${second.join("  ")}`.trimEnd(),
+      `${entry.own ? "" : " "}${rank ?? place}  ${(after !== null && similarity) || ""}\n${second.join("  ")}`.trimEnd(),
     ),
   );
 }
