@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from tests.mini_benchmark import TOP
+from vitgal.models import descriptors
 from vitgal.stages import local_describer
 
 CALLS = {
     "load": (local_describer, "load_image"),
-    "network": (local_describer, "select_features"),
-    "describe": (local_describer, "global_descriptors"),
+    "network": (descriptors, "select_features"),
+    "describe": (descriptors, "global_descriptors"),
     "write": (np, "save"),
     "replace": (os, "replace"),
 }

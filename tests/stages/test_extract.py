@@ -13,12 +13,13 @@ from vitgal.data import images as data_images, revisited
 from vitgal.features import store
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store import FeatureStore
+from vitgal.models import descriptors
 from vitgal.models.descriptors import extract_local
 from vitgal.models.network import build_model
 from vitgal.models.weights import save_model
 from vitgal.retrieval import shortlists
 from vitgal.settings import LocalSettings
-from vitgal.stages import extract as stages_extract, local_describer
+from vitgal.stages import extract as stages_extract
 from vitgal.stages.images import ImageTask, shard_tasks
 from vitgal.stages.local_describer import LocalDescriber
 
@@ -124,13 +125,13 @@ def test_a_torn_shard_is_mended(local_run, benchmark, weight_file, monkeypatch, 
     wanted = contents(folder)
     torn = folder / "shard-00" / "descriptors.npy"
     torn.write_bytes(torn.read_bytes()[:-1])  # the last of three images
-    described, real = [], local_describer.select_features
+    described, real = [], descriptors.select_features
 
     def counted(tokens, frames, settings):
         described.append(len(frames))
         return real(tokens, frames, settings)
 
-    monkeypatch.setattr(local_describer, "select_features", counted)
+    monkeypatch.setattr(descriptors, "select_features", counted)
     assert contents(extract(local_run, benchmark, weight_file)) == wanted
     assert 0 < sum(described) <= 2  # the batch that the torn image belongs to, and no other
     assert "2 of 3 images are kept" in capsys.readouterr().out

@@ -11,6 +11,7 @@ from tests.mini_benchmark import TOP, contents, evaluate, extract
 from tests.stages.killing import fork_server
 from vitgal import runs
 from vitgal.features.store import FeatureStore, RowFile
+from vitgal.models import inference
 from vitgal.stages import describe, local_describer, ray_describer
 
 
@@ -89,7 +90,7 @@ def test_auto_is_not_mixed(run, benchmark, weight_file, monkeypatch):
     arguments = (run, benchmark, weight_file)
 
     def resolves_to(precision: str) -> None:
-        monkeypatch.setattr(local_describer, "resolve_precision", lambda *_: precision)
+        monkeypatch.setattr(inference, "resolve_precision", lambda *_: precision)
 
     resolves_to("bf16")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

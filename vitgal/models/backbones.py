@@ -47,13 +47,7 @@ class Backbone(nn.Module):
     the last SIZES_KEPT are kept. `forward` raises NetworkError for a size that the network cannot
     take, with the sizes that it can.
 
-    Attributes:
-        name: of the network in timm.  network: timm's module, whose training trains the backbone.
-        native_size: (height, width) in pixels of the images that it was trained on.
-        mean, std: of its input's three channels, for pixels in [0, 1].
-        embed_dim: width D of its last tokens and of its class token.
-        blocks: names of the blocks or stages whose tokens `forward` can give, from first to last.
-        multiple: number of which an image's sides should be multiples: a transformer's patch.
+    name: of the network in timm.  network: timm's module, whose training trains the backbone.
     """
 
     def __init__(self, source: TimmSource, options: dict[str, Any] | None = None):
@@ -72,11 +66,12 @@ class Backbone(nn.Module):
             )
         self._any_size = bool(self._options.keys() & {"dynamic_img_size", "strict_img_size"})
         config = timm.data.resolve_model_data_config(self.network)
+        # (height, width) in pixels of the images that it was trained on
         self.native_size: tuple[int, int] = tuple(config["input_size"][1:])
-        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
-        self.embed_dim: int = self.network.num_features
+        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])  # of pixels in [0, 1]
+        self.embed_dim: int = self.network.num_features  # of its last tokens and its class token
         self._info = [dict(entry) for entry in self.network.feature_info]
-        self.blocks = [entry["module"] for entry in self._info]
+        self.blocks = [entry["module"] for entry in self._info]  # `forward` can give their tokens
         self._sizes: dict[tuple[int, int], nn.Module] = {}
         if self.has_class_token:
             for module in self.network.modules():
@@ -106,7 +101,7 @@ class Backbone(nn.Module):
 
     @property
     def multiple(self) -> int:
-        """See the class."""
+        """Number of which an image's sides should be multiples: a transformer's patch."""
         return 16 if self.hierarchical else self.stride()
 
     def width(self, block: str | None = None) -> int:

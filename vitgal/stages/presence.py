@@ -63,10 +63,8 @@ def fit_places(
     photographs, or all photographs show one place.
     """
     alias = dict(same)
-    places = [Path(name).parts[0] for name in photographs.names]
-    places = dict(
-        zip(photographs.names, (alias.get(place, place) for place in places), strict=True)
-    )
+    folders = {name: Path(name).parts[0] for name in photographs.names}
+    places = {name: alias.get(folder, folder) for name, folder in folders.items()}
     rows = []
     for name in photographs.names:
         result = own.search_folder(photographs, str(photographs.path(name)), None, settings)
