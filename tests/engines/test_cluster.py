@@ -48,7 +48,7 @@ def test_engines():
 
 def test_without_ray_the_extra_is_named():
     code = "import sys; sys.modules['ray'] = None\nfrom vitgal import engines\n"
-    code += "engines.import_ray()"
+    code += "engines.check_engine('local')\nengines.check_engine('ray')"
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert child.returncode == 1
     assert 'pip install -e ".[scale]"' in child.stderr.splitlines()[-1]

@@ -1,7 +1,7 @@
 from .connection import (
     ClusterError as ClusterError,
+    check_engine as check_engine,
     connected as connected,
-    import_ray as import_ray,
     parallel as parallel,
 )
 from .devices import (

@@ -37,6 +37,12 @@ class ClusterError(UserError, RuntimeError):
     """Ray is missing, cannot be reached, or lost too many processes; the message has a remedy."""
 
 
+def check_engine(engine: str) -> None:
+    """Raises ClusterError for "ray" where it is not installed."""
+    if engine == "ray":
+        import_ray()
+
+
 def import_ray() -> Any:
     """Returns the module ray; ClusterError where it is not installed."""
     for name, value in ENVIRONMENT.items():

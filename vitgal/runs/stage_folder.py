@@ -81,12 +81,11 @@ def stage(
             its files have changed since the stage was finished, or where it is to be verified.
         overwrite: Deletes the folder's contents and starts anew.
         repair: Reopens a finished stage whose outputs have changed, instead of refusing it.
-        slot: This process among those that work in the folder at once. Each writes only its own
-            files, and all must have the same `slot.count`.
+        slot: This process among those that work in the folder, each on its own files.
 
     Raises:
-        StageError: The folder cannot be written, another process works in it, or it holds a stage
-            with other settings; the message names the differences.
+        StageError: The folder cannot be locked, see `locked`, or holds a stage with other
+            settings; the message names the differences.
         PathError: The folder is a link, or holds one.
         FileNotFoundError: A file of an input is missing.
         ValueError: Several workers would overwrite the folder.

@@ -67,8 +67,7 @@ def evaluate_global(
         RefinementError: a refinement that does not fit the descriptors or its images.
         FileNotFoundError, ValueError: the weights are missing or invalid.
     """
-    if machine.engine == "ray":
-        engines.import_ray()
+    engines.check_engine(machine.engine)
     settings = sized(settings, model)
     learnt_from = _checked_set(settings, dataset, refine_set, "photographs")
     inputs = {"dataset": dataset.as_input, "weights": weights_input(model)}

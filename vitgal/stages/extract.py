@@ -62,8 +62,7 @@ def extract_shortlist(
             many images cannot be read, or other workers are not done.
         FileNotFoundError, ValueError: the weights are missing, invalid or without autoencoder.
     """
-    if machine.engine == "ray":
-        engines.import_ray()
+    engines.check_engine(machine.engine)
     slot = runs.WorkerSlot(machine.worker, machine.worker_count)
     source = run / dataset.name / "global"
     shortlist = runs.output_fingerprint(source, "shortlist.txt", GLOBAL_NOTEBOOK)

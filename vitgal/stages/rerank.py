@@ -99,8 +99,7 @@ def rerank_shortlist(
         ValueError: features that do not fit, or an unknown device.
     """
     source = Path(run) / ground_truth.name
-    if machine.engine == "ray":
-        engines.import_ray()
+    engines.check_engine(machine.engine)
     if machine.engine == "local":  # a cluster's head need not have the devices of its nodes
         matching_device(machine.match_device)
     parameters = {"dataset": ground_truth.name} | settings.compared()

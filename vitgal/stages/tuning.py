@@ -74,8 +74,7 @@ def tune(
         StageError: a stage is missing or has other settings, or a candidate has no local features.
         TuningError: no query counts.
     """
-    if machine.engine == "ray":
-        engines.import_ray()
+    engines.check_engine(machine.engine)
     grid = make_grid(settings, current)
     parameters = _parameters(grid, settings, current)
     source = Path(run) / DATASET

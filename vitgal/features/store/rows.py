@@ -76,11 +76,7 @@ class RowFile:
         return self.journal["failures"]
 
     def append(self, block: np.ndarray, failures: Sequence[Mapping[str, str]] = ()) -> None:
-        """Appends a block (B, D); the rows are on disk when this returns.
-
-        Raises ValueError where the block has another width or is longer than the rows that are
-        left, OSError where the disk is full.
-        """
+        """Appends a block (B, D) durably; ValueError for a wrong size, OSError on a full disk."""
         block = np.ascontiguousarray(block, np.float32)
         if block.shape[1:] != self.shape[1:] or self.rows + len(block) > self.shape[0]:
             raise ValueError(f"a block of {block.shape} after row {self.rows} of {self.shape}")
