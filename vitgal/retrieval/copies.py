@@ -38,11 +38,7 @@ TURNED = 2.0  # degrees
 
 
 def copy_candidates(
-    descriptors: np.ndarray,
-    mirrored: np.ndarray,
-    database: np.ndarray | None = None,
-    *,
-    count: int,
+    descriptors: np.ndarray, mirrored: np.ndarray, database: np.ndarray | None = None, *, count: int
 ) -> np.ndarray:
     """Pairs images with their most similar ones, as they are and mirrored.
 

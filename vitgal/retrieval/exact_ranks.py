@@ -14,11 +14,7 @@ BUCKETS = 4096  # of similarity; more buckets leave less to sort but take longer
 
 
 def labelled_positions(
-    queries: np.ndarray,
-    database: Database,
-    labelled: Sequence[np.ndarray],
-    *,
-    block: int = BLOCK,
+    queries: np.ndarray, database: Database, labelled: Sequence[np.ndarray], *, block: int = BLOCK
 ) -> Positions:
     """Finds the exact rank of every labelled image without ranking the rest.
 

@@ -65,11 +65,7 @@ class WhiteningMap(LinearMap):
 
 
 def pca_whitening(
-    rows: np.ndarray,
-    *,
-    dimensions: int | None = None,
-    power: float,
-    shrinkage: float = 0.0,
+    rows: np.ndarray, *, dimensions: int | None = None, power: float, shrinkage: float = 0.0
 ) -> WhiteningMap:
     """Learns PCA whitening from descriptors without labels.
 

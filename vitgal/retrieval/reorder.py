@@ -64,12 +64,7 @@ class ScoredRanking:
 
 
 def superglobal(
-    queries: np.ndarray,
-    database: Database,
-    order: np.ndarray,
-    *,
-    neighbours: int,
-    beta: float,
+    queries: np.ndarray, database: Database, order: np.ndarray, *, neighbours: int, beta: float
 ) -> np.ndarray:
     """Scores the first images by refined descriptors of them and of the query.
 
@@ -102,13 +97,7 @@ def superglobal(
 
 
 def k_reciprocal(
-    queries: np.ndarray,
-    database: Database,
-    order: np.ndarray,
-    *,
-    k1: int,
-    k2: int,
-    weight: float,
+    queries: np.ndarray, database: Database, order: np.ndarray, *, k1: int, k2: int, weight: float
 ) -> np.ndarray:
     """Scores the first images by the neighbours that they share with the query.
 

@@ -26,11 +26,7 @@ def shortlist_depth(
 
 
 def candidates(
-    ranks: np.ndarray,
-    ground_truth: GroundTruth,
-    protocol: str,
-    *,
-    top: int = GlobalSettings.top,
+    ranks: np.ndarray, ground_truth: GroundTruth, protocol: str, *, top: int = GlobalSettings.top
 ) -> list[np.ndarray]:
     """Lists the images that one protocol reranks.
 

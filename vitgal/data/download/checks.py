@@ -47,11 +47,7 @@ class Report:
 
 
 def check(
-    name: str,
-    *,
-    folder: str | os.PathLike,
-    progress: bool = True,
-    sources: Path | None = None,
+    name: str, *, folder: str | os.PathLike, progress: bool = True, sources: Path | None = None
 ) -> Report:
     """Checks a folder without changing it: checksums, counts, layout, every image decoded.
 
