@@ -37,7 +37,7 @@ SUITED: dict[str, dict[str, Any]] = {
         "threshold": 6.0,
         "fused_weight": 2.0,
     },
-    "xfeat": {"matching": "mutual", "max_distance": 0.6, "threshold": 6.0, "fused_weight": 2.0},
+    "xfeat": {"matching": "mutual", "max_distance": 0.6, "threshold": 6.0, "fused_weight": 1.0},
     "file": {
         "matching": "mutual_ratio",
         "match_ratio": 0.9,
