@@ -205,6 +205,10 @@ def test_the_page_shows_answers_and_places(described, tmp_path):
     assert query["probability"][shown] > PRESENCE.threshold
     pair = query["pairs"][0]
     assert pair["image"] == first and pair["count"] == query["inliers"][shown]
+    nearest = np.argsort(-described.descriptors @ described.descriptors[1], kind="stable")
+    expected = [described.names[index] for index in nearest if index != 1]
+    near = entry["neighbours"][str(document["names"].index(described.names[1]))]
+    assert [document["names"][number] for number in near] == expected
     assert len(entry["places"]) == 4
     assert {document["names"][i] for i in entry["places"][0]["images"]} == {"0/1.png", "0/2.png"}
     page = write_page(document, images, tmp_path / "report")

@@ -362,6 +362,7 @@ def test_the_page_in_a_browser(run, own, browser, tmp_path):
     assert "What was set differently" in view.text("main")
     assert parameters(page) == "vitgal compare run run"
     page.get_by_label("what to compare with").select_option("its global ranking")
+    assert parameters(page) == "vitgal compare run/tiny/global run/tiny/rerank"
     rows = page.locator("table.queries tbody tr").all_inner_texts()
     assert any("100.0" in text for text in rows) and "reranked against" not in view.text("main")
     assert view.contrast_and_names() == [] and view.missed_by_tab() == []

@@ -12,7 +12,7 @@ import pandas as pd
 from vitgal.data.photographs import PhotographError
 from vitgal.retrieval.places import Place
 from vitgal.runs import printable
-from vitgal.viz.run_document import Images, pair_documents
+from vitgal.viz.run_document import MOST_MAPPED, Images, nearest_images, pair_documents
 
 if TYPE_CHECKING:
     from vitgal.stages.own_answers import Answers, NamedQuery
@@ -28,10 +28,11 @@ def own_document(
 ) -> tuple[dict[str, Any], Images]:
     """Describes answers and places as plain values, with one entry as `run_document` has it.
 
-    There are no labels, scores, map or neighbours; the entry has `kind` "own" and in addition
-    `threshold`, the least probability that counts as found, or None; `left_out`, [name, reason] of
-    each query and photograph that could not be used; `places`, or None: for each `images`, the best
-    first, and `links` and `probability` as in places.csv. A query has in addition `probability` of
+    There are no labels, scores or map; neighbours are those among the first MOST_MAPPED photographs
+    of the rankings. The entry has `kind` "own" and in addition `threshold`, the least probability
+    that counts as found, or None; `left_out`, [name, reason] of each query and photograph that
+    could not be used; `places`, or None: for each `images`, the best first, and `links` and
+    `probability` as in places.csv. A query has in addition `probability` of
     each of its `verified` images, None where it is unknown, and `verdict`, a sentence.
 
     Returns:
@@ -60,7 +61,7 @@ def own_document(
         "matching": None,
         "queries": queries,
         "map": None,
-        "neighbours": {},
+        "neighbours": entry.neighbours(),
         "threshold": None if answers.presence is None else answers.presence.threshold,
         "left_out": [[printable(name), printable(text)] for name, text in left_out.items()],
         "places": None if places is None else [entry.place(place) for place in places],
@@ -82,11 +83,21 @@ class _Entry:
 
     def numbers(self, names: Iterable[str]) -> list[int]:
         """Returns the numbers of photographs of the folder."""
-        photographs = self.answers.photographs
-        return [
-            self.images.number(photographs.path(name), name, photographs.sizes[self.indices[name]])
-            for name in names
-        ]
+        photographs, images, numbers = self.answers.photographs, self.images, []
+        for name in names:
+            index = self.indices[name]
+            number = images.number(photographs.path(name), name, photographs.sizes[index])
+            images.indices[number] = index
+            numbers.append(number)
+        return numbers
+
+    def neighbours(self) -> dict[str, list[int]]:
+        """Number of a photograph of the rankings -> those of nearest descriptor, best first."""
+        indices = self.images.indices
+        numbers = [n for n, index in enumerate(indices) if index is not None][:MOST_MAPPED]
+        rows = self.answers.photographs.descriptors[[indices[n] for n in numbers]]
+        found = nearest_images(rows, range(len(rows))) if len(rows) else []
+        return {str(n): [numbers[i] for i in near] for n, near in zip(numbers, found, strict=True)}
 
     def place(self, place: Place) -> dict[str, Any]:
         """Returns a place's plain values."""

@@ -576,8 +576,13 @@ function reproduction(state) {
     [["vitgal", ...words.map(shell)].join(" ")],
   ];
   const text = (name, value) => `${name}: ${JSON.stringify(value)}`;
+  const other = state.entries[state.other];
+  if (state.view === "compare" && other !== entry) return command("compare", entry.run, other.run);
   if (state.view === "compare")
-    return command("compare", entry.run, state.entries[state.other].run);
+    return command(
+      "compare",
+      ...["global", "rerank"].map((stage) => `${entry.run}/${entry.dataset}/${stage}`),
+    );
   const asked = entry.queries[query];
   if (entry.own && !entry.searched)
     return command("own", entry.dataset, ...(asked ? ["--query", data.names[asked.image]] : []));
@@ -2240,7 +2245,8 @@ function compare(state) {
   if (!sides.length)
     return element("p", {}, "One run is in this page: `vitgal report RUN RUN` compares two.");
   const known = sides.some(([number]) => number === String(state.other));
-  const other = state.entries[known ? state.other : Number(sides[0][0])];
+  if (!known) state.other = Number(sides[0][0]);
+  const other = state.entries[state.other];
   const select = choice("what to compare with", [sides, String(other.number)], (number) =>
     state.set({ other: Number(number) }),
   );
