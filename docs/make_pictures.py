@@ -97,7 +97,7 @@ def draw_instrument(
         browser = engine.chromium.launch(
             executable_path=shutil.which("chromium"), args=["--no-sandbox"]
         )
-        window = browser.new_page(viewport={"width": 1200, "height": 860})
+        window = browser.new_page(viewport={"width": 1200, "height": 890})
         window.goto(f"{page.as_uri()}#view=ranking&protocol=hard&query={query}")
         window.locator("section", has_text="After reranking").get_by_title(name).click()
         window.wait_for_function("document.querySelectorAll('.crops canvas').length === 3")

@@ -1850,7 +1850,7 @@ function knobControls({ entry, knobs, source }, match) {
     const values = Object.entries(entry.matching).map(
       ([name, value]) => `${SETTINGS[name] ?? name} ${value ?? "all"}`,
     );
-    const text = `Computed with ${values.join(", ")}; a notebook's kernel computes it anew.`;
+    const text = `Computed with ${values.join(", ")}. Other values take a notebook's kernel.`;
     return element("p", { class: "small" }, text);
   }
   const turn = (name) => (value) => {
