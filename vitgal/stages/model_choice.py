@@ -23,6 +23,7 @@ SMALL_MODEL_VALUES = {
     "matching": "mutual",
     "count": "features",
     "order": "fused",
+    "fused_weight": 3.0,
 }
 BASELINE_VALUES = {
     "top": 50,
