@@ -124,11 +124,7 @@ def describe_folder(folder: Path, describer: Describer) -> Photographs:
             f"{runs.printable(first)}: {left_out[first]}"
         )
     glances = {name: glances[name] for name in listing.names if name in glances}
-    notes = {}
-    for name, glance in glances.items():
-        remarks = (size_note(*glance.image_size), glance.note)
-        if note := "; ".join(filter(None, remarks)):
-            notes[name] = note
+    notes = {name: _note(glance) for name, glance in glances.items()}
     return Photographs(
         folder=listing.folder,
         describer=describer,
@@ -137,10 +133,14 @@ def describe_folder(folder: Path, describer: Describer) -> Photographs:
         descriptors=np.stack([glance.descriptor for glance in glances.values()]),
         sizes=np.array([glance.image_size for glance in glances.values()]),
         left_out=left_out,
-        notes=notes,
+        notes={name: note for name, note in notes.items() if note},
         other_files=listing.other_files,
         extracted=describer.extracted - extracted_before,
     )
+
+
+def _note(glance: Glance) -> str:
+    return "; ".join(filter(None, (size_note(*glance.image_size), glance.note)))
 
 
 @dataclass(frozen=True, eq=False)
