@@ -27,8 +27,8 @@ PHOTOGRAPHS = TOP / "third_party" / "landmarks"
 ARCHITECTURES = {"s12": "xcit_small_12_p16_224", "s24": "xcit_small_24_p16_224"}
 DINOV2 = "timm:vit_small_patch14_reg4_dinov2.lvd142m"
 ON_TIMM = {"dinov2_train": DINOV2, "lite0_head": "timm:tf_efficientnet_lite0"}
-# The last notebook of each; 07 draws a transformer's attention and the class attention of XCiT.
-EVALUATIONS = {"s12_roxford5k": "07", "s24_rparis6k_r1m": "06", "dinov2_roxford5k": "07"}
+# The last notebook of each; 07 draws a transformer's attention, XCiT's in test_tiny_run.py.
+EVALUATIONS = {"s12_roxford5k": "06", "s24_rparis6k_r1m": "06", "dinov2_roxford5k": "07"}
 # Pixels; S12 trains and is described at the published ones.
 SIZES = {
     "s12": {"local_size": 256},

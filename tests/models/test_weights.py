@@ -268,27 +268,43 @@ def averaged(tensors):
 
 
 @pytest.mark.parametrize(
-    "wrap, said",
+    "ours, wrap, said",
     [
-        (lambda t: {f"module.{key}": v for key, v in t.items()}, "state dict, its names"),
-        (lambda t: {"model": {f"_orig_mod.{k}": v for k, v in t.items()}}, "read model, its names"),
-        (lambda t: {"state_dict": {f"module._orig_mod.{k}": v for k, v in t.items()}}, "prefixes"),
+        (True, lambda t: {f"module.{key}": v for key, v in t.items()}, "state dict, its names"),
         (
+            False,
+            lambda t: {"model": {f"_orig_mod.{k}": v for k, v in t.items()}},
+            "read model, its names",
+        ),
+        (
+            True,
+            lambda t: {"state_dict": {f"module._orig_mod.{k}": v for k, v in t.items()}},
+            "prefixes",
+        ),
+        (
+            False,
             lambda t: {"state_dict": {f"model.{key}": v for key, v in t.items()}, "epoch": 3},
             "names",
         ),
-        (lambda t: {"state_dict": t, "hyper_parameters": {"lr": 1e-3}}, "read state_dict"),
-        (lambda t: {"model": {"state_dict": t}}, "read model.state_dict"),
-        (lambda t: {"model_ema": averaged(t), "optimizer": {"state": {}}}, "model_ema, its names"),
-        (lambda t: {"model": {"fc.bias": torch.zeros(3)}, "ema": t}, "read ema\n"),
-        (lambda t: {k.replace("norm.", "norm._orig_mod."): v for k, v in t.items()}, "prefixes"),
-        (lambda t: t, None),
-        (lambda t: {"model": t, "model_ema": t}, None),
+        (True, lambda t: {"state_dict": t, "hyper_parameters": {"lr": 1e-3}}, "read state_dict"),
+        (False, lambda t: {"model": {"state_dict": t}}, "read model.state_dict"),
+        (
+            True,
+            lambda t: {"model_ema": averaged(t), "optimizer": {"state": {}}},
+            "model_ema, its names",
+        ),
+        (False, lambda t: {"model": {"fc.bias": torch.zeros(3)}, "ema": t}, "read ema\n"),
+        (
+            True,
+            lambda t: {k.replace("norm.", "norm._orig_mod."): v for k, v in t.items()},
+            "prefixes",
+        ),
+        (False, lambda t: t, None),
+        (True, lambda t: {"model": t, "model_ema": t}, None),
     ],
 )
-@pytest.mark.parametrize("ours", [False, True])
 def test_a_wrapped_checkpoint_is_read_and_reported(
-    nano, published, tmp_path, capsys, wrap, said, ours
+    nano, published, tmp_path, capsys, ours, wrap, said
 ):
     tensors = nano.state_dict() if ours else published
     path = tmp_path / "own.pth"

@@ -12,12 +12,19 @@ from vitgal.models.weights import save_model
 
 @pytest.fixture(scope="session")
 def model() -> ViTGaL:
-    return build_model(NANO, code_dim=8, seed=0)
+    """An eighth of XCiT's smallest, for all that any model does."""
+    return build_model("timm:test_vit", code_dim=8, seed=0)
 
 
 @pytest.fixture(scope="session")
 def weight_file(tmp_path_factory, model) -> Path:
     return save_model(model, tmp_path_factory.mktemp("weights") / "model.safetensors")
+
+
+@pytest.fixture(scope="session")
+def xcit_file(tmp_path_factory) -> Path:
+    model = build_model(NANO, code_dim=8, seed=0)
+    return save_model(model, tmp_path_factory.mktemp("xcit") / "model.safetensors")
 
 
 @pytest.fixture(scope="session")

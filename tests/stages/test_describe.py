@@ -112,7 +112,7 @@ def test_a_finished_stage_answers_before_its_inputs_are_read(
 
 
 def test_another_model_beside_it(global_run, benchmark, tmp_path):
-    model = save_model(build_model(NANO, seed=1), tmp_path / "other.safetensors")
+    model = save_model(build_model("timm:test_vit", seed=1), tmp_path / "other.safetensors")
     folder = evaluate(global_run, benchmark, model, folder="other")
     assert folder == global_run / "mini" / "other"
     rows, other = (np.load(folder.with_name(name) / "database.npy") for name in ("global", "other"))
@@ -152,7 +152,7 @@ def test_it_continues_where_it_stopped(run, benchmark, weight_file, tmp_path, mo
         evaluate(run, benchmark, weight_file)
     path = run / "mini/global/database.npy"
     assert not path.exists()
-    assert RowFile.open(path, (6, 128), settings={"precision": "fp32"}).rows == 4
+    assert RowFile.open(path, (6, 64), settings={"precision": "fp32"}).rows == 4
     assert contents(evaluate(run, benchmark, weight_file, max_failed_share=1)) == wanted
 
 
@@ -161,15 +161,15 @@ def test_rows_on_disk_are_not_made_again(global_run, benchmark, weight_file):
     folder = global_run / "mini/global"
     wanted = np.load(folder / "database.npy")
     interrupt(folder)
-    rows = RowFile.open(folder / "database.npy", (6, 128), settings={"precision": "fp32"})
+    rows = RowFile.open(folder / "database.npy", (6, 64), settings={"precision": "fp32"})
     assert rows.rows == 0
-    marks = np.eye(2, 128, dtype=np.float32)
+    marks = np.eye(2, 64, dtype=np.float32)
     rows.append(marks)
     database = np.load(evaluate(global_run, benchmark, weight_file) / "database.npy")
     np.testing.assert_array_equal(database[:2], marks)
     np.testing.assert_allclose(database[2:], wanted[2:], atol=1e-5)  # in other batches
     interrupt(folder)
-    rows = RowFile.open(folder / "database.npy", (6, 128), settings={"precision": "bf16"})
+    rows = RowFile.open(folder / "database.npy", (6, 64), settings={"precision": "bf16"})
     rows.append(marks)
     # The processor's other precision: neither mixed with ours nor thrown away unasked.
     with pytest.raises(runs.StageError, match='precision: "bf16" there, "fp32" now'):

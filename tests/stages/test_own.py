@@ -56,9 +56,9 @@ def write(path: Path, image: np.ndarray) -> Path:
 
 
 @pytest.fixture(scope="module")
-def describer(weight_file, tmp_path_factory) -> Describer:
+def describer(xcit_file, tmp_path_factory) -> Describer:
     """Shared by the tests that do not count descriptions: equal photographs are described once."""
-    return describer_of(weight_file, tmp_path_factory.mktemp("run"))
+    return describer_of(xcit_file, tmp_path_factory.mktemp("run"))
 
 
 def describer_of(weight_file: Path, run: Path, local_size: int = 96) -> Describer:
@@ -239,9 +239,9 @@ def test_a_notebook_shows_the_message_alone():
 # Descriptions
 
 
-def test_descriptions_are_those_of_extraction(folder, describer, weight_file):
+def test_descriptions_are_those_of_extraction(folder, describer, xcit_file):
     result = describe(folder, describer)
-    model = inference.open_model(weight_file)
+    model = inference.open_model(xcit_file)
     image = images.read_image(folder / "a/1.png")
     with inference.limited_threads(1):
         row = descriptors.extract_global(model, [image], size=64)[0]

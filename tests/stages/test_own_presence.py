@@ -30,13 +30,13 @@ RERANKING = RerankingSettings.build({
 })  # fmt: skip
 
 
-def sift_describer(weight_file, run, **changed) -> Describer:
+def sift_describer(xcit_file, run, **changed) -> Describer:
     local = LocalSettings(**{"local": "sift", "size": 96} | changed)
-    return Describer(run, weight_file, GlobalSettings(size=64), local, MachineSettings(threads=1))
+    return Describer(run, xcit_file, GlobalSettings(size=64), local, MachineSettings(threads=1))
 
 
 @pytest.fixture(scope="module")
-def described_once(weight_file, tmp_path_factory):
+def described_once(xcit_file, tmp_path_factory):
     """Four places with two views of one texture each, and four of one view; their descriptions."""
     top = tmp_path_factory.mktemp("described")
     for seed in range(8):
@@ -44,19 +44,19 @@ def described_once(weight_file, tmp_path_factory):
         write(top / f"places/{seed}/1.png", wide[:, :128])
         if seed < 4:
             write(top / f"places/{seed}/2.png", wide[:, 16:])
-    assert describe(top / "places", sift_describer(weight_file, top / "run")).extracted == 12
+    assert describe(top / "places", sift_describer(xcit_file, top / "run")).extracted == 12
     return top
 
 
 @pytest.fixture
-def described(described_once, weight_file, tmp_path) -> own.Photographs:
+def described(described_once, xcit_file, tmp_path) -> own.Photographs:
     """A copy of the places, described in the run `tmp_path / "run"`."""
     shutil.copytree(described_once, tmp_path, dirs_exist_ok=True)
-    return describe(tmp_path / "places", sift_describer(weight_file, tmp_path / "run"))
+    return describe(tmp_path / "places", sift_describer(xcit_file, tmp_path / "run"))
 
 
-def test_own_photographs_with_sift(two_places, weight_file, tmp_path):
-    describer = sift_describer(weight_file, tmp_path / "run", max_keypoints=200)
+def test_own_photographs_with_sift(two_places, xcit_file, tmp_path):
+    describer = sift_describer(xcit_file, tmp_path / "run", max_keypoints=200)
     photographs = describe(two_places, describer)
     assert photographs.features("a/1.png").code_dim == 128
     settings = runs.read_json(describer.folder / "settings.json")
@@ -69,9 +69,9 @@ def test_own_photographs_with_sift(two_places, weight_file, tmp_path):
     np.testing.assert_allclose(homography @ (60, 40, 1), (48, 40, 1), atol=0.5)
     assert "probability" not in result.table
     assert result.verdict().startswith("how probable it is that any of these shows it is unknown")
-    assert describe(two_places, sift_describer(weight_file, tmp_path / "run")).extracted == 3
+    assert describe(two_places, sift_describer(xcit_file, tmp_path / "run")).extracted == 3
     with pytest.raises(SettingsError, match="local_features is for benchmarks"):
-        _ = sift_describer(weight_file, tmp_path, local="tokens", local_features="x.h5").folder
+        _ = sift_describer(xcit_file, tmp_path, local="tokens", local_features="x.h5").folder
 
 
 def test_the_fused_order_of_own_photographs(described):
@@ -109,8 +109,8 @@ def test_a_fit_to_known_places_tells_what_is_there(described, two_places, tmp_pa
     assert header.endswith("matches,inliers,evidence,probability")
 
 
-def test_places_that_fix_nothing_are_refused(two_places, weight_file, tmp_path):
-    describer = sift_describer(weight_file, tmp_path / "run")
+def test_places_that_fix_nothing_are_refused(two_places, xcit_file, tmp_path):
+    describer = sift_describer(xcit_file, tmp_path / "run")
     write(tmp_path / "one/a.png", texture(0))
     write(tmp_path / "one/b.png", texture(1))
     with pytest.raises(PresenceError, match="of which none show one place .* with two photographs"):
@@ -126,8 +126,8 @@ def test_places_that_are_one(described):
         presence.fit_places(described, RERANKING, every)
 
 
-def test_a_damaged_fit_is_named(weight_file, tmp_path):
-    describer = sift_describer(weight_file, tmp_path / "run")
+def test_a_damaged_fit_is_named(xcit_file, tmp_path):
+    describer = sift_describer(xcit_file, tmp_path / "run")
     (describer.folder / "presence.json").write_text('{"x": {"bias": "high"}}')
     with pytest.raises(PresenceError, match="presence.json holds other entries .* delete it"):
         presence.known_presence(describer, RERANKING)

@@ -290,10 +290,10 @@ def test_a_whitening_of_the_benchmark_itself_is_refused(larger, tmp_path):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory) -> Path:
-    """140 photographs of 70 landmarks, a folder each."""
+    """70 photographs of 35 landmarks, a folder each."""
     folder = tmp_path_factory.mktemp("photographs")
-    for index in range(140):
-        path = folder / f"place{index % 70:02}" / f"{index:03}.png"
+    for index in range(70):
+        path = folder / f"place{index % 35:02}" / f"{index:03}.png"
         path.parent.mkdir(exist_ok=True)
         cv2.imwrite(str(path), noise(32, 32, 100 + index))
     return folder
@@ -302,20 +302,20 @@ def photographs(tmp_path_factory) -> Path:
 def test_photographs_are_described_once_for_all_data_sets(run, benchmark, weight_file, photographs):
     settings = GlobalSettings(refine=("whitening shrinkage=0.1",))
     images = open_refine_set(run, settings, photographs, None)
-    assert images.source == "photographs" and len(set(images.labels.tolist())) == 70
+    assert images.source == "photographs" and len(set(images.labels.tolist())) == 35
     options = {"refine": settings.refine, "refine_set": images}
     folder = evaluate(run, benchmark, weight_file, **options)
     assert {*WHITENED, *PLAIN} < set(contents(folder))
     (described,) = (run / "refine_set").iterdir()
     rows = np.load(described / "descriptors.npy")
-    assert rows.shape == (140, 128)
+    assert rows.shape == (70, 64)
     stamp = (described / "descriptors.npy").stat().st_mtime_ns
     other = evaluate(run, benchmark, weight_file, folder="other", **options)
     assert contents(other) == contents(folder)
     assert (described / "descriptors.npy").stat().st_mtime_ns == stamp
     shutil.copy(benchmark / "jpg/query1.jpg", photographs / "place00" / "holiday.jpg")
     images = open_refine_set(run, settings, photographs, None)
-    with pytest.raises(RefinementError, match=r"1 of 141 images .*mini \(holiday\.jpg\)"):
+    with pytest.raises(RefinementError, match=r"1 of 71 images .*mini \(holiday\.jpg\)"):
         evaluate(run, benchmark, weight_file, refine=settings.refine, refine_set=images)
 
 

@@ -159,6 +159,6 @@ def limited(folder, *arguments, **options):
 
 store.write_shard = limited
 if sys.argv[2] == "evaluate":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 getattr(mini_benchmark, sys.argv[2])(*map(Path, sys.argv[3:]))
 """
