@@ -15,7 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode
 
 from vitgal import runs
 from vitgal.data.images import MEAN, STD
@@ -252,7 +252,7 @@ def renormalisation(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[Te
     return ours_std / std, (ours_mean - mean) / std
 
 
-class _AttentionRecorder(TorchFunctionMode):
+class _AttentionRecorder(BaseTorchFunctionMode):
     """Keeps queries and keys of the last attention that a network computes.
 
     All of timm's transformers with a class token compute attention by one function of torch, so
@@ -271,7 +271,7 @@ class _AttentionRecorder(TorchFunctionMode):
             mask = kwargs.get("attn_mask", args[3] if len(args) > 3 else None)
             self.mask = None if mask is None else mask[..., :1, :]
             self.scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
     def attention(self, count: int) -> Tensor | None:
         """Computes (B, heads, count) float32 over the last `count` keys; None without a record.

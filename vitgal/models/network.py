@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from timm.models.xcit import ClassAttentionBlock
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import BaseTorchFunctionMode
 
 from vitgal.data.images import PATCH
 from vitgal.models.backbones import Backbone, generalised_mean, renormalisation
@@ -502,7 +502,7 @@ def outline(architecture: str = TrainingSettings.architecture, **options: Any) -
     return build()
 
 
-class _Uninitialised(TorchFunctionMode):
+class _Uninitialised(BaseTorchFunctionMode):
     """Leaves out initial values of meta tensors, which take most of the time of `outline`."""
 
     FILLING = frozenset("uniform_ normal_ erfinv_ mul_ add_ clamp_ fill_ zero_".split())
@@ -512,7 +512,7 @@ class _Uninitialised(TorchFunctionMode):
             tensor = args[0] if args else kwargs["tensor"]
             if tensor.is_meta:
                 return tensor
-        return func(*args, **kwargs or {})
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def class_attention(block: ClassAttentionBlock, joined: Tensor) -> Tensor:
