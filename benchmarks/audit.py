@@ -1,16 +1,20 @@
 """Planted copies: how many `vitgal audit` finds, and how many of its pairs are right, in one run.
 
     python benchmarks/audit.py [PHOTOGRAPHS] [DISTRACTORS] [--copies 60] [--seed 0]
-                               [--all | --held-out] [--million]
+                               [--all | --held-out | --places] [--million]
 
 Copies of PHOTOGRAPHS (default: the bundled ones) are added to them and to DISTRACTORS: in turn a
 crop to a third, a resized, a recompressed, a mirrored one; with --all also recoloured, framed,
 captioned, turned, and mirrored crops; with --held-out only kinds that the audit's limits were not
 chosen on. A pair is right if it is a photograph with its own copy, or two copies of one.
+--places: how many pairs of different photographs of one place are found, and how many of two
+places, of all pairs of PHOTOGRAPHS (a sub-folder a place) and DISTRACTORS, by the number of inliers
+alone and with the probability; these are compared with themselves as if with another folder.
 --million: time and memory of proposing pairs among a million random descriptors.
 """
 
 import argparse
+import itertools
 import resource
 import tempfile
 import time
@@ -22,11 +26,12 @@ import numpy as np
 from vitgal import runs
 from vitgal.data.photographs import list_photographs, read_upright
 from vitgal.retrieval import copies
-from vitgal.settings import read_settings
+from vitgal.settings import RerankingSettings, read_settings
 from vitgal.stages import Audit, Describer, find_copies, own_models
 
 PLANTED = ("crop", "resize", "recompression", "mirror")
 FURTHER = ("mirrored crop", "grey", "recoloured", "border", "caption", "turned")
+ONE_PLACE = {"giza_pyramids": "great_pyramid"}  # of the bundled photographs
 HELD_OUT = ("rotation", "coarse JPEG", "blur", "gamma", "other aspect", "screenshot", "text")
 
 
@@ -152,6 +157,33 @@ def kind_of(name: str) -> str:
     return Path(name).stem.split("_", 2)[2].replace("_", " ")
 
 
+def places(
+    folders: list[Path], describer: Describer, settings: RerankingSettings, store: Path
+) -> None:
+    """Prints by either rule the pairs that are found, right and wrong, and the places."""
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        for folder in folders:
+            for top in (one, other):
+                (Path(top) / folder.name).symlink_to(folder.resolve(), target_is_directory=True)
+        result = find_copies(
+            Path(one), Path(other), describer=describer, store=store, settings=settings
+        )
+    names = result.names[0]
+    # A distractor is a place of its own.
+    place_of = [ONE_PLACE.get(Path(name).parts[1], Path(name).parts[1]) for name in names]
+    true = {pair for pair in itertools.combinations(range(len(names)), 2)
+            if len({place_of[image] for image in pair}) == 1}  # fmt: skip
+    table = result.pairs[result.pairs["first"] != result.pairs["second"]]
+    enough = table["copy"] | (table["inliers"] >= copies.LEAST_INLIERS)
+    for rule, rows in (("inliers", table[enough]), ("and probability", table)):
+        found = {tuple(sorted(pair)) for pair in rows[["first", "second"]].to_numpy().tolist()}
+        right, known = found & true, {place_of[image] for image, _ in true}
+        print(f"by {rule}: {len(right)} of {len(true)} pairs, {len(found - true)} wrong; "
+              f"{len({place_of[image] for image, _ in right})} of {len(known)} places")  # fmt: skip
+        for pair in sorted(found - true) if rule != "inliers" else ():
+            print("  wrong:", *(names[image] for image in pair))
+
+
 def propose_among_a_million() -> None:
     """Prints what pairs of 5,000 images with a million take."""
     rng = np.random.default_rng(0)
@@ -162,7 +194,7 @@ def propose_among_a_million() -> None:
     planted = rng.choice(len(database), 5000, replace=False)
     queries = database[planted].astype(np.float32)
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    pairs = copies.copy_candidates(queries, queries[:, ::-1].copy(), database, count=10)
+    pairs, _ = copies.copy_candidates(queries, queries[:, ::-1].copy(), database, count=10)
     seconds = time.process_time() - began
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     own = pairs[pairs[:, 2] == 0]
@@ -178,6 +210,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--held-out", action="store_true")
+    parser.add_argument("--places", action="store_true")
     parser.add_argument("--million", action="store_true")
     options = parser.parse_args()
     if options.million:
@@ -186,7 +219,9 @@ def main() -> None:
     run = runs.run_folder("audit")
     models = own_models(run)
     settings = models.complete(read_settings({}))
-    describer = Describer(run, models.describing, settings.describing)
+    describer = models.describer(run, settings)
+    if options.places:
+        return places(folders, describer, settings.reranking, run / "descriptors")
     kinds = HELD_OUT if options.held_out else PLANTED + FURTHER * options.all
     with tempfile.TemporaryDirectory() as scratch:
         top = Path(scratch)

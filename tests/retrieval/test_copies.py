@@ -94,21 +94,27 @@ def test_unrelated_and_empty_images_share_nothing(other):
 def test_proposals_are_those_of_brute_force():
     rng = np.random.default_rng(3)
     plain, mirrored, other = (rng.standard_normal((n, 8)).astype("f4") for n in (7, 7, 9))
-    expected = set()
+    expected = {}
     for flag, queries in enumerate((plain, mirrored)):
         for image, row in enumerate(queries @ other.T):
-            expected |= {(image, int(found), flag) for found in np.argsort(-row)[:3]}
-    assert set(map(tuple, copies.copy_candidates(plain, mirrored, other, count=3))) == expected
-    within = copies.copy_candidates(plain, mirrored, count=6)  # all: 7 * 6 / 2 pairs, twice
+            expected |= {(image, int(found), flag): row[found] for found in np.argsort(-row)[:3]}
+    pairs, similarities = copies.copy_candidates(plain, mirrored, other, count=3)
+    found = dict(zip(map(tuple, pairs.tolist()), similarities, strict=True))
+    assert found == pytest.approx(expected, abs=1e-5)
+    within, similarities = copies.copy_candidates(plain, mirrored, count=6)  # all: 7 * 6 / 2, twice
     assert len(within) == 42 and (within[:, 0] < within[:, 1]).all()
-    assert copies.copy_candidates(plain[:0], mirrored[:0], count=3).shape == (0, 3)
-    assert copies.copy_candidates(plain[:1], mirrored[:1], count=3).shape == (0, 3)
+    one, other, _ = within[within[:, 2] == 0].T
+    products = (plain[one] * plain[other]).sum(axis=1)
+    assert similarities[within[:, 2] == 0] == pytest.approx(products, abs=1e-5)
+    for count in (0, 1):
+        pairs, similarities = copies.copy_candidates(plain[:count], mirrored[:count], count=3)
+        assert pairs.shape == (0, 3) and similarities.shape == (0,)
 
 
 def test_proposals_for_more_images_than_are_searched_at_once():
     rng = np.random.default_rng(4)
     plain, other = rng.standard_normal((4100, 4)).astype("f2"), rng.standard_normal((5, 4))
-    pairs = copies.copy_candidates(plain, -plain, other.astype("f2"), count=1)
+    pairs, _ = copies.copy_candidates(plain, -plain, other.astype("f2"), count=1)
     products = plain.astype("f8") @ other.astype("f2").astype("f8").T
     for flag, nearest in enumerate((products.argmax(axis=1), products.argmin(axis=1))):
         expected = [[image, at] for image, at in enumerate(nearest.tolist())]

@@ -132,6 +132,39 @@ def test_between_two_folders_the_landmarks_of_gldv2(folder, describer, store, tm
     assert sorted(larger.pairs[["first", "second"]].to_numpy().tolist()) == sorted(pairs)
 
 
+def test_a_landmark_in_other_photographs_is_found_by_its_probability(tmp_path, monkeypatch):
+    """The Eiffel Tower from two sides, with few inliers; two temples that look alike are not one.
+
+    The settings are those of the command with the network that comes along.
+    """
+    monkeypatch.setattr(model_choice, "baseline_network", lambda: None)
+    photographs = runs.resolve("third_party/landmarks")
+    for side, names in (
+        ("train", ("eiffel_tower/3.jpg", "parthenon/1.jpg")),
+        ("test", ("eiffel_tower/1.jpg", "lincoln_memorial/1.jpg")),
+    ):
+        for name in names:
+            target = tmp_path / side / name.replace("/", "_")
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(photographs / name, target)
+    models = model_choice.own_models(tmp_path / "run")
+    settings = models.complete(read_settings({"device": "cpu"}))
+    chosen = models.describer(tmp_path / "run", settings)
+    folders = tmp_path / "train", tmp_path / "test"
+    result = audit(chosen, tmp_path / "store", *folders, settings=settings.reranking)
+    assert [result.path(0, row.first).name for row in result.pairs.itertuples()] == [
+        "eiffel_tower_3.jpg"
+    ]
+    (row,) = result.overlap().to_dict("records")
+    assert (row["id"], row["test_set"], row["copy"]) == ("eiffel_tower_3", "test", 0)
+    assert row["probability"] > 0.6 and row["inliers"] < 12
+    audits.write_audit(result, tmp_path / "out")
+    assert len(gldv2.read_overlap(tmp_path / "out/overlap.csv")) == 1
+    assert result.copies.empty
+    # Without a model of presence the inliers decide.
+    assert audit(chosen, tmp_path / "store", *folders).pairs.empty
+
+
 def test_no_copies_and_a_single_image(describer, store, tmp_path):
     write(tmp_path / "one/1.png", picture(4))
     result = audit(describer, store, tmp_path / "one")

@@ -85,9 +85,14 @@ def audit_folders(
                 f"{target} lies in {part}, whose images would then be audited with the results: "
                 "name another folder by --to"
             )
-    models, describer, _ = own_network(run, weights)
+    models, describer, settings = own_network(run, weights)
     result = stages.find_copies(
-        folder, other, describer=describer, store=run / "descriptors", neighbours=neighbours
+        folder,
+        other,
+        describer=describer,
+        store=run / "descriptors",
+        neighbours=neighbours,
+        settings=settings.reranking,
     )
     stages.write_audit(result, target)
     write_audit_page(result, target / "index.html")

@@ -39,28 +39,32 @@ TURNED = 2.0  # degrees
 
 def copy_candidates(
     descriptors: np.ndarray, mirrored: np.ndarray, database: np.ndarray | None = None, *, count: int
-) -> np.ndarray:
+) -> tuple[np.ndarray, np.ndarray]:
     """Pairs images with their most similar ones, as they are and mirrored.
 
     descriptors, mirrored: (N, D) floats of the images and of their mirror images. database: (M, D)
     of other images; None: these same. All may be memory-mapped. Returns (P, 3) int64: image, image
     of the database, 1 where one is mirrored; sorted, among the same images each pair once, the
-    lower one first. Memory as for `search`, and 100 bytes a pair; no image gives (0, 3).
+    lower one first; and their similarities (P,) float32. Memory as for `search`, and 120 bytes a
+    pair; no image gives (0, 3).
     """
     same = database is None
     database = descriptors if same else database
-    parts = [np.zeros((0, 3), np.int64)]
+    parts, scores = [np.zeros((0, 3), np.int64)], [np.zeros(0, np.float32)]
     for flag, queries in enumerate((descriptors, mirrored)):
         for part in block_slices(len(queries) if len(database) else 0, QUERIES):
             rows = np.asarray(queries[part], np.float32)
-            ranks = search(rows, database, k=count + same)[1]
+            similarities, ranks = search(rows, database, k=count + same)
+            scores.append(similarities.ravel())
             images = np.tile(np.arange(part.start, part.stop), len(ranks))
             parts.append(np.stack([images, ranks.ravel(), np.full(images.size, flag)], axis=1))
-    pairs = np.concatenate(parts)
+    pairs, similarities = np.concatenate(parts), np.concatenate(scores)
     if same:
         pairs[:, :2].sort(axis=1)
-        pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    return np.unique(pairs, axis=0)
+        others = pairs[:, 0] != pairs[:, 1]
+        pairs, similarities = pairs[others], similarities[others]
+    pairs, kept = np.unique(pairs, axis=0, return_index=True)
+    return pairs, similarities[kept]
 
 
 def group_pairs(pairs: np.ndarray, count: int) -> np.ndarray:
@@ -112,13 +116,14 @@ class Comparison:
     inliers: matched features that one homography explains. agreement: share of the textured windows
     of the shared area whose pixels correlate. shared: the shared area as a part of the first and of
     the second image. changes: what makes the second of the first, in words; empty where they are
-    the same.
+    the same. probability: that both show one place, by a model of presence; 0 without one.
     """
 
     inliers: int
     agreement: float
     shared: tuple[float, float]
     changes: tuple[str, ...] = ()
+    probability: float = 0.0
 
     @property
     def is_copy(self) -> bool:

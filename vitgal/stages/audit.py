@@ -10,7 +10,7 @@ import functools
 import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,10 @@ from vitgal.models.descriptors import describe
 from vitgal.models.sources import weights_fingerprint
 from vitgal.retrieval.copies import Comparison, View, compare_views, copy_candidates, group_pairs
 from vitgal.retrieval.exact_search import block_slices
+from vitgal.retrieval.presence import Presence
+from vitgal.settings import RerankingSettings
 from vitgal.stages.own import Describer, no_formulas
+from vitgal.stages.presence import known_presence
 
 BLOCK = 256  # images that are described between two writes
 ROWS = 1 << 15  # descriptors in memory at once: 84 MB of 1,280 values
@@ -43,7 +46,7 @@ class Audit:
 
     pairs: a row a pair of copies, or of images of one place: group (-1: no copies), first and
     second (indices into names[0] and into names[-1]), copy (bool), change, shared_first,
-    shared_second, agreement, inliers.
+    shared_second, agreement, inliers, probability (that both show one place).
     """
 
     folders: list[Path]  # one or two
@@ -84,15 +87,16 @@ class Audit:
     def overlap(self) -> pd.DataFrame:
         """Lists the first folder's images that show a place of the second's, as 01 reads them.
 
-        `id`, `test_set` (the second image's folder, `jpg` passed over), `copy`, `inliers`: of GLDv2
-        the `overlap_table`.
+        `id`, `test_set` (the second image's folder, `jpg` passed over), `copy`, `inliers`,
+        `probability`, the greatest of each: of GLDv2 the `overlap_table`.
         """
         rows = []
         for row in self.pairs.itertuples():
             parts = [part for part in self.path(1, row.second).parent.parts if part != "jpg"]
             name = Path(self.names[0][row.first]).stem
-            rows.append((name, parts[-1], bool(row.copy), row.inliers))
-        table = pd.DataFrame(rows, columns=["id", "test_set", "copy", "inliers"])
+            rows.append((name, parts[-1], bool(row.copy), row.inliers, row.probability))
+        columns = ["id", "test_set", "copy", "inliers", "probability"]
+        table = pd.DataFrame(rows, columns=columns)
         table = table.groupby(["id", "test_set"], as_index=False).max()
         return table.astype({"copy": int})
 
@@ -119,13 +123,16 @@ def find_copies(
     describer: Describer,
     store: Path,
     neighbours: int = 10,
+    settings: RerankingSettings | None = None,
 ) -> Audit:
     """Finds the copies within a folder and its sub-folders, or between it and another.
 
-    describer: its settings of global descriptors alone are used. store: keeps the descriptors.
+    describer: descriptors are made by its settings of global ones. store: keeps the descriptors.
     neighbours: most similar images that an image is compared with, as it is and mirrored; between
-    two folders those of the smaller one's images. An image that cannot be read is named and left
-    out. Raises PhotographError where a folder has no photograph or the two are or hold each other.
+    two folders those of the smaller one's images. settings: between two folders images also show
+    one place from the threshold on of the model of presence that is known for these settings and
+    the describer, if one is. An image that cannot be read is named and left out. Raises
+    PhotographError where a folder has no photograph or the two are or hold each other.
     """
     if neighbours < 1:
         raise PhotographError(f"--neighbours is {neighbours}; it must be at least 1")
@@ -148,13 +155,15 @@ def find_copies(
     )
     others = keys[1 - query] if len(sides) == 2 else None
     database = None if others is None else descriptors.rows([key + PLAIN for key in others])
-    candidates = copy_candidates(plain, mirror, database, count=neighbours)
+    candidates, similarities = copy_candidates(plain, mirror, database, count=neighbours)
     if query == 1:
         candidates = candidates[:, [1, 0, 2]]
     files = [[images[key] for key in part] for images, part in zip(unique, keys, strict=True)]
+    within = settings is None or other is None
+    presence = None if within else known_presence(describer, settings)
     compared = {
         (keys[0][a], keys[-1][b]): comparison
-        for (a, b), comparison in _compared(files[0], files[-1], candidates).items()
+        for (a, b), comparison in _compared(files, candidates, similarities, presence).items()
     }
     names = [[p.relative_to(f).as_posix() for p in paths]
              for f, (_, paths) in zip(folders, sides, strict=True)]  # fmt: skip
@@ -305,11 +314,15 @@ class GlobalStore:
 
 
 def _compared(
-    first: Sequence[Path], second: Sequence[Path], candidates: np.ndarray
+    files: Sequence[Sequence[Path]],
+    candidates: np.ndarray,
+    similarities: np.ndarray,
+    presence: Presence | None,
 ) -> dict[tuple[int, int], Comparison]:
     """Returns pairs of files that are copies or show one place, the better of plain and mirrored.
 
-    candidates: (P, 3) integers, indices of both files and whether the first is mirrored.
+    files: of one or two folders. candidates: (P, 3) integers, indices of both files and whether
+    the first is mirrored. similarities: (P,) floats. presence: finds further images of one place.
     """
 
     @functools.lru_cache(KEPT_VIEWS)
@@ -320,9 +333,9 @@ def _compared(
         except PhotographError:
             return None
 
-    def compare(pair: np.ndarray) -> Comparison | None:
-        """Compares a candidate pair (2,)."""
-        one, other = view(first[pair[0]]), view(second[pair[1]])
+    def compare(pair: Sequence[int]) -> Comparison | None:
+        """Compares a candidate, a row of `candidates`."""
+        one, other = view(files[0][pair[0]]), view(files[-1][pair[1]])
         if one is None or other is None:
             return None
         return compare_views(one, other, mirrored=bool(pair[2]))
@@ -331,11 +344,21 @@ def _compared(
     with ThreadPoolExecutor(THREADS) as pool:
         parts = range(0, len(candidates), BLOCK)
         for start in tqdm(parts, desc="comparing", unit="block"):
-            block = candidates[start : start + BLOCK]
-            for pair, comparison in zip(block, pool.map(compare, block), strict=True):
-                if comparison is None or not comparison.is_place:
+            part = slice(start, start + BLOCK)
+            block = candidates[part].tolist()
+            results = zip(block, similarities[part], pool.map(compare, block), strict=True)
+            for (*pair, mirrored), similarity, comparison in results:
+                if comparison is None:
                     continue
-                key = int(pair[0]), int(pair[1])
+                probable = False
+                if presence is not None and not mirrored:
+                    # NOTE Stricter than `vitgal own`: inliers at 400 pixels, none below six.
+                    value = float(presence.probabilities(similarity, comparison.inliers))
+                    comparison = replace(comparison, probability=value)
+                    probable = value >= presence.threshold
+                if not (comparison.is_place or probable):
+                    continue
+                key = tuple(pair)
                 best[key] = max(
                     (best.get(key, comparison), comparison),
                     key=lambda each: (each.is_copy, each.agreement, each.inliers),
@@ -372,6 +395,7 @@ def _pair_table(keys: list[list[str]], compared: dict[tuple[str, str], Compariso
         "shared_second": [c.shared[1] for *_, c in rows],
         "agreement": [c.agreement for *_, c in rows],
         "inliers": [c.inliers for *_, c in rows],
+        "probability": [float(c.is_copy) or c.probability for *_, c in rows],
     })  # fmt: skip
     return table.sort_values(["group", "first", "second"], ignore_index=True)
 
@@ -379,10 +403,10 @@ def _pair_table(keys: list[list[str]], compared: dict[tuple[str, str], Compariso
 def write_audit(result: Audit, folder: Path) -> Path:
     """Writes copies.csv, leave_out.txt and, between two folders, overlap.csv; returns the folder.
 
-    copies.csv has the names of the pairs of copies and the columns of `Audit.pairs`. A name that
-    a spreadsheet would run as a formula, as `=x.jpg`, is written as `./=x.jpg`.
+    copies.csv has the names of the pairs of copies and the columns of `Audit.pairs` that tell of
+    copies. A name that a spreadsheet would run as a formula, as `=x.jpg`, is written as `./=x.jpg`.
     """
-    table = result.copies.drop(columns="copy")
+    table = result.copies.drop(columns=["copy", "probability"])
     for side, column in enumerate(("first", "second")):
         names = pd.Series([result.names[-side][i] for i in table[column]], table.index, object)
         table[column] = no_formulas(names)
@@ -391,5 +415,5 @@ def write_audit(result: Audit, folder: Path) -> Path:
     runs.write_text(folder / "leave_out.txt", "".join(f"{line}\n" for line in lines))
     if len(result.folders) == 2:
         overlap = result.overlap()
-        runs.write_text(folder / "overlap.csv", overlap.to_csv(index=False))
+        runs.write_text(folder / "overlap.csv", overlap.to_csv(index=False, float_format="%.3f"))
     return folder
