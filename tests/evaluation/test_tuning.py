@@ -415,7 +415,7 @@ def test_harm_is_told_where_there_is_any():
     result = tuning.Tuning(grid, ap, (0, 0, 0), (0, 0, 1), before, groups)
     assert result.harm() == (
         "Reranking with the current values lowers mAP from 50.0 to 40.0. "
-        "With the chosen values but top 10 it hurts, by 10.0 at most. "
+        "With the chosen values and a top of 10, reranking lowers mAP by 10.0 at most. "
         "The chosen values lose on 1 of 2 landmarks, by 10.0 points at most."
     )
     assert result.harm() in result.advice()

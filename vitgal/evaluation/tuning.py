@@ -33,7 +33,9 @@ RECORD = {
     "groups": [INT32],
 }
 
-HARMLESS = "With the chosen values reranking hurts at no number of candidates and on no landmark."
+HARMLESS = (
+    "With the chosen values reranking lowers mAP at no number of candidates and on no landmark."
+)
 ROUNDING = 1e-9  # differences of mAP below it are none
 
 Grid = dict[str, list[Any]]  # setting -> its values, in the order of NAMES
@@ -261,10 +263,11 @@ class Tuning:
                 sentences.append(f"Reranking with the {name} values lowers mAP {change}.")
         curve = 100 * self.curve("top")[:, counting].mean(axis=-1)
         if worse := np.flatnonzero(curve < before - ROUNDING).tolist():
-            tops = " ".join(str(self.grid["top"][index]) for index in worse)
+            tops = " or ".join(str(self.grid["top"][index]) for index in worse)
             lost = before - curve[worse].min()
             sentences.append(
-                f"With the chosen values but top {tops} it hurts, by {lost:.1f} at most."
+                f"With the chosen values and a top of {tops}, reranking lowers mAP by {lost:.1f} "
+                "at most."
             )
         change = 100 * (self.ap[self.chosen] - self.before)[counting]
         groups = self.groups[counting]
