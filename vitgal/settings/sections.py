@@ -290,12 +290,12 @@ class RerankingSettings(Section):
     )
     order: str = later(
         "inliers",
-        '"fused": similarity and what the count exceeds chance by, where an implausible homography '
+        '"fused": by similarity and by how far the count exceeds chance; an implausible homography '
         "counts 0",
         choices=ORDERS,
     )
     fused_weight: float = later(
-        2.0, "worth of what exceeds chance, in deviations of similarity: see the glossary", low=0
+        2.0, "worth of the excess over chance, in deviations of similarity: see the glossary", low=0
     )
     fused_cap: int = later(60, "count above which no more is added", low=1)
 
