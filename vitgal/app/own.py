@@ -107,7 +107,8 @@ def _answer_lines(table: pd.DataFrame, most: int = 20) -> list[str]:
 
 
 def _place_lines(names: Sequence[str], places: Sequence[Any], most: int = 20) -> list[str]:
-    lines = [f"{len(places)} places, {sum(len(place.members) for place in places)} photographs"]
+    count = f"{len(places)} {'place' if len(places) == 1 else 'places'}"
+    lines = [f"{count}, {sum(len(place.members) for place in places)} photographs"]
     for number, place in enumerate(places[:most], 1):
         best = runs.printable(names[place.members[0]])
         lines.append(f"{number:>4}  {len(place.members):>5} photographs, best: {best}")
