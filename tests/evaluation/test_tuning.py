@@ -484,14 +484,20 @@ def test_what_tuning_verified_says_whether_a_landmark_is_there(described, order)
     shutil.copytree(described / "val_retrieval", described / "other")
     other = dataclasses.replace(truth, name="other")
     rerank.rerank_shortlist(described, other, settings, machine)
+    folder = described / "other" / "rerank"
+    assert rerank.presence_probabilities(folder, 0) == {}
     known, judged = presence.judge_benchmark(described, truth, other, settings)
     assert judged.loc["val_retrieval"].tolist() == [8, 4, 100, 100, 2, 2, 2]
     assert judged.loc["other"].tolist() == judged.loc["val_retrieval"].tolist()
     assert 0 < known.threshold < 1 and known.precision == known.recall == 1
+    of_query = rerank.presence_probabilities(folder, 1)
+    assert {image for image, shows in of_query.items() if shows >= known.threshold} == {2, 3}
+    assert of_query.keys() == {0, 1, 2, 3}
     none = [np.array([], np.int64)] * 2
     junk = dataclasses.replace(other, easy=none, hard=none, junk=[[0, 1], [2, 3]])
     _, judged = presence.judge_benchmark(described, truth, junk, settings)
     assert judged.loc["other"].tolist() == [4, 0, 0, 0, 2, 0, 0]
+    assert rerank.presence_probabilities(folder, 1).keys() == {0, 1}  # the others are junk
 
 
 def test_tuning_refuses_invalid_grids(described):

@@ -76,6 +76,21 @@ def test_a_pair_has_its_matches_in_pixels_of_the_photographs(run):
     assert counted[pair["image"]] == 30
 
 
+def test_candidates_have_their_probabilities_where_the_run_has_them(run, tmp_path):
+    document, _ = run_document([run])
+    query = document["entries"][0]["queries"][0]
+    assert query["probability"] == [None] * len(query["verified"])
+    judged = shutil.copytree(run, tmp_path / "judged")
+    (folder,) = judged.glob("*/rerank")
+    candidates = np.load(folder / "candidates.npy")
+    runs.write_array(folder / "probabilities.npy", np.where(candidates == 1, 0.98765, -1.0))
+    document, _ = run_document([judged])
+    query = document["entries"][0]["queries"][0]
+    shown = dict(zip(query["verified"], query["probability"], strict=True))
+    known = {document["indices"][image]: shows for image, shows in shown.items()}
+    assert known.pop(1) == 0.9877 and set(known.values()) <= {None}
+
+
 def test_neighbours_are_the_database_images_of_nearest_descriptors(run):
     document, _ = run_document([run])
     entry = document["entries"][0]

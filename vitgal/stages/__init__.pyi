@@ -81,6 +81,7 @@ from .rerank import (
     hard_candidates as hard_candidates,
     inlier_counts as inlier_counts,
     pair_features as pair_features,
+    presence_probabilities as presence_probabilities,
     rerank_shortlist as rerank_shortlist,
 )
 from .split import make_split as make_split

@@ -23,7 +23,12 @@ from vitgal.retrieval.presence import Presence, PresenceError, fit_presence
 from vitgal.settings import RerankingSettings
 from vitgal.stages import own
 from vitgal.stages.own import Describer, Photographs
-from vitgal.stages.rerank import CandidateLists, candidate_similarities, read_lists
+from vitgal.stages.rerank import (
+    PROBABILITIES,
+    CandidateLists,
+    candidate_similarities,
+    read_lists,
+)
 from vitgal.stages.tuning import tuned_pairs
 
 SHIPPED = "presence.json"
@@ -91,7 +96,7 @@ def judge_benchmark(
     """Fits a model to val_retrieval and says what it finds among a reranked benchmark's candidates.
 
     The pairs of the fit are those that tuning verified at its current settings. Images that a
-    ground truth calls junk are left out.
+    ground truth calls junk are left out. The probabilities are kept beside the benchmark's counts.
 
     validation, truth: the ground truths of val_retrieval and of the benchmark. settings: those of
     the stages `val_retrieval/tuning` and `<benchmark>/rerank`, which are finished. Returns the
@@ -104,14 +109,18 @@ def judge_benchmark(
     lists, similarities, evidence = tuned_pairs(run, validation)
     same, used = _answers(lists)
     presence = fit_presence(similarities[used], evidence[used], same[used])
-    rows = {validation.name: _judged(presence, similarities, evidence, same, used)}
+    probabilities = _probabilities(presence, similarities, evidence, used)
+    rows = {validation.name: _judged(presence, probabilities, same, used)}
     folder = Path(run) / truth.name
     runs.read_stage(folder / "rerank", "notebook 06_rerank")
     lists = read_lists(folder, truth, settings.top)
     counted = "evidence" if (folder / "rerank" / "evidence.npy").exists() else "inliers"
     evidence = map_array(folder / "rerank" / f"{counted}.npy")
     similarities = candidate_similarities(folder / "global", lists)
-    rows[truth.name] = _judged(presence, similarities, evidence, *_answers(lists))
+    same, used = _answers(lists)
+    probabilities = _probabilities(presence, similarities, evidence, used)
+    runs.write_array(folder / "rerank" / PROBABILITIES, probabilities)
+    rows[truth.name] = _judged(presence, probabilities, same, used)
     return presence, pd.DataFrame.from_dict(rows, orient="index")
 
 
@@ -126,16 +135,19 @@ def _answers(lists: CandidateLists) -> tuple[np.ndarray, np.ndarray]:
     return same, used
 
 
+def _probabilities(
+    presence: Presence, similarities: np.ndarray, evidence: np.ndarray, used: np.ndarray
+) -> np.ndarray:
+    """Returns (Q, C) float64, -1 for junk and padding; all arrays are (Q, C)."""
+    probabilities = np.full(used.shape, -1.0)
+    probabilities[used] = presence.probabilities(similarities[used], evidence[used])
+    return probabilities
+
+
 def _judged(
-    presence: Presence,
-    similarities: np.ndarray,
-    evidence: np.ndarray,
-    same: np.ndarray,
-    used: np.ndarray,
+    presence: Presence, probabilities: np.ndarray, same: np.ndarray, used: np.ndarray
 ) -> dict[str, float]:
     """A row of `judge_benchmark`; all arrays are (Q, C)."""
-    probabilities = np.full(same.shape, -1.0)
-    probabilities[used] = presence.probabilities(similarities[used], evidence[used])
     found, same = probabilities >= presence.threshold, same & used
     best = probabilities.argmax(axis=1)[:, None]
     right = np.take_along_axis(same & found, best, axis=1)

@@ -31,6 +31,7 @@ GLOBAL_NOTEBOOK = "04_global_evaluation"
 LOCAL_NOTEBOOK = "05_local_extraction"
 GLOBAL_FILES = ("names.json", "ranks.npy", "positions.npz", "shortlist.txt")
 COUNTED = ("inliers", "features", "evidence")  # files of the counts, if pairs are weighed
+PROBABILITIES = "probabilities.npy"  # that candidates show the landmark, of `judge_benchmark`
 JOURNAL = "partial"  # folder of the counts of finished queries, until all are finished
 
 # (name of a query, names of its C candidates) -> counts (..., C) int32
@@ -344,6 +345,19 @@ def inlier_counts(folder: Path, query: int) -> dict[int, int]:
     counts = map_array(folder / "inliers.npy")[query]
     verified = candidates >= 0
     return dict(zip(candidates[verified].tolist(), counts[verified].tolist(), strict=True))
+
+
+def presence_probabilities(folder: Path, query: int) -> dict[int, float]:
+    """Reads how probably a query's candidates show its landmark: database index -> probability.
+
+    folder: `<run>/<dataset>/rerank`. query: its index. Empty before `judge_benchmark` is called.
+    """
+    if not (folder / PROBABILITIES).exists():
+        return {}
+    candidates = map_array(folder / "candidates.npy")[query]
+    probabilities = map_array(folder / PROBABILITIES)[query]
+    known = probabilities >= 0
+    return dict(zip(candidates[known].tolist(), probabilities[known].tolist(), strict=True))
 
 
 def hard_candidates(folder: Path, ground_truth: GroundTruth, query: int) -> list[int]:

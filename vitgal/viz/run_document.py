@@ -226,6 +226,7 @@ class _Entry:
         counts = rerank.inlier_counts(self.folder / "rerank", query) if self.reranked else {}
         drawn = {image for column in (order, *afters.values()) for image in column.tolist()}
         counts = {image: count for image, count in counts.items() if image in drawn}
+        shows = rerank.presence_probabilities(self.folder / "rerank", query) if counts else {}
         return {
             "image": self.images.number(dataset.query_paths[query], truth.queries[query]),
             "box": truth.boxes[query].tolist() if self._cropped else None,
@@ -237,6 +238,7 @@ class _Entry:
             "after": {name: self._numbers(column) for name, column in afters.items()},
             "verified": [self._image(image) for image in counts],
             "inliers": list(counts.values()),
+            "probability": [round(shows[n], 4) if n in shows else None for n in counts],
             "worst": self._worst(query),
             "pairs": self._pairs(query, self._chosen(query, pairs)),
         }

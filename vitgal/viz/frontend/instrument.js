@@ -1972,7 +1972,7 @@ function pair(state) {
       : `rank ${item.rank} ${entry.searched ? "of the results" : state.after && entry.reranked ? "after reranking" : "of the global ranking"}`
     : "not in the shown ranking";
   const similarity = entry.similarity(query, image);
-  const shows = entry.own && whole(entry.probability(query, image));
+  const shows = whole(entry.probability(query, image));
   const known = [place];
   if (shows) known.push(`shows it with ${shows}`);
   if (!entry.own) known.push(label);
