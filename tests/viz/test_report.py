@@ -278,6 +278,15 @@ class Page:
         return controls.evaluate_all(missed, reached)
 
 
+def drag_over(page, selector: str, margin: float) -> None:
+    """Draws a rectangle with the mouse over an element, from corner to corner."""
+    box = page.locator(selector).bounding_box()
+    page.mouse.move(box["x"] + margin, box["y"] + margin)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - margin, box["y"] + box["height"] - margin)
+    page.mouse.up()
+
+
 def parameters(page) -> str:
     """What the page gives to reproduce what is shown."""
     page.get_by_role("button", name="copy as parameters").click()
@@ -296,11 +305,7 @@ def test_the_page_in_a_browser(run, own, browser, tmp_path):
     assert view.contrast_and_names() == [] and view.missed_by_tab() == []
 
     # A drag over the plot selects queries; both have AP 1 after reranking.
-    chart = page.locator("svg.chart").bounding_box()
-    page.mouse.move(chart["x"] + 5, chart["y"] + 5)
-    page.mouse.down()
-    page.mouse.move(chart["x"] + chart["width"] - 5, chart["y"] + chart["height"] - 5)
-    page.mouse.up()
+    drag_over(page, "svg.chart", 5)
     assert "2 of 2 queries" in view.text("main")
     page.keyboard.press("Escape")
     first, second = (row.bounding_box() for row in page.locator("table.queries tbody tr").all())
@@ -317,11 +322,7 @@ def test_the_page_in_a_browser(run, own, browser, tmp_path):
     assert "2 of 2 queries" in view.text("main")
     page.keyboard.press("ArrowUp")  # back to the first
     page.keyboard.press("Escape")
-    chart = page.locator("canvas.chart").bounding_box()  # of the map
-    page.mouse.move(chart["x"] + 1, chart["y"] + 1)
-    page.mouse.down()
-    page.mouse.move(chart["x"] + chart["width"] - 1, chart["y"] + chart["height"] - 1)
-    page.mouse.up()
+    drag_over(page, "canvas.chart", 1)  # the map
     assert "2 of 2 queries, 6 images of the map" in view.text("main")
     page.keyboard.press("Escape")
     assert parameters(page) == "vitgal report run"

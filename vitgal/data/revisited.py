@@ -420,7 +420,7 @@ class _Images:
 def _stamp_of_many(names: list[str], paths: list[Path | str]) -> list[str]:
     """Returns the stamp of very many images; nothing for fewer, or where one is missing."""
     if len(paths) >= runs.MANY:
-        with contextlib.suppress(FileNotFoundError, ValueError):
+        with contextlib.suppress(FileNotFoundError):
             return [runs.images_stamp(names, paths)]
     return []
 
