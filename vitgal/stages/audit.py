@@ -129,10 +129,10 @@ def find_copies(
 
     describer: descriptors are made by its settings of global ones. store: keeps the descriptors.
     neighbours: most similar images that an image is compared with, as it is and mirrored; between
-    two folders those of the smaller one's images. settings: between two folders images also show
-    one place from the threshold on of the model of presence that is known for these settings and
-    the describer, if one is. An image that cannot be read is named and left out. Raises
-    PhotographError where a folder has no photograph or the two are or hold each other.
+    two folders those of the smaller one's images. settings: if a model of presence is known for
+    them and the describer, images of two folders also show one place from its threshold on. An
+    image that cannot be read is named and left out. Raises PhotographError where a folder has no
+    photograph or the two are or hold each other.
     """
     if neighbours < 1:
         raise PhotographError(f"--neighbours is {neighbours}; it must be at least 1")
@@ -159,8 +159,7 @@ def find_copies(
     if query == 1:
         candidates = candidates[:, [1, 0, 2]]
     files = [[images[key] for key in part] for images, part in zip(unique, keys, strict=True)]
-    within = settings is None or other is None
-    presence = None if within else known_presence(describer, settings)
+    presence = known_presence(describer, settings) if settings and other else None
     compared = {
         (keys[0][a], keys[-1][b]): comparison
         for (a, b), comparison in _compared(files, candidates, similarities, presence).items()
