@@ -32,8 +32,7 @@ def own_document(
     of the rankings. The entry has `kind` "own" and in addition `threshold`, the least probability
     that counts as found, or None; `left_out`, [name, reason] of each query and photograph that
     could not be used; `places`, or None: for each `images`, the best first, and `links` and
-    `probability` as in places.csv. A query has in addition `probability` of
-    each of its `verified` images, None where it is unknown, and `verdict`, a sentence.
+    `probability` as in places.csv. A query has in addition `verdict`, a sentence.
 
     Returns:
         The document of the first MOST_QUERIES queries, and the images whose numbers it uses.

@@ -91,6 +91,9 @@ def run_document(
 ) -> tuple[dict[str, Any], Images]:
     """Describes the results of runs as plain values, one entry per run and data set.
 
+    A query has the `inliers` of each of its `verified` images and the `probability` that the image
+    shows its landmark, None where it is unknown.
+
     ranks: images of each ranking, at most. pairs: matched images per query: the first after
     reranking, and the positive ranked last. Returns the document, and the images whose numbers it
     uses. Raises StageError where a run holds no finished global stage, FileNotFoundError where a
