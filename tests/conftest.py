@@ -12,6 +12,8 @@ import pytest
 from xdist.remote import Producer
 from xdist.scheduler import LoadFileScheduling
 
+from vitgal.runs import environment
+
 TOP = Path(__file__).resolve().parent.parent
 
 # The same examples in every run; no time limit an example, for a machine that is shared.
@@ -73,6 +75,13 @@ def _runs_elsewhere(
     has_folder = "tmp_path" in request.fixturenames  # to make one for every test takes seconds
     folder = request.getfixturevalue("tmp_path") if has_folder else tmp_path_factory.getbasetemp()
     monkeypatch.setenv("VITGAL_RUNS", str(folder / "runs"))
+
+
+@pytest.fixture
+def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unsets the variables that a manifest records; some machines set one for every program."""
+    for name in environment.NUMERIC:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")

@@ -172,6 +172,7 @@ def test_an_output_outside_the_folder_is_refused(name, tmp_path):
         work(tmp_path / "s")
 
 
+@pytest.mark.usefixtures("plain_environment")
 def test_a_manifest_cannot_write_to_the_terminal(tmp_path):
     work(tmp_path / "s")
     manifest = runs.read_json(tmp_path / "s" / "stage.json")

@@ -235,6 +235,7 @@ def test_a_finished_stage_is_reused(tmp_path):
     assert sorted(os.listdir(tmp_path / "s")) == [".lock", "out.txt", "stage.json"]
 
 
+@pytest.mark.usefixtures("plain_environment")
 def test_the_manifest_holds_settings_and_outputs(tmp_path):
     work(tmp_path / "s", size=np.int64(3), scales=(1.0, 0.5))
     recorded = runs.read_stage(tmp_path / "s", "04")
@@ -275,6 +276,7 @@ def test_other_settings_are_refused_and_named(tmp_path, prepare):
     assert (tmp_path / "out.txt").exists()
 
 
+@pytest.mark.usefixtures("plain_environment")
 def test_a_stage_without_outputs_accepts_other_settings(tmp_path):
     # Weights of another architecture, for example, are noticed once the stage has begun.
     with pytest.raises(ZeroDivisionError):
@@ -517,6 +519,7 @@ def test_commit_is_a_hash_or_none():
     assert commit is None or len(commit.rstrip("+")) == 40
 
 
+@pytest.mark.usefixtures("plain_environment")
 def test_the_manifest_is_plain_json(tmp_path):
     work(tmp_path, rate=np.float64("nan"))
     assert json.loads((tmp_path / "stage.json").read_text())["parameters"] == {"rate": None}

@@ -72,6 +72,7 @@ def test_half_a_launch_is_refused(given, said, images, run, monkeypatch):
     assert not (run / "retrieval").exists()
 
 
+@pytest.mark.usefixtures("plain_environment")
 def test_library_variables_are_parameters(images, run, monkeypatch):
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
     folder = fit(run, images, ONE)
