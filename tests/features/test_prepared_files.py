@@ -15,7 +15,7 @@ from tests.features.examples import ITEMS, NAMES, ROWS, assert_same, save_hloc, 
 from vitgal import runs
 from vitgal.features import store
 from vitgal.features.descriptors import DescriptorError, read_descriptors
-from vitgal.features.files import FileError, leading_rows, map_array, read_arrays
+from vitgal.features.files import FileError, map_array, read_arrays
 from vitgal.features.store.feature_store import INDEX_ARRAYS
 from vitgal.features.store.shard import ARRAYS
 
@@ -46,7 +46,6 @@ def test_only_complete_numeric_arrays_are_read(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(FileError, match="x.npy is not a whole"):
         map_array(path)
-    assert leading_rows(path).dtype.kind in "biuf"
     with zipfile.ZipFile(tmp_path / "x.npz", "w") as archive:
         archive.writestr("x.npy", content)
     with pytest.raises(FileError, match="x.npz is not a whole"):
@@ -67,7 +66,7 @@ def test_an_archive_of_arrays_is_not_unpacked(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["O", "|O", "V4", "float64", "bfloat16", ["float16"], {}, 1])
 def test_a_json_header_cannot_change_the_type(indexed, dtype):
-    """The index counts as none; a shard is damaged, and nothing of it is kept."""
+    """The index counts as none; a shard is damaged."""
     for path in (indexed / "index" / "index.json", indexed / "shard-01" / "items.json"):
         header = runs.read_json(path)
         runs.write_json(path, header | {"dtype": dtype})
@@ -76,7 +75,6 @@ def test_a_json_header_cannot_change_the_type(indexed, dtype):
             assert_same(opened["c"], ITEMS["c"], 5e-4)
     with pytest.raises(store.StoreError, match="shard-01 is damaged"):
         store.FeatureStore.open(indexed)
-    assert store.salvage(indexed / "shard-01", store.ShardFormat(code_dim=10)) == {}
 
 
 @pytest.mark.parametrize("entry", ["code_dim", "folders", "format", "failures"])
@@ -165,7 +163,6 @@ def test_arrays_of_objects_in_every_file_of_a_shard(folder):
         np.save(path, np.array([{}], object), allow_pickle=True)
         with pytest.raises(store.StoreError):
             store.FeatureStore.open(folder)
-        assert store.salvage(path.parent, store.ShardFormat(code_dim=10)) == {}
         path.write_bytes(content)
 
 
@@ -372,7 +369,6 @@ def test_a_pipe_in_place_of_a_file_does_not_block(folder, name):
     os.mkfifo(folder / "shard-01" / name)
     with pytest.raises(store.StoreError, match=f"shard-01 is damaged.*{name}"):
         store.FeatureStore.open(folder)
-    assert not store.salvage(folder / "shard-01", store.ShardFormat("int8", 10))
     os.mkfifo(folder / "x.npz")
     with pytest.raises(FileError, match="x.npz is not a whole"):
         read_arrays(folder / "x.npz", ["x"])

@@ -64,8 +64,8 @@ def _store(folder: Path) -> None:
 
 
 def _read_store(folder: Path) -> None:
-    for number in ("00", "01"):
-        store.salvage(folder / f"shard-{number}", store.ShardFormat(code_dim=10))
+    for number, names in (("00", "ab"), ("01", "cd")):
+        store.whole_shard(folder / f"shard-{number}", names, store.ShardFormat(code_dim=10))
     opened = store.FeatureStore.open(folder)
     for key in (*opened, *ITEMS):
         if key in opened:

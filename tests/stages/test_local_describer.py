@@ -120,7 +120,7 @@ def test_out_of_memory_halves_the_batch(model, finished, capsys):
     ]
     describer = LocalDescriber(Cramped(model, 2), LOCAL, machine, "fp32")
     with describer.stream([task] * 4, HIDDEN) as images:
-        items, _ = describer.local_items(images, list("abcd"), {})
+        items, _ = describer.local_items(images, list("abcd"))
     assert [key for key, _ in items] == list("abcd")
     assert all(len(features) > 0 for _, features in items)
 
@@ -143,7 +143,7 @@ def test_selection_in_threads_gives_the_same(model, finished):
         results = []
         for describer in (alone, replace(alone, selectors=selectors, graphs=None)):
             with describer.stream(images, HIDDEN) as loaded:
-                results.append(describer.local_items(loaded, keys, {}))
+                results.append(describer.local_items(loaded, keys))
     for (key, first), (other, second) in zip(results[0][0], results[1][0], strict=True):
         assert key == other and len(first) > 0
         for name in ("keypoints", "descriptors", "scores", "scales"):

@@ -108,24 +108,6 @@ def divides(offsets: np.ndarray, size: int) -> bool:
     return bool(rising and offsets[0] == 0 and offsets[-1] == size)
 
 
-def leading_rows(path: Path) -> np.ndarray:
-    """Reads the whole rows at the beginning of a `.npy` that may be cut short.
-
-    Returns (n, ...) of the file's type; (0,) float64 where the header cannot be read.
-    """
-    try:
-        with open(path, "rb", opener=_without_waiting) as handle:
-            dtype, shape, order = _read_header(handle)
-            data = handle.read()
-        row = math.prod(shape[1:]) * dtype.itemsize
-        rows = min(len(data) // row, shape[0])
-        if order != "C":
-            return np.empty(0)
-        return np.frombuffer(data[: rows * row], dtype).reshape(rows, *shape[1:])
-    except Exception:  # as in `map_array`
-        return np.empty(0)
-
-
 def read_json(path: Path, schema: Any) -> Any:
     """Reads JSON that conforms to a schema, see `runs.conforms`; FileError for another one."""
     try:

@@ -218,6 +218,8 @@ def write_shards(
         if written := shard.written():
             failures += written.failures
         else:
+            if shard.folder.exists():
+                print(f"{runs.printable(shard.folder)} is damaged: it is made again")
             missing.append(shard)
     count, total, left = (
         sum(len(shard.images) for shard in part) for part in (shards, own, missing)

@@ -189,14 +189,6 @@ class ShardTask:
         """Opens the shard if it is complete on disk and every checksum is right, else None."""
         return store.whole_shard(self.folder, self.keys, self.format)
 
-    def salvage(self) -> dict[str, store.EncodedFeatures]:
-        """Reads the undamaged images of a damaged shard and prints how many there are."""
-        kept = store.salvage(self.folder, self.format)
-        if self.folder.exists():
-            folder = runs.printable(self.folder)
-            print(f"{folder} is damaged: {len(kept)} of {len(self.images)} images are kept")
-        return kept
-
     def refuse_failed_query(self, failures: Sequence[Failure]) -> None:
         """Raises StageError if one of the failed images is a query."""
         queries = {image.key for image in self.images if image.is_query}

@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -112,9 +112,8 @@ class LocalDescriber:
         writing: deque[Future[list[Failure]]] = deque()
         with ThreadPoolExecutor(1) as writer, self.stream(tasks, bar) as images:
             for shard in shards:
-                kept = shard.salvage()
                 block = itertools.islice(images, len(shard.images))
-                items, failures = self.local_items(block, shard.keys, kept)
+                items, failures = self.local_items(block, shard.keys)
                 shard.refuse_failed_query(failures)
                 if writing:
                     yield writing.popleft().result()
@@ -166,16 +165,14 @@ class LocalDescriber:
         return rows, failures
 
     def local_items(
-        self, images: LoadedImages, keys: Sequence[str], kept: Mapping[str, store.EncodedFeatures]
-    ) -> tuple[list[tuple[str, LocalFeatures | store.EncodedFeatures]], list[Failure]]:
+        self, images: LoadedImages, keys: Sequence[str]
+    ) -> tuple[list[tuple[str, LocalFeatures]], list[Failure]]:
         """Computes the local features of images in the order of `keys`, within `running`.
 
-        kept: features that are stored already, by key. Their images still take part in batches, so
-        that the other features are the same as in the first run. Returns (key, features) in order,
-        without the images that failed, and the failures.
+        Returns (key, features) in order, without the images that failed, and the failures.
         """
         failures: list[Failure] = []
-        features: dict[int, LocalFeatures | store.EncodedFeatures] = {}
+        features: dict[int, LocalFeatures] = {}
         running: deque[tuple[Sequence[int], list]] = deque()
 
         def settle() -> None:
@@ -190,13 +187,10 @@ class LocalDescriber:
         )
         for labels, batch in inference.batches(inputs, self.batch_size):
             positions, frames = zip(*labels, strict=True)
-            items = [kept.get(keys[position]) for position in positions]
-            if not all(items):
-                computed = self.memory.run(
-                    lambda part, batch=batch, frames=frames: self._local(batch[part], frames[part]),
-                    len(batch),
-                )
-                items = [old or new for old, new in zip(items, computed, strict=True)]
+            items = self.memory.run(
+                lambda part, batch=batch, frames=frames: self._local(batch[part], frames[part]),
+                len(batch),
+            )
             running.append((positions, items))
             if len(running) > BATCHES_AHEAD:
                 settle()

@@ -181,7 +181,6 @@ class _ShardState:
 
     shard: ShardTask
     images: list | None  # loaded, later the items to write; None: the shard is on disk already
-    kept: dict[str, store.EncodedFeatures] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
 
 
@@ -191,15 +190,13 @@ def _read_shard(
     # A machine that died may have written it without a report.
     if written := shard.written():
         return _ShardState(shard, None, failures=written.failures)
-    return _ShardState(
-        shard, _read_images(shard.images, settings, machine, multiple), shard.salvage()
-    )
+    return _ShardState(shard, _read_images(shard.images, settings, machine, multiple))
 
 
 def _describe_shard(describer: LocalDescriber, state: _ShardState) -> _ShardState:
     if state.images is None:
         return state
-    items, failures = describer.local_items(state.images, state.shard.keys, state.kept)
+    items, failures = describer.local_items(state.images, state.shard.keys)
     state.shard.refuse_failed_query(failures)
     return _ShardState(state.shard, items, failures=failures)
 

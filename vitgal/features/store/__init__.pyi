@@ -11,13 +11,11 @@ from .rows import RowFile as RowFile
 from .shard import (
     FAILURES as FAILURES,
     PARTIAL as PARTIAL,
-    EncodedFeatures as EncodedFeatures,
     Shard as Shard,
     ShardFormat as ShardFormat,
     clear_partial as clear_partial,
     drop_index as drop_index,
     partition as partition,
-    salvage as salvage,
     shard_folder as shard_folder,
     shard_folders as shard_folders,
     whole_shard as whole_shard,

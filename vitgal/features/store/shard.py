@@ -1,13 +1,11 @@
 """Shards: a part of a store's images in a few flat arrays, written whole or not at all."""
 
-import contextlib
 import functools
 import itertools
-import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vitgal import runs
-from vitgal.features.files import INT32, divides, leading_rows, map_array, read_json
+from vitgal.features.files import INT32, divides, map_array, read_json
 from vitgal.features.local import LocalFeatures
 from vitgal.features.store import codec
 from vitgal.features.store.codec import FEATURE_ARRAYS, FORMAT, REMEDY, StoreError
@@ -118,33 +116,6 @@ class ShardFormat:
         }
 
 
-@dataclass(frozen=True, eq=False)
-class EncodedFeatures:
-    """One image's features as a shard stores them.
-
-    item: its entry in `items.json`, see `item_entry`. arrays: as `encode_features` returns them.
-    checksum: CRC-32 of both when they were written.
-    """
-
-    item: dict
-    arrays: dict[str, np.ndarray]
-    checksum: int
-
-    @classmethod
-    def of(cls, key: str, features: LocalFeatures, dtype: str) -> "EncodedFeatures":
-        """Encodes features; ValueError names the image whose numbers are not finite."""
-        item = item_entry(key, features)
-        try:
-            arrays = codec.encode_features(features, dtype)
-        except ValueError as error:
-            raise ValueError(f"the features of {key!r}: {error}") from error
-        return cls(item, arrays, _checksum(item, arrays))
-
-    def is_whole(self) -> bool:
-        """Returns whether item and arrays still have their checksum."""
-        return _checksum(self.item, self.arrays) == self.checksum
-
-
 def item_entry(key: str, features: LocalFeatures) -> dict[str, Any]:
     """Returns an image's entry in `items.json`: its key as "name", and its sizes as lists."""
     return {"name": key} | {name: [int(n) for n in getattr(features, name)] for name in SIZES}
@@ -159,7 +130,7 @@ def _checksum(item: Mapping, arrays: Mapping[str, np.ndarray]) -> int:
 
 def write_shard(
     folder: Path,
-    items: Iterable[tuple[str, LocalFeatures | EncodedFeatures]],
+    items: Iterable[tuple[str, LocalFeatures]],
     shard_format: ShardFormat = ShardFormat(),
     *,
     failures: Iterable[Mapping[str, str]] = (),
@@ -168,44 +139,39 @@ def write_shard(
 
     Args:
         folder: the shard's own (`shard-NN` in the store's); an existing one is replaced.
-        items: (key, features), encoded as they come; `EncodedFeatures` of this format are written
-            as they are.
+        items: (key, features), encoded as they come.
         shard_format: its `code_dim` is needed only where `items` may be empty.
         failures: images that could not be read, see FAILURES; read after the items, so that their
             generator may fill it.
 
     Raises ValueError for a repeated key, other dimensions, or numbers that are not finite.
     """
-    folder, encoded = Path(folder), []
+    folder, entries, encoded = Path(folder), [], []
     for key, features in items:
-        if isinstance(features, LocalFeatures):
-            if shard_format.code_dim is None:
-                shard_format = replace(shard_format, code_dim=features.code_dim)
-            if features.code_dim != shard_format.code_dim:
-                widths = f"{features.code_dim}, not {shard_format.code_dim}"
-                raise ValueError(f"{key!r} has descriptors of width {widths}")
-            features = EncodedFeatures.of(key, features, shard_format.dtype)
-        encoded.append(features)
-    entries = [image.item for image in encoded]
+        if shard_format.code_dim is None:
+            shard_format = replace(shard_format, code_dim=features.code_dim)
+        if features.code_dim != shard_format.code_dim:
+            widths = f"{features.code_dim}, not {shard_format.code_dim}"
+            raise ValueError(f"{key!r} has descriptors of width {widths}")
+        try:
+            encoded.append(codec.encode_features(features, shard_format.dtype))
+        except ValueError as error:
+            raise ValueError(f"the features of {key!r}: {error}") from error
+        entries.append(item_entry(key, features))
     if len({item["name"] for item in entries}) < len(entries):
         raise ValueError(f"{folder}: two items have the same key")
-    arrays = _joined(encoded, shard_format)
-    _write_files(folder, arrays, shard_format.header() | {"items": entries}, list(failures))
-    return folder
-
-
-def _joined(encoded: Sequence[EncodedFeatures], shard_format: ShardFormat) -> dict[str, np.ndarray]:
     layout = shard_format.layout(0, 0)  # gives an empty shard its types
     arrays = {
         name: np.concatenate(
-            [np.empty(layout[name][1], layout[name][0])] + [image.arrays[name] for image in encoded]
+            [np.empty(layout[name][1], layout[name][0]), *(image[name] for image in encoded)]
         )
         for name in FEATURE_ARRAYS
     }
-    counts = [len(image.arrays["scores"]) for image in encoded]
+    counts = (len(image["scores"]) for image in encoded)
     arrays["offsets"] = np.cumsum([0, *counts], dtype=np.int64)
-    arrays["checksums"] = np.array([image.checksum for image in encoded], np.uint32)
-    return arrays
+    arrays["checksums"] = np.array(list(map(_checksum, entries, encoded)), np.uint32)
+    _write_files(folder, arrays, shard_format.header() | {"items": entries}, list(failures))
+    return folder
 
 
 def _write_files(folder: Path, arrays: Mapping, header: Mapping, failures: list) -> None:
@@ -274,20 +240,15 @@ class Shard:
 
     def damaged(self) -> list[str]:
         """Returns keys of images whose bytes do not match their checksum; reads everything."""
-        images = _split_images(self.header["items"], self.arrays)
-        return [image.item["name"] for image in images if not image.is_whole()]
-
-
-def _split_images(
-    items: Sequence[dict], arrays: Mapping[str, np.ndarray]
-) -> Iterator[EncodedFeatures]:
-    """Yields each image of a shard whose rows are all there; the arrays may be cut short."""
-    rows = min(len(arrays[name]) for name in FEATURE_ARRAYS)
-    offsets, checksums = arrays["offsets"], arrays["checksums"]
-    for item, start, stop, checksum in zip(items, offsets, offsets[1:], checksums, strict=False):
-        if 0 <= start <= stop <= rows:
-            part = {name: arrays[name][start:stop] for name in FEATURE_ARRAYS}
-            yield EncodedFeatures(item, part, int(checksum))
+        names = []
+        ranges = itertools.pairwise(self.arrays["offsets"])
+        for item, rows, checksum in zip(
+            self.header["items"], ranges, self.arrays["checksums"], strict=True
+        ):
+            arrays = {name: self.arrays[name][slice(*rows)] for name in FEATURE_ARRAYS}
+            if _checksum(item, arrays) != checksum:
+                names.append(item["name"])
+        return names
 
 
 def whole_shard(folder: Path, names: Sequence[str], shard_format: ShardFormat) -> Shard | None:
@@ -299,39 +260,3 @@ def whole_shard(folder: Path, names: Sequence[str], shard_format: ShardFormat) -
         return None
     same = shard.format.header() == shard_format.header() and sorted(listed) == sorted(names)
     return shard if same and not shard.damaged() else None
-
-
-def salvage(folder: Path, shard_format: ShardFormat) -> dict[str, EncodedFeatures]:
-    """Returns a damaged shard's intact images by key: those that match their checksums.
-
-    Any of its files may be cut short, changed or missing. A shard of another format holds nothing.
-    """
-    folder = Path(folder)
-    header, items = _leading_items(folder / "items.json")
-    arrays = {name: leading_rows(folder / f"{name}.npy") for name in ARRAYS}
-    if header != shard_format.header() or any(
-        (arrays[name].dtype, arrays[name].shape[1:]) != (dtype, shape[1:])
-        for name, (dtype, shape) in shard_format.layout(0, 0).items()
-    ):
-        return {}
-    images = _split_images(items, arrays)
-    return {image.item["name"]: image for image in images if image.is_whole()}
-
-
-def _leading_items(path: Path) -> tuple[dict, list[dict]]:
-    """The header and the whole items at the beginning of an items.json, which may be cut short."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    head, _, rest = text.partition('"items": [')
-    items: list[dict] = []
-    try:
-        header = json.loads(head.rstrip().rstrip(",") + "}")
-    except (ValueError, RecursionError):
-        return {}, items
-    with contextlib.suppress(ValueError, RecursionError):  # where the file ends, or was changed
-        while (rest := rest.lstrip(", \n")).startswith("{"):
-            item, end = json.JSONDecoder().raw_decode(rest)
-            if not runs.conforms(item, HEADER["items"][0]):
-                break
-            items.append(item)
-            rest = rest[end:]
-    return header, items
