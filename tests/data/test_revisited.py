@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from tests.limited_memory import run_limited
+from vitgal import runs
 from vitgal.data import revisited
 from vitgal.data.revisited import (
     GroundTruth,
@@ -487,7 +488,7 @@ def test_many_images_are_looked_up_once_for_opening_and_the_first_stage(tmp_path
     folder, more = make_folder(tmp_path / "set"), make_distractors(tmp_path / "more")
     few = open_dataset("small", folder, distractors=more)
     assert not few.stamps and not few.verify
-    monkeypatch.setattr(revisited, "MANY", 5)
+    monkeypatch.setattr(runs, "MANY", 5)
     many = open_dataset("small", folder, distractors=more, verify=True)
     assert many.as_input.verify and many.stamps
     assert many.as_input.stamp() == few.as_input.stamp()

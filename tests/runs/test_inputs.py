@@ -1,10 +1,7 @@
 """Inputs of a stage: what is read, and when, to find out whether a finished stage still holds."""
 
 import builtins
-import itertools
 import os
-import re
-import threading
 from pathlib import Path
 
 import pytest
@@ -207,63 +204,3 @@ def test_no_images(tmp_path):
     nothing = {"images": runs.images_input([], [])}
     assert not work(tmp_path / "s", nothing)
     assert work(tmp_path / "s", nothing)
-
-
-@pytest.fixture
-def various(tmp_path, monkeypatch) -> list[str]:
-    """70 files in three folders, one with a name that is no UTF-8, and a relative one."""
-    monkeypatch.chdir(tmp_path)
-    paths = [tmp_path / "abc"[k % 3] / f"{k} é.jpg" for k in range(68)]
-    paths += [tmp_path / "a" / os.fsdecode(b"caf\xe9.jpg"), Path("b/relative.jpg")]
-    for size, path in enumerate(paths):
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(b"x" * size)
-    return [os.fspath(path) for path in paths]
-
-
-def expected(paths: list[str]) -> list[int]:
-    found = map(os.stat, paths)
-    return [n for s in found for n in (s.st_size, s.st_mtime_ns, s.st_ctime_ns)]
-
-
-def test_sizes_and_times_of_files(various):
-    assert runs.file_facts(various).tolist() == expected(various)
-    assert runs.file_facts([]).tolist() == []
-
-
-def test_a_slow_disk_is_asked_by_threads(various, monkeypatch):
-    ticks = itertools.count()
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
-    threads, real = set(), os.stat
-
-    def seen(path):
-        threads.add(threading.current_thread())
-        return real(path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "stat", seen)
-        found = runs.file_facts(various)
-    assert found.tolist() == expected(various)
-    assert threads - {threading.current_thread()}
-
-
-@pytest.mark.parametrize("threads", [False, True])
-def test_the_first_that_is_no_file_is_named(threads, various, tmp_path, monkeypatch):
-    if threads:
-        ticks = itertools.count()
-        monkeypatch.setattr("time.perf_counter", lambda: float(next(ticks)))
-    for gone in ("gone", "."):
-        with pytest.raises(FileNotFoundError, match=re.escape(f"'{gone}'")):
-            runs.images_input([""] * 72, [*various, gone, "another"]).stamp()
-
-
-def test_many_names_are_refused_as_one_is(tmp_path):
-    good = ["a.jpg", "b/c.jpg", "d..e.jpg", ".hidden/x"]
-    runs.refuse_outside(tmp_path, good)
-    runs.refuse_outside(tmp_path, [])
-    for wrong in ("", ".", "..", "/etc/passwd", "a/../../b", "nul\0byte", "caf\udce9"):
-        with pytest.raises(runs.PathError) as single:
-            runs.inside(tmp_path, wrong)
-        with pytest.raises(runs.PathError) as listed:
-            runs.refuse_outside(tmp_path, [*good, wrong])
-        assert str(listed.value) == str(single.value)

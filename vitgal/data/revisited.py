@@ -12,6 +12,7 @@ import pickle
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ import numpy as np
 
 from vitgal import runs
 
-MANY = 20_000  # images; more are stamped at once, instead of looked for and then stamped
 PROTOCOLS = ("easy", "medium", "hard")
 LABELS = ("easy", "hard", "junk")
 POSITIVES = {"easy": ("easy",), "medium": ("easy", "hard"), "hard": ("hard",)}
@@ -316,7 +316,10 @@ def _is_list(value: Any, kind: type | tuple[type, ...]) -> bool:
 
 
 def _refuse_repeated(names: Sequence[str], description: str) -> None:
-    if len(set(names)) != len(names):
+    different = set()
+    for start in range(0, len(names), runs.MANY):  # other threads run in between
+        different.update(names[start : start + runs.MANY])
+    if len(different) != len(names):
         repeated = [name for name, count in Counter(names).items() if count > 1]
         raise ValueError(f"the {description} names an image twice: {runs.abbreviate(repeated)}")
 
@@ -357,10 +360,12 @@ def open_dataset(
     names = [image for part in parts for image in part.names]
     queries, *database = (part.paths() for part in parts)
     paths, query_paths = [path for part in database for path in part], [*map(Path, queries)]
-    for part in parts:
-        part.refuse_outside()
-    _refuse_repeated(names, "list with distractors")
-    stamps = _stamp_of_many(names, [*query_paths, *paths])
+    with ThreadPoolExecutor(1) as pool:
+        looked_up = pool.submit(_stamp_of_many, names, [*query_paths, *paths])
+        for part in parts:  # meanwhile
+            part.refuse_outside()
+        _refuse_repeated(names, "list with distractors")
+    stamps = looked_up.result()
     for part in () if stamps else parts:
         part.refuse_missing()
     return RetrievalDataset(
@@ -414,7 +419,7 @@ class _Images:
 
 def _stamp_of_many(names: list[str], paths: list[Path | str]) -> list[str]:
     """Returns the stamp of very many images; nothing for fewer, or where one is missing."""
-    if len(paths) >= MANY:
+    if len(paths) >= runs.MANY:
         with contextlib.suppress(FileNotFoundError):
             return [runs.images_stamp(names, paths)]
     return []

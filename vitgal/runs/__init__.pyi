@@ -29,7 +29,6 @@ from .inputs import (
     CHUNK as CHUNK,
     Input as Input,
     combined_input as combined_input,
-    file_facts as file_facts,
     file_input as file_input,
     fingerprint as fingerprint,
     fingerprint_file as fingerprint_file,
@@ -47,6 +46,7 @@ from .locks import (
     locked as locked,
     waiting as waiting,
 )
+from .lookup import MANY as MANY, file_facts as file_facts
 from .manifest import (
     MANIFEST as MANIFEST,
     STAGE_FORMAT as STAGE_FORMAT,

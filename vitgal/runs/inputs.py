@@ -5,9 +5,6 @@ import hashlib
 import itertools
 import json
 import os
-import stat
-import time
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from vitgal.runs.files import plain
+from vitgal.runs.lookup import file_facts
 
 CHUNK = 1 << 20  # bytes read at once when hashing
 ENDS = 4096  # bytes of an image that are hashed at its beginning and at its end
 READERS = 16  # threads that open images: most of the time they wait for the disk
 JOINED = 1 << 16  # names that are joined at once when hashing
-PROBED = 64  # files that are looked up first, to find whether the disk is slow
-SLOW = 200e-6  # seconds per file, from which on threads look up several at once
 
 
 def fingerprint_file(path: Path) -> str:
@@ -131,32 +127,18 @@ def images_stamp(names: Sequence[str], paths: Sequence[Path | str]) -> str:
     """Returns a hash of names, paths, sizes and times; FileNotFoundError names a missing file."""
     texts = [*map(os.fspath, paths)]
     folder = "" if {text[:1] for text in texts} <= {"/"} else os.getcwd()
-    digest = hashlib.sha256()
-    text, separator = itertools.chain([folder], names, [""], texts), ""
-    while part := list(itertools.islice(text, JOINED)):
-        joined = separator + "\0".join(part)
-        digest.update(joined.encode("utf-8", "surrogateescape"))
-        separator = "\0"
-    digest.update(file_facts(texts))
-    return digest.hexdigest()
-
-
-def file_facts(paths: Sequence[str]) -> array:
-    """Returns size, mtime and ctime of each file: 3 x N int64, times in ns.
-
-    Links are followed. FileNotFoundError names the first path that is no file.
-    """
-    began = time.perf_counter()
-    first, further = [*map(_facts, paths[:PROBED])], paths[PROBED:]
-    slow = time.perf_counter() - began > SLOW * PROBED
-    # On a fast disk threads would wait for Python's lock.
-    rest = threaded(_facts, further, READERS) if slow else map(_facts, further)
-    return array("q", itertools.chain.from_iterable(itertools.chain(first, rest)))
-
-
-def _facts(path: str) -> tuple[int, int, int]:
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
+    with ThreadPoolExecutor(1) as pool:
+        looked_up = pool.submit(file_facts, texts)  # meanwhile the names are hashed
+        digest = hashlib.sha256()
+        text, separator = itertools.chain([folder], names, [""], texts), ""
+        while part := list(itertools.islice(text, JOINED)):
+            joined = separator + "\0".join(part)
+            digest.update(joined.encode("utf-8", "surrogateescape"))
+            separator = "\0"
+        facts = looked_up.result()
+    if min(facts, default=0) < 0:
+        path = next(text for text, size in zip(texts, facts[::3], strict=True) if size < 0)
+        os.stat(path)  # a missing file raises here
         raise FileNotFoundError(errno.ENOENT, "This is no file", path)
-    # The kernel sets ctime: it changes even where a new file keeps an old file's mtime.
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    digest.update(facts)
+    return digest.hexdigest()
