@@ -15,6 +15,7 @@ from vitgal.models.network import ViTGaL
 from vitgal.models.teacher import TINY, Teacher
 from vitgal.models.weights import TRUNK_PREFIX
 from vitgal.settings import AutoencoderSettings, Recipe
+from vitgal.training.attention import replace_attention
 from vitgal.training.code_losses import contrast, second_view, spread
 from vitgal.training.errors import TrainingError
 
@@ -27,6 +28,7 @@ class TrainedNetwork(nn.Module):
     def __init__(self, model: ViTGaL, label_smoothing: float):
         super().__init__()
         self.model, self.label_smoothing = model, label_smoothing
+        replace_attention(model)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
