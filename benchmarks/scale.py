@@ -108,17 +108,15 @@ def measure(folder: Path, size: int, texts: list[str]) -> dict[str, Any]:
 def measure_index(
     folder: Path, database: np.ndarray, queries: np.ndarray, exact: np.ndarray, text: str
 ) -> dict[str, Any]:
-    """Measures building, opening and searching one index; exact: ranks (TOP, queries)."""
+    """Measures building and searching one index; exact: ranks (TOP, queries)."""
     index_folder = folder / f"{text}_{len(database)}"
     index_folder.mkdir()
-    built, _ = measured(lambda: faiss_index.build(index_folder, database, text))
-    opened, index = measured(lambda: faiss_index.read(index_folder, database, text))
+    built, index = measured(lambda: faiss_index.build(index_folder, database, text))
     searched, (_, ranks, unanswered) = measured(lambda: faiss_index.find(index, queries, k=TOP), 2)
     recall = faiss_index.recall(ranks, exact, (1, 10, 100, TOP))
     size = (index_folder / faiss_index.INDEX).stat().st_size
     return {
         "built": built,
-        "opened": opened,
         "searched": searched,
         "recall": recall,
         "bytes": size,
@@ -163,15 +161,15 @@ def compare(arguments: argparse.Namespace) -> None:
 
 def print_indexes(indexes: dict[int, dict]) -> None:
     """Prints a table of all indexes; indexes: size -> text -> `measure_index`'s numbers."""
-    print("\n| index | images | built, s | bytes an image | opened, s | search, s | MB | recall |")
-    print("|---|---:|---:|---:|---:|---:|---:|---|")
+    print("\n| index | images | built, s | bytes an image | search, s | MB | recall |")
+    print("|---|---:|---:|---:|---:|---:|---|")
     for size, results in indexes.items():
         for text, result in results.items():
             recall = ", ".join(f"{100 * value:.1f} @{n}" for n, value in result["recall"].items())
             again = result["searched"]
             print(
                 f"| {text} | {size:,} | {result['built']['seconds']:.1f} "
-                f"| {result['bytes'] / size:.0f} | {result['opened']['seconds']:.2f} "
+                f"| {result['bytes'] / size:.0f} "
                 f"| {again['seconds']:.2f} | {again['mb']:.0f} | {recall}; "
                 f"{result['unanswered']} searched exactly |"
             )

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import faiss
 import numpy as np
 import torch
 from PIL import Image
@@ -22,7 +21,7 @@ from vitgal.evaluation import Tuning, compare_folders
 from vitgal.features import interchange, store
 from vitgal.features.descriptors import read_descriptors
 from vitgal.models import weights
-from vitgal.retrieval import faiss_index, shortlists
+from vitgal.retrieval import shortlists
 from vitgal.retrieval.ranking import Positions, Ranking
 from vitgal.settings import reader as settings
 from vitgal.stages import own_describer
@@ -200,19 +199,6 @@ def _read_weights(folder: Path) -> None:
                 pass
 
 
-DATABASE = np.random.default_rng(0).standard_normal((300, 8)).astype(np.float32)
-
-
-def _index(folder: Path) -> None:
-    faiss_index.build(folder, DATABASE, "IVF4,Flat")
-
-
-def _read_index(folder: Path) -> None:
-    faiss.omp_set_num_threads(1)
-    index = faiss_index.read(folder, DATABASE, "IVF4,Flat")
-    faiss_index.find(index, DATABASE[:3], k=5)
-
-
 def _results(folder: Path) -> None:
     score = {"map": 0.5, "mp_at": {"1": 0.5}, "ap": [0.5, None]}
     protocol = {"dataset": "tiny", "top": 3}
@@ -296,6 +282,5 @@ READERS: dict[str, Reader] = {
     "params": Reader(_params, _read_params, errors=(ValueError, FileNotFoundError)),
     "stage manifest": Reader(_stage, _read_stage),
     "weights": Reader(_weights, _read_weights),
-    "faiss index": Reader(_index, _read_index),
     "scores and tuning": Reader(_results, _read_results, errors=V),
 }

@@ -1,8 +1,5 @@
 """Stored faiss indexes against exact search, and what a ranking is that begins with one."""
 
-import contextlib
-import os
-import struct
 import subprocess
 import sys
 
@@ -32,10 +29,6 @@ def database(tmp_path_factory):
     return np.load(path, mmap_mode="r")
 
 
-def made(folder, database, text):
-    return faiss_index.read(faiss_index.build(folder, database, text), database, text)
-
-
 @pytest.mark.parametrize(
     ("text", "least"),
     [
@@ -52,7 +45,7 @@ def test_index_finds_what_exact_search_finds(tmp_path, database, text, least):
     queries = clustered(20, seed=1)
     exact = exact_search.search(queries, database, k=10)
     similarities, ranks, unanswered = faiss_index.find(
-        made(tmp_path, database, text), queries, k=10
+        faiss_index.build(tmp_path, database, text), queries, k=10
     )
     assert unanswered == 0 and ranks.dtype == np.int32 and similarities.shape == (10, 20)
     assert faiss_index.recall(ranks, exact[1])["10"] >= least
@@ -70,22 +63,22 @@ def test_index_finds_what_exact_search_finds(tmp_path, database, text, least):
 def test_fewer_cells_find_less(tmp_path, database):
     queries = clustered(50, seed=2)
     exact = exact_search.search(queries, database, k=10)[1]
-    faiss_index.build(tmp_path, database, "IVF64,Flat")
     result = []
     for text in ("IVF64,Flat; nprobe=1", "IVF64,Flat", "IVF64,Flat; nprobe=64"):
-        index = faiss_index.read(tmp_path, database, text)  # the same file for all three
+        index = faiss_index.build(tmp_path, database, text)
         result.append(faiss_index.recall(faiss_index.find(index, queries, k=10)[1], exact)["10"])
     assert result[0] < result[1] < result[2] == 1
 
 
 @pytest.mark.parametrize(("text", "rows"), [("IVF16,PQ8x4", 700), ("HNSW8", 4096)])
-def test_built_once_and_the_same_again(tmp_path, database, text, rows, monkeypatch):
-    first = faiss_index.build(tmp_path / "one", database, text, seed=3)
-    before = os.stat(first / faiss_index.INDEX)
-    faiss_index.build(tmp_path / "one", database, text, seed=3)
-    assert os.stat(first / faiss_index.INDEX).st_ino == before.st_ino  # not written again
+def test_the_same_bytes_again(tmp_path, database, text, rows, monkeypatch):
+    first, second = tmp_path / "one", tmp_path / "two"
+    faiss_index.build(first, database, text, seed=3)
     monkeypatch.setattr(faiss_index, "ADDED", rows)
-    second = faiss_index.build(tmp_path / "two", database, text, seed=3)
+    second.mkdir()
+    for name in faiss_index.OUTPUTS:  # of an interrupted stage, or of anybody
+        (second / name).write_bytes(b"torn")
+    faiss_index.build(second, database, text, seed=3)
     for name in faiss_index.OUTPUTS:
         assert (first / name).read_bytes() == (second / name).read_bytes()
 
@@ -102,71 +95,28 @@ def test_codes_get_the_seed_and_no_polysemous_training(text):
 def test_a_graph_keeps_as_many_images_as_are_wanted(tmp_path, database):
     """With faiss's 16 it would propose too few, and every query would be searched exactly."""
     queries = clustered(20, seed=1)
-    index = made(tmp_path, database, "HNSW16")
+    index = faiss_index.build(tmp_path, database, "HNSW16")
     _, ranks, unanswered = faiss_index.find(index, queries, k=700)
     assert unanswered == 0
     exact = exact_search.search(queries, database, k=700)[1]
     assert faiss_index.recall(ranks, exact, (700,))["700"] > 0.95
 
 
-@pytest.mark.parametrize("text", ["Flat", "IVF16,Flat", "PCA16,IVF16,PQ8x4", "HNSW8"])
-def test_an_index_with_another_header_is_refused(tmp_path, database, text):
-    """As from somebody who sends a prepared folder: the record fits, the index does not."""
-    path = faiss_index.build(tmp_path, database, text) / faiss_index.INDEX
-    whole = path.read_bytes()
-    other = faiss_index.build(tmp_path / "other", database, "IVF17,Flat") / faiss_index.INDEX
-    huge = struct.pack("<q", 1 << 40)
-    prepared = [
-        other.read_bytes()[: len(whole)].ljust(len(whole), b"\0"),
-        *(whole[:at] + huge + whole[at + 8 :] for at in (4, 8, 29, *range(37, 70, 4))),
-        b"\0" * len(whole),
-        whole[:100].ljust(len(whole), b"\xff"),
-    ]
-    if text.startswith("IVF"):  # cells on another disk: a file of the sender's choice
-        assert whole.count(b"ilar") == 1
-        prepared.append(whole.replace(b"ilar", b"ilod"))
-    for content in prepared:
-        path.write_bytes(content)
-        with contextlib.suppress(runs.StageError):
-            index = faiss_index.read(tmp_path, database, text)
-            assert len(faiss_index.find(index, database[:2], k=3)[1]) == 3
-        faiss_index.build(tmp_path, database, text)
-        faiss_index.read(tmp_path, database, text)
-    path.write_bytes(prepared[2])
-    with pytest.raises(runs.StageError, match="index.faiss is missing or not whole: build it ag"):
-        faiss_index.read(tmp_path, database, text)
-    faiss_index.build(tmp_path, database, text)
-    assert path.read_bytes() == whole
-    (tmp_path / faiss_index.RECORD).write_text("[1]")
-    with pytest.raises(runs.StageError, match="made with other format"):
-        faiss_index.read(tmp_path, database, text)
+def test_the_record_states_what_an_index_depends_on(tmp_path, database):
+    def recorded(rows, text, seed=0):
+        faiss_index.build(tmp_path, rows, text, seed=seed)
+        return runs.read_json(tmp_path / "index.json")
 
-
-def test_another_seed_or_descriptor_makes_another_index(tmp_path, database):
-    faiss_index.build(tmp_path, database, "IVF16,Flat")
-    other = np.array(database)
+    first, other = recorded(database, "IVF16,Flat"), np.array(database)
     other[7, 3] += 1e-6
-    for wrong, changed in (
-        ((other, "IVF16,Flat", 0), "descriptors"),
-        ((database[:2999], "IVF16,Flat", 0), "descriptors and shape"),
-        ((database, "IVF8,Flat", 0), "factory"),
-        ((database, "IVF16,Flat", 1), "seed"),
-    ):
-        with pytest.raises(runs.StageError, match=f"made with other {changed}: build it again"):
-            faiss_index.read(tmp_path, *wrong[:2], seed=wrong[2])
-    faiss_index.build(tmp_path, other, "IVF16,Flat")  # the stale one gives way
-    faiss_index.read(tmp_path, other, "IVF16,Flat")
-
-
-def test_a_torn_index_is_refused_and_made_again(tmp_path, database):
-    with pytest.raises(runs.StageError, match="index.json is missing"):
-        faiss_index.read(tmp_path, database, "IVF16,Flat")
-    whole = (faiss_index.build(tmp_path, database, "IVF16,Flat") / "index.faiss").read_bytes()
-    (tmp_path / "index.faiss").write_bytes(whole[:1000])
-    with pytest.raises(runs.StageError, match="not whole"):
-        faiss_index.read(tmp_path, database, "IVF16,Flat")
-    faiss_index.build(tmp_path, database, "IVF16,Flat")
-    assert (tmp_path / "index.faiss").read_bytes() == whole
+    changes = {
+        "descriptors": recorded(other, "IVF16,Flat"),
+        "factory": recorded(database, "IVF8,Flat"),
+        "seed": recorded(database, "IVF16,Flat", 1),
+    }
+    for name, record in changes.items():
+        assert {key for key in first if record[key] != first[key]} - {"bytes"} == {name}
+    assert first["shape"] == [3000, WIDTH] and first["type"] == "<f4"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +153,7 @@ def test_invalid_indexes_are_refused_before_images_are_described(text, reason):
 def test_what_fits_just_so_is_built(tmp_path, database):
     for text in ("IVF50,Flat", "PQ4x5", "HNSW2"):
         faiss_index.check(text, WIDTH, 50)
-        index = made(tmp_path, database[:50], text)
+        index = faiss_index.build(tmp_path, database[:50], text)
         assert faiss_index.find(index, database[:3], k=1)[1].tolist() == [[0, 1, 2]]
     with pytest.raises(ValueError, match="1 to 16777216 cells"):
         faiss_index.check("IVF999999999,Flat", WIDTH)
@@ -219,9 +169,9 @@ def held():
     lines = open("/proc/self/status").read().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
-faiss_index.read(sys.argv[1], database, "HNSW4")
+faiss_index.build(sys.argv[1], database[:99], "HNSW4")
 before = held()
-index = faiss_index.read(sys.argv[1], database, "HNSW4")
+index = faiss_index.build(sys.argv[1], database, "HNSW4")
 assert faiss_index.find(index, database[:1], k=1)[1].shape == (1, 1)
 print(held() - before)
 """
@@ -232,7 +182,6 @@ def test_a_graph_is_mapped_not_read(tmp_path):
     """20,000 descriptors of 256 numbers are 20 MB, which stay in the file."""
     rows = np.random.default_rng(0).standard_normal((20_000, 256), np.float32)
     np.save(tmp_path / "rows.npy", rows)
-    faiss_index.build(tmp_path / "index", np.load(tmp_path / "rows.npy"), "HNSW4")
     arguments = [sys.executable, "-c", MAPPED, tmp_path / "index", tmp_path / "rows.npy"]
     child = subprocess.run(arguments, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
@@ -241,13 +190,11 @@ def test_a_graph_is_mapped_not_read(tmp_path):
 
 def test_another_way_of_building_is_another_index(tmp_path, database):
     text = "HNSW8; efConstruction={}"
-    first = (faiss_index.build(tmp_path, database, text.format(4)) / "index.faiss").read_bytes()
-    other = (faiss_index.build(tmp_path, database, text.format(80)) / "index.faiss").read_bytes()
-    assert first != other
-    (tmp_path / "index.json").write_text("{")  # torn: as if there were none
+    faiss_index.build(tmp_path, database, text.format(4))
+    first = (tmp_path / "index.faiss").read_bytes()
     faiss_index.build(tmp_path, database, text.format(80))
-    assert (tmp_path / "index.faiss").read_bytes() == other
-    faiss_index.read(tmp_path, database, text.format(80) + ", efSearch=50")  # asked otherwise
+    other = (tmp_path / "index.faiss").read_bytes()
+    assert first != other
 
 
 def test_databases_that_cannot_be_indexed_are_refused(tmp_path, database):
@@ -265,7 +212,7 @@ def test_databases_that_cannot_be_indexed_are_refused(tmp_path, database):
 
 
 def test_queries_that_do_not_fit_are_refused(tmp_path, database):
-    index = made(tmp_path, database, "Flat")
+    index = faiss_index.build(tmp_path, database, "Flat")
     with pytest.raises(ValueError, match="queries have 31 dimensions and the database 32"):
         faiss_index.find(index, np.ones((2, 31), np.float32), k=1)
     with pytest.raises(ValueError, match="query 1 is not finite"):
@@ -278,7 +225,7 @@ def test_queries_that_do_not_fit_are_refused(tmp_path, database):
 
 
 def test_one_image_and_more_wanted_than_there_are(tmp_path, database):
-    index = made(tmp_path, database[:1], "Flat")
+    index = faiss_index.build(tmp_path, database[:1], "Flat")
     similarities, ranks, _ = faiss_index.find(index, database[:1], k=5)
     assert ranks.tolist() == [[0]] and similarities == pytest.approx(1)
 
@@ -286,7 +233,7 @@ def test_one_image_and_more_wanted_than_there_are(tmp_path, database):
 def test_queries_that_get_too_few_are_searched_exactly(tmp_path, database):
     # One cell of 64 holds about 50 images: no query can get its 500 from it.
     queries = clustered(7, seed=4)
-    index = made(tmp_path, database, "IVF64,Flat; nprobe=1")
+    index = faiss_index.build(tmp_path, database, "IVF64,Flat; nprobe=1")
     similarities, ranks, unanswered = faiss_index.find(index, queries, k=500)
     assert unanswered == 7
     expected = exact_search.search(queries, database, k=500)
@@ -296,7 +243,7 @@ def test_queries_that_get_too_few_are_searched_exactly(tmp_path, database):
 
 def test_image_that_could_not_be_read_is_last_among_those_found(tmp_path):
     rows = np.array([[0, 0], [-1, 0], [0, 1], [1, 0]], np.float32)
-    index = made(tmp_path, rows, "Flat")
+    index = faiss_index.build(tmp_path, rows, "Flat")
     assert faiss_index.find(index, rows[3:], k=4)[1].ravel().tolist() == [3, 2, 1, 0]
 
 
@@ -316,7 +263,7 @@ def test_positions_behind_a_list_equal_the_ranking_written_out(tmp_path, databas
     queries = clustered(6, seed=5)
     generator = np.random.default_rng(0)
     labels = [np.sort(generator.choice(3000, 40, replace=False)) for _ in queries]
-    index = made(tmp_path, database, "IVF64,Flat; nprobe=4")
+    index = faiss_index.build(tmp_path, database, "IVF64,Flat; nprobe=4")
     similarities, ranks, _ = faiss_index.find(index, queries, k=30)
     exact = exact_ranks.labelled_positions(queries, database, labels)
     full = exact_search.search(queries, database, k=3000)[1]
@@ -376,8 +323,7 @@ for name in sys.argv[2:]:
         assert (a @ a)[0, 0] == 512
     else:
         rows = np.eye(64, dtype=np.float32)
-        faiss_index.build(sys.argv[1], rows, "IVF4,Flat")
-        index = faiss_index.read(sys.argv[1], rows, "IVF4,Flat; nprobe=4")
+        index = faiss_index.build(sys.argv[1], rows, "IVF4,Flat; nprobe=4")
         assert faiss_index.find(index, rows, k=1)[1].ravel().tolist() == list(range(64))
 print("done")
 """

@@ -92,7 +92,9 @@ def test_a_ranking_that_begins_with_an_index_result(larger, tmp_path):
         assert scores["exact"][protocol]["map"] == pytest.approx(whole[protocol]["map"], abs=1e-12)
         assert exact[protocol]["map"] == scores["exact"][protocol]["map"]
     assert scores["medium"]["map"] != scores["exact"]["medium"]["map"]
-    result = faiss_index.read(folder, database, text)
+    result = faiss_index.build(tmp_path / "again", database, text)
+    for name in faiss_index.OUTPUTS:
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
     np.testing.assert_array_equal(faiss_index.find(result, queries, k=len(ranks))[1], ranks)
     # Reused as it is; another index, or none, is another ranking.
     before = (folder / "stage.json").read_bytes()

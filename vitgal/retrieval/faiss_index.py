@@ -8,7 +8,6 @@ rank.
 import contextlib
 import hashlib
 import re
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,18 +30,13 @@ CELLS_PER_PROBE = 16  # cells of an inverted file for each one searched, unless 
 TRAINING = 1 << 16  # descriptors that an index without cells learns its codes from
 PER_CELL = 64  # descriptors that each cell of an inverted file is learnt from
 ADDED = 1 << 16  # descriptors given to faiss at once: 100 MB at 384 dimensions
-HEAD = 37  # bytes: type, dimension, number of images, 16 of no use, is trained, metric
-PARTS = "quantizer index storage base_index refine_index invlists pq sq rq hnsw".split()
-SIZES = (
-    "d d_in d_out have_bias metric_type nlist code_size M M2 nbits ksub dsub bbs qtype by_residual"
-).split()
 DEPTHS = (1, 10, 100)  # at which recall is reported
 EXAMPLES = "'IVF1024,Flat', 'IVF1024,PQ64; nprobe=32' or 'HNSW32'"
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """A stored index and the descriptors (N, D) that it was made from."""
+    """A stored index, mapped into memory, and the descriptors (N, D) that it was made from."""
 
     faiss: Any
     database: np.ndarray
@@ -76,14 +70,14 @@ def _refuse(text: str, reason: str) -> NoReturn:
     raise ValueError(f"no index {text!r}: {reason}; for example {EXAMPLES}")
 
 
-def build(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Path:
-    """Builds the index of a database, unless the folder holds it; returns the folder.
+def build(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Index:
+    """Builds the index of a database, stores it and maps it.
 
     The same arguments give the same bytes. Graphs depend on the order in which images are added and
     are therefore built on one thread.
 
     Args:
-        folder: gets index.faiss and, written last, index.json with everything the index depends on.
+        folder: gets index.faiss, and index.json with everything the index depends on.
         database: (N, D) floats, memory-mapped or not; read in blocks. Rows of zeros (unreadable
             images) are indexed too, so that indices stay equal.
         text: as for `check`.
@@ -95,10 +89,6 @@ def build(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Pa
     """
     folder, record = Path(folder), _record(database, text, seed)
     check(text, database.shape[1], len(database))
-    with contextlib.suppress(runs.StageError):  # missing, damaged or another one
-        _open(folder, text, record)
-        return folder
-    (folder / RECORD).unlink(missing_ok=True)
     import faiss
 
     index = new_index(text, database.shape[1])
@@ -113,81 +103,13 @@ def build(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Pa
             faiss.write_index(index, faiss.PyCallbackIOWriter(handle.write))
     record["bytes"] = (folder / INDEX).stat().st_size
     runs.write_json(folder / RECORD, record)
-    return folder
-
-
-def read(folder: Path, database: np.ndarray, text: str, *, seed: int = 0) -> Index:
-    """Maps the index that `build` stored from the same arguments; StageError for none."""
-    return Index(_open(Path(folder), text, _record(database, text, seed)), database)
-
-
-def _open(folder: Path, text: str, expected: dict[str, Any]) -> Any:
-    """Maps the stored index; raises StageError where it differs from `expected`."""
-    import faiss
-
-    path, record = folder / INDEX, runs.read_json(folder / RECORD)
-    stored = record if isinstance(record, dict) else {}
-    differing = [key for key in expected if expected[key] != stored.get(key)]
-    if differing:
-        raise runs.StageError(
-            f"{path} was made with other {' and '.join(differing)}: build it again"
-        )
-    images, width = expected["shape"]
-    try:
-        expected_bytes = faiss.serialize_index(new_index(text, width))
-        with open(path, "rb") as file:
-            head, size = file.read(HEAD), file.seek(0, 2)
-        wanted = bytearray(expected_bytes[:HEAD].tobytes())
-        wanted[8:16], wanted[32] = struct.pack("<q", images), True  # is trained
-        # An untrusted file may state any type and size.
-        if size != stored.get("bytes") or head != wanted:
-            raise ValueError("its size or its head")
-        if hasattr(faiss, "set_deserialization_vector_byte_limit"):
-            faiss.set_deserialization_vector_byte_limit(size)  # no array longer than the file
-        # Newer faiss maps all parts of an index, older ones the cells of an inverted file.
-        mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
-        index = faiss.read_index(str(path), mapped)
-        same = _structure(index) == _structure(faiss.deserialize_index(expected_bytes))
-        if not same or not _is_sound(index, images):
-            raise ValueError("its structure")
-        _set_search_parameters(index, text)
-    except Exception as error:  # faiss raises errors of many types for a damaged file
-        raise runs.StageError(f"{path} is missing or not whole: build it again") from error
-    return index
-
-
-def _structure(index: Any) -> list:
-    """Returns the types and sizes of an index's parts, which do not depend on the images."""
-    import faiss
-
-    parts, structure = [index], []
-    while parts:
-        part = parts.pop()
-        structure += [type(part).__name__, *(getattr(part, name, None) for name in SIZES)]
-        for name in PARTS:
-            if (inner := getattr(part, name, None)) is not None:
-                if isinstance(inner, faiss.Index):
-                    inner = faiss.downcast_index(inner)
-                elif isinstance(inner, faiss.InvertedLists):
-                    inner = faiss.downcast_InvertedLists(inner)
-                parts.append(inner)
-        if hasattr(part, "chain"):
-            transforms = (part.chain.at(i) for i in range(part.chain.size()))
-            parts += map(faiss.downcast_VectorTransform, transforms)
-    return structure
-
-
-def _is_sound(index: Any, images: int) -> bool:
-    import faiss
-
-    cells, graph = faiss.try_extract_index_ivf(index), getattr(_inner_index(index), "hnsw", None)
-    sound = index.ntotal == images and index.is_trained
-    if cells is not None:
-        sound &= cells.ntotal == images and cells.quantizer.ntotal == cells.nlist
-    if graph is not None:
-        levels = graph.cum_nneighbor_per_level.size()
-        sound &= 0 <= graph.entry_point < images and 0 <= graph.max_level < levels
-    return sound
+    # A file of somebody else could state any type and size: only one just written is mapped. Newer
+    # faiss maps all parts of an index, older ones the cells of an inverted file.
+    mapped = getattr(faiss, "IO_FLAG_MMAP_IFC", faiss.IO_FLAG_MMAP)
+    del index  # its memory
+    index = faiss.read_index(str(folder / INDEX), mapped)
+    _set_search_parameters(index, text)
+    return Index(index, database)
 
 
 def find(index: Index, queries: np.ndarray, *, k: int) -> tuple[np.ndarray, np.ndarray, int]:

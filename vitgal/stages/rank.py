@@ -215,8 +215,7 @@ def _from_index(
     folder: Path, text: str, queries: np.ndarray, database: Database, exact: ScoredRanking
 ) -> tuple[ScoredRanking, dict[str, Any]]:
     """The ranking that begins with what an index finds, and the index's recall."""
-    faiss_index.build(folder, database, text)
-    index = faiss_index.read(folder, database, text)
+    index = faiss_index.build(folder, database, text)
     similarities, ranks, unanswered = faiss_index.find(index, queries, k=len(exact.order))
     positions = faiss_index.positions_behind(
         exact.ranking.positions, similarities, ranks, queries, database
@@ -288,8 +287,7 @@ def _neighbour_search(
     if len(database) <= MOST_EXACT:
         return refine.exact_neighbours(database)
     temporary = folder / "neighbours"
-    faiss_index.build(temporary, database, settings.index)
-    index = faiss_index.read(temporary, database, settings.index)
+    index = faiss_index.build(temporary, database, settings.index)
     shutil.rmtree(temporary)  # it stays mapped
 
     def find(queries: np.ndarray, k: int) -> Hits:
