@@ -103,7 +103,7 @@ def print_revisited(folder: Path) -> None:
         began = time.process_time()
         ranking = refined(arrays["Q"], arrays["X"], truth, chain)
         seconds = time.process_time() - began
-        scores = evaluate(ranking.ranking.positions, truth)
+        scores = evaluate(ranking.positions, truth)
         values = " | ".join(f"{100 * scores[name]['map']:.2f}" for name in PROTOCOLS)
         print(f"| {', '.join(chain) or 'plain'} | {values} | {seconds:.1f} |", flush=True)
 

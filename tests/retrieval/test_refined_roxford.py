@@ -34,6 +34,6 @@ def test_gains_on_roxford(chain, medium, hard, monkeypatch):
     truth = load_ground_truth(DATA / "gnd_roxford5k.pkl")
     arrays = np.load(DATA / "roxford5k_alexnet_fc7_pca128.npz")
     ranking = refine.refined(arrays["Q"], arrays["X"], truth, chain)
-    scores = evaluate(ranking.ranking.positions, truth)
+    scores = evaluate(ranking.positions, truth)
     assert 100 * scores["medium"]["map"] >= medium - 0.005
     assert 100 * scores["hard"]["map"] >= hard - 0.005

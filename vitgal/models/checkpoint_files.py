@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vitgal import runs
 from vitgal.features.files import FileError
+from vitgal.models.sources import is_safetensors, open_safetensors
 
 SCALES = ".scales"  # after the name of a tensor of 8 bits
 NAMED = 4  # tensors that an error lists of each kind
@@ -204,30 +204,12 @@ def _is_binary_codec(text: str) -> bool:
         return False
 
 
-def is_safetensors(path: Path) -> bool:
-    """Tells by its ending whether a file is `.safetensors`; FileNotFoundError where it is not."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {runs.printable(path)}")
-    return path.suffix == ".safetensors"
-
-
-def open_safetensors(path: Path) -> Any:
-    """Opens a `.safetensors`, whose header fits the file; else raises FileError."""
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise FileError(
-            f"{path} is no whole .safetensors file ({runs.printable(error)[:150]}); fetch or write "
-            "it again"
-        ) from error
-
-
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str] | None]:
     """Reads the tensors of a `.safetensors` by name, `rounded` ones as float32, and its metadata.
 
     Raises FileError where the scales of a rounded tensor do not fit it.
     """
-    with open_safetensors(path) as handle:
+    with open_safetensors(path, "pt") as handle:
         tensors = {key: handle.get_tensor(key) for key in handle.keys()}
         metadata = handle.metadata()
     for key in [key for key in tensors if key.endswith(SCALES)]:

@@ -28,10 +28,19 @@ from vitgal.features.files import FileError
 from vitgal.models import checkpoint_files
 from vitgal.models.layouts import fill, make_layout, refuse_misfits
 from vitgal.models.network import ARCHITECTURES, ViTGaL, build_model, outline
-from vitgal.models.sources import CONFIGURATION, PRETRAINED, NetworkError, TimmSource
+from vitgal.models.sources import (
+    CONFIGURATION,
+    FORMAT,
+    PRETRAINED,
+    NetworkError,
+    TimmSource,
+    is_safetensors,
+    open_safetensors,
+    parse_configuration,
+    read_configuration,
+)
 from vitgal.models.timm_networks import PREFIX, open_network
 
-FORMAT = 1
 BUILT_FROM = ("architecture", "code_dim", "dilations", "embed_dim", "num_heads", "class_token")
 DTYPES = ("float32", "float16", "int8")
 NETWORK = "network"  # the metadata entry that names a network of timm
@@ -52,9 +61,9 @@ def load_model(source: str | Path, device: str | torch.device = "cpu") -> ViTGaL
             or has a tensor missing, unexpected or misshapen; the message names file and tensor.
     """
     source = Path(source)
-    if checkpoint_files.is_safetensors(source):
+    if is_safetensors(source):
         tensors, metadata = checkpoint_files.read_safetensors(source)
-        return _filled(source, tensors, _parse_configuration(source, metadata)).to(device)
+        return _filled(source, tensors, parse_configuration(source, metadata)).to(device)
     return checkpoint_files.use_tensors(source, functools.partial(_load_unlabelled, source)).to(
         device
     )
@@ -120,9 +129,9 @@ def _timm_source(model: ViTGaL, source: str | Path) -> TimmSource | None:
 
 
 def _is_ours(path: Path) -> bool:
-    if not checkpoint_files.is_safetensors(path):
+    if not is_safetensors(path):
         return False
-    with checkpoint_files.open_safetensors(path) as handle:
+    with open_safetensors(path) as handle:
         return CONFIGURATION in (handle.metadata() or {})
 
 
@@ -190,41 +199,6 @@ def convert(source: str | Path, target: str | Path, *, dtype: str = "float32") -
     return save_model(model, target, dtype=dtype, source_sha256=sha256)
 
 
-# Configurations
-
-
-def read_configuration(path: str | Path) -> dict[str, Any]:
-    """Reads the configuration in our `.safetensors`.
-
-    It is a dict of format, architecture, code_dim, dilations, and metadata as `save_model` got it;
-    for a network of timm also embed_dim, num_heads and, where it is gem, class_token.
-    Raises FileNotFoundError, and ValueError where the file is not one of ours.
-    """
-    path = Path(path)
-    if not checkpoint_files.is_safetensors(path):
-        raise FileError(f"{path} is no .safetensors file")
-    with checkpoint_files.open_safetensors(path) as handle:
-        return _parse_configuration(path, handle.metadata())
-
-
-def _parse_configuration(path: Path, metadata: dict[str, str] | None) -> dict[str, Any]:
-    if CONFIGURATION not in (metadata or {}):
-        raise FileError(
-            f"{path} holds no ViTGaL configuration, so save_model did not write it; ImageNet "
-            "weights go to initial_weights"
-        )
-    try:
-        configuration = json.loads(metadata[CONFIGURATION])
-        file_format = configuration["format"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FileError(f"{path} holds a broken ViTGaL configuration; write it again") from error
-    if file_format != FORMAT:
-        raise FileError(
-            f"{path} has format {runs.short(file_format)}, this vitgal reads {FORMAT}: update it"
-        )
-    return configuration
-
-
 def _load_unlabelled(source: Path, tensors: Mapping[str, Tensor]) -> ViTGaL:
     """Loads a checkpoint whose architecture and code dimension follow from names and shapes."""
     if any(key.startswith(BACKBONE_PREFIX) for key in tensors):
@@ -279,7 +253,7 @@ def load_outline(source: str | Path) -> ViTGaL:
     A `.pth` has the published XCiT. Raises as `load_model`.
     """
     source = Path(source)
-    if not checkpoint_files.is_safetensors(source):
+    if not is_safetensors(source):
         return outline()
     return _outlined(source, read_configuration(source))
 

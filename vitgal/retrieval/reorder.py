@@ -19,25 +19,18 @@ TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class ScoredRanking:
+class ScoredRanking(Ranking):
     """A ranking with the scores of its first images.
 
     similarities: (K, Q) float32, falling; -inf for an image that could not be read.
-    ranking: its order is (K, Q) int32.
     """
 
     similarities: np.ndarray
-    ranking: Ranking
-
-    @property
-    def order(self) -> np.ndarray:
-        """(K, Q) int32 database indices, best first."""
-        return self.ranking.order
 
     def cut(self, depth: int) -> "ScoredRanking":
         """Returns the ranking with the first `depth` images alone; all ranks stay known."""
-        ranking = Ranking(np.ascontiguousarray(self.order[:depth]), self.ranking.positions)
-        return ScoredRanking(np.ascontiguousarray(self.similarities[:depth]), ranking)
+        order, scores = (np.ascontiguousarray(a[:depth]) for a in (self.order, self.similarities))
+        return ScoredRanking(order, self.positions, scores)
 
     def reordered(self, scores: np.ndarray) -> "ScoredRanking":
         """Sorts the first images by falling scores; of equal ones the earlier stays first.
@@ -48,7 +41,7 @@ class ScoredRanking:
         depth, queries = scores.shape
         order, values = self.order.copy(), self.similarities.copy()
         scores = np.where(np.isneginf(self.similarities[:depth]), -np.inf, scores)
-        ranks = [of_query.copy() for of_query in self.ranking.positions.ranks]
+        ranks = [of_query.copy() for of_query in self.positions.ranks]
         for q in range(queries):
             sorter = np.argsort(-scores[:, q], kind="stable")
             order[:depth, q] = order[sorter, q]
@@ -59,8 +52,7 @@ class ScoredRanking:
             new_ranks = np.argsort(sorter)  # of the image that was at each rank
             moved = ranks[q] < depth
             ranks[q][moved] = new_ranks[ranks[q][moved]]
-        positions = replace(self.ranking.positions, ranks=ranks)
-        return ScoredRanking(values, Ranking(order, positions))
+        return ScoredRanking(order, replace(self.positions, ranks=ranks), values)
 
 
 def superglobal(

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vitgal import runs
-from vitgal.models.baselines import INSTALL, baseline_network, rounded_network
-from vitgal.models.timm_networks import TimmSource
+from vitgal.models.sources import INSTALL, TimmSource, baseline_network, rounded_network
 from vitgal.settings import GlobalSettings, Settings, Values
 from vitgal.stages.own_describer import Describer
 

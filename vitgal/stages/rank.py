@@ -16,7 +16,6 @@ from vitgal.evaluation.scores import scores_document
 from vitgal.features.files import map_array
 from vitgal.retrieval import exact_ranks, exact_search, faiss_index, refine, reorder, shortlists
 from vitgal.retrieval.exact_search import Database, WhitenedRows
-from vitgal.retrieval.ranking import Ranking
 from vitgal.retrieval.refine import Hits, NeighbourSearch, RefinementError, WhiteningMap
 from vitgal.retrieval.reorder import ScoredRanking
 from vitgal.settings import GlobalSettings
@@ -104,7 +103,7 @@ def write_rankings(
     runs.write_array(folder / "queries.npy", queries)
     runs.write_json(folder / "names.json", {"queries": truth.queries, "database": dataset.database})
     runs.write_array(folder / "similarities.npy", ranking.similarities)
-    ranking.ranking.save(folder)
+    ranking.save(folder)
     listed = shortlists.shortlist(ranking.order, truth, top=settings.top)
     shortlists.write_shortlist(
         folder / "shortlist.txt", listed, queries=truth.queries, database=dataset.database
@@ -116,7 +115,7 @@ def write_rankings(
         "distractors": len(database) - len(truth.database),
     }
     document = scores_document(
-        evaluate(ranking.ranking.positions, truth),
+        evaluate(ranking.positions, truth),
         protocol=protocol | facts,
         parameters=stage.settings["parameters"],
         inputs=stage.settings["inputs"],
@@ -149,14 +148,14 @@ def _ranked(
     if settings.steps:
         plain = ranking.cut(depth)
         runs.write_array(folder / f"similarities_{PLAIN}.npy", plain.similarities)
-        plain.ranking.save(folder, PLAIN)
-        further["plain"] = evaluate(ranking.ranking.positions, truth)
+        plain.save(folder, PLAIN)
+        further["plain"] = evaluate(ranking.positions, truth)
         queries, database, facts = _refined_descriptors(folder, settings, queries, database, learnt)
         further |= facts
         if any(not isinstance(step, Reordering) for step in settings.steps):
             ranking = exact_ranking(queries, database, truth, searched)
     if settings.index is not None:
-        further["exact"] = evaluate(ranking.ranking.positions, truth)
+        further["exact"] = evaluate(ranking.positions, truth)
         ranking, further["recall"] = _from_index(folder, settings.index, queries, database, ranking)
     graph = functools.partial(_graph, folder, settings, database)
     return reordered(settings.steps, queries, database, ranking, graph).cut(depth), further
@@ -183,7 +182,7 @@ def try_refinement(
             if (folder / name).exists():
                 shutil.copy(folder / name, scratch)
         ranking, _ = _ranked(Path(scratch), settings, queries, database, truth, 1, learnt)
-    return evaluate(ranking.ranking.positions, truth)
+    return evaluate(ranking.positions, truth)
 
 
 def _stored_whitening(folder: Path, settings: GlobalSettings) -> Learnt | None:
@@ -208,7 +207,7 @@ def exact_ranking(
     """Ranks a database (N, D) for queries (Q, D): the first `depth`, and every labelled image."""
     similarities, ranks = exact_search.search(queries, database, k=depth)
     positions = exact_ranks.labelled_positions(queries, database, labelled(truth))
-    return ScoredRanking(similarities, Ranking(ranks, positions))
+    return ScoredRanking(ranks, positions, similarities)
 
 
 def _from_index(
@@ -218,10 +217,10 @@ def _from_index(
     index = faiss_index.build(folder, database, text)
     similarities, ranks, unanswered = faiss_index.find(index, queries, k=len(exact.order))
     positions = faiss_index.positions_behind(
-        exact.ranking.positions, similarities, ranks, queries, database
+        exact.positions, similarities, ranks, queries, database
     )
     recall = faiss_index.recall(ranks, exact.order) | {"searched exactly": unanswered}
-    return ScoredRanking(similarities, Ranking(ranks, positions)), recall
+    return ScoredRanking(ranks, positions, similarities), recall
 
 
 def _refined_descriptors(
