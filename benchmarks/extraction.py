@@ -135,7 +135,7 @@ def ours(
     with tqdm(disable=True) as bar, describer.stream(tasks, bar) as images:
         if resize == "squash":
             return describer.global_rows(images, len(tasks))[0]
-        return [item for _, item in describer.local_items(images, [t.key for t in tasks], {})[0]]
+        return [item for _, item in describer.local_items(images, [t.key for t in tasks])[0]]
 
 
 def agreement(results: list[LocalFeatures], published: list[tuple]) -> str:

@@ -192,7 +192,7 @@ def compare(model: ViTGaL, features: FeatureStore) -> None:
     here = LocalDescriber(plain, LocalSettings(), MachineSettings(), "fp32")
     eight = tasks(8)
     with here.stream(eight, HIDDEN) as loaded:
-        items, _ = here.local_items(loaded, [task.key for task in eight], {})
+        items, _ = here.local_items(loaded, [task.key for task in eight])
     fractions = [matching_fraction(expected, features[key]) for key, expected in items]
     print(f"  locations as on the processor in fp32: {np.mean(fractions):.1%}")
 
