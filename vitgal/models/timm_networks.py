@@ -15,7 +15,6 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub.errors import GatedRepoError
 from timm.layers import PatchEmbed
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv
 from torch import Tensor, nn
@@ -26,7 +25,6 @@ from vitgal.models import layouts
 from vitgal.models.checkpoint_files import use_tensors
 from vitgal.models.sources import PRETRAINED, NetworkError, TimmSource
 
-PREFIX = runs.TIMM
 NEAREST = 3  # names in an error
 # efficientnet_pytorch's layer names -> timm's: of the network, then of its two kinds of blocks
 TRUNK = {
@@ -86,7 +84,7 @@ def open_network(source: TimmSource, options: Mapping[str, Any]) -> nn.Module:
     origins = ("url", "hf_hub_id", "file", "state_dict")
     if not any(getattr(config, origin, None) for origin in origins):
         raise NetworkError(
-            f"timm has no weights for {source.name}: name a file, {PREFIX}{source.name}@FILE"
+            f"timm has no weights for {source.name}: name a file, {runs.TIMM}{source.name}@FILE"
         )
     with _hub_errors(source.name, config):
         return _create(source.name, {**options, "pretrained": True})
@@ -106,24 +104,17 @@ def _hub_errors(name: str, config: Any) -> Iterator[None]:
     except Exception as error:  # of requests, httpx, huggingface_hub, urllib or timm
         repository = getattr(config, "hf_hub_id", None)
         page = f"https://huggingface.co/{repository}" if repository else config.url
-        gated = any(isinstance(part, GatedRepoError) for part in _chain(error))
-        if gated or "401 Client" in str(error) or "403 Client" in str(error):
+        if "401 Client" in str(error) or "403 Client" in str(error):
             raise NetworkError(
                 f"the weights of {name} are given out under a licence: accept it at {page}, then "
                 "log in with `hf auth login`, or download model.safetensors there and name it, "
-                f"{PREFIX}{name}@FILE"
+                f"{runs.TIMM}{name}@FILE"
             ) from error
         raise NetworkError(
             f"the weights of {name} cannot be fetched ({runs.printable(error)[:150]}): download "
             f"{'model.safetensors from ' if repository else ''}{page} elsewhere, copy it here and "
-            f"name it, {PREFIX}{name}@FILE; nothing unfinished in timm's cache is used"
+            f"name it, {runs.TIMM}{name}@FILE; nothing unfinished in timm's cache is used"
         ) from error
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def fingerprint_tensors(network: nn.Module) -> str:

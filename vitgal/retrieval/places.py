@@ -43,9 +43,8 @@ def group_places(
     ]
     graph = networkx.Graph()
     graph.add_weighted_edges_from(links)
-    bridges = {frozenset(bridge) for bridge in networkx.bridges(graph)}
-    firm = graph.edge_subgraph([link[:2] for link in links if frozenset(link[:2]) not in bridges])
-    places = [set(component) for component in networkx.connected_components(firm)]
+    components = networkx.k_edge_components(graph, k=2)
+    places = [set(members) for members in components if len(members) > 1]
     place_of = {image: members for members in places for image in members}
     firmly = set(place_of)
     for first, second, _ in links:  # the strongest first

@@ -41,11 +41,10 @@ class WhiteningMap(LinearMap):
 
     NAME = "whitening"
 
-    def apply(self, rows: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    def apply(self, rows: np.ndarray) -> np.ndarray:
         """Returns (N, D') float32 of length 1 for rows (N, D); an empty array for none.
 
-        out: (N, D') float32 that takes the result; None: new memory. Raises RefinementError for
-        rows of another width.
+        Raises RefinementError for rows of another width.
         """
         if rows.shape[1] != len(self.mean):
             raise RefinementError(
@@ -53,7 +52,7 @@ class WhiteningMap(LinearMap):
                 f"have {rows.shape[1]}: learn it from descriptors of the same network"
             )
         rows = np.asarray(rows)
-        mapped = np.matmul(rows.astype(np.float32, copy=False), self.projection, out=out)
+        mapped = rows.astype(np.float32, copy=False) @ self.projection
         mapped -= self.mean @ self.projection
         mapped[~rows.any(axis=1)] = 0
         return _normalised(mapped)
