@@ -25,6 +25,7 @@ from vitgal.models import layouts
 from vitgal.models.checkpoint_files import use_tensors
 from vitgal.models.sources import PRETRAINED, NetworkError, TimmSource
 
+PREFIX = runs.TIMM
 NEAREST = 3  # names in an error
 # efficientnet_pytorch's layer names -> timm's: of the network, then of its two kinds of blocks
 TRUNK = {
@@ -84,7 +85,7 @@ def open_network(source: TimmSource, options: Mapping[str, Any]) -> nn.Module:
     origins = ("url", "hf_hub_id", "file", "state_dict")
     if not any(getattr(config, origin, None) for origin in origins):
         raise NetworkError(
-            f"timm has no weights for {source.name}: name a file, {runs.TIMM}{source.name}@FILE"
+            f"timm has no weights for {source.name}: name a file, {PREFIX}{source.name}@FILE"
         )
     with _hub_errors(source.name, config):
         return _create(source.name, {**options, "pretrained": True})
@@ -108,12 +109,12 @@ def _hub_errors(name: str, config: Any) -> Iterator[None]:
             raise NetworkError(
                 f"the weights of {name} are given out under a licence: accept it at {page}, then "
                 "log in with `hf auth login`, or download model.safetensors there and name it, "
-                f"{runs.TIMM}{name}@FILE"
+                f"{PREFIX}{name}@FILE"
             ) from error
         raise NetworkError(
             f"the weights of {name} cannot be fetched ({runs.printable(error)[:150]}): download "
             f"{'model.safetensors from ' if repository else ''}{page} elsewhere, copy it here and "
-            f"name it, {runs.TIMM}{name}@FILE; nothing unfinished in timm's cache is used"
+            f"name it, {PREFIX}{name}@FILE; nothing unfinished in timm's cache is used"
         ) from error
 
 

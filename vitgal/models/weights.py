@@ -39,7 +39,7 @@ from vitgal.models.sources import (
     parse_configuration,
     read_configuration,
 )
-from vitgal.models.timm_networks import open_network
+from vitgal.models.timm_networks import PREFIX, open_network
 
 BUILT_FROM = ("architecture", "code_dim", "dilations", "embed_dim", "num_heads", "class_token")
 DTYPES = ("float32", "float16", "int8")
@@ -114,7 +114,7 @@ def initial_weights(model: ViTGaL, source: str | Path | Mapping[str, Tensor]) ->
 
 def _timm_source(model: ViTGaL, source: str | Path) -> TimmSource | None:
     """The network of timm that fills the model; None for a file that `fill_backbone` reads."""
-    own = model.architecture.removeprefix(runs.TIMM)
+    own = model.architecture.removeprefix(PREFIX)
     if source == PRETRAINED:
         return TimmSource(own)
     parsed = TimmSource.parse(source)

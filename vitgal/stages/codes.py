@@ -141,7 +141,7 @@ def _moments(describer: "LocalDescriber", tasks: Sequence[ImageTask]) -> tuple[M
         for start in range(0, len(tasks), BLOCK):
             keys = [task.key for task in tasks[start : start + BLOCK]]
             block = itertools.islice(images, len(keys))
-            items, failed = describer.local_items(block, keys, {})
+            items, failed = describer.local_items(block, keys)
             failures += failed
             refuse_failures(failures, len(tasks), describer.settings.max_failed_share)
             for _, features in items:
