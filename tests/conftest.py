@@ -1,9 +1,10 @@
 """Fixtures, and the order and grouping of the tests."""
 
 import functools
+import gc
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -28,6 +29,21 @@ LONG = (
     *("test_tiny_run.py", "test_real_params.py", "test_cluster.py", "test_rparis_mini.py"),
     *("test_training_launch.py", "test_training_faults.py"),
 )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Collects no garbage while modules are imported, nor looks for any in them afterwards."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or extension modules report at the end what was never freed
 
 
 @functools.cache

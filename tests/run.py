@@ -77,6 +77,9 @@ def call(name: str, command: list[str], environment: dict[str, str] | None = Non
     """Runs one step in the checkout's top folder; says so, and whether it passed."""
     print(f"--- {name}", flush=True)
     options = THREADS | os.environ | (environment or {})
+    # NOTE: some machines set it for every program; each worker and each program that a test starts
+    # would then compile all sources again.
+    options.pop("PYTHONDONTWRITEBYTECODE", None)
     return subprocess.run(command, cwd=TOP, env=options).returncode == 0
 
 
