@@ -364,12 +364,12 @@ def test_sigterm_is_forwarded_and_ends_with_75(cell, said, scratch, tmp_path):
     cell = cell.replace("BEGUN", repr(str(begun)))
     notebook = scratch("01_a.ipynb", "run_dir: str = 'a'", cell)
     code = (
-        "import sys; from pathlib import Path; from vitgal.app import execution, pipeline\n"
+        "import os, sys; from pathlib import Path; from vitgal.app import execution, pipeline\n"
         "try:\n"
         f"    pipeline.run(notebooks=Path({str(notebook.parent)!r}), progress=False)\n"
         "except execution.Preempted as error:\n"
         "    print(error, file=sys.stderr)\n"
-        "    sys.exit(pipeline.RESTART)\n"
+        "    sys.exit(os.EX_TEMPFAIL)\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     with open(begun):  # returns when the cell opens the other end

@@ -36,7 +36,7 @@ from tests.training_runs import (
     write_images,
 )
 from vitgal import runs
-from vitgal.app import pipeline, train_command
+from vitgal.app import train_command
 from vitgal.data import splits
 from vitgal.settings import MachineSettings
 from vitgal.stages import train
@@ -181,7 +181,7 @@ def preempted(
     try:
         fit(run, images, machine=machine)
     except errors.Preempted:
-        os._exit(pipeline.RESTART)
+        os._exit(os.EX_TEMPFAIL)
 
 
 @pytest.mark.slow

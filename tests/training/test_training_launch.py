@@ -34,7 +34,7 @@ from tests.training_runs import (
     write_images,
 )
 from vitgal import runs
-from vitgal.app import pipeline, train_command
+from vitgal.app import train_command
 from vitgal.models import weights
 from vitgal.settings import AutoencoderSettings, MachineSettings, TrainingSettings
 from vitgal.training import diagnostics, errors, launch, loop, networks, samples
@@ -338,11 +338,11 @@ def test_sigterm_to_the_notebook_reaches_its_processes(images, run, monkeypatch)
         try:
             fit(run, images, FOUR, TWO)
         except errors.Preempted:
-            os._exit(pipeline.RESTART)
+            os._exit(os.EX_TEMPFAIL)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.Trainer, "run_step", told)
-        assert exit_code(work) == pipeline.RESTART
+        assert exit_code(work) == os.EX_TEMPFAIL
     assert [len(rank) for rank in state(run / "retrieval")["progress"]["pending"]] == [3, 3]
     assert (fit(run, images, FOUR, TWO) / "stage.json").exists()
 
@@ -464,7 +464,7 @@ def test_vitgal_run_ends_with_75(told, number, images, run, scratch):
     params.write_text("run_dir: a\n")
     child = started([sys.executable, "-c", command, str(notebook), str(params), str(run)])
     output = child.communicate()[0]
-    assert child.returncode == pipeline.RESTART, output
+    assert child.returncode == os.EX_TEMPFAIL, output
     assert (run / "retrieval" / "state" / "last.pt").exists(), output
     assert "the state is saved" in output
 

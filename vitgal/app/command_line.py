@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from vitgal import runs
 
@@ -100,7 +100,8 @@ def _add(commands: Commands, name: str, about: str, command: Command) -> argpars
     return parser
 
 
-def _add_overrides(parser: argparse.ArgumentParser, override: str, output: str) -> None:
+def add_overrides(parser: argparse.ArgumentParser, override: str | None, output: str) -> None:
+    """Adds -p NAME VALUE and --output, with these help texts."""
     pair = ("NAME", "VALUE")
     parser.add_argument(
         "-p", dest="overrides", nargs=2, action="append", default=[], metavar=pair, help=override
@@ -117,7 +118,7 @@ def _add_run(commands: Commands) -> None:
     again = "also execute unchanged notebooks"
     run.add_argument("--again", action="store_true", help=again)
     relative = "a setting in place of the file's; relative paths start in the current folder"
-    _add_overrides(run, relative, "the run folder")
+    add_overrides(run, relative, "the run folder")
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -171,7 +172,7 @@ def _add_own(commands: Commands) -> None:
     own.add_argument("--box", metavar="x0,y0,x1,y1", help="part of a single query, in pixels")
     own.add_argument("--places", action="store_true", help="group the folder into places")
     run = "the run of the model; results go there"
-    _add_overrides(own, "another parameter of notebook 08, such as weights", run)
+    add_overrides(own, "another parameter of notebook 08, such as weights", run)
 
 
 def _own(options: argparse.Namespace) -> None:
@@ -225,24 +226,22 @@ def _add_description(parser: argparse.ArgumentParser, neighbours: int, count: st
     parser.add_argument("--neighbours", type=int, default=neighbours, metavar=number, help=count)
 
 
+def _values(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options of a command that a function of the same parameters carries out."""
+    return {name: value for name, value in vars(options).items() if name != "command"}
+
+
 def _audit(options: argparse.Namespace) -> None:
     from vitgal.app.folder_commands import audit_folders
 
-    report = audit_folders(
-        options.folder,
-        options.other,
-        to=options.to,
-        table=options.table,
-        weights=options.weights,
-        neighbours=options.neighbours,
-    )
-    say(report)
+    say(audit_folders(**_values(options)))
 
 
 def _add_export(commands: Commands) -> None:
     export = _add(commands, "export", "features and matches for other programs", _export)
     export.add_argument("folder", type=Path, metavar="FOLDER", help="your own photographs")
-    export.add_argument("--to", required=True, choices=("hloc", "colmap", "kapture"))
+    programs = ("hloc", "colmap", "kapture")
+    export.add_argument("--to", dest="target", required=True, choices=programs)
     output = "default: runs/export/<its name>-<program>"
     export.add_argument("--output", type=Path, metavar="FOLDER", help=output)
     _add_description(export, 20, "similar photographs that each is matched with")
@@ -251,14 +250,7 @@ def _add_export(commands: Commands) -> None:
 def _export(options: argparse.Namespace) -> None:
     from vitgal.app.folder_commands import export_folder
 
-    report = export_folder(
-        options.folder,
-        options.to,
-        output=options.output,
-        weights=options.weights,
-        neighbours=options.neighbours,
-    )
-    say(report)
+    say(export_folder(**_values(options)))
 
 
 def _add_weights(commands: Commands) -> None:

@@ -28,7 +28,6 @@ from papermill.exceptions import PapermillExecutionError
 from traitlets import default
 
 from vitgal import runs
-from vitgal.app.pipeline import RESTART
 
 KERNEL = "python3"  # the kernel's name in the notebooks; `Kernel` starts this interpreter for it
 AUTOSAVE = 300  # seconds; each save rewrites the whole notebook with its figures
@@ -50,7 +49,7 @@ class NotebookError(RuntimeError):
 class Preempted(NotebookError):
     """The process received SIGTERM, as from a cluster's scheduler; the same command continues."""
 
-    status = RESTART
+    status = os.EX_TEMPFAIL  # 75, "try again later"
 
 
 class Interrupted(NotebookError):

@@ -9,7 +9,7 @@ import pandas as pd
 
 from vitgal import runs
 from vitgal.app import pipeline
-from vitgal.settings import Settings, SettingsError, Values
+from vitgal.settings import SettingsError
 
 if TYPE_CHECKING:
     from vitgal.stages.own_answers import Answers
@@ -38,10 +38,12 @@ def search_own(
     from vitgal.data.photographs import find_photograph
     from vitgal.stages import own_answers
 
-    run, settings, weights = _settings(folder, box, overrides, output)
+    run, parameters = pipeline.plan_own(folder, box, overrides, output)
+    ((notebook, values),) = parameters.items()
+    settings = pipeline.settings_in(notebook, values)
     if places and (queries or query_folder):
         raise SettingsError("--places asks every photograph: leave out --query and --queries")
-    models = stages.own_models(run, weights)
+    models = stages.own_models(run, values.get("weights"))
     settings = models.complete(settings)
     describer = models.describer(run, settings)
     with runs.locked(run / "own"):
@@ -77,21 +79,6 @@ def _write(answers: "Answers", *, find_places: bool) -> list[str]:
     page = write_page(document, images, folder / "report")
     lines += [f"not asked: {name}: {reason}" for name, reason in answers.left_out.items()]
     return [*lines, f"{len(answers.queries)} queries answered: {results}", f"page: {page}"]
-
-
-def _settings(
-    folder: Path, box: str | None, overrides: dict[str, Any] | None, output: Path | None
-) -> tuple[Path, Settings, str | None]:
-    """Returns the run, the settings of notebook 08 and its `weights`."""
-    notebook = runs.resolve("notebooks") / pipeline.OWN
-    texts = dict(overrides or {}) | {"photographs_folder": str(folder)}
-    if box is not None:
-        texts["query_box"] = box
-    run, parameters = pipeline.plan(
-        Values({}, {}), [notebook], [notebook], overrides=texts, output=output
-    )
-    values = parameters[notebook]
-    return run, pipeline.settings_in(notebook, values), values.get("weights")
 
 
 def _answer_lines(table: pd.DataFrame, most: int = 20) -> list[str]:

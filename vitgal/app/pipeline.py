@@ -31,7 +31,6 @@ from vitgal.settings.sections import NOTEBOOKS, WEIGHTS, all_names, is_path
 
 CHAIN = "0[1-7]_*.ipynb"
 OWN = "08_own_photos.ipynb"  # outside the chain
-RESTART = 75  # sysexits.h's EX_TEMPFAIL, "try again later": see `execution.Preempted`
 TYPES = {"int": int, "float": float, "str": str, "bool": bool, "None": None}
 
 
@@ -138,15 +137,26 @@ def run_own(
     """
     from vitgal.data.photographs import find_photograph
 
-    path = (notebooks or runs.resolve("notebooks")) / OWN
-    texts = dict(overrides or {}) | {"photographs_folder": str(folder), "query_image": query}
-    if box is not None:
-        texts["query_box"] = box
     if photograph := find_photograph(folder, query, Path.cwd()):
-        texts["query_image"] = str(photograph)
+        query = str(photograph)
         print(f"the query is {runs.printable(photograph)}", file=sys.stderr)
-    run_folder, parameters = plan(Values({}, {}), [path], [path], overrides=texts, output=output)
+    texts = dict(overrides or {}) | {"query_image": query}
+    run_folder, parameters = plan_own(folder, box, texts, output, notebooks)
     return _execute(run_folder, parameters, again=True, progress=progress)
+
+
+def plan_own(
+    folder: Path,
+    box: str | None,
+    overrides: dict[str, Any] | None,
+    output: Path | None,
+    notebooks: Path | None = None,
+) -> tuple[Path, dict[Path, dict[str, Any]]]:
+    """Returns what `plan` does for 08_own_photos alone; the arguments are those of `run_own`."""
+    path = (notebooks or runs.resolve("notebooks")) / OWN
+    texts = dict(overrides or {}) | {"photographs_folder": str(folder)}
+    texts |= {} if box is None else {"query_box": box}
+    return plan(Values({}, {}), [path], [path], overrides=texts, output=output)
 
 
 def plan(

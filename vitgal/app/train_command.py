@@ -16,11 +16,9 @@ import torch
 
 from vitgal import runs
 from vitgal.app import pipeline
-from vitgal.app.command_line import escape_output, say
+from vitgal.app.command_line import add_overrides, escape_output, say
 from vitgal.settings.reader import Settings, read_file
-from vitgal.settings.section import SettingsError
 from vitgal.stages.train import fit_autoencoder, fit_retrieval
-from vitgal.training.errors import Preempted
 
 STAGES = {"02": "retrieval", "03": "autoencoder"}  # by the notebook that trains it
 
@@ -32,10 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("params", type=Path, metavar="PARAMS.yaml", help="as for vitgal run")
     parser.add_argument("--only", choices=STAGES, help="train only this notebook's model")
-    parser.add_argument(
-        "-p", dest="overrides", nargs=2, action="append", default=[], metavar=("NAME", "VALUE")
-    )
-    parser.add_argument("--output", type=Path, metavar="runs/NAME", help="the run folder")
+    add_overrides(parser, None, "the run folder")
     escape_output()
     options = parser.parse_args(arguments)
     try:
@@ -47,21 +42,13 @@ def main(arguments: list[str] | None = None) -> int:
         )
         for number, settings in chosen.items():
             train(number, run, settings)
-    except Preempted as error:
-        return _report(error, pipeline.RESTART)
-    except SettingsError as error:
-        return _report(error, 2)
     except (ValueError, OSError, RuntimeError) as error:
-        return _report(error, 1)
+        say(f"vitgal.training: {error}", sys.stderr)
+        return getattr(error, "status", 1)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
-
-
-def _report(error: Exception, status: int) -> int:
-    say(f"vitgal.training: {error}", sys.stderr)
-    return status
 
 
 def read_notebook_settings(

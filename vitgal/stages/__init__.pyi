@@ -80,7 +80,6 @@ from .ray_describer import RayDescriber as RayDescriber, open_describer as open_
 from .rerank import (
     hard_candidates as hard_candidates,
     inlier_counts as inlier_counts,
-    pair_features as pair_features,
     presence_probabilities as presence_probabilities,
     rerank_shortlist as rerank_shortlist,
 )

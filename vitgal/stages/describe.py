@@ -135,21 +135,17 @@ def training_changes(model: Path | str) -> dict[str, list[str]]:
 
     They are read from the trainings' changes.json; empty for a model without any.
     """
-    lines = []
-    for stage in ("retrieval", "autoencoder") if Path(model).name == "model.safetensors" else ():
-        file = Path(model).parent.with_name(stage) / "changes.json"
-        if Path(model).parent.name in ("retrieval", "autoencoder") and file.exists():
-            changes = runs.read_json(file)
-            lines += [
-                f"{stage}, step {change['step']}: {change['setting']} {change['from']} -> "
-                f"{change['to']}"
-                for change in changes["changes"]
-            ]
-            lines += [
-                f"{stage}, step {skip['step']}: skipped" for skip in changes["skipped_batches"]
-            ]
-        if stage == Path(model).parent.name:
-            break
+    folder, lines = Path(model).parent, []
+    trained = folder.name if Path(model).name == "model.safetensors" else ""
+    trainings = {"retrieval": ["retrieval"], "autoencoder": ["retrieval", "autoencoder"]}
+    for stage in trainings.get(trained, ()):
+        if not (file := folder.with_name(stage) / "changes.json").exists():
+            continue
+        record = runs.read_json(file)
+        for change in record["changes"]:
+            line = f"step {change['step']}: {change['setting']} {change['from']} -> {change['to']}"
+            lines.append(f"{stage}, {line}")
+        lines += [f"{stage}, step {skip['step']}: skipped" for skip in record["skipped_batches"]]
     return {"training_changes": lines} if lines else {}
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -17,7 +18,6 @@ from vitgal.data.revisited import PROTOCOLS, GroundTruth
 from vitgal.evaluation.protocol import evaluate
 from vitgal.evaluation.scores import read_scores, scores_document
 from vitgal.features.files import map_array, read_json
-from vitgal.features.local import LocalFeatures
 from vitgal.features.store import FeatureStore
 from vitgal.retrieval import shortlists
 from vitgal.retrieval.evidence import weigh
@@ -250,13 +250,17 @@ def count_inliers(
     return counts if rows > 1 else counts[0]
 
 
-def candidate_similarities(folder: Path, lists: CandidateLists) -> np.ndarray:
+def candidate_similarities(
+    folder: Path, lists: CandidateLists, queries: np.ndarray | None = None
+) -> np.ndarray:
     """Reads the similarities of candidates to their queries from a global stage's `folder`.
 
-    Returns (Q, C) float32 in the order of `lists.candidates`, padded with nan. Raises StageError
-    where the file does not fit the ranking.
+    queries: (Q,) indices, where the lists are of some of the stage's queries alone. Returns (Q, C)
+    float32 in the order of `lists.candidates`, padded with nan. Raises StageError where the file
+    does not fit the ranking.
     """
     stored, order = map_array(folder / "similarities.npy"), lists.ranking.order
+    stored = stored if queries is None else stored[:, queries]
     if stored.shape != order.shape or stored.dtype != np.float32:
         raise runs.StageError(
             f"{folder / 'similarities.npy'} does not fit ranks.npy: run {GLOBAL_NOTEBOOK} again"
@@ -341,10 +345,7 @@ def inlier_counts(folder: Path, query: int) -> dict[int, int]:
     folder: `<run>/<dataset>/rerank`. query: its index.
     """
     runs.read_stage(folder, "notebook 06_rerank")
-    candidates = map_array(folder / "candidates.npy")[query]
-    counts = map_array(folder / "inliers.npy")[query]
-    verified = candidates >= 0
-    return dict(zip(candidates[verified].tolist(), counts[verified].tolist(), strict=True))
+    return _by_image(folder, "inliers.npy", query)
 
 
 def presence_probabilities(folder: Path, query: int) -> dict[int, float]:
@@ -352,12 +353,14 @@ def presence_probabilities(folder: Path, query: int) -> dict[int, float]:
 
     folder: `<run>/<dataset>/rerank`. query: its index. Empty before `judge_benchmark` is called.
     """
-    if not (folder / PROBABILITIES).exists():
-        return {}
-    candidates = map_array(folder / "candidates.npy")[query]
-    probabilities = map_array(folder / PROBABILITIES)[query]
-    known = probabilities >= 0
-    return dict(zip(candidates[known].tolist(), probabilities[known].tolist(), strict=True))
+    return _by_image(folder, PROBABILITIES, query) if (folder / PROBABILITIES).exists() else {}
+
+
+def _by_image(folder: Path, file: str, query: int) -> dict[int, Any]:
+    """Reads one query's values that are not -1, by database index."""
+    candidates, values = (map_array(folder / name)[query] for name in ("candidates.npy", file))
+    known = values >= 0
+    return dict(zip(candidates[known].tolist(), values[known].tolist(), strict=True))
 
 
 def hard_candidates(folder: Path, ground_truth: GroundTruth, query: int) -> list[int]:
@@ -365,10 +368,3 @@ def hard_candidates(folder: Path, ground_truth: GroundTruth, query: int) -> list
     counts = inlier_counts(folder, query)
     hard = [image for image in ground_truth.hard[query].tolist() if image in counts]
     return sorted(hard, key=lambda image: (-counts[image], image))
-
-
-def pair_features(
-    features: FeatureStore, ground_truth: GroundTruth, query: int, image: int
-) -> tuple[LocalFeatures, LocalFeatures]:
-    """Returns the stored features of a query and of a database image, both given by index."""
-    return features[ground_truth.queries[query]], features[ground_truth.database[image]]

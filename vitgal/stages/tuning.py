@@ -95,7 +95,7 @@ def tune(
         rows = rerank.count_queries(lists, count, machine, stage.folder / rerank.JOURNAL, "tuning")
         similarities = np.full(lists.candidates.shape, np.nan)
         if fused:
-            similarities = _similarities(source, ground_truth, queries, depth)
+            similarities = rerank.candidate_similarities(source / "global", lists, queries)
         ap = _all_ap(lists, rows, similarities, grid, current)
         _write_choice(stage.folder, lists, rows, ap, grid, current)
         shutil.rmtree(stage.folder / rerank.JOURNAL, ignore_errors=True)
@@ -136,12 +136,6 @@ def _draw_queries(truth: GroundTruth, wanted: int | None, current: RerankingSett
     return np.sort(order[np.argsort(turns, kind="stable")][:wanted])
 
 
-def _similarities(folder: Path, truth: GroundTruth, queries: np.ndarray, top: int) -> np.ndarray:
-    """The similarities (Q, C) float32 of some queries to their candidates, padded with nan."""
-    every = _read_lists(folder, truth, np.arange(len(truth.queries)), top)
-    return rerank.candidate_similarities(folder / "global", every)[queries]
-
-
 def tuned_pairs(
     run: Path, ground_truth: GroundTruth
 ) -> tuple[rerank.CandidateLists, np.ndarray, np.ndarray]:
@@ -158,11 +152,10 @@ def tuned_pairs(
     if "fused" in tuning.grid.get("order", ()):
         point["order"] = tuning.grid["order"].index("fused")
     queries = np.array([ground_truth.queries.index(name) for name in tuning.queries])
-    depth = max(tuning.grid["top"])
-    lists = _read_lists(source, ground_truth, queries, depth)
+    lists = _read_lists(source, ground_truth, queries, max(tuning.grid["top"]))
     counts = map_array(source / "tuning" / "inliers.npy")
     evidence = counts[:, *(point[name] for name in COUNTED if name in point)]
-    return lists, _similarities(source, ground_truth, queries, depth), evidence
+    return lists, rerank.candidate_similarities(source / "global", lists, queries), evidence
 
 
 def _read_lists(

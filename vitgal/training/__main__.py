@@ -3,12 +3,11 @@
 import os
 import sys
 
-from vitgal.app.pipeline import RESTART
 from vitgal.app.train_command import main
 
 if __name__ == "__main__":
     status = main()
-    if status == RESTART:
+    if status == os.EX_TEMPFAIL:
         # Python's teardown of torch takes seconds, and a scheduler may kill the process before.
         sys.stdout.flush()
         sys.stderr.flush()

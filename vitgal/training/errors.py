@@ -1,5 +1,7 @@
 """Errors of training."""
 
+import os
+
 from vitgal import runs
 
 
@@ -9,6 +11,8 @@ class TrainingError(runs.UserError, RuntimeError):
 
 class Preempted(TrainingError):
     """The run was stopped from outside; a restart continues from the last saved state."""
+
+    status = os.EX_TEMPFAIL  # exit status of the command: 75, "try again later"
 
 
 class WorkerLost(TrainingError):

@@ -183,7 +183,7 @@ def pair_matches(
     max_lines: most inliers, and most rejected matches, that are drawn.
     """
     truth = benchmark.ground_truth
-    first, second = rerank.pair_features(features, truth, query, image)
+    first, second = features[truth.queries[query]], features[truth.database[image]]
     label = revisited.relevance_labels(truth, query, [image])[0]
     title = f"{benchmark.database[image]} ({label})"
     return match_figure(
