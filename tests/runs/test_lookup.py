@@ -39,40 +39,6 @@ def test_helpers_find_what_this_process_finds(files, monkeypatch):
     assert not in_this_process
 
 
-@pytest.mark.parametrize(
-    ("odd", "begins_with"),
-    [
-        ("{top}//a.jpg", None),  # its rest would look absolute
-        ("{top}//dev/null", None),
-        ("{top}x/a.jpg", "{top.parent}/"),
-        ("c.jpg", None),
-        ("{top}/b.jpg", "{top}/"),
-    ],
-)
-def test_helpers_look_from_the_folder_that_all_paths_begin_with(
-    odd, begins_with, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(lookup, "MANY", 2)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    top = tmp_path / "top"
-    (top / "dev").mkdir(parents=True)
-    (tmp_path / "topx").mkdir()
-    monkeypatch.chdir(tmp_path)
-    for size, name in enumerate(("top/a.jpg", "top/b.jpg", "topx/a.jpg", "c.jpg", "top/dev/null")):
-        (tmp_path / name).write_bytes(b"x" * size)
-    half = [f"{top}/a.jpg", odd.format(top=top), f"{top}/b.jpg"]
-    paths = [*half, *half]
-    begun, real = [], lookup.subprocess.Popen
-
-    def popen(*given, cwd, **options):
-        begun.append(cwd)
-        return real(*given, cwd=cwd, **options)
-
-    monkeypatch.setattr(lookup.subprocess, "Popen", popen)
-    assert runs.file_facts(paths).tolist() == expected(paths)
-    assert begun == [begins_with and begins_with.format(top=top)] * 2
-
-
 @pytest.mark.parametrize("python", ["/does/not/exist", "/bin/false", None])
 def test_without_helpers_this_process_looks(files, monkeypatch, python):
     monkeypatch.setattr(lookup, "MANY", 20)

@@ -167,8 +167,11 @@ def _add_own(commands: Commands) -> None:
     own = _add(commands, "own", "search a folder of your own photographs", _own)
     own.add_argument("folder", type=Path, metavar="FOLDER", help="photographs, with sub-folders")
     query = "a photograph of it, or any file; may be repeated; without: every photograph"
-    own.add_argument("--query", action="append", default=[], metavar="IMAGE", help=query)
-    own.add_argument("--queries", type=Path, metavar="FOLDER", help="every photograph in it")
+    own.add_argument(
+        "--query", dest="queries", action="append", default=[], metavar="IMAGE", help=query
+    )
+    every = "every photograph in it"
+    own.add_argument("--queries", dest="query_folder", type=Path, metavar="FOLDER", help=every)
     own.add_argument("--box", metavar="x0,y0,x1,y1", help="part of a single query, in pixels")
     own.add_argument("--places", action="store_true", help="group the folder into places")
     run = "the run of the model; results go there"
@@ -178,22 +181,18 @@ def _add_own(commands: Commands) -> None:
 def _own(options: argparse.Namespace) -> None:
     from vitgal.app import own, pipeline, summary
 
-    overrides, output = dict(options.overrides), options.output
-    single = len(options.query) == 1 and not (options.queries or options.places)
+    options.overrides = dict(options.overrides)
+    single = len(options.queries) == 1 and not (options.query_folder or options.places)
     if single:  # notebook 08 shows its answer
         folder = pipeline.run_own(
-            options.folder, options.query[0], options.box, overrides=overrides, output=output
+            options.folder,
+            options.queries[0],
+            options.box,
+            overrides=options.overrides,
+            output=options.output,
         )
         say(summary.own_summary(folder))
-    _, lines = own.search_own(
-        options.folder,
-        options.query,
-        options.queries,
-        box=options.box,
-        places=options.places,
-        overrides=overrides,
-        output=output,
-    )
+    _, lines = own.search_own(**_values(options))
     say("\n".join(lines[-1:] if single else lines))
 
 

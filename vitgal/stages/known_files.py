@@ -14,6 +14,8 @@ from vitgal.features.files import read_json
 # file systems tick up to every two seconds (FAT).
 SETTLED = 2_000_000_000  # nanoseconds
 SAVED_EVERY = 5.0  # seconds
+DIGEST = re.compile("[0-9a-f]{64}")  # becomes a file's name
+ENTRY = [int, int, int, str, str | None]  # size, both times, digest and remark
 
 
 @dataclass(eq=False)
@@ -51,7 +53,7 @@ class KnownFiles:
         name = f"{status.st_dev}:{status.st_ino}"
         stated = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
         entry = self._entries.get(name)
-        if _is_whole(entry) and entry[:3] == stated:
+        if runs.conforms(entry, ENTRY) and entry[:3] == stated and DIGEST.fullmatch(entry[3]):
             return entry[3], entry[4]
         begun = time.time_ns()
         digest, note = file_digest(path), end_note(path)
@@ -67,10 +69,3 @@ class KnownFiles:
             runs.refuse_links([self.file.parent, self.file])
             runs.write_json(self.file, self._entries)
         self._saved, self._changed = time.monotonic(), False
-
-
-def _is_whole(entry: object) -> bool:
-    """Whether an entry holds size, times, digest and remark; the digest becomes a file's name."""
-    if not (isinstance(entry, list) and len(entry) == 5 and isinstance(entry[3], str)):
-        return False
-    return bool(re.fullmatch("[0-9a-f]{64}", entry[3])) and isinstance(entry[4], str | None)

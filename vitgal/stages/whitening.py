@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from vitgal import runs
 from vitgal.data import photographs, splits
@@ -145,14 +146,12 @@ def _draw(labels: np.ndarray, count: int) -> np.ndarray:
     if len(labels) <= count:
         return np.arange(len(labels))
     shuffled = np.random.default_rng([0, 4]).permutation(len(labels))
-    _, group = np.unique(labels[shuffled], return_inverse=True)
-    order = np.argsort(group, kind="stable")
-    starts = np.flatnonzero(np.diff(group[order], prepend=-1))
-    turn = np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
-    rank_of_group = np.random.default_rng([0, 5]).permutation(len(starts))[group[order]]
+    landmarks, group = np.unique(labels[shuffled], return_inverse=True)
+    turn = pd.Series(group).groupby(group).cumcount().to_numpy()  # of an image at its landmark
+    place = np.random.default_rng([0, 5]).permutation(len(landmarks))[group]
     # All turns of one landmark before the next one, beyond PER_CLASS after all landmarks.
-    sorter = np.lexsort((turn, rank_of_group, turn // PER_CLASS))
-    return np.sort(shuffled[order[sorter[:count]]])
+    sorter = np.lexsort((turn, place, turn // PER_CLASS))
+    return np.sort(shuffled[sorter[:count]])
 
 
 def refuse_same_rows(rows: np.ndarray, *benchmark: np.ndarray) -> None:
