@@ -109,17 +109,17 @@ class LocalDescriber:
     def write_shards(self, shards: Sequence[ShardTask], bar: tqdm) -> Iterator[list[Failure]]:
         """Writes one shard after the other, while the next is described; yields their failures."""
         tasks = itertools.chain.from_iterable(shard.images for shard in shards)
-        writing: deque[Future[list[Failure]]] = deque()
+        writing: Future[list[Failure]] | None = None
         with ThreadPoolExecutor(1) as writer, self.stream(tasks, bar) as images:
             for shard in shards:
                 block = itertools.islice(images, len(shard.images))
                 items, failures = self.local_items(block, shard.keys)
                 shard.refuse_failed_query(failures)
                 if writing:
-                    yield writing.popleft().result()
-                writing.append(writer.submit(_write_shard, shard, items, failures))
-            while writing:
-                yield writing.popleft().result()
+                    yield writing.result()
+                writing = writer.submit(_write_shard, shard, items, failures)
+            if writing:
+                yield writing.result()
 
     def recorded(self) -> dict[str, Any]:
         """Returns the machine's entries for a stage's manifest; no result depends on them."""
