@@ -84,7 +84,7 @@ def test_a_wrong_knob_or_kind_is_an_answer(instrument):
     number = instrument.start["image"]
     question = dict(query=0, image=number, settings={"method": "<b>"})
     assert "unknown matching '<b>'" in ask(instrument, "pair", **question)[0]["error"]
-    assert "KeyError" in ask(instrument, "nothing")[0]["error"]
+    assert "AttributeError" in ask(instrument, "nothing")[0]["error"]
     assert "IndexError" in ask(instrument, "image", image=99, large=False)[0]["error"]
 
 

@@ -535,8 +535,7 @@ def test_a_wrong_question_is_answered_by_its_reason(instrument):
 def test_a_code_host_shows_a_picture_in_place_of_the_widget(run):
     dataset = revisited.open_dataset("tiny", run.parent / "data")
     widget = Instrument(run, dataset, figure=plt.figure())
-    bundle = widget._repr_mimebundle_()
-    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    data, _ = widget._repr_mimebundle_()
     assert base64.b64decode(data["image/png"])[:4] == b"\x89PNG"
     assert "the instrument on tiny" in data["text/plain"]
     assert "application/vnd.jupyter.widget-view+json" in data

@@ -1,7 +1,7 @@
 """Which queries show one landmark: the clusters that intervals and paired tests resample."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,21 +100,3 @@ def landmarks_by_names(queries: Sequence[str]) -> Landmarks:
     if all(named) and 1 < len({match[1] for match in named}) < len(named):
         return Landmarks.numbered([match[1] for match in named], "names")
     return Landmarks(np.arange(len(queries)), "queries")
-
-
-def recorded_landmarks(scores: Iterable[Mapping[str, Any]], count: int) -> Landmarks:
-    """Returns the landmarks that the first of some results of `count` queries records.
-
-    scores: contents of a scores.json, or parts of one. Without a record the names of the queries
-    decide; without these each query has a landmark of its own.
-    """
-    scores = list(scores)
-    for single in scores:
-        record = single.get("bootstrap", {})
-        groups = record.get("landmarks", ())
-        if len(groups) == count and record.get("landmarks_from") in SOURCES:
-            return Landmarks(np.array(groups, np.int64), record["landmarks_from"])
-    for single in scores:
-        if len(queries := single.get("queries", ())) == count:
-            return landmarks_by_names(queries)
-    return Landmarks(np.arange(count), "queries")

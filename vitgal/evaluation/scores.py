@@ -9,7 +9,7 @@ import numpy as np
 
 from vitgal import runs
 from vitgal.data.revisited import PROTOCOLS, GroundTruth
-from vitgal.evaluation.landmarks import Landmarks, find_landmarks, recorded_landmarks
+from vitgal.evaluation.landmarks import SOURCES, Landmarks, find_landmarks, landmarks_by_names
 from vitgal.evaluation.statistics import BOOTSTRAP, bootstrap_interval
 from vitgal.features.files import INT32, FileError, read_json
 
@@ -55,12 +55,23 @@ def intervals(systems: Mapping[str, Scores]) -> dict[str, dict[str, tuple[float,
 
 
 def resampled(*systems: Scores) -> Landmarks:
-    """Returns the landmarks that intervals of some results resample; ValueError without scores."""
+    """Returns the landmarks that intervals of some results of the same queries resample.
+
+    They are those that the first of the results records. Without a record the names of the queries
+    decide; without these each query has a landmark of its own. ValueError without scores.
+    """
+    counts = [len(scores[p]["ap"]) for scores in systems for p in PROTOCOLS if p in scores]
+    if not counts:
+        raise ValueError(f"no scores of {', '.join(PROTOCOLS)}")
     for scores in systems:
-        for protocol in PROTOCOLS:
-            if protocol in scores:
-                return recorded_landmarks(systems, len(scores[protocol]["ap"]))
-    raise ValueError(f"no scores of {', '.join(PROTOCOLS)}")
+        record = scores.get("bootstrap", {})
+        groups, source = record.get("landmarks", ()), record.get("landmarks_from")
+        if len(groups) == counts[0] and source in SOURCES:
+            return Landmarks(np.array(groups, np.int64), source)
+    for scores in systems:
+        if len(queries := scores.get("queries", ())) == counts[0]:
+            return landmarks_by_names(queries)
+    return Landmarks(np.arange(counts[0]), "queries")
 
 
 def mean_and_interval(

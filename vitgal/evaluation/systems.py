@@ -111,19 +111,22 @@ def _find_systems(
     """Returns the name of each system with its folder and scores, in the order of the paths."""
     if not paths:
         raise TableError("no run is named: a table needs one or more")
-    of_each = [{stage: read_scores(stage) for stage in find_results(p).values()} for p in paths]
-    stages = [stage for results in of_each for stage in results]
+    of_each: list[dict[str, dict[Path, Scores]]] = []  # of each path: data set -> its stages
+    for path in paths:
+        of_each.append({})
+        for stage in find_results(path).values():
+            scores = read_scores(stage)
+            of_each[-1].setdefault(_dataset(scores, stage), {})[stage] = scores
+    stages = [stage for results in of_each for own in results.values() for stage in own]
     if twice := next((stage for stage in stages if stages.count(stage) > 1), None):
         raise TableError(f"{twice} is named twice: name each run or stage once")
     if dataset is None:
         dataset = _common_dataset(paths, of_each)
-    systems = {}
+    systems: dict[Path, Scores] = {}
     for path, results in zip(paths, of_each, strict=True):
-        own = {s: scores for s, scores in results.items() if _dataset(scores, s) == dataset}
-        if not own:
-            known = ", ".join({_dataset(scores, s): None for s, scores in results.items()})
-            raise TableError(f"{path} has no result on {dataset}, but on {known}")
-        systems |= own
+        if dataset not in results:
+            raise TableError(f"{path} has no result on {dataset}, but on {', '.join(results)}")
+        systems |= results[dataset]
     folders = [*dict.fromkeys(stage.parent.parent for stage in systems)]  # runs, each once
     labels = dict(zip(folders, distinct_names(folders), strict=True))
     return {
@@ -132,20 +135,16 @@ def _find_systems(
     }
 
 
-def _common_dataset(paths: Sequence[str | Path], of_each: Sequence[dict[Path, Scores]]) -> str:
-    sets = [
-        {_dataset(scores, stage): None for stage, scores in results.items()} for results in of_each
-    ]
-    common = [name for name in sets[0] if all(name in single for single in sets)]
+def _common_dataset(paths: Sequence[str | Path], of_each: Sequence[dict[str, Any]]) -> str:
+    """Returns the one data set that is in the results of each path, val_retrieval aside."""
+    common = [name for name in of_each[0] if all(name in results for results in of_each)]
     if len(common) > 1 and VALIDATION in common:
         common.remove(VALIDATION)
     if not common:
-        known = "; ".join(
-            f"{path}: {', '.join(names)}" for path, names in zip(paths, sets, strict=True)
-        )
+        each = [f"{path}: {', '.join(own)}" for path, own in zip(paths, of_each, strict=True)]
         raise TableError(
-            f"the runs have no data set in common ({known}): results on different data sets "
-            "cannot stand in one table"
+            f"the runs have no data set in common ({'; '.join(each)}): results on different data "
+            "sets cannot stand in one table"
         )
     if len(common) > 1:
         raise TableError(f"the runs have results on {', '.join(common)}: name one with --dataset")

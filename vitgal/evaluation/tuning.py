@@ -48,12 +48,9 @@ class TuningError(runs.UserError, ValueError):
 
 def current_values(current: RerankingSettings) -> dict[str, Any]:
     """Returns the values of all settings that a grid may vary, by name, in the grid's order."""
-    matching, verification = current.matching, current.verification
-    values = (
-        *(matching.method, verification.estimator, matching.max_distance, verification.threshold),
-        *(current.count, current.order, current.fused_weight, current.fused_cap, current.top),
-    )
-    return dict(zip(NAMES, values, strict=True))
+    values = vars(current) | vars(current.verification) | vars(current.matching)
+    values["matching"] = current.matching.method
+    return {name: values[name] for name in NAMES}
 
 
 def make_grid(settings: TuningSettings, current: RerankingSettings) -> Grid:

@@ -339,6 +339,12 @@ def described_order(settings: RerankingSettings) -> dict[str, str | float]:
     return described
 
 
+def used_settings(folder: Path) -> RerankingSettings:
+    """Reads the settings of a finished `<run>/<dataset>/rerank`."""
+    manifest = runs.read_stage(folder, "notebook 06_rerank")
+    return RerankingSettings.from_manifest(manifest["parameters"])
+
+
 def inlier_counts(folder: Path, query: int) -> dict[int, int]:
     """Reads the inlier counts of one query: database index -> count.
 

@@ -19,7 +19,6 @@ from vitgal.retrieval.evidence import Evidence, weigh
 from vitgal.retrieval.ranking import Ranking
 from vitgal.retrieval.verification import MIN_MATCHES, inspect_pair
 from vitgal.runs import printable
-from vitgal.settings import RerankingSettings
 from vitgal.stages import rerank
 from vitgal.viz import galleries, run_figures
 
@@ -205,8 +204,7 @@ class _Reasons:
     ) -> "_Reasons":
         """Matches and verifies the query's candidates again, under the settings of reranking."""
         inliers = rerank.inlier_counts(folder / "rerank", query)
-        manifest = runs.read_stage(folder / "rerank", "notebook 06_rerank")
-        settings = RerankingSettings.from_manifest(manifest["parameters"])
+        settings = rerank.used_settings(folder / "rerank")
         store, evidence = FeatureStore.open(folder / "local"), dict.fromkeys(inliers)
         features = store[benchmark.ground_truth.queries[query]]
         for image in inliers:

@@ -1,6 +1,6 @@
 """The front end in a notebook: a widget whose kernel reads images and matches pairs on demand."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +11,22 @@ import traitlets
 from matplotlib.figure import Figure
 
 from vitgal import runs
-from vitgal.data.images import read_image
 from vitgal.data.revisited import RetrievalDataset
 from vitgal.features.files import map_array
+from vitgal.features.local import LocalFeatures
 from vitgal.settings import RerankingSettings
+from vitgal.stages import rerank
 from vitgal.stages.inspection import (
     Inspector,
     TokenSelection,
     changed_settings,
+    compare,
     similar_patches,
 )
 from vitgal.viz import run_document
-from vitgal.viz.report import ENLARGED, THUMBNAIL, jpeg
+from vitgal.viz.report import ENLARGED, FRONTEND, THUMBNAIL, jpeg
 from vitgal.viz.style import stored_picture
 
-FRONTEND = Path(__file__).with_name("frontend")
 LONGEST_NOTE = 2000  # characters
 PICTURE_DPI = 110  # of the picture that stands in for the widget
 Question = Mapping[str, Any]
@@ -42,6 +43,7 @@ class InstrumentWidget(anywidget.AnyWidget):
 
     _esm = FRONTEND / "instrument.js"
     _css = FRONTEND / "instrument.css"
+    settings: RerankingSettings  # of the ranking that is shown
     start = traitlets.Dict().tag(sync=True)
 
     def __init__(
@@ -59,36 +61,25 @@ class InstrumentWidget(anywidget.AnyWidget):
         self.on_msg(self._answer)
 
     def _repr_mimebundle_(self, **_: Any) -> Any:  # the base classes ignore the options as well
-        bundle = super()._repr_mimebundle_()
-        data = bundle[0] if isinstance(bundle, tuple) else bundle
+        data, metadata = super()._repr_mimebundle_()
         title = self.document["entries"][0]["dataset"]
         data["text/plain"] = f"the instrument on {title}: run this cell"
-        data.update(self._picture)
-        return bundle
-
-    def answers(self) -> dict[str, Callable[[Question, Sequence[bytes]], Answer]]:
-        """Returns the function that answers each kind of question."""
-        return {
-            "document": lambda *_: ({"document": self.document}, []),
-            "image": lambda question, _: (
-                {},
-                [self.image(question["image"], large=bool(question["large"]))],
-            ),
-            "note": self._keep_note,
-            "tokens": self._show_tokens,
-            "patch": self._compare_patch,
-        }
+        return data | self._picture, metadata
 
     def selections(self, question: Question) -> list[TokenSelection]:
         """Returns the tokens of both photographs of a pair, by one pass of the network each."""
         raise NotImplementedError
 
+    def features(self, question: Question) -> tuple[LocalFeatures, LocalFeatures]:
+        """Returns the local features of both photographs of a pair."""
+        raise NotImplementedError
+
     def _answer(self, _: Any, question: Question, buffers: Sequence[Any]) -> None:
-        """Answers a question of the front end; errors are shown there."""
+        """Answers a question of the front end by the method of its kind; errors are shown there."""
         reply: dict[str, Any] = {"id": question.get("id")}
         attached: list[bytes] = []
         try:
-            answer, attached = self.answers()[question["kind"]](question, buffers)
+            answer, attached = getattr(self, f"_answer_{question['kind']}")(question, buffers)
             reply |= answer
         except runs.UserError as error:
             reply["error"] = runs.printable(error)
@@ -96,15 +87,25 @@ class InstrumentWidget(anywidget.AnyWidget):
             reply["error"] = runs.printable(f"{type(error).__name__}: {error}")
         self.send(reply, attached)
 
-    def read(self, path: Path) -> np.ndarray:
-        """Reads an image of the document as (H, W, 3) uint8 RGB."""
-        return read_image(path)
+    def _answer_document(self, *_: Any) -> Answer:
+        return {"document": self.document}, []
 
-    def image(self, number: int, *, large: bool = False) -> bytes:
-        """Returns an image of the document as JPEG, of at most 160 or 800 pixels a side."""
-        return jpeg(self.read(self.images.paths[number]), ENLARGED if large else THUMBNAIL)
+    def _answer_image(self, question: Question, _: Sequence[bytes]) -> Answer:
+        size = ENLARGED if question["large"] else THUMBNAIL
+        return {}, [jpeg(self.images.read(question["image"]), size)]
 
-    def _show_tokens(self, question: Question, _: Sequence[bytes]) -> Answer:
+    def _answer_pair(self, question: Question, _: Sequence[bytes]) -> Answer:
+        """Matches a pair under settings that replace the ranking's: any of `knobs`, and `hidden`.
+
+        hidden: scales that are left out.
+        """
+        changes = question["settings"]
+        settings = changed_settings(self.settings, changes)
+        query, image = self.features(question)
+        pair = compare(query, image, settings, hidden_scales=changes.get("hidden", ()))
+        return {"pair": run_document.pair_document(pair.query, pair.database, pair.result)}, []
+
+    def _answer_tokens(self, question: Question, _: Sequence[bytes]) -> Answer:
         """Scores, lengths of codes and attention at a scale, as (2 + heads, h, w) bytes a side."""
         grids, boxes, attached = [], [], []
         for selection in self.selections(question):
@@ -117,7 +118,7 @@ class InstrumentWidget(anywidget.AnyWidget):
             boxes.append([float(value) for value in selection.kept.box])
         return {"grids": grids, "boxes": boxes}, attached
 
-    def _compare_patch(self, question: Question, _: Sequence[bytes]) -> Answer:
+    def _answer_patch(self, question: Question, _: Sequence[bytes]) -> Answer:
         """The patch at a pixel, and its similarity (h, w) to every patch of the other photograph.
 
         Similarities of 0 to 1 are sent as bytes, negative ones as 0.
@@ -136,7 +137,7 @@ class InstrumentWidget(anywidget.AnyWidget):
         described |= {"grid": similarity.shape, "box": [float(value) for value in other.kept.box]}
         return described, [np.rint(255 * similarity.clip(0, 1)).astype(np.uint8).tobytes()]
 
-    def _keep_note(self, question: Question, _: Sequence[bytes]) -> Answer:
+    def _answer_note(self, question: Question, _: Sequence[bytes]) -> Answer:
         name, value = str(question["name"]), question["value"]
         note = {"star": bool(value["star"]), "note": str(value["note"])[:LONGEST_NOTE]}
         notes = run_document.read_notes(self._run) | {name: note}
@@ -170,10 +171,6 @@ class Instrument(InstrumentWidget):
             start["image"] = images.database_image(dataset, start["image"])
         super().__init__(run, document, images, figure, start)
 
-    def answers(self) -> dict[str, Callable[[Question, Sequence[bytes]], Answer]]:
-        """Returns the function that answers each kind of question."""
-        return super().answers() | {"pair": self._match, "neighbours": self._find_neighbours}
-
     def selections(self, question: Question) -> list[TokenSelection]:
         """Returns the tokens of a pair's query and database image."""
         return [self._inspector.selection(*side) for side in self._sides(question)]
@@ -181,7 +178,7 @@ class Instrument(InstrumentWidget):
     def _sides(self, question: Question) -> tuple[tuple[str, int], tuple[str, int]]:
         return ("query", question["query"]), ("database", self.images.indices[question["image"]])
 
-    def _find_neighbours(self, question: Question, _: Sequence[bytes]) -> Answer:
+    def _answer_neighbours(self, question: Question, _: Sequence[bytes]) -> Answer:
         """The database images nearest to one by descriptor, and what the document has on them."""
         images, dataset = self.images, self._dataset
         rows = map_array(self._run / dataset.name / "global" / "database.npy")
@@ -191,31 +188,24 @@ class Instrument(InstrumentWidget):
         described = {name: [getattr(images, name)[number] for number in found] for name in parts}
         return {"neighbours": found} | described, []
 
-    def _match(self, question: Question, _: Sequence[bytes]) -> Answer:
-        return {"pair": self.pair(*(question[name] for name in ("query", "image", "settings")))}, []
+    @property
+    def settings(self) -> RerankingSettings:
+        """The settings of reranking, which may have been made since the widget."""
+        return rerank.used_settings(self._run / self._dataset.name / "rerank")
 
-    def pair(self, query: int, number: int, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Matches a query and an image of the document; `settings` replace the run's.
+    def features(self, question: Question) -> tuple[LocalFeatures, LocalFeatures]:
+        """Returns the features of both; the network describes an image of no short list.
 
-        settings: any of `knobs`, and `hidden`: scales that are left out. The network describes an
-        image of no short list. Returns as `pair_document`. Raises InspectionError where a
-        photograph has no local features, SettingsError for other settings.
+        Raises InspectionError where a photograph has no local features.
         """
-        manifest = runs.read_stage(
-            self._run / self._dataset.name / "rerank", run_document.RERANK_NOTEBOOK
-        )
-        used = RerankingSettings.from_manifest(manifest["parameters"])
-        chosen = changed_settings(used, settings)
-        sides = self._sides({"query": query, "image": number})
-        inspector = self._inspector
+        inspector, sides = self._inspector, self._sides(question)
         for side in sides:
             name = inspector.name(*side)
             known = name in inspector.features or name in inspector.features.failures
             if not known and inspector.shows_tokens:
                 inspector.selection(*side)
-        (_, query), (_, image) = sides
-        pair = inspector.pair(query, image, chosen, hidden_scales=settings.get("hidden", ()))
-        return run_document.pair_document(pair.query, pair.database, pair.result)
+        query, image = sides
+        return inspector.stored(*query), inspector.stored(*image)
 
 
 def _picture(figure: Figure) -> dict[str, str]:

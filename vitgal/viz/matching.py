@@ -190,11 +190,15 @@ def match_lines(
     axes.add_collection(rejected, autolim=False)
     kept = query.features.keypoints[matches[inliers, 0]]
     colours = position_colours(kept, query.features.input_size)
-    _draw_inliers(axes, _spread(lines[inliers], max_lines), _spread(colours, max_lines))
+    ends, colours = _spread(lines[inliers], max_lines), _spread(colours, max_lines)
+    drawn = LineCollection(ends, colors=colours, linewidths=0.8, alpha=0.85)
+    axes.add_collection(drawn, autolim=False)
+    dots = axes.scatter(*ends.reshape(-1, 2).T, s=9, c=np.repeat(colours, 2, axis=0), zorder=3)
+    dots.set(edgecolor="black", linewidth=0.4)
     homography = pair.verification.homography
     _draw_outlines(axes, query.features, database.features, panels, homography)
-    drawn = f" ({max_lines} drawn)" if inliers.sum() > max_lines else ""
-    axes.set_title(f"{inliers.sum()} inliers{drawn} of {len(inliers)} matches")
+    limit = f" ({max_lines} drawn)" if inliers.sum() > max_lines else ""
+    axes.set_title(f"{inliers.sum()} inliers{limit} of {len(inliers)} matches")
     return axes
 
 
@@ -250,13 +254,6 @@ def _spread(lines: np.ndarray, limit: int) -> np.ndarray:
     """Returns at most `limit` of the lines (M, 2, 2), or of their colours, spread over the list."""
     count = len(lines)
     return lines[np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int))]
-
-
-def _draw_inliers(axes: Axes, lines: np.ndarray, colours: np.ndarray) -> None:
-    drawn = LineCollection(lines, colors=colours, linewidths=0.8, alpha=0.85)
-    axes.add_collection(drawn, autolim=False)
-    dots = axes.scatter(*lines.reshape(-1, 2).T, s=9, c=np.repeat(colours, 2, axis=0), zorder=3)
-    dots.set(edgecolor="black", linewidth=0.4)
 
 
 def position_colours(points: np.ndarray, size: Sequence[int]) -> np.ndarray:

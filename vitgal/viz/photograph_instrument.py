@@ -14,10 +14,12 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from vitgal import runs
-from vitgal.data.photographs import PhotographError, read_upright
+from vitgal.data.photographs import PhotographError
+from vitgal.data.revisited import LABELS
+from vitgal.features.local import LocalFeatures
 from vitgal.retrieval.presence import Presence
 from vitgal.settings import RerankingSettings
-from vitgal.stages.inspection import TokenSelection, changed_settings, compare
+from vitgal.stages.inspection import TokenSelection
 from vitgal.viz import run_document
 from vitgal.viz.instrument import Answer, InstrumentWidget, Question
 from vitgal.viz.run_figures import safe_file_name
@@ -28,7 +30,6 @@ if TYPE_CHECKING:  # the stage imports torch; it is imported where it is used
 LARGEST_DROPPED = 9 << 20  # bytes: a Jupyter server takes messages of 10 MiB
 KEPT = 16  # searches whose pairs can be opened without another search
 RESULTS = 300  # photographs of a ranking, at most
-LABELS = ("easy", "hard", "junk")
 
 
 class PhotographInstrument(InstrumentWidget):
@@ -50,7 +51,7 @@ class PhotographInstrument(InstrumentWidget):
         *,
         figure: Figure | None = None,
     ) -> None:
-        self._photographs, self._settings, self._presence = photographs, settings, presence
+        self._photographs, self.settings, self._presence = photographs, settings, presence
         self._dropped = tempfile.TemporaryDirectory(prefix="vitgal-query-")
         images = run_document.Images(upright=True)
         for name, size in zip(photographs.names, photographs.sizes, strict=True):
@@ -80,26 +81,20 @@ class PhotographInstrument(InstrumentWidget):
         self.search(query, box)
         super().__init__(describer.run, self.document, images, figure, {"view": "own"})
 
-    def answers(self) -> dict[str, Callable[[Question, Sequence[bytes]], Answer]]:
-        """Returns the function that answers each kind of question."""
-        return super().answers() | {
-            "search": self._search_again,
-            "drop": self._search_dropped,
-            "pair": self._match,
-        }
-
     def selections(self, question: Question) -> list[TokenSelection]:
         """Returns the tokens of the query and a photograph, by one pass of the network each."""
         result, other = self._searched(question), self.images.paths[question["image"]]
         return [self._selection(result.path, result.box), self._selection(other, None)]
 
+    def features(self, question: Question) -> tuple[LocalFeatures, LocalFeatures]:
+        """Returns the features of the searched query and of a photograph."""
+        path = self.images.paths[question["image"]].relative_to(self._photographs.folder)
+        image = self._photographs.features(path.as_posix())
+        return self._searched(question).description.features, image
+
     @functools.cached_property
     def _selection(self) -> Callable[..., TokenSelection]:
         return functools.lru_cache(maxsize=8)(self._photographs.describer.selection)
-
-    def read(self, path: Path) -> np.ndarray:
-        """Reads a photograph upright, (H, W, 3) uint8 RGB."""
-        return read_upright(path)
 
     def search(self, query: str, box: Sequence[int] | None) -> dict[str, Any]:
         """Searches, and describes the result as `queries` of a document's entry.
@@ -109,7 +104,7 @@ class PhotographInstrument(InstrumentWidget):
         from vitgal.stages.own import search_folder
 
         with contextlib.redirect_stdout(io.StringIO()) as words:
-            result = search_folder(self._photographs, query, box, self._settings, self._presence)
+            result = search_folder(self._photographs, query, box, self.settings, self._presence)
         described = self._describe(result, words.getvalue().strip())
         self._results[described["image"], result.box] = result
         if len(self._results) > KEPT:
@@ -160,11 +155,11 @@ class PhotographInstrument(InstrumentWidget):
         name, size = self.images.names[number], self.images.sizes[number]
         return {"query": described, "name": name, "size": size}, []
 
-    def _search_again(self, question: Question, _: Sequence[bytes]) -> Answer:
+    def _answer_search(self, question: Question, _: Sequence[bytes]) -> Answer:
         path, box = self.images.paths[question["image"]], question["box"]
         return self._reply(self.search(str(path.absolute()), box))
 
-    def _search_dropped(self, question: Question, buffers: Sequence[bytes]) -> Answer:
+    def _answer_drop(self, question: Question, buffers: Sequence[bytes]) -> Answer:
         """Searches with a photograph that the front end sends; it is kept while the kernel runs."""
         data = bytes(buffers[0])
         if len(data) > LARGEST_DROPPED:
@@ -174,12 +169,3 @@ class PhotographInstrument(InstrumentWidget):
         path = folder / safe_file_name(str(question["name"]).rpartition("/")[2])
         path.write_bytes(data)
         return self._reply(self.search(str(path), None))
-
-    def _match(self, question: Question, _: Sequence[bytes]) -> Answer:
-        """Matches the searched query and a photograph under the settings of the knobs."""
-        path, chosen = self.images.paths[question["image"]], question["settings"]
-        settings = changed_settings(self._settings, chosen)
-        features = self._photographs.features(path.relative_to(self._photographs.folder).as_posix())
-        query = self._searched(question).description.features
-        pair = compare(query, features, settings, hidden_scales=chosen.get("hidden", ()))
-        return {"pair": run_document.pair_document(pair.query, pair.database, pair.result)}, []

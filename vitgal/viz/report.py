@@ -4,21 +4,21 @@ import base64
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import resources
 from pathlib import Path
+from string import Template
 from typing import Any
 
 import cv2
 import numpy as np
 
 from vitgal import runs
-from vitgal.data.images import ImageError, ReadError, read_image
-from vitgal.data.photographs import PhotographError, read_upright
+from vitgal.data.images import ImageError
+from vitgal.data.photographs import PhotographError
 from vitgal.viz.drawing import reduce_image
 from vitgal.viz.run_document import Images, run_document
 
 THUMBNAIL, ENLARGED = 160, 800  # pixels, the longer side
-QUALITIES = {THUMBNAIL: 75, ENLARGED: 82}  # of JPEG
+FRONTEND = Path(__file__).with_name("frontend")
 PAGE, MARK = "index.html", '<meta name="generator" content="vitgal report">'
 
 
@@ -57,43 +57,28 @@ def write_page(
 
 def page(document: dict[str, Any]) -> str:
     """Returns the HTML of a document, with the front end inside; texts of the document are data."""
-    frontend = resources.files("vitgal.viz") / "frontend"
-    script, style = ((frontend / f"instrument.{kind}").read_text("utf-8") for kind in ("js", "css"))
     # A JSON text within a script element ends at the next "</script" and may not open a comment.
     data = json.dumps(document, allow_nan=False, ensure_ascii=True, separators=(",", ":"))
     data = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    policy = (
-        "default-src 'none'; img-src 'self' file: data: blob:; style-src 'unsafe-inline'; "
-        "script-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-    )
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n{MARK}\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<title>vitgal report</title>\n<style>\nbody {\n  margin: 0;\n}\n"
-        f"{style}</style>\n</head>\n<body>\n"
-        '<div id="instrument"></div>\n'
-        f'<script type="application/json" id="document">{data}</script>\n'
-        f'<script type="module">\n{script}\n'
-        'mount(document.getElementById("instrument"), '
-        'JSON.parse(document.getElementById("document").textContent));\n'
-        "</script>\n</body>\n</html>\n"
-    )
+    script, style = ((FRONTEND / f"instrument.{kind}").read_text("utf-8") for kind in ("js", "css"))
+    return fill_in("page.html", data=data, script=script, style=style)
+
+
+def fill_in(template: str, **parts: str) -> str:
+    """Returns a page of the front end with its parts, which are HTML."""
+    return Template((FRONTEND / template).read_text("utf-8")).substitute(parts)
 
 
 def _refuse_other_files(folder: Path) -> None:
     runs.refuse_links([folder])
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    index = folder / PAGE
-    known = {PAGE, "thumbs", "photos"}
-    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in known)
-    ours = not index.exists() or MARK in index.read_text("utf-8", errors="replace")[:2000]
-    if others or not ours:
-        name = others[0] if others else PAGE
+    entries = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
+    others = [name for name in entries if name not in (PAGE, "thumbs", "photos")]
+    if PAGE in entries and MARK not in (folder / PAGE).read_text("utf-8", "replace")[:2000]:
+        others.append(PAGE)
+    if others:
         raise runs.StageError(
-            f"{folder} holds {runs.printable(name)}, which is no part of a report: choose another "
-            "folder by --to"
+            f"{folder} holds {runs.printable(others[0])}, which is no part of a report: choose "
+            "another folder by --to"
         )
 
 
@@ -105,8 +90,8 @@ def _write_images(
     def convert(number: int) -> tuple[str | None, str | None]:
         """Returns the addresses of an image's small and large picture; None: there is none."""
         try:
-            pixels = (read_upright if images.upright else read_image)(images.paths[number])
-        except (ImageError, PhotographError, ReadError, OSError):
+            pixels = images.read(number)
+        except (ImageError, PhotographError, OSError):
             return None, None
         small = jpeg(pixels, THUMBNAIL)
         large = jpeg(pixels, ENLARGED) if number in images.enlarged else None
@@ -115,7 +100,7 @@ def _write_images(
     def store(part: str, number: int, data: bytes) -> str:
         """Returns the address of a picture."""
         if inline:
-            return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"
+            return data_url(data)
         path = folder / part / f"{number:06}.jpg"
         path.write_bytes(data)
         return f"{part}/{path.name}"
@@ -133,9 +118,11 @@ def _write_images(
 
 def jpeg(pixels: np.ndarray, size: int) -> bytes:
     """Returns an image (H, W, 3) uint8 RGB as JPEG, reduced to at most `size` pixels a side."""
-    quality = QUALITIES[size]
+    quality = 75 if size <= THUMBNAIL else 82
     reduced = cv2.cvtColor(reduce_image(pixels, size)[0], cv2.COLOR_RGB2BGR)
-    done, data = cv2.imencode(".jpg", reduced, [cv2.IMWRITE_JPEG_QUALITY, quality])
-    if not done:
-        raise ValueError(f"an image of {pixels.shape} cannot be written as JPEG")
-    return data.tobytes()
+    return cv2.imencode(".jpg", reduced, [cv2.IMWRITE_JPEG_QUALITY, quality])[1].tobytes()
+
+
+def data_url(picture: bytes) -> str:
+    """Returns a JPEG as an address that holds it."""
+    return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"

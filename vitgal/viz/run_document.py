@@ -12,7 +12,8 @@ import numpy as np
 
 from vitgal import runs
 from vitgal.data import revisited
-from vitgal.data.images import ImageError, stored_size
+from vitgal.data.images import ImageError, read_image, stored_size
+from vitgal.data.photographs import read_upright
 from vitgal.data.revisited import PROTOCOLS, RetrievalDataset
 from vitgal.evaluation import comparison
 from vitgal.evaluation.scores import Scores, read_scores
@@ -29,7 +30,6 @@ from vitgal.stages import rerank
 from vitgal.stages.inspection import Inspector
 from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries, last_positive
 
-RERANK_NOTEBOOK = "notebook 06_rerank"
 NOTES = "notes.json"  # of a run: stars and remarks on queries and pairs
 MOST_MAPPED = 8000  # database images on the map and with neighbours: t-SNE takes minutes for more
 MOST_MAPPED_AT_ONCE = 1000  # the same in a notebook, where a cell may take seconds
@@ -72,6 +72,10 @@ class Images:
         number = self.number(dataset.database_paths[index], dataset.database[index])
         self.indices[number] = index
         return number
+
+    def read(self, number: int) -> np.ndarray:
+        """Reads an image by its number, (H, W, 3) uint8 RGB; ImageError or PhotographError."""
+        return (read_upright if self.upright else read_image)(self.paths[number])
 
     def document(self, entries: Sequence[dict[str, Any]], **parts: Any) -> dict[str, Any]:
         """Returns a document of these entries and further parts in plain values."""
@@ -291,8 +295,7 @@ class _Entry:
 
     @functools.cached_property
     def _settings(self) -> RerankingSettings:
-        parameters = runs.read_stage(self.folder / "rerank", RERANK_NOTEBOOK)["parameters"]
-        return RerankingSettings.from_manifest(parameters)
+        return rerank.used_settings(self.folder / "rerank")
 
     def _extraction(self) -> dict[str, Any] | None:
         """What the local features are, for the knobs; None where the run keeps none."""

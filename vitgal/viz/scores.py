@@ -44,7 +44,11 @@ def score_dots(
             value, y = _percent(row.get(protocol)), group * (rows + 0.6) + index
             if np.isnan(value):
                 continue
-            right = _draw_whisker(axes, y, value, intervals.get(system, {}).get(protocol))
+            right, interval = value, intervals.get(system, {}).get(protocol)
+            if interval is not None:
+                low, high = (100 * float(bound) for bound in interval)
+                axes.plot([low, high], [y, y], color=INK, linewidth=1.2)
+                right = max(value, high)
             draw(value, y)
             text = axes.text(right + 1.2, y, f"{value:.1f}", va="center", fontsize=8)
             text.set_path_effects(outlined("white", 2))
@@ -82,17 +86,6 @@ def _percent(score: object) -> float:
     """Returns a fraction, or the mAP in `evaluate`'s dict, in percent; nan for None."""
     value = score.get("map") if isinstance(score, Mapping) else score
     return float("nan") if value is None else 100 * float(value)
-
-
-def _draw_whisker(
-    axes: Axes, y: float, value: float, interval: tuple[float, float] | None
-) -> float:
-    """A confidence interval as a line behind its dot; returns how far both reach."""
-    if interval is None:
-        return value
-    low, high = (100 * float(bound) for bound in interval)
-    axes.plot([low, high], [y, y], color=INK, linewidth=1.2)
-    return max(value, high)
 
 
 @styled
@@ -184,14 +177,9 @@ def retrieval_curves(
     for panel in axes:
         panel.grid(axis="y")
         if panel.get_legend_handles_labels()[0]:
-            _legend_below(panel)
+            legend = panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+            plt.setp(legend.get_texts(), fontsize=7.5)
     return axes
-
-
-def _legend_below(axes: Axes) -> None:
-    legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
-    legend.set(in_layout=True)
-    plt.setp(legend.get_texts(), fontsize=7.5)
 
 
 def _draw_histograms(axes: Axes, similarities: Mapping[str, np.ndarray]) -> None:

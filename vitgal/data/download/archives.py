@@ -1,7 +1,6 @@
 """Unpacks archives of photographs and refuses unsafe ones."""
 
 import bz2
-import contextlib
 import errno
 import gzip
 import lzma
@@ -9,7 +8,6 @@ import os
 import platform
 import shutil
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -75,8 +73,12 @@ def _extract(
     limit = MAX_RATIO * archive.stat().st_size + MAX_EXTRA_BYTES
     unpacked = 0
     targets = []
+    with open(archive, "rb") as handle:
+        start = handle.read(6)
+    opener = next((o for magic, o in COMPRESSIONS.items() if start.startswith(magic)), open)
     with (
-        _open_tar(archive, limit) as tar,
+        opener(archive, "rb") as stream,
+        tarfile.open(fileobj=_BoundedStream(stream, limit), mode="r:") as tar,
         tqdm(desc=f"unpacking {label}", unit=" files", leave=False, disable=not progress) as bar,
     ):
         for count, member in enumerate(tar, 1):
@@ -96,18 +98,6 @@ def _extract(
                 bar.update()
             tar.fileobj.left = MAX_HEADERS
     return targets
-
-
-@contextlib.contextmanager
-def _open_tar(archive: Path, limit: int) -> Iterator[tarfile.TarFile]:
-    with open(archive, "rb") as handle:
-        start = handle.read(6)
-    opener = next((o for magic, o in COMPRESSIONS.items() if start.startswith(magic)), open)
-    with (
-        opener(archive, "rb") as stream,
-        tarfile.open(fileobj=_BoundedStream(stream, limit), mode="r:") as tar,
-    ):
-        yield tar
 
 
 def _too_large(limit: int) -> str:
