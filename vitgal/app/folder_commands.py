@@ -72,7 +72,7 @@ def audit_folders(
     as for `own_models`. Raises PhotographError for folders that cannot be compared.
     """
     from vitgal import stages
-    from vitgal.viz.audit_page import write_audit_page
+    from vitgal.viz.report import write_audit_page
 
     if table is not None and other is None:
         raise PhotographError("--table needs OTHER, the test images whose landmarks are looked for")

@@ -9,15 +9,13 @@ from .comparison import (
     find_results as find_results,
     report as report,
 )
-from .curves import (
-    mean_precision as mean_precision,
-    mean_recall as mean_recall,
-    positive_ranks as positive_ranks,
-)
 from .landmarks import Landmarks as Landmarks, find_landmarks as find_landmarks
 from .protocol import (
     average_precision as average_precision,
     evaluate as evaluate,
+    mean_precision as mean_precision,
+    mean_recall as mean_recall,
+    positive_ranks as positive_ranks,
     precision_at as precision_at,
 )
 from .scores import (

@@ -1,4 +1,4 @@
-"""Scores of a ranking under the Revisited protocol.
+"""Scores of a ranking under the Revisited protocol, and its precision and recall.
 
 AP and mP@k are those of Radenovic et al., "Revisiting Oxford and Paris", CVPR 2018, as the code
 published with the benchmark computes them; every number agrees with that code's to 1e-12.
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from vitgal.data.revisited import PROTOCOLS, GroundTruth, ignored, labelled, positives
-from vitgal.retrieval.ranking import Positions
+from vitgal.retrieval.ranking import Positions, Ranking
 
 
 def evaluate(
@@ -93,20 +93,15 @@ def _positions(
 def _scores(
     positions: Positions, ground_truth: GroundTruth, protocol: str, kappas: Sequence[int]
 ) -> dict[str, Any]:
-    correct, junk = positives(ground_truth, protocol), ignored(ground_truth, protocol)
-    ap = np.full(len(correct), np.nan)
-    precisions = np.full((len(correct), len(kappas)), np.nan)
-    for query, images in enumerate(correct):
-        if not images.size:
-            continue
-        ranks = np.sort(positions.rank(query, images, ignored=junk[query]))
-        ranks = ranks[ranks >= 0]  # -1: never found
-        ap[query] = average_precision(ranks, images.size)
-        precisions[query] = [precision_at(ranks, k) for k in kappas]
-    scored = ~np.isnan(ap)
-    means = precisions[scored].mean(axis=0) if scored.any() else np.full(len(kappas), np.nan)
+    counts = np.array([images.size for images in positives(ground_truth, protocol)], int)
+    ranks = positive_ranks(positions, ground_truth, protocol)
+    ranks = [row[row >= 0] for row in ranks]  # -1: never found
+    scored, ap = counts > 0, np.full(len(counts), np.nan)
+    ap[scored] = list(map(average_precision, ranks, counts[scored]))
+    precisions = [[precision_at(row, k) for k in kappas] for row in ranks]
+    means = np.mean(precisions, axis=0) if ranks else np.full(len(kappas), np.nan)
     result = {
-        "map": float(ap[scored].mean()) if scored.any() else float("nan"),
+        "map": float(ap[scored].mean()) if ranks else float("nan"),
         "mp_at": {int(k): float(mean) for k, mean in zip(kappas, means, strict=True)},
         "ap": ap,
     }
@@ -114,6 +109,22 @@ def _scores(
     if ranked < sum(index.size for index in labelled(ground_truth)):
         result["truncated"] = True
     return result
+
+
+def positive_ranks(
+    ranking: Ranking | Positions, truth: GroundTruth, protocol: str
+) -> list[np.ndarray]:
+    """Returns per query the rising zero-based ranks (R,) of its right images.
+
+    Ranks do not count the images that the protocol ignores. Queries without a right image are
+    left out.
+    """
+    images = positives(truth, protocol), ignored(truth, protocol)
+    return [
+        np.sort(ranking.rank(query, right, left_out))
+        for query, (right, left_out) in enumerate(zip(*images, strict=True))
+        if len(right)
+    ]
 
 
 def average_precision(ranks: np.ndarray, count: int) -> float | np.ndarray:
@@ -147,3 +158,30 @@ def precision_at(ranks: np.ndarray, k: int) -> float:
         return 0.0
     length = min(int(ranks.max()) + 1, k)
     return np.count_nonzero(ranks < length) / length
+
+
+def mean_precision(ranks: Sequence[np.ndarray], levels: int = 101) -> np.ndarray:
+    """Returns the interpolated precision at evenly spaced levels of recall, mean over queries.
+
+    ranks: as `positive_ranks` returns them. At a level, precision is the best at that recall or a
+    higher one (Manning et al., Introduction to Information Retrieval, 8.4). Returns shape
+    (levels,), nan without queries.
+    """
+    curves = np.full((len(ranks), levels), np.nan)
+    for curve, row in zip(curves, ranks, strict=True):
+        precision = np.arange(1, len(row) + 1) / (row + 1)
+        best = np.maximum.accumulate(precision[::-1])[::-1]
+        needed = np.ceil(np.linspace(0, 1, levels) * len(row) - 1e-9).astype(int)
+        curve[:] = best[np.maximum(needed, 1) - 1]
+    return curves.mean(axis=0) if len(ranks) else np.full(levels, np.nan)
+
+
+def mean_recall(ranks: Sequence[np.ndarray], lengths: np.ndarray) -> np.ndarray:
+    """Returns the share of right images within the first `lengths` (L,) images, mean over queries.
+
+    ranks: as `positive_ranks` returns them. Returns shape (L,), nan without queries. At the length
+    of the short list it is the most that reranking can bring to the front.
+    """
+    if not ranks:
+        return np.full(len(lengths), np.nan)
+    return np.mean([np.searchsorted(row, lengths) / len(row) for row in ranks], axis=0)

@@ -1,4 +1,3 @@
-from .audit_page import write_audit_page as write_audit_page
 from .charts import (
     live_curves as live_curves,
     parameter_curves as parameter_curves,
@@ -40,7 +39,11 @@ from .matching import (
 )
 from .own_document import own_document as own_document
 from .photograph_instrument import PhotographInstrument as PhotographInstrument
-from .report import write_page as write_page, write_report as write_report
+from .report import (
+    write_audit_page as write_audit_page,
+    write_page as write_page,
+    write_report as write_report,
+)
 from .run_figures import (
     existing_queries as existing_queries,
     pair_figure as pair_figure,

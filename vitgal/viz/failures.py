@@ -60,15 +60,15 @@ def failure_table(
     """
     if by not in SORTS:
         raise ValueError(f"by is {by!r}; a failure table is sorted by {', '.join(SORTS)}")
-    rankings = _rankings(run / benchmark.name, protocol, reranked)
     truth = benchmark.ground_truth
+    positives, ignored = revisited.positives(truth, protocol), revisited.ignored(truth, protocol)
+    rankings = _rankings(run / benchmark.name, protocol, reranked)
     scores = [
         evaluate({protocol: ranking.positions}, truth)[protocol]["ap"] for ranking in rankings
     ]
     names = [printable(name) for name in truth.queries]
     table = pd.DataFrame({"query": names, "before": scores[0], "after": scores[-1]})
     table["change"] = table["after"] - table["before"]
-    positives, ignored = revisited.positives(truth, protocol), revisited.ignored(truth, protocol)
     table["positives"] = [len(images) for images in positives]
     worst = [
         run_figures.last_positive(rankings[-1], query, *images)
@@ -101,11 +101,11 @@ def failure_figure(
     columns: images in a row. Others and errors: as for `failure_table`; ValueError also for a query
     that does not exist.
     """
-    rankings = _rankings(run / benchmark.name, protocol, reranked)
     folder, truth = run / benchmark.name, benchmark.ground_truth
     query = revisited.check_query(truth, query_index)
     positives = revisited.positives(truth, protocol)[query]
     ignored = revisited.ignored(truth, protocol)[query]
+    rankings = _rankings(folder, protocol, reranked)
     skipped = np.setdiff1d(ignored, truth.junk[query])
     orders = [ranking.order[:, query] for ranking in rankings]
     rows = [row[~np.isin(row, skipped) & (row >= 0)][:columns].tolist() for row in orders]
@@ -138,9 +138,6 @@ def failure_figure(
 def _rankings(folder: Path, protocol: str, reranked: bool) -> list[Ranking]:
     """The global ranking and, where there is one and it is asked for, the reranked one."""
     runs.read_stage(folder / "global", run_figures.GLOBAL_NOTEBOOK)
-    if protocol not in revisited.PROTOCOLS:
-        names = ", ".join(revisited.PROTOCOLS)
-        raise ValueError(f"unknown protocol {protocol!r}; use one of {names}")
     rankings = [Ranking.load(folder / "global")]
     if reranked and (folder / "rerank" / runs.MANIFEST).exists():
         rankings.append(Ranking.load(folder / "rerank", protocol))

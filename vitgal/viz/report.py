@@ -1,9 +1,10 @@
-"""The front end as a page: a folder that opens from disk, without a server or a kernel."""
+"""Pages that open from disk, without a server or a kernel: of runs, and of an audit's copies."""
 
 import base64
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from html import escape
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -13,11 +14,12 @@ import numpy as np
 
 from vitgal import runs
 from vitgal.data.images import ImageError
-from vitgal.data.photographs import PhotographError
+from vitgal.data.photographs import PhotographError, read_upright
 from vitgal.viz.drawing import reduce_image
 from vitgal.viz.run_document import Images, run_document
 
-THUMBNAIL, ENLARGED = 160, 800  # pixels, the longer side
+THUMBNAIL, ENLARGED, COPY = 160, 800, 320  # pixels, the longer side
+MOST_COPIES = 500  # pairs on an audit's page, of about 50 kB each
 FRONTEND = Path(__file__).with_name("frontend")
 PAGE, MARK = "index.html", '<meta name="generator" content="vitgal report">'
 
@@ -126,3 +128,36 @@ def jpeg(pixels: np.ndarray, size: int) -> bytes:
 def data_url(picture: bytes) -> str:
     """Returns a JPEG as an address that holds it."""
     return f"data:image/jpeg;base64,{base64.b64encode(picture).decode()}"
+
+
+def write_audit_page(result: object, path: Path) -> Path:
+    """Writes the first 500 pairs of copies of a `stages.Audit` as one HTML file; returns its path.
+
+    Pictures are inside. Names and texts are data, never markup. A file that has vanished since is
+    named without a picture.
+    """
+    parts, group = [], None
+    for row in result.copies.head(MOST_COPIES).itertuples():
+        if row.group != group:
+            group = row.group
+            parts.append(f"<h2>Group {group + 1}</h2>")
+        text = f"{row.change}: shared {row.shared_first:.0%} of the first, "
+        text += f"{row.shared_second:.0%} of the second; {row.agreement:.0%} of it agree"
+        files = result.path(0, row.first), result.path(1, row.second)
+        pictures = "".join(map(_picture, files))
+        parts.append(f"<p>{escape(text)}</p><figure>{pictures}</figure>")
+    beyond = len(result.copies) - MOST_COPIES
+    summary = result.report().split("\n")[0] + (f"; {beyond} more in copies.csv" * (beyond > 0))
+    page = fill_in("audit.html", summary=escape(summary), groups="\n".join(parts))
+    return runs.write_text(path, page)
+
+
+def _picture(file: Path) -> str:
+    name = escape(runs.printable(f"{file.parent.name}/{file.name}"))
+    try:
+        image = read_upright(file)
+    except PhotographError:
+        return f'<div><p class="name">{name}: it cannot be read any more</p></div>'
+    size = f"{image.shape[1]} x {image.shape[0]} pixels"
+    source = data_url(jpeg(image, COPY))
+    return f'<div><img alt="{name}" src="{source}"><p class="name">{name}<br>{size}</p></div>'

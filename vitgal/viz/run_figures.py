@@ -13,7 +13,7 @@ from vitgal import runs
 from vitgal.data import revisited
 from vitgal.data.photographs import read_upright
 from vitgal.data.revisited import GroundTruth, RetrievalDataset
-from vitgal.evaluation import curves
+from vitgal.evaluation.protocol import mean_precision, mean_recall, positive_ranks
 from vitgal.features.files import map_array
 from vitgal.features.store.feature_store import FeatureStore
 from vitgal.retrieval.ranking import Ranking
@@ -116,9 +116,9 @@ def retrieval_figure(benchmark: RetrievalDataset, folder: Path, *, top: int) -> 
     lengths = np.unique(np.geomspace(1, ranking.database_size, 200).round().astype(int))
     precision, recall = {}, {}
     for protocol in revisited.PROTOCOLS:
-        ranks = curves.positive_ranks(ranking, truth, protocol)
-        precision[protocol] = curves.mean_precision(ranks)
-        recall[protocol] = lengths, curves.mean_recall(ranks, lengths)
+        ranks = positive_ranks(ranking, truth, protocol)
+        precision[protocol] = mean_precision(ranks)
+        recall[protocol] = lengths, mean_recall(ranks, lengths)
     similarities = {label: np.array(row) for label, row in groups.items()}
     return scores.retrieval_curves(similarities, precision, recall, top=top)
 
