@@ -438,7 +438,13 @@ def test_table_in_percent():
 
 def test_table_of_several_rankings_and_of_records():
     first = evaluate(RANKS, ONE)
-    record = scores_document(evaluate(RANKS[:, :0], truth()), protocol={}, parameters={}, inputs={})
+    record = scores_document(
+        evaluate(RANKS[:, :0], truth()),
+        protocol={},
+        parameters={},
+        inputs={},
+        ground_truth=truth(),
+    )
     table = score_table({"global": first, "none": json.loads(json.dumps(record))})
     assert table.index.tolist()[:2] == [("global", "Easy"), ("global", "Medium")]
     assert table.loc[("global", "Easy"), "mAP"] == 25
@@ -497,9 +503,9 @@ def test_record_is_plain_and_complete(tmp_path):
 
 
 def test_record_refuses_paths_and_repeated_keys(tmp_path):
-    scores = evaluate(RANKS, ONE)
+    scores, rest = evaluate(RANKS, ONE), {"protocol": {}, "inputs": {}, "ground_truth": ONE}
     for value in (tmp_path, str(tmp_path), [str(tmp_path)], {"of": Path("x")}):
         with pytest.raises(ValueError, match=r"parameters\.model.* is the path"):
-            scores_document(scores, protocol={}, parameters={"model": value}, inputs={})
+            scores_document(scores, parameters={"model": value}, **rest)
     with pytest.raises(ValueError, match="'hard' already"):
-        scores_document(scores, protocol={}, parameters={}, inputs={}, further={"hard": scores})
+        scores_document(scores, parameters={}, further={"hard": scores}, **rest)

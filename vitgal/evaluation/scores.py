@@ -104,10 +104,9 @@ def score_table(scores: Scores | Mapping[str, Scores], *, digits: int = 1) -> "p
     single = any(protocol in scores for protocol in PROTOCOLS)
     systems = {"": scores} if single else scores
     rows = {
-        (label, p.capitalize()): _row(system[p], resampled(system, *systems.values()).clusters)
-        for label, system in systems.items()
-        for p in PROTOCOLS
-        if p in system
+        (label, protocol.capitalize()): _row(systems[label][protocol], *interval)
+        for label, ends in intervals(systems).items()
+        for protocol, interval in ends.items()
     }
     if not rows:
         raise ValueError(f"no scores of {', '.join(PROTOCOLS)} among {list(scores)}")
@@ -116,8 +115,7 @@ def score_table(scores: Scores | Mapping[str, Scores], *, digits: int = 1) -> "p
     return table.droplevel("ranking") if single else table
 
 
-def _row(scores: Mapping[str, Any], clusters: np.ndarray | None) -> dict[str, float]:
-    _, low, high = mean_and_interval(scores["ap"], clusters)
+def _row(scores: Mapping[str, Any], low: float, high: float) -> dict[str, float]:
     row = {"mAP": scores["map"], "low": low, "high": high}
     row |= {f"mP@{k}": value for k, value in scores["mp_at"].items()}
     # None is the score of no query.
@@ -131,8 +129,8 @@ def scores_document(
     protocol: Mapping[str, Any],
     parameters: Mapping[str, Any],
     inputs: Mapping[str, str],
+    ground_truth: GroundTruth,
     failed: int = 0,
-    ground_truth: GroundTruth | None = None,
     further: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns the content of a scores.json: the scores and all that they depend on.
@@ -141,33 +139,28 @@ def scores_document(
         result: of `evaluate`; each protocol gets the 95 % `interval` of its mAP.
         protocol: how the ranking was made (queries cropped, ties, short list, ...).
         inputs: name -> fingerprint of each input.
+        ground_truth: gives the queries' names and landmarks.
         failed: the number of database images that could not be read and rank last.
-        ground_truth: gives the queries' names and landmarks; None: each query is its own landmark.
         further: more keys, such as "published": another result, which gets its intervals as well.
 
     Raises ValueError where a further key repeats another, or a value is a path, which would make
     equal runs differ between machines.
     """
-    bootstrap, clusters = BOOTSTRAP, None
-    if ground_truth is not None:
-        landmarks = find_landmarks(ground_truth)
-        bootstrap, clusters = BOOTSTRAP | landmarks.recorded, landmarks.clusters
+    landmarks = find_landmarks(ground_truth)
     document = {
-        **_with_intervals(result, clusters),
+        **_with_intervals(result, landmarks.clusters),
         "protocol": protocol,
         "parameters": parameters,
-        "fingerprints": dict(inputs),
+        "fingerprints": {**inputs, "ground truth": ground_truth.fingerprint},
         "failed_images": failed,
         "versions": runs.versions(),
-        "bootstrap": bootstrap,
+        "bootstrap": BOOTSTRAP | landmarks.recorded,
+        "queries": ground_truth.queries,
     }
-    if ground_truth is not None:
-        document["fingerprints"]["ground truth"] = ground_truth.fingerprint
-        document["queries"] = ground_truth.queries
     further = further or {}
     if repeated := sorted(set(document) & set(further)):
         raise ValueError(f"a scores document has {repeated[0]!r} already")
-    document |= {key: _with_intervals(value, clusters) for key, value in further.items()}
+    document |= {key: _with_intervals(value, landmarks.clusters) for key, value in further.items()}
     for key in ("protocol", "parameters", "fingerprints", *further):
         _refuse_paths(document[key], key)
     return runs.plain(document)

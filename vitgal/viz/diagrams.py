@@ -1,5 +1,6 @@
 """Diagrams of a computation: its steps as boxes, or one photograph on its way."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import cv2
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.patches import ConnectionPatch, Rectangle
+from matplotlib.patches import Rectangle
 
 from vitgal import runs
 from vitgal.data import revisited
@@ -162,16 +163,8 @@ def flow_figure(
         axis.set_title(name, fontweight="bold")
         axis.set_xlabel(note, fontsize=CAPTION_SIZE)
         axis.set_anchor("C")
-    for first, second in zip(axes, axes[1:], strict=False):
-        arrow = ConnectionPatch(
-            *((1.01, 0.5), (-0.01, 0.5), "axes fraction", "axes fraction"),
-            axesA=first,
-            axesB=second,
-            arrowstyle="-|>",
-            color=INK,
-        )
-        arrow.set_in_layout(False)
-        figure.add_artist(arrow)
+    for ends in itertools.pairwise(axes):
+        drawing.draw_arrow(ends, (1.01, 0.5), (-0.01, 0.5), color=INK)
     figure.get_layout_engine().set(w_pad=0.12)
     return axes
 

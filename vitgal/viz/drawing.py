@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, fontManager
 from matplotlib.ft2font import FT2Font
-from matplotlib.patches import Rectangle
+from matplotlib.patches import ConnectionPatch, Rectangle
 
 from vitgal.data.images import read_image
 from vitgal.runs import printable
@@ -81,6 +81,16 @@ def draw_box(axes: Axes, box: Sequence[int]) -> None:
     frame = Rectangle((x0 - 0.5, y0 - 0.5), x1 - x0, y1 - y0, fill=False, linewidth=2)
     frame.set(edgecolor=BOX_COLOUR, path_effects=outlined("black", 3.2))
     axes.add_patch(frame)
+
+
+def draw_arrow(
+    axes: Sequence[Axes], start: Sequence[float], end: Sequence[float], **style: object
+) -> None:
+    """Draws an arrow from a point of the first to one of the second axes, in fractions of each."""
+    ends = {"axesA": axes[0], "axesB": axes[1], "arrowstyle": "-|>"}
+    arrow = ConnectionPatch(start, end, "axes fraction", "axes fraction", **ends, **style)
+    arrow.set_in_layout(False)  # otherwise the layout moves the axes apart
+    axes[0].figure.add_artist(arrow)
 
 
 def write_sentence(axes: Axes, text: str) -> None:

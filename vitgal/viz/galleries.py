@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import ConnectionPatch, Patch, Rectangle
+from matplotlib.patches import Patch, Rectangle
 
 from vitgal.runs import printable
 from vitgal.viz import drawing
@@ -201,16 +201,8 @@ def _draw_arrows(cells: np.ndarray, rows: Sequence[Sequence[RankedImage]]) -> No
     after = {image.key: cell for cell, image in zip(cells[1], rows[1], strict=False)}
     for cell, image in zip(cells[0], rows[0], strict=False):
         if image.key in after:
-            arrow = ConnectionPatch(
-                *((0.5, -0.02), (0.5, 1.02), "axes fraction", "axes fraction"),
-                axesA=cell,
-                axesB=after[image.key],
-                color=LABEL_COLOURS[image.label],
-                linewidth=1.8,
-                arrowstyle="-|>",
-            )
-            arrow.set_in_layout(False)  # otherwise the layout moves the rows apart
-            cell.figure.add_artist(arrow)
+            ends, colour = (cell, after[image.key]), LABEL_COLOURS[image.label]
+            drawing.draw_arrow(ends, (0.5, -0.02), (0.5, 1.02), color=colour, linewidth=1.8)
 
 
 def _add_legend(figure: Figure, rankings: Sequence[Sequence[RankedImage]]) -> None:

@@ -108,18 +108,14 @@ def retrieval_figure(benchmark: RetrievalDataset, folder: Path, *, top: int) -> 
     """
     truth, ranking = benchmark.ground_truth, Ranking.load(folder)
     order, values = map_array(folder / "ranks.npy"), map_array(folder / "similarities.npy")
-    groups: dict[str, list[float]] = {"easy": [], "hard": [], "negative": []}
-    for query in range(len(truth.queries)):
-        labels = np.array(revisited.relevance_labels(truth, query, order[:, query]))
-        for label, row in groups.items():
-            row += values[labels == label, query].tolist()
+    labels = np.array([revisited.relevance_labels(truth, *pair) for pair in enumerate(order.T)])
+    similarities = {label: values.T[labels == label] for label in ("easy", "hard", "negative")}
     lengths = np.unique(np.geomspace(1, ranking.database_size, 200).round().astype(int))
     precision, recall = {}, {}
     for protocol in revisited.PROTOCOLS:
         ranks = positive_ranks(ranking, truth, protocol)
         precision[protocol] = mean_precision(ranks)
         recall[protocol] = lengths, mean_recall(ranks, lengths)
-    similarities = {label: np.array(row) for label, row in groups.items()}
     return scores.retrieval_curves(similarities, precision, recall, top=top)
 
 

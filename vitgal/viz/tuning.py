@@ -59,14 +59,8 @@ def _draw_tops(axes: Axes, tuning: Tuning) -> None:
         fixed = {} if order is None else tuning.with_order(index)
         mark, label = f"o{style.LINE_STYLES[index]}", ORDER_NAMES.get(order, "reranked")
         curve = _percent(tuning.curve("top", fixed=fixed))
-        axes.plot(
-            tops,
-            curve,
-            mark,
-            color=ORDER_COLOURS.get(order, style.OURS_COLOUR),
-            markersize=4,
-            label=label,
-        )
+        colour = ORDER_COLOURS.get(order, style.OURS_COLOUR)
+        axes.plot(tops, curve, mark, color=colour, markersize=4, label=label)
     level = _percent(tuning.before)
     line = axes.axhline(level, color=style.GLOBAL_COLOUR, linestyle=":")
     line.set_label(f"not reranked: {level:.1f}")
