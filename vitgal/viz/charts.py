@@ -95,25 +95,21 @@ def training_curves(log: pd.DataFrame, *, width: float = 10.0) -> np.ndarray:
     if not titles:
         return np.array([sentence_figure("the log holds no values yet")])
     rows = [titles] if len(titles) <= 3 else np.array_split(titles, 2)
-    widest = len(rows[0])
-    figure = plt.figure(figsize=(width * min(3, widest) / 3, 2.5 * len(rows)))
-    grid = figure.add_gridspec(len(rows), math.lcm(*map(len, rows)))
-    axes = []
-    for number, row in enumerate(rows):
-        wide = grid.ncols // len(row)
-        for place, title in enumerate(row):
-            panel = figure.add_subplot(grid[number, place * wide : (place + 1) * wide])
-            columns = {name: text for name, text in panels[title].items() if name in filled}
-            _draw_curves(panel, log, columns, 100 if title.endswith("(%)") else 1)
-            panel.set_title(title, loc="left")
-            axes.append(panel)
-    every = [line for panel in axes for line in panel.lines]
+    cells = math.lcm(*map(len, rows))
+    mosaic = [np.repeat(row, cells // len(row)).tolist() for row in rows]
+    size = (width * min(3, len(rows[0])) / 3, 2.5 * len(rows))
+    figure, axes = plt.subplot_mosaic(mosaic, figsize=size)
+    for title, panel in axes.items():
+        columns = {name: text for name, text in panels[title].items() if name in filled}
+        _draw_curves(panel, log, columns, 100 if title.endswith("(%)") else 1)
+        panel.set_title(title, loc="left")
+    every = [line for panel in axes.values() for line in panel.lines]
     every.sort(key=lambda line: len(line.get_label()))  # of one colour, the longest name
     lines = {line.get_color(): line for line in every}
     ordered = [lines[colour] for colour in PARTS if colour in lines]
     if len(ordered) > 1:
         figure.legend(handles=ordered, loc="outside upper left", ncols=3)
-    return np.array(axes)
+    return np.array(list(axes.values()))
 
 
 def _draw_curves(axes: Axes, log: pd.DataFrame, columns: Mapping[str, str], factor: int) -> None:

@@ -80,8 +80,6 @@ class Fetcher:
                 return self._fetch(path, file, address, checksum, runs.printable(label))
             except ConnectionError as error:
                 failures.append(error)
-        if len(failures) == 1:
-            raise failures[0]
         raise ConnectionError("; nor its mirror: ".join(map(str, failures))) from failures[-1]
 
     def _fetch(
