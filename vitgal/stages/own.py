@@ -50,9 +50,13 @@ class Photographs:
         """Returns a photograph's file."""
         return self.folder / name
 
+    def index(self, name: str) -> int:
+        """Returns a photograph's place among the names."""
+        return bisect.bisect_left(self.names, name)
+
     def description(self, name: str) -> Description:
         """Reads a photograph's description, also where its file has changed or vanished since."""
-        stored = read_description(self.files[bisect.bisect_left(self.names, name)])
+        stored = read_description(self.files[self.index(name)])
         return stored or self.describer.describe(self.path(name))
 
     @functools.cached_property

@@ -122,7 +122,7 @@ def _warps(
 
 
 def photograph_matrix(features: LocalFeatures, scale: float = 1.0) -> np.ndarray:
-    """Returns `LocalFeatures.to_photograph` as a matrix (3, 3), of a photograph reduced by `scale`."""
+    """Returns the matrix (3, 3) from the network's input to the photograph reduced by `scale`."""
     corners = np.array([[0, 0], [64, 0], [0, 64]], np.float32)
     reduced = (features.to_photograph(corners).astype(float) + 0.5) * scale - 0.5
     affine = cv2.getAffineTransform(corners, reduced.astype(np.float32))

@@ -1,6 +1,5 @@
 """Answers of one's own photographs as the JSON document that the front end draws."""
 
-import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,16 +74,11 @@ class _Entry:
     answers: "Answers"
     images: Images
 
-    @functools.cached_property
-    def indices(self) -> dict[str, int]:
-        """The index of each photograph of the folder."""
-        return {name: index for index, name in enumerate(self.answers.photographs.names)}
-
     def numbers(self, names: Iterable[str]) -> list[int]:
         """Returns the numbers of photographs of the folder."""
         photographs, images, numbers = self.answers.photographs, self.images, []
         for name in names:
-            index = self.indices[name]
+            index = photographs.index(name)
             number = images.number(photographs.path(name), name, photographs.sizes[index])
             images.indices[number] = index
             numbers.append(number)

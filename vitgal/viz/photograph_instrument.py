@@ -122,8 +122,7 @@ class PhotographInstrument(InstrumentWidget):
 
     def _describe(self, result: "SearchResult", remark: str) -> dict[str, Any]:
         table = result.table.head(RESULTS)
-        indices = {name: index for index, name in enumerate(self._photographs.names)}
-        numbers = [indices[name] for name in table["photograph"]]
+        numbers = [self._photographs.index(name) for name in table["photograph"]]
         verified = table["inliers"].notna().to_numpy()
         probability = table.get("probability", pd.Series(np.nan, table.index))[verified]
         return runs.plain({
