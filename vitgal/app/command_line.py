@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 from vitgal import runs
 
+LEVEL = "a run, or the folder of a data set or stage in it, such as runs/demo/demo/global"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit status.
@@ -74,17 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     about = "Landmark image retrieval. Begin with `vitgal run params/demo.yaml`; see README.md."
     parser = _Parser(prog="vitgal", description=about)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_run(commands)
-    _add_download(commands)
-    _add_own(commands)
-    _add_notebooks(commands)
-    _add_audit(commands)
-    _add_export(commands)
-    _add_weights(commands)
-    level = "a run, or the folder of a data set or stage in it, such as runs/demo/demo/global"
-    _add_compare(commands, level)
-    _add_table(commands, level)
-    _add_report(commands)
+    every = (_add_run, _add_download, _add_own, _add_notebooks, _add_audit, _add_export)
+    for add in (*every, _add_weights, _add_compare, _add_table, _add_report):
+        add(commands)
     return parser
 
 
@@ -269,9 +263,9 @@ def _weights(options: argparse.Namespace) -> None:
     say(convert(options.source, options.target, dtype=dtype))
 
 
-def _add_compare(commands: Commands, level: str) -> None:
+def _add_compare(commands: Commands) -> None:
     compare = _add(commands, "compare", "test two runs against each other", _compare)
-    compare.add_argument("first", metavar="runs/A", help=level)
+    compare.add_argument("first", metavar="runs/A", help=LEVEL)
     compare.add_argument("second", metavar="runs/B", help="the same, to compare with the first")
     number = "number of queries listed"
     compare.add_argument("--queries", type=int, default=5, metavar="5", help=number)
@@ -293,9 +287,9 @@ def _compare(options: argparse.Namespace) -> None:
     say("\np: sign-flip permutation test over landmarks; ~ marks a sample of all flips")
 
 
-def _add_table(commands: Commands, level: str) -> None:
+def _add_table(commands: Commands) -> None:
     table = _add(commands, "table", "set systems side by side on one benchmark", _table)
-    table.add_argument("runs", nargs="+", metavar="RUN", help=level)
+    table.add_argument("runs", nargs="+", metavar="RUN", help=LEVEL)
     table.add_argument("--dataset", metavar="NAME", help="where the runs have several in common")
     published = "add published results, in their own columns"
     table.add_argument("--published", action="store_true", help=published)

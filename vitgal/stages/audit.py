@@ -200,8 +200,7 @@ class GlobalStore:
     def __init__(self, folder: Path, describer: Describer) -> None:
         settings = describer.describing
         self.describer = describer
-        device = inference.pick_device(describer.machine.device)
-        self.precision = inference.resolve_precision(settings.precision, device)
+        self.precision = describer.precision(settings)
         parameters = runs.plain({
             "format": 1,
             "weights": weights_fingerprint(describer.model),

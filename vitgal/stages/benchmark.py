@@ -23,7 +23,7 @@ from vitgal.settings.reader import Settings, Values
 from vitgal.stages.describe import evaluate_global
 from vitgal.stages.extract import extract_shortlist
 from vitgal.stages.rerank import GLOBAL_NOTEBOOK, LOCAL_NOTEBOOK
-from vitgal.stages.whitening import RefineSet, needs_refine_set, open_refine_set
+from vitgal.stages.whitening import RefineSet, learnt_step, open_refine_set
 
 # Matching and verification for features other than ViTGaL's tokens, as is usual for them.
 # Lowe's test separates SIFT's descriptors; XFeat's authors match both ways, with an inner product
@@ -103,7 +103,7 @@ def refine_set(settings: Settings) -> RefineSet | None:
     They are those of `refine_set`, else of the finished global stage, else the run's training
     images. Raises as `open_refine_set`.
     """
-    if not needs_refine_set(settings.describing):
+    if learnt_step(settings.describing) is None:
         return None
     run, file = runs.run_folder(settings.run.run_dir), _path(settings, "refine_set")
     folder = image_folder(settings) if file is None else None
@@ -244,7 +244,7 @@ def prepare_validation(
     describing = GlobalSettings.from_manifest(ranked["parameters"])
     _refuse_other_weights(run / like / "global", ranked, model)
     images = None
-    if needs_refine_set(describing):
+    if learnt_step(describing) is not None:
         file = ranked["recorded"].get("refine_set")
         images = open_refine_set(run, describing, file and runs.resolve(file), image_folder)
     evaluate = functools.partial(

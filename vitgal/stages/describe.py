@@ -160,7 +160,7 @@ def _checked_set(
     kind: "photographs" or "descriptors". Raises RefinementError for none, those of the other kind,
     and images of the benchmark.
     """
-    if not whitening.needs_refine_set(settings):
+    if whitening.learnt_step(settings) is None:
         return None
     if images is None or (images.source == "descriptors") != (kind == "descriptors"):
         raise RefinementError(

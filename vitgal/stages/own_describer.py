@@ -99,7 +99,7 @@ class Describer:
     @functools.cached_property
     def parameters(self) -> dict[str, Any]:
         """Everything that a description depends on, in plain values."""
-        local, precision = self.local_settings, self._precision(self.global_settings)
+        local, precision = self.local_settings, self.precision(self.global_settings)
         # Later options are added only if they are not the default, so that old folders stay valid.
         if local.local_features is not None:
             raise SettingsError(
@@ -114,8 +114,8 @@ class Describer:
             for field in fields(SelectionSettings):
                 if getattr(local, field.name) != field.default:
                     options[field.name] = getattr(local, field.name)
-            if self._precision(local) != precision:
-                options["precision"] = self._precision(local)
+            if self.precision(local) != precision:
+                options["precision"] = self.precision(local)
             if self.local_model not in (None, self.model):
                 options["local_weights"] = weights_fingerprint(self.local_model)
         for name in ("multiple", "pooling"):
@@ -132,7 +132,8 @@ class Describer:
             "options": options,
         })  # fmt: skip
 
-    def _precision(self, settings: GlobalSettings | LocalSettings) -> str:
+    def precision(self, settings: GlobalSettings | LocalSettings) -> str:
+        """Returns the precision of the settings on this machine's device, "fp32" or "bf16"."""
         device = inference.pick_device(self.machine.device)
         return inference.resolve_precision(settings.precision, device)
 
@@ -215,7 +216,7 @@ class Describer:
         from vitgal.stages.inspection import explain_selection
 
         image, _ = read_oriented(path)
-        settings = replace(self.local_settings, precision=self._precision(self.local_settings))
+        settings = replace(self.local_settings, precision=self.precision(self.local_settings))
         with inference.limited_threads(self.machine.threads):
             return explain_selection(self.local_network, image, box, settings)
 
@@ -247,13 +248,13 @@ class Describer:
         settings, local = self.describing, self.local_settings
         local_network = self.local_network if local.own_tokens else None
         whole = resize(crop, settings.size, settings.resize, settings.multiple)[None]
-        with inference.inference(self.network, self._precision(settings)):
+        with inference.inference(self.network, self.precision(settings)):
             (descriptor,) = describe(self.network, whole, settings.scales)
         whole = resize(crop, local.size, "area", getattr(local_network, "multiple", None))
         if local_network is None:
             return descriptor, self.extractor.extract([whole], [frame])[0]
         whole = inference.network_input(whole[None], inference.device_of(local_network))
-        with inference.inference(local_network, self._precision(local)):
+        with inference.inference(local_network, self.precision(local)):
             (features,) = local_features(local_network, whole, [frame], local)
         return descriptor, features
 

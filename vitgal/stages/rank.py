@@ -31,7 +31,7 @@ from vitgal.settings.refinement import (
     Whitening,
     read_chain,
 )
-from vitgal.stages.whitening import Learnt
+from vitgal.stages.whitening import Learnt, learnt_step
 
 PLAIN = "plain"  # the ranking before refinement: top_plain.npy, positions_plain.npz
 MOST_EXACT = 200_000  # images whose neighbours are searched exactly: N² x D products
@@ -187,13 +187,12 @@ def try_refinement(
 
 def _stored_whitening(folder: Path, settings: GlobalSettings) -> Learnt | None:
     """The whitening that a chain begins with, as a finished stage has it; None for none."""
-    steps = [step for step in settings.steps if isinstance(step, (Whitening, LearnedWhitening))]
-    if not steps:
+    if (step := learnt_step(settings)) is None:
         return None
     own = runs.read_stage(folder, "04_global_evaluation")["parameters"].get("refine", ())
-    if steps[0] not in read_chain(own):
+    if step not in read_chain(own):
         raise RefinementError(
-            f"{steps[0].NAME} is learnt from other images, and the stage alone does that: give the "
+            f"{step.NAME} is learnt from other images, and the stage alone does that: give the "
             "stage this step in refine, then try the others"
         )
     facts = runs.read_json(folder / "scores.json")["whitening"]

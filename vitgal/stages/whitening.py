@@ -85,9 +85,10 @@ class RefineSet:
             )
 
 
-def needs_refine_set(settings: GlobalSettings) -> bool:
-    """Returns whether a step of the refinement is learnt."""
-    return any(isinstance(step, (Whitening, LearnedWhitening)) for step in settings.steps)
+def learnt_step(settings: GlobalSettings) -> Whitening | LearnedWhitening | None:
+    """Returns the step of the refinement that is learnt; None where there is none."""
+    learnt = (step for step in settings.steps if isinstance(step, (Whitening, LearnedWhitening)))
+    return next(learnt, None)
 
 
 def open_refine_set(
@@ -188,7 +189,7 @@ def learn_whitening(settings: GlobalSettings, rows: np.ndarray, images: RefineSe
 
     Rows of zeros, images that could not be read, are left out. Raises RefinementError.
     """
-    step = next(step for step in settings.steps if isinstance(step, (Whitening, LearnedWhitening)))
+    step = learnt_step(settings)
     read = np.flatnonzero(np.any(rows, axis=1))
     rows = np.asarray(rows[read])
     if isinstance(step, LearnedWhitening):
