@@ -1,5 +1,6 @@
 """Fixtures, and the order and grouping of the tests."""
 
+import atexit
 import functools
 import gc
 import os
@@ -40,10 +41,7 @@ def pytest_collection() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()  # or extension modules report at the end what was never freed
+        atexit.register(gc.unfreeze)  # or extension modules report what was never freed
 
 
 @functools.cache
