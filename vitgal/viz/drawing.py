@@ -1,5 +1,6 @@
 """Photographs and text on axes: the helpers of all drawing functions."""
 
+import bisect
 import contextlib
 import functools
 import os
@@ -146,12 +147,20 @@ def text_width(text: str, size: float) -> float:
 
 def shorten(text: object, inches: float, *, size: float = CAPTION_SIZE) -> str:
     """Returns text as `drawable` does, without its middle where it is wider; size in points."""
-    line = shortened = drawable(text)
-    kept = len(line)
-    while kept > 2 and text_width(shortened, size) > 72 * inches:
-        kept -= 1
-        shortened = f"{line[: (kept + 1) // 2]}…{line[len(line) - kept // 2 :]}"
-    return shortened
+    line = drawable(text)
+
+    def without_middle(kept: int) -> str:
+        return f"{line[: (kept + 1) // 2]}…{line[len(line) - kept // 2 :]}"
+
+    def fits(text: str) -> bool:
+        return text_width(text, size) <= 72 * inches
+
+    if len(line) <= 2 or fits(line):
+        return line
+    # As many letters as fit, or two; with a letter less no text is wider.
+    counts = range(len(line) - 1, 2, -1)
+    longer = bisect.bisect_left(counts, True, key=lambda kept: fits(without_middle(kept)))
+    return without_middle(len(line) - 1 - longer)
 
 
 def shorten_lines(text: object, inches: float) -> str:
