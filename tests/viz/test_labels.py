@@ -81,9 +81,9 @@ FIGURES += [dropped_features, step_diagram]
 
 
 def test_names_in_every_script_are_written_in_every_format(tmp_path):
-    sheet = contact_sheet()
+    dots = score_dots()
     for suffix in (".png", ".pdf", ".svg"):
-        assert style.save_figure(sheet, tmp_path / f"a{suffix}").stat().st_size > 1000
+        assert style.save_figure(dots, tmp_path / f"a{suffix}").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("draw", FIGURES, ids=lambda one: one.__name__)
