@@ -18,7 +18,7 @@ from vitgal.models.weights import save_model
 from vitgal.retrieval import shortlists
 from vitgal.retrieval.ranking import Ranking
 from vitgal.stages import describe
-from vitgal.stages.describe import GLOBAL_OUTPUTS
+from vitgal.stages.rank import GLOBAL_OUTPUTS
 
 
 def read_all(benchmark: Path, names: list[str]) -> list[np.ndarray]:

@@ -12,7 +12,8 @@ from vitgal.data import revisited
 from vitgal.evaluation import protocol as evaluation_protocol
 from vitgal.retrieval import faiss_index
 from vitgal.settings import GlobalSettings
-from vitgal.stages.describe import GLOBAL_OUTPUTS, evaluate_descriptors
+from vitgal.stages.describe import evaluate_descriptors
+from vitgal.stages.rank import GLOBAL_OUTPUTS
 
 
 @pytest.fixture

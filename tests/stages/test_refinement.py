@@ -16,7 +16,8 @@ from vitgal.features import read_descriptors
 from vitgal.retrieval import Ranking, RefinementError, expand_queries, shortlists
 from vitgal.settings import GlobalSettings
 from vitgal.stages import rank
-from vitgal.stages.describe import GLOBAL_OUTPUTS, evaluate_descriptors
+from vitgal.stages.describe import evaluate_descriptors
+from vitgal.stages.rank import GLOBAL_OUTPUTS
 from vitgal.stages.whitening import RefineSet, open_refine_set
 
 PLAIN = {"top_plain.npy", "similarities_plain.npy", "positions_plain.npz"}

@@ -14,6 +14,8 @@ from vitgal.settings import SettingsError
 if TYPE_CHECKING:
     from vitgal.stages.own_answers import Answers
 
+LISTED = 20  # queries or places that are printed
+
 
 def search_own(
     folder: Path,
@@ -81,22 +83,22 @@ def _write(answers: "Answers", *, find_places: bool) -> list[str]:
     return [*lines, f"{len(answers.queries)} queries answered: {results}", f"page: {page}"]
 
 
-def _answer_lines(table: pd.DataFrame, most: int = 20) -> list[str]:
+def _answer_lines(table: pd.DataFrame) -> list[str]:
     """The first answer to each of the first queries."""
     first = table.groupby("query", sort=False).head(1)
     lines = []
-    for row in first.head(most).itertuples():
+    for row in first.head(LISTED).itertuples():
         facts = f"similarity {row.similarity:.2f}, {row.inliers} inliers"
         if not np.isnan(row.probability):
             facts += f", shows it with {100 * row.probability:.0f} %"
         lines.append(f"{runs.printable(row.query)}: {runs.printable(row.image)} ({facts})")
-    return [*lines, *(["…"] if len(first) > most else [])]
+    return [*lines, *(["…"] if len(first) > LISTED else [])]
 
 
-def _place_lines(names: Sequence[str], places: Sequence[Any], most: int = 20) -> list[str]:
+def _place_lines(names: Sequence[str], places: Sequence[Any]) -> list[str]:
     count = f"{len(places)} {'place' if len(places) == 1 else 'places'}"
     lines = [f"{count}, {sum(len(place.members) for place in places)} photographs"]
-    for number, place in enumerate(places[:most], 1):
+    for number, place in enumerate(places[:LISTED], 1):
         best = runs.printable(names[place.members[0]])
         lines.append(f"{number:>4}  {len(place.members):>5} photographs, best: {best}")
-    return [*lines, *(["      …"] if len(places) > most else [])]
+    return [*lines, *(["      …"] if len(places) > LISTED else [])]

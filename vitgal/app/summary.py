@@ -10,6 +10,7 @@ from vitgal.evaluation.scores import read_scores
 
 PROTOCOLS = ("easy", "medium", "hard")
 KAPPAS = ("1", "5", "10")
+LISTED = 10  # photographs of an answer that are printed
 
 
 def summary(run: Path) -> str:
@@ -24,11 +25,11 @@ def summary(run: Path) -> str:
     return "\n".join(lines + [f"figures: {path}" for path in figures])
 
 
-def own_summary(run: Path, lines: int = 10) -> str:
+def own_summary(run: Path) -> str:
     """Returns the first photographs of the last search in a run, and the paths of its files."""
     with open(Path(run) / "own" / "ranking.csv", encoding="utf-8", newline="") as handle:
         rows = list(csv.DictReader(handle))
-    names = [runs.printable(row["photograph"]) for row in rows[:lines]]
+    names = [runs.printable(row["photograph"]) for row in rows[:LISTED]]
     width = max(map(len, ["photograph", *names]))
     probable = "probability" in rows[0] if rows else False
     table = [f"rank  {'photograph':<{width}}  similarity  inliers" + "  shows it" * probable]

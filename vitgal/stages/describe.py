@@ -24,7 +24,7 @@ from vitgal.stages.images import (
     refuse_failures,
     report_failures,
 )
-from vitgal.stages.rank import RANKING_OUTPUTS, check_refinement, write_rankings
+from vitgal.stages.rank import check_refinement, write_rankings
 
 if TYPE_CHECKING:
     from vitgal.stages.local_describer import LocalDescriber
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 BLOCK = 256  # images between two checkpoints
 # Settings that a ranking by another system's descriptors depends on.
 DESCRIPTOR_SETTINGS = ("crop_queries", "top", "display", "index", "refine", "refine_images")
-GLOBAL_OUTPUTS = (*RANKING_OUTPUTS, "failures.json")  # the files of a global stage
 
 
 def evaluate_global(

@@ -35,7 +35,7 @@ from vitgal.stages.whitening import Learnt, learnt_step
 
 PLAIN = "plain"  # the ranking before refinement: top_plain.npy, positions_plain.npz
 MOST_EXACT = 200_000  # images whose neighbours are searched exactly: N² x D products
-RANKING_OUTPUTS = (
+GLOBAL_OUTPUTS = (  # the files of every global stage
     "database.npy",
     "queries.npy",
     "names.json",
@@ -44,6 +44,7 @@ RANKING_OUTPUTS = (
     "positions.npz",
     "shortlist.txt",
     "scores.json",
+    "failures.json",
 )
 GRAPH = ("graph_similarities.npy", "graph_images.npy")
 WHITENING, NORMS, REFINED = "whitening.npz", "whitened_norms.npy", "refined_{}.npy"
@@ -125,7 +126,7 @@ def write_rankings(
     )
     runs.write_json(folder / "scores.json", document)
     written = [name for name in OPTIONAL_OUTPUTS if (folder / name).exists()]
-    return [*RANKING_OUTPUTS, "failures.json", *written]
+    return [*GLOBAL_OUTPUTS, *written]
 
 
 def _ranked(
