@@ -101,8 +101,7 @@ def system_table(
     systems = pd.DataFrame(rows, index=pd.RangeIndex(1, len(rows) + 1, name="#"))
     systems["source"] = systems["source"].fillna("") if published else ""
     title = f"{name} + {distractors:,} distractors" if distractors else name
-    counted = next((len(first[p]["ap"]) for p in PROTOCOLS if p in first), 0)
-    return SystemTable(title, counted, landmarks, systems, tests)
+    return SystemTable(title, len(landmarks.groups), landmarks, systems, tests)
 
 
 def _find_systems(

@@ -149,20 +149,18 @@ def _describe(
 ) -> pd.DataFrame:
     """One row per image; `ranks` are those before and, if there is one, after reranking."""
     images = ranks[0].index
-    table = pd.DataFrame(index=images)
-    table["image"] = [printable(benchmark.database[image]) for image in images]
-    table["label"] = revisited.relevance_labels(benchmark.ground_truth, query, images)
-    for name, column in zip(
-        ("rank before", "rank after") if len(ranks) == 2 else ("rank",), ranks, strict=True
-    ):
-        table[name] = column
     order, values = (
         map_array(folder / "global" / name)[:, query] for name in ("ranks.npy", "similarities.npy")
     )
-    stored = np.isin(order, images)
-    similarities = dict(zip(order[stored].tolist(), values[stored].tolist(), strict=True))
-    table["similarity"] = images.map(similarities).astype(float)
-    return table
+    similarities = pd.Series(values, order, float)[order >= 0]
+    names = ("rank before", "rank after") if len(ranks) == 2 else ("rank",)
+    columns = {
+        "image": [printable(benchmark.database[image]) for image in images],
+        "label": revisited.relevance_labels(benchmark.ground_truth, query, images),
+        **dict(zip(names, ranks, strict=True)),
+        "similarity": similarities.reindex(images),
+    }
+    return pd.DataFrame(columns, images)
 
 
 def _explain(table: pd.DataFrame, reasons: "_Reasons") -> None:
