@@ -59,12 +59,9 @@ def make_grid(settings: TuningSettings, current: RerankingSettings) -> Grid:
     A setting with one value alone is left out, unless it is one of ALWAYS; so are weight and cap
     where no order is "fused". Raises TuningError for a number that is not above 0.
     """
-    lists = (
-        *(settings.matchings, settings.estimators, settings.max_distances, settings.thresholds),
-        *(settings.counts, settings.orders, settings.weights, settings.caps, settings.tops),
-    )
     grid: Grid = {}
-    for (name, value), values in zip(current_values(current).items(), lists, strict=True):
+    for name, value in current_values(current).items():
+        values = getattr(settings, f"{name.removeprefix('fused_')}s")  # such as max_distances
         if isinstance(value, str):
             grid[name] = [*dict.fromkeys([value, *values])]
             continue
