@@ -33,7 +33,7 @@ LONG = (
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Iterator[None]:
-    """Looks for no garbage while modules are imported: half of the time that this takes.
+    """Looks for no garbage while modules are imported: there is next to none.
 
     What they leave is not frozen, for data workers take that as a sign of a launch.
     """
