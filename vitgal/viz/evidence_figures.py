@@ -103,8 +103,8 @@ def _warps(
     (first, first_scale), (second, second_scale) = (
         drawing.reduce_image(drawing.read_pixels(side.image), PIXELS) for side in (query, database)
     )
-    whole = photograph_matrix(database.features, second_scale) @ homography
-    whole = whole @ np.linalg.inv(photograph_matrix(query.features, first_scale))
+    whole = _to_pixels(database.features, second_scale) @ homography
+    whole = whole @ np.linalg.inv(_to_pixels(query.features, first_scale))
     inside = np.zeros(first.shape[:2], np.uint8)
     x0, y0, x1, y1 = (round(side * first_scale) for side in query.features.box)
     inside[y0:y1, x0:x1] = 1
@@ -121,12 +121,13 @@ def _warps(
     }
 
 
-def photograph_matrix(features: LocalFeatures, scale: float = 1.0) -> np.ndarray:
-    """Returns the matrix (3, 3) from the network's input to the photograph reduced by `scale`."""
-    corners = np.array([[0, 0], [64, 0], [0, 64]], np.float32)
-    reduced = (features.to_photograph(corners).astype(float) + 0.5) * scale - 0.5
-    affine = cv2.getAffineTransform(corners, reduced.astype(np.float32))
-    return np.vstack([affine, [0, 0, 1]])
+def _to_pixels(features: LocalFeatures, scale: float) -> np.ndarray:
+    """The matrix (3, 3) from the network's input to pixels of the reduced photograph."""
+    (left, top), (right, bottom) = features.to_photograph(np.array([[0, 0], [1, 1]]))
+    matrix = np.array(
+        [[right - left, 0, left + 0.5], [0, bottom - top, top + 0.5], [0, 0, 1 / scale]]
+    )
+    return matrix * scale - [[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]]
 
 
 def _draw_row(axes: Axes, pictures: dict[str, np.ndarray]) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from vitgal import runs
@@ -27,7 +28,6 @@ from vitgal.runs import printable
 from vitgal.settings import LocalSettings, RerankingSettings
 from vitgal.stages import rerank
 from vitgal.stages.inspection import Inspector
-from vitgal.viz.evidence_figures import photograph_matrix
 from vitgal.viz.run_figures import GLOBAL_NOTEBOOK, crops_queries, last_positive
 
 NOTES = "notes.json"  # of a run: stars and remarks on queries and pairs
@@ -474,8 +474,7 @@ def pair_document(
     homography = inspection.verification.homography
     evidence = weigh(query, database, inspection)
     if homography is not None:
-        homography = photograph_matrix(database) @ homography
-        homography = homography @ np.linalg.inv(photograph_matrix(query))
+        homography = _to_photograph(database) @ homography @ np.linalg.inv(_to_photograph(query))
         homography = (homography / np.linalg.norm(homography)).ravel().tolist()
     return {
         "matches": len(inliers),
@@ -489,6 +488,13 @@ def pair_document(
         "score": np.round(query.scores[first].astype(float), 2).tolist(),
         "homography": homography,
     }
+
+
+def _to_photograph(features: LocalFeatures) -> np.ndarray:
+    """The (3, 3) matrix of `LocalFeatures.to_photograph`."""
+    corners = np.array([[0, 0], [64, 0], [0, 64]], np.float32)
+    affine = cv2.getAffineTransform(corners, features.to_photograph(corners))
+    return np.vstack([affine, [0, 0, 1]])
 
 
 def descriptor_map(descriptors: np.ndarray) -> np.ndarray:
