@@ -16,7 +16,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m tests.run all
 
-# About three minutes: ruff, the params check and the unit tests.
+# About two minutes: ruff, the params check and the unit tests.
 check: $(STAMP)
 	$(BIN)/python -m tests.run check
 

@@ -1,6 +1,6 @@
 """What `make check` and `make test` call: `python -m tests.run check|all`, from any folder.
 
-check   ruff, the notebooks' metadata, the unit tests: about three minutes
+check   ruff, the notebooks' metadata, the unit tests: about two minutes
 all     the same, with the slow tests and the notebooks, strictly under nbval, in a fresh run
         folder; some slow tests reuse that finished run (environment variable VITGAL_FINISHED_RUN)
 
