@@ -29,22 +29,36 @@ def expected(paths: list[str]) -> list[int]:
     return [n for s in found for n in (s.st_size, s.st_mtime_ns, s.st_ctime_ns)]
 
 
-def test_helpers_find_what_this_process_finds(files, monkeypatch):
+def below(files: list[str], folder: str | None) -> list[str]:
+    return files if folder is None else [os.path.relpath(file, folder) for file in files]
+
+
+@pytest.mark.parametrize("folder", [None, ".", "a"])
+def test_helpers_find_what_this_process_finds(files, folder, monkeypatch):
+    names = below(files, folder)
+    assert runs.file_facts(names, folder).tolist() == expected(files)
     monkeypatch.setattr(lookup, "MANY", 20)
     monkeypatch.setattr(lookup, "BLOCK", 24)
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     in_this_process = []
     monkeypatch.setattr(lookup, "look_up", in_this_process.append)
-    assert runs.file_facts(files).tolist() == expected(files)
+    assert runs.file_facts(names, folder).tolist() == expected(files)
     assert not in_this_process
 
 
+@pytest.mark.parametrize("folder", [None, "a"])
 @pytest.mark.parametrize("python", ["/does/not/exist", "/bin/false", None])
-def test_without_helpers_this_process_looks(files, monkeypatch, python):
+def test_without_helpers_this_process_looks(files, monkeypatch, python, folder):
     monkeypatch.setattr(lookup, "MANY", 20)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(sys, "executable", python)
-    assert runs.file_facts(files).tolist() == expected(files)
+    assert runs.file_facts(below(files, folder), folder).tolist() == expected(files)
+
+
+def test_a_folder_that_is_not_there_holds_no_file(monkeypatch):
+    monkeypatch.setattr(lookup, "MANY", 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert runs.file_facts(["x"] * 5, "gone").tolist() == [-1] * 15
 
 
 def test_a_slow_disk_is_asked_by_threads(files, monkeypatch):

@@ -10,8 +10,9 @@ import io
 import os
 import pickle
 import sys
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -357,15 +358,16 @@ def open_dataset(
     if distractors is not None:
         distractors = Path(distractors)
         parts.append(_distractors(distractors))
-    names = [image for part in parts for image in part.names]
-    queries, *database = (part.paths() for part in parts)
-    paths, query_paths = [path for part in database for path in part], [*map(Path, queries)]
-    with ThreadPoolExecutor(1) as pool:
-        looked_up = pool.submit(_stamp_of_many, names, [*query_paths, *paths])
-        for part in parts:  # meanwhile
+    many = sum(len(part.names) for part in parts) >= runs.MANY
+    with ThreadPoolExecutor() as pool:
+        facts = pool.map(_Images.facts, parts if many else ())  # begun before names are checked
+        names = [image for part in parts for image in part.names]
+        queries, *database = (part.paths() for part in parts)
+        paths, query_paths = [path for part in database for path in part], [*map(Path, queries)]
+        for part in parts:
             part.refuse_outside()
         _refuse_repeated(names, "list with distractors")
-    stamps = looked_up.result()
+        stamps = _stamp_of_many(names, [*query_paths, *paths], facts) if many else []
     for part in () if stamps else parts:
         part.refuse_missing()
     return RetrievalDataset(
@@ -390,15 +392,20 @@ class _Images:
     extension: str
     dataset: str
 
+    def files(self) -> list[str]:
+        return [name + self.extension for name in self.names] if self.extension else self.names
+
     def paths(self) -> list[str]:
-        top, extension = f"{self.folder}/", self.extension
-        return [top + name + extension for name in self.names]
+        top = f"{self.folder}/"
+        return [top + file for file in self.files()]
+
+    def facts(self) -> array:
+        return runs.file_facts(self.files(), str(self.folder))
 
     def refuse_outside(self) -> None:
         """Raises ValueError for a name that leads out of the folder."""
-        names = [name + self.extension for name in self.names] if self.extension else self.names
         try:
-            runs.refuse_outside(self.folder, names)
+            runs.refuse_outside(self.folder, self.files())
         except ValueError as error:
             raise ValueError(f"{self.dataset} lists a name that cannot be used: {error}") from None
 
@@ -417,11 +424,10 @@ class _Images:
             )
 
 
-def _stamp_of_many(names: list[str], paths: list[Path | str]) -> list[str]:
-    """Returns the stamp of very many images; nothing for fewer, or where one is missing."""
-    if len(paths) >= runs.MANY:
-        with contextlib.suppress(FileNotFoundError):
-            return [runs.images_stamp(names, paths)]
+def _stamp_of_many(names: list[str], paths: list[Path | str], facts: Iterable[array]) -> list[str]:
+    """Returns the stamp of very many images; nothing where one is missing."""
+    with contextlib.suppress(FileNotFoundError):
+        return [runs.images_stamp(names, paths, lambda: sum(facts, array("q")))]
     return []
 
 

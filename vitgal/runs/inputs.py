@@ -1,10 +1,12 @@
 """Inputs of a stage: fingerprints of their content, read only where files have changed."""
 
 import errno
+import functools
 import hashlib
 import itertools
 import json
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -123,22 +125,28 @@ def input_fingerprints(
     }
 
 
-def images_stamp(names: Sequence[str], paths: Sequence[Path | str]) -> str:
-    """Returns a hash of names, paths, sizes and times; FileNotFoundError names a missing file."""
+def images_stamp(
+    names: Sequence[str], paths: Sequence[Path | str], facts: Callable[[], array] | None = None
+) -> str:
+    """Returns a hash of names, paths, sizes and times; FileNotFoundError names a missing file.
+
+    facts: returns what `file_facts` does for the paths, where somebody has begun to look them up.
+    """
     texts = [*map(os.fspath, paths)]
     folder = "" if {text[:1] for text in texts} <= {"/"} else os.getcwd()
     with ThreadPoolExecutor(1) as pool:
-        looked_up = pool.submit(file_facts, texts)  # meanwhile the names are hashed
+        # Meanwhile the names are hashed.
+        looked_up = pool.submit(facts or functools.partial(file_facts, texts))
         digest = hashlib.sha256()
         text, separator = itertools.chain([folder], names, [""], texts), ""
         while part := list(itertools.islice(text, JOINED)):
             joined = separator + "\0".join(part)
             digest.update(joined.encode("utf-8", "surrogateescape"))
             separator = "\0"
-        facts = looked_up.result()
-    if min(facts, default=0) < 0:
-        path = next(text for text, size in zip(texts, facts[::3], strict=True) if size < 0)
+        values = looked_up.result()
+    if min(values, default=0) < 0:
+        path = next(text for text, size in zip(texts, values[::3], strict=True) if size < 0)
         os.stat(path)  # a missing file raises here
         raise FileNotFoundError(errno.ENOENT, "This is no file", path)
-    digest.update(facts)
+    digest.update(values)
     return digest.hexdigest()

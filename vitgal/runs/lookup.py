@@ -21,50 +21,44 @@ THREADS = 16
 ABSENT = (-1, -1, -1)
 
 
-def file_facts(paths: Sequence[str]) -> array:
+def file_facts(names: Sequence[str], folder: str | None = None) -> array:
     """Returns size, mtime and ctime of each file: 3 x N int64, times in ns; -1 for no file.
 
     Links are followed. A million files take two seconds of processor time, divided over the CPUs.
+
+    folder: the folder that the names are relative to; None: they are whole paths. The kernel walks
+    through every folder of a path, so names below a folder are found faster.
     """
-    count = min(os.cpu_count() or 1, HELPERS, len(paths) // MANY)
+    count = min(os.cpu_count() or 1, HELPERS, len(names) // MANY)
     if count < 2:
-        return look_up(paths)
-    size = min(BLOCK, -(-len(paths) // count))
+        return look_up(_paths(names, folder))
+    size = min(BLOCK, -(-len(names) // count))
+    parts = (names[at : at + size] for at in range(0, len(names), size))
     facts = array("q")
     with ThreadPoolExecutor(count) as pool:
-        for part in pool.map(_ask, (paths[at : at + size] for at in range(0, len(paths), size))):
+        for part in pool.map(lambda part: _ask(part, folder), parts):
             facts += part
     return facts
 
 
-def _ask(paths: Sequence[str]) -> array:
+def _paths(names: Sequence[str], folder: str | None) -> Sequence[str]:
+    return names if folder is None else [f"{folder}/{name}" for name in names]
+
+
+def _ask(names: Sequence[str], folder: str | None) -> array:
     """Returns the facts from a helper process; where there can be none, from this one."""
     facts = array("q")
     try:
-        folder, names = _below(paths)
         command = [sys.executable or "", "-I", "-S", __file__]
         pipe = subprocess.PIPE
         with subprocess.Popen(command, stdin=pipe, stdout=pipe, cwd=folder) as helper:
-            helper.stdin.write(os.fsencode(names))
+            helper.stdin.write(os.fsencode("\0".join(names)))
             helper.stdin.close()
             facts.frombytes(helper.stdout.read())
     except (OSError, ValueError):
-        return look_up(paths)
-    whole = helper.returncode == 0 and len(facts) == 3 * len(paths)
-    return facts if whole else look_up(paths)
-
-
-def _below(paths: Sequence[str]) -> tuple[str | None, str]:
-    """Returns the folder that all paths begin with, and the rest of each, joined by null bytes.
-
-    The kernel walks through every folder of a path, so that short paths are found faster. The
-    folder is None, and the paths are whole, where they have no folder in common.
-    """
-    common = os.path.commonprefix(paths)
-    top = common[: common.rfind("/") + 1]
-    names = "\0".join([path[len(top) :] for path in paths])
-    looks_absolute = names.startswith("/") or "\0/" in names
-    return (None, "\0".join(paths)) if looks_absolute or not top else (top, names)
+        return look_up(_paths(names, folder))
+    whole = helper.returncode == 0 and len(facts) == 3 * len(names)
+    return facts if whole else look_up(_paths(names, folder))
 
 
 def look_up(paths: Sequence[str | bytes]) -> array:
