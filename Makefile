@@ -8,7 +8,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test check bench lab docs
 
-# The main job: notebooks 01 to 07 on the bundled photographs, about ten minutes on two cores.
+# The main job: notebooks 01 to 07 on the bundled photographs: about seven minutes on two quick cores,
+# up to twice that on slower ones.
 demo: $(STAMP)
 	$(BIN)/vitgal run params/demo.yaml
 
