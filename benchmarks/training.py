@@ -22,6 +22,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from timm.models.xcit import XCA
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +31,7 @@ from vitgal.models.inference import normalise, resolve_precision
 from vitgal.models.network import build_model
 from vitgal.settings import TrainingSettings
 from vitgal.training import augmentation, networks
+from vitgal.training.attention import TrainedAttention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEADS = {
@@ -66,6 +68,9 @@ def make(kind: type, options: argparse.Namespace) -> nn.Module:
 def published_step(options: argparse.Namespace) -> Callable[[Tensor, Tensor], float]:
     """One step of the published loop."""
     network = make(OneHotArcFace, options)
+    for module in network.modules():
+        if type(module) is TrainedAttention:
+            module.__class__ = XCA  # normalises queries and keys before their product
     plain = TrainingSettings(weight_decay=0.005)
     optimizer = networks.create_optimizer_v2(network, opt="adamw", lr=plain.lr, weight_decay=0.005)
     half = DEVICE.type == "cuda"
@@ -118,10 +123,11 @@ def our_step(
 
 def steps(options: argparse.Namespace) -> None:
     """The median step of each variant, taken in turns."""
-    auto = TrainingSettings()
+    auto, fp32 = TrainingSettings(), TrainingSettings(precision="fp32")
     variants = {
         "published": published_step(options),
-        "ours, fp32": our_step(options, replace(auto, precision="fp32")),
+        "ours, fp32": our_step(options, fp32),
+        "ours, fp32, channels_last": our_step(options, replace(fp32, channels_last=True)),
         f"ours, auto ({resolve_precision('auto', DEVICE)})": our_step(options, auto),
         "  + channels_last": our_step(options, replace(auto, channels_last=True)),
         "  + fused AdamW": our_step(options, auto, fused=True),
