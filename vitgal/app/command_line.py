@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from vitgal import runs
 
@@ -175,18 +175,26 @@ def _add_own(commands: Commands) -> None:
 def _own(options: argparse.Namespace) -> None:
     from vitgal.app import own, pipeline, summary
 
-    options.overrides = dict(options.overrides)
+    overrides, output = dict(options.overrides), options.output
     single = len(options.queries) == 1 and not (options.query_folder or options.places)
     if single:  # notebook 08 shows its answer
         folder = pipeline.run_own(
             options.folder,
             options.queries[0],
             options.box,
-            overrides=options.overrides,
-            output=options.output,
+            overrides=overrides,
+            output=output,
         )
         say(summary.own_summary(folder))
-    _, lines = own.search_own(**_values(options))
+    _, lines = own.search_own(
+        options.folder,
+        options.queries,
+        options.query_folder,
+        box=options.box,
+        places=options.places,
+        overrides=overrides,
+        output=output,
+    )
     say("\n".join(lines[-1:] if single else lines))
 
 
@@ -219,15 +227,18 @@ def _add_description(parser: argparse.ArgumentParser, neighbours: int, count: st
     parser.add_argument("--neighbours", type=int, default=neighbours, metavar=number, help=count)
 
 
-def _values(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the options of a command that a function of the same parameters carries out."""
-    return {name: value for name, value in vars(options).items() if name != "command"}
-
-
 def _audit(options: argparse.Namespace) -> None:
     from vitgal.app.folder_commands import audit_folders
 
-    say(audit_folders(**_values(options)))
+    report = audit_folders(
+        options.folder,
+        options.other,
+        to=options.to,
+        table=options.table,
+        weights=options.weights,
+        neighbours=options.neighbours,
+    )
+    say(report)
 
 
 def _add_export(commands: Commands) -> None:
@@ -243,7 +254,14 @@ def _add_export(commands: Commands) -> None:
 def _export(options: argparse.Namespace) -> None:
     from vitgal.app.folder_commands import export_folder
 
-    say(export_folder(**_values(options)))
+    report = export_folder(
+        options.folder,
+        options.target,
+        output=options.output,
+        weights=options.weights,
+        neighbours=options.neighbours,
+    )
+    say(report)
 
 
 def _add_weights(commands: Commands) -> None:

@@ -393,13 +393,16 @@ class _Images:
     dataset: str
 
     def files(self) -> list[str]:
+        """Returns the files' paths below the folder."""
         return [name + self.extension for name in self.names] if self.extension else self.names
 
     def paths(self) -> list[str]:
+        """Returns the files' whole paths."""
         top = f"{self.folder}/"
         return [top + file for file in self.files()]
 
     def facts(self) -> array:
+        """Returns what `runs.file_facts` does for the files."""
         return runs.file_facts(self.files(), str(self.folder))
 
     def refuse_outside(self) -> None:

@@ -88,8 +88,8 @@ def draw_arrow(
     axes: Sequence[Axes], start: Sequence[float], end: Sequence[float], **style: object
 ) -> None:
     """Draws an arrow from a point of the first to one of the second axes, in fractions of each."""
-    ends = {"axesA": axes[0], "axesB": axes[1], "arrowstyle": "-|>"}
-    arrow = ConnectionPatch(start, end, "axes fraction", "axes fraction", **ends, **style)
+    fraction, style = "axes fraction", {"arrowstyle": "-|>"} | style
+    arrow = ConnectionPatch(start, end, fraction, fraction, axesA=axes[0], axesB=axes[1], **style)
     arrow.set_in_layout(False)  # otherwise the layout moves the axes apart
     axes[0].figure.add_artist(arrow)
 
