@@ -59,9 +59,20 @@ def make_grid(settings: TuningSettings, current: RerankingSettings) -> Grid:
     A setting with one value alone is left out, unless it is one of ALWAYS; so are weight and cap
     where no order is "fused". Raises TuningError for a number that is not above 0.
     """
+    tried = {
+        "matching": settings.matchings,
+        "estimator": settings.estimators,
+        "max_distance": settings.max_distances,
+        "threshold": settings.thresholds,
+        "count": settings.counts,
+        "order": settings.orders,
+        "fused_weight": settings.weights,
+        "fused_cap": settings.caps,
+        "top": settings.tops,
+    }
     grid: Grid = {}
     for name, value in current_values(current).items():
-        values = getattr(settings, f"{name.removeprefix('fused_')}s")  # such as max_distances
+        values = tried[name]
         if isinstance(value, str):
             grid[name] = [*dict.fromkeys([value, *values])]
             continue

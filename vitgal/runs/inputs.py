@@ -130,7 +130,7 @@ def images_stamp(
 ) -> str:
     """Returns a hash of names, paths, sizes and times; FileNotFoundError names a missing file.
 
-    facts: returns what `file_facts` does for the paths, where somebody has begun to look them up.
+    facts: returns the `file_facts` of the paths, if they are being looked up already.
     """
     texts = [*map(os.fspath, paths)]
     folder = "" if {text[:1] for text in texts} <= {"/"} else os.getcwd()

@@ -51,7 +51,7 @@ class Photographs:
         return self.folder / name
 
     def index(self, name: str) -> int:
-        """Returns a photograph's place among the names."""
+        """Returns a photograph's index among the names."""
         return bisect.bisect_left(self.names, name)
 
     def description(self, name: str) -> Description:

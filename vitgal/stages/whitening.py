@@ -149,9 +149,9 @@ def _draw(labels: np.ndarray, count: int) -> np.ndarray:
     shuffled = np.random.default_rng([0, 4]).permutation(len(labels))
     landmarks, group = np.unique(labels[shuffled], return_inverse=True)
     turn = pd.Series(group).groupby(group).cumcount().to_numpy()  # of an image at its landmark
-    place = np.random.default_rng([0, 5]).permutation(len(landmarks))[group]
+    order = np.random.default_rng([0, 5]).permutation(len(landmarks))[group]
     # All turns of one landmark before the next one, beyond PER_CLASS after all landmarks.
-    sorter = np.lexsort((turn, place, turn // PER_CLASS))
+    sorter = np.lexsort((turn, order, turn // PER_CLASS))
     return np.sort(shuffled[sorter[:count]])
 
 

@@ -16,7 +16,7 @@ class TrainedAttention(XCA):
 
     def forward(self, x: Tensor) -> Tensor:
         """Computes tokens of the same shape from tokens (B, N, D)."""
-        if not self.training or _half_precision(x.device.type):
+        if not self.training or _in_float16(x.device.type):
             return super().forward(x)
         joined = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 4, 1)
         query, key, value = joined  # (B, heads, D / heads, N) each
@@ -30,7 +30,7 @@ class TrainedAttention(XCA):
         return self.proj_drop(self.proj(mixed))
 
 
-def _half_precision(device: str) -> bool:
+def _in_float16(device: str) -> bool:
     """Whether autocast computes in float16, in which products that are not normalised overflow."""
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
